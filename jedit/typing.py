@@ -1,0 +1,21 @@
+"""Types that every folder may use; this module imports nothing from jedit."""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, PyTree
+
+
+class Batch(NamedTuple):
+    """One batch of examples.
+
+    Attributes:
+        inputs: what `apply(params, inputs)` takes; any pytree whose leaves lead with the examples.
+        targets: given labels, with the outputs' leading shape (and more, for dense targets).
+        mask: outputs that count in the loss (1) or not (0), the outputs' leading shape; None: all.
+        valid: positions that are data (1) or padding (0), the outputs' leading shape; None: all.
+    """
+
+    inputs: PyTree[Any]
+    targets: Array | None = None
+    mask: Array | None = None
+    valid: Array | None = None
