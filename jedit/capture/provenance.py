@@ -1,0 +1,164 @@
+"""Provenance: which parameter leaf a value is, and how it was laid out since.
+
+A value has provenance p when it is parameter leaf p after operations that only move, cast, slice or
+scale its entries. Such a value is described by
+
+    ops    relayouts from the leaf to a *core* array (a slice of a stacked leaf, a reshape, ...)
+    view   for every axis of the value, the core axis it is, or None where it was broadcast
+    scale  a constant factor
+
+so that a bias broadcast over a batch and a weight transposed before use are both still "the leaf".
+Operations are hashable tuples, because they end up in static metadata of jitted functions.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Op = tuple  # ("transpose", perm) | ("reshape", shape) | ("slice", start, limit, stride) | ("layer", depth)
+
+
+def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
+    """Lay out a leaf; an axis that a scan slices ("layer") stays in front of what follows it."""
+    for i, (name, *arguments) in enumerate(ops):
+        if name == "layer":
+            return jax.vmap(lambda x, rest=ops[i + 1 :]: apply_ops(rest, x))(leaf)
+        if name == "transpose":
+            leaf = jnp.transpose(leaf, arguments[0])
+        elif name == "reshape":
+            leaf = jnp.reshape(leaf, arguments[0])
+        elif name == "slice":
+            leaf = jax.lax.slice(leaf, *arguments)
+        else:
+            raise AssertionError(f"unknown relayout {name!r}")
+    return leaf
+
+
+def transpose_ops(ops: tuple[Op, ...], value: Array, shape: tuple[int, ...]) -> Array:
+    """The adjoint of `apply_ops`: entries go back where they came from, all others are zero."""
+    leaf = jax.ShapeDtypeStruct(shape, value.dtype)
+    return jax.linear_transpose(lambda x: apply_ops(ops, x), leaf)(value)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """A value that is a parameter leaf up to layout, broadcast and a constant factor."""
+
+    path: str
+    leaf_shape: tuple[int, ...]
+    ops: tuple[Op, ...]
+    core_shape: tuple[int, ...]
+    view: tuple[int | None, ...]
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+    @classmethod
+    def of_leaf(cls, path: str, shape: tuple[int, ...]) -> "Provenance":
+        """A parameter leaf as it is."""
+        return cls(path, shape, (), shape, tuple(range(len(shape))), shape)
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether some axis was expanded, so that the value no longer is a weight to contract."""
+        return any(c is None and n != 1 for c, n in zip(self.view, self.shape, strict=True))
+
+    @property
+    def layer_depths(self) -> tuple[int, ...]:
+        """The nesting depths of the scans that slice the leaf, outermost first."""
+        return tuple(op[1] for op in self.ops if op[0] == "layer")
+
+    def scaled(self, factor: float) -> "Provenance":
+        """The value times a constant."""
+        return dataclasses.replace(self, scale=self.scale * factor)
+
+    def feature_ops(self) -> tuple[Op, ...]:
+        """Relayouts from the leaf to the core's axes in the order of the view, broadcasts left out."""
+        order = [c for c in self.view if c is not None]
+        rest = [c for c in range(len(self.core_shape)) if c not in order]  # all of size one
+        perm = (*rest, *order)
+        shape = tuple(self.core_shape[c] for c in order)
+        return _simplified((*self.ops, ("transpose", perm), ("reshape", shape)))
+
+    def materialized(self) -> "Provenance":
+        """The same value with its view folded into the relayouts; only without a true broadcast."""
+        if self.view == tuple(range(len(self.core_shape))):
+            return self
+        ops = (*self.feature_ops(), ("reshape", self.shape))
+        view = tuple(range(len(self.shape)))
+        return dataclasses.replace(self, ops=ops, core_shape=self.shape, view=view)
+
+    def transposed(self, permutation: tuple[int, ...]) -> "Provenance":
+        """After `transpose`."""
+        view = tuple(self.view[i] for i in permutation)
+        return dataclasses.replace(
+            self, view=view, shape=tuple(self.shape[i] for i in permutation)
+        )
+
+    def broadcast(self, shape: tuple[int, ...], dims: tuple[int, ...]) -> "Provenance":
+        """After `broadcast_in_dim`."""
+        view: list[int | None] = [None] * len(shape)
+        for axis, core in zip(dims, self.view, strict=True):
+            if core is not None and self.core_shape[core] == shape[axis]:
+                view[axis] = core
+        return dataclasses.replace(self, view=tuple(view), shape=shape)
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Provenance | None":
+        """After `reshape`; None when a broadcast axis would be merged with a parameter's axis."""
+        if not self.is_broadcast:
+            base = self.materialized()
+            ops = _simplified((*base.ops, ("reshape", shape)))
+            view = tuple(range(len(shape)))
+            return dataclasses.replace(base, ops=ops, core_shape=shape, view=view, shape=shape)
+        old = [(n, c) for n, c in zip(self.shape, self.view, strict=True) if n != 1]
+        if [n for n, _ in old] != [n for n in shape if n != 1]:
+            return None
+        kept = iter(c for _, c in old)
+        view = tuple(None if n == 1 else next(kept) for n in shape)
+        return dataclasses.replace(self, view=view, shape=shape)
+
+    def sliced(self, start, limit, strides) -> "Provenance | None":
+        """After `slice`; None when a broadcast value is cut (nobody writes that)."""
+        if self.is_broadcast:
+            return None
+        base = self.materialized()
+        strides = strides or (1,) * len(start)
+        shape = tuple(
+            math.ceil((b - a) / s) for a, b, s in zip(start, limit, strides, strict=True)
+        )
+        ops = (*base.ops, ("slice", tuple(start), tuple(limit), tuple(strides)))
+        return dataclasses.replace(base, ops=ops, core_shape=shape, shape=shape)
+
+    def scanned(self, depth: int) -> "Provenance":
+        """One iteration's slice of a value that a scan takes apart along its leading axis."""
+        if self.view and self.view[0] is None and self.shape[0] != 1:
+            return dataclasses.replace(self, view=self.view[1:], shape=self.shape[1:])
+        if self.is_broadcast:
+            # Only the leading axis must lead the core; the broadcast axes stay in the view.
+            core = self.view[0]
+            perm = (core, *(c for c in range(len(self.core_shape)) if c != core))
+            ops = (*self.ops, ("transpose", perm), ("layer", depth))
+            place = {c: i - 1 for i, c in enumerate(perm)}
+            view = tuple(None if c is None else place[c] for c in self.view[1:])
+            core_shape = tuple(self.core_shape[c] for c in perm[1:])
+        else:
+            base = self.materialized()
+            ops = (*base.ops, ("layer", depth))
+            view, core_shape = tuple(range(len(self.shape) - 1)), self.shape[1:]
+        return dataclasses.replace(
+            self, ops=ops, view=view, core_shape=core_shape, shape=self.shape[1:]
+        )
+
+
+def _simplified(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Drop identity transposes and all but the last of consecutive reshapes."""
+    out: list[Op] = []
+    for op in ops:
+        if op[0] == "transpose" and tuple(op[1]) == tuple(range(len(op[1]))):
+            continue
+        if op[0] == "reshape" and out and out[-1][0] == "reshape":
+            out.pop()
+        out.append(op)
+    return tuple(out)
