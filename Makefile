@@ -1,0 +1,138 @@
+# Every target makes the environment it needs; only a python3 (>= 3.11) has to be on the machine.
+# An environment is rebuilt when pyproject.toml has changed since: that is what the stamp files record.
+
+PYTHON ?= python3
+JOBS ?= 2
+DEMO_FLAGS ?=
+BENCH_FLAGS ?=
+PYTEST_FLAGS ?=
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# One file per worker at a time, so that what a module trains is trained once.
+PYTEST := -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_FLAGS)
+
+# The floors of pyproject.toml as exact versions.
+FLOORS = $(shell $(PYTHON) -c "import tomllib; \
+  print(*(d.replace('>=', '==') for d in \
+  tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))")
+
+# The newest JAX needs a newer Python than jedit does.
+NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
+  "$$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; \
+  done)
+
+# Folders whose tests draw random numbers through jedit, run once more with JAX's check for reused keys.
+KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tests/transforms \
+  tests/data tests/test_unlearn.py tests/test_package.py)
+
+# A comma that may stand in an argument of $(call).
+, := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-llm test-oldest test-newest lint format bench notebooks clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
+	@echo "make test         the tests, in float64, in float32, and with the check for reused keys"
+	@echo "make test-llm     the tests that need the extra llm"
+	@echo "make test-oldest  capture on the oldest supported versions"
+	@echo "make test-newest  capture and curvature on the newest JAX (needs a Python >= 3.12)"
+	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
+	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
+	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
+
+define make_venv
+@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jedit needs Python >= 3.11; \
+$(1) is " + sys.version.split()[0] + ". Set PYTHON=/path/to/a/newer/python3.")'
+@test -x $(2)/bin/python || { echo "making $(2)"; $(1) -m venv $(2); }
+@echo "installing into $(2): $(3)"
+endef
+
+.venv/.demo: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv,core and demo)
+	@.venv/bin/python $(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+.venv/.dev: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv,core$(,) demo and dev)
+	@.venv/bin/python $(PIP_INSTALL) -e '.[demo,dev]'
+	@touch .venv/.demo $@
+
+.venv/.bench: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv,core$(,) demo$(,) dev and bench)
+	@.venv/bin/python $(PIP_INSTALL) -e '.[demo,dev,bench]'
+	@touch .venv/.demo .venv/.dev $@
+
+.venv-llm/.done: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv-llm,core$(,) test and llm)
+	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[test,llm]'
+	@touch $@
+
+.venv-oldest/.done: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv-oldest,the oldest supported versions)
+	@.venv-oldest/bin/python $(PIP_INSTALL) -e '.[test]' $(FLOORS)
+	@touch $@
+
+.venv-newest/.done: pyproject.toml
+	$(call make_venv,$(NEWEST_PYTHON),.venv-newest,the newest versions)
+	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
+	@touch $@
+
+# $(call pytest_on,environment,paths): those of the paths that hold tests; a sentence when none does.
+define pytest_on
+@paths="$(sort $(dir $(wildcard $(addsuffix /test_*.py,$(2)))))"; \
+if [ -z "$$paths" ]; then echo "skipped: $(2) holds no tests yet"; exit 0; fi; \
+$(1)/bin/python -c 'import jax, flax, sys; \
+print("Python", sys.version.split()[0], "jax", jax.__version__, "flax", flax.__version__)'; \
+set -x; $(1)/bin/python $(PYTEST) $$paths
+endef
+
+demo: .venv/.demo
+	.venv/bin/jedit demo $(DEMO_FLAGS)
+
+test: .venv/.dev
+	.venv/bin/python $(PYTEST)
+	JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
+	JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
+
+test-llm: .venv-llm/.done
+	$(call pytest_on,.venv-llm,tests/llm)
+
+test-oldest: .venv-oldest/.done
+	$(call pytest_on,.venv-oldest,tests/capture)
+
+test-newest:
+	@if [ -z "$(NEWEST_PYTHON)" ]; then \
+	  echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
+	else $(MAKE) --no-print-directory run-newest NEWEST_PYTHON="$(NEWEST_PYTHON)"; fi
+
+.PHONY: run-newest
+run-newest: .venv-newest/.done
+	$(call pytest_on,.venv-newest,tests/capture tests/curvature)
+
+lint: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: .venv/.dev
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/.bench
+	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
+
+notebooks: .venv/.dev
+	@set -e; for notebook in $(wildcard notebooks/*.ipynb); do \
+	  echo "executing $$notebook"; \
+	  .venv/bin/jupyter execute --timeout=180 "$$notebook"; \
+	done
+
+clean:
+	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints
+	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-llm .venv-oldest .venv-newest

@@ -1,0 +1,1 @@
+"""Subspaces and trust regions that keep the retain set where it is."""

@@ -1,0 +1,1 @@
+"""Unlearning and editing methods, one paper each."""

@@ -1,0 +1,1 @@
+"""Numbers that judge any params, whichever method made them."""

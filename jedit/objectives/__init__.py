@@ -1,0 +1,1 @@
+"""Forget and retain losses, one file each."""

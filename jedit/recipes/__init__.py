@@ -1,0 +1,1 @@
+"""Complete runs from data to report, as the command line starts them."""

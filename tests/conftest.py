@@ -1,0 +1,133 @@
+"""What every test stands on: strict JAX, 64-bit floats, checked shapes, fixtures.
+
+Three environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as users have it;
+`JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice; `JEDIT_TEST_TYPECHECK=0`
+leaves the run-time check of shape annotations out.
+"""
+
+import importlib.util
+import os
+import zlib
+from pathlib import Path
+
+IS_X64 = os.environ.get("JEDIT_TEST_X64", "1") != "0"
+IS_KEY_REUSE_CHECKED = os.environ.get("JEDIT_TEST_KEY_REUSE", "0") == "1"
+IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
+ROOT = Path(__file__).resolve().parent.parent
+
+# All of this is read when JAX and the BLAS start, so it comes before their import.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker's matrix products: several workers share the cores.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+import hypothesis
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+jax.config.update("jax_enable_x64", IS_X64)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_debug_key_reuse", IS_KEY_REUSE_CHECKED)
+
+if IS_TYPECHECKED:
+    jaxtyping.install_import_hook(["jedit", "jedit_kernels"], "beartype.beartype")
+
+# Fixtures here are constants, so hypothesis may share them between examples; compiling is slow, so
+# it sets no deadline. In CI the examples are the same each time.
+hypothesis.settings.register_profile(
+    "jedit",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,
+    ],
+)
+hypothesis.settings.load_profile("jedit")
+
+HAS_LLM = importlib.util.find_spec("tunix") is not None
+collect_ignore = [] if HAS_LLM else ["llm"]
+
+
+def pytest_report_header(config):
+    """Says which of the runs this is."""
+    del config
+    lines = [
+        f"jax {jax.__version__}, {'float64' if IS_X64 else 'float32'}"
+        + (", reused keys are errors" if IS_KEY_REUSE_CHECKED else "")
+        + ("" if IS_TYPECHECKED else ", shape annotations unchecked")
+    ]
+    if not HAS_LLM:
+        lines.append("tests/llm is left out: the extra llm is not installed (make test-llm)")
+    return lines
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out, visibly, what this run's precision or key check is not meant for."""
+    left_out = ([] if IS_X64 else ["float64"]) + (["reuses_keys"] if IS_KEY_REUSE_CHECKED else [])
+    dropped = [item for item in items if any(item.get_closest_marker(m) for m in left_out)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+class Tolerance:
+    """Named tolerances: 1e-10 each in float64, and in float32 what the kind of arithmetic allows.
+
+    Attributes:
+        rounding: a few operations in another order.
+        contraction: sums over a batch or a long axis in another order.
+        factorization: eigendecompositions and solves.
+    """
+
+    def __init__(self, is_x64):
+        self.rounding = 1e-10 if is_x64 else 1e-5
+        self.contraction = 1e-10 if is_x64 else 1e-4
+        self.factorization = 1e-10 if is_x64 else 2e-3
+
+    def check(self, actual, expected, kind="contraction"):
+        """Asserts that two pytrees agree leaf by leaf, relative to the largest expected entry.
+
+        Args:
+            actual: a pytree of arrays.
+            expected: a pytree of the same structure and shapes.
+            kind: the attribute of this class that bounds the error.
+        """
+        tolerance = getattr(self, kind)
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+        ):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            scale = np.max(np.abs(b), initial=0.0) or 1.0
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            assert a.shape == b.shape, f"{name}: {a.shape} instead of {b.shape}"
+            np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """The named tolerances of this run's precision."""
+    return Tolerance(IS_X64)
+
+
+@pytest.fixture
+def key(request):
+    """A random key of the test's own: made from its name, so no test changes another's draws."""
+    return jax.random.key(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data beside the repository; a test that needs it skips without it."""
+    path = Path(os.environ.get("JEDIT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"needs real data, which is not part of the repository: {path} is absent")
+    return path
