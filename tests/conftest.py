@@ -124,6 +124,15 @@ def key(request):
     return jax.random.key(zlib.crc32(request.node.name.encode()))
 
 
+@pytest.fixture
+def unchecked_annotations():
+    """Turns run-time annotation checks off, for tests of what a function says about bad input."""
+    was_disabled = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", was_disabled)
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real data beside the repository; a test that needs it skips without it."""

@@ -1,0 +1,186 @@
+"""Data flows one way: this holds the table of who may import whom, and the size of files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 500
+
+# jedit/typing.py is a leaf: everybody may import it, it imports nobody.
+LEAVES = {"typing"}
+# These may import everything, and nobody imports them but the ones named with them.
+TOPS = {"cli": {"__main__"}, "recipes": {"cli"}, "__main__": set()}
+TABLE = {
+    "capture": set(),
+    "curvature": {"capture"},
+    "geometry": {"curvature"},
+    "objectives": set(),
+    "transforms": {"geometry", "curvature"},
+    "methods": {"capture", "curvature", "geometry", "objectives", "transforms", "edits"},
+    "metrics": {"objectives"},
+    "attacks": {"objectives"},
+    "edits": {"curvature"},
+    "checkpoint": {"curvature"},
+    "unlearn": {"objectives", "edits"},
+    "models": set(),
+    "data": set(),
+    "report": {"metrics"},
+    "typing": set(),
+}
+
+
+def module_name(path, source_root):
+    """The dotted name of a file, and whether it is a package's `__init__`."""
+    parts = path.relative_to(source_root).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    return ".".join(parts[:-1] if is_package else parts), is_package
+
+
+def imported_modules(name, source, *, is_package=False):
+    """Yields (line, dotted name) of all a module imports, wherever in it, relative ones too."""
+    package = name if is_package else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            called = node.func.id if isinstance(node.func, ast.Name) else called
+            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def violations(name, source, *, is_package=False):
+    """The imports of one module that the table forbids, one sentence each."""
+    parts = name.split(".")
+    row = parts[1] if len(parts) > 1 else None
+    found = []
+    if parts[0] == "jedit" and row is not None and row not in TABLE and row not in TOPS:
+        found.append(f"{name} has no row in the import table of {Path(__file__).name}")
+    for line, target in imported_modules(name, source, is_package=is_package):
+        root, *rest = target.split(".")
+        if root != "jedit":
+            continue
+        to = rest[0] if rest else None
+        allowed = True
+        if parts[0] == "jedit_kernels":
+            allowed = False
+        elif to in TOPS:
+            allowed = row == to or row in TOPS[to]
+        elif row is None or row in TOPS or to in LEAVES:
+            allowed = True
+        elif to == row:
+            # A method never imports another; what two share is a private module beside them.
+            is_method_pair = row == "methods" and not is_package and len(rest) > 1
+            allowed = not is_method_pair or rest[1].startswith("_") or rest[1] == parts[-1]
+        else:
+            # `from jedit import solve` names no folder: it would go round the table.
+            allowed = to in TABLE.get(row, set())
+        if not allowed:
+            found.append(f"{name}, line {line}: may not import {target}")
+    return found
+
+
+def too_long(name, source):
+    """A sentence for a file that should have been split, else nothing."""
+    num_lines = len(source.splitlines())
+    return [f"{name}: {num_lines} lines, at most {MAX_LINES}"] if num_lines > MAX_LINES else []
+
+
+def library_files():
+    """Yields (path, dotted name, whether it is a package) of both import packages."""
+    for source_root, package in ((ROOT, "jedit"), (ROOT / "kernels", "jedit_kernels")):
+        for path in sorted((source_root / package).rglob("*.py")):
+            yield path, *module_name(path, source_root)
+
+
+def test_imports_go_along_the_arrows():
+    files = list(library_files())
+    assert len(files) > 10
+    found = [
+        sentence
+        for path, name, is_package in files
+        for sentence in violations(name, path.read_text(), is_package=is_package)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_kernels_have_one_door():
+    doors = {
+        name
+        for path, name, is_package in library_files()
+        if name.split(".")[0] == "jedit"
+        for _, target in imported_modules(name, path.read_text(), is_package=is_package)
+        if target.split(".")[0] == "jedit_kernels"
+    }
+    assert len(doors) <= 1, doors
+
+
+def test_files_are_short():
+    folders = ("jedit", "kernels", "tests")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = [s for path in paths for s in too_long(path.relative_to(ROOT), path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("jedit.capture.sites", "from jedit.curvature import kfac"),
+        ("jedit.capture.sites", "import jedit.models.gpt"),
+        ("jedit.capture.sites", "def f():\n    from ..models import gpt"),
+        ("jedit.capture.sites", "import importlib\nimportlib.import_module('jedit.data')"),
+        ("jedit.curvature.kfac", "from jedit.methods.kfade import kfade"),
+        ("jedit.curvature.kfac", "from jedit import find_sites"),
+        ("jedit.curvature.kfac", "import jedit"),
+        ("jedit.objectives.npo", "from jedit.metrics import loss"),
+        ("jedit.metrics.loss", "from jedit.edits import Edit"),
+        ("jedit.methods.kfade", "from jedit.methods.rosu import rosu"),
+        ("jedit.methods.kfade", "from . import rosu"),
+        ("jedit.methods.kfade", "from jedit.unlearn import unlearn"),
+        ("jedit.models.gpt", "from ..data import authors"),
+        ("jedit.report", "from jedit.recipes import digits"),
+        ("jedit.recipes.digits", "from jedit.cli import main"),
+        ("jedit.typing", "from jedit.edits import Edit"),
+        ("jedit.unlearn", "from jedit.methods import kfade"),
+        ("jedit.nameless", ""),
+        ("jedit_kernels.moment", "from jedit.typing import Batch"),
+    ],
+)
+def test_a_planted_violation_is_found(name, source):
+    assert len(violations(name, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "is_package"),
+    [
+        ("jedit", "from jedit.methods.kfade import kfade\nfrom jedit.edits import Edit", True),
+        ("jedit.curvature.kfac", "from jedit.capture import capture\nfrom .blocks import x", False),
+        ("jedit.objectives.npo", "from jedit.typing import Batch\nimport jax", False),
+        ("jedit.methods", "from jedit.methods.kfade import kfade\nfrom . import rosu", True),
+        ("jedit.methods.kfade", "from jedit.methods._search import search", False),
+        ("jedit.cli", "from jedit.recipes import digits\nimport jedit", False),
+        ("jedit.recipes.digits", "from jedit.report import page\nimport jedit", False),
+    ],
+)
+def test_what_is_allowed_is_not_found(name, source, is_package):
+    assert violations(name, source, is_package=is_package) == []
+
+
+def test_the_top_of_the_package_imports_no_command_line():
+    assert len(violations("jedit", "from jedit.cli import main", is_package=True)) == 1
+    assert len(violations("jedit", "from . import recipes", is_package=True)) == 1
+
+
+def test_a_planted_long_file_is_found():
+    assert too_long("x", "x = 1\n" * MAX_LINES) == []
+    assert too_long("x", "x = 1\n" * (MAX_LINES + 1)) == ["x: 501 lines, at most 500"]
