@@ -1,0 +1,59 @@
+"""A Flax NNX module as a pure function and a nested dict of arrays.
+
+The rest of the library knows models only as `apply(params, inputs) -> outputs`. The parameters are
+plain nested dicts with string keys (a list of modules becomes the keys "0", "1", ...), so that a
+path such as "blocks/0/attn/query/kernel" is the same before and after a checkpoint, and any pytree
+tool can read it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+Apply = Callable[[PyTree, Any], Array]
+
+
+def to_pure(module: nnx.Module) -> tuple[Apply, dict[str, Any]]:
+    """Split a module that carries nothing but parameters into `(apply, params)`.
+
+    `apply` holds the module's static structure alone; it draws no random numbers and changes no
+    state.
+
+    Args:
+        module: an NNX module whose call takes one argument.
+
+    Returns:
+        `apply(params, inputs) -> module(inputs)`, and the parameters as nested dicts of arrays.
+
+    Raises:
+        ValueError: the module carries state besides parameters (batch statistics, random streams).
+    """
+    graphdef, state, rest = nnx.split(module, nnx.Param, ...)
+    if leftover := ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]:
+        raise ValueError(
+            f"{type(module).__name__} carries state that is no parameter: {', '.join(leftover)}. A "
+            "pure function of the parameters needs a module without dropout, batch statistics or "
+            "caches."
+        )
+
+    def apply(params: PyTree, inputs: Any) -> Array:
+        return nnx.merge(graphdef, _with_list_indices(params))(inputs)
+
+    return apply, _with_string_keys(nnx.to_pure_dict(state))
+
+
+def _with_string_keys(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {str(name): _with_string_keys(value) for name, value in tree.items()}
+    return tree
+
+
+def _with_list_indices(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {
+            int(name) if name.isdecimal() else name: _with_list_indices(value)
+            for name, value in tree.items()
+        }
+    return tree

@@ -1,0 +1,60 @@
+"""A multilayer perceptron: dense layers with an activation between them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from jedit.models.functional import Apply, to_pure
+
+
+class _Mlp(nnx.Module):
+    def __init__(
+        self, sizes: Sequence[int], activation: Callable, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.activation = activation
+        self.layers = nnx.List(
+            nnx.Linear(d_in, d_out, param_dtype=param_dtype, rngs=rngs)
+            for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True)
+        )
+
+    def __call__(self, x: Float[Array, "batch *features"]) -> Float[Array, "batch d_out"]:
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x))
+        return self.layers[-1](x)
+
+
+def mlp(
+    *,
+    key: Key[Array, ""],
+    sizes: Sequence[int],
+    activation: Callable[[Array], Array] = jax.nn.relu,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Apply, dict[str, Any]]:
+    """Make a multilayer perceptron as a pure function.
+
+    Inputs are flattened after their first axis, so images may be given as they are. Parameters are
+    "layers/<i>/kernel" of shape `(sizes[i], sizes[i + 1])` and "layers/<i>/bias".
+
+    Args:
+        key: for the initial parameters (LeCun normal kernels, zero biases).
+        sizes: the input width, the hidden widths, the number of outputs.
+        activation: what stands between two layers; the identity gives a deep linear network.
+        dtype: of the parameters; the computation follows the parameters given to `apply`.
+
+    Returns:
+        `(apply, params)`, with `apply(params, inputs) -> logits`.
+
+    Raises:
+        ValueError: fewer than two sizes.
+    """
+    if len(sizes) < 2:
+        raise ValueError(
+            f"sizes must name at least an input and an output width, got {tuple(sizes)}."
+        )
+    return to_pure(_Mlp(sizes, activation, dtype, nnx.Rngs(key)))

@@ -1,0 +1,271 @@
+"""The reference models against plain NumPy, and their promises as pure functions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+from numpy.testing import assert_array_equal
+
+from jedit.models import cnn, gpt, greedy_decode, mlp, to_pure
+
+RANDOM = ("random", "threefry", "rng_bit_generator")
+
+
+def paths(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
+
+
+def numpy_tree(params):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+def randomised(params, key):
+    """The same structure, every leaf random: zero biases and unit gains would hide mistakes."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def shifted(leaf):
+        noise = 0.3 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(np.asarray(leaf, np.float64) + noise, leaf.dtype)
+
+    return jax.tree.map(shifted, params)
+
+
+def primitives(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for sub in jaxprs_in_params(eqn.params):
+            yield from primitives(sub)
+
+
+def test_mlp_equals_numpy(keys, float_dtype, tolerance):
+    apply, params = mlp(key=next(keys), sizes=(6, 5, 4, 3), dtype=float_dtype)
+    params = randomised(params, next(keys))
+    x = jax.random.normal(next(keys), (7, 2, 3), float_dtype)
+    h = np.asarray(x, np.float64).reshape(7, 6)
+    layers = numpy_tree(params)["layers"]
+    for i in range(3):
+        h = h @ layers[str(i)]["kernel"] + layers[str(i)]["bias"]
+        h = np.maximum(h, 0) if i < 2 else h
+    tolerance.check(jax.jit(apply)(params, x), h)
+    assert paths(params)["layers/1/kernel"].shape == (5, 4)
+
+
+def test_mlp_with_the_identity_is_a_product_of_matrices(keys, float_dtype, tolerance):
+    apply, params = mlp(key=next(keys), sizes=(4, 3, 2), activation=lambda x: x, dtype=float_dtype)
+    x = jax.random.normal(next(keys), (5, 4), float_dtype)
+    layers = numpy_tree(params)["layers"]
+    want = np.asarray(x, np.float64) @ layers["0"]["kernel"] @ layers["1"]["kernel"]
+    tolerance.check(jax.jit(apply)(params, x), want)
+
+
+def numpy_conv(x, kernel, bias):
+    """3 x 3 cross-correlation with zero padding, written as nine shifted products."""
+    n, height, width, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((n, height, width, kernel.shape[-1])) + bias
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i : i + height, j : j + width] @ kernel[i, j]
+    return out
+
+
+def test_cnn_equals_numpy(keys, float_dtype, tolerance):
+    apply, params = cnn(
+        key=next(keys),
+        image_shape=(8, 4, 2),
+        num_classes=5,
+        channels=(3, 4),
+        hidden=6,
+        dtype=float_dtype,
+    )
+    params = randomised(params, next(keys))
+    x = jax.random.normal(next(keys), (3, 8, 4, 2), float_dtype)
+    h, tree = np.asarray(x, np.float64), numpy_tree(params)
+    for i in range(2):
+        h = np.maximum(
+            numpy_conv(h, tree["convs"][str(i)]["kernel"], tree["convs"][str(i)]["bias"]), 0
+        )
+        h = np.maximum.reduce([h[:, a::2, b::2] for a in range(2) for b in range(2)])
+    h = np.maximum(h.reshape(3, -1) @ tree["hidden"]["kernel"] + tree["hidden"]["bias"], 0)
+    want = h @ tree["head"]["kernel"] + tree["head"]["bias"]
+    tolerance.check(jax.jit(apply)(params, x), want)
+
+
+def numpy_norm(x, tree):
+    centred = x - x.mean(-1, keepdims=True)
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * tree["scale"]
+        + tree["bias"]
+    )
+
+
+def numpy_dense(x, tree):
+    return x @ tree["kernel"] + tree["bias"]
+
+
+def numpy_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def numpy_gpt(tree, tokens, num_heads):
+    """The forward pass, token by token and head by head."""
+    rows = []
+    for row in np.asarray(tokens):
+        x = tree["embed"]["embedding"][row] + tree["positions"][: len(row)]
+        for i in range(len(tree["blocks"])):
+            block = tree["blocks"][str(i)]
+            h = numpy_norm(x, block["attn_norm"])
+            q, k, v = (numpy_dense(h, block["attn"][n]) for n in ("query", "key", "value"))
+            mixed = np.zeros_like(q)
+            size = q.shape[-1] // num_heads
+            for head in range(num_heads):
+                part = slice(head * size, (head + 1) * size)
+                for t in range(len(row)):
+                    score = k[: t + 1, part] @ q[t, part] / np.sqrt(size)
+                    weight = np.exp(score - score.max())
+                    mixed[t, part] = weight / weight.sum() @ v[: t + 1, part]
+            x = x + numpy_dense(mixed, block["attn"]["out"])
+            h = numpy_norm(x, block["mlp_norm"])
+            x = x + numpy_dense(
+                numpy_gelu(numpy_dense(h, block["mlp"]["up"])), block["mlp"]["down"]
+            )
+        rows.append(numpy_norm(x, tree["norm"]) @ tree["head"]["kernel"])
+    return np.stack(rows)
+
+
+def small_gpt(key, dtype=jnp.float32):
+    apply, params = gpt(
+        key=jax.random.fold_in(key, 0),
+        vocab=11,
+        width=8,
+        num_layers=2,
+        num_heads=2,
+        max_len=7,
+        dtype=dtype,
+    )
+    return apply, randomised(params, jax.random.fold_in(key, 1))
+
+
+def test_gpt_equals_numpy(keys, float_dtype, tolerance):
+    apply, params = small_gpt(next(keys), float_dtype)
+    tokens = jax.random.randint(next(keys), (3, 6), 0, 11)
+    tolerance.check(jax.jit(apply)(params, tokens), numpy_gpt(numpy_tree(params), tokens, 2))
+
+
+def test_gpt_sees_nothing_to_the_right(keys, float_dtype):
+    apply, params = small_gpt(next(keys), float_dtype)
+    tokens = jax.random.randint(next(keys), (3, 6), 0, 11)
+    changed = tokens.at[:, 4:].set((tokens[:, 4:] + 1) % 11)
+    before, after = (jax.jit(apply)(params, x) for x in (tokens, changed))
+    assert_array_equal(before[:, :4], after[:, :4])
+    assert np.abs(np.asarray(before - after)[:, 4:]).max() > 1e-3
+
+
+def test_paths_are_the_documented_ones(key):
+    _, params = small_gpt(key)
+    shapes = {path: leaf.shape for path, leaf in paths(params).items()}
+    assert shapes["blocks/0/attn/query/kernel"] == (8, 8)
+    assert shapes["blocks/1/mlp/up/kernel"] == (8, 32)
+    assert shapes["blocks/1/mlp/down/bias"] == (8,)
+    assert shapes["blocks/0/attn_norm/scale"] == (8,)
+    assert shapes["positions"] == (7, 8)
+    assert shapes["embed/embedding"] == (11, 8)
+    assert shapes["head/kernel"] == (8, 11)
+    assert "head/bias" not in shapes
+    _, params = cnn(key=jax.random.fold_in(key, 1))
+    assert {p: x.shape for p, x in paths(params).items() if "kernel" in p} == {
+        "convs/0/kernel": (3, 3, 1, 16),
+        "convs/1/kernel": (3, 3, 16, 32),
+        "hidden/kernel": (128, 64),
+        "head/kernel": (64, 10),
+    }
+
+
+def makers(key, dtype):
+    keys = jax.random.split(key, 3)
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    images = jnp.zeros((2, 8, 8, 1), dtype)
+    return {
+        "gpt": (*small_gpt(keys[0], dtype), tokens),
+        "cnn": (*cnn(key=keys[1], dtype=dtype), images),
+        "mlp": (*mlp(key=keys[2], sizes=(64, 5, 3), dtype=dtype), images),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn", "mlp"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_apply_is_pure_and_keeps_the_dtype(key, name, dtype):
+    apply, params, inputs = makers(key, dtype)[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    traced = jax.make_jaxpr(apply)(params, inputs)
+    assert not [p for p in primitives(traced.jaxpr) if p.startswith(RANDOM)]
+    assert not traced.effects
+    assert not traced.consts
+    outputs = jax.jit(apply)(params, inputs)
+    assert outputs.dtype == dtype
+
+
+@pytest.mark.reuses_keys
+def test_the_key_decides_the_parameters(key):
+    first, again = (mlp(key=key, sizes=(4, 3))[1] for _ in range(2))
+    other = mlp(key=jax.random.fold_in(key, 1), sizes=(4, 3))[1]
+    assert_array_equal(first["layers"]["0"]["kernel"], again["layers"]["0"]["kernel"])
+    assert np.any(first["layers"]["0"]["kernel"] != other["layers"]["0"]["kernel"])
+
+
+def test_many_layers_keep_their_order(key, float_dtype, tolerance):
+    """String keys sort as text, "10" before "2"; the layers must not."""
+    sizes = (2,) * 13
+    apply, params = mlp(key=key, sizes=sizes, activation=lambda x: x, dtype=float_dtype)
+    want = np.ones((1, 2))
+    for i in range(len(sizes) - 1):
+        want = want @ np.asarray(params["layers"][str(i)]["kernel"])
+    got = jax.jit(apply)(params, jnp.ones((1, 2), float_dtype))
+    tolerance.check(got, want)
+
+
+def test_greedy_decode_equals_a_loop(keys, float_dtype):
+    apply, params = small_gpt(next(keys), float_dtype)
+    tree = numpy_tree(params)
+    prompts = [[3, 1, 4], [5, 9], [2, 6, 5]]
+    padded = jnp.asarray([[3, 1, 4], [5, 9, 7], [2, 6, 5]], jnp.int32)
+    got = greedy_decode(apply, params, padded, 4, prompt_lengths=jnp.asarray([3, 2, 3]))
+    for row, prompt in zip(np.asarray(got), prompts, strict=True):
+        tokens = list(prompt)
+        for _ in range(4):
+            tokens.append(int(np.argmax(numpy_gpt(tree, [tokens], 2)[0, -1])))
+        assert list(row) == tokens[len(prompt) :]
+    assert_array_equal(greedy_decode(apply, params, padded, 4)[::2], got[::2])
+
+
+def test_failures_say_what_to_do(key):
+    with pytest.raises(ValueError, match="width 9 is not a multiple of num_heads 2"):
+        gpt(key=key, vocab=3, width=9, num_layers=1, num_heads=2, max_len=4)
+    with pytest.raises(ValueError, match="divisible by 4"):
+        cnn(key=key, image_shape=(6, 8, 1))
+    with pytest.raises(ValueError, match="at least an input and an output width"):
+        mlp(key=key, sizes=(3,))
+    apply, params = small_gpt(key)
+    with pytest.raises(ValueError, match="8 tokens long, but the model has 7 positions"):
+        apply(params, jnp.zeros((1, 8), jnp.int32))
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        greedy_decode(apply, params, jnp.zeros((1, 2), jnp.int32), 0)
+    with pytest.raises(ValueError, match=r"prompt_lengths must be \(2,\), got \(3,\)"):
+        greedy_decode(apply, params, jnp.zeros((2, 2), jnp.int32), 1, prompt_lengths=jnp.arange(3))
+    with pytest.raises(ValueError, match="Dropout carries state that is no parameter"):
+        to_pure(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture
+def float_dtype():
+    return jnp.float64 if jax.config.read("jax_enable_x64") else jnp.float32
+
+
+@pytest.fixture
+def keys(key):
+    return (jax.random.fold_in(key, i) for i in itertools.count())
