@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 
@@ -19,3 +21,8 @@ class Batch(NamedTuple):
     targets: Array | None = None
     mask: Array | None = None
     valid: Array | None = None
+
+
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that sums over values of `dtype` accumulate in: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)

@@ -1,0 +1,315 @@
+"""Curvature: one block per parameter matrix, and the linear algebra on trees shaped like params.
+
+A block is a Kronecker product of two symmetric factors, optionally with corrected eigenvalues
+(EK-FAC), or a diagonal. In the eigenbasis, with T the matrix of a tree's leaf (bias last),
+
+    f(F) T = Q_A [ f(Λ) ∘ (Q_Aᵀ T Q_G) ] Q_Gᵀ,   Λ_ij = a_i g_j   or the corrected eigenvalues
+
+so `solve`, `matvec`, `power` are the same few lines with another f.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jedit.capture import Weight
+from jedit.capture.discover import parameter_paths
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _pytree(*meta: str) -> Callable[[type], type]:
+    """Register a frozen dataclass whose fields `meta` are static."""
+
+    def register(cls: type) -> type:
+        fields = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
+        return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=list(meta))
+
+    return register
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A symmetric positive semi-definite matrix per layer, with its eigenbasis; or a diagonal one.
+
+    Attributes:
+        matrix: (layers, d, d), or (layers, d) for a diagonal factor.
+        basis: (layers, d, d), eigenvectors in columns; None for a diagonal factor.
+        eigenvalues: (layers, d), ascending, never negative; in place for a diagonal factor.
+    """
+
+    matrix: Array
+    basis: Array | None
+    eigenvalues: Array
+
+    def rotate(self, x: Array, axis: int, *, back: bool = False) -> Array:
+        """Qᵀ (or Q, back) along an axis of (layers, d_in, d_out)."""
+        if self.basis is None:
+            return x
+        q = jnp.swapaxes(self.basis, 1, 2) if back else self.basis
+        spec = "lia,lij->laj" if axis == 1 else "lja,lij->lia"
+        return jnp.einsum(spec, q, x, precision=HIGHEST)
+
+
+@_pytree("weight", "input", "output")
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """A ⊗ G of one parameter matrix.
+
+    Attributes:
+        weight: which parameters it is, and how they form a matrix.
+        input: name of the factor A in `Curvature.factors`; blocks reading one activation share it.
+        output: name of the factor G.
+        corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j.
+    """
+
+    weight: Weight
+    input: str
+    output: str
+    corrected: Array | None = None
+
+
+@_pytree("weight")
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """The diagonal of one parameter matrix's block: (layers, rows, d_out)."""
+
+    weight: Weight
+    values: Array
+
+
+@_pytree()
+@dataclasses.dataclass(frozen=True)
+class Curvature:
+    """A positive semi-definite approximation of the Gauss-Newton matrix of the mean output loss.
+
+    Attributes:
+        blocks: by parameter path (with "#k" for a further, disjoint slice of one leaf).
+        factors: the Kronecker factors, by name.
+        num_outputs: M, the outputs it is a mean over.
+    """
+
+    blocks: dict[str, Kronecker | Diagonal]
+    factors: dict[str, Factor]
+    num_outputs: Array
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Paths of the parameters it covers."""
+        return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
+
+    def __str__(self) -> str:
+        lines = ["block  matrix  A  G"]
+        for name, block in self.blocks.items():
+            weight = block.weight
+            bias = f" + {weight.bias_path}" if weight.bias_path else ""
+            layers = f"{weight.layers} x " if weight.is_stacked else ""
+            kinds = "diagonal block"
+            if isinstance(block, Kronecker):
+                kinds = "  ".join(
+                    "dense" if self.factors[f].basis is not None else "diagonal"
+                    for f in (block.input, block.output)
+                )
+                kinds += "  (corrected eigenvalues)" if block.corrected is not None else ""
+            lines.append(f"{name}{bias}  {layers}{weight.rows} x {weight.d_out}  {kinds}")
+        return "\n".join(lines)
+
+
+def eigenvalues(curvature: Curvature, name: str) -> Array:
+    """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
+    block = curvature.blocks[name]
+    if isinstance(block, Diagonal):
+        return block.values
+    if block.corrected is not None:
+        return block.corrected
+    a = curvature.factors[block.input].eigenvalues
+    g = curvature.factors[block.output].eigenvalues
+    return a[:, :, None] * g[:, None, :]
+
+
+def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
+    """Into a block's eigenbasis (or back) for (layers, rows, d_out)."""
+    block = curvature.blocks[name]
+    if isinstance(block, Diagonal):
+        return matrix
+    matrix = curvature.factors[block.input].rotate(matrix, 1, back=back)
+    return curvature.factors[block.output].rotate(matrix, 2, back=back)
+
+
+def apply_spectral(
+    curvature: Curvature,
+    tree: PyTree,
+    function: Callable[[Array], Array],
+    *,
+    damping: float | Array = 0.0,
+    relative: bool = False,
+    uncovered: str = "zero",
+) -> PyTree:
+    """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments."""
+    if uncovered not in ("zero", "identity"):
+        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    leaves = dict(parameter_paths(tree))
+    _check_tree(curvature, leaves)
+    total: dict[str, Array] = {}
+    rest = dict(leaves)
+    for name, block in curvature.blocks.items():
+        values = eigenvalues(curvature, name)
+        mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
+        matrix = block.weight.gather(mine)
+        damped = values + _damping(values, damping, relative)
+        rotated = function(damped) * rotate(curvature, name, matrix)
+        result = rotate(curvature, name, rotated, back=True)
+        for path, part in block.weight.scatter(result).items():
+            total[path] = total[path] + part if path in total else part
+        if uncovered == "identity":
+            for path, part in block.weight.scatter(matrix).items():
+                rest[path] = rest[path] - part.astype(rest[path].dtype)
+    out = []
+    for path, leaf in leaves.items():
+        left = rest[path] if uncovered == "identity" else jnp.zeros_like(leaf)
+        out.append(left + total[path].astype(leaf.dtype) if path in total else left)
+    return jax.tree.unflatten(jax.tree.structure(tree), out)
+
+
+def _damping(values: Array, damping, relative: bool) -> Array:
+    """λ, for each layer of a stacked block its own when relative."""
+    damping = jnp.asarray(damping, values.dtype)
+    if not relative:
+        return damping
+    return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
+
+
+def _check_tree(curvature: Curvature, leaves: Mapping[str, Array]) -> None:
+    for block in curvature.blocks.values():
+        weight = block.weight
+        shapes = {weight.path: weight.shape, weight.bias_path: weight.bias_shape}
+        for path in weight.paths:
+            if path not in leaves:
+                raise ValueError(
+                    f"the tree has no leaf {path!r}, which the curvature covers; it must be shaped "
+                    "like the params that the curvature was estimated at"
+                )
+            if leaves[path].shape != shapes[path]:
+                raise ValueError(
+                    f"leaf {path!r} has shape {leaves[path].shape}, the curvature's parameter has "
+                    f"{shapes[path]}"
+                )
+
+
+def solve(
+    curvature: Curvature,
+    tree: PyTree,
+    *,
+    damping: float | Array,
+    relative: bool = False,
+    uncovered: str = "zero",
+) -> PyTree:
+    """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
+
+    Args:
+        curvature: the blocks.
+        tree: a pytree shaped like params, e.g. a gradient.
+        damping: λ, in units of the eigenvalues; directions of zero eigenvalue are left at zero when
+            it is zero.
+        relative: λ is in units of each block's mean eigenvalue.
+        uncovered: parameters without a block become "zero" (frozen), or pass as by "identity".
+
+    Returns:
+        A pytree like `tree`, in its dtypes.
+
+    Raises:
+        ValueError: the tree lacks a covered parameter, or has it in another shape.
+    """
+
+    def invert(values):
+        is_zero = values == 0
+        return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
+
+    return apply_spectral(
+        curvature, tree, invert, damping=damping, relative=relative, uncovered=uncovered
+    )
+
+
+def matvec(
+    curvature: Curvature,
+    tree: PyTree,
+    *,
+    damping: float | Array = 0.0,
+    relative: bool = False,
+    uncovered: str = "zero",
+) -> PyTree:
+    """(F + λ) T; arguments and errors as `solve`."""
+    return apply_spectral(
+        curvature, tree, lambda v: v, damping=damping, relative=relative, uncovered=uncovered
+    )
+
+
+def power(
+    curvature: Curvature,
+    tree: PyTree,
+    exponent: float,
+    *,
+    damping: float | Array = 0.0,
+    relative: bool = False,
+    uncovered: str = "zero",
+) -> PyTree:
+    """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
+
+    def raised(values):
+        is_zero = values == 0
+        return jnp.where(is_zero, 0, jnp.where(is_zero, 1, values) ** exponent)
+
+    return apply_spectral(
+        curvature, tree, raised, damping=damping, relative=relative, uncovered=uncovered
+    )
+
+
+def quadratic_form(
+    curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
+) -> Array:
+    """Tᵀ (F + λ) T over the covered parameters, a scalar. Half of it predicts the retain KL of T."""
+    leaves = dict(parameter_paths(tree))
+    _check_tree(curvature, leaves)
+    parts = []
+    for name, block in curvature.blocks.items():
+        values = eigenvalues(curvature, name)
+        mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
+        rotated = rotate(curvature, name, block.weight.gather(mine))
+        damped = values + _damping(values, damping, relative)
+        parts.append(jnp.sum(damped * rotated**2))
+    return _sum(parts)
+
+
+def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
+    """The trace of F + λ over the covered parameters, a scalar."""
+    parts = []
+    for name in curvature.blocks:
+        values = eigenvalues(curvature, name)
+        parts.append(jnp.sum(values + _damping(values, damping, relative)))
+    return _sum(parts)
+
+
+def _sum(parts: list[Array]) -> Array:
+    """The sum of scalars in the widest of their dtypes; blocks of one model may differ."""
+    dtype = jnp.float64 if any(p.dtype == jnp.float64 for p in parts) else jnp.float32
+    return sum((p.astype(dtype) for p in parts), jnp.zeros((), dtype))
+
+
+def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
+    """(A, G) of a parameter; A's last coordinate is the bias, where the site has one.
+
+    A stacked parameter's factors have a leading layer axis; a diagonal factor is a vector.
+
+    Raises:
+        ValueError: no such block, or one that is diagonal.
+    """
+    block = curvature.blocks.get(path)
+    if not isinstance(block, Kronecker):
+        known = [n for n, b in curvature.blocks.items() if isinstance(b, Kronecker)]
+        raise ValueError(f"{path!r} has no Kronecker block; those that have: {', '.join(known)}")
+    pair = tuple(curvature.factors[f].matrix for f in (block.input, block.output))
+    return pair if block.weight.is_stacked else tuple(x[0] for x in pair)

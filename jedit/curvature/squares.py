@@ -1,0 +1,99 @@
+"""The sum over examples of squared per-example gradients, in any pair of bases.
+
+    Σ_n [ Q_Aᵀ (Σ_s a_ns g_nsᵀ) Q_G ]²      (layers, rows, d_out)
+
+which is EK-FAC's corrected spectrum, and with Q = 1 the diagonal of the Fisher. Inputs and gradients
+are rotated first; a batch of one position an example is then one product of squares, anything longer
+goes example by example through one buffer, so that gradients of all examples never coexist.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jedit.capture import Site
+from jedit.capture.capture import scatter_rows
+from jedit.curvature.grouping import Block, Member
+from jedit.curvature.scores import Pass
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def add_squared_gradients(
+    done: Pass,
+    block: Block,
+    pulled: dict[str, Array],
+    total: Array | None,
+    bases: tuple[Array | None, Array | None] = (None, None),
+) -> Array:
+    """Add one batch's squared gradients of one block to `total` (None: zero).
+
+    Args:
+        done: the captured batch.
+        block: the block.
+        pulled: gradients at the sites' outputs.
+        total: (layers, rows, d_out).
+        bases: eigenvectors of A (bias included) and of G; None for the standard basis.
+
+    Returns:
+        The new total.
+    """
+    weight = block.weight
+    if total is None:
+        total = jnp.zeros((weight.layers, weight.rows, weight.d_out), done.dtype)
+    sites = done.captured.sites
+    parts = [_member(done, sites[m.site], m, pulled, bases) for m in block.members]
+    total = total + sum(done.poison(sites[m.site]) for m in block.members)
+    if len(parts) == 1 and parts[0][0].shape[2] == 1 and parts[0][0].ndim == 4:
+        a, g = (x[:, :, 0] ** 2 for x in parts[0])
+        return total + jnp.einsum("lni,lno->lio", a, g, precision=HIGHEST)
+
+    def example(total, n_parts):
+        gradient = sum(
+            _one_gradient(part, sites[m.site], m, bases)
+            for part, m in zip(n_parts, block.members, strict=True)
+        )
+        return total + gradient**2, None
+
+    by_example = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+    return jax.lax.scan(example, total, by_example)[0]
+
+
+def _member(done: Pass, site: Site, member: Member, pulled, bases) -> tuple[Array, Array]:
+    """(a, g) of one site, rotated, (layers, examples, positions, features)."""
+    g = done.gradients(site, pulled)
+    basis_in, basis_out = bases[::-1] if member.is_flipped else bases
+    g = _rotate(g, basis_out)
+    if site.kind == "bias":
+        return jnp.full((*g.shape[:3], 1), member.scale, g.dtype), g
+    a, v = done.inputs(site)
+    if site.kind == "embedding":
+        g = g if v is None else jnp.where(v[..., None], g, 0)
+        return a, g
+    if site.kind == "scale":
+        return (member.scale * a * g), None
+    a = member.scale * a
+    if site.weight.bias_path is not None:
+        ones = jnp.full((*a.shape[:3], 1), member.bias_scale, a.dtype)
+        ones = ones if v is None else jnp.where(v[..., None], ones, 0)
+        a = jnp.concatenate([a, ones], axis=-1)
+    return _rotate(a, basis_in), g
+
+
+def _rotate(x: Array, basis: Array | None) -> Array:
+    return x if basis is None else jnp.einsum("lnsi,lij->lnsj", x, basis, precision=HIGHEST)
+
+
+def _one_gradient(part, site: Site, member: Member, bases) -> Array:
+    """One example's gradient (layers, rows, d_out) in the block's bases and orientation."""
+    a, g = part
+    if site.kind == "embedding":
+        basis_in = bases[1] if member.is_flipped else bases[0]
+        gradient = jax.vmap(lambda i, x: scatter_rows(site, i, x))(a, g) * member.scale
+        if basis_in is not None:  # a tied table whose row factor is dense
+            gradient = jnp.einsum("lij,lio->ljo", basis_in, gradient, precision=HIGHEST)
+    elif site.kind == "scale":
+        gradient = jnp.sum(a, axis=1, keepdims=True)
+    else:
+        gradient = jnp.einsum("lsi,lso->lio", a, g, precision=HIGHEST)
+    return jnp.swapaxes(gradient, 1, 2) if member.is_flipped else gradient
