@@ -1,0 +1,63 @@
+"""Bound a step by what it is predicted to cost: scale u down until ½ uᵀFu <= max_kl."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jedit.curvature import Curvature, quadratic_form
+
+
+class ClipByCurvatureNormState(NamedTuple):
+    """The curvature, as an argument of the jitted step, and what the last update was predicted to cost.
+
+    Attributes:
+        curvature: of the retain outputs.
+        predicted_kl: ½ uᵀFu of the last update before clipping, nats per output.
+    """
+
+    curvature: Curvature
+    predicted_kl: Array
+
+
+def clip_by_curvature_norm(
+    curvature: Curvature, max_kl: float | Array
+) -> optax.GradientTransformationExtraArgs:
+    """Scale an update down so that its predicted retain KL, ½ uᵀFu, is at most `max_kl`.
+
+    A trust region: it bounds each step, not their sum, and by prediction, not in truth. Stands last,
+    after the learning rate and weight decay, for it bounds the change that is really made:
+
+        optax.chain(optax.adamw(1e-4), clip_by_curvature_norm(curvature, max_kl=1e-3))
+
+    Only covered parameters count, but the whole update is scaled.
+
+    Args:
+        curvature: of the retain outputs, shaped for these params.
+        max_kl: nats per unmasked output.
+
+    Returns:
+        The transform; a call of `update` costs one `quadratic_form`.
+
+    Raises:
+        ValueError: at `update`, the updates are not shaped like the curvature's parameters.
+    """
+
+    def predicted(curvature, updates):
+        return 0.5 * quadratic_form(curvature, updates)
+
+    def init(params):
+        shape = jax.eval_shape(predicted, curvature, params)
+        return ClipByCurvatureNormState(curvature, jnp.zeros(shape.shape, shape.dtype))
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        kl = predicted(state.curvature, updates)
+        is_over = kl > max_kl
+        factor = jnp.where(is_over, jnp.sqrt(max_kl / jnp.where(is_over, kl, 1)), 1)
+        updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+        return updates, ClipByCurvatureNormState(state.curvature, kl)
+
+    return optax.GradientTransformationExtraArgs(init, update)

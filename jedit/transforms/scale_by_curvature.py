@@ -1,0 +1,77 @@
+"""Precondition updates by a curvature: u <- (F + λ)⁻¹ u, a natural-gradient step in its metric."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array
+
+from jedit.curvature import Curvature, solve
+
+
+class ScaleByCurvatureState(NamedTuple):
+    """The curvature stands here, so that it is an argument of the jitted step and not a constant."""
+
+    curvature: Curvature
+
+
+def scale_by_curvature(
+    curvature: Curvature,
+    *,
+    damping: float | Array = 1e-2,
+    relative: bool = True,
+    uncovered: str = "zero",
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by (F + λ)⁻¹, so that they are free where the retain outputs do not look.
+
+    Stands where Adam's scaling would stand, before the learning rate:
+
+        optax.chain(scale_by_curvature(curvature), optax.scale_by_learning_rate(0.1))
+
+    Adam after it would undo most of it; weight decay belongs after it.
+
+    Args:
+        curvature: of the retain outputs, shaped for these params.
+        damping: λ; in units of each block's mean eigenvalue when `relative` (ours: 0.01 to 0.1).
+        relative: whether it is.
+        uncovered: updates of parameters without a block become "zero" (they stay frozen), or pass
+            as they are by "identity".
+
+    Returns:
+        The transform; a call of `update` costs one `solve`.
+
+    Raises:
+        ValueError: at `update`, the updates are not shaped like the curvature's parameters.
+    """
+
+    def init(params):
+        del params
+        return ScaleByCurvatureState(curvature)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        updates = solve(
+            state.curvature, updates, damping=damping, relative=relative, uncovered=uncovered
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def refresh_curvature(state, curvature: Curvature):
+    """Put a newly estimated curvature into every curvature transform of an optimizer's state.
+
+    Args:
+        state: state of a chain that holds `scale_by_curvature` or `clip_by_curvature_norm`.
+        curvature: of the same structure as the old one.
+
+    Returns:
+        The new state.
+    """
+
+    def is_curvature(node):
+        return isinstance(node, Curvature)
+
+    return jax.tree.map(
+        lambda node: curvature if is_curvature(node) else node, state, is_leaf=is_curvature
+    )
