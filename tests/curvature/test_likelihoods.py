@@ -156,6 +156,23 @@ def test_impossible_classes_are_never_drawn(event, key):
         assert np.all(np.take_along_axis(np.asarray(weights), labels[:, None], 1) > 0)
 
 
+@pytest.mark.parametrize("event", [3, 64, 67])
+def test_labels_stay_inside_the_classes(event, key):
+    weights = jax.random.uniform(key, (400, event), jnp.float32, minval=0.1)
+    for u in (np.nextafter(np.float32(1), np.float32(0)), 1.0):
+        labels = likelihoods._inverse_cdf(weights, jnp.full(400, u, jnp.float32))
+        np.testing.assert_array_equal(labels, event - 1)
+
+
+def test_a_running_sum_that_is_not_monotone_selects_no_empty_class(monkeypatch):
+    """A parallel prefix sum may round equal sums differently; here the empty class 1 is higher."""
+    wobbly = jnp.array([[0.5, 0.5000001, 1.0]], jnp.float32)
+    monkeypatch.setattr(likelihoods.jnp, "cumsum", lambda *_, **__: wobbly)
+    weights, level = jnp.array([[0.5, 0.0, 0.5]], jnp.float32), jnp.array([0.5], jnp.float32)
+    first, _ = likelihoods._first_above(weights, level)
+    assert first[0] == 2
+
+
 def test_certain_and_huge_logits_stay_finite(key):
     z = jnp.array([[1e4, 0.0, -1e4], [0.0, -jnp.inf, -jnp.inf], [-jnp.inf, 3.0, 3.0]])
     likelihood = Categorical()
