@@ -125,7 +125,9 @@ bench: .venv/.bench
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 
 notebooks: .venv/.dev
-	@set -e; for notebook in $(wildcard notebooks/*.ipynb); do \
+	@set -e; notebooks="$(wildcard notebooks/*.ipynb)"; \
+	if [ -z "$$notebooks" ]; then echo "skipped: there are no notebooks yet"; fi; \
+	for notebook in $$notebooks; do \
 	  echo "executing $$notebook"; \
 	  .venv/bin/jupyter execute --timeout=180 "$$notebook"; \
 	done
