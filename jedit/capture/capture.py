@@ -1,4 +1,4 @@
-"""Capture activations and output gradients of any pure function, without forming weight gradients."""
+"""Capture activations and output gradients of any pure function; form no weight gradient."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,8 +50,7 @@ def capture(
         the gradient of <cotangent, outputs> at the output of every site, shaped like that output
         (axes of scans in front).
 
-    Raises:
-        ValueError: as `find_sites`.
+    A mistake raises `ValueError` before anything is computed, as in `find_sites`.
     """
     captured = run_capture(apply, params, inputs, select)
     return captured.outputs, captured.activations, captured.pullback
@@ -112,7 +111,7 @@ def site_gradient(site: Site, activation: Array | None, cotangent: Array) -> Arr
     """One site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
     g = _flat(site.canonical_gradients(cotangent))
     bias = site.bias_scale * g.sum(axis=1, keepdims=True)
-    if site.kind == "bias":
+    if activation is None:
         return site.scale * g.sum(axis=1, keepdims=True)
     a = site.canonical_inputs(activation)
     if site.kind == "embedding":
@@ -128,6 +127,8 @@ def site_gradient(site: Site, activation: Array | None, cotangent: Array) -> Arr
 
 def scatter_rows(site: Site, indices: Array, values: Array) -> Array:
     """Sum (n, d) `values` into rows (d_in, d) by index, as the site's gather reads out of range."""
+    if indices.dtype.itemsize < 4:  # a small integer cannot say "one past the last row"
+        indices = indices.astype(jnp.int32)
     if site.index_mode == "CLIP":
         indices = jnp.clip(indices, 0, site.weight.d_in - 1)
     else:  # a negative index that is still negative here was out of range: it read nothing

@@ -1,24 +1,26 @@
 """Evaluate a jaxpr again, with probes added at its sites and the activations that enter them kept.
 
-`rebind` is the only place that depends on how a JAX version re-binds an equation.
+How a JAX version re-binds an equation stands in `versions`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 
+from jedit.capture import versions
+from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
+
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """At this equation: add probe `probe` to the output, keep operand `operand` as record `record`."""
+    """At an equation: add `probe` to the output; `kept` is (record, operand to keep) or None."""
 
     probe: int
-    record: int | None
-    operand: int | None
+    kept: tuple[int, int] | None
 
 
 @dataclasses.dataclass
@@ -42,21 +44,11 @@ class Plan:
             self.branch,
         )
 
-    def all_taps(self) -> Iterator[Tap]:
+    def all_taps(self) -> list[Tap]:
         """Every tap, inner ones included."""
-        for taps in self.taps.values():
-            yield from taps
-        for plans in self.inner.values():
-            for plan in plans:
-                yield from plan.all_taps()
-
-    def all_branches(self) -> Iterator[int]:
-        """Every branch that holds a tap."""
-        if self.branch is not None and self:
-            yield self.branch
-        for plans in self.inner.values():
-            for plan in plans:
-                yield from plan.all_branches()
+        mine = [tap for taps in self.taps.values() for tap in taps]
+        plans = [plan for plans in self.inner.values() for plan in plans]
+        return mine + [tap for plan in plans for tap in plan.all_taps()]
 
 
 @dataclasses.dataclass
@@ -82,36 +74,8 @@ class Records:
         self.ran.update(tree[1])
 
 
-def inner_jaxprs(eqn) -> list[jex_core.ClosedJaxpr]:
-    """The jaxprs in an equation's parameters, closed."""
-    found = []
-    for value in eqn.params.values():
-        for x in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(x, jex_core.ClosedJaxpr):
-                found.append(x)
-            elif isinstance(x, jex_core.Jaxpr):
-                found.append(jex_core.ClosedJaxpr(x, ()))
-    return found
-
-
-def rebind(eqn, inputs: list) -> list:
-    """Evaluate one equation on other inputs, its custom derivative rules and context kept."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        if isinstance(bound, dict):  # jax >= 0.10
-            outs = eqn.primitive.bind(*inputs, **bound)
-        elif isinstance(bound, tuple) and len(bound) == 2:  # a pair (functions, parameters)
-            outs = eqn.primitive.bind(*bound[0], *inputs, **bound[1])
-        else:
-            raise NotImplementedError(
-                f"jax {jax.__version__} re-binds `{eqn.primitive.name}` in a way this version of "
-                "jedit does not know; jedit supports jax >= 0.10"
-            )
-    return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
 def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records: Records) -> list:
-    """The jaxpr's outputs, with `probes` added where `plan` says and activations put in `records`."""
+    """The jaxpr's outputs, probes added where `plan` says and activations put in `records`."""
     env: dict[Any, Any] = {}
 
     def read(atom):
@@ -126,8 +90,8 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
         else:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
-            if tap.record is not None and tap.record not in records.known:
-                records.activations.setdefault(tap.record, ins[tap.operand])
+            if tap.kept is not None and tap.kept[0] not in records.known:
+                records.activations.setdefault(tap.kept[0], ins[tap.kept[1]])
             outs[0] = outs[0] + probes[tap.probe]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
@@ -141,7 +105,7 @@ def _enter(eqn, ins, plans, probes, records) -> list:
     if name == "cond":
         return _enter_cond(eqn, ins, plans, probes, records)
     jaxpr = inner_jaxprs(eqn)[0]
-    if name in ("remat", "remat2", "checkpoint"):
+    if name in versions.REMAT:
         mine = _needed(plans[0], probes)
 
         def body(inputs, mine):
@@ -165,7 +129,7 @@ def _needed(plan: Plan, probes: dict[int, Any]) -> dict[int, Any]:
 def _enter_scan(eqn, ins, plan, probes, records) -> list:
     params = eqn.params
     body = params["jaxpr"]
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_layout(eqn)
     consts, init = ins[:num_consts], ins[num_consts : num_consts + num_carry]
 
     def step(carry, sliced):

@@ -1,12 +1,11 @@
-"""Which equations of a jaxpr matter to its outputs: a parameter that dead code reads is not used."""
+"""Which equations of a jaxpr matter to its outputs: what only dead code reads is not used."""
 
 from collections import Counter
 
 from jax.extend import core as jex_core
 
-from jedit.capture.interpreter import inner_jaxprs
-
-_TRANSPARENT = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+from jedit.capture import versions
+from jedit.capture.versions import inner_jaxprs
 
 
 def live_equations(jaxpr, live_out: list[bool]) -> tuple[list[bool], list[bool]]:
@@ -24,7 +23,7 @@ def live_equations(jaxpr, live_out: list[bool]) -> tuple[list[bool], list[bool]]
             continue
         live[i] = True
         reads = [True] * len(eqn.invars)
-        if eqn.primitive.name in _TRANSPARENT:
+        if eqn.primitive.name in versions.INLINED:
             _, reads = live_equations(inner_jaxprs(eqn)[0].jaxpr, outs)
         needed.update(
             v

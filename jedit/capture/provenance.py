@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-Op = tuple  # ("transpose", perm) | ("reshape", shape) | ("slice", start, limit, stride) | ("layer", depth)
+# ("transpose", perm) | ("reshape", shape) | ("slice", start, limit, stride) | ("layer", depth)
+Op = tuple
 
 
 def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
@@ -30,10 +31,8 @@ def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
             leaf = jnp.transpose(leaf, arguments[0])
         elif name == "reshape":
             leaf = jnp.reshape(leaf, arguments[0])
-        elif name == "slice":
-            leaf = jax.lax.slice(leaf, *arguments)
         else:
-            raise AssertionError(f"unknown relayout {name!r}")
+            leaf = jax.lax.slice(leaf, *arguments)
     return leaf
 
 
@@ -75,12 +74,16 @@ class Provenance:
         return dataclasses.replace(self, scale=self.scale * factor)
 
     def feature_ops(self) -> tuple[Op, ...]:
-        """Relayouts from the leaf to the core's axes in the order of the view, broadcasts left out."""
-        order = [c for c in self.view if c is not None]
+        """Relayouts from the leaf to the core's axes of more than one entry, in the view's order.
+
+        Whether an axis of size one was broadcast depends on the batch; leaving it out keeps the
+        relayouts the same for every batch.
+        """
+        order = [c for c in self.view if c is not None and self.core_shape[c] != 1]
         rest = [c for c in range(len(self.core_shape)) if c not in order]  # all of size one
-        perm = (*rest, *order)
+        perm = () if order == sorted(order) else (("transpose", (*rest, *order)),)
         shape = tuple(self.core_shape[c] for c in order)
-        return _simplified((*self.ops, ("transpose", perm), ("reshape", shape)))
+        return simplified((*self.ops, *perm, ("reshape", shape)))
 
     def materialized(self) -> "Provenance":
         """The same value with its view folded into the relayouts; only without a true broadcast."""
@@ -93,9 +96,7 @@ class Provenance:
     def transposed(self, permutation: tuple[int, ...]) -> "Provenance":
         """After `transpose`."""
         view = tuple(self.view[i] for i in permutation)
-        return dataclasses.replace(
-            self, view=view, shape=tuple(self.shape[i] for i in permutation)
-        )
+        return dataclasses.replace(self, view=view, shape=tuple(self.shape[i] for i in permutation))
 
     def broadcast(self, shape: tuple[int, ...], dims: tuple[int, ...]) -> "Provenance":
         """After `broadcast_in_dim`."""
@@ -109,15 +110,17 @@ class Provenance:
         """After `reshape`; None when a broadcast axis would be merged with a parameter's axis."""
         if not self.is_broadcast:
             base = self.materialized()
-            ops = _simplified((*base.ops, ("reshape", shape)))
+            ops = simplified((*base.ops, ("reshape", shape)))
             view = tuple(range(len(shape)))
             return dataclasses.replace(base, ops=ops, core_shape=shape, view=view, shape=shape)
-        old = [(n, c) for n, c in zip(self.shape, self.view, strict=True) if n != 1]
-        if [n for n, _ in old] != [n for n in shape if n != 1]:
-            return None
-        kept = iter(c for _, c in old)
-        view = tuple(None if n == 1 else next(kept) for n in shape)
-        return dataclasses.replace(self, view=view, shape=shape)
+        relaid: list[int | None] = []
+        for old, new in axis_groups(self.shape, shape):
+            cores = [self.view[i] for i in old if self.shape[i] != 1]
+            long = [j for j in new if shape[j] != 1]
+            if any(c is not None for c in cores) and (len(cores), len(long)) != (1, 1):
+                return None
+            relaid += [cores[0] if j in long and cores else None for j in new]
+        return dataclasses.replace(self, view=tuple(relaid), shape=shape)
 
     def sliced(self, start, limit, strides) -> "Provenance | None":
         """After `slice`; None when a broadcast value is cut (nobody writes that)."""
@@ -125,15 +128,13 @@ class Provenance:
             return None
         base = self.materialized()
         strides = strides or (1,) * len(start)
-        shape = tuple(
-            math.ceil((b - a) / s) for a, b, s in zip(start, limit, strides, strict=True)
-        )
+        shape = tuple(math.ceil((b - a) / s) for a, b, s in zip(start, limit, strides, strict=True))
         ops = (*base.ops, ("slice", tuple(start), tuple(limit), tuple(strides)))
         return dataclasses.replace(base, ops=ops, core_shape=shape, shape=shape)
 
     def scanned(self, depth: int) -> "Provenance":
         """One iteration's slice of a value that a scan takes apart along its leading axis."""
-        if self.view and self.view[0] is None and self.shape[0] != 1:
+        if self.view and self.view[0] is None:
             return dataclasses.replace(self, view=self.view[1:], shape=self.shape[1:])
         if self.is_broadcast:
             # Only the leading axis must lead the core; the broadcast axes stay in the view.
@@ -152,7 +153,22 @@ class Provenance:
         )
 
 
-def _simplified(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+def axis_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Match the axes before and after a reshape in the smallest groups of equal size."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        size_old, size_new, i0, j0 = 1, 1, i, j
+        while size_old != size_new or (i, j) == (i0, j0):
+            if j == len(new) or (i < len(old) and size_old <= size_new):
+                size_old, i = size_old * old[i], i + 1
+            else:
+                size_new, j = size_new * new[j], j + 1
+        groups.append((list(range(i0, i)), list(range(j0, j))))
+    return groups
+
+
+def simplified(ops: tuple[Op, ...]) -> tuple[Op, ...]:
     """Drop identity transposes and all but the last of consecutive reshapes."""
     out: list[Op] = []
     for op in ops:

@@ -1,19 +1,21 @@
-"""What one equation does to a parameter: a site, a constant factor or shift, or a reason to refuse."""
+"""What one equation does to a parameter: a site, a constant factor, or a reason to refuse."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jedit.capture.provenance import Provenance
+from jedit.capture.provenance import Provenance, axis_groups, simplified
 from jedit.capture.sites import Axes, Patches, Site, Weight
 from jedit.capture.source import source_line
 
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Where an equation stands: the scans around it, the innermost `cond` branch, the call's line."""
+    """Where an equation stands: the scans and the `cond` branch around it, and the call's line."""
 
     lengths: tuple[int, ...] = ()
     key: Any = ()
@@ -42,8 +44,7 @@ class Draft:
         reads: index of the operand that is its activation, None for a bias.
         parameters: indices of the operands that are the parameter.
         view: how its output was relaid since, while it may still meet its bias.
-        host: for a bias, the site whose output it is added to.
-        bias_layout: for a bias, how it would stand in the host's weight.
+        offer: for a bias, how it would stand in the site to whose output it is added.
         tap: index of its probe in the plan.
     """
 
@@ -51,79 +52,97 @@ class Draft:
     reads: int | None
     parameters: tuple[int, ...]
     view: "View | None" = None
-    host: "Draft | None" = None
-    bias_layout: tuple | None = None
+    offer: "Offer | None" = None
     tap: int = -1
 
-    def with_bias(self, bias: "Draft") -> Site:
-        """The site with that bias as the last row of its matrix."""
-        path, shape, ops, scale = bias.bias_layout
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Offer:
+    """A bias as the last row of the matrix of the site `host`."""
+
+    host: Draft
+    path: str
+    shape: tuple[int, ...]
+    ops: tuple
+    scale: float
+
+    @property
+    def row(self) -> tuple:
+        """Equal for two offers that would make the same matrix of one host."""
+        return (self.path, self.ops, self.scale)
+
+    def to_site(self) -> Site:
+        """The host's site with that row."""
+        site = self.host.site
         weight = dataclasses.replace(
-            self.site.weight, bias_path=path, bias_shape=shape, bias_ops=ops
+            site.weight, bias_path=self.path, bias_shape=self.shape, bias_ops=self.ops
         )
-        return dataclasses.replace(self.site, weight=weight, bias_scale=scale)
+        return dataclasses.replace(site, weight=weight, bias_scale=self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A site's output after relayouts. One label an axis: None (position), or a sortable feature key."""
+    """A site's output after relayouts: each axis's stride among the features, None for positions.
+
+    The stride is counted in the weight's own order of features (batch dimensions, then the rest);
+    a bias is in that order exactly when the strides are those of a row-major array.
+    """
 
     draft: Draft
-    labels: tuple[tuple | None, ...]
+    strides: tuple[int | None, ...]
     shape: tuple[int, ...]
+
+    @classmethod
+    def of_output(cls, draft: Draft, shape: tuple[int, ...], features: Sequence[int]) -> "View":
+        """A site's output, of which the axes `features` are the weight's, in its order."""
+        strides: list[int | None] = [None] * len(shape)
+        for k, i in enumerate(features):
+            strides[i] = math.prod(shape[f] for f in features[k + 1 :])
+        return cls(draft, tuple(strides), shape)
 
     def after(self, name: str, eqn) -> "View | None":
         """The view after a relayout; None where features and positions would be mixed."""
         shape = eqn.outvars[0].aval.shape
         if name == "transpose":
-            labels = tuple(self.labels[i] for i in eqn.params["permutation"])
+            strides = tuple(self.strides[i] for i in eqn.params["permutation"])
         elif name in ("reshape", "squeeze", "expand_dims"):
-            labels = _regroup(self.labels, self.shape, shape)
+            strides = _regroup(self.strides, self.shape, shape)
         elif name in ("convert_element_type", "reduce_precision"):
-            labels = self.labels
+            strides = self.strides
         else:
-            labels = None
-        return None if labels is None else View(self.draft, labels, shape)
+            strides = None
+        return None if strides is None else View(self.draft, strides, shape)
 
     def accepts(self, bias: Provenance) -> bool:
         """Whether the bias varies along exactly the feature axes, in the weight's own order."""
-        keys = [label for label in self.labels if label is not None]
-        return (
-            keys == sorted(keys)
-            and len(bias.view) == len(self.labels)
-            and all(
-                (n == 1 and (label is None or core is None)) or (label is None) == (core is None)
-                for label, core, n in zip(self.labels, bias.view, self.shape, strict=True)
-            )
-            and all(m in (1, n) for m, n in zip(bias.shape, self.shape, strict=True))
-        )
+        if bias.shape != self.shape:
+            return False
+        expected = 1
+        for n, stride, core in reversed(
+            list(zip(self.shape, self.strides, bias.view, strict=True))
+        ):
+            if n == 1:
+                continue
+            if (stride is None) != (core is None) or stride not in (None, expected):
+                return False
+            expected *= 1 if stride is None else n
+        return True
 
 
-def _regroup(labels, old, new) -> tuple | None:
-    """Labels after a reshape: axes are matched in groups of equal size; a mixed group is given up."""
-    out: list[tuple | None] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        size_old, size_new = 1, 1
-        while True:
-            if size_old == size_new and (i > i0 or j > j0):
-                break
-            if size_old <= size_new and i < len(old):
-                size_old, i = size_old * old[i], i + 1
-            elif j < len(new):
-                size_new, j = size_new * new[j], j + 1
-            else:
-                return None
-        keys = [labels[k] for k in range(i0, i) if old[k] != 1]
-        if not keys:
-            out += [None] * (j - j0)
-        elif all(k is None for k in keys):
-            out += [None] * (j - j0)
-        elif all(k is not None for k in keys) and keys == sorted(keys):
-            out += [(*keys[0], k) if new[j0 + k] != 1 else None for k in range(j - j0)]
-        else:
+def _regroup(strides, old, new) -> tuple | None:
+    """Strides after a reshape; None where features meet positions or features out of order."""
+    out: list[int | None] = []
+    for before, after in axis_groups(old, new):
+        axes = [i for i in before if old[i] != 1]
+        if all(strides[i] is None for i in axes):
+            out += [None] * len(after)
+            continue
+        if any(strides[i] is None for i in axes):
             return None
+        if any(strides[i] != strides[j] * old[j] for i, j in itertools.pairwise(axes)):
+            return None
+        last = strides[axes[-1]]
+        out += [last * math.prod(new[k] for k in after if k > j) for j in after]
     return tuple(out)
 
 
@@ -186,7 +205,7 @@ def _matrix_weight(origin, scope, ops, extra_layers, d_in, d_out) -> Weight:
     return Weight(
         path=origin.path,
         shape=origin.leaf_shape,
-        ops=(*origin.ops, *ops),
+        ops=simplified((*origin.ops, *ops)),
         layers=count,
         is_stacked=bool(layers) or bool(extra_layers),
         d_in=d_in,
@@ -231,23 +250,19 @@ def _dense(eqn, values, scope) -> Draft | str:
         len(layers) + nb,
         len(a_free) + len(uses),
     )
-    first, second = range(nb, nb + len(a_free)), range(nb + len(a_free), nb + len(a_free + w_free))
-    if a == 1:
-        first, second = range(nb + len(w_free), nb + len(w_free + a_free)), range(nb, nb + len(w_free))
+    # The output's axes: batch, then the free axes of the left operand, then of the right one.
+    start_a, start_w = (nb, nb + len(a_free)) if a == 0 else (nb + len(w_free), nb)
+    positions = range(start_a, start_a + len(a_free))
+    features = range(start_w, start_w + len(w_free))
     axes_out = Axes(
-        (*layers, *(n + i for i in range(nb)), *(n + i for i in first), *uses)
-        + tuple(n + i for i in second),
+        (*layers, *(n + i for i in range(nb)), *(n + i for i in positions), *uses)
+        + tuple(n + i for i in features),
         len(layers) + nb,
         len(a_free) + len(uses),
     )
     site = _site(eqn, scope, origin, "dense", weight, axes_in, axes_out, eqn.invars[a])
-    labels: list[tuple | None] = [None] * len(eqn.outvars[0].aval.shape)
-    for i in range(nb):
-        labels[i] = (0, i)
-    for k, i in enumerate(second):
-        labels[i] = (1, k)
     draft = Draft(site, a, (w,))
-    draft.view = View(draft, tuple(labels), eqn.outvars[0].aval.shape)
+    draft.view = View.of_output(draft, eqn.outvars[0].aval.shape, (*range(nb), *features))
     return draft
 
 
@@ -287,10 +302,8 @@ def _conv(eqn, values, scope) -> Draft | str:
         scan_axes=kinds,
     )
     site = _site(eqn, scope, origin, "conv", weight, patches, patches, eqn.invars[0])
-    out_shape = eqn.outvars[0].aval.shape
-    labels = tuple((1, 0) if i == numbers.out_spec[1] else None for i in range(len(out_shape)))
     draft = Draft(site, 0, (1,))
-    draft.view = View(draft, labels, out_shape)
+    draft.view = View.of_output(draft, eqn.outvars[0].aval.shape, numbers.out_spec[1:2])
     return draft
 
 
@@ -351,9 +364,7 @@ def _dynamic_slice(eqn, values) -> Provenance | str:
     if origin is None or any(s is None for s in starts):
         return "is sliced at an index known only at run time"
     sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
-    start = tuple(
-        int(np.clip(s, 0, n - k)) for s, n, k in zip(starts, shape, sizes, strict=True)
-    )
+    start = tuple(int(np.clip(s, 0, n - k)) for s, n, k in zip(starts, shape, sizes, strict=True))
     limit = tuple(s + k for s, k in zip(start, sizes, strict=True))
     return origin.sliced(start, limit, None) or "is sliced after a broadcast"
 
@@ -361,7 +372,8 @@ def _dynamic_slice(eqn, values) -> Provenance | str:
 def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     if all(v.origin is not None for v in values):
-        return f"enters `{name}` with another parameter"
+        is_same = values[0].origin.path == values[1].origin.path
+        return f"enters `{name}` with {'itself' if is_same else 'another parameter'}"
     k = 0 if values[0].origin is not None else 1
     other, origin = values[1 - k], values[k].origin
     if origin.shape != shape:
@@ -376,7 +388,7 @@ def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
         if name == "mul":
             return _vector_site(eqn, scope, origin, "scale", 1 - k)
         draft = _vector_site(eqn, scope, origin.scaled(sign), "bias", None)
-        if not isinstance(draft, str):
+        if not (name == "sub" and k == 0):  # b - y negates y
             _offer_as_bias(draft, other.view, origin.scaled(sign))
         return draft
     if name in ("add", "add_any", "sub"):
@@ -384,20 +396,21 @@ def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
     if other.constant is None:
         return "is multiplied by an array that does not depend on the inputs"
     factor = float(other.constant)
-    if name == "div" and k == 1:
-        return "divides a constant"
-    return origin.scaled(1.0 / factor if name == "div" else factor)
+    if name == "mul":
+        return origin.scaled(factor)
+    if k == 1 or factor == 0.0:
+        return "divides a constant" if k == 1 else "is divided by zero"
+    return origin.scaled(1.0 / factor)
 
 
-def _vector_site(eqn, scope, origin, kind, reads) -> Draft | str:
+def _vector_site(eqn, scope, origin, kind, reads) -> Draft:
     """A parameter that multiplies, or is added to, every position of an activation."""
     shape = eqn.outvars[0].aval.shape
-    if reads is not None and len(eqn.invars[reads].aval.shape) != len(shape):
-        return "is multiplied by an activation of another rank"
     layers, uses = _scan_axes(origin, scope)
     n = len(scope.lengths)
-    features = [i for i, core in enumerate(origin.view) if core is not None]
-    positions = [i for i, core in enumerate(origin.view) if core is None]
+    # An axis of length one is a position: whether it was broadcast must not depend on the batch.
+    features = [i for i, core in enumerate(origin.view) if core is not None and shape[i] != 1]
+    positions = [i for i in range(len(shape)) if i not in features]
     axes = Axes(
         (*layers, *(n + i for i in positions), *uses, *(n + i for i in features)),
         len(layers),
@@ -418,6 +431,5 @@ def _offer_as_bias(draft: Draft, view: View | None, origin: Provenance) -> None:
     host = view.draft
     if tuple(op[1] for op in host.site.weight.ops if op[0] == "layer") != origin.layer_depths:
         return
-    draft.host = host
-    ops = (*origin.feature_ops(), ("reshape", (draft.site.weight.d_out,)))
-    draft.bias_layout = (origin.path, origin.leaf_shape, ops, origin.scale)
+    ops = simplified((*origin.feature_ops(), ("reshape", (draft.site.weight.d_out,))))
+    draft.offer = Offer(host, origin.path, origin.leaf_shape, ops, origin.scale)

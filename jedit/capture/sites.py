@@ -2,9 +2,9 @@
 
 Every site, whatever its equation, is brought to one canonical form:
 
-    a (layers, positions..., d_in)      what enters; token indices (layers, positions...) for a gather
-    g (layers, positions..., d_out)     the gradient at its output
-    W (layers, d_in, d_out)             the parameter, plus a last row for the bias: y = scale·a @ W
+    a (layers, positions..., d_in)    what enters; token indices (layers, positions...) for a gather
+    g (layers, positions..., d_out)   the gradient at its output
+    W (layers, d_in, d_out)           the parameter, plus a last row for the bias: y = scale·a @ W
 
 `layers` is 1 for an ordinary weight, and the product of the stacked axes for a weight that a scan
 takes apart or that has batch dimensions (a mixture of experts, a vmapped ensemble, conv groups).
@@ -25,7 +25,7 @@ DIAGONAL_KINDS = ("scale", "bias")
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Where in the parameters a site's matrix lives. Hashable; holds nothing that depends on a batch.
+    """Where in the parameters a site's matrix lives: hashable, and the same for every batch.
 
     Attributes:
         path: the parameter's path, `keystr(path, simple=True, separator="/")`.
@@ -61,7 +61,7 @@ class Weight:
         return self.d_in + (self.bias_path is not None)
 
     def gather(self, leaves: Mapping[str, Array]) -> Array:
-        """The matrix (layers, rows, d_out) out of a mapping from path to array; the bias is last."""
+        """The matrix (layers, rows, d_out) out of `{path: array}`; the bias is the last row."""
         matrix = apply_ops(self.ops, leaves[self.path])
         matrix = matrix.reshape(self.layers, self.d_in, self.d_out)
         if self.bias_path is None:
@@ -70,7 +70,7 @@ class Weight:
         return jnp.concatenate([matrix, bias.reshape(self.layers, 1, self.d_out)], axis=1)
 
     def scatter(self, matrix: Array) -> dict[str, Array]:
-        """The adjoint of `gather`: arrays of the parameters' shapes, zero where nothing was read."""
+        """The adjoint of `gather`: shaped like the parameters, zero where nothing was read."""
 
         def back(part, ops, shape):
             target = jax.eval_shape(
@@ -86,7 +86,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """How a captured array's axes become (layers, positions..., features): a transpose, then merges.
+    """How a captured array becomes (layers, positions..., features): a transpose, then merges.
 
     The first `num_layers` axes after the transpose are layers, the next `num_positions` positions.
     """
@@ -109,7 +109,7 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """How a convolution's input becomes patches: lhs axes (batch, channel, space...), then windows."""
+    """How a convolution's input becomes patches, in `conv_general_dilated`'s own terms."""
 
     lhs_spec: tuple[int, ...]
     out_spec: tuple[int, ...]
@@ -127,7 +127,7 @@ class Patches:
         return array.reshape(-1, *array.shape[n + 1 :]), array.shape[: n + 1]
 
     def _split(self, array: Array, lead: tuple[int, ...]) -> Array:
-        """(scans·batch, groups·features, space...) to (layers·groups, batch, space..., uses, features)."""
+        """(scans·batch, groups·features, space...) to the canonical form."""
         n, space = len(self.scan_axes), array.ndim - 2
         array = array.reshape(*lead, self.groups, -1, *array.shape[2:])
         layers = [i for i, kind in enumerate(self.scan_axes) if kind == "layer"]
@@ -198,11 +198,14 @@ class Site:
         return self.weight.path
 
     def canonical_inputs(self, activation: Array) -> Array:
-        """(layers, positions..., d_in), unscaled; token indices (layers, positions...) for a gather."""
+        """(layers, positions..., d_in), unscaled; for a gather indices (layers, positions...)."""
         if isinstance(self.axes_in, Patches):
             return self.axes_in.inputs(activation)
         if self.kind == "scale":
+            unit = (1,) * (len(self.output_shape) - activation.ndim)  # a scalar times a vector
+            activation = activation.reshape(*activation.shape, *unit)
             activation = jnp.broadcast_to(activation, self.output_shape)
+        assert self.axes_in is not None, f"{self.name!r} is a bias: nothing enters it"
         canonical = self.axes_in.canonical(activation)
         return canonical[..., 0] if self.kind == "embedding" else canonical
 
