@@ -1,0 +1,205 @@
+"""An edit is a value: what to add to which parameters, and nothing about the model.
+
+    p <- p + scale · Δ_p      for every path p of the edit
+
+It is applied only by `apply_edit`, which returns new params; it can be reverted, scaled, added to
+others, and applied again to a model that was trained further.  Paths are
+`jax.tree_util.keystr(path, simple=True, separator="/")`.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+Scalar = float | Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Edit:
+    """Dense changes of some parameters; a pytree, so it jits, vmaps, shards and saves.
+
+    Adding edits takes the union of their paths; multiplying by a number scales every block.
+
+    Attributes:
+        blocks: parameter path to the change of that parameter, of the same shape.
+    """
+
+    blocks: Mapping[str, Any]
+
+    def __add__(self, other: "Edit") -> "Edit":
+        """Return the edit that does both; ValueError if they disagree on a shape."""
+        if not isinstance(other, Edit):
+            return NotImplemented
+        blocks = dict(self.blocks)
+        for path, delta in other.blocks.items():
+            if path in blocks:
+                _check_shape(path, "one edit", blocks[path], "the other", delta)
+                dtype = _wide(blocks[path], delta)
+                blocks[path] = blocks[path].astype(dtype) + delta.astype(dtype)
+            else:
+                blocks[path] = delta
+        return Edit(blocks)
+
+    def __mul__(self, scale: Scalar) -> "Edit":
+        """Return the edit `scale` times as large, in the blocks' own dtypes."""
+
+        def scaled(delta: Array) -> Array:
+            dtype = _wide(delta)
+            return (delta.astype(dtype) * jnp.asarray(scale, dtype)).astype(delta.dtype)
+
+        return Edit({path: scaled(delta) for path, delta in self.blocks.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Edit":
+        """Return the edit that undoes this one."""
+        return Edit({path: -delta for path, delta in self.blocks.items()})
+
+    def __sub__(self, other: "Edit") -> "Edit":
+        """Return this edit and the undoing of the other."""
+        return self + (-other)
+
+
+class CastLoss(NamedTuple):
+    """What the parameter's dtype took from one block of an edit.
+
+    Attributes:
+        rounded_away: norm of the part that did not arrive, over the norm of the block; 0 to 1.
+        swallowed: share of the nonzero entries of the block that changed nothing at all.
+    """
+
+    rounded_away: Float[Array, ""]
+    swallowed: Float[Array, ""]
+
+
+def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
+    """Return params with `scale` times the edit added.
+
+    Sums are formed in float32 or wider and returned in each parameter's own dtype; `cast_report`
+    says what that costs.  Parameters that the edit does not name are returned as they are.
+
+    Raises:
+        ValueError: if the edit names a path that params lack or that is not real, or if a block has
+            another shape than its parameter.
+    """
+    paths, leaves, treedef = _flatten(params)
+    _check_paths(edit, paths, leaves)
+    edited = [
+        _sum(leaf, edit.blocks[path], scale).astype(leaf.dtype) if path in edit.blocks else leaf
+        for path, leaf in zip(paths, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, edited)
+
+
+def revert_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
+    """Return params with `scale` times the edit taken off: undoes `apply_edit` to one rounding."""
+    return apply_edit(params, edit, -scale)
+
+
+def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Edit:
+    """Return the edit that turns `before` into `after`.
+
+    Args:
+        before: params.
+        after: params of the same structure.
+        select: regular expression; a parameter is taken if it is found in its path. None: all.
+
+    Returns:
+        One block per selected real parameter, changed or not, in float32 or wider.
+
+    Raises:
+        ValueError: if structures or shapes differ, or nothing is selected.
+    """
+    paths, leaves, treedef = _flatten(before)
+    other_paths, other_leaves, other_treedef = _flatten(after)
+    if treedef != other_treedef:
+        differing = sorted(set(paths) ^ set(other_paths))
+        raise ValueError(f"before and after differ in structure; paths in one only: {differing}")
+    blocks = {}
+    for path, old, new in zip(paths, leaves, other_leaves, strict=True):
+        if select is not None and not re.search(select, path):
+            continue
+        _check_shape(path, "before", old, "after", new)
+        if jnp.issubdtype(old.dtype, jnp.floating):
+            blocks[path] = new.astype(_wide(old)) - old.astype(_wide(old))
+    if not blocks:
+        raise ValueError(f"select={select!r} matches no real parameter; paths: {paths}")
+    return Edit(blocks)
+
+
+def edit_norms(edit: Edit) -> dict[str, Array]:
+    """Return the Frobenius norm of each block, in float32 or wider."""
+    return {path: _norm(delta.astype(_wide(delta))) for path, delta in edit.blocks.items()}
+
+
+def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, CastLoss]:
+    """Say, per path, what `apply_edit` with these arguments loses to the parameter's dtype.
+
+    A bfloat16 weight has 8 bits: it swallows whatever is below 1/512 of itself.
+    """
+    paths, leaves, _ = _flatten(params)
+    _check_paths(edit, paths, leaves)
+    report = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path not in edit.blocks:
+            continue
+        total = _sum(leaf, edit.blocks[path], scale)
+        old = leaf.astype(total.dtype)
+        wanted = edit.blocks[path].astype(total.dtype) * jnp.asarray(scale, total.dtype)
+        arrived = total.astype(leaf.dtype).astype(total.dtype) - old
+        norm, is_wanted = _norm(wanted), wanted != 0
+        num_swallowed = jnp.sum(is_wanted & (arrived == 0)).astype(total.dtype)
+        report[path] = CastLoss(
+            rounded_away=_norm(wanted - arrived) / jnp.where(norm > 0, norm, 1),
+            swallowed=num_swallowed / jnp.maximum(jnp.sum(is_wanted), 1).astype(total.dtype),
+        )
+    return report
+
+
+def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if len(set(paths)) < len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"several parameters share one path: {twice}; rename them")
+    return paths, [leaf for _, leaf in leaves], treedef
+
+
+def _wide(*arrays: Array) -> Any:
+    """Return the dtype that sums are formed in: the widest among the arrays', float32 at least."""
+    dtypes = [jnp.dtype(jnp.float32), *(x.dtype for x in arrays)]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def _sum(leaf: Array, delta: Array, scale: Scalar) -> Array:
+    dtype = _wide(leaf, delta)
+    return leaf.astype(dtype) + jnp.asarray(scale, dtype) * delta.astype(dtype)
+
+
+def _norm(x: Array) -> Array:
+    return jnp.sqrt(jnp.sum(x * x))
+
+
+def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:
+    known = dict(zip(paths, leaves, strict=True))
+    for path, delta in edit.blocks.items():
+        if path not in known:
+            near = difflib.get_close_matches(path, paths, n=3, cutoff=0.0)
+            raise ValueError(f"the edit names {path!r}, which params lack; nearest: {near}")
+        _check_shape(path, "the edit", delta, "params", known[path])
+        if not jnp.issubdtype(known[path].dtype, jnp.floating):
+            raise ValueError(
+                f"{path} has dtype {known[path].dtype}; only real parameters are edited"
+            )
+
+
+def _check_shape(path: str, one: str, a: Array, other: str, b: Array) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{path}: {one} has shape {a.shape}, {other} {b.shape}")

@@ -1,0 +1,50 @@
+"""Negative log-likelihood of the given targets, in nats.
+
+    nll                   Σ_o -log p(y_o) / M, over all M outputs that count
+    answer_nll_per_row    Σ_s -log p(y_ns) / M_n, for each example n
+
+Lower: known better.  The second is length-normalised, as `truth_ratio` and Forget Quality need it.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jedit.metrics.streaming import each_batch, mean_of_sums
+from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.typing import Batch
+
+
+def nll(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
+    """Return the mean negative log-likelihood over all outputs that count, in all batches."""
+    return mean_of_sums([_sum_and_count(apply, params, batch) for batch in each_batch(batches)])
+
+
+def answer_nll_per_row(
+    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
+) -> Float[np.ndarray, " n"]:
+    """Return each example's mean negative log-likelihood, in the order given.
+
+    An example none of whose outputs counts, such as one that fills up the last batch, is left out.
+    """
+    rows = jax.device_get([_row_sums(apply, params, batch) for batch in each_batch(batches)])
+    sums = np.concatenate([np.zeros(0), *(s for s, _ in rows)]).astype(np.float64)
+    counts = np.concatenate([np.zeros(0, int), *(c for _, c in rows)])
+    return sums[counts > 0] / counts[counts > 0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _sum_and_count(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    values, counted = counted_nll(params, batch, apply=apply)
+    return jnp.sum(values), jnp.sum(counted)
+
+
+@partial(jax.jit, static_argnums=0)
+def _row_sums(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    values, counted = counted_nll(params, batch, apply=apply)
+    num_rows = values.shape[0]
+    return values.reshape(num_rows, -1).sum(axis=1), counted.reshape(num_rows, -1).sum(axis=1)

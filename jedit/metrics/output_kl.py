@@ -1,0 +1,30 @@
+"""How far an edit moved a model's outputs: mean KL(p_original || p_edited), in nats.
+
+On the retain set, lower is better: it is what a retain budget bounds.  On the forget set against a
+model retrained without it (`original` the retrained one), lower is closer to never having learned.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jedit.metrics.streaming import each_batch, mean_of_sums
+from jedit.objectives.token_nll import Apply, counted_outputs, token_kl
+from jedit.typing import Batch
+
+
+def output_kl(
+    apply: Apply, original: PyTree, edited: PyTree, batches: Iterable[Batch] | Batch
+) -> float:
+    """Return the mean KL over all outputs that count, in all batches; targets are not needed."""
+    return mean_of_sums([_sum_kl(apply, original, edited, batch) for batch in each_batch(batches)])
+
+
+@partial(jax.jit, static_argnums=0)
+def _sum_kl(apply: Apply, original: PyTree, edited: PyTree, batch: Batch) -> tuple[Array, Array]:
+    divergence = token_kl(apply(original, batch.inputs), apply(edited, batch.inputs))
+    counted = counted_outputs(batch, divergence.shape)
+    return jnp.sum(jnp.where(counted, divergence, 0)), jnp.sum(counted)
