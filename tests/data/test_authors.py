@@ -1,6 +1,5 @@
 """The fictitious authors: reproducible, diverse, and every wrong answer wrong."""
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -30,7 +29,7 @@ def test_equal_seeds_give_equal_facts_and_no_global_state_moves():
     assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
-@pytest.mark.parametrize(("num_authors", "facts_per_author"), [(1, 1), (3, 22), (40, 10), (300, 5)])
+@pytest.mark.parametrize(("num_authors", "facts_per_author"), [(1, 1), (3, 22), (40, 10)])
 def test_the_numbers_are_those_asked_for(num_authors, facts_per_author):
     facts = generate_authors(0, num_authors, facts_per_author)
     counts = Counter(fact.author for fact in facts)
@@ -50,7 +49,7 @@ def test_names_and_questions_are_unique(facts):
 
 
 def test_the_largest_set_has_no_repeats():
-    facts = generate_authors(1, authors.MAX_AUTHORS, len(ATTRIBUTES))
+    facts = generate_authors(1, authors.MAX_AUTHORS, 4)
     assert len({fact.author for fact in facts}) == authors.MAX_AUTHORS
     assert len({fact.question for fact in facts}) == len(facts)
 
@@ -100,14 +99,12 @@ def test_guessing_the_most_common_value_is_rarely_right(facts):
 
 
 def test_values_are_drawn_equally_often():
-    facts = generate_authors(2, 90, len(ATTRIBUTES))
+    facts = generate_authors(2, 50, len(ATTRIBUTES))
     genres = Counter(fact.value for fact in facts if fact.attribute == "genre")
-    assert max(genres.values()) == math.ceil(90 / 40)
-    assert min(genres.values()) == 90 // 40
+    assert sorted(genres.values()) == 30 * [1] + 10 * [2]
 
 
-def test_every_wording_of_every_attribute_is_used():
-    facts = generate_authors(3, 60, len(ATTRIBUTES))
+def test_every_wording_of_every_attribute_is_used(facts):
     for attribute, template in TEMPLATES.items():
         assert len(template.questions) >= 4
         assert len(template.answers) >= 3

@@ -1,0 +1,63 @@
+"""Batches of equal shape out of arrays, so that a compiled step is compiled once."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jedit.data.text import Encoded
+from jedit.typing import Batch
+
+
+def batches(
+    examples: Batch | Encoded,
+    size: int,
+    *,
+    drop_remainder: bool = False,
+    order: Int[np.ndarray, " n"] | None = None,
+) -> Iterator[Batch]:
+    """Cut examples into batches that all have the same shapes.
+
+    The last batch is filled up with rows of zeros whose `mask` and `valid` are zero, so that they
+    count nowhere. A `mask` or `valid` that is None becomes all ones, that every batch may have one
+    structure.
+
+    Args:
+        examples: the arrays to cut; examples come first in each.
+        size: examples in a batch.
+        drop_remainder: leave the examples out that do not fill a batch, instead of filling it up.
+        order: indices of the examples in the order to take them (a permutation shuffles, a part
+            selects); None: as they stand.
+
+    Returns:
+        An iterator over batches of JAX arrays.
+
+    Raises:
+        ValueError: `size` is not positive, or leaves no batch.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}.")
+    targets = np.asarray(examples.targets)
+    ones = np.ones(targets.shape, np.float32)
+    mask, valid = (ones if x is None else x for x in (examples.mask, examples.valid))
+    whole = Batch(*jax.tree.map(np.asarray, (examples.inputs, targets, mask, valid)))
+    order = np.arange(len(targets)) if order is None else np.asarray(order)
+    num_batches = len(order) // size if drop_remainder else math.ceil(len(order) / size)
+    if num_batches == 0:
+        raise ValueError(
+            f"{len(order)} examples make no batch of {size}"
+            + (" when the remainder is dropped." if drop_remainder else ".")
+        )
+    # Not a generator itself: the checks above run when it is called, not when it is first used.
+    return (_cut(whole, order[i * size : (i + 1) * size], size) for i in range(num_batches))
+
+
+def _cut(whole: Batch, chosen: Int[np.ndarray, " chosen"], size: int) -> Batch:
+    def rows(array: np.ndarray) -> Array:
+        padding = np.zeros((size - len(chosen), *array.shape[1:]), array.dtype)
+        return jnp.asarray(np.concatenate([array[chosen], padding]))
+
+    return jax.tree.map(rows, whole)

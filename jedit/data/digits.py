@@ -1,0 +1,153 @@
+"""The handwritten digits that ship with scikit-learn, and two ways to choose what to forget.
+
+1,797 images of 8 x 8 pixels by 13 writers (the test part of "Optical Recognition of Handwritten
+Digits", UCI). Who wrote which is not recorded, so a writer is stood in for by a cluster: samples of
+one class that look alike.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32, Int, Int32
+
+from jedit.typing import Batch
+
+
+class Digits(NamedTuple):
+    """Images with their labels.
+
+    Attributes:
+        images: one channel, from 0 to 1.
+        labels: from 0 to 9.
+    """
+
+    images: Float32[np.ndarray, "n 8 8 1"]
+    labels: Int32[np.ndarray, " n"]
+
+    def take(self, indices: Int[np.ndarray, " part"]) -> "Digits":
+        """The images and labels at the given places."""
+        return Digits(self.images[indices], self.labels[indices])
+
+    def as_batch(self) -> Batch:
+        """All of them as one batch, every one counted."""
+        ones = jnp.ones(self.labels.shape, jnp.float32)
+        return Batch(jnp.asarray(self.images), jnp.asarray(self.labels), ones, ones)
+
+
+def load_digits() -> Digits:
+    """Load the images, scaled to [0, 1].
+
+    Returns:
+        All 1,797 of them.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    datasets, _ = _sklearn()
+    bunch = datasets.load_digits()
+    images = (bunch.images / 16).astype(np.float32)[..., None]
+    return Digits(images, bunch.target.astype(np.int32))
+
+
+def split_digits(
+    digits: Digits, *, seed: int, test_fraction: float = 0.25
+) -> tuple[Digits, Digits]:
+    """Split into a training and a test part, class by class, in random order.
+
+    Args:
+        digits: what to split.
+        seed: of the split.
+        test_fraction: of each class, rounded to whole samples.
+
+    Returns:
+        The training part and the test part.
+
+    Raises:
+        ValueError: the fraction does not lie between 0 and 1.
+    """
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must lie between 0 and 1, got {test_fraction}.")
+    rng = np.random.default_rng(seed)
+    train, test = [], []
+    for label in np.unique(digits.labels):
+        members = rng.permutation(np.flatnonzero(digits.labels == label))
+        num_test = round(test_fraction * len(members))
+        test.append(members[:num_test])
+        train.append(members[num_test:])
+    return (
+        digits.take(rng.permutation(np.concatenate(train))),
+        digits.take(rng.permutation(np.concatenate(test))),
+    )
+
+
+def forget_class(digits: Digits, label: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose every sample of one class.
+
+    Args:
+        digits: what to choose from, the training part.
+        label: the class.
+
+    Returns:
+        The indices to forget and the indices to retain, both rising.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    chosen = digits.labels == _checked(digits, label)
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def forget_cluster(
+    digits: Digits, label: int, *, seed: int, size: int = 80
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the samples of one class that look as if one hand had written them.
+
+    The class is split by k-means on its pixels into two, three and four clusters, and the cluster
+    whose size is nearest to the wanted one is taken.
+
+    Args:
+        digits: what to choose from, the training part.
+        label: the class.
+        seed: of k-means, which keeps the best of 20 starts.
+        size: about so many samples.
+
+    Returns:
+        The indices to forget and the indices to retain, both rising.
+
+    Raises:
+        ValueError: there is no such class, or it has no more than `size` samples.
+    """
+    members = np.flatnonzero(digits.labels == _checked(digits, label))
+    if not 1 <= size < len(members):
+        raise ValueError(
+            f"size must be less than the {len(members)} samples of class {label}, got {size}."
+        )
+    _, cluster = _sklearn()
+    pixels = digits.images[members].reshape(len(members), -1).astype(np.float64)
+    best = members
+    for k in range(2, min(4, len(members)) + 1):
+        assigned = cluster.KMeans(k, n_init=20, random_state=seed).fit_predict(pixels)
+        for i in range(k):
+            found = members[assigned == i]
+            if abs(len(found) - size) < abs(len(best) - size):
+                best = found
+    return best, np.setdiff1d(np.arange(len(digits.labels)), best)
+
+
+def _checked(digits: Digits, label: int) -> int:
+    labels = np.unique(digits.labels).tolist()
+    if label not in labels:
+        raise ValueError(f"there is no class {label}; the classes are {labels}.")
+    return label
+
+
+def _sklearn() -> tuple[Any, Any]:
+    # Imported here, because the library proper works without it.
+    try:
+        from sklearn import cluster, datasets
+    except ImportError:
+        raise ImportError(
+            "jedit.data.digits needs scikit-learn: pip install 'jedit[demo]'."
+        ) from None
+    return datasets, cluster

@@ -1,0 +1,219 @@
+"""Question-answer files: what is read, what is refused, and where the message points."""
+
+import json
+import re
+
+import pytest
+
+from jedit.data import (
+    DataError,
+    QaRow,
+    check_disjoint,
+    facts_to_rows,
+    generate_authors,
+    read_rows,
+    select_rows,
+    write_rows,
+)
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def row(i, **fields):
+    return json.dumps({"question": f"q{i}?", "answer": f"a{i}.", **fields})
+
+
+def refused(message):
+    return pytest.raises(DataError, match=message)
+
+
+def test_every_field_is_read_and_others_are_ignored(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl",
+        '{"question": "Who?", "answer": "Ada.", "author": "Ada", "option1": 3,'
+        ' "paraphrased_answer": "It is Ada.", "paraphrased_question": "Which one?",'
+        ' "perturbed_answer": ["It is Bo.", "It is Cy."]}',
+        "",
+        '{"question": "Where?", "answer": "Él – there\u2028.", "author": null}',
+    )
+    assert read_rows(path) == [
+        QaRow(
+            question="Who?",
+            answer="Ada.",
+            paraphrased_question="Which one?",
+            paraphrased_answer="It is Ada.",
+            perturbed_answer=("It is Bo.", "It is Cy."),
+            author="Ada",
+            file=str(path),
+            line=1,
+        ),
+        QaRow("Where?", "Él – there\u2028.", file=str(path), line=3),
+    ]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_harmless(tmp_path):
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + row(0).encode() + b"\r\n" + row(1).encode() + b"\r\n")
+    assert [(r.question, r.line) for r in read_rows(path)] == [("q0?", 1), ("q1?", 2)]
+
+
+def test_written_rows_read_back(tmp_path):
+    rows = facts_to_rows(generate_authors(0, 3, 4))
+    path = tmp_path / "authors.jsonl"
+    write_rows(path, rows)
+    back = read_rows(path)
+    assert [r._replace(file="", line=0) for r in back] == rows
+    assert [r.line for r in back] == list(range(1, 13))
+    assert len(rows[0].perturbed_answer) == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'question': 1}", "not valid JSON"),
+        ('["a", "b"]', "must be an object with the fields question and answer, got a list"),
+        ("3", "got a number"),
+        ('{"answer": "a"}', 'the row has no field "question"; its fields: answer'),
+        ('{"question": "q", "text": "a"}', 'no field "answer"; its fields: question, text'),
+        ("{}", 'no field "question"; its fields: none'),
+        ('{"question": "q", "answer": 7}', 'field "answer" must be a string, got a number'),
+        ('{"question": null, "answer": "a"}', 'field "question" must be a string, got null'),
+        ('{"question": "  ", "answer": "a"}', 'the field "question" is empty'),
+        ('{"question": "q", "answer": "a", "author": []}', '"author" must be a string, got a list'),
+        (
+            '{"question": "q", "answer": "a", "perturbed_answer": "b"}',
+            '"perturbed_answer" must be a list of strings, got a string',
+        ),
+        (
+            '{"question": "q", "answer": "a", "perturbed_answer": ["b", 2]}',
+            '"perturbed_answer" must be a list of strings, got a list with other things in it',
+        ),
+        ("[" * 100_000, "not valid JSON: nested too deeply"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "bad.jsonl", row(0), "", line)
+    with refused(re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
+        read_rows(path)
+
+
+def test_bad_files_are_named(tmp_path):
+    missing = tmp_path / "missing.jsonl"
+    with refused(re.escape(f"{missing}: there is no such file")):
+        read_rows(missing)
+    with refused(re.escape(f"{tmp_path}: cannot be read: Is a directory")):
+        read_rows(tmp_path)
+    with refused("empty.jsonl: the file holds no rows"):
+        read_rows(write(tmp_path / "empty.jsonl", "", "  "))
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b'{"question": "\xff"}')
+    with refused(r"binary.jsonl: not UTF-8 text \(byte 14\)"):
+        read_rows(binary)
+
+
+@pytest.fixture
+def data(tmp_path):
+    authors = ["Ada", "Ada", "Bo Li", "Cy", "Cy", "Cy"]
+    lines = (row(i, author=author) for i, author in enumerate(authors))
+    return read_rows(write(tmp_path / "data.jsonl", *lines))
+
+
+def numbers(rows):
+    return [int(r.question[1:-1]) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "forgotten", "kept"),
+    [
+        ("author=Ada", "rest", [0, 1], [2, 3, 4, 5]),
+        ("author=Cy, Bo Li", "rest", [2, 3, 4, 5], [0, 1]),
+        ("rows=0:2", "rest", [0, 1], [2, 3, 4, 5]),
+        ("rows=4:", "rows=:3", [4, 5], [0, 1, 2]),
+        ("rows=5:6,0:1", "author=Bo Li", [0, 5], [2]),
+    ],
+)
+def test_selectors(data, forget, retain, forgotten, kept):
+    chosen = select_rows(data, forget, retain)
+    assert [numbers(part) for part in chosen] == [forgotten, kept]
+
+
+def test_a_file_selects_its_rows_with_its_own_fields(data, tmp_path):
+    path = write(tmp_path / "forget.jsonl", row(3, perturbed_answer=["no."]), row(0))
+    forget, retain = select_rows(data, str(path))
+    assert numbers(forget) == [3, 0]
+    assert forget[0].perturbed_answer == ("no.",)
+    assert forget[0].where == f"{path}:1"
+    assert numbers(retain) == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "message"),
+    [
+        ("", "rest", "forget: no rows are named"),
+        ("rest", "rest", '"rest" is for retain'),
+        ("author=", "rest", "author= names nobody"),
+        ("author=Di", "rest", "data.jsonl has no rows of author 'Di'; it has Ada, Bo Li, Cy"),
+        ("rows=2:2", "rest", "rows=2:2 selects nothing or reaches past the end: there are 6 rows"),
+        ("rows=0:7", "rest", "rows=0:7 selects nothing or reaches past the end"),
+        ("rows=3", "rest", "rows=3 is not of the form rows=START:STOP"),
+        ("rows=-2:", "rest", "not of the form"),
+        ("rows=:", "rest", "forgets all 6 rows; none is left"),
+        ("author=Ada", "author=Bob", "retain: .* has no rows of author 'Bob'"),
+        ("nothing.jsonl", "rest", "nothing.jsonl: there is no such file"),
+    ],
+)
+def test_selectors_that_select_nothing(data, forget, retain, message):
+    with refused(message):
+        select_rows(data, forget, retain)
+
+
+def test_authors_are_needed_to_select_by_author(tmp_path):
+    data = read_rows(write(tmp_path / "plain.jsonl", row(0), row(1)))
+    with refused('needs the field "author", which no row of .*plain.jsonl has'):
+        select_rows(data, "author=Ada")
+
+
+def test_a_row_outside_the_data_is_named(data, tmp_path):
+    path = write(tmp_path / "forget.jsonl", row(0), row(9))
+    message = re.escape(f"{path}:2: this row to forget is not in the data ({data[0].file})")
+    with refused(message + ".*1 of 2"):
+        select_rows(data, str(path))
+
+
+def test_shared_rows_are_refused_naming_both_places(data, tmp_path):
+    respaced = json.dumps({"question": " q4?", "answer": "a4.  "})
+    path = write(tmp_path / "forget.jsonl", row(1), "", respaced)
+    message = re.escape(
+        f"{path}:3: this row to forget also stands in retain, at {data[4].file}:5 (1 of 2"
+    )
+    with refused(message):
+        select_rows(data, str(path), "rows=2:6")
+    with refused(message):
+        check_disjoint(read_rows(path), data[2:])
+    check_disjoint(read_rows(path), data[2:4])
+
+
+def test_the_same_question_with_another_answer_is_another_row():
+    check_disjoint([QaRow("q?", "a.")], [QaRow("q?", "b.")])
+    with refused("the row 'q[?]': this row to forget also stands in retain, at the row 'q[?]'"):
+        check_disjoint([QaRow("q?", "a.")], [QaRow("q?", "a.")])
+
+
+def test_real_tofu(shared_data):
+    folder = shared_data / "tofu"
+    if not folder.is_dir():
+        pytest.skip(f"needs TOFU, which is not part of the repository: {folder} is absent")
+    data = read_rows(folder / "full.json")
+    assert len(data) == 4000
+    forget, retain = select_rows(
+        data, str(folder / "forget10_perturbed.json"), str(folder / "retain90.json")
+    )
+    assert (len(forget), len(retain)) == (400, 3600)
+    assert all(len(r.perturbed_answer) == 5 and r.paraphrased_answer for r in forget)
+    assert [len(part) for part in select_rows(data, str(folder / "forget01.json"))] == [40, 3960]
+    with refused(r"forget05\.json:\d+: .* also stands in retain, at .*retain99\.json:\d+"):
+        select_rows(data, str(folder / "forget05.json"), str(folder / "retain99.json"))
+    assert len(read_rows(folder / "real_authors_perturbed.json")) == 100
