@@ -1,143 +1,20 @@
-"""Curvature: one block per parameter matrix, and the linear algebra on trees shaped like params.
+"""The linear algebra of a curvature, on trees shaped like params.
 
-A block is a Kronecker product of two symmetric factors, optionally with corrected eigenvalues
-(EK-FAC), or a diagonal. In the eigenbasis, with T the matrix of a tree's leaf (bias last),
+In the eigenbasis of a block, with T the matrix of a tree's leaf (bias last),
 
     f(F) T = Q_A [ f(Λ) ∘ (Q_Aᵀ T Q_G) ] Q_Gᵀ,   Λ_ij = a_i g_j   or the corrected eigenvalues
 
 so `solve`, `matvec`, `power` are the same few lines with another f.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.capture import Weight
 from jedit.capture.discover import parameter_paths
-
-HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def _pytree(*meta: str) -> Callable[[type], type]:
-    """Register a frozen dataclass whose fields `meta` are static."""
-
-    def register(cls: type) -> type:
-        fields = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
-        return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=list(meta))
-
-    return register
-
-
-@_pytree()
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """A symmetric positive semi-definite matrix per layer, with its eigenbasis; or a diagonal one.
-
-    Attributes:
-        matrix: (layers, d, d), or (layers, d) for a diagonal factor.
-        basis: (layers, d, d), eigenvectors in columns; None for a diagonal factor.
-        eigenvalues: (layers, d), ascending, never negative; in place for a diagonal factor.
-    """
-
-    matrix: Array
-    basis: Array | None
-    eigenvalues: Array
-
-    def rotate(self, x: Array, axis: int, *, back: bool = False) -> Array:
-        """Qᵀ (or Q, back) along an axis of (layers, d_in, d_out)."""
-        if self.basis is None:
-            return x
-        q = jnp.swapaxes(self.basis, 1, 2) if back else self.basis
-        spec = "lia,lij->laj" if axis == 1 else "lja,lij->lia"
-        return jnp.einsum(spec, q, x, precision=HIGHEST)
-
-
-@_pytree("weight", "input", "output")
-@dataclasses.dataclass(frozen=True)
-class Kronecker:
-    """A ⊗ G of one parameter matrix.
-
-    Attributes:
-        weight: which parameters it is, and how they form a matrix.
-        input: name of the factor A in `Curvature.factors`; blocks reading one activation share it.
-        output: name of the factor G.
-        corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j.
-    """
-
-    weight: Weight
-    input: str
-    output: str
-    corrected: Array | None = None
-
-
-@_pytree("weight")
-@dataclasses.dataclass(frozen=True)
-class Diagonal:
-    """The diagonal of one parameter matrix's block: (layers, rows, d_out)."""
-
-    weight: Weight
-    values: Array
-
-
-@_pytree()
-@dataclasses.dataclass(frozen=True)
-class Curvature:
-    """A positive semi-definite approximation of the Gauss-Newton matrix of the mean output loss.
-
-    Attributes:
-        blocks: by parameter path (with "#k" for a further, disjoint slice of one leaf).
-        factors: the Kronecker factors, by name.
-        num_outputs: M, the outputs it is a mean over.
-    """
-
-    blocks: dict[str, Kronecker | Diagonal]
-    factors: dict[str, Factor]
-    num_outputs: Array
-
-    @property
-    def covered(self) -> tuple[str, ...]:
-        """Paths of the parameters it covers."""
-        return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
-
-    def __str__(self) -> str:
-        lines = ["block  matrix  A  G"]
-        for name, block in self.blocks.items():
-            weight = block.weight
-            bias = f" + {weight.bias_path}" if weight.bias_path else ""
-            layers = f"{weight.layers} x " if weight.is_stacked else ""
-            kinds = "diagonal block"
-            if isinstance(block, Kronecker):
-                kinds = "  ".join(
-                    "dense" if self.factors[f].basis is not None else "diagonal"
-                    for f in (block.input, block.output)
-                )
-                kinds += "  (corrected eigenvalues)" if block.corrected is not None else ""
-            lines.append(f"{name}{bias}  {layers}{weight.rows} x {weight.d_out}  {kinds}")
-        return "\n".join(lines)
-
-
-def eigenvalues(curvature: Curvature, name: str) -> Array:
-    """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
-    block = curvature.blocks[name]
-    if isinstance(block, Diagonal):
-        return block.values
-    if block.corrected is not None:
-        return block.corrected
-    a = curvature.factors[block.input].eigenvalues
-    g = curvature.factors[block.output].eigenvalues
-    return a[:, :, None] * g[:, None, :]
-
-
-def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
-    """Into a block's eigenbasis (or back) for (layers, rows, d_out)."""
-    block = curvature.blocks[name]
-    if isinstance(block, Diagonal):
-        return matrix
-    matrix = curvature.factors[block.input].rotate(matrix, 1, back=back)
-    return curvature.factors[block.output].rotate(matrix, 2, back=back)
+from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, rotate
 
 
 def apply_spectral(
@@ -149,7 +26,11 @@ def apply_spectral(
     relative: bool = False,
     uncovered: str = "zero",
 ) -> PyTree:
-    """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments."""
+    """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
+
+    Raises:
+        ValueError: as `solve`.
+    """
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
     leaves = dict(parameter_paths(tree))
@@ -271,7 +152,7 @@ def power(
 def quadratic_form(
     curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
 ) -> Array:
-    """Tᵀ (F + λ) T over the covered parameters, a scalar. Half of it predicts the retain KL of T."""
+    """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
     leaves = dict(parameter_paths(tree))
     _check_tree(curvature, leaves)
     parts = []
@@ -311,5 +192,5 @@ def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
     if not isinstance(block, Kronecker):
         known = [n for n, b in curvature.blocks.items() if isinstance(b, Kronecker)]
         raise ValueError(f"{path!r} has no Kronecker block; those that have: {', '.join(known)}")
-    pair = tuple(curvature.factors[f].matrix for f in (block.input, block.output))
-    return pair if block.weight.is_stacked else tuple(x[0] for x in pair)
+    a, g = curvature.factors[block.input].matrix, curvature.factors[block.output].matrix
+    return (a, g) if block.weight.is_stacked else (a[0], g[0])

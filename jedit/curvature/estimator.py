@@ -1,4 +1,4 @@
-"""Estimators: three pure functions each, as an optax transform is two, and the loop over batches."""
+"""Estimators: three pure functions each, as an optax transform is two, and the batch loop."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -6,23 +6,32 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from jedit.curvature.blocks import Curvature
+from jedit.curvature.structure import Curvature
 from jedit.typing import Batch
 
 
 class Estimator(NamedTuple):
     """How to estimate a curvature.
 
+    States are sums, so those of disjoint data merge by adding them leaf by leaf,
+    `jax.tree.map(jnp.add, one, other)`. They count outputs, positions and examples in int32: one
+    estimate takes at most 2³¹ - 1 (2.1e9) of each.
+
     Attributes:
-        init: `init(params, batch) -> state`, all zero; the batch gives shapes alone.
-        update: `update(state, params, batch, key) -> state`. Jit, vmap, scan and shard it; give it
-            one key for all batches, labels depend on the key and on the running example number.
-        finalize: `finalize(state) -> Curvature`; on the host, outside of jit.
+        init: `init(params, batch, first_example=0) -> state`, all zero; the batch gives shapes, and
+            is looked at for padding that a site could not tell. Labels are sampled by running
+            example number: a shard that begins with another `first_example` than zero draws the
+            labels that those examples get in the whole.
+        update: `update(state, params, batch, key) -> state`. Jit, vmap, scan and shard it. Give it
+            one key for all batches, since labels depend on the key and on the example's number.
+        finalize: `finalize(state, dtype=None) -> Curvature`; on the host, outside of jit. Matrices
+            are decomposed in `dtype` (float64 also where JAX has it disabled; None: that of the
+            sums). Raises `FloatingPointError` naming the block whose sums are not finite.
     """
 
-    init: Callable[[PyTree, Batch], Any]
+    init: Callable[..., Any]
     update: Callable[[Any, PyTree, Batch, Array], Any]
-    finalize: Callable[[Any], Curvature]
+    finalize: Callable[..., Curvature]
 
 
 @jax.jit(donate_argnums=1)
@@ -40,8 +49,7 @@ def estimate(
 ) -> Curvature:
     """Estimate a curvature at `params` over batches.
 
-    States are sums: estimates of disjoint data merge by adding their states before `finalize`. The
-    loop compiles once for batches of one shape and moves nothing to the host between them.
+    The loop compiles once for batches of one shape and moves nothing to the host between them.
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
@@ -55,8 +63,8 @@ def estimate(
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with the first.
-        FloatingPointError: a factor is not finite.
+        ValueError: no batch, or what the estimator finds wrong with one.
+        FloatingPointError: a block's sums are not finite.
     """
     if progress:
         from tqdm.auto import tqdm

@@ -7,21 +7,22 @@ never return on a matrix with a NaN; hence no batch, no jit, and the check in fr
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jedit.curvature.blocks import Factor
+from jedit.curvature.structure import Factor
 
 
-def check_finite(matrix: Array, name: str, hint: str = "") -> None:
-    """Refuse a matrix that is not finite, by name.
+def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") -> None:
+    """Refuse what is not finite, by name.
 
     Raises:
         FloatingPointError: it holds NaN or infinity.
     """
-    finite = np.asarray(jnp.all(jnp.isfinite(matrix), axis=tuple(range(1, matrix.ndim))))
-    if not finite.all():
-        layers = np.flatnonzero(~finite)
-        where = f" (layers {layers.tolist()})" if len(finite) > 1 else ""
+    is_finite = np.asarray(jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim))))
+    if not is_finite.all():
+        layers = np.flatnonzero(~is_finite).tolist()
+        where = f" (layers {layers})" if len(is_finite) > 1 else ""
         raise FloatingPointError(
             f"the curvature of {name!r}{where} is not finite: "
             + (hint or "the model's activations or gradients overflowed on some batch")
@@ -32,7 +33,7 @@ def factorize(
     matrix: Float[Array, "layers d d"] | Float[Array, "layers d"],
     name: str,
     *,
-    dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
     hint: str = "",
 ) -> Factor:
     """The eigenbasis of every layer's matrix; a diagonal factor is its own.
@@ -44,7 +45,7 @@ def factorize(
         hint: what to say when it is not finite.
 
     Returns:
-        The factor, in the matrix's dtype.
+        The factor, in the matrix's dtype; eigenvalues that rounding made negative are zero.
 
     Raises:
         FloatingPointError: it is not finite.
@@ -52,9 +53,14 @@ def factorize(
     check_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    bases, values = [], []
-    for layer in matrix:
-        w, q = jax.block_until_ready(jnp.linalg.eigh(layer if dtype is None else layer.astype(dtype)))
-        bases.append(q.astype(matrix.dtype))
-        values.append(jnp.maximum(w, 0).astype(matrix.dtype))
-    return Factor(matrix, jnp.stack(bases), jnp.stack(values))
+    pairs = [_eigh(layer, dtype or matrix.dtype) for layer in matrix]
+    bases = jnp.stack([jnp.asarray(q, matrix.dtype) for _, q in pairs])
+    values = jnp.stack([jnp.asarray(w, matrix.dtype) for w, _ in pairs])
+    return Factor(matrix, bases, jnp.maximum(values, 0))
+
+
+def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):
+    """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        return np.linalg.eigh(np.asarray(matrix, dtype))
+    return jax.block_until_ready(jnp.linalg.eigh(matrix.astype(dtype)))

@@ -1,6 +1,6 @@
-"""One captured pass over a batch: per block, what entered and what flowed back, example by example.
+"""One captured pass over a batch: per site, what entered and what flowed back, example by example.
 
-K-FAC, EK-FAC and the diagonal differ only in what they sum, so what they sum over is made here once:
+K-FAC, EK-FAC and the diagonal differ only in what they sum; what they sum over is made here once:
 
     a (layers, examples, positions, d_in)     inputs, zero at padded positions
     g (layers, examples, positions, d_out)    gradient of the summed loss at the site's output, for
@@ -9,17 +9,53 @@ K-FAC, EK-FAC and the diagonal differ only in what they sum, so what they sum ov
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
+from jedit.curvature.alignment import align_site, by_example, is_maskable, spread
 from jedit.curvature.likelihoods import Likelihood, output_mask
 from jedit.typing import Batch, wide_dtype
 
 FISHERS = ("sampled", "exact", "empirical")
+
+Total = TypeVar("Total")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Which labels the gradients are taken at.
+
+    Attributes:
+        likelihood: what the outputs mean.
+        fisher: "sampled" from the model, "exact" (all of them) or "empirical" (the given ones).
+        samples: draws, for "sampled".
+    """
+
+    likelihood: Likelihood
+    fisher: str = "sampled"
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is unknown.
+
+        Raises:
+            ValueError: an unknown `fisher`, or no draw.
+        """
+        if self.fisher not in FISHERS:
+            raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+
+    @property
+    def draws(self) -> int:
+        """How many draws a batch's sums hold, to be divided by."""
+        return self.samples if self.fisher == "sampled" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +64,12 @@ class Pass:
 
     Attributes:
         captured: the capture.
-        lead: the outputs' leading shape: (examples,) or (examples, positions).
-        valid: which positions are data, (lead); None when all are.
-        counted: which outputs count in the loss, (lead).
+        lead: the outputs' leading shape, (examples, ...).
+        valid: which positions are data, (lead) booleans; None when all are.
+        counted: which outputs count in the loss, (lead) booleans.
         dtype: in which sums accumulate, float32 or wider.
-        cotangents: number of pullbacks, and the function from its index to a cotangent.
+        num_pullbacks: how often gradients flow back.
+        cotangent: from the pullback's number to a cotangent of the outputs.
     """
 
     captured: Capture
@@ -40,7 +77,8 @@ class Pass:
     valid: Array | None
     counted: Array
     dtype: jnp.dtype
-    cotangents: tuple[int, Callable[[int | Array], Array]]
+    num_pullbacks: int
+    cotangent: Callable[[int | Array], Array]
 
     @property
     def num_outputs(self) -> Array:
@@ -48,174 +86,167 @@ class Pass:
         return jnp.sum(self.counted, dtype=jnp.int32)
 
     def inputs(self, site: Site) -> tuple[Array, Array | None]:
-        """(a, v); token indices (layers, examples, positions) for an embedding. v None: all ones."""
+        """(a, v); an embedding's a is token indices (layers, examples, positions). v None: all."""
         a = site.canonical_inputs(self.captured.activations[site.name])
-        features = 0 if site.kind == "embedding" else 1
-        positions = a.shape[1 : a.ndim - features]
+        num_features = 0 if site.kind == "embedding" else 1
+        positions = a.shape[1 : a.ndim - num_features]
         v = self._valid(site, positions)
-        a = _by_example(a, self.lead, positions)
+        a = by_example(a, positions, self.lead)
         if site.kind == "embedding":
             return a, v
-        a = a.astype(self.dtype)
-        return (a if v is None else jnp.where(v[..., None], a, jnp.zeros((), a.dtype))), v
+        return self._only_valid(a.astype(self.dtype), v), v
 
     def gradients(self, site: Site, pulled: dict[str, Array]) -> Array:
-        """g out of one pullback."""
+        """The g of one pullback.
+
+        A padded position's is zero in any case if the model takes nothing from it; it is set to
+        zero for the sake of positions that hold no numbers, where zero times that is not zero.
+        """
         g = site.canonical_gradients(pulled[site.name]).astype(self.dtype)
-        return _by_example(g, self.lead, g.shape[1:-1])
+        positions = g.shape[1:-1]
+        return self._only_valid(by_example(g, positions, self.lead), self._valid(site, positions))
 
     def poison(self, site: Site) -> Array:
-        """Zero; not a number where padding cannot be told from data in this site.
+        """Zero; not a number where there is padding that cannot be told from data in this site.
 
-        Added to what is summed, it makes `finalize` name the block: never a silently polluted moment.
+        Added to what is summed, it makes `finalize` name the block: no silently polluted moment.
         """
         zero = jnp.zeros((), self.dtype)
-        if self.valid is None or is_matched(site, self.lead):
+        if self.valid is None or is_maskable(site, self.lead):
             return zero
-        return jnp.where(jnp.all(self.valid.astype(bool)), zero, jnp.nan)
+        return jnp.where(jnp.all(self.valid), zero, jnp.nan)
 
-    def sum_over_cotangents(self, function: Callable[[dict[str, Array]], PyTree]) -> PyTree:
-        """Sum `function(gradients of all sites)` over the pullbacks: draws, or classes."""
-        number, cotangent = self.cotangents
+    def fold(self, step: Callable[[Total, dict[str, Array]], Total], total: Total) -> Total:
+        """Fold `step(total, gradients of all sites)` over the pullbacks: draws, or labels."""
 
-        def one(k):
-            return function(self.captured.pullback(cotangent(k)))
+        def one(k, total):
+            return step(total, self.captured.pullback(self.cotangent(k)))
 
-        if number == 1:
-            return one(0)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-        return jax.lax.fori_loop(
-            0, number, lambda k, total: jax.tree.map(jnp.add, total, one(k)), zeros
-        )
+        if self.num_pullbacks == 1:
+            return one(0, total)
+        return jax.lax.fori_loop(0, self.num_pullbacks, one, total)
+
+    @staticmethod
+    def _only_valid(x: Array, v: Array | None) -> Array:
+        return x if v is None else jnp.where(v[..., None], x, jnp.zeros((), x.dtype))
 
     def _valid(self, site: Site, positions: tuple[int, ...]) -> Array | None:
         """(layers or 1, examples, positions) booleans; None when every position is data."""
-        ran = None
-        if site.branch is not None:
-            ran = self.captured.ran[site.branch] > 0
-            shape = (*ran.shape, *(1 for _ in range(len(site.output_shape) - ran.ndim)))
-            ran = jnp.broadcast_to(ran.reshape(shape), site.output_shape)
-            ran = site.canonical_gradients(ran)[..., 0]
-            ran = _by_example(ran, self.lead, ran.shape[1:])
-        if self.valid is None:
-            return ran
-        valid = self.valid.astype(bool)
-        kind = match(positions, self.lead)
-        if kind == "none":  # what is summed is poisoned unless all is data: see `poison`
-            return ran
-        if kind == "flat":
-            valid = valid.reshape(1, *self.lead)
-        else:
-            rest = positions[len(self.lead) :]
-            valid = valid.reshape(*self.lead, *(1 for _ in rest))
-            valid = jnp.broadcast_to(valid, positions).reshape(1, self.lead[0], -1)
-        return valid if ran is None else valid & ran
-
-
-def match(positions: tuple[int, ...], lead: tuple[int, ...]) -> str:
-    """How a site's positions correspond to outputs: "lead", "flat", "examples" or "none"."""
-    if positions[: len(lead)] == lead:
-        return "lead"
-    if positions and len(lead) > 1 and positions[0] == _size(lead):
-        return "flat"
-    return "none"
-
-
-def _size(shape: Iterable[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
-
-
-def _by_example(x: Array, lead: tuple[int, ...], positions: tuple[int, ...]) -> Array:
-    """(layers, positions..., features?) to (layers, examples, positions, features?)."""
-    features = x.shape[1 + len(positions) :]
-    is_matched = match(positions, lead) != "none" or (positions and positions[0] == lead[0])
-    examples = lead[0] if is_matched else 1
-    return x.reshape(x.shape[0], examples, -1, *features)
-
-
-def is_matched(site: Site, lead: tuple[int, ...]) -> bool:
-    """Whether a site's positions can be told from padding by the outputs' leading shape."""
-    output = jax.ShapeDtypeStruct(site.output_shape, site.output_dtype)
-    positions = jax.eval_shape(site.canonical_gradients, output).shape[1:-1]
-    return match(positions, lead) != "none"
+        valid = None if self.valid is None else spread(self.valid, positions)
+        if site.branch is None:
+            return valid
+        ran = self.captured.ran[site.branch] > 0  # (scans...)
+        rest = len(site.output_shape) - ran.ndim
+        ran = jnp.broadcast_to(ran.reshape(*ran.shape, *(1,) * rest), site.output_shape)
+        ran = by_example(site.canonical_gradients(ran)[..., 0], positions, self.lead)
+        return ran if valid is None else valid & ran
 
 
 def run_pass(
     apply: Callable,
-    likelihood: Likelihood,
+    labels: Labels,
     params: PyTree,
     batch: Batch,
     key: Array,
     first_example: Array,
-    *,
-    select=None,
-    fisher: str = "sampled",
-    samples: int = 1,
+    select: str | Sequence[str] | None = None,
 ) -> Pass:
     """Capture one batch and prepare its cotangents.
 
     Args:
         apply: the model, `apply(params, inputs) -> outputs`.
-        likelihood: what the outputs mean.
+        labels: at which labels.
         params: where to linearise.
-        batch: the examples; `targets` are read by `fisher="empirical"` alone.
+        batch: the examples; `targets` are read by empirical labels alone.
         key: of the whole estimate, not of the batch: labels depend on it and on the example's id.
         first_example: id of the batch's first example, a running number.
         select: which parameters.
-        fisher: "sampled", "exact" or "empirical".
-        samples: number of draws for "sampled".
 
     Returns:
         The pass.
 
     Raises:
-        ValueError: shapes of the batch disagree, an unknown `fisher`, a selected parameter that
-            cannot be captured, or missing targets.
+        ValueError: shapes of the batch disagree, a selected parameter cannot be captured, or
+            targets are missing.
     """
-    if fisher not in FISHERS:
-        raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {fisher!r}")
     captured = run_capture(apply, params, batch.inputs, select)
-    if select is not None and captured.sites.uncovered:
-        rows = "\n".join(f"  {p}: {r}" for p, r in captured.sites.uncovered.items())
+    sites, outputs = captured.sites, captured.outputs
+    if select is not None and sites.uncovered:
+        rows = "\n".join(f"  {path}: {reason}" for path, reason in sites.uncovered.items())
         raise ValueError(f"select names parameters that cannot be captured:\n{rows}")
-    if not captured.sites:
-        raise ValueError(f"no parameter can be captured:\n{captured.sites}")
-    outputs = captured.outputs
-    lead = likelihood.lead_shape(outputs)
+    if not sites:
+        raise ValueError(f"no parameter can be captured:\n{sites}")
+    lead = labels.likelihood.lead_shape(outputs)
+    _check_examples(batch, lead)
     counted = output_mask(batch, lead)
-    if fisher == "sampled":
+    number, cotangent = _cotangents(labels, captured, batch, key, first_example, lead)
+
+    def masked(k):
+        return jnp.where(counted[..., None], cotangent(k), jnp.zeros((), outputs.dtype))
+
+    valid = None if batch.valid is None else batch.valid.astype(bool)
+    return Pass(captured, lead, valid, counted, wide_dtype(outputs.dtype), number, masked)
+
+
+def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
+    """Refuse outputs or targets that do not lead with the inputs' examples.
+
+    Raises:
+        ValueError: they do not.
+    """
+    lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch.inputs) if jnp.ndim(x) > 0}
+    if not lead or lengths - {lead[0]}:
+        raise ValueError(
+            f"the outputs' leading shape is {lead}, but the inputs lead with "
+            f"{', '.join(map(str, sorted(lengths)))} examples; apply must return outputs "
+            "(examples, ..., classes or features), not flattened"
+        )
+    if batch.targets is not None and batch.targets.shape[:1] != lead[:1]:
+        raise ValueError(
+            f"batch.targets has shape {batch.targets.shape}, but the batch has {lead[0]} examples"
+        )
+
+
+def _cotangents(
+    labels: Labels, captured: Capture, batch: Batch, key, first_example, lead: tuple[int, ...]
+) -> tuple[int, Callable[[int | Array], Array]]:
+    """How many pullbacks, and the cotangent of each.
+
+    Raises:
+        ValueError: empirical labels without targets.
+    """
+    likelihood, outputs = labels.likelihood, captured.outputs
+    if labels.fisher == "sampled":
         ids = first_example + jnp.arange(lead[0], dtype=jnp.int32)
 
         def draw(k):
             noise = likelihood.noise(outputs, ids, key=jax.random.fold_in(key, k))
             return likelihood.sampled_cotangent(outputs, noise)
 
-        number, cotangent = samples, draw
-    elif fisher == "exact":
-        # One output of an example at a time: labels of different outputs are independent, so the
-        # cross terms that a joint backward pass would give have to be absent.
+        return labels.samples, draw
+    # Squares of sums over examples would hold cross terms, which sampled labels have none of, being
+    # independent. So where a site cannot tell examples apart, they flow back one by one.
+    is_merged = any(align_site(site, lead) == "none" for site in captured.sites.values())
+    if labels.fisher == "exact":
+        # One output at a time, for the same reason.
         columns = likelihood.num_columns(outputs)
-        per_example = _size(lead[1:])
-        number = columns * per_example
+        shape = lead if is_merged else (1, *lead[1:])
 
-        def cotangent(k):
-            column = likelihood.exact_cotangent(outputs, k % columns)
-            here = jnp.arange(per_example).reshape(1, *lead[1:], 1) == k // columns
-            return jnp.where(here, column, jnp.zeros((), outputs.dtype))
+        def column(k):
+            is_here = jnp.arange(math.prod(shape)).reshape(*shape, 1) == k // columns
+            cotangent = likelihood.exact_cotangent(outputs, k % columns)
+            return jnp.where(is_here, cotangent, jnp.zeros((), outputs.dtype))
 
-    else:
-        if batch.targets is None:
-            raise ValueError('fisher="empirical" needs batch.targets')
-        number = 1
+        return columns * math.prod(shape), column
+    targets = batch.targets
+    if targets is None:
+        raise ValueError('fisher="empirical" needs batch.targets')
 
-        def cotangent(_):
-            return likelihood.empirical_cotangent(outputs, batch.targets)
+    def given(k):
+        cotangent = likelihood.empirical_cotangent(outputs, targets)
+        if not is_merged:
+            return cotangent
+        is_here = jnp.arange(lead[0]).reshape(-1, *(1,) * len(lead)) == k
+        return jnp.where(is_here, cotangent, jnp.zeros((), outputs.dtype))
 
-    def masked(k):
-        return jnp.where(counted[..., None], cotangent(k), jnp.zeros((), outputs.dtype))
-
-    dtype = wide_dtype(outputs.dtype)
-    return Pass(captured, lead, batch.valid, counted, dtype, (number, masked))
+    return (lead[0] if is_merged else 1), given

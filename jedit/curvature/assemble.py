@@ -1,0 +1,101 @@
+"""From K-FAC's sums to the factors of a block: normalise, put the bias in, merge, decompose."""
+
+import functools
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jedit.curvature.factorize import factorize
+from jedit.curvature.grouping import Block, Member
+from jedit.curvature.moments import symmetrize
+from jedit.curvature.structure import Factor, Kronecker
+from jedit.curvature.sums import InputSums
+
+
+def assemble(
+    block: Block,
+    inputs: Mapping[str, InputSums],
+    outputs: Mapping[str, Array],
+    number: Array,
+    factors: dict[str, Factor],
+    dtype: jnp.dtype | None,
+) -> Kronecker:
+    """One block; its factors are added to `factors`, unless another block has put A there.
+
+    Args:
+        block: the block.
+        inputs: sums by input group.
+        outputs: sums by site.
+        number: M times the draws, what G is a mean over.
+        factors: all factors so far, by name.
+        dtype: to decompose in; None: the sums' own.
+
+    Returns:
+        The block.
+    """
+    has_bias = block.weight.bias_path is not None
+    pairs = []
+    for member in block.members:
+        a = _input_moment(inputs[member.group], member, has_bias=has_bias)
+        g = outputs[member.site] / number.astype(outputs[member.site].dtype)
+        g = symmetrize(g) if g.ndim == 3 else g
+        pairs.append((g, a) if member.is_flipped else (a, g))
+    if len(pairs) == 1:
+        member, (a, g) = block.members[0], pairs[0]
+        # Blocks that read one activation, in the same way, share its factor.
+        bias = f", bias {member.bias_scale}" if has_bias else ""
+        input_name = f"input {member.group}, scale {member.scale}{bias}"
+    else:
+        a, g = merge(pairs)
+        input_name = f"input of {block.name}"
+    output_name = f"output of {block.name}"
+    if input_name not in factors:
+        factors[input_name] = factorize(a, block.name, dtype=dtype, hint=block.hint)
+    factors[output_name] = factorize(g, block.name, dtype=dtype, hint=block.hint)
+    return Kronecker(block.weight, input_name, output_name)
+
+
+def _input_moment(sums: InputSums, member: Member, *, has_bias: bool) -> Array:
+    """A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
+    count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
+    one = jnp.full_like(count, member.bias_scale**2)
+    if sums.moment.ndim == 2:
+        diagonal = sums.moment / count * member.scale**2
+        return jnp.concatenate([diagonal, one], axis=1) if has_bias else diagonal
+    moment = symmetrize(sums.moment) / count[..., None] * member.scale**2
+    if not has_bias:
+        return moment
+    mean = sums.total / count * (member.scale * member.bias_scale)
+    last = jnp.concatenate([mean, one], axis=1)
+    moment = jnp.concatenate([moment, mean[:, None]], axis=1)
+    return jnp.concatenate([moment, last[..., None]], axis=2)
+
+
+def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """The Kronecker product that has the two partial traces of a sum of Kronecker products.
+
+    A = Σ_k A_k tr G_k / t and G = Σ_k G_k tr A_k, with t = Σ_k tr A_k tr G_k: its trace is the
+    sum's. Cross terms between the sites are left out, as between the positions of one site.
+    """
+    traces = [(_trace(a), _trace(g)) for a, g in pairs]
+    whole = sum(a * g for a, g in traces)
+    whole = jnp.where(whole > 0, whole, 1)
+    a = _weighted_sum([a for a, _ in pairs], [g / whole for _, g in traces])
+    g = _weighted_sum([g for _, g in pairs], [a for a, _ in traces])
+    return a, g
+
+
+def _trace(matrix: Array) -> Array:
+    diagonal = matrix if matrix.ndim == 2 else jnp.diagonal(matrix, axis1=1, axis2=2)
+    return jnp.sum(diagonal, axis=-1)
+
+
+def _weighted_sum(matrices: list[Array], weights: list[Array]) -> Array:
+    """Dense where one of them is, (layers, d, d), or diagonal as all of them are, (layers, d)."""
+    if any(m.ndim == 3 for m in matrices):
+        eye = jnp.eye(matrices[0].shape[1], dtype=matrices[0].dtype)[None]
+        matrices = [m if m.ndim == 3 else m[..., None] * eye for m in matrices]
+    spread = (-1, *(1,) * (matrices[0].ndim - 1))
+    weighted = [m * w.reshape(spread) for m, w in zip(matrices, weights, strict=True)]
+    return functools.reduce(jnp.add, weighted)

@@ -1,0 +1,163 @@
+"""The diagonal of the Gauss-Newton matrix of the mean loss, out of squared per-example gradients.
+
+    Λ = (1/M) Σ_n [ Q_Aᵀ ∇_W ℓ_n Q_G ]²
+
+ℓ_n the sum over example n's unmasked outputs, M the number of all, and Q = 1. With K-FAC's
+eigenbases for Q it is EK-FAC's spectrum, so one estimator serves both (`squares_estimator`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array
+
+from jedit.curvature.estimator import Estimator
+from jedit.curvature.factorize import check_finite
+from jedit.curvature.grouping import Block, group_sites, padding_hint
+from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.scores import Labels, run_pass
+from jedit.curvature.squares import add_squared_gradients
+from jedit.curvature.structure import Curvature, Diagonal
+from jedit.typing import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaresState:
+    """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
+
+    Attributes:
+        squares: by block, the sum of squared per-example gradients (layers, rows, d_out).
+        num_outputs: M, int32.
+        next_example: the running example number, int32; a sum of states has one beyond all theirs.
+        blocks: static.
+        draws: static; how many pullbacks a batch's gradients are the mean of.
+    """
+
+    squares: dict[str, Array]
+    num_outputs: Array
+    next_example: Array
+    blocks: tuple[Block, ...]
+    draws: int
+
+
+jax.tree_util.register_dataclass(
+    SquaresState,
+    data_fields=["squares", "num_outputs", "next_example"],
+    meta_fields=["blocks", "draws"],
+)
+
+
+def diagonal(
+    apply: Callable,
+    likelihood: Likelihood,
+    *,
+    select: str | Sequence[str] | None = None,
+    fisher: str = "sampled",
+    samples: int = 1,
+) -> Estimator:
+    """The diagonal of the Gauss-Newton matrix of the mean loss; arguments and errors as `kfac`.
+
+    A pass costs one forward, one activation-backward pass and the per-example gradients, d_in d_out
+    multiply-adds a position and site.
+    """
+
+    def finish(blocks, means, num_outputs):
+        diagonals = {b.name: Diagonal(b.weight, means[b.name]) for b in blocks}
+        return Curvature(diagonals, {}, num_outputs)
+
+    labels = Labels(likelihood, fisher, samples)
+    return squares_estimator(apply, labels, select, {}, finish)
+
+
+def squares_estimator(
+    apply: Callable,
+    labels: Labels,
+    select: str | Sequence[str] | None,
+    bases: Mapping[str, tuple[Array | None, Array | None]],
+    finish: Callable[[tuple[Block, ...], dict[str, Array], Array], Curvature],
+) -> Estimator:
+    """Estimate mean squares of per-example gradients, by block in bases of its own.
+
+    Args:
+        apply: the model.
+        labels: at which labels.
+        select: which parameters.
+        bases: by block, eigenvectors of A and of G; None, or no entry, for the standard basis.
+        finish: makes a curvature of blocks, their mean squares and M.
+
+    Returns:
+        The estimator.
+    """
+
+    def init(params, batch, first_example=0):
+        def zero(params, batch):
+            first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
+            done = run_pass(apply, labels, params, batch, key, first, select)
+            blocks = group_sites(done.captured.sites, done.lead)
+            squares = {b.name: zero_squares(b, done.dtype) for b in blocks}
+            return SquaresState(squares, first, first, blocks, labels.draws)
+
+        shape = jax.eval_shape(zero, params, batch)
+        refuse_unclear_padding(shape.blocks, batch)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        return dataclasses.replace(state, next_example=jnp.int32(first_example))
+
+    # The bases are an argument of the jitted step, and no constants in it: they are large.
+    def update(bases, state, params, batch, key):
+        done = run_pass(apply, labels, params, batch, key, state.next_example, select)
+
+        def add_gradients(squares, pulled):
+            return {
+                b.name: add_squared_gradients(
+                    done, b, pulled, squares[b.name], bases.get(b.name, (None, None))
+                )
+                for b in state.blocks
+            }
+
+        return SquaresState(
+            done.fold(add_gradients, state.squares),
+            state.num_outputs + done.num_outputs,
+            state.next_example + done.lead[0],
+            state.blocks,
+            state.draws,
+        )
+
+    def finalize(state, dtype=None):
+        del dtype  # nothing is decomposed
+        number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
+        means = {b.name: mean_squares(state.squares[b.name], number, b) for b in state.blocks}
+        return finish(state.blocks, means, state.num_outputs)
+
+    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize)
+
+
+def zero_squares(block: Block, dtype: jnp.dtype) -> Array:
+    """No sum yet: (layers, rows, d_out)."""
+    weight = block.weight
+    return jnp.zeros((weight.layers, weight.rows, weight.d_out), dtype)
+
+
+def mean_squares(squares: Array, number: Array, block: Block) -> Array:
+    """A block's sum of squares over `number`, M times the draws."""
+    mean = squares / number.astype(squares.dtype)
+    check_finite(mean, block.name, block.hint)
+    return mean
+
+
+def refuse_unclear_padding(blocks: Iterable[Block], batch: Batch) -> None:
+    """Refuse a first batch with padding for sites whose padding cannot be told from data.
+
+    A traced batch shows its padding only to `finalize`, which then names the block.
+
+    Raises:
+        ValueError: such a site is selected; it is named.
+    """
+    unclear = [m.site for b in blocks for m in b.members if not m.is_maskable]
+    valid = batch.valid
+    if not unclear or valid is None or isinstance(valid, (Tracer, jax.ShapeDtypeStruct)):
+        return
+    if not jnp.all(valid.astype(bool)):
+        raise ValueError(padding_hint(unclear))
