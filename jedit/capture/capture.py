@@ -62,6 +62,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
     sites, jaxpr = program.sites, program.jaxpr
     taps = sorted({tap.probe for tap in program.plan.all_taps()})
     leaves = jax.tree.leaves((params, inputs))
+    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
     probe_of = dict(zip(sites, taps, strict=True))
 
     def tapped(probes):

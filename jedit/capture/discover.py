@@ -85,7 +85,7 @@ def trace(apply, params, inputs, select=None) -> Program:
             values.append(Value(("in", i), on_data=i >= len(named), on_params=i < len(named)))
     outs, plan = walker.walk(jaxpr.jaxpr, jaxpr.consts, values, Scope(), [True])
     for value in outs:
-        walker.refuse(value.origin, "is returned by apply as it is")
+        walker.refuse(value.origin, "is returned by apply as it is", Scope())
     drafts = walker.resolve(selected)
     plan = plan.restricted({draft.tap for draft in drafts})
     sites = _named([draft.site for draft in drafts])

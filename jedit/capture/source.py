@@ -1,18 +1,11 @@
 """Where in the user's program an equation comes from."""
 
-import functools
 import pathlib
 import sys
 
 from jax.extend import source_info_util
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "jaxtyping", "beartype")
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(file: str, folders: tuple[str, ...]) -> bool:
-    """Whether a frame belongs to a library (or was generated, as run-time checkers do)."""
-    return file.startswith("<") or file.startswith(folders)
 
 
 def source_line(eqn, default: str = "") -> str:
@@ -23,9 +16,9 @@ def source_line(eqn, default: str = "") -> str:
     """
     modules = [sys.modules[name] for name in _LIBRARIES if name in sys.modules]
     folders = tuple(str(pathlib.Path(path)) + "/" for m in modules for path in m.__path__)
-    folders += (str(pathlib.Path(__file__).parent) + "/",)
+    folders += (str(pathlib.Path(__file__).parent) + "/", "<")  # "<": made by run-time checkers
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
-        if not _is_library(frame.file_name, folders):
+        if not frame.file_name.startswith(folders):
             return f"{pathlib.Path(frame.file_name).name}:{frame.line_num}"
     return default or source_info_util.summarize(eqn.source_info) or "unknown line"

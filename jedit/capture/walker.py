@@ -59,10 +59,11 @@ class Walker:
         """The record of the activation with that number."""
         return self._records.setdefault(number, len(self._records))
 
-    def refuse(self, origin: Provenance | None, reason: str, where: str = "") -> None:
-        """Note why a parameter cannot be covered; the first reason stays."""
-        if origin is not None:
-            self.refused.setdefault(origin.path, reason + (f" ({where})" if where else ""))
+    def refuse(self, origin: Provenance | None, reason: str, scope: Scope, eqn=None) -> None:
+        """Note why a parameter cannot be covered, and in which line; the first reason stays."""
+        if origin is not None and origin.path not in self.refused:
+            where = scope.source if eqn is None else source_line(eqn, scope.source)
+            self.refused[origin.path] = reason + (f" ({where})" if where else "")
 
     def resolve(self, selected: list[str]) -> list[Draft]:
         """Settle which biases belong to which weights, and drop what is not wholly covered."""
@@ -143,17 +144,18 @@ class Walker:
             return self._scan(i, eqn, values, scope, plan, live_out)
         if name == "cond":
             return self._cond(i, eqn, values, scope, plan, live_out)
-        where = source_line(eqn, scope.source)
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
         constant = self._fold(eqn, values)
-        if name in versions.NO_GRADIENT or not any(_is_floating(v) for v in eqn.outvars):
-            self.stopped.update(v.origin.path for v in values if v.origin is not None)
+        entering = {v.origin.path for v in values if v.origin is not None}
+        is_flat = not any(_is_floating(v) for v in eqn.outvars)
+        if name in versions.NO_GRADIENT or (entering and is_flat):
+            self.stopped.update(entering)
             return [Value(self.fresh(), on_data, on_params, constant=constant) for _ in eqn.outvars]
         if name in versions.IDENTITY and len(values) == len(eqn.outvars):
             return list(values)
         if name == "split":
-            return self._split(eqn, values[0])
+            return self._split(eqn, values[0], scope)
         folded = self._structure(eqn, values)
         if folded is not None:
             return [folded]
@@ -168,16 +170,16 @@ class Walker:
             plan.taps.setdefault(i, []).append(Tap(found.tap, kept))
             for k, value in enumerate(values):
                 if k not in found.parameters and k != reads:
-                    self.refuse(value.origin, f"enters `{name}`", where)
+                    self.refuse(value.origin, f"enters `{name}`", scope, eqn)
                 if k == reads:
-                    self.refuse(value.origin, "is used as an activation", where)
+                    self.refuse(value.origin, "is used as an activation", scope, eqn)
             out = Value(self.fresh(), on_data, True, view=found.view)
             return [out]
         if isinstance(found, Provenance):
             return [Value(self.fresh(), on_data, on_params, origin=found)]
         for value in values:
             reason = REASONS.get(name) or (found if isinstance(found, str) else f"enters `{name}`")
-            self.refuse(value.origin, reason, where)
+            self.refuse(value.origin, reason, scope, eqn)
         return [Value(self.fresh(), on_data, on_params, constant=constant) for _ in eqn.outvars]
 
     def _structure(self, eqn, values) -> Value | None:
@@ -220,7 +222,7 @@ class Walker:
             (name, arguments, value.number), value.on_data, value.on_params, origin, constant, view
         )
 
-    def _split(self, eqn, value: Value) -> list[Value]:
+    def _split(self, eqn, value: Value, scope: Scope) -> list[Value]:
         """Several slices along one axis, as `slice` would cut them."""
         axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
         outs, end = [], 0
@@ -230,7 +232,7 @@ class Walker:
             limit = tuple(end if i == axis else n for i, n in enumerate(shape))
             origin = value.origin and value.origin.sliced(start, limit, None)
             if origin is None:
-                self.refuse(value.origin, "is split after a broadcast", source_line(eqn))
+                self.refuse(value.origin, "is split after a broadcast", scope, eqn)
             number = ("slice", (start, limit, None), value.number)
             outs.append(Value(number, value.on_data, value.on_params, origin, value.constant))
         return outs
@@ -263,7 +265,7 @@ class Walker:
             data, weights = value.on_data, value.on_params
             if 0 <= carry < num_carry and not unchanged[carry]:
                 if carried_live[carry]:
-                    self.refuse(origin, "is changed by a loop that carries it", scope.source)
+                    self.refuse(origin, "is changed by a loop that carries it", scope)
                 origin, data, weights = None, on_data, on_params
             elif carry >= num_carry and origin is not None:
                 origin = origin.scanned(len(scope.lengths))
@@ -281,14 +283,14 @@ class Walker:
                 results.append(values[num_consts + k])
                 continue
             if inner_live[k]:
-                self.refuse(out.origin, "is returned by a loop's body", scope.source)
+                self.refuse(out.origin, "is returned by a loop's body", scope)
             results.append(Value(self.fresh(), on_data, on_params))
         return results
 
     def _cond(self, i, eqn, values, scope, plan, live_out) -> list[Value]:
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
-        self.refuse(values[0].origin, "decides a branch of `cond`", scope.source)
+        self.refuse(values[0].origin, "decides a branch of `cond`", scope)
         plans = []
         for branch in eqn.params["branches"]:
             inside = scope.branched(self.fresh(), self.num_branches)
@@ -301,7 +303,7 @@ class Walker:
             inner.branch = inside.branch
             plans.append(inner)
             for out in outs:
-                self.refuse(out.origin, "is returned by a branch of `cond`", scope.source)
+                self.refuse(out.origin, "is returned by a branch of `cond`", scope)
         if any(plans):
             plan.inner[i] = tuple(plans)
         return [Value(self.fresh(), on_data, on_params) for _ in eqn.outvars]
@@ -325,7 +327,7 @@ def _known_scalar(value) -> np.ndarray | None:
 
 
 def _is_floating(variable) -> bool:
-    return jnp.issubdtype(variable.aval.dtype, jnp.inexact)
+    return jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int32), jnp.inexact)
 
 
 def _same_dtype(a, b) -> bool:
