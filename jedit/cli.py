@@ -1,0 +1,273 @@
+"""The command line: `jedit demo`, and `jedit run` on a question-answer file of one's own."""
+
+import dataclasses
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import jedit
+
+DEMO_OUT, RUN_OUT = Path("out/demo"), Path("out/run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train, forget, compare and report on two scenes that need nothing from outside."""
+
+    scene: Literal["digits", "authors", "all"] = "all"
+    """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both."""
+    out: Path = DEMO_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    seed: int = 0
+    """Of everything random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFile:
+    """Do the same on your own questions and answers (JSON lines: question, answer)."""
+
+    data: Path
+    """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list
+    of wrong answers), paraphrased_question, author."""
+    forget: str
+    """Rows to forget: a file, author=NAME[,NAME], or rows=START:STOP counted from 0."""
+    retain: str = "rest"
+    """Rows to keep, in the same ways; rest: all that are not forgotten."""
+    out: Path = RUN_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    width: int = 128
+    """Width of the GPT."""
+    layers: int = 4
+    """Blocks of the GPT."""
+    heads: int = 4
+    """Heads of its attention; they divide the width."""
+    epochs: tuple[int, ...] = (20,)
+    """Passes over the rows; with several numbers the comparison is made after each."""
+    vocab: int = 2048
+    """Tokens of the vocabulary, at most."""
+    max_len: int = 128
+    """Tokens of a row, at most; longer rows are cut off."""
+    batch_size: int = 16
+    """Rows of a training step."""
+    learning_rate: float = 1e-3
+    """Of Adam, in training."""
+    seed: int = 0
+    """Of everything random."""
+
+
+class UsageError(Exception):
+    """What the user can mend; shown as one sentence, exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"jedit {jedit.__version__}")
+        return 0
+    try:
+        import rich
+        import tyro
+    except ImportError as error:
+        return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
+    del rich
+    chosen = tyro.extras.subcommand_cli_from_dict(
+        {"demo": _as_is(Demo), "run": _as_is(RunFile)},
+        prog="jedit",
+        description="Erase and rewrite what a trained network knows, and show what it cost. "
+        "(jedit --version prints the version.)",
+        args=arguments,
+    )
+    command = shlex.join(["jedit", *arguments])
+    try:
+        return _demo(chosen, command) if isinstance(chosen, Demo) else _run(chosen, command)
+    except UsageError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("stopped; nothing was written", code=130)
+
+
+def _as_is(options: type) -> Callable:
+    return options
+
+
+def _fail(sentence: str, code: int = 2) -> int:
+    print(f"jedit: {sentence}", file=sys.stderr)
+    return code
+
+
+def _demo(options: Demo, command: str) -> int:
+    _check_out(options.out)
+    stages = _Stages()
+
+    def scenes() -> list:
+        found = []
+        if options.scene in ("digits", "all"):
+            from jedit.recipes.digits import digits
+
+            found += digits(seed=options.seed, say=stages)
+        if options.scene in ("authors", "all"):
+            from jedit.recipes.authors import authors
+
+            found += authors(seed=options.seed, say=stages)
+        return found
+
+    return _report(scenes, stages, options.out, options.seed, command)
+
+
+def _run(options: RunFile, command: str) -> int:
+    from jedit.data import DataError, read_rows, select_rows
+
+    _check_numbers(options)
+    _check_out(options.out)
+    try:
+        rows = read_rows(options.data)
+        forget, retain = select_rows(rows, options.forget, options.retain)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    if len(retain) < 2:
+        raise UsageError(
+            f"{options.data}: {len(retain)} row to retain; at least 2 are needed, one for the "
+            "edits to see and one to judge them."
+        )
+    stages = _Stages()
+
+    def comparison() -> Sequence:
+        from jedit.recipes.authors import GRID
+        from jedit.recipes.question_answer import Model, question_answer
+        from jedit.recipes.training import Recipe
+
+        size = (options.width, options.layers, options.heads, options.vocab, options.max_len)
+        epochs = tuple(sorted(set(options.epochs)))
+        note = (
+            f"A small GPT learns the {len(rows)} rows of {options.data.name} and is then made to "
+            f"forget {len(forget)} of them ({options.forget})."
+        )
+        return question_answer(
+            rows,
+            forget,
+            retain,
+            name="run",
+            title=f"Forget {len(forget)} rows of {options.data.name}",
+            note=note,
+            model=Model(*size),
+            recipe=Recipe(epochs, options.batch_size, options.learning_rate),
+            grid=GRID,
+            seed=options.seed,
+            say=stages,
+        )
+
+    return _report(comparison, stages, options.out, options.seed, command)
+
+
+def _check_numbers(options: RunFile) -> None:
+    positive = ("width", "layers", "heads", "batch_size", "learning_rate")
+    for name in positive:
+        if not getattr(options, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive.")
+    if not options.epochs or min(options.epochs) < 1:
+        raise UsageError("--epochs must be at least 1.")
+    if options.width % options.heads:
+        raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}.")
+    if options.vocab < 258:
+        raise UsageError("--vocab must be at least 258: the bytes and two special tokens.")
+    if options.max_len < 8:
+        raise UsageError("--max-len must be at least 8.")
+
+
+def _check_out(out: Path) -> None:
+    from jedit.report import check_destination
+
+    try:
+        check_destination(out)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _report(
+    make: Callable[[], Sequence], stages: "_Stages", out: Path, seed: int, command: str
+) -> int:
+    """Make the comparisons, print their tables, write the report."""
+    from rich.console import Console
+
+    from jedit.report import Run, comparison_table, write_report
+
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    with stages:
+        comparisons = tuple(make())
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)
+    for comparison in comparisons:
+        console.print()
+        console.print(comparison_table(comparison))
+    run = Run(
+        command=command,
+        date=date,
+        seed=seed,
+        seconds=stages.seconds,
+        peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        versions=_versions(),
+        machine=_machine(),
+        comparisons=comparisons,
+    )
+    page = write_report(run, out)
+    console.print(
+        f"\n{stages.seconds:.0f} s, peak memory {run.peak_memory_gib:.1f} GiB. Report: {page} "
+        f"(numbers: {out / 'results.json'})",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+class _Stages:
+    """Says on stderr what is being done: a line for each stage, and on a terminal what runs now."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self.start = time.perf_counter()
+        self.status = self.console.status("starting")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def __enter__(self) -> "_Stages":
+        self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def __call__(self, text: str) -> None:
+        self.console.print(f"{self.seconds:5.0f} s  {text}", highlight=False, soft_wrap=True)
+        self.status.update(text)
+
+
+def _versions() -> dict[str, str]:
+    names = ("jedit", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def _machine() -> dict[str, str | int | float]:
+    import jax
+
+    devices = jax.devices()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(memory, 1),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+    }

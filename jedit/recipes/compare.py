@@ -1,0 +1,306 @@
+"""The shared comparison: edit one model by every method over its strength, and judge each point.
+
+The curvature is fitted, and the baselines retain, on `retain` alone; `heldout` are rows that the
+model was trained on as well and no edit sees, so the retain KL measured there is honest.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.curvature import Curvature, Estimator, ekfac, estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.data import batches
+from jedit.edits import apply_edit
+from jedit.methods import kfade
+from jedit.metrics import accuracy, forget_quality, nll, output_kl
+from jedit.objectives import ga, graddiff, npo
+from jedit.recipes.ascent import ascend
+from jedit.report import Curve, Method, Point, best_point
+from jedit.typing import Batch
+
+Say = Callable[[str], None]
+
+
+class Grid(NamedTuple):
+    """What every method is tried at; it is written into the report.
+
+    Attributes:
+        budgets: strengths of K-FADE, true retain KL in nats per output.
+        temperatures: of the likelihood whose curvature K-FADE steps in.
+        damping: of K-FADE, relative.
+        kfade_steps: steps of one edit.
+        learning_rates: of gradient ascent, GradDiff and NPO, with Adam.
+        looks: strengths of the baselines, in optimizer steps.
+        batch_size: forget rows, and retain rows, of one such step.
+        kl_budget: the held-out retain KL under which a best point is chosen.
+    """
+
+    budgets: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    damping: tuple[float, ...]
+    kfade_steps: int
+    learning_rates: dict[str, tuple[float, ...]]
+    looks: tuple[int, ...]
+    batch_size: int
+    kl_budget: float
+
+
+class Task(NamedTuple):
+    """A model, what it was trained on, and what of it is to be forgotten.
+
+    Attributes:
+        apply: `apply(params, inputs) -> logits`.
+        original: the params of the model trained on everything.
+        retrained: the params of the one trained without the forget rows.
+        forget: rows to be forgotten.
+        retain: rows that curvature and edits see.
+        heldout: other retain rows of the training set.
+        test: rows no model was trained on, or None.
+        truth_ratio: params to the truth ratio of each forget row, or None.
+        select: regular expression: which parameters K-FADE edits; None: all that can be.
+        chunk: rows evaluated at a time.
+        probe: how many retain rows the line search measures on.
+    """
+
+    apply: Callable
+    original: PyTree
+    retrained: PyTree
+    forget: Batch
+    retain: Batch
+    heldout: Batch
+    test: Batch | None
+    truth_ratio: Callable[[PyTree], np.ndarray] | None
+    select: str | None
+    chunk: int
+    probe: int
+
+
+class Judged(NamedTuple):
+    """What a comparison found, before it is put into words; `best` is by method, by the rule."""
+
+    original: Point
+    retrained: Point
+    methods: tuple[Method, ...]
+    curves: tuple[Curve, ...]
+    best: dict[str, tuple[Curve, Point] | None]
+
+
+def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, dict[str, PyTree]]:
+    """Edit by every method, judge every point.
+
+    Args:
+        task: the model and the sets.
+        grid: what to try.
+        key: of the curvature's labels and of the baselines' batches.
+        say: told of each stage, in a few words.
+
+    Returns:
+        The numbers, and for each method with a point within budget the params of its best point.
+    """
+    judge = _Judge(task)
+    curvature_key, ascent_key = (jax.random.fold_in(key, i) for i in range(2))
+    original = judge(task.original, 0.0, 0.0)
+    retrained = judge(task.retrained, 0.0, 0.0)
+    found, models = [], {}
+
+    def keep(curve: Curve, params_of_points: list[PyTree]) -> None:
+        # Only the best so far is held, so that memory does not grow with the grid.
+        found.append(curve)
+        best = best_point(found, curve.method, grid.kl_budget)
+        if best is not None and best[0] is curve:
+            models[curve.method] = params_of_points[curve.points.index(best[1])]
+
+    methods = []
+    fitted = _fit(task, grid, key=curvature_key, say=say)
+    for name, (curvatures, seconds) in fitted.items():
+        say(f"{name}: {len(grid.budgets) * len(grid.damping) * len(curvatures)} edits")
+        for temperature, curvature in curvatures.items():
+            for damping in grid.damping:
+                setting = {"temperature": temperature, "damping": damping}
+                keep(*_kfade_curve(task, grid, judge, name, curvature, setting))
+        methods.append(_kfade_method(name, grid, seconds))
+    for name, (objective, description) in _baselines(task.apply).items():
+        rates = grid.learning_rates[name]
+        say(f"{name}: {len(rates)} learning rates")
+        for rate in rates:
+            keep(*_baseline_curve(task, grid, judge, name, objective, rate, key=ascent_key))
+        strength = f"steps (Adam, batches of {grid.batch_size} rows)"
+        methods.append(Method(name, description, strength, {"learning rate": rates}))
+    best = {m.name: best_point(found, m.name, grid.kl_budget) for m in methods}
+    return Judged(original, retrained, tuple(methods), tuple(found), best), models
+
+
+def probe_batch(batch: Batch, num_rows: int) -> Batch:
+    """The first rows of a batch."""
+    return jax.tree.map(lambda x: x[:num_rows], batch)
+
+
+class _Judge:
+    """Measures any params on the task's sets; every call after the first is compiled already."""
+
+    def __init__(self, task: Task):
+        self.task = task
+        names = ("forget", "retain", "heldout", "test")
+        self.sets = {
+            name: list(batches(getattr(task, name), task.chunk))
+            for name in names
+            if getattr(task, name) is not None
+        }
+        self.reference = (
+            None if task.truth_ratio is None else _finite(task.truth_ratio(task.retrained))
+        )
+
+    def __call__(
+        self, params: PyTree, strength: float, seconds: float, **predictions: float
+    ) -> Point:
+        task, apply = self.task, self.task.apply
+        values: dict[str, float | None] = {}
+        for name, chunks in self.sets.items():
+            values[f"{name}_nll"] = nll(apply, params, chunks)
+            values[f"{name}_accuracy"] = accuracy(apply, params, chunks)
+        values["heldout_kl"] = output_kl(apply, task.original, params, self.sets["heldout"])
+        values["forget_kl"] = output_kl(apply, task.retrained, params, self.sets["forget"])
+        if task.truth_ratio is not None:
+            ratios = _finite(task.truth_ratio(params))
+            values["truth_ratio"] = float(np.mean(ratios))
+            values["forget_quality"] = forget_quality(ratios, self.reference)
+        return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
+
+
+def _finite(ratios: np.ndarray) -> np.ndarray:
+    # To a destroyed model a wrong answer can be infinitely likelier than a right one; the test
+    # looks at ranks alone.
+    return np.nan_to_num(ratios, nan=1e30, posinf=1e30)
+
+
+def _fit(
+    task: Task, grid: Grid, *, key: Array, say: Say
+) -> dict[str, tuple[dict[float, Curvature], float]]:
+    """K-FAC and EK-FAC at each temperature, with the seconds that one temperature takes."""
+    plain: dict[float, Curvature] = {}
+    corrected: dict[float, Curvature] = {}
+    seconds = {"kfac": 0.0, "ekfac": 0.0}
+    for temperature in grid.temperatures:
+        say(f"fitting K-FAC and EK-FAC on the retain rows, temperature {temperature:g}")
+        likelihood = Categorical(temperature)
+        start = time.perf_counter()
+        estimator = _kfac(task.apply, likelihood, task.select)
+        chunks = list(batches(task.retain, task.chunk))
+        plain[temperature] = estimate(estimator, task.original, chunks, key=key)
+        jax.block_until_ready(plain[temperature])
+        middle = time.perf_counter()
+        estimator = ekfac(task.apply, likelihood, plain[temperature])
+        corrected[temperature] = estimate(
+            estimator, task.original, chunks, key=jax.random.fold_in(key, 1)
+        )
+        jax.block_until_ready(corrected[temperature])
+        seconds["kfac"] += (middle - start) / len(grid.temperatures)
+        seconds["ekfac"] += (time.perf_counter() - start) / len(grid.temperatures)
+    return {
+        "K-FADE (K-FAC)": (plain, seconds["kfac"]),
+        "K-FADE (EK-FAC)": (corrected, seconds["ekfac"]),
+    }
+
+
+@functools.cache
+def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estimator:
+    """One estimator for each model and likelihood: a second use of it compiles nothing."""
+    return kfac(apply, likelihood, select=select)
+
+
+def _kfade_method(name: str, grid: Grid, seconds: float) -> Method:
+    kind = "EK-FAC" if "EK" in name else "K-FAC"
+    description = (
+        f"Ascends the forget loss in the {kind} metric of the retain outputs, in "
+        f"{grid.kfade_steps} steps whose length a line search on the true retain KL sets."
+    )
+    strength = "budget (true retain KL on the line search's rows, nats per output)"
+    tried = {"temperature": grid.temperatures, "damping": grid.damping}
+    return Method(name, description, strength, tried, seconds)
+
+
+def _kfade_curve(
+    task: Task,
+    grid: Grid,
+    judge: _Judge,
+    name: str,
+    curvature: Curvature,
+    setting: dict[str, float],
+) -> tuple[Curve, list[PyTree]]:
+    forget = list(batches(task.forget, min(task.chunk, len(task.forget.targets))))
+    retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
+    run = functools.partial(
+        kfade, task.apply, task.original, curvature, forget, retain, damping=setting["damping"]
+    )
+    run(budget=grid.budgets[0], steps=1)  # compiles, so that the seconds below are the edit's own
+    points, models = [], []
+    for budget in grid.budgets:
+        start = time.perf_counter()
+        edit, info = run(budget=budget, steps=grid.kfade_steps)
+        params = jax.block_until_ready(apply_edit(task.original, edit))
+        seconds = time.perf_counter() - start
+        predictions = {
+            "predicted_kl": float(info.predicted_kl[-1]),
+            "true_kl": float(info.true_kl[-1]),
+        }
+        points.append(judge(params, budget, seconds, **predictions))
+        models.append(params)
+    return Curve(name, setting, tuple(points)), models
+
+
+@functools.cache
+def _baselines(apply: Callable) -> dict[str, tuple[Callable, str]]:
+    def with_reference(objective: Callable) -> Callable:
+        def run(params, forget, retain, reference):
+            return objective(params, forget, retain, apply=apply, reference_params=reference)
+
+        return run
+
+    def ascent(params, forget, retain, reference):
+        del reference
+        return ga(params, forget, retain, apply=apply)
+
+    return {
+        "gradient ascent": (ascent, "Ascends the forget loss; nothing protects the retain rows."),
+        "GradDiff": (
+            with_reference(graddiff),
+            "Ascends the forget loss and descends the retain loss, equally weighted.",
+        ),
+        "NPO": (
+            with_reference(npo),
+            "Negative preference optimisation, beta 0.1, with the retain loss at weight 1.",
+        ),
+    }
+
+
+def _baseline_curve(
+    task: Task,
+    grid: Grid,
+    judge: _Judge,
+    name: str,
+    objective: Callable,
+    rate: float,
+    *,
+    key: Array,
+) -> tuple[Curve, list[PyTree]]:
+    points, models = [], []
+    segments = ascend(
+        objective,
+        task.original,
+        task.forget,
+        task.retain,
+        learning_rate=rate,
+        looks=grid.looks,
+        batch_size=grid.batch_size,
+        key=key,
+    )
+    for steps, seconds, params in segments:
+        points.append(judge(params, float(steps), seconds))
+        models.append(params)
+    return Curve(name, {"learning rate": rate}, tuple(points)), models

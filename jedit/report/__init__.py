@@ -1,0 +1,24 @@
+"""Tables, figures and one page a person can read, from the numbers of a comparison."""
+
+from jedit.report.figure import save_png, tradeoff_figure
+from jedit.report.page import page
+from jedit.report.results import Answer, Comparison, Curve, Method, Point, Run, best_point, to_json
+from jedit.report.table import comparison_table
+from jedit.report.writer import check_destination, write_report
+
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Curve",
+    "Method",
+    "Point",
+    "Run",
+    "best_point",
+    "check_destination",
+    "comparison_table",
+    "page",
+    "save_png",
+    "to_json",
+    "tradeoff_figure",
+    "write_report",
+]

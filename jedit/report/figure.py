@@ -1,0 +1,108 @@
+"""The trade-off figure: what was forgotten against what it cost the retain set."""
+
+import io
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jedit.report.results import Comparison, Curve, Point
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by marker and line style, so that the figure also reads in grey.
+STYLES = (
+    ("o", "-", "#1b4f9c"),
+    ("s", (0, (6, 1.5)), "#0a8f6c"),
+    ("^", (0, (1, 1.2)), "#7a7a7a"),
+    ("v", (0, (4, 1.5, 1, 1.5)), "#c2410c"),
+    ("D", (0, (2, 1)), "#8b2fa0"),
+    ("P", (0, (8, 2, 1, 2, 1, 2)), "#a58a00"),
+)
+LEAST_KL = 1e-5
+
+
+def tradeoff_figure(comparison: Comparison) -> "Figure":
+    """Two panels over the held-out retain KL: the forget loss, and the KL to the retrained model.
+
+    Each method is drawn over its strength at its best setting, its other settings thin behind it;
+    the best point by the stated rule is ringed. The retrained model is a star. The untouched model
+    is a dot at the left edge, because its KL of zero has no place on a logarithmic axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, field in ((left, "forget_nll"), (right, "forget_kl")):
+        _draw(axes, comparison, field)
+        axes.set_xlabel("KL(original ‖ edited) on held-out retain rows, nats per output")
+    left.set_ylabel("loss on the forget rows, nats per output")
+    left.set_title("How much was forgotten, and at what price", fontsize=10)
+    right.set_ylabel("KL(retrained ‖ edited) on forget rows, nats per output")
+    right.set_title("How near to a model that never saw it (lower is better)", fontsize=10)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def save_png(figure: "Figure", target: Path | io.BytesIO, *, dpi: int = 130) -> None:
+    """Write a figure as PNG, without a date in it."""
+    figure.savefig(target, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
+    original, retrained = comparison.original, comparison.retrained
+    top = 1.6 * max(getattr(original, field), getattr(retrained, field), 1e-6)
+    drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
+    least = max(LEAST_KL, min([p.heldout_kl for p in drawn] + [retrained.heldout_kl]))
+    edge = least / 2
+    for method, (marker, style, colour) in zip(comparison.methods, STYLES, strict=False):
+        best = comparison.best(method.name)
+        curves = [c for c in comparison.curves if c.method == method.name]
+        chosen = best[0] if best else min(curves, key=_least_kl)
+        for curve in curves:
+            kept = [p for p in curve.points if _is_drawn(p, field)]
+            x = [max(p.heldout_kl, edge) for p in kept]
+            y = [getattr(p, field) for p in kept]
+            look = {"marker": marker, "linestyle": style, "color": colour}
+            if curve is chosen:
+                axes.plot(x, y, **look, lw=1.8, ms=5.5, label=method.name, zorder=3)
+            else:
+                axes.plot(x, y, **look, lw=0.7, ms=2.5, alpha=0.45, zorder=2)
+        if best and _is_drawn(best[1], field):
+            at = (max(best[1].heldout_kl, edge), getattr(best[1], field))
+            axes.plot(*at, "o", ms=12, mfc="none", mec="black", mew=1.1, zorder=5)
+    star = {"marker": "*", "ms": 17, "mfc": "white", "mec": "black", "ls": "none", "zorder": 6}
+    axes.plot(retrained.heldout_kl, getattr(retrained, field), label="retrained", **star)
+    dot = {"marker": "o", "ms": 8, "color": "black", "ls": "none", "zorder": 6, "clip_on": False}
+    axes.plot(edge, getattr(original, field), label="untouched (KL 0)", **dot)
+    axes.axhline(getattr(retrained, field), color="black", lw=0.7, ls=(0, (2, 3)), zorder=1)
+    axes.axvline(comparison.kl_budget, color="black", lw=0.7, ls=(0, (6, 3)), zorder=1)
+    axes.annotate(
+        "budget of the rule",
+        (comparison.kl_budget, 0.985),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        rotation=90,
+        va="top",
+        fontsize=7.5,
+    )
+    axes.set_xscale("log")
+    reached = [getattr(p, field) for p in drawn]
+    # An ascent without a brake ends anywhere; what is far above the retrained model is cut off.
+    axes.set_ylim(0, min(max([top, *(1.05 * y for y in reached)]), 2.5 * top))
+    axes.set_xlim(edge, 1.5 * max([p.heldout_kl for p in drawn] + [comparison.kl_budget]))
+    axes.grid(visible=True, which="major", color="0.9", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _is_drawn(point: Point, field: str) -> bool:
+    return math.isfinite(point.heldout_kl) and math.isfinite(getattr(point, field))
+
+
+def _least_kl(curve: Curve) -> float:
+    return min((p.heldout_kl for p in curve.points), default=math.inf)

@@ -1,0 +1,203 @@
+"""The numbers of a comparison: what is measured at one model, along one curve, in one run.
+
+These are plain values: what is shown, written as JSON and drawn is made from them alone.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+SCHEMA = "jedit.results/1"
+
+
+class Point(NamedTuple):
+    """What was measured at one model. Losses and divergences are nats per counted output.
+
+    Attributes:
+        strength: how far the method was turned up, in the unit of its curve.
+        edit_seconds: what the edit alone took, without fitting a curvature and without compiling.
+        forget_nll: loss on the rows to be forgotten.
+        forget_accuracy: share of their counted outputs predicted right.
+        retain_nll: loss on the retain rows that edits see.
+        retain_accuracy: the same rows.
+        heldout_nll: loss on retain rows that the model was trained on and no edit sees.
+        heldout_accuracy: the same rows.
+        heldout_kl: KL(original || this model) on those rows.
+        forget_kl: KL(retrained || this model) on the rows to be forgotten.
+        test_nll: loss on rows that no model was trained on, where there are any.
+        test_accuracy: the same rows.
+        truth_ratio: mean truth ratio of the rows to be forgotten, where wrong answers exist.
+        forget_quality: p-value of the Kolmogorov-Smirnov test between the truth ratios of this
+            model and of the retrained one.
+        predicted_kl: the retain KL that the second-order model predicts, on the rows the edit saw.
+        true_kl: the true retain KL on those same rows.
+    """
+
+    strength: float
+    edit_seconds: float
+    forget_nll: float
+    forget_accuracy: float
+    retain_nll: float
+    retain_accuracy: float
+    heldout_nll: float
+    heldout_accuracy: float
+    heldout_kl: float
+    forget_kl: float
+    test_nll: float | None = None
+    test_accuracy: float | None = None
+    truth_ratio: float | None = None
+    forget_quality: float | None = None
+    predicted_kl: float | None = None
+    true_kl: float | None = None
+
+
+class Curve(NamedTuple):
+    """One method at one setting, over its strength."""
+
+    method: str
+    setting: dict[str, float]
+    points: tuple[Point, ...]
+
+
+class Method(NamedTuple):
+    """A method of the comparison.
+
+    Attributes:
+        name: as shown.
+        description: one sentence: what it does.
+        strength: what its strength is, with its unit.
+        grid: the settings that were tried; every one has a curve.
+        fit_seconds: what it needs once before any edit, in seconds (compiling included).
+    """
+
+    name: str
+    description: str
+    strength: str
+    grid: dict[str, tuple[float, ...]]
+    fit_seconds: float = 0.0
+
+
+class Answer(NamedTuple):
+    """One question, and what the models answer."""
+
+    kind: str
+    question: str
+    truth: str
+    original: str
+    edited: str
+    retrained: str
+
+
+class Comparison(NamedTuple):
+    """Methods compared on one model and one forget set.
+
+    Attributes:
+        name: of the files, one word.
+        title: one line.
+        notes: what was run, a sentence each.
+        num_rows: rows of each set.
+        settings: of the model, the training and the edits.
+        seconds: of training, retraining and the rest.
+        kl_budget: the held-out retain KL under which a method's best point is chosen.
+        original: the untouched model.
+        retrained: the model trained without the forget set.
+        methods: what was compared.
+        curves: every setting of every method.
+        edited_by: the method whose best point gave the answers shown.
+        answers: a few, side by side.
+    """
+
+    name: str
+    title: str
+    notes: tuple[str, ...]
+    num_rows: dict[str, int]
+    settings: dict[str, Any]
+    seconds: dict[str, float]
+    kl_budget: float
+    original: Point
+    retrained: Point
+    methods: tuple[Method, ...]
+    curves: tuple[Curve, ...]
+    edited_by: str = ""
+    answers: tuple[Answer, ...] = ()
+
+    def best(self, method: str) -> tuple[Curve, Point] | None:
+        """The method's best point by the rule."""
+        return best_point(self.curves, method, self.kl_budget)
+
+
+class Run(NamedTuple):
+    """All of one call.
+
+    Attributes:
+        command: as it was typed.
+        date: when it started, ISO 8601 with the zone.
+        seed: of every random key.
+        seconds: of the whole run, compiling included.
+        peak_memory_gib: the most the process held.
+        versions: of Python, of jedit and of what it stands on.
+        machine: what it ran on.
+        comparisons: one or several.
+    """
+
+    command: str
+    date: str
+    seed: int
+    seconds: float
+    peak_memory_gib: float
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    comparisons: tuple[Comparison, ...]
+
+
+RULE = (
+    "A method's best point is the one with the smallest KL to the retrained model on the forget "
+    "rows, among all its settings and strengths whose KL to the original on held-out retain rows "
+    "is at most {budget:g} nats per output."
+)
+
+
+def best_point(
+    curves: Iterable[Curve], method: str, kl_budget: float
+) -> tuple[Curve, Point] | None:
+    """A method's best point by `RULE`, with the curve it lies on; None if none is within budget.
+
+    The retrained model is looked at to choose, for every method alike; whoever has none has to
+    choose otherwise.
+    """
+    within = [
+        (curve, point)
+        for curve in curves
+        if curve.method == method
+        for point in curve.points
+        if point.heldout_kl <= kl_budget and math.isfinite(point.forget_kl)
+    ]
+    return min(within, key=lambda pair: pair[1].forget_kl, default=None)
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """The run as plain JSON values, with every method's best point added.
+
+    A number that is not finite (a model that an ascent has destroyed) becomes null.
+    """
+    out = _plain(run)
+    for plain, comparison in zip(out["comparisons"], run.comparisons, strict=True):
+        plain["rule"] = RULE.format(budget=comparison.kl_budget)
+        best = {m.name: comparison.best(m.name) for m in comparison.methods}
+        plain["best"] = {
+            name: None if pair is None else {"setting": pair[0].setting, **_plain(pair[1])}
+            for name, pair in best.items()
+        }
+    return {"schema": SCHEMA, **out}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

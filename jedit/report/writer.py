@@ -1,0 +1,79 @@
+"""Write a report as a folder, all of it or nothing."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from jedit.report.figure import save_png, tradeoff_figure
+from jedit.report.page import page
+from jedit.report.results import Run, to_json
+
+PAGE, RESULTS = "index.html", "results.json"
+
+
+def check_destination(out: Path) -> None:
+    """Refuse a destination that a report may not replace; call it before the work, not after.
+
+    Raises:
+        ValueError: it is a file, or a folder with something in it that is no report.
+    """
+    if not out.exists():
+        for parent in out.absolute().parents:
+            if parent.exists():
+                if not parent.is_dir() or not os.access(parent, os.W_OK):
+                    raise ValueError(f"{out}: cannot be made, {parent} is no writable folder")
+                return
+    if not out.is_dir():
+        raise ValueError(f"{out}: is a file; --out names a folder")
+    foreign = [item.name for item in out.iterdir() if not _is_ours(item.name)]
+    if foreign:
+        raise ValueError(
+            f"{out}: holds files that are no report ({', '.join(sorted(foreign)[:3])}); give "
+            "another --out, or empty the folder"
+        )
+
+
+def write_report(run: Run, out: Path) -> Path:
+    """Write results.json, a PNG for each figure and index.html, and return the page's path.
+
+    All is written to a new folder beside `out`, which then takes its place: whoever looks sees the
+    old report or the new one. An earlier report there is replaced.
+
+    Raises:
+        ValueError: as `check_destination`.
+    """
+    check_destination(out)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        new.chmod(0o755)
+        text = json.dumps(to_json(run), indent=1, allow_nan=False, ensure_ascii=False)
+        (new / RESULTS).write_text(text + "\n", encoding="utf-8")
+        for comparison in run.comparisons:
+            save_png(tradeoff_figure(comparison), new / f"tradeoff-{comparison.name}.png")
+        (new / PAGE).write_text(page(run), encoding="utf-8")
+        _replace(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return out / PAGE
+
+
+def _replace(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=new.parent))
+    try:
+        # A folder can be renamed onto an empty one, but not onto a full one.
+        out.rename(old)
+        new.rename(out)
+    finally:
+        if not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_ours(name: str) -> bool:
+    return name in (PAGE, RESULTS) or (name.startswith("tradeoff-") and name.endswith(".png"))
