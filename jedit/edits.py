@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-Scalar = float | Array
+Scalar = ArrayLike
 
 
 @jax.tree_util.register_dataclass
