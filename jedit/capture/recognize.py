@@ -106,7 +106,8 @@ class View:
         if name == "transpose":
             strides = tuple(self.strides[i] for i in eqn.params["permutation"])
         elif name in ("reshape", "squeeze", "expand_dims"):
-            strides = _regroup(self.strides, self.shape, shape)
+            is_plain = name != "reshape" or eqn.params["dimensions"] is None
+            strides = _regroup(self.strides, self.shape, shape) if is_plain else None
         elif name in ("convert_element_type", "reduce_precision"):
             strides = self.strides
         else:
@@ -171,6 +172,11 @@ def recognize(eqn, values, scope: Scope) -> "Draft | Provenance | str | None":
     return None
 
 
+def ints(values) -> tuple[int, ...]:
+    """Python's integers: JAX's parameters may hold NumPy's."""
+    return tuple(int(value) for value in values)
+
+
 def _scan_axes(origin: Provenance, scope: Scope) -> tuple[list[int], list[int]]:
     """The recorded array's leading axes that are layers of the weight, and those that are uses."""
     layers = [d for d in range(len(scope.lengths)) if d in origin.layer_depths]
@@ -233,7 +239,7 @@ def _dense(eqn, values, scope) -> Draft | str:
         return which
     w, a = which
     contract, batch = eqn.params["dimension_numbers"]
-    wc, ac, wb, ab = tuple(contract[w]), tuple(contract[a]), tuple(batch[w]), tuple(batch[a])
+    wc, ac, wb, ab = ints(contract[w]), ints(contract[a]), ints(batch[w]), ints(batch[a])
     w_shape, a_shape = eqn.invars[w].aval.shape, eqn.invars[a].aval.shape
     w_free = tuple(i for i in range(len(w_shape)) if i not in (*wc, *wb))
     a_free = tuple(i for i in range(len(a_shape)) if i not in (*ac, *ab))
@@ -283,7 +289,7 @@ def _conv(eqn, values, scope) -> Draft | str:
     layers, _ = _scan_axes(origin, scope)
     # (O, I, window...) -> (groups, O/groups, I·window) -> (groups, I·window, O/groups)
     ops = (
-        ("transpose", tuple(numbers.rhs_spec)),
+        ("transpose", ints(numbers.rhs_spec)),
         ("reshape", (groups, d_out, d_in)),
         ("transpose", (0, 2, 1)),
     )
@@ -291,13 +297,13 @@ def _conv(eqn, values, scope) -> Draft | str:
     weight = _matrix_weight(origin, scope, ops, extra, d_in, d_out)
     kinds = tuple("layer" if d in layers else "use" for d in range(len(scope.lengths)))
     patches = Patches(
-        lhs_spec=tuple(numbers.lhs_spec),
-        out_spec=tuple(numbers.out_spec),
+        lhs_spec=ints(numbers.lhs_spec),
+        out_spec=ints(numbers.out_spec),
         window=tuple(space),
-        strides=tuple(params["window_strides"]),
-        padding=tuple(tuple(p) for p in params["padding"]),
-        lhs_dilation=tuple(params["lhs_dilation"]),
-        rhs_dilation=tuple(params["rhs_dilation"]),
+        strides=ints(params["window_strides"]),
+        padding=tuple((int(low), int(high)) for low, high in params["padding"]),
+        lhs_dilation=ints(params["lhs_dilation"]),
+        rhs_dilation=ints(params["rhs_dilation"]),
         groups=groups,
         scan_axes=kinds,
     )
@@ -317,8 +323,8 @@ def _embedding(eqn, values, scope) -> Draft | str:
         return "is broadcast before it is indexed"
     origin = origin.materialized()
     shape = table.aval.shape
-    batch = tuple(numbers.operand_batching_dims)
-    rows = tuple(numbers.collapsed_slice_dims)
+    batch = ints(numbers.operand_batching_dims)
+    rows = ints(numbers.collapsed_slice_dims)
     features = tuple(i for i in range(len(shape)) if i not in (*rows, *batch))
     is_lookup = (
         len(rows) == 1
@@ -334,7 +340,7 @@ def _embedding(eqn, values, scope) -> Draft | str:
     d_in, d_out = shape[rows[0]], math.prod(shape[i] for i in features)
     ops = (("transpose", (*batch, *rows, *features)), ("reshape", (math.prod(extra), d_in, d_out)))
     weight = _matrix_weight(origin, scope, ops, extra, d_in, d_out)
-    index_batch = tuple(numbers.start_indices_batching_dims)
+    index_batch = ints(numbers.start_indices_batching_dims)
     last = len(indices.aval.shape) - 1
     index_free = tuple(i for i in range(last) if i not in index_batch)
     axes_in = Axes(
@@ -342,7 +348,7 @@ def _embedding(eqn, values, scope) -> Draft | str:
         len(layers) + len(batch),
         len(index_free) + len(uses),
     )
-    offset = tuple(numbers.offset_dims)
+    offset = ints(numbers.offset_dims)
     others = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in offset]
     place = dict(zip(range(last), others, strict=True))
     axes_out = Axes(

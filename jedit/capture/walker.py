@@ -17,7 +17,7 @@ from jedit.capture import versions
 from jedit.capture.interpreter import Plan, Tap
 from jedit.capture.liveness import live_equations, use_counts
 from jedit.capture.provenance import Provenance
-from jedit.capture.recognize import Draft, Scope, View, recognize
+from jedit.capture.recognize import Draft, Scope, View, ints, recognize
 from jedit.capture.source import source_line
 from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
 
@@ -195,19 +195,21 @@ class Walker:
             if name == "convert_element_type" and _same_dtype(eqn.outvars[0], eqn.invars[0]):
                 return value
         elif name == "transpose":
-            arguments = (tuple(params["permutation"]),)
+            arguments = (ints(params["permutation"]),)
             origin = origin and origin.transposed(arguments[0])
         elif name in ("reshape", "squeeze", "expand_dims"):
-            if params.get("dimensions") is not None and name == "reshape":
-                return None
-            arguments = (shape,)
+            order = params.get("dimensions") if name == "reshape" else None
+            arguments = (shape, order)
+            if order is not None:  # vmap writes a transpose into the reshape
+                origin = origin and origin.transposed(ints(order))
             origin = origin and origin.reshaped(shape)
         elif name == "broadcast_in_dim" and len(values) == 1:
-            dims = tuple(int(d) for d in params["broadcast_dimensions"])
+            dims = ints(params["broadcast_dimensions"])
             arguments = (shape, dims)
             origin = origin and origin.broadcast(shape, dims)
         elif name == "slice":
-            arguments = (params["start_indices"], params["limit_indices"], params["strides"])
+            strides = params["strides"] and ints(params["strides"])
+            arguments = (ints(params["start_indices"]), ints(params["limit_indices"]), strides)
             origin = origin and origin.sliced(*arguments)
         else:
             return None
