@@ -10,6 +10,8 @@ PYTEST_FLAGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One file per worker at a time, so that what a module trains is trained once.
 PYTEST := -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_FLAGS)
+# Compilation is most of the time; the float32 run, which is what users run, goes without this.
+FAST_COMPILE := JEDIT_TEST_FAST_COMPILE=1
 
 # The floors of pyproject.toml as exact versions.
 FLOORS = $(shell $(PYTHON) -c "import tomllib; \
@@ -24,7 +26,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 
 # Folders whose tests draw random numbers through jedit, run once more with JAX's check for reused keys.
 KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tests/transforms \
-  tests/data tests/test_unlearn.py tests/test_package.py)
+  tests/data tests/test_contract.py tests/test_unlearn.py tests/test_package.py)
 
 # A comma that may stand in an argument of $(call).
 , := ,
@@ -86,16 +88,16 @@ define pytest_on
 if [ -z "$$paths" ]; then echo "skipped: $(2) holds no tests yet"; exit 0; fi; \
 $(1)/bin/python -c 'import jax, flax, sys; \
 print("Python", sys.version.split()[0], "jax", jax.__version__, "flax", flax.__version__)'; \
-set -x; $(1)/bin/python $(PYTEST) $$paths
+set -x; $(FAST_COMPILE) $(1)/bin/python $(PYTEST) $$paths
 endef
 
 demo: .venv/.demo
 	.venv/bin/jedit demo $(DEMO_FLAGS)
 
 test: .venv/.dev
-	.venv/bin/python $(PYTEST)
+	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
 	JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
-	JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
+	$(FAST_COMPILE) JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
 
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)
