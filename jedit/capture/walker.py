@@ -263,18 +263,19 @@ class Walker:
             body.jaxpr.outvars[k] is body.jaxpr.invars[num_consts + k] for k in range(num_carry)
         ]
         for k, value in enumerate(values):
-            origin, carry = value.origin, k - num_consts
-            data, weights = value.on_data, value.on_params
-            if 0 <= carry < num_carry and not unchanged[carry]:
+            carry = k - num_consts
+            if carry >= num_carry:
+                origin = value.origin and value.origin.scanned(len(scope.lengths))
+                number, constant = (inside.key, value.number, "slice"), value.constant
+                new = Value(number, value.on_data, value.on_params, origin, constant)
+            elif carry >= 0 and not unchanged[carry]:
                 if carried_live[carry]:
-                    self.refuse(origin, "is changed by a loop that carries it", scope)
-                origin, data, weights = None, on_data, on_params
-            elif carry >= num_carry and origin is not None:
-                origin = origin.scanned(len(scope.lengths))
-            number = (inside.key, value.number, "x" if carry >= num_carry else "c")
-            is_fixed = carry < 0 or (carry < num_carry and unchanged[carry])
-            constant = value.constant if is_fixed or carry >= num_carry else None
-            invals.append(Value(number, data, weights, origin, constant))
+                    self.refuse(value.origin, "is changed by a loop that carries it", scope)
+                new = Value(self.fresh(), on_data, on_params)
+            else:
+                number = (inside.key, value.number)
+                new = dataclasses.replace(value, number=number, view=None)
+            invals.append(new)
         inner_live = [*carried_live, *live_out[num_carry:]]
         outs, inner = self.walk(body.jaxpr, body.consts, invals, inside, inner_live)
         if inner:
@@ -298,8 +299,7 @@ class Walker:
             inside = scope.branched(self.fresh(), self.num_branches)
             self.num_branches += 1
             invals = [
-                Value((inside.key, v.number), v.on_data, v.on_params, v.origin, v.constant)
-                for v in values[1:]
+                dataclasses.replace(v, number=(inside.key, v.number), view=None) for v in values[1:]
             ]
             outs, inner = self.walk(branch.jaxpr, branch.consts, invals, inside, live_out)
             inner.branch = inside.branch

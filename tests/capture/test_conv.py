@@ -15,7 +15,7 @@ GEOMETRIES = {
     "uneven padding": {"window_strides": (1, 2), "padding": [(1, 2), (0, 3)]},
     "negative padding": {"window_strides": (1, 1), "padding": [(-1, 0), (1, -1)]},
     "kernel dilation": {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 1)},
-    "input dilation": {
+    "dilation": {
         "window_strides": (1, 2),
         "padding": [(1, 1), (0, 2)],
         "lhs_dilation": (2, 3),
