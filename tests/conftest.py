@@ -140,6 +140,20 @@ def unchecked_annotations():
     jaxtyping.config.update("jaxtyping_disable", was_disabled)
 
 
+@pytest.fixture
+def standard_promotion():
+    """JAX's own dtype promotion, for other people's code: optax's Adam mixes dtypes, for one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def rank_promotion():
+    """JAX's own rank promotion, for other people's code: tunix's models broadcast by it."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real data beside the repository; a test that needs it skips without it."""
