@@ -191,7 +191,9 @@ def _moved_kl(apply, likelihood, params, move, alpha, base, batch):
 
 @jax.jit
 def _add(params, move, alpha):
-    return jax.tree.map(lambda p, d: p + jnp.asarray(alpha, d.dtype).astype(p.dtype) * d, params, move)
+    return jax.tree.map(
+        lambda p, d: p + jnp.asarray(alpha, d.dtype).astype(p.dtype) * d, params, move
+    )
 
 
 @functools.partial(jax.jit, static_argnames="objective")
@@ -224,9 +226,11 @@ def _covered_dot(curvature, x, y):
     """Inner product over the parameters that the curvature covers."""
     kept = set(curvature.covered)
     pairs = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: jnp.vdot(a, b).astype(jnp.float32)
-        if jax.tree_util.keystr(path, simple=True, separator="/") in kept
-        else jnp.zeros((), jnp.float32),
+        lambda path, a, b: (
+            jnp.vdot(a, b).astype(jnp.float32)
+            if jax.tree_util.keystr(path, simple=True, separator="/") in kept
+            else jnp.zeros((), jnp.float32)
+        ),
         x,
         y,
     )

@@ -1,0 +1,209 @@
+"""K-FADE against refits, against plain ascent, and against its own promises."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+from jedit.curvature import estimate, kfac, quadratic_form, solve
+from jedit.curvature.likelihoods import Categorical, Gaussian
+from jedit.edits import apply_edit
+from jedit.methods import kfade
+from jedit.objectives import ga
+from jedit.typing import Batch
+
+
+def linear(params, x):
+    return x @ params["w"] + params["b"][None]
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
+
+
+def _normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape))
+
+
+@pytest.fixture
+def regression(key):
+    """Least squares with two outputs, solved exactly on all rows; the first 5 are to be forgotten."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)), rng.normal(size=(40, 2))
+    homogeneous = np.concatenate([x, np.ones((40, 1))], axis=1)
+    whole = np.linalg.lstsq(homogeneous, y, rcond=None)[0]
+    refit = np.linalg.lstsq(homogeneous[5:], y[5:], rcond=None)[0]
+    params = {"w": jnp.asarray(whole[:3]), "b": jnp.asarray(whole[3])}
+    forget = Batch(jnp.asarray(x[:5]), jnp.asarray(y[:5]))
+    retain = Batch(jnp.asarray(x[5:]), jnp.asarray(y[5:]))
+    estimator = kfac(linear, Gaussian(), fisher="exact")
+    curvature = estimate(estimator, params, [retain], key=key)
+    return params, forget, retain, curvature, refit
+
+
+@pytest.fixture
+def classifier(key):
+    rng = np.random.default_rng(1)
+    params = {"w": _normal(rng, 4, 6), "b": _normal(rng, 6), "v": _normal(rng, 6, 3)}
+    forget = Batch(_normal(rng, 8, 4), jnp.asarray(rng.integers(0, 3, 8)))
+    retain = Batch(_normal(rng, 64, 4), jnp.asarray(rng.integers(0, 3, 64)))
+    estimator = kfac(network, Categorical(), fisher="exact")
+    return params, forget, retain, estimate(estimator, params, [retain], key=key)
+
+
+def test_one_newton_step_on_least_squares_is_the_refit_without_the_rows(regression):
+    params, forget, retain, curvature, refit = regression
+    nll = partial(_gaussian_ga, apply=linear)
+    edit, _ = kfade(
+        linear,
+        params,
+        curvature,
+        forget,
+        retain,
+        step=5 / 35,
+        steps=1,
+        damping=0.0,
+        likelihood=Gaussian(),
+        objective=nll,
+    )
+    edited = apply_edit(params, edit)
+    np.testing.assert_allclose(edited["w"], refit[:3], rtol=1e-8)
+    np.testing.assert_allclose(edited["b"], refit[3], rtol=1e-8)
+
+
+def _gaussian_ga(params, forget, retain, *, apply):
+    del retain
+    loss = jnp.mean(Gaussian().nll(apply(params, forget.inputs), forget.targets))
+    return -loss, {}
+
+
+def test_where_the_outputs_are_linear_the_predicted_kl_is_the_true_one(regression):
+    params, forget, retain, curvature, _ = regression
+    nll = partial(_gaussian_ga, apply=linear)
+    options = {"budget": 0.3, "steps": 3, "likelihood": Gaussian(), "objective": nll}
+    _, info = kfade(linear, params, curvature, forget, retain, **options)
+    np.testing.assert_allclose(info.predicted_kl, info.true_kl, rtol=1e-6)
+    np.testing.assert_allclose(info.curvature_kl, info.true_kl, rtol=1e-6)
+
+
+def test_the_budget_is_kept_in_truth_and_is_used_up(classifier):
+    params, forget, retain, curvature = classifier
+    edit, info = kfade(network, params, curvature, forget, retain, budget=0.05, steps=3)
+    logits = [network(p, retain.inputs) for p in (params, apply_edit(params, edit))]
+    true = float(jnp.mean(Categorical().kl(*logits)))
+    np.testing.assert_allclose(info.true_kl[-1], true, rtol=1e-6)
+    np.testing.assert_allclose(info.true_kl, 0.05 * np.array([1, 4, 9]) / 9, rtol=0.012)
+    assert info.within_budget.all()
+    assert (info.true_kl <= 0.05 * np.array([1, 4, 9]) / 9).all()
+
+
+def test_the_first_step_is_the_largest_within_the_budget(classifier):
+    params, forget, retain, curvature = classifier
+    _, info = kfade(network, params, curvature, forget, retain, budget=0.05, steps=1)
+    gradient = jax.grad(lambda p: ga(p, forget, apply=network)[0])(params)
+    move = solve(curvature, gradient, damping=1e-2, relative=True)
+    base = network(params, retain.inputs)
+
+    def excess(alpha):
+        moved = jax.tree.map(lambda p, d: p - alpha * d, params, move)
+        return float(jnp.mean(Categorical().kl(base, network(moved, retain.inputs)))) - 0.05
+
+    root = brentq(excess, 1e-6, 100.0)
+    np.testing.assert_allclose(info.step_size[0], root, rtol=0.01)
+
+
+def test_large_damping_is_plain_ascent(classifier):
+    params, forget, retain, curvature = classifier
+    edit, _ = kfade(network, params, curvature, forget, retain, step=1e3, steps=1, damping=1e9)
+    gradient = jax.grad(lambda p: -ga(p, forget, apply=network)[0])(params)
+    for path in ("v", "w"):  # one block each: damping is relative to the block
+        x, y = np.asarray(edit.blocks[path]).ravel(), np.asarray(gradient[path]).ravel()
+        assert x @ y / np.linalg.norm(x) / np.linalg.norm(y) > 1 - 1e-12
+
+
+def test_an_edit_forgets_more_than_ascent_at_the_same_retain_kl(classifier):
+    params, forget, retain, curvature = classifier
+    reached = {}
+    for name, damping in (("metric", 1e-2), ("ascent", 1e9)):
+        options = {"budget": 0.02, "damping": damping}
+        edit, _ = kfade(network, params, curvature, forget, retain, **options)
+        logits = network(apply_edit(params, edit), forget.inputs)
+        reached[name] = float(jnp.mean(Categorical().nll(logits, forget.targets)))
+    assert reached["metric"] > reached["ascent"]
+
+
+def test_only_covered_parameters_move(classifier, key):
+    params, forget, retain, _ = classifier
+    curvature = estimate(kfac(network, Categorical(), select="v"), params, [retain], key=key)
+    edit, _ = kfade(network, params, curvature, forget, retain, budget=0.05)
+    edited = apply_edit(params, edit)
+    assert np.array_equal(edited["w"], params["w"])
+    assert np.array_equal(edited["b"], params["b"])
+    assert not np.array_equal(edited["v"], params["v"])
+
+
+def test_info_reports_the_gradient_it_used(classifier):
+    params, forget, retain, curvature = classifier
+    _, info = kfade(network, params, curvature, forget, retain, step=1e-3, steps=1)
+    gradient = jax.grad(lambda p: -ga(p, forget, apply=network)[0])(params)
+    retained = jax.grad(lambda p: -ga(p, retain, apply=network)[0])(params)
+    g, r = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (gradient, retained))
+    np.testing.assert_allclose(info.gradient_norm[0], np.linalg.norm(g), rtol=1e-6)
+    cosine = g @ r / np.linalg.norm(g) / np.linalg.norm(r)
+    np.testing.assert_allclose(info.retain_cosine[0], cosine, rtol=1e-6)
+    move = jax.tree.map(lambda x: 1e-3 * x, solve(curvature, gradient, damping=1e-2, relative=True))
+    expected = 0.5 * float(quadratic_form(curvature, move))
+    np.testing.assert_allclose(info.curvature_kl[0], expected, rtol=1e-6)
+
+
+def test_batches_of_one_shape_are_as_one(classifier):
+    params, forget, retain, curvature = classifier
+    halves = [jax.tree.map(lambda x, s=s: x[s], retain) for s in (slice(0, 32), slice(32, 64))]
+    parts = [jax.tree.map(lambda x, s=s: x[s], forget) for s in (slice(0, 4), slice(4, 8))]
+    whole, _ = kfade(network, params, curvature, forget, retain, budget=0.05, steps=2)
+    split, _ = kfade(network, params, curvature, parts, halves, budget=0.05, steps=2)
+    for path, block in whole.blocks.items():
+        np.testing.assert_allclose(split.blocks[path], block, rtol=1e-6)
+
+
+def test_a_function_refits_the_curvature_before_each_step(classifier, key):
+    params, forget, retain, _ = classifier
+    estimator, seen = kfac(network, Categorical(), fisher="exact"), []
+
+    def refit(current):
+        seen.append(current)
+        return estimate(estimator, current, [retain], key=key)
+
+    _, info = kfade(network, params, refit, forget, retain, budget=0.05, steps=2)
+    assert len(seen) == 2
+    assert np.array_equal(seen[0]["v"], params["v"])
+    assert not np.array_equal(seen[1]["v"], params["v"])
+    assert info.within_budget.all()
+
+
+def test_an_edit_is_reapplied_to_a_model_trained_further(classifier):
+    params, forget, retain, curvature = classifier
+    edit, _ = kfade(network, params, curvature, forget, retain, budget=0.1)
+    later = jax.tree.map(lambda p: p * 1.01, params)
+    reapplied = apply_edit(later, edit)
+    for path in params:
+        expected = np.asarray(later[path]) + np.asarray(edit.blocks[path])
+        np.testing.assert_allclose(reapplied[path], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of budget"),
+        ({"budget": 0.1, "step": 1.0}, "exactly one of budget"),
+        ({"budget": -1.0}, "must be positive"),
+        ({"budget": 0.1, "steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_contradictory_arguments_are_named(classifier, options, message):
+    params, forget, retain, curvature = classifier
+    with pytest.raises(ValueError, match=message):
+        kfade(network, params, curvature, forget, retain, **options)

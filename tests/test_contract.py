@@ -1,0 +1,186 @@
+"""One table of promises: every public transform and method is a row and inherits them all.
+
+An exception is written in the row, with its reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jedit.curvature import estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.edits import apply_edit
+from jedit.methods import kfade
+from jedit.transforms import clip_by_curvature_norm, scale_by_curvature
+from jedit.typing import Batch
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """Optax's own Adam mixes an int32 step count with Python floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@dataclass(frozen=True)
+class Row:
+    """A transform (from a curvature) or a method (from a scene), and what it is excused from."""
+
+    name: str
+    make: Callable
+    excused: dict[str, str] = field(default_factory=dict)
+
+
+TRANSFORMS = [
+    Row("scale_by_curvature", lambda c: scale_by_curvature(c, damping=0.1)),
+    Row(
+        "clip_by_curvature_norm",
+        lambda c: clip_by_curvature_norm(c, max_kl=1e-3),
+        {"frozen": "it scales the whole update by one factor and freezes nothing"},
+    ),
+]
+METHODS = [
+    Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, steps=2)),
+    Row("kfade by step", lambda *scene: kfade(*scene, step=1e-2, steps=2)),
+]
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
+
+
+def _scene(key, dtype=jnp.float32):
+    rng = np.random.default_rng(3)
+    shapes = {"w": (4, 6), "b": (6,), "v": (6, 3)}
+    params = {n: jnp.asarray(rng.normal(size=s), dtype) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(32, 4)), dtype)
+    y = jnp.asarray(rng.integers(0, 3, 32))
+    forget, retain = Batch(x[:8], y[:8]), Batch(x[8:], y[8:])
+    estimator = kfac(network, Categorical(), select="w|b")
+    return network, params, estimate(estimator, params, [retain], key=key), forget, retain
+
+
+def _rows(rows, promise):
+    return pytest.mark.parametrize(
+        "row", [r for r in rows if promise not in r.excused], ids=lambda r: r.name
+    )
+
+
+@_rows(TRANSFORMS, "stable")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_transform_keeps_structure_shape_and_dtype(row, dtype, key):
+    _, params, curvature, _, _ = _scene(key, dtype)
+    transform = row.make(curvature)
+    state = transform.init(params)
+    updates, after = jax.jit(transform.update)(params, state, params)
+    describe = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)  # noqa: E731
+    assert describe(updates) == describe(params)
+    assert describe(after) == describe(state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert describe(jax.eval_shape(transform.init, params)) == describe(state)
+
+
+@_rows(TRANSFORMS, "traces once")
+def test_a_transform_traces_once(row, key):
+    _, params, curvature, _, _ = _scene(key)
+    transform, count = row.make(curvature), []
+
+    @jax.jit
+    def update(updates, state):
+        count.append(1)
+        return transform.update(updates, state, updates)
+
+    updates, state = params, transform.init(params)
+    for _ in range(3):
+        updates, state = update(updates, state)
+    assert len(count) == 1
+
+
+@_rows(TRANSFORMS, "composes")
+def test_a_transform_composes(row, key):
+    _, params, curvature, _, _ = _scene(key)
+    plain = row.make(curvature)
+    expected, _ = plain.update(params, plain.init(params), params)
+    wrappers = {
+        "chain": optax.chain(row.make(curvature)),
+        "masked": optax.masked(row.make(curvature), jax.tree.map(lambda _: True, params)),
+        "inject": optax.inject_hyperparams(
+            lambda rate: optax.chain(row.make(curvature), optax.scale(rate))
+        )(rate=1.0),
+        "multi steps": optax.MultiSteps(row.make(curvature), 1).gradient_transformation(),
+    }
+    for name, transform in wrappers.items():
+        out, _ = jax.jit(transform.update)(params, transform.init(params), params)
+        for path in params:
+            np.testing.assert_allclose(
+                out[path], expected[path], rtol=1e-5, atol=1e-6, err_msg=name
+            )
+
+
+@_rows(TRANSFORMS, "extra")
+def test_a_transform_accepts_unknown_extra_arguments(row, key):
+    _, params, curvature, _, _ = _scene(key)
+    transform = row.make(curvature)
+    state = transform.init(params)
+    known, _ = transform.update(params, state, params)
+    extra, _ = transform.update(params, state, params, value=1.0, something="else")
+    jax.tree.map(np.testing.assert_array_equal, known, extra)
+
+
+@_rows(TRANSFORMS, "vmap")
+def test_a_transform_under_vmap_is_the_loop(row, key):
+    _, params, curvature, _, _ = _scene(key)
+    transform = row.make(curvature)
+    state = transform.init(params)
+    stack = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    out, _ = jax.vmap(lambda u: transform.update(u, state))(stack)
+    for i in range(3):
+        one, _ = transform.update(jax.tree.map(lambda x, i=i: x[i], stack), state)
+        for path in params:
+            np.testing.assert_allclose(out[path][i], one[path], rtol=1e-5, atol=1e-7)
+
+
+@_rows(TRANSFORMS, "frozen")
+def test_a_transform_freezes_what_it_does_not_cover(row, key):
+    _, params, curvature, _, _ = _scene(key)
+    optimizer = optax.chain(optax.adamw(1e-2, weight_decay=0.1), row.make(curvature))
+    state, moved = optimizer.init(params), params
+    step = jax.jit(optimizer.update)
+    for _ in range(100):
+        updates, state = step(jax.tree.map(jnp.ones_like, params), state, moved)
+        moved = optax.apply_updates(moved, updates)
+    assert np.array_equal(moved["v"], params["v"])
+    assert not np.array_equal(moved["w"], params["w"])
+
+
+@_rows(METHODS, "edit")
+def test_a_method_returns_an_edit_in_the_parameters_dtype_and_shape(row, key):
+    scene = _scene(key)
+    edit, _ = row.make(*scene)
+    params = scene[1]
+    edited = apply_edit(params, edit)
+    assert jax.tree.structure(edited) == jax.tree.structure(params)
+    for path, p in params.items():
+        assert (edited[path].shape, edited[path].dtype) == (p.shape, p.dtype)
+    assert np.array_equal(edited["v"], params["v"]), "an uncovered parameter moved"
+    assert not np.array_equal(edited["w"], params["w"])
+
+
+@_rows(METHODS, "same")
+def test_a_method_gives_the_same_result_again(row, key):
+    scene = _scene(key)
+    first, second = row.make(*scene)[0], row.make(*scene)[0]
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@_rows(METHODS, "pure")
+def test_a_method_leaves_its_inputs_alone(row, key):
+    scene = _scene(key)
+    before = jax.tree.map(np.array, scene[1])
+    row.make(*scene)
+    jax.tree.map(np.testing.assert_array_equal, before, scene[1])
