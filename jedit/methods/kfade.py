@@ -9,16 +9,17 @@
     d   (F + λ)⁻¹ g, the direction; Δ = α d                  the step
 
 A step moves by α d, g is computed again at the new point, the factors are kept. With `step` α is
-given. With `budget` α is the largest for which the *true* KL(θ₀ ‖ θ) on the retain rows stays within
-ε (k/K)² after step k of K: KL is quadratic in the distance, so K aligned steps have equal lengths.
+given. With `budget` α is the largest for which the *true* KL(θ₀ ‖ θ) on the retain rows stays
+within ε (k/K)² after step k of K: KL is quadratic in the distance, so K aligned steps have equal
+lengths.
 
 Differences. The paper takes one or a few steps of a stated length with absolute damping 1e-8 and
-labels as given [notes]. Ours [derived]: labels sampled from the model, since F is the Gauss-Newton
-matrix of an output KL; damping relative to the block, because an absolute one has no scale; the line
-search, because the quadratic model is wrong by orders of magnitude on a memorised model; the
-curvature's likelihood at a temperature above one, because there the Fisher of the outputs vanishes
-and protects nothing; any objective in place of the cross-entropy, whose gradient vanishes as p -> 1.
-As λ -> ∞ the method is plain gradient ascent; with G = I it is preconditioning by the inputs alone.
+labels as given [notes]. Ours [derived]: labels sampled from the model, since F is the
+Gauss-Newton matrix of an output KL; damping relative to the block, because an absolute one has no
+scale; the line search, because the quadratic model is wrong by orders of magnitude on a memorised
+model; the curvature's likelihood at a temperature above one, because there the Fisher of the
+outputs vanishes and protects nothing; any objective in place of the cross-entropy, whose gradient
+vanishes as p -> 1. As λ -> ∞ the method is plain gradient ascent; with G = I it is preconditioning by the inputs alone.
 """
 
 import functools
@@ -51,7 +52,7 @@ class KfadeInfo(NamedTuple):
         objective: value of the objective before the step.
         gradient_norm: ‖g‖ over the covered parameters.
         retain_cosine: cosine of g with the gradient of the retain loss (NaN without targets).
-        within_budget: whether the true KL is within what the step was allowed (always, without one).
+        within_budget: whether the true KL is within what the step was allowed (True without one).
     """
 
     step_size: np.ndarray
@@ -255,7 +256,7 @@ def _cosine(curvature, x, y):
 
 
 def _retain_cosine(apply, curvature, params, gradient, retain, likelihood) -> float:
-    """Cosine of the ascent direction's gradient with the retain loss's, on the first retain batch."""
+    """Cosine of the ascent gradient with the retain loss's, on the first retain batch."""
     if retain[0].targets is None:
         return math.nan
     retain_gradient = _retain_gradient(apply, likelihood, params, retain[0])
@@ -268,8 +269,8 @@ _predicted_kl = jax.jit(quadratic_kl, static_argnames=("apply", "likelihood"))
 def _largest_within(kl_at: Callable[[float], float], start: float, allowed: float) -> float:
     """The largest α with KL(α) <= allowed, to one percent of the KL: bracket, then interpolate.
 
-    The root of sqrt(KL), which is nearly linear in α where the quadratic model holds, is followed by
-    false position in a bracket; a value that is not finite counts as too large. What is returned was
+    sqrt(KL), which is nearly linear in α where the quadratic model holds, is followed by false
+    position in a bracket; a value that is not finite counts as too large. What is returned was
     evaluated and is within.
     """
     inside, low = 0.0, math.sqrt(max(kl_at(0.0), 0.0))

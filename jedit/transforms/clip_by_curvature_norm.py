@@ -11,7 +11,7 @@ from jedit.curvature import Curvature, quadratic_form
 
 
 class ClipByCurvatureNormState(NamedTuple):
-    """The curvature, as an argument of the jitted step, and what the last update was predicted to cost.
+    """The curvature, as an argument of the jitted step, and the last update's predicted price.
 
     Attributes:
         curvature: of the retain outputs.
@@ -27,8 +27,8 @@ def clip_by_curvature_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale an update down so that its predicted retain KL, ½ uᵀFu, is at most `max_kl`.
 
-    A trust region: it bounds each step, not their sum, and by prediction, not in truth. Stands last,
-    after the learning rate and weight decay, for it bounds the change that is really made:
+    A trust region: it bounds each step, not their sum, and by prediction, not in truth. Stands
+    last, after the learning rate and weight decay, for it bounds the change that is really made:
 
         optax.chain(optax.adamw(1e-4), clip_by_curvature_norm(curvature, max_kl=1e-3))
 

@@ -10,7 +10,7 @@ from jedit.curvature import Curvature, solve
 
 
 class ScaleByCurvatureState(NamedTuple):
-    """The curvature stands here, so that it is an argument of the jitted step and not a constant."""
+    """The curvature: in the state, so that it is an argument of the jitted step, not a constant."""
 
     curvature: Curvature
 

@@ -30,7 +30,7 @@ def _normal(rng, *shape):
 
 @pytest.fixture
 def regression(key):
-    """Least squares with two outputs, solved exactly on all rows; the first 5 are to be forgotten."""
+    """Least squares with two outputs, solved on all rows; the first 5 are to be forgotten."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 3)), rng.normal(size=(40, 2))
     homogeneous = np.concatenate([x, np.ones((40, 1))], axis=1)
