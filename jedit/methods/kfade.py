@@ -19,7 +19,8 @@ Gauss-Newton matrix of an output KL; damping relative to the block, because an a
 scale; the line search, because the quadratic model is wrong by orders of magnitude on a memorised
 model; the curvature's likelihood at a temperature above one, because there the Fisher of the
 outputs vanishes and protects nothing; any objective in place of the cross-entropy, whose gradient
-vanishes as p -> 1. As λ -> ∞ the method is plain gradient ascent; with G = I it is preconditioning by the inputs alone.
+vanishes as p -> 1. As λ -> ∞ the method is plain gradient ascent; with G = I it is preconditioning
+by the inputs alone.
 """
 
 import functools
@@ -117,48 +118,67 @@ def kfade(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if objective is None:
         objective = _gradient_ascent(apply)
-    forget, retain = _batches(forget), _batches(retain)
-    base = [_outputs(apply, params, batch) for batch in retain]
-
-    def kl_at(start, move, alpha) -> float:
-        return _mean(
-            (_moved_kl(apply, likelihood, start, move, alpha, outputs, batch), weight)
-            for outputs, batch, weight in zip(base, retain, weights, strict=True)
-        )
-
-    weights = [
-        float(jnp.sum(output_mask(b, likelihood.lead_shape(o))))
-        for o, b in zip(base, retain, strict=True)
-    ]
+    forget = _batches(forget)
+    price = _RetainKl(apply, likelihood, params, _batches(retain))
+    counts = [_num_counted(apply, likelihood, params, batch) for batch in forget]
     rows = []
-    current, alpha = params, None
+    current, alpha = params, step
     for k in range(steps):
         metric = curvature(current) if callable(curvature) else curvature
-        value, gradient = _objective_gradient(objective, current, forget, retain)
+        value, gradient = _objective_gradient(objective, current, forget, counts, price.batches)
         move, norm = _direction(metric, gradient, damping)
-        cosine = _retain_cosine(apply, metric, current, gradient, retain, likelihood)
-        if step is not None:
-            alpha, allowed = step, math.inf
-        else:
+        cosine = _retain_cosine(apply, metric, current, gradient, price.batches, likelihood)
+        allowed = math.inf
+        if budget is not None:
             allowed = budget * ((k + 1) / steps) ** 2
-            if not alpha:
-                quadratic = float(quadratic_form(metric, move))
-                alpha = math.sqrt(2 * allowed / max(quadratic, 1e-30))
-            alpha = _largest_within(functools.partial(kl_at, current, move), alpha, allowed)
+            start = alpha or math.sqrt(2 * allowed / max(float(_quadratic(metric, move)), 1e-30))
+            alpha = _largest_within(functools.partial(price, current, move), start, allowed)
         current = _add(current, move, alpha)
         change = jax.tree.map(jnp.subtract, current, params)
-        reached = kl_at(params, change, 1.0)
-        predicted = _mean(
-            (_predicted_kl(apply, likelihood, params, b, change), w)
-            for b, w in zip(retain, weights, strict=True)
-        )
-        by_curvature = 0.5 * float(quadratic_form(metric, change))
+        true_kl = price(params, change, 1.0)
         rows.append(
-            (alpha, by_curvature, predicted, reached, value, norm, cosine)
-            + (bool(reached <= allowed * (1 + 1e-3)),)
+            KfadeInfo(
+                step_size=alpha,
+                curvature_kl=0.5 * float(_quadratic(metric, change)),
+                predicted_kl=price.predicted(change),
+                true_kl=true_kl,
+                objective=value,
+                gradient_norm=float(norm),
+                retain_cosine=cosine,
+                within_budget=true_kl <= allowed * (1 + 1e-3),
+            )
         )
     info = KfadeInfo(*(np.asarray(column) for column in zip(*rows, strict=True)))
     return edit_between(params, current), info
+
+
+class _RetainKl:
+    """The price of a change: KL(θ₀ ‖ θ) on the retain batches. θ₀'s outputs are computed once."""
+
+    def __init__(self, apply, likelihood, params, batches):
+        self.apply, self.likelihood, self.params = apply, likelihood, params
+        self.batches = batches
+        self.base = [_outputs(apply, params, batch) for batch in batches]
+        self.counts = [_num_counted(apply, likelihood, params, batch) for batch in batches]
+
+    def __call__(self, start: PyTree, move: PyTree, alpha: float) -> float:
+        """True KL at start + alpha·move, nats per counted output."""
+        pairs = zip(self.base, self.batches, strict=True)
+        return self._mean(
+            _moved_kl(self.apply, self.likelihood, start, move, alpha, base, batch)
+            for base, batch in pairs
+        )
+
+    def predicted(self, change: PyTree) -> float:
+        """Second-order KL of a change from θ₀."""
+        return self._mean(
+            _predicted_kl(self.apply, self.likelihood, self.params, batch, change)
+            for batch in self.batches
+        )
+
+    def _mean(self, values) -> float:
+        weighted = (float(v) * n for v, n in zip(values, self.counts, strict=True) if n)
+        return sum(weighted) / max(sum(self.counts), 1)
 
 
 @functools.cache
@@ -169,11 +189,6 @@ def _gradient_ascent(apply: Callable) -> Callable:
 
 def _batches(batch: Batch | Sequence[Batch]) -> list[Batch]:
     return [batch] if isinstance(batch, Batch) else list(batch)
-
-
-def _mean(weighted) -> float:
-    pairs = [(float(x), w) for x, w in weighted]
-    return sum(x * w for x, w in pairs) / sum(w for _, w in pairs)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -203,14 +218,23 @@ def _value_and_gradient(objective, params, forget, retain):
     return value, gradient
 
 
-def _objective_gradient(objective, params, forget, retain):
-    """Mean of the objective and of its gradient over the forget batches."""
+def _objective_gradient(objective, params, forget, counts, retain):
+    """Mean of the objective and of its gradient over the forget batches, by counted outputs."""
     total = None
-    for i, batch in enumerate(forget):
+    for i, (batch, count) in enumerate(zip(forget, counts, strict=True)):
         new = _value_and_gradient(objective, params, batch, retain[i % len(retain)])
+        share = count / max(sum(counts), 1)
+        new = jax.tree.map(lambda x, share=share: x * jnp.asarray(share, x.dtype), new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
-    value, gradient = jax.tree.map(lambda x: x / len(forget), total)
-    return float(value), gradient
+    return float(total[0]), total[1]
+
+
+def _num_counted(apply, likelihood, params, batch) -> int:
+    def leading(params, inputs):
+        return jnp.zeros(likelihood.lead_shape(apply(params, inputs)), bool)
+
+    lead = jax.eval_shape(leading, params, batch.inputs).shape
+    return int(jnp.sum(output_mask(batch, lead)))
 
 
 @jax.jit
@@ -263,6 +287,7 @@ def _retain_cosine(apply, curvature, params, gradient, retain, likelihood) -> fl
     return -float(_cosine(curvature, gradient, retain_gradient))
 
 
+_quadratic = jax.jit(quadratic_form)
 _predicted_kl = jax.jit(quadratic_kl, static_argnames=("apply", "likelihood"))
 
 
