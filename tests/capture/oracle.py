@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jedit.capture as jc
+from jedit.capture import capture, find_sites, weight_gradients
 from jedit.capture.discover import parameter_paths
 
 # Sums over a batch in another order: 1e-10 in float64, and what float32 allows.
@@ -64,15 +64,15 @@ def check_capture(
     """
     tol = TOLERANCE if tol is None else tol
     apply = as_users_write(apply)
-    sites = jc.find_sites(apply, params, inputs, select)
+    sites = find_sites(apply, params, inputs, select)
     assert uncovered is None or set(sites.uncovered) == set(uncovered), str(sites)
     for path, expected_kinds in (kinds or {}).items():
         found = {s.kind for s in sites.values() if path in s.weight.paths}
         assert found == set(expected_kinds), f"{path}: {found}\n{sites}"
 
     def both(params, inputs, cotangent):
-        outputs, activations, pullback = jc.capture(apply, params, inputs, select)
-        ours = jc.weight_gradients(sites, activations, pullback(cotangent))
+        outputs, activations, pullback = capture(apply, params, inputs, select)
+        ours = weight_gradients(sites, activations, pullback(cotangent))
         plain, vjp = jax.vjp(lambda p: apply(p, inputs), params)
         return outputs, ours, plain, dict(parameter_paths(vjp(cotangent)[0]))
 

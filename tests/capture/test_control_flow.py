@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-import jedit.capture as jc
+from jedit.capture import capture, run_capture
 from tests.capture.oracle import as_users_write, assert_close, check_capture, normal, user_rules
 
 X = normal(2, 3, 4)
@@ -201,7 +201,7 @@ BRANCHES = {"a": normal(4, 4), "b": normal(4), "c": normal(2, 4, 4)}
 def test_the_branch_not_taken_gives_zero(sign):
     x = sign * np.abs(X)
     check_capture(branchy, BRANCHES, x, kinds={"b": {"dense"}})
-    captured = jc.run_capture(as_users_write(branchy), BRANCHES, x)
+    captured = run_capture(as_users_write(branchy), BRANCHES, x)
     gradients = captured.pullback(jnp.ones_like(captured.outputs))
     site_a, site_c = captured.sites["a"], captured.sites["c"]
     assert float(captured.ran[site_a.branch]) == (sign > 0)
@@ -224,7 +224,7 @@ def test_switch_of_three_branches_inside_a_scan_inside_a_remat():
     params = {"w": normal(4, 4, 4), "v": normal(4, 4)}
     sites = check_capture(apply, params, X)
     assert sites["w"].weight.layers == 4
-    captured = jc.run_capture(apply, params, X)
+    captured = run_capture(apply, params, X)
     np.testing.assert_array_equal(captured.ran[sites["w"].branch], [1, 0, 0, 1])
 
 
@@ -270,7 +270,7 @@ def test_sharing_reaches_across_jit_and_remat():
     params = {name: normal(4, 4, seed=i) for i, name in enumerate("qkvo")}
     sites = check_capture(apply, params, X)
     assert len({site.record for site in sites.values()}) == 1
-    captured = jax.make_jaxpr(lambda p, x: jc.capture(apply, p, x)[:2])(params, X)
+    captured = jax.make_jaxpr(lambda p, x: capture(apply, p, x)[:2])(params, X)
     assert len(set(captured.jaxpr.outvars[1:])) == 1
 
 
@@ -327,7 +327,7 @@ def test_checkpoint_names_and_their_policy_are_kept():
 def test_activations_of_a_scan_are_the_layers_own():
     stack = layers()
     apply = as_users_write(lambda p, x: lax.scan(step, x, p)[0])
-    captured = jc.run_capture(apply, stack, X)
+    captured = run_capture(apply, stack, X)
     with user_rules():
         h, expected = jnp.asarray(X), []
         for i in range(3):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-import jedit.capture as jc
+from jedit.capture import find_sites
 from tests.capture.oracle import check_capture, normal
 
 GEOMETRIES = {
@@ -88,7 +88,7 @@ def test_patches_times_matrix_is_the_convolution():
         return conv(x, params["k"], feature_group_count=2)
 
     params, x = {"k": jnp.asarray(normal(3, 2, 2, 6))}, jnp.asarray(normal(2, 5, 4, 4))
-    site = jc.find_sites(apply, params, x)["k"]
+    site = find_sites(apply, params, x)["k"]
     rows = site.canonical_inputs(x)
     assert rows.shape == (2, 2, 5, 4, 12)
     product = jnp.einsum("gnhwi,gio->gnhwo", rows, site.weight.gather(params))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-import jedit.capture as jc
+from jedit.capture import find_sites
 from tests.capture.oracle import check_capture, normal
 
 SIZES = {"b": 2, "c": 3, "d": 4, "f": 5, "h": 2, "t": 3}
@@ -78,7 +78,7 @@ def test_gather_is_the_matrix_that_multiplies_and_scatter_its_adjoint():
         return jnp.einsum("ohc,bhc->bo", p["w"], x) + p["b"][None]
 
     x = jnp.asarray(normal(3, 2, 4, seed=1))
-    site = jc.find_sites(apply, params, x)["w"]
+    site = find_sites(apply, params, x)["w"]
     matrix = site.weight.gather(params)
     assert matrix.shape == (1, 9, 5)
     rows = site.canonical_inputs(x).reshape(3, 8)
@@ -96,9 +96,9 @@ def test_a_weight_description_is_the_same_for_every_batch_size():
         return jax.nn.gelu(h) * p["g"].T[None, None]
 
     params = {"w": normal(4, 3, 2), "b": normal(3, 2), "one": normal(1, 1, 3, 2), "g": normal(2, 3)}
-    whole = jc.find_sites(apply, params, normal(2, 5, 4))
+    whole = find_sites(apply, params, normal(2, 5, 4))
     for shape in [(1, 5, 4), (2, 1, 4), (1, 1, 4)]:
-        sites = jc.find_sites(apply, params, normal(*shape))
+        sites = find_sites(apply, params, normal(*shape))
         assert [s.weight for s in sites.values()] == [s.weight for s in whole.values()]
         assert [hash(s.weight) for s in sites.values()] == [hash(s.weight) for s in whole.values()]
         for name, site in sites.items():

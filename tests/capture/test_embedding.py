@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jedit.capture as jc
+from jedit.capture import capture, find_sites
 from tests.capture.oracle import check_capture, normal
 
 IDS = np.array([[1, 4, 0, 1], [2, -1, 4, -5]])
@@ -67,8 +67,8 @@ def test_canonical_inputs_are_the_indices():
         return params["e"][ids]
 
     params = {"e": normal(5, 3)}
-    site = jc.find_sites(apply, params, IDS % 5)["e"]
-    _, activations, _ = jc.capture(apply, params, IDS % 5)
+    site = find_sites(apply, params, IDS % 5)["e"]
+    _, activations, _ = capture(apply, params, IDS % 5)
     np.testing.assert_array_equal(site.canonical_inputs(activations["e"])[0], IDS % 5)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import jedit.capture as jc
+from jedit.capture import capture, find_sites
 from tests.capture.oracle import as_users_write, check_capture, filled, normal
 
 
@@ -51,7 +51,7 @@ def test_an_nnx_state_is_a_pytree_of_parameters_too():
         return nnx.merge(graph, p, rest)(x)
 
     sites = check_capture(apply, filled(state), normal(2, 5, 4))
-    pure = jc.find_sites(*split(Mlp), normal(2, 5, 4))
+    pure = find_sites(*split(Mlp), normal(2, 5, 4))
     assert len(sites) == len(pure)
     assert [s.kind for s in sites.values()] == [s.kind for s in pure.values()]
 
@@ -93,14 +93,14 @@ def test_attention_shares_one_activation_between_query_key_and_value():
     records = {sites[f"{name}/kernel"].record for name in ("query", "key", "value")}
     assert len(records) == 1
     assert len({sites[f"{n}/kernel"].shared_input for n in ("query", "key", "value")}) == 1
-    _, activations, _ = jc.capture(apply, params, normal(2, 5, 8))
+    _, activations, _ = capture(apply, params, normal(2, 5, 8))
     assert activations["query/kernel"] is activations["key/kernel"]
     assert activations["query/kernel"] is activations["value/kernel"]
 
 
 def test_attention_inside_a_jitted_call_still_shares():
     apply, params = split(lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs))
-    _, activations, _ = jc.capture(jax.jit(apply), params, normal(2, 5, 8))
+    _, activations, _ = capture(jax.jit(apply), params, normal(2, 5, 8))
     assert activations["query/kernel"] is activations["value/kernel"]
 
 

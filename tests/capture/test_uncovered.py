@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-import jedit.capture as jc
+from jedit.capture import capture, find_sites
 from tests.capture.oracle import as_users_write, check_capture, normal
 
 X = normal(2, 3, 4)
@@ -45,7 +45,7 @@ def test_the_gradient_of_a_straight_through_estimator_is_its_own():
         return sign_straight_through(x @ params["w"])
 
     x = jnp.asarray(X)
-    _, _, pullback = jc.capture(as_users_write(apply), {"w": W["w"]}, x)
+    _, _, pullback = capture(as_users_write(apply), {"w": W["w"]}, x)
     np.testing.assert_array_equal(pullback(x)["w"], x)  # the true derivative is zero
 
 
@@ -142,13 +142,13 @@ def test_reasons(case):
 
 
 def test_a_parameter_that_is_the_output():
-    sites = jc.find_sites(lambda p, _: p["w"].T, {"w": W["w"]}, X)
+    sites = find_sites(lambda p, _: p["w"].T, {"w": W["w"]}, X)
     assert sites.uncovered == {"w": "is returned by apply as it is"}
     assert len(sites) == 0
 
 
 def test_a_while_loop_is_the_reason():
-    sites = jc.find_sites(as_users_write(in_while), {"w": W["w"]}, X)
+    sites = find_sites(as_users_write(in_while), {"w": W["w"]}, X)
     assert "enters a `while` loop, which has no reverse mode" in sites.uncovered["w"]
     assert "test_uncovered.py" in sites.uncovered["w"]
 
@@ -176,7 +176,7 @@ def test_the_line_is_that_of_the_users_program():
         first = x @ params["w"]
         return first @ jnp.exp(params["v"])
 
-    sites = jc.find_sites(as_users_write(apply), W, X)
+    sites = find_sites(as_users_write(apply), W, X)
     lines, start = inspect.getsourcelines(apply)
     assert len(lines) == 3
     assert sites["w"].source == f"test_uncovered.py:{start + 1}"
@@ -192,7 +192,7 @@ def test_the_table():
 
     shapes = {"stack": (2, 4, 4), "w": (4, 5), "b": (5,), "g": (5,), "e": (2, 5), "bad": (3,)}
     params = {name: normal(*shape) for name, shape in shapes.items()}
-    table = str(jc.find_sites(as_users_write(apply), params, X)).splitlines()
+    table = str(find_sites(as_users_write(apply), params, X)).splitlines()
     assert table[0].split() == ["parameter", "kind", "matrix", "input", "output", "uses", "where"]
     rows = [line.split()[:2] for line in table[1:6]]
     assert rows == [
@@ -211,9 +211,9 @@ def test_the_table():
 
 def message(apply, params, inputs, **more):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - its text is the subject of the tests
-        jc.find_sites(as_users_write(apply), params, inputs, **more)
+        find_sites(as_users_write(apply), params, inputs, **more)
     with pytest.raises(ValueError, match="^.{20}"):
-        jc.capture(as_users_write(apply), params, inputs, **more)
+        capture(as_users_write(apply), params, inputs, **more)
     return str(caught.value)
 
 
@@ -257,5 +257,5 @@ def test_inputs_whose_leading_axes_disagree():
 
 
 def test_an_unsupported_feature_is_named_with_its_line():
-    sites = jc.find_sites(as_users_write(lambda p, x: x @ jnp.sort(p["w"])), {"w": W["w"]}, X)
+    sites = find_sites(as_users_write(lambda p, x: x @ jnp.sort(p["w"])), {"w": W["w"]}, X)
     assert sites.uncovered["w"].startswith("enters `sort` (test_uncovered.py:")
