@@ -119,11 +119,11 @@ def question_answer(
             forget=rows.encode(sets.forget),
             retain=rows.encode(sets.seen),
             heldout=rows.encode(sets.heldout),
-            test=rows.in_other_words(sets.seen + sets.heldout),
+            test=rows.in_other_words(sets.heldout),
             truth_ratio=rows.truth_ratio_fn(apply, sets.forget),
             select=SELECT,
             chunk=32,
-            probe=64,
+            probe=32,
         )
         judged, models = compare(
             task, grid, key=compare_key, say=lambda t, p=part: say(f"{p}: {t}")
@@ -180,9 +180,9 @@ class _Rows:
         self.has_ratio = self.perturbed > 0 and all(r.paraphrased_answer for r in sets.forget)
         if self.has_ratio:
             pairs += self._paraphrases(sets.forget) + self._wrong(sets.forget)
-        self.has_other_words = all(r.paraphrased_question for r in sets.seen + sets.heldout)
+        self.has_other_words = all(r.paraphrased_question for r in sets.heldout)
         if self.has_other_words:
-            pairs += self._other_words(sets.seen + sets.heldout)
+            pairs += self._other_words(sets.heldout)
         longest = encode_pairs(self.tokenizer, pairs).inputs.shape[1] + 1
         self.max_len = min(longest, model.max_len)
         self.width = self.max_len - 1
@@ -276,7 +276,7 @@ def _notes(sets: Sets, rows: _Rows) -> list[str]:
         "curvature and edits see the first part, the held-out part judges them."
     ]
     if rows.has_other_words:
-        notes.append("Test rows are the retain facts asked in other words.")
+        notes.append("Test rows are the held-out retain facts, asked in other words.")
     if not rows.has_ratio:
         notes.append(
             "Truth ratio and Forget Quality are left out: they need a paraphrased_answer and a "

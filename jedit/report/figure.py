@@ -21,6 +21,8 @@ STYLES = (
     ("P", (0, (8, 2, 1, 2, 1, 2)), "#a58a00"),
 )
 LEAST_KL = 1e-5
+# Beyond this many times the budget of the rule a curve is cut off: it is of no use there.
+SHOWN_BUDGETS = 30
 
 
 def tradeoff_figure(comparison: Comparison) -> "Figure":
@@ -44,7 +46,7 @@ def tradeoff_figure(comparison: Comparison) -> "Figure":
     right.set_ylabel("KL(retrained ‖ edited) on forget rows, nats per output")
     right.set_title("How near to a model that never saw it (lower is better)", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -55,7 +57,7 @@ def save_png(figure: "Figure", target: Path | io.BytesIO, *, dpi: int = 130) -> 
 
 def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     original, retrained = comparison.original, comparison.retrained
-    top = 1.6 * max(getattr(original, field), getattr(retrained, field), 1e-6)
+    top = 1.5 * max(getattr(original, field), getattr(retrained, field), 1e-6)
     drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
     least = max(LEAST_KL, min([p.heldout_kl for p in drawn] + [retrained.heldout_kl]))
     edge = least / 2
@@ -69,14 +71,15 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
             y = [getattr(p, field) for p in kept]
             look = {"marker": marker, "linestyle": style, "color": colour}
             if curve is chosen:
-                axes.plot(x, y, **look, lw=1.8, ms=5.5, label=method.name, zorder=3)
+                axes.plot(x, y, **look, lw=1.8, ms=5.5, label=method.name, zorder=5)
             else:
                 axes.plot(x, y, **look, lw=0.7, ms=2.5, alpha=0.45, zorder=2)
         if best and _is_drawn(best[1], field):
             at = (max(best[1].heldout_kl, edge), getattr(best[1], field))
-            axes.plot(*at, "o", ms=12, mfc="none", mec="black", mew=1.1, zorder=5)
-    star = {"marker": "*", "ms": 17, "mfc": "white", "mec": "black", "ls": "none", "zorder": 6}
-    axes.plot(retrained.heldout_kl, getattr(retrained, field), label="retrained", **star)
+            axes.plot(*at, "o", ms=12, mfc="none", mec="black", mew=1.1, zorder=6)
+    star = {"marker": "*", "ms": 17, "mfc": "gold", "mec": "black", "ls": "none", "zorder": 4}
+    at = (retrained.heldout_kl, getattr(retrained, field))
+    axes.plot(*at, label="retrained", clip_on=False, **star)
     dot = {"marker": "o", "ms": 8, "color": "black", "ls": "none", "zorder": 6, "clip_on": False}
     axes.plot(edge, getattr(original, field), label="untouched (KL 0)", **dot)
     axes.axhline(getattr(retrained, field), color="black", lw=0.7, ls=(0, (2, 3)), zorder=1)
@@ -92,10 +95,10 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
         fontsize=7.5,
     )
     axes.set_xscale("log")
-    reached = [getattr(p, field) for p in drawn]
     # An ascent without a brake ends anywhere; what is far above the retrained model is cut off.
-    axes.set_ylim(0, min(max([top, *(1.05 * y for y in reached)]), 2.5 * top))
-    axes.set_xlim(edge, 1.5 * max([p.heldout_kl for p in drawn] + [comparison.kl_budget]))
+    axes.set_ylim(0, top)
+    reached = max([p.heldout_kl for p in drawn] + [retrained.heldout_kl, comparison.kl_budget])
+    axes.set_xlim(edge, min(1.5 * reached, SHOWN_BUDGETS * comparison.kl_budget))
     axes.grid(visible=True, which="major", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 

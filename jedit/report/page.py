@@ -12,16 +12,16 @@ from jedit.report.table import Row, all_rows, best_rows, number, shown_columns
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 1120px; margin: 2rem auto; padding: 0 1.2rem; }
+       max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; }
 h2 { font-size: 1.25rem; border-bottom: 2px solid #1a1a1a; padding-bottom: .2rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 .facts, .small { color: #555; font-size: .85rem; }
 img { max-width: 100%; display: block; margin: .8rem 0; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .55rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th { border-bottom: 1.5px solid #1a1a1a; vertical-align: bottom; white-space: pre-line; }
+table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .26rem .42rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th { border-bottom: 1.5px solid #1a1a1a; vertical-align: bottom; white-space: pre; }
 td { border-bottom: 1px solid #e2e2e2; }
 td.text, th.text { text-align: left; }
 td.long { white-space: normal; min-width: 11rem; text-align: left; }
@@ -72,7 +72,8 @@ def _section(comparison: Comparison) -> str:
         f'src="data:image/png;base64,{data}">',
         '<p class="small">Bold: a method over its strength at its best setting; thin: its other '
         "settings; ringed: its best point. Dotted line: the retrained model; dashed: the budget of "
-        "the rule below. Curves that leave the panel have destroyed the model.</p>",
+        "the rule below. A curve that leaves the panel has gone far beyond the retrained model, or "
+        "has destroyed the retain rows; the list of all points has its numbers.</p>",
         "<h3>Each method at its best point</h3>",
         f'<p class="small">{_text(rule)} The retrained model is used to choose, for all methods '
         "alike.</p>",

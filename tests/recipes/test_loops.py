@@ -1,0 +1,130 @@
+"""The two loops of the recipes, and the sets of the scenes."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jedit.data import QaRow
+from jedit.recipes import ascent, question_answer
+from jedit.recipes import authors as authors_scene
+from jedit.recipes.authors import authors
+from jedit.recipes.training import Recipe, train
+from jedit.typing import Batch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """What optax's Adam mixes, its counter and its decay rates, strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def quadratic(params, forget, retain, reference):
+    """Forget rows pull one parameter up, retain rows hold the other where it was."""
+    up = -params["a"] * forget.targets.mean()
+    hold = (params["b"] - reference["b"]) ** 2 * retain.targets.mean()
+    return up + hold, {}
+
+
+@pytest.fixture
+def start():
+    return {"a": jax.numpy.zeros(()), "b": jax.numpy.ones(())}
+
+
+@pytest.fixture
+def rows():
+    return Batch(np.ones((5, 1)), np.ones(5))
+
+
+def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
+    run = functools.partial(
+        ascent.ascend, quadratic, start, rows, rows, learning_rate=0.1, batch_size=2, key=key
+    )
+    long = {steps: p for steps, _, p in run(looks=(3, 10))}
+    ((_, _, short),) = run(looks=(3,))
+    assert long[3] == short
+    # Adam on a constant gradient moves by the learning rate a step.
+    assert float(long[10]["a"]) == pytest.approx(1.0, rel=1e-4)
+    assert float(long[10]["b"]) == 1.0
+
+
+def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return quadratic(*arguments)
+
+    for rate in (0.1, 0.2, 0.3):
+        list(
+            ascent.ascend(
+                counted, start, rows, rows, learning_rate=rate, batch_size=2, looks=(2,), key=key
+            )
+        )
+    assert len(traced) == 1
+
+
+def test_every_row_of_a_set_is_drawn_equally_often(key):
+    rows = Batch(np.arange(6)[:, None], np.arange(6))
+    draws = ascent._draws(rows, 9, 4, key=key)
+    assert [d.targets.shape for d in draws] == [(4,)] * 9
+    counts = np.bincount(np.concatenate([d.targets for d in draws]), minlength=6)
+    assert counts.tolist() == [6] * 6
+    np.testing.assert_array_equal(draws[0].inputs[:, 0], draws[0].targets)
+
+
+def one_hot_classifier(params, inputs):
+    return inputs @ params
+
+
+def test_training_sees_every_row_and_a_shorter_one_is_a_part_of_it(key):
+    inputs = np.eye(4, dtype=np.float32)
+    targets = np.array([0, 1, 0, 1])
+    params = jax.numpy.zeros((4, 2), inputs.dtype)
+    run = functools.partial(train, one_hot_classifier, params, Batch(inputs, targets), key=key)
+    short, long = run(Recipe((60, 200), 2, 0.05))
+    assert (short.epochs, long.epochs) == (60, 200)
+    assert short.seconds < long.seconds
+    assert ((inputs @ np.asarray(long.params)).argmax(axis=1) == targets).all()
+    assert np.abs(long.params).min() > 1  # no row was left out
+    (alone,) = run(Recipe((60,), 2, 0.05))
+    np.testing.assert_array_equal(alone.params, short.params)
+    (other,) = train(
+        one_hot_classifier,
+        params,
+        Batch(inputs, targets),
+        Recipe((60,), 2, 0.05),
+        key=jax.random.key(0),
+    )
+    assert np.abs(np.asarray(other.params) - alone.params).max() > 0
+
+
+def test_the_authors_scene_forgets_whole_authors(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        authors_scene, "question_answer", lambda *sets, **_: calls.append(sets) or ()
+    )
+    for seed in (3, 3, 4):
+        authors(seed=seed, say=print, num_authors=6, facts_per_author=5, num_forgotten=2)
+    data, forget, retain = calls[0]
+    assert (len(data), len(forget), len(retain)) == (30, 10, 20)
+    assert len({row.author for row in forget}) == 2
+    assert {row.author for row in forget}.isdisjoint(row.author for row in retain)
+    assert all(row.paraphrased_answer and len(row.perturbed_answer) == 5 for row in forget)
+    assert calls[1] == calls[0]
+    assert calls[2] != calls[0]
+
+
+def test_held_out_rows_are_seen_by_no_edit_and_forgotten_rows_by_no_retraining():
+    rows = [QaRow(f"Question {i}?", f"Answer {i}.") for i in range(20)]
+    sets = question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(0))
+    assert len(sets.kept) == 16
+    assert not set(sets.kept) & set(sets.forget)
+    assert not set(sets.seen) & set(sets.heldout)
+    assert set(sets.seen) | set(sets.heldout) == set(rows[6:])
+    assert len(sets.seen) == 10
+    again = question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(0))
+    assert again == sets
+    assert question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(1)) != sets
