@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-BLOCK = 128  # narrower panels lose more to matrix-multiply overhead than they save
+BLOCK = 128  # wider panels compute more above the diagonal, narrower ones multiply at a worse rate
 
 
 def add_moment(
@@ -16,9 +16,8 @@ def add_moment(
 ) -> Float[Array, "layers d d"]:
     """Add Σ_n a aᵀ to the lower block triangle of a running sum; what is above stays as it is."""
     d = rows.shape[-1]
-    width = panel_width(d)
-    for start in range(0, d, width):
-        stop = min(start + width, d)
+    for start in range(0, d, BLOCK):
+        stop = min(start + BLOCK, d)
         panel = jnp.einsum(
             "lni,lnj->lij",
             rows[:, :, start:stop],
@@ -27,11 +26,6 @@ def add_moment(
         )
         total = total.at[:, start:stop, :stop].add(panel)
     return total
-
-
-def panel_width(d: int) -> int:
-    """Width of the panels: at most four of them, none narrower than `BLOCK`."""
-    return max(BLOCK, -(-d // 4))
 
 
 def symmetrize(total: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:

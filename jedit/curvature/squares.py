@@ -2,9 +2,10 @@
 
     Σ_n [ Q_Aᵀ (Σ_s a_ns g_nsᵀ) Q_G ]²      (layers, rows, d_out)
 
-which is EK-FAC's corrected spectrum, and with Q = 1 the diagonal of the Fisher. Inputs and gradients
-are rotated first; a batch of one position an example is then one product of squares, anything longer
-goes example by example through one buffer, so that gradients of all examples never coexist.
+which is EK-FAC's corrected spectrum, and with Q = 1 the diagonal of the Fisher. Inputs and
+gradients are rotated first; a batch of one position an example is then one product of squares,
+anything longer goes example by example through one buffer, so that gradients of all examples never
+coexist.
 """
 
 import jax
@@ -60,7 +61,7 @@ def add_squared_gradients(
     return jax.lax.scan(example, total, by_example)[0]
 
 
-def _member(done: Pass, site: Site, member: Member, pulled, bases) -> tuple[Array, Array]:
+def _member(done: Pass, site: Site, member: Member, pulled, bases) -> tuple[Array, Array | None]:
     """(a, g) of one site, rotated, (layers, examples, positions, features)."""
     g = done.gradients(site, pulled)
     basis_in, basis_out = bases[::-1] if member.is_flipped else bases
@@ -74,11 +75,14 @@ def _member(done: Pass, site: Site, member: Member, pulled, bases) -> tuple[Arra
     if site.kind == "scale":
         return (member.scale * a * g), None
     a = member.scale * a
-    if site.weight.bias_path is not None:
-        ones = jnp.full((*a.shape[:3], 1), member.bias_scale, a.dtype)
-        ones = ones if v is None else jnp.where(v[..., None], ones, 0)
-        a = jnp.concatenate([a, ones], axis=-1)
-    return _rotate(a, basis_in), g
+    if site.weight.bias_path is None:
+        return _rotate(a, basis_in), g
+    ones = jnp.full((*a.shape[:3], 1), member.bias_scale, a.dtype)
+    ones = ones if v is None else jnp.where(v[..., None], ones, 0)
+    if basis_in is None:
+        return jnp.concatenate([a, ones], axis=-1), g
+    # The homogeneous coordinate is added after the product: appending it would copy all inputs.
+    return _rotate(a, basis_in[:, :-1]) + ones * basis_in[:, -1][:, None, None], g
 
 
 def _rotate(x: Array, basis: Array | None) -> Array:
