@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-Scalar = ArrayLike
+Scalar = float | int | Array
 
 
 @jax.tree_util.register_dataclass

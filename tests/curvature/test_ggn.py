@@ -37,7 +37,7 @@ def make_problem(key):
     mask = jnp.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
     valid = jnp.array([[1, 1, 1], [1, 1, 0], [1, 0, 1], [1, 1, 0]])
     batch = Batch(jax.random.normal(k_x, (4, 3, 4)), mask=mask, valid=valid)
-    vector = jax.tree.map(lambda p: jax.random.normal(k_v, p.shape, p.dtype), params)
+    vector = make_params(k_v)
     return params, batch, vector
 
 

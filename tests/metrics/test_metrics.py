@@ -43,8 +43,8 @@ def split(data, size):
 
 
 @pytest.fixture
-def problem(key):
-    k_params, k_other, k_data = jax.random.split(key, 3)
+def problem():
+    k_params, k_other, k_data = jax.random.split(jax.random.key(5), 3)
     params, other = (2.0 * jax.random.normal(k, (VOCAB, VOCAB)) for k in (k_params, k_other))
     return params, other, make_data(k_data)
 
