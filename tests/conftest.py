@@ -36,13 +36,15 @@ import jaxtyping
 import numpy as np
 import pytest
 
+import tests.typecheck  # noqa: F401 - the import hook below finds it by name
+
 jax.config.update("jax_enable_x64", IS_X64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", IS_KEY_REUSE_CHECKED)
 
 if IS_TYPECHECKED:
-    jaxtyping.install_import_hook(["jedit", "jedit_kernels"], "beartype.beartype")
+    jaxtyping.install_import_hook(["jedit", "jedit_kernels"], "tests.typecheck.check")
 
 # Fixtures here are constants, so hypothesis may share them between examples; compiling is slow, so
 # it sets no deadline. In CI the examples are the same each time.

@@ -111,7 +111,13 @@ def test_float64_is_on():
 @pytest.mark.skipif(os.environ.get("JEDIT_TEST_TYPECHECK") == "0", reason="checks are off")
 def test_a_wrong_shape_is_caught(tmp_path, monkeypatch):
     (tmp_path / "probe.py").write_text(
+        "import dataclasses\n"
+        "import jax\n"
         "from jaxtyping import Array, Float\n"
+        "@jax.tree_util.register_dataclass\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class State:\n"
+        "    x: Array\n"
         "def product(x: Float[Array, 'n d'], w: Float[Array, 'd k']) -> Float[Array, 'n k']:\n"
         "    return x @ w\n"
     )
@@ -122,6 +128,9 @@ def test_a_wrong_shape_is_caught(tmp_path, monkeypatch):
     assert probe.product(jnp.ones((2, 3)), jnp.ones((3, 4))).shape == (2, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         probe.product(jnp.ones((2, 3)), jnp.ones((4, 4)))
+    # A pytree may hold anything, for a tree map may return anything.
+    assert jax.eval_shape(probe.State, jnp.ones(3)).x.shape == (3,)
+    assert jax.tree.map(lambda _: "word", probe.State(jnp.ones(3))).x == "word"
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
