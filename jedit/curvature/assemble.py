@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jedit.curvature.factorize import factorize
-from jedit.curvature.grouping import Block, Member
+from jedit.curvature.grouping import Block
 from jedit.curvature.moments import symmetrize
 from jedit.curvature.structure import Factor, Kronecker
 from jedit.curvature.sums import InputSums
@@ -19,7 +21,7 @@ def assemble(
     outputs: Mapping[str, Array],
     number: Array,
     factors: dict[str, Factor],
-    dtype: jnp.dtype | None,
+    dtype: DTypeLike | None,
 ) -> Kronecker:
     """One block; its factors are added to `factors`, unless another block has put A there.
 
@@ -37,9 +39,9 @@ def assemble(
     has_bias = block.weight.bias_path is not None
     pairs = []
     for member in block.members:
-        a = _input_moment(inputs[member.group], member, has_bias=has_bias)
-        g = outputs[member.site] / number.astype(outputs[member.site].dtype)
-        g = symmetrize(g) if g.ndim == 3 else g
+        bias_scale = member.bias_scale if has_bias else None
+        a = _input_moment(inputs[member.group], member.scale, bias_scale)
+        g = _output_moment(outputs[member.site], number)
         pairs.append((g, a) if member.is_flipped else (a, g))
     if len(pairs) == 1:
         member, (a, g) = block.members[0], pairs[0]
@@ -56,22 +58,34 @@ def assemble(
     return Kronecker(block.weight, input_name, output_name)
 
 
-def _input_moment(sums: InputSums, member: Member, *, has_bias: bool) -> Array:
+# Compiled once for blocks of equal shape, of which a model has many.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Array:
     """A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
     count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
-    one = jnp.full_like(count, member.bias_scale**2)
-    if sums.moment.ndim == 2:
-        diagonal = sums.moment / count * member.scale**2
-        return jnp.concatenate([diagonal, one], axis=1) if has_bias else diagonal
-    moment = symmetrize(sums.moment) / count[..., None] * member.scale**2
-    if not has_bias:
+    moment, count_of = sums.moment, count
+    if moment.ndim == 3:
+        moment, count_of = symmetrize(moment), count[..., None]
+    moment = moment / count_of * scale**2
+    if bias_scale is None:
         return moment
-    mean = sums.total / count * (member.scale * member.bias_scale)
+    one = jnp.full_like(count, bias_scale**2)
+    if moment.ndim == 2:
+        return jnp.concatenate([moment, one], axis=1)
+    mean = sums.total / count * (scale * bias_scale)
     last = jnp.concatenate([mean, one], axis=1)
     moment = jnp.concatenate([moment, mean[:, None]], axis=1)
     return jnp.concatenate([moment, last[..., None]], axis=2)
 
 
+@jax.jit
+def _output_moment(total: Array, number: Array) -> Array:
+    """G of one site."""
+    mean = total / number.astype(total.dtype)
+    return symmetrize(mean) if mean.ndim == 3 else mean
+
+
+@jax.jit
 def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     """The Kronecker product that has the two partial traces of a sum of Kronecker products.
 

@@ -20,10 +20,11 @@ from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal
+from jedit.curvature.structure import Curvature, Diagonal, pytree
 from jedit.typing import Batch
 
 
+@pytree("blocks", "draws")
 @dataclasses.dataclass(frozen=True)
 class SquaresState:
     """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
@@ -41,13 +42,6 @@ class SquaresState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
-
-
-jax.tree_util.register_dataclass(
-    SquaresState,
-    data_fields=["squares", "num_outputs", "next_example"],
-    meta_fields=["blocks", "draws"],
-)
 
 
 def diagonal(

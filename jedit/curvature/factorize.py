@@ -19,7 +19,7 @@ def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") 
     Raises:
         FloatingPointError: it holds NaN or infinity.
     """
-    is_finite = np.asarray(jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim))))
+    is_finite = np.asarray(_are_finite(values))
     if not is_finite.all():
         layers = np.flatnonzero(~is_finite).tolist()
         where = f" (layers {layers})" if len(is_finite) > 1 else ""
@@ -27,6 +27,11 @@ def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") 
             f"the curvature of {name!r}{where} is not finite: "
             + (hint or "the model's activations or gradients overflowed on some batch")
         )
+
+
+@jax.jit
+def _are_finite(values: Array) -> Array:
+    return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
 
 
 def factorize(
@@ -54,8 +59,9 @@ def factorize(
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
     pairs = [_eigh(layer, dtype or matrix.dtype) for layer in matrix]
-    bases = jnp.stack([jnp.asarray(q, matrix.dtype) for _, q in pairs])
-    values = jnp.stack([jnp.asarray(w, matrix.dtype) for w, _ in pairs])
+    values, bases = (
+        jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
+    )
     return Factor(matrix, bases, jnp.maximum(values, 0))
 
 

@@ -24,7 +24,7 @@ from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, Factor
+from jedit.curvature.structure import Curvature, Diagonal, Factor, pytree
 from jedit.curvature.sums import (
     SHARINGS,
     InputSums,
@@ -36,6 +36,7 @@ from jedit.curvature.sums import (
 )
 
 
+@pytree("blocks", "draws")
 @dataclasses.dataclass(frozen=True)
 class KfacState:
     """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
@@ -58,13 +59,6 @@ class KfacState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
-
-
-jax.tree_util.register_dataclass(
-    KfacState,
-    data_fields=["inputs", "outputs", "squares", "num_outputs", "next_example"],
-    meta_fields=["blocks", "draws"],
-)
 
 
 def kfac(

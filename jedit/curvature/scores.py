@@ -102,7 +102,12 @@ class Pass:
         A padded position's is zero in any case if the model takes nothing from it; it is set to
         zero for the sake of positions that hold no numbers, where zero times that is not zero.
         """
-        g = site.canonical_gradients(pulled[site.name]).astype(self.dtype)
+        raw = pulled[site.name].astype(self.dtype)
+        if self.valid is not None and raw.shape[: len(self.lead)] == self.lead:
+            # Before positions become features, as those of a table that is added to all examples.
+            rest = (1,) * (raw.ndim - len(self.lead))
+            raw = jnp.where(self.valid.reshape(*self.lead, *rest), raw, jnp.zeros((), raw.dtype))
+        g = site.canonical_gradients(raw)
         positions = g.shape[1:-1]
         return self._only_valid(by_example(g, positions, self.lead), self._valid(site, positions))
 

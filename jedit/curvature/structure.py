@@ -5,7 +5,7 @@ A block is a Kronecker product of two symmetric factors, optionally with correct
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -20,17 +20,33 @@ HIGHEST = jax.lax.Precision.HIGHEST
 Class = TypeVar("Class", bound=type)
 
 
-def _pytree(*meta: str) -> Callable[[Class], Class]:
-    """Register a frozen dataclass whose fields `meta` are static."""
+def pytree(*static: str) -> Callable[[Class], Class]:
+    """Make a frozen dataclass a pytree whose fields `static` are not leaves.
+
+    Its leaves may be anything that JAX puts there (shapes, shardings, batch axes), so an instance
+    is rebuilt without `__init__`, which expects arrays.
+    """
 
     def register(cls: Class) -> Class:
-        fields = [f.name for f in dataclasses.fields(cls) if f.name not in meta]
-        return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=list(meta))
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in static]
+
+        def flatten(x):
+            leaves = [(jax.tree_util.GetAttrKey(name), getattr(x, name)) for name in names]
+            return leaves, tuple(getattr(x, name) for name in static)
+
+        def unflatten(fixed, leaves):
+            x = object.__new__(cls)
+            for name, value in (*zip(static, fixed, strict=True), *zip(names, leaves, strict=True)):
+                object.__setattr__(x, name, value)
+            return x
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
 
     return register
 
 
-@_pytree()
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """A symmetric positive semi-definite matrix per layer, with its eigenbasis; or a diagonal one.
@@ -54,7 +70,7 @@ class Factor:
         return jnp.einsum(spec, q, x, precision=HIGHEST)
 
 
-@_pytree("weight", "input", "output")
+@pytree("weight", "input", "output")
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
     """A ⊗ G of one parameter matrix.
@@ -72,7 +88,7 @@ class Kronecker:
     corrected: Array | None = None
 
 
-@_pytree("weight")
+@pytree("weight")
 @dataclasses.dataclass(frozen=True)
 class Diagonal:
     """The diagonal of one parameter matrix's block: (layers, rows, d_out)."""
@@ -81,7 +97,7 @@ class Diagonal:
     values: Array
 
 
-@_pytree()
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Curvature:
     """A positive semi-definite approximation of the Gauss-Newton matrix of the mean output loss.
@@ -92,8 +108,8 @@ class Curvature:
         num_outputs: M, the outputs it is a mean over.
     """
 
-    blocks: dict[str, Kronecker | Diagonal]
-    factors: dict[str, Factor]
+    blocks: Mapping[str, Kronecker | Diagonal]
+    factors: Mapping[str, Factor]
     num_outputs: Array
 
     @property
@@ -102,7 +118,7 @@ class Curvature:
         return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
 
     def __str__(self) -> str:
-        rows = [("block", "matrix", "A", "G", "eigenvalues")]
+        rows: list[tuple[str, ...]] = [("block", "matrix", "A", "G", "eigenvalues")]
         for name, block in self.blocks.items():
             weight = block.weight
             bias = f" + {weight.bias_path}" if weight.bias_path else ""
