@@ -25,7 +25,7 @@ def test_take(mode, ids):
 
 
 @pytest.mark.parametrize("ids", [IDS, BEYOND], ids=["in range", "beyond"])
-@pytest.mark.parametrize("mode", [None, "clip", "drop", "fill", "wrap"])
+@pytest.mark.parametrize("mode", [None, "clip", "drop", "fill"])
 def test_indexing(mode, ids):
     def apply(params, ids):
         rows = (
