@@ -18,7 +18,6 @@ from jedit.curvature.grouping import Block, Member
 from jedit.curvature.scores import Pass
 
 HIGHEST = jax.lax.Precision.HIGHEST
-PRODUCTS = ("dense", "conv", "bias")  # kinds whose gradient is the product of a and g
 
 
 def add_squared_gradients(
@@ -46,8 +45,9 @@ def add_squared_gradients(
     sites = done.captured.sites
     parts = [_member(done, sites[m.site], m, pulled, bases) for m in block.members]
     total = total + sum(done.poison(sites[m.site]) for m in block.members)
-    if len(parts) == 1 and parts[0][0].shape[2:3] == (1,) and block.members[0].kind in PRODUCTS:
-        a, g = (x[:, :, 0] ** 2 for x in parts[0])
+    a, g = parts[0]
+    if len(parts) == 1 and g is not None and a.ndim == 4 and a.shape[2] == 1:
+        a, g = a[:, :, 0] ** 2, g[:, :, 0] ** 2
         return total + jnp.einsum("lni,lno->lio", a, g, precision=HIGHEST)
 
     def example(total, n_parts):
