@@ -127,7 +127,7 @@ def test_the_digits_scene(folder, monkeypatch, capsys):
     original = digits_scene.digits
 
     def toy(*, seed, say):
-        recipe = digits_scene.RECIPE._replace(epochs=(5,))
+        recipe = digits_scene.RECIPE._replace(epochs=(5,), learning_rate=1e-2)
         small = {"recipe": recipe, "channels": (4, 4), "hidden": 16}
         return original(seed=seed, say=say, grid=GRID, **small)
 

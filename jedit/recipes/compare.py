@@ -208,27 +208,31 @@ def _fit(
     """K-FAC and EK-FAC at each temperature, with the seconds that one temperature takes."""
     plain: dict[float, Curvature] = {}
     corrected: dict[float, Curvature] = {}
-    seconds = {"kfac": 0.0, "ekfac": 0.0}
+    seconds = np.zeros(2)
+    chunks = list(batches(task.retain, task.chunk))
     for temperature in grid.temperatures:
         say(f"fitting K-FAC and EK-FAC on the retain rows, temperature {temperature:g}")
         likelihood = Categorical(temperature)
-        start = time.perf_counter()
         estimator = _kfac(task.apply, likelihood, task.select)
-        chunks = list(batches(task.retain, task.chunk))
-        plain[temperature] = estimate(estimator, task.original, chunks, key=key)
-        jax.block_until_ready(plain[temperature])
-        middle = time.perf_counter()
+        plain[temperature], first = _timed(estimator, task.original, chunks, key=key)
         estimator = ekfac(task.apply, likelihood, plain[temperature])
-        corrected[temperature] = estimate(
-            estimator, task.original, chunks, key=jax.random.fold_in(key, 1)
-        )
-        jax.block_until_ready(corrected[temperature])
-        seconds["kfac"] += (middle - start) / len(grid.temperatures)
-        seconds["ekfac"] += (time.perf_counter() - start) / len(grid.temperatures)
+        ekfac_key = jax.random.fold_in(key, 1)
+        corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
+        seconds += np.array([first, first + second]) / len(grid.temperatures)
     return {
-        "K-FADE (K-FAC)": (plain, seconds["kfac"]),
-        "K-FADE (EK-FAC)": (corrected, seconds["ekfac"]),
+        "K-FADE (K-FAC)": (plain, float(seconds[0])),
+        "K-FADE (EK-FAC)": (corrected, float(seconds[1])),
     }
+
+
+def _timed(
+    estimator: Estimator, params: PyTree, chunks: list[Batch], *, key: Array
+) -> tuple[Curvature, float]:
+    """A curvature, and the seconds its estimation takes once it is compiled."""
+    jax.block_until_ready(estimate(estimator, params, chunks[:1], key=key))
+    start = time.perf_counter()
+    curvature = jax.block_until_ready(estimate(estimator, params, chunks, key=key))
+    return curvature, time.perf_counter() - start
 
 
 @functools.cache

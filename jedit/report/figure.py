@@ -1,6 +1,7 @@
 """The trade-off figure: what was forgotten against what it cost the retain set."""
 
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Told apart by marker and line style, so that the figure also reads in grey.
+# Told apart by marker and line style, so that the figure also reads in grey; every second marker is
+# larger and hollow, so that curves that lie on one another are both seen.
 STYLES = (
-    ("o", "-", "#1b4f9c"),
-    ("s", (0, (6, 1.5)), "#0a8f6c"),
-    ("^", (0, (1, 1.2)), "#7a7a7a"),
-    ("v", (0, (4, 1.5, 1, 1.5)), "#c2410c"),
-    ("D", (0, (2, 1)), "#8b2fa0"),
-    ("P", (0, (8, 2, 1, 2, 1, 2)), "#a58a00"),
+    {"marker": "o", "ls": "-", "color": "#1b4f9c", "ms": 5.5},
+    {"marker": "s", "ls": (0, (6, 1.5)), "color": "#0a8f6c", "ms": 8, "mfc": "none"},
+    {"marker": "^", "ls": (0, (1, 1.2)), "color": "#6b6b6b", "ms": 6},
+    {"marker": "v", "ls": (0, (4, 1.5, 1, 1.5)), "color": "#c2410c", "ms": 5.5},
+    {"marker": "D", "ls": (0, (2, 1)), "color": "#8b2fa0", "ms": 8, "mfc": "none"},
+    {"marker": "P", "ls": (0, (8, 2, 1, 2, 1, 2)), "color": "#a58a00", "ms": 6},
 )
 LEAST_KL = 1e-5
 # Beyond this many times the budget of the rule a curve is cut off: it is of no use there.
@@ -35,7 +37,7 @@ def tradeoff_figure(comparison: Comparison) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, field in ((left, "forget_nll"), (right, "forget_kl")):
@@ -61,7 +63,7 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
     least = max(LEAST_KL, min([p.heldout_kl for p in drawn] + [retrained.heldout_kl]))
     edge = least / 2
-    for method, (marker, style, colour) in zip(comparison.methods, STYLES, strict=False):
+    for method, look in zip(comparison.methods, itertools.cycle(STYLES), strict=False):
         best = comparison.best(method.name)
         curves = [c for c in comparison.curves if c.method == method.name]
         chosen = best[0] if best else min(curves, key=_least_kl)
@@ -69,14 +71,13 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
             kept = [p for p in curve.points if _is_drawn(p, field)]
             x = [max(p.heldout_kl, edge) for p in kept]
             y = [getattr(p, field) for p in kept]
-            look = {"marker": marker, "linestyle": style, "color": colour}
             if curve is chosen:
-                axes.plot(x, y, **look, lw=1.8, ms=5.5, label=method.name, zorder=5)
+                axes.plot(x, y, **look, lw=1.8, label=method.name, zorder=5)
             else:
-                axes.plot(x, y, **look, lw=0.7, ms=2.5, alpha=0.45, zorder=2)
+                axes.plot(x, y, **{**look, "ms": 2.5}, lw=0.7, alpha=0.45, zorder=2)
         if best and _is_drawn(best[1], field):
             at = (max(best[1].heldout_kl, edge), getattr(best[1], field))
-            axes.plot(*at, "o", ms=12, mfc="none", mec="black", mew=1.1, zorder=6)
+            axes.plot(*at, "o", ms=14, mfc="none", mec="black", mew=1.1, zorder=6)
     star = {"marker": "*", "ms": 17, "mfc": "gold", "mec": "black", "ls": "none", "zorder": 4}
     at = (retrained.heldout_kl, getattr(retrained, field))
     axes.plot(*at, label="retrained", clip_on=False, **star)
@@ -93,6 +94,8 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
         rotation=90,
         va="top",
         fontsize=7.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+        zorder=7,
     )
     axes.set_xscale("log")
     # An ascent without a brake ends anywhere; what is far above the retrained model is cut off.

@@ -50,7 +50,9 @@ def page(run: Run) -> str:
 
 
 def _facts(run: Run) -> str:
-    machine = ", ".join(f"{name} {value}" for name, value in run.machine.items())
+    machine = ", ".join(
+        f"{name.replace('_gib', ' (GiB)')} {value}" for name, value in run.machine.items()
+    )
     versions = ", ".join(f"{name} {value}" for name, value in run.versions.items())
     return (
         f'<p class="facts"><code>{_text(run.command)}</code><br>{_text(run.date)}, '
@@ -115,7 +117,12 @@ def _table(comparison: Comparison, rows: Iterable[Row]) -> str:
 def _meanings(comparison: Comparison) -> str:
     pairs = [(c.heading.replace("\n", " "), c.meaning) for c in shown_columns(comparison)]
     pairs.append(("edit s", "seconds of the edit, compiling excluded; of training, for retrained"))
-    pairs.append(("fit s", "seconds of fitting the curvature, once for all edits"))
+    pairs.append(
+        (
+            "fit s",
+            "seconds of fitting the curvature, once for all edits, without compiling",
+        )
+    )
     return f"<details><summary>What the columns mean</summary>{_pairs(pairs)}</details>"
 
 

@@ -67,7 +67,7 @@ class Method(NamedTuple):
         description: one sentence: what it does.
         strength: what its strength is, with its unit.
         grid: the settings that were tried; every one has a curve.
-        fit_seconds: what it needs once before any edit, in seconds (compiling included).
+        fit_seconds: what it needs once before any edit, in seconds, without compiling.
     """
 
     name: str
