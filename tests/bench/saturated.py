@@ -1,0 +1,223 @@
+"""The metric of a step on a memorised model: forget NLL reached at one true retain KL.
+
+    python -m tests.bench.saturated [--data full.json] [--rows 1200] [--forget 400] [--epochs 30]
+                                    [--budget 0.05] [--output out/saturated.json]
+
+A GPT of width 128 and 4 layers learns question-answer rows by heart (the first rows of --data, else
+of the built-in fictitious authors), the last of them are to be forgotten. Every row of the table
+edits the attention and MLP matrices in another metric, with the same line search on the true
+retain KL; the last ones are NPO by Adam, and the same NPO preconditioned by `scale_by_curvature`.
+The KL is measured on rows that no edit saw. The trained parameters are kept beside the output and
+used again.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jedit
+from jedit.curvature import Factor
+from jedit.data import (
+    batches,
+    encode_rows,
+    facts_to_rows,
+    generate_authors,
+    read_rows,
+    text_of,
+    train_tokenizer,
+)
+from jedit.models import gpt
+from jedit.objectives import npo, retain_nll
+
+SELECT = r"blocks/.*/(attn|mlp)/"
+MAX_LEN = 80
+FLOOR = -4.0  # log-odds at which a forget token counts as forgotten; arbitrary
+
+
+def margin(params, forget, retain, *, apply):
+    """Mean log-odds of the forget tokens, down to a floor; keeps its gradient as p -> 1."""
+    del retain
+    logits = apply(params, forget.inputs)
+    is_label = jax.nn.one_hot(forget.targets, logits.shape[-1], dtype=bool)
+    label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
+    rest = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, logits), axis=-1)
+    odds = jnp.maximum(label - rest, FLOOR)
+    return jnp.sum(odds * forget.mask) / jnp.sum(forget.mask), {}
+
+
+def inputs_only(curvature):
+    """The curvature with G = I: the metric of the inputs alone."""
+    factors = dict(curvature.factors)
+    for block in curvature.blocks.values():
+        old = factors[block.output]
+        eye = jnp.broadcast_to(jnp.eye(old.matrix.shape[-1]), old.matrix.shape)
+        factors[block.output] = Factor(eye, eye, jnp.ones_like(old.eigenvalues))
+    return dataclasses.replace(curvature, factors=factors)
+
+
+class Scene:
+    """The memorised model, its rows, and how an edited model is judged."""
+
+    def __init__(self, options):
+        rows = (
+            read_rows(options.data)[: options.rows]
+            if options.data
+            else facts_to_rows(generate_authors(0, -(-options.rows // 20), 20))[: options.rows]
+        )
+        tokenizer = train_tokenizer(text_of(rows), 2048)
+        encoded = encode_rows(tokenizer, rows, MAX_LEN, truncate=True)
+        data = jedit.Batch(*(jnp.asarray(x) for x in encoded))
+        self.apply, initial = gpt(
+            key=jax.random.key(0),
+            vocab=tokenizer.get_vocab_size(),
+            width=128,
+            num_layers=4,
+            num_heads=4,
+            max_len=MAX_LEN,
+        )
+        kept = len(rows) - options.forget
+        order = np.random.default_rng(0).permutation(kept)
+        take = lambda ids: jax.tree.map(lambda x: x[ids], data)  # noqa: E731
+        self.forget_rows, self.retain_rows = (
+            take(np.arange(kept, len(rows))),
+            take(order[: kept // 2]),
+        )
+        self.forget = list(batches(self.forget_rows, 100))
+        self.fit = list(batches(self.retain_rows, 32))
+        self.probe = take(order[:64])
+        self.heldout = list(batches(take(order[kept // 2 :][:200]), 100))
+        self.params = self._trained(initial, data, options)
+
+    def _trained(self, initial, data, options):
+        file = options.output.with_suffix(f".{options.rows}x{options.epochs}.npz")
+        leaves, tree = jax.tree.flatten(initial)
+        if not file.exists():
+            steps = options.epochs * (options.rows // 32)
+            rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, steps, 1e-4)
+            loss = functools.partial(retain_nll, apply=self.apply)
+            params, history = jedit.fit(
+                lambda params, rows: loss(params, None, rows),
+                optax.adamw(rate, weight_decay=0.01),
+                initial,
+                data,
+                steps=steps,
+                batch_size=32,
+                key=jax.random.key(1),
+            )
+            print(f"trained: loss {float(jnp.mean(history['loss'][-50:])):.4f}", flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(file, *(np.asarray(x) for x in jax.tree.leaves(params)))
+        stored = np.load(file)
+        return tree.unflatten([jnp.asarray(stored[f"arr_{i}"]) for i in range(len(leaves))])
+
+    def judge(self, params):
+        """(forget NLL, retain NLL, KL to the original), the latter two on held-out retain rows."""
+        return (
+            jedit.metrics.nll(self.apply, params, self.forget),
+            jedit.metrics.nll(self.apply, params, self.heldout),
+            jedit.metrics.output_kl(self.apply, self.params, params, self.heldout),
+        )
+
+
+def edits(scene, budget):
+    """(name, damping, params, predicted KL, seconds) of every metric."""
+    likelihoods = {
+        "Fisher of the outputs": jedit.likelihoods.Categorical(),
+        "Fisher at temperature 4": jedit.likelihoods.Categorical(4.0),
+        "Gauss-Newton of the logits": jedit.likelihoods.Gaussian(),
+    }
+    curvatures = {}
+    for name, likelihood in likelihoods.items():
+        start = time.perf_counter()
+        estimator = jedit.kfac(scene.apply, likelihood, select=SELECT)
+        curvatures[name] = jedit.estimate(estimator, scene.params, scene.fit, key=jax.random.key(2))
+        print(f"fitted {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    tempered = curvatures["Fisher at temperature 4"]
+    log_odds = functools.partial(margin, apply=scene.apply)
+    rows = [("identity (plain ascent)", tempered, 1e9, 4, None)]
+    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, None)]
+    rows += [(name, c, d, 4, None) for name, c in curvatures.items() for d in (0.01, 0.1)]
+    rows += [("temperature 4, log-odds", tempered, d, 4, log_odds) for d in (0.01, 0.1)]
+    rows += [("temperature 4, log-odds, 8 steps", tempered, d, 8, log_odds) for d in (0.01, 0.1)]
+    for name, curvature, damping, steps, objective in rows:
+        start = time.perf_counter()
+        edit, info = jedit.methods.kfade(
+            scene.apply,
+            scene.params,
+            curvature,
+            scene.forget,
+            scene.probe,
+            budget=budget,
+            steps=steps,
+            damping=damping,
+            objective=objective,
+        )
+        params = jedit.apply_edit(scene.params, edit)
+        yield name, damping, params, float(info.predicted_kl[-1]), time.perf_counter() - start
+    yield from negative_preferences(scene, tempered)
+
+
+def negative_preferences(scene, tempered):
+    """NPO with a retain loss: by Adam, and by plain steps in the tempered metric."""
+    runs = [("NPO, 125 Adam steps, lr 5e-4", None, optax.adam(5e-4), 125)]
+    for damping in (0.1, 0.03):
+        transform = jedit.transforms.scale_by_curvature(tempered, damping=damping)
+        chain = optax.chain(transform, optax.clip_by_global_norm(0.1), optax.scale(-1.0))
+        runs.append(("NPO, 60 steps in the tempered metric", damping, chain, 60))
+    for name, damping, optimizer, steps in runs:
+        start = time.perf_counter()
+        params, _ = jedit.unlearn(
+            functools.partial(npo, apply=scene.apply),
+            optimizer,
+            scene.params,
+            scene.forget_rows,
+            scene.retain_rows,
+            steps=steps,
+            batch_size=32,
+            key=jax.random.key(3),
+            objective_args={"reference_params": scene.params},
+        )
+        jax.block_until_ready(params)
+        yield name, damping, params, None, time.perf_counter() - start
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.saturated")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=int, default=1200)
+    parser.add_argument("--forget", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--output", type=Path, default=Path("out/saturated.json"))
+    options = parser.parse_args(arguments)
+    scene = Scene(options)
+    forget, retain, _ = scene.judge(scene.params)
+    print(f"untouched: forget NLL {forget:.4f}, held-out retain NLL {retain:.4f}", flush=True)
+    table = []
+    print("| metric of the step | damping | forget NLL | retain NLL | KL | predicted | s |")
+    print("|---|---|---|---|---|---|---|")
+    for name, damping, params, predicted, seconds in edits(scene, options.budget):
+        forget, retain, kl = scene.judge(params)
+        said = "" if predicted is None else f"{predicted:.4f}"
+        print(
+            f"| {name} | {'' if damping is None else damping} | {forget:.2f} | {retain:.3f} "
+            f"| {kl:.4f} | {said} | {seconds:.0f} |",
+            flush=True,
+        )
+        table.append([name, damping, forget, retain, kl, predicted, seconds])
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    record = {"date": date, "arguments": {k: str(v) for k, v in vars(options).items()}}
+    options.output.write_text(json.dumps({**record, "table": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
