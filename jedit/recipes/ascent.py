@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from jedit.recipes.training import rows_of
 from jedit.typing import Batch
 
 OPTIMIZER = optax.scale_by_adam()
@@ -47,7 +48,7 @@ def ascend(
     """
     reference, state, seconds = params, OPTIMIZER.init(params), 0.0
     draws = [
-        _draws(batch, looks[-1], min(batch_size, len(batch.targets)), key=subkey)
+        _draws(batch, looks[-1], min(batch_size, rows_of(batch)), key=subkey)
         for batch, subkey in zip((forget, retain), jax.random.split(key), strict=True)
     ]
     rate = jnp.asarray(learning_rate, jnp.float32)
@@ -77,7 +78,7 @@ def _step(objective, params, state, forget, retain, rate, reference):
 def _draws(batch: Batch, total: int, size: int, *, key: Array) -> list[Batch]:
     """The rows of each step, from one random order of the set after another."""
     batch = jax.tree.map(np.asarray, batch)
-    num_rows = len(batch.targets)
+    num_rows = rows_of(batch)
     rounds = -(-total * size // num_rows)
     keys = jax.random.split(key, rounds)
     orders = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys))

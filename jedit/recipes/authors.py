@@ -11,7 +11,7 @@ MODEL = Model(width=96, layers=2, heads=4, vocab=1024, max_len=96)
 RECIPE = Recipe(epochs=(7, 25), batch_size=16, learning_rate=2e-3)
 RATES = (1e-4, 3e-4, 1e-3)
 GRID = Grid(
-    budgets=(0.01, 0.03, 0.1, 0.3),
+    budgets=(0.01, 0.03, 0.07, 0.2),
     temperatures=(1.0, 4.0),
     damping=(0.1,),
     kfade_steps=4,

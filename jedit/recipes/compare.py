@@ -23,6 +23,7 @@ from jedit.metrics import forget_quality
 from jedit.objectives import ga, graddiff, npo, token_kl, token_nll
 from jedit.objectives.token_nll import counted_outputs
 from jedit.recipes.ascent import ascend
+from jedit.recipes.training import rows_of
 from jedit.report import Curve, Method, Point, best_point
 from jedit.typing import Batch
 
@@ -170,12 +171,13 @@ class _Judge:
         for name, chunks in self.sets.items():
             reference = references.get(name)
             sums = [_sums(apply, params, reference, chunk) for chunk in chunks]
-            loss, hits, divergence, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-            values[f"{name}_nll"] = float(loss / count)
-            values[f"{name}_accuracy"] = float(hits / count)
+            totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+            loss, hits, divergence, count = totals.tolist()
+            values[f"{name}_nll"] = loss / count
+            values[f"{name}_accuracy"] = hits / count
             if reference is not None:
-                values[f"{name}_kl"] = float(divergence / count)
-        if task.truth_ratio is not None:
+                values[f"{name}_kl"] = divergence / count
+        if task.truth_ratio is not None and self.reference is not None:
             ratios = _finite(task.truth_ratio(params))
             values["truth_ratio"] = float(np.mean(ratios))
             values["forget_quality"] = forget_quality(ratios, self.reference)
@@ -187,8 +189,9 @@ def _sums(apply: Callable, params: PyTree, reference: PyTree | None, batch: Batc
     """Loss, hits, KL(reference || params) and number of counted outputs, from one forward pass."""
     logits = apply(params, batch.inputs)
     counted = counted_outputs(batch, logits.shape[:-1])
-    loss = token_nll(logits, batch.targets)
-    hits = (jnp.argmax(logits, axis=-1) == batch.targets).astype(loss.dtype)
+    targets = jnp.asarray(batch.targets)
+    loss = token_nll(logits, targets)
+    hits = (jnp.argmax(logits, axis=-1) == targets).astype(loss.dtype)
     divergence = jnp.zeros_like(loss)
     if reference is not None:
         divergence = token_kl(apply(reference, batch.inputs), logits)
@@ -260,7 +263,7 @@ def _kfade_curve(
     curvature: Curvature,
     setting: dict[str, float],
 ) -> tuple[Curve, list[PyTree]]:
-    forget = list(batches(task.forget, min(task.chunk, len(task.forget.targets))))
+    forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
     retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
     run = functools.partial(
         kfade, task.apply, task.original, curvature, forget, retain, damping=setting["damping"]

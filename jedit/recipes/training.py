@@ -66,7 +66,7 @@ def train(
     """
     start = time.perf_counter()
     rows = jax.tree.map(np.asarray, rows)
-    num_rows = len(rows.targets)
+    num_rows = rows_of(rows)
     size = min(recipe.batch_size, num_rows)
     optimizer = _optimizer(recipe.learning_rate)
     state = optimizer.init(params)
@@ -82,6 +82,11 @@ def train(
             jax.block_until_ready(params)
             found.append(Trained(params, epoch + 1, time.perf_counter() - start))
     return found
+
+
+def rows_of(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    return len(jax.tree.leaves(batch.inputs)[0])
 
 
 @functools.cache

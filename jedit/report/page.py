@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable
 
 from jedit.report.figure import save_png, tradeoff_figure
-from jedit.report.results import RULE, Comparison, Run
+from jedit.report.results import OTHER_RULE, RULE, Comparison, Run
 from jedit.report.table import Row, all_rows, best_rows, number, shown_columns
 
 STYLE = """
@@ -80,6 +80,8 @@ def _section(comparison: Comparison) -> str:
         f'<p class="small">{_text(rule)} The retrained model is used to choose, for all methods '
         "alike.</p>",
         _table(comparison, best_rows(comparison)),
+        f'<p class="small">{_text(OTHER_RULE)}</p>',
+        _table(comparison, best_rows(comparison, by_loss=True)),
         _meanings(comparison),
     ]
     if comparison.answers:

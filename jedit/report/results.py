@@ -122,8 +122,12 @@ class Comparison(NamedTuple):
     answers: tuple[Answer, ...] = ()
 
     def best(self, method: str) -> tuple[Curve, Point] | None:
-        """The method's best point by the rule."""
+        """The method's best point by `RULE`."""
         return best_point(self.curves, method, self.kl_budget)
+
+    def nearest_in_loss(self, method: str) -> tuple[Curve, Point] | None:
+        """The method's best point by `OTHER_RULE`."""
+        return best_point(self.curves, method, self.kl_budget, self.retrained.forget_nll)
 
 
 class Run(NamedTuple):
@@ -157,37 +161,53 @@ RULE = (
 )
 
 
+OTHER_RULE = (
+    "By the loss instead: the point whose loss on the forget rows is nearest to the retrained "
+    "model's, within the same budget."
+)
+
+
 def best_point(
-    curves: Iterable[Curve], method: str, kl_budget: float
+    curves: Iterable[Curve], method: str, kl_budget: float, forget_nll: float | None = None
 ) -> tuple[Curve, Point] | None:
     """A method's best point by `RULE`, with the curve it lies on; None if none is within budget.
 
-    The retrained model is looked at to choose, for every method alike; whoever has none has to
-    choose otherwise.
+    With a `forget_nll` it is the best by `OTHER_RULE`. The retrained model is looked at to choose,
+    for every method alike; whoever has none has to choose otherwise.
     """
+
+    def distance(pair: tuple[Curve, Point]) -> float:
+        point = pair[1]
+        return point.forget_kl if forget_nll is None else abs(point.forget_nll - forget_nll)
+
     within = [
         (curve, point)
         for curve in curves
         if curve.method == method
         for point in curve.points
-        if point.heldout_kl <= kl_budget and math.isfinite(point.forget_kl)
+        if point.heldout_kl <= kl_budget and math.isfinite(distance((curve, point)))
     ]
-    return min(within, key=lambda pair: pair[1].forget_kl, default=None)
+    return min(within, key=distance, default=None)
 
 
 def to_json(run: Run) -> dict[str, Any]:
-    """The run as plain JSON values, with every method's best point added.
+    """The run as plain JSON values, with every method's best points by both rules added.
 
     A number that is not finite (a model that an ascent has destroyed) becomes null.
     """
     out = _plain(run)
     for plain, comparison in zip(out["comparisons"], run.comparisons, strict=True):
         plain["rule"] = RULE.format(budget=comparison.kl_budget)
-        best = {m.name: comparison.best(m.name) for m in comparison.methods}
-        plain["best"] = {
-            name: None if pair is None else {"setting": pair[0].setting, **_plain(pair[1])}
-            for name, pair in best.items()
-        }
+        plain["other_rule"] = OTHER_RULE
+        for name, choose in (
+            ("best", comparison.best),
+            ("nearest_in_loss", comparison.nearest_in_loss),
+        ):
+            pairs = {method.name: choose(method.name) for method in comparison.methods}
+            plain[name] = {
+                method: None if pair is None else {"setting": pair[0].setting, **_plain(pair[1])}
+                for method, pair in pairs.items()
+            }
     return {"schema": SCHEMA, **out}
 
 

@@ -19,16 +19,20 @@ class Column(NamedTuple):
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; a dash for what was not measured, ∞ or NaN said as such."""
+    """About three digits; a dash for what was not measured, ∞ or NaN said as such."""
     if value is None:
         return "–"
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e4:
+    size = abs(value)
+    if size < 1e-12:
+        return "0"
+    if not 1e-3 <= size < 1e4:
         return f"{value:.1e}"
-    return f"{value:.3g}" if abs(value) >= 1 else f"{value:.3f}"
+    digits = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
+    return f"{value:.{digits}f}"
 
 
 def share(value: float | None) -> str:
@@ -109,8 +113,9 @@ def setting_text(comparison: Comparison, curve: Curve, point: Point) -> str:
     return ", ".join([*parts, f"{method.strength.split(' (')[0]} {point.strength:g}"])
 
 
-def best_rows(comparison: Comparison) -> list[Row]:
-    """The untouched and the retrained model, and the best point of each method."""
+def best_rows(comparison: Comparison, *, by_loss: bool = False) -> list[Row]:
+    """The untouched and the retrained model, and the best point of each method by either rule."""
+    choose = comparison.nearest_in_loss if by_loss else comparison.best
     retrain = comparison.seconds.get("retrain")
     rows = [
         Row("untouched", "", comparison.original, "–", "–"),
@@ -118,7 +123,7 @@ def best_rows(comparison: Comparison) -> list[Row]:
     ]
     for method in comparison.methods:
         fit = number(method.fit_seconds) if method.fit_seconds else "–"
-        best = comparison.best(method.name)
+        best = choose(method.name)
         if best is None:
             text = f"no point within {comparison.kl_budget:g} nats"
             rows.append(Row(method.name, text, None, "–", fit))

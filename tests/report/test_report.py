@@ -25,6 +25,7 @@ from jedit.report import (
     write_report,
 )
 from jedit.report import writer as writer_module
+from jedit.report.table import number
 
 
 def point(strength, heldout_kl, forget_kl, **more):
@@ -91,6 +92,36 @@ def test_the_best_point_is_the_nearest_within_budget(comparison):
     assert (curve.setting["temperature"], best.forget_kl) == (4.0, 1.5)
     assert best_point(comparison.curves, "K-FADE", 0.5)[1].forget_kl == 0.5
     assert comparison.best("ascent") is None
+
+
+def test_by_the_other_rule_the_loss_decides(comparison):
+    curve = comparison.curves[0]
+    near, far = (
+        p._replace(forget_nll=loss) for p, loss in zip(curve.points, (2.2, 7.0), strict=True)
+    )
+    comparison = comparison._replace(curves=(curve._replace(points=(near, far)),))
+    assert comparison.retrained.forget_nll == 2.0
+    assert comparison.nearest_in_loss("K-FADE")[1] == near
+    assert comparison.best("K-FADE")[1] == far
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (3e-14, "0"),
+        (2.5e-5, "2.5e-05"),
+        (0.0204, "0.020"),
+        (1.3, "1.30"),
+        (11.04, "11.0"),
+        (817.4, "817"),
+        (math.inf, "∞"),
+        (math.nan, "NaN"),
+    ],
+)
+def test_a_number_has_about_three_digits(value, text):
+    assert number(value) == text
 
 
 def test_json_is_strict_and_holds_every_point(run, comparison):
