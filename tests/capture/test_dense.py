@@ -17,10 +17,8 @@ SIZES = {"b": 2, "c": 3, "d": 4, "f": 5, "h": 2, "t": 3}
 def dimension_orders():
     """Operands of einsum with every role of an axis at every place."""
     orders = [("bchf", "tcb", "thfb"), ("hcdf", "dbtch", "fbth"), ("c", "tc", "t")]
-    for roles_x, roles_w, out in [("tc", "cf", "tf"), ("btc", "bcf", "btf"), ("cdt", "cdf", "tf")]:
-        for w in itertools.permutations(roles_w):
-            for x in (roles_x, roles_x[::-1]):
-                orders.append(("".join(w), x, out))
+    for x, roles, out in [("ct", "cf", "tf"), ("tcb", "bcf", "btf"), ("cdt", "cdf", "tf")]:
+        orders += [("".join(w), x, out) for w in itertools.permutations(roles)]
     return orders
 
 
@@ -42,7 +40,7 @@ def test_einsum_orders(w, x, out, is_left):
 
 
 @pytest.mark.parametrize("w_first", [True, False])
-@pytest.mark.parametrize("summed", ["cd", "dc", "d"])
+@pytest.mark.parametrize("summed", ["dc", "d"])
 @pytest.mark.parametrize("batched", ["", "b", "hb"])
 @pytest.mark.parametrize(("w", "x"), [("bcdfh", "thdcb"), ("fhdcb", "bcdht"), ("chbfd", "dthbc")])
 def test_dot_general_itself(w, x, batched, summed, w_first):
