@@ -112,7 +112,7 @@ def kfade(
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    if not (budget if step is None else step) > 0:
+    if not all(value > 0 for value in (budget, step) if value is not None):
         raise ValueError(f"budget and step must be positive, got {budget=}, {step=}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -137,7 +137,7 @@ def kfade(
         change = jax.tree.map(jnp.subtract, current, params)
         true_kl = price(params, change, 1.0)
         rows.append(
-            KfadeInfo(
+            dict(
                 step_size=alpha,
                 curvature_kl=0.5 * float(_quadratic(metric, change)),
                 predicted_kl=price.predicted(change),
@@ -148,7 +148,7 @@ def kfade(
                 within_budget=true_kl <= allowed * (1 + 1e-3),
             )
         )
-    info = KfadeInfo(*(np.asarray(column) for column in zip(*rows, strict=True)))
+    info = KfadeInfo(*(np.asarray([row[field] for row in rows]) for field in KfadeInfo._fields))
     return edit_between(params, current), info
 
 
@@ -220,13 +220,18 @@ def _value_and_gradient(objective, params, forget, retain):
 
 def _objective_gradient(objective, params, forget, counts, retain):
     """Mean of the objective and of its gradient over the forget batches, by counted outputs."""
-    total = None
-    for i, (batch, count) in enumerate(zip(forget, counts, strict=True)):
-        new = _value_and_gradient(objective, params, batch, retain[i % len(retain)])
-        share = count / max(sum(counts), 1)
-        new = jax.tree.map(lambda x, share=share: x * jnp.asarray(share, x.dtype), new)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    return float(total[0]), total[1]
+
+    def weighted(i: int):
+        total = _value_and_gradient(objective, params, forget[i], retain[i % len(retain)])
+        share = counts[i] / max(sum(counts), 1)
+        return jax.tree.map(lambda x: x * jnp.asarray(share, x.dtype), total)
+
+    value, gradient = functools.reduce(
+        lambda total, i: jax.tree.map(jnp.add, total, weighted(i)),
+        range(1, len(forget)),
+        weighted(0),
+    )
+    return float(value), gradient
 
 
 def _num_counted(apply, likelihood, params, batch) -> int:

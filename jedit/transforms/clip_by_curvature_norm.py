@@ -1,6 +1,6 @@
 """Bound a step by what it is predicted to cost: scale u down until ½ uᵀFu <= max_kl."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,11 @@ def clip_by_curvature_norm(
     def predicted(curvature, updates):
         return 0.5 * quadratic_form(curvature, updates)
 
-    def init(params):
+    def init(params) -> Any:
         shape = jax.eval_shape(predicted, curvature, params)
         return ClipByCurvatureNormState(curvature, jnp.zeros(shape.shape, shape.dtype))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
         kl = predicted(state.curvature, updates)
         is_over = kl > max_kl

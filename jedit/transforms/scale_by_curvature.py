@@ -1,6 +1,6 @@
 """Precondition updates by a curvature: u <- (F + λ)⁻¹ u, a natural-gradient step in its metric."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -44,7 +44,7 @@ def scale_by_curvature(
         ValueError: at `update`, the updates are not shaped like the curvature's parameters.
     """
 
-    def init(params):
+    def init(params) -> Any:
         del params
         return ScaleByCurvatureState(curvature)
 
