@@ -1,0 +1,75 @@
+"""Time a job beside the machine's matmul rate, and read the process's peak memory."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MATMUL = 2048  # the rate is that of float32 products of this size
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A job, ready to run.
+
+    Attributes:
+        start: makes the state that `step` carries.
+        step: `step(state, batch) -> state`.
+        batches: what one pass gives it.
+        segment: how many steps lie between two measurements of the matmul rate.
+    """
+
+    start: Callable[[], Any]
+    step: Callable[[Any, Any], Any]
+    batches: list
+    segment: int = 8
+
+
+def matmul_rate(size: int = MATMUL, repeats: int = 3) -> float:
+    """Flops a second of a float32 matrix product, right now."""
+    x = jnp.ones((size, size), jnp.float32)
+    jax.block_until_ready(_product(x))
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(_product(x))
+    return 2 * size**3 * repeats / (time.perf_counter() - begin)
+
+
+@jax.jit
+def _product(x):
+    return x @ x
+
+
+def measure(work: Work, floor: float, repeats: int, size: int = MATMUL) -> dict:
+    """Run the job `repeats` times after one step that compiles.
+
+    Returns:
+        "seconds": of every pass; "multiples": of every segment of a pass, its time in units of what
+        `floor` flops a step take at the mean of the rates just before and after; "rates": those;
+        "peak_gib": the most memory the process ever held.
+    """
+    jax.block_until_ready(work.step(work.start(), work.batches[0]))
+    seconds, multiples, rates = [], [], []
+    for _ in range(repeats):
+        state, total = jax.block_until_ready(work.start()), 0.0
+        for first in range(0, len(work.batches), work.segment):
+            batches = work.batches[first : first + work.segment]
+            before = matmul_rate(size)
+            begin = time.perf_counter()
+            for batch in batches:
+                state = work.step(state, batch)
+            jax.block_until_ready(state)
+            elapsed = time.perf_counter() - begin
+            after = matmul_rate(size)
+            # What is proportional to time is the inverse of a rate, so that is what is averaged.
+            rate = 2 / (1 / before + 1 / after)
+            multiples.append(elapsed * rate / (floor * len(batches)))
+            rates += [before, after]
+            total += elapsed
+        seconds.append(total)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "multiples": multiples, "rates": rates, "peak_gib": peak}
