@@ -26,7 +26,7 @@ CONTENDERS = {
     "kfac-jax": ("factors",),
     "kronfluence": ("factors", "eigenvalues"),
 }
-TIME_LIMIT = 1800
+TIME_LIMIT = 900
 HERE = Path(__file__).resolve().parent
 
 
@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("out/bench.json"))
     options = parser.parse_args(arguments)
     rows: dict[tuple[str, str, str], dict] = {}
+    results: list[dict] = []
+    held: list[dict] = []
     for number in range(options.rounds):
         for name in options.case:
             case = (TOYS if options.toy else CASES)[name]
@@ -53,13 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
                         continue
                     print(f"round {number + 1}: {name}, {job}, {contender}", file=sys.stderr)
                     merge(rows, where, measured(request(case, contender, job, options.repeats)))
-    results = [summary(*where, row) for where, row in rows.items()]
-    held = [] if options.toy else claims(results)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"results": results, "claims": held}, indent=1) + "\n")
+                    # Written each time: a run that is stopped keeps what it has measured.
+                    results = [summary(*at, row) for at, row in rows.items()]
+                    held = [] if options.toy else claims(results)
+                    write(options.output, results, held)
     print(table(results, held))
     print(f"\nwritten to {options.output}")
     return 0
+
+
+def write(path: Path, results: list[dict], held: list[dict]) -> None:
+    """All of it as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"results": results, "claims": held}, indent=1) + "\n")
 
 
 def measured(asked: dict) -> dict:
