@@ -54,7 +54,7 @@ def classifier(key):
     return params, forget, retain, estimate(estimator, params, [retain], key=key)
 
 
-def test_one_newton_step_on_least_squares_is_the_refit_without_the_rows(regression):
+def test_one_newton_step_on_least_squares_is_the_refit_without_the_rows(regression, tolerance):
     params, forget, retain, curvature, refit = regression
     nll = partial(_gaussian_ga, apply=linear)
     edit, _ = kfade(
@@ -70,8 +70,7 @@ def test_one_newton_step_on_least_squares_is_the_refit_without_the_rows(regressi
         objective=nll,
     )
     edited = apply_edit(params, edit)
-    np.testing.assert_allclose(edited["w"], refit[:3], rtol=1e-8)
-    np.testing.assert_allclose(edited["b"], refit[3], rtol=1e-8)
+    tolerance.check(edited, {"w": refit[:3], "b": refit[3]}, "factorization")
 
 
 def _gaussian_ga(params, forget, retain, *, apply):
@@ -115,13 +114,13 @@ def test_the_first_step_is_the_largest_within_the_budget(classifier):
     np.testing.assert_allclose(info.step_size[0], root, rtol=0.01)
 
 
-def test_large_damping_is_plain_ascent(classifier):
+def test_large_damping_is_plain_ascent(classifier, tolerance):
     params, forget, retain, curvature = classifier
-    edit, _ = kfade(network, params, curvature, forget, retain, step=1e3, steps=1, damping=1e9)
+    edit, _ = kfade(network, params, curvature, forget, retain, step=1e7, steps=1, damping=1e9)
     gradient = jax.grad(lambda p: -ga(p, forget, apply=network)[0])(params)
     for path in ("v", "w"):  # one block each: damping is relative to the block
-        x, y = np.asarray(edit.blocks[path]).ravel(), np.asarray(gradient[path]).ravel()
-        assert x @ y / np.linalg.norm(x) / np.linalg.norm(y) > 1 - 1e-12
+        x, y = (np.asarray(t[path], np.float64) for t in (edit.blocks, gradient))
+        tolerance.check(x / np.linalg.norm(x), y / np.linalg.norm(y), "factorization")
 
 
 def test_an_edit_forgets_more_than_ascent_at_the_same_retain_kl(classifier):
@@ -159,6 +158,7 @@ def test_info_reports_the_gradient_it_used(classifier):
     np.testing.assert_allclose(info.curvature_kl[0], expected, rtol=1e-6)
 
 
+@pytest.mark.float64  # the line search takes the same path only while rounding does not sway it
 def test_batches_of_one_shape_are_as_one(classifier):
     params, forget, retain, curvature = classifier
     halves = [jax.tree.map(lambda x, s=s: x[s], retain) for s in (slice(0, 32), slice(32, 64))]
