@@ -231,6 +231,7 @@ def test_sampled_squares_converge_to_the_exact_ones(key):
     jax.tree.map(check_mean, sampled.squares, exact.squares)
 
 
+@pytest.mark.reuses_keys  # one key for the problem and for the labels: they are independent of it
 def test_more_samples_are_averaged(key):
     """The mean of 400 draws in one estimate, against the spread of single draws."""
     program = BY_NAME["rows"]
