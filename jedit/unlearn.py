@@ -1,21 +1,24 @@
 """The one training loop: `unlearn` on a forget and a retain set, `fit` on a single one.
 
-All steps run in one compiled call, a `lax.scan` whose body gathers rows, differentiates the
-objective and applies an optax update.  The sets stay on the device.
+The steps between two looks run in one compiled call, a `lax.scan` whose body gathers rows,
+differentiates the objective and applies an optax update.  The sets stay on the device, and what a
+call is given of parameters and optimizer state it overwrites.
 
 Rows are drawn epoch by epoch: epoch e is a permutation of the set, made from `fold_in(key, e)`, and
 the epochs follow one another in one stream that is cut into batches.  So each row is seen equally
-often, to within one, and the rows of step s depend on the key and on s, not on the number of steps.
+often, to within one, and the rows of step s depend on the key and on s: not on the number of steps,
+not on where a run was broken off, not on the number of devices.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
@@ -23,6 +26,20 @@ from jaxtyping import Array, Int, Key, PyTree
 from jedit.typing import Batch
 
 History = dict[str, Array]
+
+
+class LoopState(NamedTuple):
+    """Where a loop stands, and all it needs to go on from there.
+
+    Attributes:
+        step: updates made so far.
+        params: the parameters, frozen ones included.
+        optimizer_state: of the trained ones.
+    """
+
+    step: int
+    params: PyTree
+    optimizer_state: PyTree
 
 
 def unlearn(
@@ -38,11 +55,18 @@ def unlearn(
     trainable: str | None = None,
     objective_args: Mapping[str, Any] | None = None,
     update_args: Callable | None = None,
+    every: int | None = None,
+    callback: Callable[[LoopState, History], Any] | None = None,
 ) -> tuple[PyTree, History]:
     """Minimise an objective over draws of forget and retain rows.
 
-    Calling again with the same functions and shapes does not compile again.  `params` are not
-    donated: they are still there to compare with.
+    Calling again with the same functions and shapes does not compile again.  The given params are
+    copied, not overwritten: they are still there to compare with.
+
+    A retain budget is a callback that says when it is spent:
+
+        def spent(state, history):
+            return output_kl(apply, params, state.params, heldout) > 0.05
 
     Args:
         objective: `(params, forget_rows, retain_rows, **objective_args) -> (scalar, aux)`, such as
@@ -50,10 +74,10 @@ def unlearn(
             scalars.
         optimizer: any optax transform; its update also gets `value=`, the objective's, and what
             `update_args` returns.
-        params: where to start.
+        params: where to start: parameters, or a `LoopState`, to go on with a run broken off there.
         forget: the whole forget set, a Batch or any pytree whose leaves lead with the rows.
         retain: the whole retain set likewise, or None for objectives that do without.
-        steps: number of updates.
+        steps: number of updates in all, those before a given `LoopState` included.
         key: decides the rows.
         batch_size: rows of each set in a step; a smaller set is taken whole.
         trainable: regular expression; a parameter in whose path it is not found stays bit-identical
@@ -63,10 +87,17 @@ def unlearn(
             for instance, belong here: what a `partial` holds is compiled in as a constant.
         update_args: `(params, forget_rows, retain_rows) -> dict` of further keyword arguments of
             the optimizer's update, computed at each step; a tree like params is cut as they are.
+        every: call `callback` after so many steps, and after the last.
+        callback: gets the state and the history since the last call. The state's arrays are
+            overwritten when the loop goes on: copy what is to be kept. If it returns something
+            true the loop stops, and the params returned are those of the call before.
 
     Returns:
-        The new params, and a dict of arrays with one entry per step: "loss" and what aux holds, at
-        the params before the step's update.
+        The new params, and a dict of arrays with one entry per step taken: "loss" and what aux
+        holds, at the params before the step's update.
+
+    Raises:
+        ValueError: negative steps, sets without rows, or nothing to train.
     """
     return _train(
         objective,
@@ -77,8 +108,10 @@ def unlearn(
         key=key,
         batch_size=batch_size,
         trainable=trainable,
-        objective_args=dict(objective_args or {}),
+        objective_args=objective_args,
         update_args=update_args,
+        every=every,
+        callback=callback,
     )
 
 
@@ -92,6 +125,8 @@ def fit(
     steps: int | None = None,
     epochs: float | int | None = None,
     batch_size: int = 32,
+    every: int | None = None,
+    callback: Callable[[LoopState, History], Any] | None = None,
 ) -> tuple[PyTree, History]:
     """Train on one set: `unlearn`'s loop with `loss(params, rows) -> (scalar, aux)`.
 
@@ -104,6 +139,8 @@ def fit(
         steps: number of updates; give this or `epochs`.
         epochs: how often each row is seen; rounded up to whole steps.
         batch_size: rows in a step.
+        every: as of `unlearn`.
+        callback: as of `unlearn`.
 
     Returns:
         As `unlearn`.
@@ -124,6 +161,8 @@ def fit(
         steps=steps or 0,
         key=key,
         batch_size=batch_size,
+        every=every,
+        callback=callback,
     )
 
 
@@ -139,43 +178,111 @@ def _train(
     trainable: str | None = None,
     objective_args: Mapping[str, Any] | None = None,
     update_args: Callable | None = None,
+    every: int | None = None,
+    callback: Callable | None = None,
 ) -> tuple[PyTree, History]:
-    if steps < 0 or batch_size < 1:
-        raise ValueError(f"steps must be at least 0 and batch_size 1, got {steps} and {batch_size}")
-    is_trained = _is_trained(params, trainable)
-    # Large arrays that a transform holds go into its state, and with it into the call as arguments;
-    # made under jit they would be constants of the program.
-    state = optimizer.init(_split(params, is_trained))
-    return _scan(
-        objective,
-        optimizer,
-        update_args,
-        (is_trained, steps, batch_size),
-        params,
-        state,
-        sets,
-        key,
-        dict(objective_args or {}),
+    if steps < 0 or batch_size < 1 or (every is not None and every < 1):
+        raise ValueError(
+            "steps must be at least 0, batch_size and every at least 1, got "
+            f"{steps=}, {batch_size=}, {every=}"
+        )
+    start = params if isinstance(params, LoopState) else LoopState(0, params, None)
+    params, is_trained = start.params, _is_trained(start.params, trainable)
+    state = start.optimizer_state
+    if state is None:
+        # Large arrays that a transform holds go into its state, and with it into the call as
+        # arguments; made under jit they would be constants of the program.
+        state = optimizer.init(_split(params, is_trained))
+    # The compiled call overwrites what it is given, and somebody else may hold these.
+    trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
+    sets = jax.tree.map(jnp.asarray, sets)
+    marks = [*(range(start.step, steps, every or steps or 1) or [steps]), steps]
+    histories = []
+    for first, last in itertools.pairwise(marks):
+        before = None if callback is None else jax.tree.map(jnp.copy, trained)
+        trained, state, history = _advance(
+            (objective, optimizer, update_args),
+            (is_trained, last - first, batch_size),
+            trained,
+            state,
+            params,
+            jnp.asarray(first, jnp.int32),
+            sets,
+            key,
+            dict(objective_args or {}),
+        )
+        histories.append(history)
+        if callback is not None:
+            merged = _merge(trained, params, is_trained)
+            if callback(LoopState(last, merged, state), history):
+                trained = before
+                break
+    return _merge(trained, params, is_trained), _joined(histories)
+
+
+def _advance(functions, static, trained, state, params, first, sets, key, objective_args):
+    """Take the steps in one compiled call, or one by one where a loop would be slow.
+
+    XLA's CPU compiler rewrites convolutions for its fast kernels at the top of a program alone
+    (jax issue 12868): the gradient of one takes six times as long inside a loop.
+    """
+    is_trained, steps, batch_size = static
+    rest = (params, first, sets, key, objective_args)
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((trained, rest)))
+    if is_traced:  # nothing can be overwritten under a transformation
+        return jax.jit(_take_steps, static_argnums=(0, 1))(functions, static, trained, state, *rest)
+    if steps == 1 or jax.default_backend() != "cpu":
+        return _steps(functions, static, trained, state, *rest)
+    program = _steps.trace(functions, static, trained, state, *rest).jaxpr
+    if not _has_convolution(program.jaxpr):
+        return _steps(functions, static, trained, state, *rest)
+    histories = []
+    for i in range(steps):
+        rest = (params, first + i, sets, key, objective_args)
+        trained, state, one = _steps(functions, (is_trained, 1, batch_size), trained, state, *rest)
+        histories.append(one)
+    return trained, state, _joined(histories)
+
+
+def _has_convolution(jaxpr) -> bool:
+    def inner(value):
+        if isinstance(value, tuple | list):
+            return any(map(inner, value))
+        value = getattr(value, "jaxpr", value)
+        return hasattr(value, "eqns") and _has_convolution(value)
+
+    return any(
+        eqn.primitive.name == "conv_general_dilated" or any(map(inner, eqn.params.values()))
+        for eqn in jaxpr.eqns
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _scan(
-    objective: Callable,
-    optimizer: optax.GradientTransformation,
-    update_args: Callable | None,
+def _joined(histories: list[History]) -> History:
+    """One history of several; on the host, unless traced, as compiling a long one takes long."""
+    if len(histories) == 1:
+        return histories[0]
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(histories))
+    concatenate = jnp.concatenate if is_traced else np.concatenate
+    return jax.tree.map(lambda *parts: jnp.asarray(concatenate(parts)), *histories)
+
+
+def _take_steps(
+    functions: tuple[Callable, optax.GradientTransformation, Callable | None],
     static: tuple[tuple[bool, ...], int, int],
-    params: PyTree,
+    trained: PyTree,
     state: PyTree,
+    params: PyTree,
+    first: Array,
     sets: tuple[PyTree | None, ...],
     key: Array,
     objective_args: dict[str, Any],
-) -> tuple[PyTree, History]:
+) -> tuple[PyTree, PyTree, History]:
+    objective, optimizer, update_args = functions
     is_trained, steps, batch_size = static
     structure = jax.tree.structure(params)
     optimizer = optax.with_extra_args_support(optimizer)
     streams = tuple(
-        None if rows is None else _row_stream(_num_rows(rows), steps, batch_size, set_key)
+        None if rows is None else _row_stream(_num_rows(rows), first, steps, batch_size, set_key)
         for rows, set_key in zip(sets, jax.random.split(key, len(sets)), strict=True)
     )
 
@@ -198,23 +305,34 @@ def _scan(
         updates, state = optimizer.update(gradients, state, trained, value=loss, **extra)
         return (optax.apply_updates(trained, updates), state), {**aux, "loss": loss}
 
-    start = (_split(params, is_trained), state)
-    (trained, _), history = lax.scan(step, start, streams, length=steps)
-    return _merge(trained, params, is_trained), history
+    if steps == 1:
+        (trained, state), one = step((trained, state), jax.tree.map(lambda x: x[0], streams))
+        return trained, state, jax.tree.map(lambda x: x[None], one)
+    (trained, state), history = lax.scan(step, (trained, state), streams, length=steps)
+    return trained, state, history
 
 
-def _row_stream(num_rows: int, steps: int, batch_size: int, key: Array) -> Int[Array, "steps size"]:
-    """Return the row numbers of each step: permutations, end to end, cut into batches."""
+_steps = jax.jit(_take_steps, static_argnums=(0, 1), donate_argnums=(2, 3))
+
+
+def _row_stream(
+    num_rows: int, first: Array, steps: int, batch_size: int, key: Array
+) -> Int[Array, "steps size"]:
+    """Return the row numbers of `steps` steps from `first` on.
+
+    The stream is made of permutations, end to end, cut into batches.
+    """
     size = min(batch_size, num_rows)
-    num_epochs = -(-steps * size // num_rows)
     numbers = jnp.arange(num_rows, dtype=jnp.int32)
-    epochs = jnp.arange(num_epochs, dtype=jnp.int32)
+    # A piece of the stream reaches into one permutation more than would hold it.
+    first_epoch, offset = jnp.divmod(first * size, num_rows)
+    epochs = first_epoch + jnp.arange(-(-steps * size // num_rows) + 1, dtype=jnp.int32)
 
     def permutation(epoch: Array) -> Array:
         return jax.random.permutation(jax.random.fold_in(key, epoch), numbers)
 
-    stream = jax.vmap(permutation)(epochs)
-    return stream.reshape(-1)[: steps * size].reshape(steps, size)
+    stream = jax.vmap(permutation)(epochs).reshape(-1)
+    return lax.dynamic_slice(stream, (offset,), (steps * size,)).reshape(steps, size)
 
 
 def _num_rows(rows: PyTree) -> int:

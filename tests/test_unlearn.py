@@ -95,15 +95,95 @@ def test_the_loop_is_the_one_by_hand(problem, key, tolerance, batch_size):
 
 
 def test_each_row_is_seen_equally_often_and_steps_do_not_depend_on_their_number(key):
-    stream = np.asarray(_row_stream(10, 23, 4, key))
+    def rows(first, steps, count=10, size=4):
+        return np.asarray(_row_stream(count, jnp.int32(first), steps, size, key))
+
+    stream = rows(0, 23)
     counts = np.bincount(stream.ravel(), minlength=10)
     assert counts.min() >= 9
     assert counts.max() <= 10
     for start in range(0, 90, 10):
         assert sorted(stream.ravel()[start : start + 10]) == list(range(10))
-    np.testing.assert_array_equal(_row_stream(10, 5, 4, key), stream[:5])
+    for first, steps in ((0, 5), (2, 1), (7, 16), (22, 1)):
+        np.testing.assert_array_equal(rows(first, steps), stream[first : first + steps])
     assert not np.array_equal(stream.ravel()[:10], stream.ravel()[10:20])
-    assert _row_stream(3, 2, 8, key).shape == (2, 3)
+    assert rows(0, 2, count=3, size=8).shape == (2, 3)
+
+
+@pytest.mark.reuses_keys
+@pytest.mark.usefixtures("standard_promotion")
+def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
+    params, forget, retain = problem
+    run = partial(
+        unlearn, GRADDIFF, optax.adam(0.01), forget=forget, retain=retain, key=key, batch_size=4
+    )
+    whole, history = run(params=params, steps=7)
+    seen = []
+
+    def look(state, piece):
+        seen.append((jax.tree.map(jnp.copy, state), piece["loss"].shape))
+
+    watched, pieces = run(params=params, steps=7, every=3, callback=look)
+    tolerance.check(watched, whole)
+    tolerance.check(pieces, history)
+    assert [(state.step, shape) for state, shape in seen] == [(3, (3,)), (6, (3,)), (7, (1,))]
+    tolerance.check(seen[0][0].params, run(params=params, steps=3)[0])
+    resumed, rest = run(params=seen[0][0], steps=7)
+    tolerance.check(resumed, whole)
+    tolerance.check(rest["loss"], history["loss"][3:])
+    assert run(params=seen[0][0], steps=3)[1]["loss"].shape == (0,)
+
+
+@pytest.mark.reuses_keys
+def test_a_spent_budget_stops_the_loop_at_the_look_before(problem, key, tolerance):
+    params, forget, retain = problem
+    run = partial(
+        unlearn, GRADDIFF, MOMENTUM, params, forget, retain, key=key, every=2, batch_size=4
+    )
+    losses = []
+
+    def spent(state, history):
+        del history
+        losses.append(objectives.retain_nll(state.params, None, retain, apply=apply)[0])
+        return len(losses) == 3
+
+    stopped, history = run(steps=20, callback=spent)
+    assert history["loss"].shape == (6,)
+    assert len(losses) == 3
+    tolerance.check(stopped, run(steps=4, callback=None)[0])
+    assert (objectives.retain_nll(stopped, None, retain, apply=apply)[0]) == pytest.approx(
+        float(losses[1]), rel=1e-5
+    )
+
+
+@pytest.mark.reuses_keys
+def test_a_network_with_convolutions_takes_the_same_steps(key, tolerance):
+    """On CPU it is stepped without a loop, and under a transformation with one."""
+
+    def conv_apply(params, images):
+        maps = jax.lax.conv_general_dilated(
+            images,
+            params["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return jnp.tanh(maps).reshape(len(images), -1) @ params["head"]
+
+    parts = jax.random.split(key, 3)
+    params = {
+        "kernel": jax.random.normal(parts[0], (3, 3, 1, 2)),
+        "head": jax.random.normal(parts[1], (32, 3)),
+    }
+    rows = Batch(jax.random.normal(parts[2], (9, 4, 4, 1)), jnp.arange(9) % 3)
+    run = partial(
+        unlearn, partial(objectives.graddiff, apply=conv_apply), MOMENTUM, steps=5, batch_size=4
+    )
+    stepped, history = run(params, rows, rows, key=key)
+    looped, looped_history = jax.jit(lambda p: run(p, rows, rows, key=key))(params)
+    assert history["loss"].shape == (5,)
+    tolerance.check(stepped, looped, "factorization")
+    tolerance.check(history, looped_history, "factorization")
 
 
 def test_forget_and_retain_draw_different_rows(problem, key):
@@ -325,8 +405,9 @@ def test_mistakes_get_a_sentence(problem, key):
         run(forget._replace(targets=forget.targets[:3]), retain, steps=1)
     with pytest.raises(ValueError, match="at least 1"):
         run(jax.tree.map(lambda x: x[:0], forget), retain, steps=1)
-    with pytest.raises(ValueError, match="steps must be at least 0"):
-        run(forget, retain, steps=-1)
+    for mistake in ({"steps": -1}, {"steps": 1, "batch_size": 0}, {"steps": 1, "every": 0}):
+        with pytest.raises(ValueError, match="steps must be at least 0"):
+            run(forget, retain, **mistake)
     for both in ({}, {"steps": 1, "epochs": 1}):
         with pytest.raises(ValueError, match="steps or epochs, one of them"):
             fit(

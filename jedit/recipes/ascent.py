@@ -1,20 +1,20 @@
-"""The baselines' loop: Adam on an objective of forget and retain rows, seen at several lengths."""
+"""The baselines: Adam on an objective of forget and retain rows, seen at several lengths."""
 
 import functools
-import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit.recipes.training import rows_of
 from jedit.typing import Batch
+from jedit.unlearn import History, LoopState, unlearn
 
-OPTIMIZER = optax.scale_by_adam()
+# The learning rate stands in the state: a grid of them compiles once.
+OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
 
 
 def ascend(
@@ -27,14 +27,11 @@ def ascend(
     looks: tuple[int, ...],
     batch_size: int,
     key: Array,
-) -> Iterator[tuple[int, float, PyTree]]:
-    """Run the loop, stopping to look after the given numbers of steps.
-
-    The learning rate is an argument of the compiled step, so that a grid of them compiles once. The
-    forget set is gone through in a new random order each time; retain rows are drawn likewise.
+) -> list[tuple[int, float, PyTree]]:
+    """Run the loop, and look after the given numbers of steps.
 
     Args:
-        objective: `(params, forget, retain, reference params) -> (scalar, aux)`, lowered.
+        objective: `(params, forget, retain, *, reference_params) -> (scalar, aux)`, lowered.
         params: where to begin; they are also the reference.
         forget: the rows to be forgotten.
         retain: the rows to be kept.
@@ -43,44 +40,35 @@ def ascend(
         batch_size: rows of either set in one step; fewer if the set has fewer.
         key: of the orders.
 
-    Yields:
-        Steps taken, seconds they took without compiling, and the params there.
+    Returns:
+        Steps taken, seconds they took without compiling, and the params there, for each look.
     """
-    reference, state, seconds = params, OPTIMIZER.init(params), 0.0
-    draws = [
-        _draws(batch, looks[-1], min(batch_size, rows_of(batch)), key=subkey)
-        for batch, subkey in zip((forget, retain), jax.random.split(key), strict=True)
-    ]
-    rate = jnp.asarray(learning_rate, jnp.float32)
-    # Once for nothing: the clock below must not see the compiler.
-    jax.block_until_ready(
-        _step(objective, params, state, draws[0][0], draws[1][0], rate, reference)
+    state = OPTIMIZER.init(params)
+    rate = jnp.full_like(state.hyperparams["learning_rate"], learning_rate)
+    state = optax.tree_utils.tree_set(state, learning_rate=rate)
+    every = math.gcd(*looks)
+    run = functools.partial(
+        unlearn,
+        objective,
+        OPTIMIZER,
+        LoopState(0, params, state),
+        jax.tree.map(jnp.asarray, forget),
+        jax.tree.map(jnp.asarray, retain),
+        key=key,
+        batch_size=batch_size,
+        objective_args={"reference_params": params},
     )
-    for first, last in itertools.pairwise((0, *looks)):
-        start = time.perf_counter()
-        for i in range(first, last):
-            params, state = _step(
-                objective, params, state, draws[0][i], draws[1][i], rate, reference
-            )
-        jax.block_until_ready(params)
+    # Once for nothing: the clock must not see the compiler.
+    jax.block_until_ready(run(steps=every))
+    found, seconds, start = [], 0.0, time.perf_counter()
+
+    def look(state: LoopState, history: History) -> None:
+        nonlocal seconds, start
+        jax.block_until_ready((state, history))
         seconds += time.perf_counter() - start
-        yield last, seconds, params
+        if state.step in looks:
+            found.append((state.step, seconds, jax.tree.map(jnp.copy, state.params)))
+        start = time.perf_counter()
 
-
-@functools.partial(jax.jit, static_argnames="objective")
-def _step(objective, params, state, forget, retain, rate, reference):
-    gradient, _ = jax.grad(objective, has_aux=True)(params, forget, retain, reference)
-    updates, state = OPTIMIZER.update(gradient, state)
-    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, params, updates)
-    return params, state
-
-
-def _draws(batch: Batch, total: int, size: int, *, key: Array) -> list[Batch]:
-    """The rows of each step, from one random order of the set after another."""
-    batch = jax.tree.map(np.asarray, batch)
-    num_rows = rows_of(batch)
-    rounds = -(-total * size // num_rows)
-    keys = jax.random.split(key, rounds)
-    orders = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, num_rows))(keys))
-    orders = orders.reshape(-1)[: total * size].reshape(total, size)
-    return [jax.tree.map(lambda x, rows=rows: x[rows], batch) for rows in orders]
+    run(steps=looks[-1], every=every, callback=look)
+    return found

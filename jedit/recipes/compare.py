@@ -286,24 +286,18 @@ def _kfade_curve(
 
 @functools.cache
 def _baselines(apply: Callable) -> dict[str, tuple[Callable, str]]:
-    def with_reference(objective: Callable) -> Callable:
-        def run(params, forget, retain, reference):
-            return objective(params, forget, retain, apply=apply, reference_params=reference)
-
-        return run
-
-    def ascent(params, forget, retain, reference):
-        del reference
+    def ascent(params, forget, retain, *, reference_params):
+        del reference_params
         return ga(params, forget, retain, apply=apply)
 
     return {
         "gradient ascent": (ascent, "Ascends the forget loss; nothing protects the retain rows."),
         "GradDiff": (
-            with_reference(graddiff),
+            functools.partial(graddiff, apply=apply),
             "Ascends the forget loss and descends the retain loss, equally weighted.",
         ),
         "NPO": (
-            with_reference(npo),
+            functools.partial(npo, apply=apply),
             "Negative preference optimisation, beta 0.1, with the retain loss at weight 1.",
         ),
     }
@@ -320,7 +314,7 @@ def _baseline_curve(
     key: Array,
 ) -> tuple[Curve, list[PyTree]]:
     points, models = [], []
-    segments = ascend(
+    found = ascend(
         objective,
         task.original,
         task.forget,
@@ -330,7 +324,7 @@ def _baseline_curve(
         batch_size=grid.batch_size,
         key=key,
     )
-    for steps, seconds, params in segments:
+    for steps, seconds, params in found:
         points.append(judge(params, float(steps), seconds))
         models.append(params)
     return Curve(name, {"learning rate": rate}, tuple(points)), models

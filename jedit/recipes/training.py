@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
 from jedit.objectives import retain_nll
 from jedit.typing import Batch
+from jedit.unlearn import History, LoopState, fit
 
 WARM_UP = 20
 
@@ -24,7 +25,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         epochs: passes over the rows; the model is kept after each of these.
-        batch_size: rows of a step; what does not fill an epoch's last batch is left out of it.
+        batch_size: rows of a step; an epoch is as many steps as there are whole batches.
         learning_rate: of Adam, after the warm-up.
     """
 
@@ -65,22 +66,28 @@ def train(
         The model after each of the recipe's numbers of epochs.
     """
     start = time.perf_counter()
-    rows = jax.tree.map(np.asarray, rows)
-    num_rows = rows_of(rows)
-    size = min(recipe.batch_size, num_rows)
-    optimizer = _optimizer(recipe.learning_rate)
-    state = optimizer.init(params)
+    size = min(recipe.batch_size, rows_of(rows))
+    steps = rows_of(rows) // size
     found = []
-    for epoch in range(max(recipe.epochs)):
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_rows)
-        order = np.asarray(order)[: num_rows // size * size].reshape(-1, size)
-        for chosen in order:
-            # Cut on the host: the compiled step knows the batch, and not how many rows there are.
-            batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], rows)
-            params, state = _step(apply, optimizer.update, params, state, batch)
-        if epoch + 1 in recipe.epochs:
-            jax.block_until_ready(params)
-            found.append(Trained(params, epoch + 1, time.perf_counter() - start))
+
+    def keep(state: LoopState, history: History) -> None:
+        del history
+        epochs = state.step // steps
+        if epochs in recipe.epochs:
+            kept = jax.block_until_ready(jax.tree.map(jnp.copy, state.params))
+            found.append(Trained(kept, epochs, time.perf_counter() - start))
+
+    fit(
+        _loss(apply),
+        _optimizer(recipe.learning_rate),
+        params,
+        rows,
+        key=key,
+        steps=max(recipe.epochs) * steps,
+        batch_size=size,
+        every=steps,
+        callback=keep,
+    )
     return found
 
 
@@ -95,11 +102,7 @@ def _optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(apply, update, params, state, batch):
-    def loss(params):
-        return retain_nll(params, None, batch, apply=apply)
-
-    gradient, _ = jax.grad(loss, has_aux=True)(params)
-    updates, state = update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
+@functools.cache
+def _loss(apply: Callable) -> Callable:
+    """One loss object for one model, so that a second training compiles nothing anew."""
+    return lambda params, rows: retain_nll(params, None, rows, apply=apply)
