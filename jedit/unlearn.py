@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
 from jedit.typing import Batch
@@ -228,7 +229,7 @@ def _advance(functions, static, trained, state, params, first, sets, key, object
     """
     is_trained, steps, batch_size = static
     rest = (params, first, sets, key, objective_args)
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((trained, rest)))
+    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((trained, rest)))
     if is_traced:  # nothing can be overwritten under a transformation
         return jax.jit(_take_steps, static_argnums=(0, 1))(functions, static, trained, state, *rest)
     if steps == 1 or jax.default_backend() != "cpu":
@@ -261,7 +262,7 @@ def _joined(histories: list[History]) -> History:
     """One history of several; on the host, unless traced, as compiling a long one takes long."""
     if len(histories) == 1:
         return histories[0]
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(histories))
+    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(histories))
     concatenate = jnp.concatenate if is_traced else np.concatenate
     return jax.tree.map(lambda *parts: jnp.asarray(concatenate(parts)), *histories)
 

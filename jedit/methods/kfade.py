@@ -33,13 +33,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.curvature import Curvature, quadratic_form, quadratic_kl, solve
+from jedit.curvature import Curvature, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Likelihood, output_mask
 from jedit.edits import Edit, edit_between
+from jedit.geometry import RetainKl, largest_step_within
+from jedit.geometry.trust_region import moved, num_counted
 from jedit.objectives import ga
 from jedit.typing import Batch
-
-MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule
 
 
 class KfadeInfo(NamedTuple):
@@ -118,9 +118,9 @@ def kfade(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if objective is None:
         objective = _gradient_ascent(apply)
-    forget = _batches(forget)
-    price = _RetainKl(apply, likelihood, params, _batches(retain))
-    counts = [_num_counted(apply, likelihood, params, batch) for batch in forget]
+    forget = [forget] if isinstance(forget, Batch) else list(forget)
+    price = RetainKl(apply, likelihood, params, retain)
+    counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
     rows = []
     current, alpha = params, step
     for k in range(steps):
@@ -132,8 +132,8 @@ def kfade(
         if budget is not None:
             allowed = budget * ((k + 1) / steps) ** 2
             start = alpha or math.sqrt(2 * allowed / max(float(_quadratic(metric, move)), 1e-30))
-            alpha = _largest_within(functools.partial(price, current, move), start, allowed)
-        current = _add(current, move, alpha)
+            alpha = largest_step_within(functools.partial(price, current, move), start, allowed)
+        current = moved(current, move, alpha)
         change = jax.tree.map(jnp.subtract, current, params)
         true_kl = price(params, change, 1.0)
         rows.append(
@@ -152,64 +152,10 @@ def kfade(
     return edit_between(params, current), info
 
 
-class _RetainKl:
-    """The price of a change: KL(θ₀ ‖ θ) on the retain batches. θ₀'s outputs are computed once."""
-
-    def __init__(self, apply, likelihood, params, batches):
-        self.apply, self.likelihood, self.params = apply, likelihood, params
-        self.batches = batches
-        self.base = [_outputs(apply, params, batch) for batch in batches]
-        self.counts = [_num_counted(apply, likelihood, params, batch) for batch in batches]
-
-    def __call__(self, start: PyTree, move: PyTree, alpha: float) -> float:
-        """True KL at start + alpha·move, nats per counted output."""
-        pairs = zip(self.base, self.batches, strict=True)
-        return self._mean(
-            _moved_kl(self.apply, self.likelihood, start, move, alpha, base, batch)
-            for base, batch in pairs
-        )
-
-    def predicted(self, change: PyTree) -> float:
-        """Second-order KL of a change from θ₀."""
-        return self._mean(
-            _predicted_kl(self.apply, self.likelihood, self.params, batch, change)
-            for batch in self.batches
-        )
-
-    def _mean(self, values) -> float:
-        weighted = (float(v) * n for v, n in zip(values, self.counts, strict=True) if n)
-        return sum(weighted) / max(sum(self.counts), 1)
-
-
 @functools.cache
 def _gradient_ascent(apply: Callable) -> Callable:
     """One objective object for one model, so that repeated calls compile once."""
     return functools.partial(ga, apply=apply)
-
-
-def _batches(batch: Batch | Sequence[Batch]) -> list[Batch]:
-    return [batch] if isinstance(batch, Batch) else list(batch)
-
-
-@functools.partial(jax.jit, static_argnames="apply")
-def _outputs(apply, params, batch):
-    return apply(params, batch.inputs)
-
-
-@functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
-def _moved_kl(apply, likelihood, params, move, alpha, base, batch):
-    """Mean KL of the original outputs from those at params + alpha·move, over counted outputs."""
-    outputs = apply(_add(params, move, alpha), batch.inputs)
-    counted = output_mask(batch, likelihood.lead_shape(outputs))
-    kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
-    return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
-
-
-@jax.jit
-def _add(params, move, alpha):
-    return jax.tree.map(
-        lambda p, d: p + jnp.asarray(alpha, d.dtype).astype(p.dtype) * d, params, move
-    )
 
 
 @functools.partial(jax.jit, static_argnames="objective")
@@ -232,14 +178,6 @@ def _objective_gradient(objective, params, forget, counts, retain):
         weighted(0),
     )
     return float(value), gradient
-
-
-def _num_counted(apply, likelihood, params, batch) -> int:
-    def leading(params, inputs):
-        return jnp.zeros(likelihood.lead_shape(apply(params, inputs)), bool)
-
-    lead = jax.eval_shape(leading, params, batch.inputs).shape
-    return int(jnp.sum(output_mask(batch, lead)))
 
 
 @jax.jit
@@ -293,36 +231,3 @@ def _retain_cosine(apply, curvature, params, gradient, retain, likelihood) -> fl
 
 
 _quadratic = jax.jit(quadratic_form)
-_predicted_kl = jax.jit(quadratic_kl, static_argnames=("apply", "likelihood"))
-
-
-def _largest_within(kl_at: Callable[[float], float], start: float, allowed: float) -> float:
-    """The largest α with KL(α) <= allowed, to one percent of the KL: bracket, then interpolate.
-
-    sqrt(KL), which is nearly linear in α where the quadratic model holds, is followed by false
-    position in a bracket; a value that is not finite counts as too large. What is returned was
-    evaluated and is within.
-    """
-    inside, low = 0.0, math.sqrt(max(kl_at(0.0), 0.0))
-    outside, high = math.inf, math.inf
-    target = math.sqrt(allowed)
-    alpha = start
-    for _ in range(MAX_EVALUATIONS):
-        value = kl_at(alpha)
-        root = math.sqrt(max(value, 0.0)) if math.isfinite(value) else math.inf
-        if root <= target:
-            inside, low = alpha, root
-            if root >= 0.995 * target:
-                break
-        else:
-            outside, high = alpha, root
-        if math.isinf(outside):
-            alpha = inside * min(4.0, max(1.2, 1.1 * target / max(low, 1e-30)))
-        elif math.isinf(high) or inside == 0.0:
-            alpha = inside + (outside - inside) * (0.2 if math.isinf(high) else 0.5)
-            if inside == 0.0 and not math.isinf(high):
-                alpha = outside * 0.95 * target / high
-        else:
-            share = (0.9975 * target - low) / (high - low)
-            alpha = inside + (outside - inside) * min(0.95, max(0.05, share))
-    return inside

@@ -44,7 +44,7 @@ def ascend(
         Steps taken, seconds they took without compiling, and the params there, for each look.
     """
     state = OPTIMIZER.init(params)
-    rate = jnp.full_like(state.hyperparams["learning_rate"], learning_rate)
+    rate = jnp.full_like(optax.tree_utils.tree_get(state, "learning_rate"), learning_rate)
     state = optax.tree_utils.tree_set(state, learning_rate=rate)
     every = math.gcd(*looks)
     run = functools.partial(

@@ -28,6 +28,7 @@ def jedit_work(problem: Problem, job: str) -> Work:
     if job == "eigendecomposition":
         return Work(lambda: None, lambda _, batch: estimator.finalize(batch), [state], 1)
     curvature = estimator.finalize(state)
+    del state
     if job == "eigenvalues":
         return _estimation(jedit.ekfac(problem.apply, likelihood, curvature), params, batches)
     solve = jax.jit(lambda c, tree: jedit.solve(c, tree, damping=0.1, relative=True))

@@ -142,7 +142,8 @@ def measure(request) -> dict:
         def once(loader):
             return fit_lambda_matrices_with_loader(loader=loader, eigen_factors=eigen, **options)[1]
 
-    once(batches[:1])
+    once(batches[:SEGMENT])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds, multiples, rates = [], [], []
     for _ in range(request["repeats"]):
         before = matmul_rate(request["size"])
@@ -155,7 +156,6 @@ def measure(request) -> dict:
         multiples.append(elapsed * rate / (request["floor"] * number))
         seconds.append(elapsed * len(batches) / number)
         rates += [before, after]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": seconds, "multiples": multiples, "rates": rates, "peak_gib": peak}
 
 

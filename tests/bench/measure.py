@@ -45,14 +45,18 @@ def _product(x):
 
 
 def measure(work: Work, floor: float, repeats: int, size: int = MATMUL) -> dict:
-    """Run the job `repeats` times after one step that compiles.
+    """Run the job `repeats` times after a segment that compiles and warms up.
 
     Returns:
         "seconds": of every pass; "multiples": of every segment of a pass, its time in units of what
         `floor` flops a step take at the mean of the rates just before and after; "rates": those;
-        "peak_gib": the most memory the process ever held.
+        "peak_gib": the most memory the process held, before the first of the rate's own products.
     """
-    jax.block_until_ready(work.step(work.start(), work.batches[0]))
+    state = work.start()
+    for batch in work.batches[: work.segment]:
+        state = work.step(state, batch)
+    jax.block_until_ready(state)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds, multiples, rates = [], [], []
     for _ in range(repeats):
         state, total = jax.block_until_ready(work.start()), 0.0
@@ -71,5 +75,4 @@ def measure(work: Work, floor: float, repeats: int, size: int = MATMUL) -> dict:
             rates += [before, after]
             total += elapsed
         seconds.append(total)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"seconds": seconds, "multiples": multiples, "rates": rates, "peak_gib": peak}

@@ -1,0 +1,281 @@
+"""A streaming basis of retain gradients, and what of a gradient is off it (GU, arXiv 2511.17100).
+
+    z    = W g               whitened gradient: W = h^(-1/2) for Adam, F^(-1/2) for a curvature
+    Q    orthonormal rows that span the whitened retain gradients, rank r
+    z_⊥  = z_f - QᵀQ z_f     `project_out`: the best among moves that leave, to first order, the
+                             retain loss alone, when steps are measured in that metric
+    a, b = Q z_f, Q z_r      tangent parts of forget and retain gradients
+    z    = z_⊥ + s Qᵀ(a ∘ [ab > τ]) + β QᵀQ z_r      `joint_direction`; s so that the second term
+                             is no longer than κ ‖z_⊥‖
+    g    = W⁻¹ z
+
+Both gradients are of losses to be lowered, so a_i b_i > 0 says that direction i serves both.
+[author's derivation]. Differences. The basis holds raw gradients and is whitened anew at each use,
+because the metric of an optimizer moves. Beside the first-in first-out window there is a
+frequent-directions sketch (Liberty 2013), whose rows are not gradients but keep the most of them.
+With scope "leaf" every parameter has a basis of its own [derived].
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jedit.geometry.surrogate import SCOPES
+from jedit.typing import wide_dtype
+
+SKETCHES = ("fifo", "frequent_directions")
+
+
+class Whitening(NamedTuple):
+    """A metric as its square root: two linear functions on trees, each the other's inverse.
+
+    Attributes:
+        whiten: z = W g.
+        unwhiten: g = W⁻¹ z.
+    """
+
+    whiten: Callable[[PyTree], PyTree]
+    unwhiten: Callable[[PyTree], PyTree]
+
+
+EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
+
+
+def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
+    """Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ the bias-corrected second moment."""
+    roots = jax.tree.map(lambda v: jnp.sqrt(jnp.sqrt(v) + eps), second_moment)
+    return Whitening(
+        lambda tree: jax.tree.map(jnp.divide, tree, roots),
+        lambda tree: jax.tree.map(jnp.multiply, tree, roots),
+    )
+
+
+class SubspaceState(NamedTuple):
+    """Rows that span the retain gradients seen so far.
+
+    Attributes:
+        rows: a tree like params, each leaf with a leading axis of length `rank`, float32 or wider.
+        count: how many gradients were seen, int32.
+    """
+
+    rows: PyTree
+    count: Array
+
+
+class RetainSubspace(NamedTuple):
+    """Three pure functions.
+
+    Attributes:
+        init: `init(params) -> SubspaceState`, empty.
+        update: `update(state, grads) -> SubspaceState`.
+        value: `value(state, whitening=EUCLIDEAN) -> basis`: orthonormal rows, a tree like
+            `SubspaceState.rows`; zero rows where the gradients were fewer or dependent.
+    """
+
+    init: Callable
+    update: Callable
+    value: Callable
+
+
+def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> RetainSubspace:
+    """A basis of at most `rank` retain gradients, kept up to date as they come.
+
+    Args:
+        rank: r, rows. Costs r times the parameters in memory.
+        scope: "leaf", a basis for every parameter, or "global", one for the whole tree.
+        sketch: "fifo", the last r gradients, or "frequent_directions", whose covariance is within
+            ‖all gradients‖² / r of the true one.
+
+    Returns:
+        The functions; they jit and vmap. An update costs 2 r flops a parameter ("fifo": a copy), a
+        value 8 r² flops a parameter.
+
+    Raises:
+        ValueError: rank below one, unknown scope or sketch.
+    """
+    if rank < 1 or scope not in SCOPES or sketch not in SKETCHES:
+        raise ValueError(
+            f"rank must be at least 1, scope one of {SCOPES}, sketch one of {SKETCHES}; got "
+            f"{rank=}, {scope=}, {sketch=}"
+        )
+
+    def init(params: PyTree) -> SubspaceState:
+        rows = jax.tree.map(lambda p: jnp.zeros((rank, *p.shape), wide_dtype(p.dtype)), params)
+        return SubspaceState(rows, jnp.zeros((), jnp.int32))
+
+    def update(state: SubspaceState, grads: PyTree) -> SubspaceState:
+        grads = jax.tree.map(lambda g, rows: g.astype(rows.dtype), grads, state.rows)
+        if sketch == "fifo":
+            here = state.count % rank
+            rows = jax.tree.map(
+                lambda rows, g: jax.lax.dynamic_update_index_in_dim(rows, g, here, 0),
+                state.rows,
+                grads,
+            )
+        else:
+            rows = _shrink(state.rows, grads, scope)
+        return SubspaceState(rows, state.count + 1)
+
+    def value(state: SubspaceState, whitening: Whitening = EUCLIDEAN) -> PyTree:
+        return _orthonormal(jax.vmap(whitening.whiten)(state.rows), scope)
+
+    return RetainSubspace(init, update, value)
+
+
+def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
+    """Return z - QᵀQ z.
+
+    Args:
+        basis: orthonormal rows, from `RetainSubspace.value`.
+        tree: z, whitened as the basis was.
+        scope: as the basis was made with.
+
+    Returns:
+        A tree like `tree`, in its dtypes.
+    """
+    return _cast(_off(basis, tree, scope), tree)
+
+
+def joint_direction(
+    basis: PyTree,
+    forget: PyTree,
+    retain: PyTree,
+    *,
+    threshold: float = 0.0,
+    ratio: float = 1.0,
+    pull: float = 0.0,
+    scope: str = "leaf",
+) -> PyTree:
+    """GU's sign-aware rule: what is off the subspace, and of what is in it the parts that agree.
+
+    Args:
+        basis: orthonormal rows.
+        forget: z_f, whitened, of a loss to be lowered.
+        retain: z_r, likewise.
+        threshold: τ.
+        ratio: κ.
+        pull: β.
+        scope: as the basis was made with.
+
+    Returns:
+        The direction z, in `forget`'s dtypes.
+    """
+    a, b = _coefficients(basis, forget, scope), _coefficients(basis, retain, scope)
+    off = _off(basis, forget, scope)
+    agreeing = jax.tree.map(lambda a, b: jnp.where(a * b > threshold, a, 0), a, b)
+    inside = _combine(basis, agreeing)
+    norm_off, norm_in = _norms(off, scope), _norms(inside, scope)
+
+    def joint(z, t, pulled, n_off, n_in):
+        scale = jnp.minimum(1, ratio * n_off / jnp.where(n_in > 0, n_in, 1))
+        return z + scale * t + pull * pulled
+
+    found = jax.tree.map(joint, off, inside, _combine(basis, b), norm_off, norm_in)
+    return _cast(found, forget)
+
+
+def _coefficients(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
+    """Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
+    own = jax.tree.map(
+        lambda q, z: jnp.einsum(
+            "rn,n->r",
+            q.reshape(q.shape[0], -1),
+            z.astype(q.dtype).reshape(-1),
+            precision=jax.lax.Precision.HIGHEST,
+        ),
+        basis,
+        tree,
+    )
+    return own if scope == "leaf" else _everywhere(own)
+
+
+def _combine(basis: PyTree, coefficients: PyTree) -> PyTree:
+    """Qᵀ c."""
+    return jax.tree.map(
+        lambda q, c: jnp.tensordot(c, q, axes=1, precision=jax.lax.Precision.HIGHEST),
+        basis,
+        coefficients,
+    )
+
+
+def _off(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
+    left = jax.tree.map(lambda z, q: z.astype(q.dtype), tree, basis)
+    for _ in range(2):  # the second time takes off what cancellation has left
+        inside = _combine(basis, _coefficients(basis, left, scope))
+        left = jax.tree.map(jnp.subtract, left, inside)
+    return left
+
+
+def _norms(tree: PyTree, scope: str) -> PyTree:
+    squares = jax.tree.map(lambda x: jnp.sum(x * x), tree)
+    squares = squares if scope == "leaf" else _everywhere(squares)
+    return jax.tree.map(jnp.sqrt, squares)
+
+
+def _orthonormal(rows: PyTree, scope: str) -> PyTree:
+    """Gram-Schmidt, each row twice; a row that depends on those before becomes zero."""
+    rank = jax.tree.leaves(rows)[0].shape[0]
+    sizes = _norms(rows, scope)  # all rows together, the scale of what counts as nothing
+
+    def one(k: Array, basis: PyTree) -> PyTree:
+        row = jax.tree.map(lambda r: jax.lax.dynamic_index_in_dim(r, k, 0, keepdims=False), rows)
+        norm = _norms(row, scope)
+        left = _off(basis, row, scope)
+        new = _norms(left, scope)
+
+        def put(q, z, old, now, size):
+            eps = jnp.finfo(q.dtype).eps
+            is_new = now > jnp.maximum(1e3 * eps * old, eps * size)
+            unit = jnp.where(is_new, z / jnp.where(is_new, now, 1), 0)
+            return jax.lax.dynamic_update_index_in_dim(q, unit, k, 0)
+
+        return jax.tree.map(put, basis, left, norm, new, sizes)
+
+    return jax.lax.fori_loop(0, rank, one, jax.tree.map(jnp.zeros_like, rows))
+
+
+def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
+    """Frequent directions: r + 1 rows, of whose squared singular values the least is taken off."""
+    stacked = jax.tree.map(lambda r, g: jnp.concatenate([r, g[None]]), rows, grads)
+    grams = jax.tree.map(
+        lambda x: jnp.einsum(
+            "rn,sn->rs",
+            x.reshape(x.shape[0], -1),
+            x.reshape(x.shape[0], -1),
+            precision=jax.lax.Precision.HIGHEST,
+        ),
+        stacked,
+    )
+    if scope == "global":
+        # One decomposition for all leaves.
+        shared = _shrinking(functools.reduce(jnp.add, jax.tree.leaves(grams)))
+        maps = jax.tree.map(lambda _: shared, grams)
+    else:
+        maps = jax.tree.map(_shrinking, grams)
+    return jax.tree.map(
+        lambda m, x: jnp.tensordot(m, x, axes=1, precision=jax.lax.Precision.HIGHEST),
+        maps,
+        stacked,
+    )
+
+
+def _shrinking(gram: Array) -> Array:
+    """The map (r, r + 1) from old rows to new: Σ' Uᵀ Σ⁻¹ ... on the rows' left singular vectors."""
+    values, vectors = jnp.linalg.eigh(gram)
+    values = jnp.maximum(values, 0)
+    is_kept = values > 1e3 * jnp.finfo(gram.dtype).eps * values[-1]
+    ratio = jnp.where(is_kept, (values - values[0]) / jnp.where(is_kept, values, 1), 0)
+    return (jnp.sqrt(ratio)[:, None] * vectors.T)[1:]
+
+
+def _everywhere(tree: PyTree) -> PyTree:
+    total = functools.reduce(jnp.add, jax.tree.leaves(tree))
+    return jax.tree.map(lambda _: total, tree)
+
+
+def _cast(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

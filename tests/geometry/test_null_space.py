@@ -1,0 +1,168 @@
+"""Null-space projectors against dense algebra, and what they promise about retained inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit.curvature import estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.geometry import null_space, project
+from jedit.typing import Batch
+
+D_IN, D_HIDDEN, RANK = 9, 5, 4
+
+
+def network(params, x):
+    hidden = jnp.tanh(x @ params["w"] + params["b"][None])
+    return (hidden * params["gain"][None]) @ params["v"]
+
+
+def make_scene(x, key):
+    rng = np.random.default_rng(7)
+    shapes = {
+        "w": (D_IN, D_HIDDEN),
+        "b": (D_HIDDEN,),
+        "gain": (D_HIDDEN,),
+        "v": (D_HIDDEN, 3),
+    }
+    params, tree = (
+        {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    curvature = estimate(kfac(network, Categorical()), params, [Batch(jnp.asarray(x))], key=key)
+    return params, curvature, x, tree
+
+
+@pytest.fixture
+def scene(key):
+    """Inputs in four of nine dimensions, so that the moment has a true null space."""
+    rng = np.random.default_rng(1)
+    return make_scene(rng.normal(size=(60, RANK)) @ rng.normal(size=(RANK, D_IN)), key)
+
+
+@pytest.fixture
+def full_scene(key):
+    """Inputs in all dimensions, no two eigenvalues alike."""
+    rng = np.random.default_rng(2)
+    return make_scene(rng.normal(size=(60, D_IN)) * np.linspace(0.2, 2, D_IN), key)
+
+
+def moment(x):
+    homogeneous = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    return homogeneous.T @ homogeneous / len(x)
+
+
+def stacked(tree):
+    return np.concatenate([np.asarray(tree["w"]), np.asarray(tree["b"])[None]])
+
+
+def test_retained_inputs_see_nothing_of_a_projected_change(scene, tolerance):
+    params, curvature, x, tree = scene
+    projector = null_space(curvature, threshold=1e-6)
+    change = project(projector, tree)
+    moved = jax.tree.map(jnp.add, params, change)
+    before = x @ np.asarray(params["w"]) + np.asarray(params["b"])
+    after = x @ np.asarray(moved["w"]) + np.asarray(moved["b"])
+    np.testing.assert_allclose(after, before, atol=10 * tolerance.contraction)
+    assert np.linalg.norm(change["w"]) > 0.1 * np.linalg.norm(tree["w"])
+    again = project(projector, change)
+    tolerance.check(again, change, "factorization")
+    assert not np.any(change["gain"]), "what has no moment of inputs stays"
+    passed = project(projector, tree, uncovered="identity")
+    np.testing.assert_array_equal(passed["gain"], tree["gain"])
+
+
+@pytest.mark.parametrize(
+    ("by", "threshold", "free"),
+    [("rank", 3, 3), ("rank", 0, 0), ("eigenvalue", 0.5, None), ("energy", 0.05, None)],
+)
+def test_a_projector_is_the_one_from_numpy(full_scene, by, threshold, free, tolerance):
+    _, curvature, x, tree = full_scene
+    values, vectors = np.linalg.eigh(moment(x))
+    values = np.maximum(values, 0)
+    if free is None:
+        ends = np.cumsum(values) <= threshold * values.sum()
+        free = int((values <= threshold).sum() if by == "eigenvalue" else ends.sum())
+        assert 0 < free < len(values)
+    dense = vectors[:, :free] @ vectors[:, :free].T
+    projector = null_space(curvature, threshold=threshold, by=by)
+    change = project(projector, tree)
+    np.testing.assert_allclose(
+        stacked(change), dense @ stacked(tree), atol=10 * tolerance.factorization
+    )
+    line = projector.report()["w"]
+    a = moment(x)
+    assert line.dimension == D_IN + 1
+    assert float(line.rank[0]) == free
+    assert float(line.leakage[0]) == pytest.approx(
+        np.linalg.norm(a @ dense) / np.linalg.norm(a), abs=tolerance.factorization
+    )
+    assert float(line.energy[0]) == pytest.approx(
+        np.trace(a @ dense) / np.trace(a), abs=tolerance.factorization
+    )
+
+
+@pytest.mark.parametrize("relaxation", [0.5, 2.0])
+def test_relaxed_weights_decay_as_a_power_of_the_eigenvalue(full_scene, relaxation, tolerance):
+    _, curvature, x, tree = full_scene
+    values, vectors = np.linalg.eigh(moment(x))
+    free = D_IN + 1 - 3
+    cut = values[free - 1]
+    weights = np.where(np.arange(len(values)) < free, 1, (cut / values) ** (1 / relaxation))
+    assert weights[-1] < weights[free] < 1
+    projector = null_space(curvature, threshold=free, by="rank", relaxation=relaxation)
+    expected = (vectors * weights) @ vectors.T @ stacked(tree)
+    actual = stacked(project(projector, tree))
+    np.testing.assert_allclose(actual, expected, atol=30 * tolerance.factorization)
+    hard = null_space(curvature, threshold=free, by="rank")
+    assert projector.report()["w"].rank[0] > hard.report()["w"].rank[0]
+
+
+def test_a_table_is_projected_token_by_token(key):
+    """An embedding's moment is diagonal: what occurs often stays, what never occurs is free."""
+
+    def apply(params, tokens):
+        return params["table"][tokens] @ params["head"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "table": jnp.asarray(rng.normal(size=(5, 3))),
+        "head": jnp.asarray(rng.normal(size=(3, 2))),
+    }
+    tokens = jnp.asarray([[3, 1], [3, 3], [1, 3]])
+    curvature = estimate(
+        kfac(apply, Categorical(), select="table"), params, [Batch(tokens)], key=key
+    )
+    projector = null_space(curvature, threshold=0.4)
+    change = project(projector, params)
+    is_free = np.array([True, True, True, False, True])  # token 1 is a third of the energy
+    expected = np.where(is_free[:, None], params["table"], 0)
+    np.testing.assert_array_equal(change["table"], expected)
+
+
+def test_a_projector_passes_through_jit_and_prints_its_ranks(scene, tolerance):
+    _, curvature, _, tree = scene
+    projector = null_space(curvature, threshold=1e-6)
+    tolerance.check(jax.jit(project)(projector, tree), project(projector, tree))
+    text = str(projector)
+    assert "5 of 10" in text or "6 of 10" in text
+    assert "leakage" in text
+
+
+def test_mistakes_get_a_sentence(scene):
+    _, curvature, _, tree = scene
+    with pytest.raises(ValueError, match="by must be one of energy, rank, eigenvalue"):
+        null_space(curvature, threshold=0.1, by="size")
+    for mistake in (
+        {"threshold": -1.0},
+        {"threshold": 2.0},
+        {"threshold": 0.1, "relaxation": -1.0},
+    ):
+        with pytest.raises(ValueError, match="threshold must not be negative"):
+            null_space(curvature, **mistake)
+    projector = null_space(curvature, threshold=0.1)
+    with pytest.raises(ValueError, match=r"the tree has no leaves \['b'\]"):
+        project(projector, {"w": tree["w"], "v": tree["v"]})
+    with pytest.raises(ValueError, match="uncovered must be"):
+        project(projector, tree, uncovered="ones")
