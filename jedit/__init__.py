@@ -3,7 +3,7 @@
 apply, params, batches -> capture -> curvature -> methods and transforms -> edits -> metrics
 """
 
-from jedit import curvature, methods, metrics, objectives, transforms
+from jedit import curvature, geometry, methods, metrics, objectives, transforms
 from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
 from jedit.curvature import (
     Curvature,
@@ -22,8 +22,17 @@ from jedit.curvature import (
     trace,
 )
 from jedit.edits import Edit, apply_edit, cast_report, edit_between, edit_norms, revert_edit
+from jedit.geometry import (
+    Projector,
+    null_space,
+    project,
+    retain_neutral_perturbation,
+    retain_orthogonal,
+    retain_subspace,
+    scale_to_kl_budget,
+)
 from jedit.typing import Batch
-from jedit.unlearn import fit, unlearn
+from jedit.unlearn import LoopState, fit, unlearn
 
 __version__ = "0.1.0"
 
@@ -32,6 +41,8 @@ __all__ = [
     "Curvature",
     "Edit",
     "Estimator",
+    "LoopState",
+    "Projector",
     "Site",
     "Sites",
     "apply_edit",
@@ -46,16 +57,23 @@ __all__ = [
     "factors",
     "find_sites",
     "fit",
+    "geometry",
     "ggn_vector_product",
     "kfac",
     "likelihoods",
     "matvec",
     "methods",
     "metrics",
+    "null_space",
     "objectives",
     "power",
+    "project",
     "quadratic_form",
+    "retain_neutral_perturbation",
+    "retain_orthogonal",
+    "retain_subspace",
     "revert_edit",
+    "scale_to_kl_budget",
     "solve",
     "trace",
     "transforms",

@@ -4,6 +4,23 @@ from jedit.transforms.clip_by_curvature_norm import (
     ClipByCurvatureNormState,
     clip_by_curvature_norm,
 )
+from jedit.transforms.ignore_top_fraction import ignore_top_fraction
+from jedit.transforms.orthogonalize_to_retain import (
+    OrthogonalizeToRetainState,
+    orthogonalize_to_retain,
+)
+from jedit.transforms.project_realised_update import (
+    ProjectRealisedUpdateState,
+    project_realised_update,
+)
+from jedit.transforms.project_to_null_space import (
+    ProjectToNullSpaceState,
+    project_to_null_space,
+)
+from jedit.transforms.retain_neutral_surrogate import (
+    RetainNeutralSurrogateState,
+    retain_neutral_surrogate,
+)
 from jedit.transforms.scale_by_curvature import (
     ScaleByCurvatureState,
     refresh_curvature,
@@ -12,8 +29,17 @@ from jedit.transforms.scale_by_curvature import (
 
 __all__ = [
     "ClipByCurvatureNormState",
+    "OrthogonalizeToRetainState",
+    "ProjectRealisedUpdateState",
+    "ProjectToNullSpaceState",
+    "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
     "clip_by_curvature_norm",
+    "ignore_top_fraction",
+    "orthogonalize_to_retain",
+    "project_realised_update",
+    "project_to_null_space",
     "refresh_curvature",
+    "retain_neutral_surrogate",
     "scale_by_curvature",
 ]

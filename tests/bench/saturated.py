@@ -1,6 +1,6 @@
 """The metric of a step on a memorised model: forget NLL reached at one true retain KL.
 
-    python -m tests.bench.saturated [--data full.json] [--rows 1200] [--forget 400] [--epochs 30]
+    python -m tests.bench.saturated [--data full.json] [--rows 1200] [--forget 400] [--epochs 40]
                                     [--budget 0.05] [--output out/saturated.json]
 
 A GPT of width 128 and 4 layers learns question-answer rows by heart (the first rows of --data, else
@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import re
 import time
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class Scene:
         )
 
 
-def edits(scene, budget):
+def edits(scene, budget, select):
     """(name, damping, params, predicted KL, seconds) of every metric."""
     likelihoods = {
         "Fisher of the outputs": jedit.likelihoods.Categorical(),
@@ -146,7 +147,7 @@ def edits(scene, budget):
         start = time.perf_counter()
         curvatures[name] = fit(likelihood)
         print(f"fitted {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    fisher, tempered, _ = curvatures.values()
+    tempered = curvatures["Fisher at temperature 4"]
     hot = likelihoods["Fisher at temperature 4"]
     corrected = jedit.estimate(
         jedit.ekfac(scene.apply, hot, tempered), scene.params, scene.fit, key=jax.random.key(2)
@@ -157,23 +158,23 @@ def edits(scene, budget):
     rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, None)]
     rows += [(name, c, d, 4, None) for name, c in curvatures.items() for d in (0.01, 0.1)]
     rows += [
+        (f"temperature 4, {n} steps", tempered, d, n, None) for n in (1, 2) for d in (0.01, 0.1)
+    ]
+    rows += [
+        ("temperature 4, 16 steps", tempered, 0.01, 16, None),
         ("temperature 4, log-odds", tempered, 0.01, 4, log_odds),
         ("temperature 4, EK-FAC", corrected, 0.01, 4, None),
-        ("temperature 4, 16 steps", tempered, 0.01, 16, None),
+        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, 1, None),
+        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 4, None),
+        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 1, None),
         ("temperature 4, refitted, 8 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 8, None),
-        (
-            "Fisher, refitted, 8 steps",
-            lambda p: fit(likelihoods["Fisher of the outputs"], p, scene.fit[:8]),
-            0.01,
-            8,
-            None,
-        ),
+        ("temperature 4, refitted, 2 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 2, None),
+        ("temperature 4, NPO, 2 steps", tempered, 0.01, 2, preference),
         ("temperature 4, NPO, 4 steps", tempered, 0.01, 4, preference),
-        ("temperature 4, NPO, 16 steps", tempered, 0.01, 16, preference),
-        ("temperature 4, NPO, 16 steps", tempered, 0.1, 16, preference),
-        ("Fisher, NPO, 16 steps", fisher, 0.1, 16, preference),
     ]
     for name, curvature, damping, steps, objective in rows:
+        if not re.search(select, name):
+            continue
         start = time.perf_counter()
         edit, info = jedit.methods.kfade(
             scene.apply,
@@ -188,10 +189,10 @@ def edits(scene, budget):
         )
         params = jedit.apply_edit(scene.params, edit)
         yield name, damping, params, float(info.predicted_kl[-1]), time.perf_counter() - start
-    yield from negative_preferences(scene, tempered, budget)
+    yield from negative_preferences(scene, tempered, budget, select)
 
 
-def negative_preferences(scene, tempered, budget):
+def negative_preferences(scene, tempered, budget, select):
     """NPO with a retain loss: by Adam, and by plain steps in the tempered metric."""
 
     def is_spent(state, history):
@@ -210,6 +211,8 @@ def negative_preferences(scene, tempered, budget):
             name = f"NPO, steps of KL {max_kl:g} at temperature 4"
             runs.append((name, damping, chain, 120))
     for name, damping, optimizer, steps in runs:
+        if not re.search(select, name):
+            continue
         start = time.perf_counter()
         params, history = jedit.unlearn(
             functools.partial(npo, apply=scene.apply),
@@ -233,8 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--forget", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--select", default="", help="regular expression on the rows' names")
     parser.add_argument("--output", type=Path, default=Path("out/saturated.json"))
     options = parser.parse_args(arguments)
     scene = Scene(options)
@@ -243,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = []
     print("| metric of the step | damping | forget NLL | retain NLL | KL | predicted | s |")
     print("|---|---|---|---|---|---|---|")
-    for name, damping, params, predicted, seconds in edits(scene, options.budget):
+    for name, damping, params, predicted, seconds in edits(scene, options.budget, options.select):
         forget, retain, kl = scene.judge(params)
         said = "" if predicted is None else f"{predicted:.4f}"
         print(

@@ -1,0 +1,61 @@
+"""Leave out of an update its largest entries: u_i <- 0 where |u_i| is among the top fraction.
+
+A few coordinates with outsized gradients carry most of the damage that ascent does; this is the
+plainest of robust updates, and a baseline for the geometric ones.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jedit.geometry.surrogate import SCOPES
+
+
+def ignore_top_fraction(
+    fraction: float, *, scope: str = "leaf"
+) -> optax.GradientTransformationExtraArgs:
+    """Set the largest entries of an update to zero.
+
+    Stands last, so that what Adam or momentum makes of the rest stays left out too:
+
+        optax.chain(optax.adam(1e-4), ignore_top_fraction(0.01))
+
+    Args:
+        fraction: share of the entries, 0 to 1, rounded to a whole number of them; entries equal to
+            the smallest that is left out are kept.
+        scope: "leaf", the share of every parameter, or "global", of all entries together.
+
+    Returns:
+        The transform; it holds no state. A call sorts the entries' magnitudes.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1, or an unknown scope.
+    """
+    if not 0 <= fraction <= 1 or scope not in SCOPES:
+        raise ValueError(
+            f"fraction must lie in 0 to 1 and scope be one of {SCOPES}; got {fraction=}, {scope=}"
+        )
+
+    def bound(magnitudes):
+        size = magnitudes.shape[0]
+        kept = size - round(fraction * size)
+        return jnp.sort(magnitudes)[kept - 1] if kept else -jnp.ones((), magnitudes.dtype)
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        sizes = jax.tree.map(lambda u: jnp.abs(u).astype(jnp.float32).ravel(), updates)
+        if scope == "global":
+            limit = bound(jnp.concatenate(jax.tree.leaves(sizes)))
+            limits = jax.tree.map(lambda _: limit, sizes)
+        else:
+            limits = jax.tree.map(bound, sizes)
+        kept = jax.tree.map(
+            lambda u, limit: jnp.where(jnp.abs(u).astype(jnp.float32) <= limit, u, 0),
+            updates,
+            limits,
+        )
+        return kept, state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -1,0 +1,119 @@
+"""Take out of an update what moves the retain loss: u off the span of retain gradients (GU)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.geometry import EUCLIDEAN, Whitening, adam_whitening, project_out, retain_subspace
+from jedit.geometry.retain_subspace import SubspaceState
+from jedit.typing import wide_dtype
+
+METRICS = ("euclidean", "adam")
+
+
+class OrthogonalizeToRetainState(NamedTuple):
+    """The retain gradients seen, and the metric.
+
+    Attributes:
+        subspace: the last `rank` retain gradients, raw.
+        second_moment: running mean of squared updates, for metric "adam"; else zero-sized.
+        count: updates made, int32.
+    """
+
+    subspace: SubspaceState
+    second_moment: PyTree
+    count: Array
+
+
+def orthogonalize_to_retain(
+    rank: int = 8,
+    *,
+    refresh: int = 1,
+    scope: str = "leaf",
+    metric: str | Whitening = "euclidean",
+    sketch: str = "fifo",
+    decay: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Project updates off the span of the last retain gradients.
+
+    Last in a chain it takes the retain loss's first-order change out of the step really made:
+
+        optax.chain(optax.adamw(1e-4), orthogonalize_to_retain())
+
+    Before Adam the same holds only in Adam's metric, and only while momentum and weight decay are
+    small: that is GU, `chain(orthogonalize_to_retain(metric="adam"), optax.adam(1e-4, b1=0.0))`.
+    `update` takes one of two extra arguments: `retain_grads`, a tree like params, or
+    `retain_grad_fn(params) -> such a tree`, which is called at every `refresh`-th step alone.
+
+    Args:
+        rank: gradients kept (paper: 8).
+        refresh: steps between two new gradients.
+        scope: "leaf", a subspace for every parameter, or "global".
+        metric: "euclidean", "adam" (from a running mean of squared updates), or a `Whitening`.
+        sketch: "fifo" or "frequent_directions".
+        decay: of the running mean, Adam's b2.
+        eps: Adam's.
+
+    Returns:
+        The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter.
+
+    Raises:
+        ValueError: unknown options; at `update`, no retain gradient, or no params for its function.
+    """
+    if refresh < 1 or (isinstance(metric, str) and metric not in METRICS):
+        raise ValueError(
+            f"refresh must be at least 1 and metric a Whitening or one of {METRICS}; got "
+            f"{refresh=}, {metric=}"
+        )
+    subspace = retain_subspace(rank, scope=scope, sketch=sketch)
+
+    def init(params) -> Any:
+        def zeros(p):
+            return jnp.zeros(p.shape if metric == "adam" else (0,), wide_dtype(p.dtype))
+
+        return OrthogonalizeToRetainState(
+            subspace.init(params), jax.tree.map(zeros, params), jnp.zeros((), jnp.int32)
+        )
+
+    def update(
+        updates, state, params=None, *, retain_grads=None, retain_grad_fn=None, **extra_args
+    ) -> Any:
+        del extra_args
+        if (retain_grads is None) == (retain_grad_fn is None):
+            raise ValueError(
+                "orthogonalize_to_retain needs one of the extra arguments retain_grads (a tree) "
+                "and retain_grad_fn (params -> tree) at update"
+            )
+        if retain_grad_fn is not None and params is None:
+            raise ValueError("retain_grad_fn needs params: optimizer.update(g, state, params, ...)")
+
+        def add(seen):
+            grads = retain_grads if retain_grad_fn is None else retain_grad_fn(params)
+            return subspace.update(seen, grads)
+
+        seen = jax.lax.cond(state.count % refresh == 0, add, lambda seen: seen, state.subspace)
+        count = state.count + 1
+        second, whitening = state.second_moment, metric
+        if metric == "adam":
+            second = jax.tree.map(
+                lambda v, u: decay * v + (1 - decay) * jnp.square(u.astype(v.dtype)),
+                state.second_moment,
+                updates,
+            )
+            correction = jax.tree.map(
+                lambda v: v / (1 - jnp.asarray(decay, v.dtype) ** count.astype(v.dtype)), second
+            )
+            whitening = adam_whitening(correction, eps)
+        elif metric == "euclidean":
+            whitening = EUCLIDEAN
+        wide = jax.tree.map(lambda u: u.astype(wide_dtype(u.dtype)), updates)
+        basis = subspace.value(seen, whitening)
+        left = whitening.unwhiten(project_out(basis, whitening.whiten(wide), scope=scope))
+        left = jax.tree.map(lambda x, u: x.astype(u.dtype), left, updates)
+        return left, OrthogonalizeToRetainState(seen, second, count)
+
+    return optax.GradientTransformationExtraArgs(init, update)

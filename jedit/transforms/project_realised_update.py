@@ -1,0 +1,79 @@
+"""Hold a null space in the parameter change that is really made, rounding of the dtype included.
+
+    u <- P u - e        e <- e + (round(θ + u) - θ) - P (round(θ + u) - θ)
+
+e is what rounding to the parameters' dtype has let out of the null space so far; it is taken back
+at the next step, so that the sum of all changes stays within one rounding of the null space
+instead of drifting from it step by step.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.geometry import Projector, project
+from jedit.typing import wide_dtype
+
+
+class ProjectRealisedUpdateState(NamedTuple):
+    """The projector, and what has leaked.
+
+    Attributes:
+        projector: P.
+        leak: e, a tree like params in float32 or wider; None where a parameter has no projector.
+    """
+
+    projector: Projector
+    leak: PyTree
+
+
+def project_realised_update(
+    projector: Projector, *, uncovered: str = "zero"
+) -> optax.GradientTransformationExtraArgs:
+    """Project the whole update, and take back at each step what rounding let through before.
+
+    Stands last in the chain; `project_to_null_space` there is the same for parameters whose dtype
+    holds every update exactly. Worth its memory, one copy of the params, for bfloat16.
+
+        optax.chain(optax.adamw(1e-4), project_realised_update(projector))
+
+    Args:
+        projector: from `null_space`.
+        uncovered: "zero" or "identity", as for `project_to_null_space`.
+
+    Returns:
+        The transform; a call of `update` costs two `project`.
+
+    Raises:
+        ValueError: at `update`, params are missing or lack a parameter of the projector.
+    """
+
+    def init(params) -> Any:
+        leak = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p.dtype)), params)
+        return ProjectRealisedUpdateState(projector, leak)
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del extra_args
+        if params is None:
+            raise ValueError("project_realised_update needs params: optimizer.update(g, s, params)")
+        wide = jax.tree.map(lambda u, e: u.astype(e.dtype), updates, state.leak)
+        kept = project(state.projector, wide, uncovered=uncovered)
+        kept = jax.tree.map(jnp.subtract, kept, state.leak)
+        out = jax.tree.map(lambda u, like: u.astype(like.dtype), kept, updates)
+        realised = jax.tree.map(_realised, params, out, state.leak)
+        inside = project(state.projector, realised, uncovered="identity")
+        leak = jax.tree.map(lambda e, r, i: e + r - i, state.leak, realised, inside)
+        return out, ProjectRealisedUpdateState(state.projector, leak)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _realised(param: Array, update: Array, wide: Array) -> Array:
+    """Return round(θ + u) - θ. A cast there and back would do, but XLA is free to leave it out."""
+    info = jnp.finfo(param.dtype)
+    start = param.astype(wide.dtype)
+    total = jax.lax.reduce_precision(start + update.astype(wide.dtype), info.nexp, info.nmant)
+    return total - start

@@ -1,0 +1,45 @@
+"""Project updates off the inputs that the retain set uses: u <- P u (AlphaEdit's projection)."""
+
+from typing import Any, NamedTuple
+
+import optax
+
+from jedit.geometry import Projector, project
+
+
+class ProjectToNullSpaceState(NamedTuple):
+    """The projector: in the state, so that it is an argument of the jitted step, not a constant."""
+
+    projector: Projector
+
+
+def project_to_null_space(
+    projector: Projector, *, uncovered: str = "zero"
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by P, so that what retained inputs see of them is nothing.
+
+    Stands last, after Adam, momentum and weight decay, each of which leaves the null space:
+
+        optax.chain(optax.adamw(1e-4), project_to_null_space(projector))
+
+    Args:
+        projector: from `null_space`.
+        uncovered: updates of parameters without a projector become "zero" (they stay frozen), or
+            pass as they are by "identity".
+
+    Returns:
+        The transform; a call of `update` costs one `project`.
+
+    Raises:
+        ValueError: at `update`, the updates lack a parameter of the projector.
+    """
+
+    def init(params) -> Any:
+        del params
+        return ProjectToNullSpaceState(projector)
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        return project(state.projector, updates, uncovered=uncovered), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

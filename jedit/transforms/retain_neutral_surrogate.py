@@ -1,0 +1,101 @@
+"""Retain gradients from where forgetting has gone ahead at no retain cost (ROSU, arXiv 2605.05871).
+
+δ = argmax g_fᵀδ,  g_rᵀδ = 0,  ‖δ‖ <= ρ        `retain_neutral_perturbation`
+u = ∇L_r(θ + δ)                                 applied at θ
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jedit.geometry import RetainOrthogonalInfo, retain_neutral_perturbation
+from jedit.typing import wide_dtype
+
+OUTERS = ("transport", "amplify", "push")
+
+
+class RetainNeutralSurrogateState(NamedTuple):
+    """What the last step saw: angle of the gradients, first-order gain of the perturbation."""
+
+    info: RetainOrthogonalInfo
+
+
+def retain_neutral_surrogate(
+    radius: float,
+    *,
+    outer: str = "transport",
+    strength: float = 1.0,
+    scope: str = "global",
+    constrained: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace the retain gradient at θ by the one at θ + δ.
+
+    Stands first in a chain, where gradients come in; what follows is any optimizer:
+
+        optax.chain(retain_neutral_surrogate(0.05), optax.sgd(0.01, momentum=0.9))
+
+    `update` is given the retain gradient g_r at θ, the params, and the extra arguments
+    `forget_grads`, g_f at θ, a tree like it, and `grad_fn(params) -> tree`, the gradient of the
+    retain objective.
+
+    Args:
+        radius: ρ.
+        outer: what is made of the gradient g at θ + δ, with q̂ = δ/‖δ‖: "transport", g itself (as in
+            the code of the parent method, UAM); "amplify", g without `strength` times its part
+            along q̂ where a step against g would undo forgetting [derived]; "push",
+            g - strength ‖g‖ q̂ [derived].
+        strength: γ; 1 is arbitrary.
+        scope: of the constraint, "global" or "leaf".
+        constrained: False leaves the constraint out, δ = ρ g_f/‖g_f‖: UAM.
+
+    Returns:
+        The transform; a call of `update` costs one more gradient.
+
+    Raises:
+        ValueError: an unknown `outer`, or a radius that is not positive; at `update`, no params or
+            an extra argument missing.
+    """
+    if outer not in OUTERS or radius <= 0:
+        raise ValueError(
+            f"outer must be one of {', '.join(OUTERS)} and radius positive; got {outer=}, {radius=}"
+        )
+
+    def init(params) -> Any:
+        dtypes = [wide_dtype(p.dtype) for p in jax.tree.leaves(params)]
+        zero = jnp.zeros((), jnp.result_type(*dtypes))
+        return RetainNeutralSurrogateState(
+            RetainOrthogonalInfo(zero, zero, zero, zero, jnp.zeros((), bool))
+        )
+
+    def update(updates, state, params=None, *, forget_grads=None, grad_fn=None, **extra_args) -> Any:
+        del state, extra_args
+        if params is None or forget_grads is None or grad_fn is None:
+            raise ValueError(
+                "retain_neutral_surrogate needs params and the extra arguments forget_grads and "
+                "grad_fn: optimizer.update(retain_grads, state, params, forget_grads=, grad_fn=)"
+            )
+        retain = updates if constrained else jax.tree.map(jnp.zeros_like, updates)
+        delta, info = retain_neutral_perturbation(forget_grads, retain, radius=radius, scope=scope)
+        there = jax.tree.map(lambda p, d: p + d.astype(p.dtype), params, delta)
+        gradient = grad_fn(there)
+        if outer != "transport":
+            along = _dot(gradient, delta) / radius
+            size = jnp.sqrt(_dot(gradient, gradient))
+            taken = jnp.maximum(along, 0) if outer == "amplify" else size
+            taken = jnp.where(info.is_parallel, 0, strength * taken / radius)
+            gradient = jax.tree.map(
+                lambda g, d: g - taken.astype(g.dtype) * d.astype(g.dtype), gradient, delta
+            )
+        gradient = jax.tree.map(lambda g, u: g.astype(u.dtype), gradient, updates)
+        return gradient, RetainNeutralSurrogateState(info)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _dot(x, y):
+    parts = jax.tree.map(
+        lambda a, b: jnp.vdot(a.astype(wide_dtype(a.dtype)), b.astype(wide_dtype(a.dtype))), x, y
+    )
+    return jax.tree.reduce(jnp.add, parts)
