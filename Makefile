@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One file per worker at a time, so that what a module trains is trained once.
 PYTEST := -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_FLAGS)
-# Compilation is most of the time; the float32 run, which is what users run, goes without this.
+# Compilation is most of the tests' time.
 FAST_COMPILE := JEDIT_TEST_FAST_COMPILE=1
 
 # The floors of pyproject.toml as exact versions.
@@ -96,7 +96,7 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
-	JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
+	$(FAST_COMPILE) JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
 	$(FAST_COMPILE) JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
 
 test-llm: .venv-llm/.done

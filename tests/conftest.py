@@ -4,7 +4,7 @@ Environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as use
 `JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice; `JEDIT_TEST_TYPECHECK=0`
 leaves the run-time check of shape annotations out. A fourth, `JEDIT_TEST_FAST_COMPILE=1`, skips
 LLVM's optimisation: most of the suite's time is compilation, and this takes a quarter to two fifths
-of it away. The float32 run goes without it, so that it runs the code that users run.
+of it away.
 """
 
 import importlib.util

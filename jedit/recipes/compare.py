@@ -5,6 +5,7 @@ model was trained on as well and no edit sees, so the retain KL measured there i
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,7 +38,7 @@ class Grid(NamedTuple):
         budgets: strengths of K-FADE, true retain KL in nats per output.
         temperatures: of the likelihood whose curvature K-FADE steps in.
         damping: of K-FADE, relative.
-        kfade_steps: steps of one edit.
+        kfade_steps: numbers of steps of one edit.
         learning_rates: of gradient ascent, GradDiff and NPO, with Adam.
         looks: strengths of the baselines, in optimizer steps.
         batch_size: forget rows, and retain rows, of one such step.
@@ -47,7 +48,7 @@ class Grid(NamedTuple):
     budgets: tuple[float, ...]
     temperatures: tuple[float, ...]
     damping: tuple[float, ...]
-    kfade_steps: int
+    kfade_steps: tuple[int, ...]
     learning_rates: dict[str, tuple[float, ...]]
     looks: tuple[int, ...]
     batch_size: int
@@ -122,11 +123,11 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
     methods = []
     fitted = _fit(task, grid, key=curvature_key, say=say)
     for name, (curvatures, seconds) in fitted.items():
-        say(f"{name}: {len(grid.budgets) * len(grid.damping) * len(curvatures)} edits")
-        for temperature, curvature in curvatures.items():
-            for damping in grid.damping:
-                setting = {"temperature": temperature, "damping": damping}
-                keep(*_kfade_curve(task, grid, judge, name, curvature, setting))
+        settings = list(itertools.product(curvatures, grid.damping, grid.kfade_steps))
+        say(f"{name}: {len(grid.budgets) * len(settings)} edits")
+        for temperature, damping, steps in settings:
+            setting = {"temperature": temperature, "damping": damping, "steps": steps}
+            keep(*_kfade_curve(task, grid, judge, name, curvatures[temperature], setting))
         methods.append(_kfade_method(name, grid, seconds))
     for name, (objective, description) in _baselines(task.apply).items():
         rates = grid.learning_rates[name]
@@ -247,11 +248,15 @@ def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estim
 def _kfade_method(name: str, grid: Grid, seconds: float) -> Method:
     kind = "EK-FAC" if "EK" in name else "K-FAC"
     description = (
-        f"Ascends the forget loss in the {kind} metric of the retain outputs, in "
-        f"{grid.kfade_steps} steps whose length a line search on the true retain KL sets."
+        f"Ascends the forget loss in the {kind} metric of the retain outputs, in one or a few "
+        "steps whose length a line search on the true retain KL sets."
     )
     strength = "budget (true retain KL on the line search's rows, nats per output)"
-    tried = {"temperature": grid.temperatures, "damping": grid.damping}
+    tried = {
+        "temperature": grid.temperatures,
+        "damping": grid.damping,
+        "steps": grid.kfade_steps,
+    }
     return Method(name, description, strength, tried, seconds)
 
 
@@ -272,7 +277,7 @@ def _kfade_curve(
     points, models = [], []
     for budget in grid.budgets:
         start = time.perf_counter()
-        edit, info = run(budget=budget, steps=grid.kfade_steps)
+        edit, info = run(budget=budget, steps=int(setting["steps"]))
         params = jax.block_until_ready(apply_edit(task.original, edit))
         seconds = time.perf_counter() - start
         predictions = {

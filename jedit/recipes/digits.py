@@ -20,7 +20,7 @@ GRID = Grid(
     budgets=(1e-3, 3e-3, 0.01, 0.03, 0.1),
     temperatures=(1.0, 4.0),
     damping=(0.01, 0.1),
-    kfade_steps=4,
+    kfade_steps=(4,),
     learning_rates={
         "gradient ascent": (3e-5, 1e-4, 3e-4),
         "GradDiff": (1e-4, 3e-4, 1e-3),

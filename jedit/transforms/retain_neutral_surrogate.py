@@ -69,7 +69,9 @@ def retain_neutral_surrogate(
             RetainOrthogonalInfo(zero, zero, zero, zero, jnp.zeros((), bool))
         )
 
-    def update(updates, state, params=None, *, forget_grads=None, grad_fn=None, **extra_args) -> Any:
+    def update(
+        updates, state, params=None, *, forget_grads=None, grad_fn=None, **extra_args
+    ) -> Any:
         del state, extra_args
         if params is None or forget_grads is None or grad_fn is None:
             raise ValueError(

@@ -158,7 +158,9 @@ def edits(scene, budget, select):
     rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, None)]
     rows += [(name, c, d, 4, None) for name, c in curvatures.items() for d in (0.01, 0.1)]
     rows += [
-        (f"temperature 4, {n} steps", tempered, d, n, None) for n in (1, 2) for d in (0.01, 0.1)
+        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, n, None)
+        for n in (1, 2)
+        for d in (0.01, 0.1)
     ]
     rows += [
         ("temperature 4, 16 steps", tempered, 0.01, 16, None),

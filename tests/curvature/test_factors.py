@@ -184,3 +184,24 @@ def test_sites_that_read_one_activation_share_its_factor(key):
     assert len({used["q"], used["half"], used["biased"]}) == 3
     assert len(curvature.factors) == 3 + 5
     np.testing.assert_allclose(factors(curvature, "half")[0], factors(curvature, "q")[0] / 4)
+
+
+def test_a_branch_counts_only_what_ran_in_it(key, tolerance):
+    """Two batches that take different branches: each weight's A is over its own batch alone."""
+
+    def apply(params, inputs):
+        x, is_first = inputs
+        return jax.lax.cond(is_first[0], lambda: x @ params["u"], lambda: x @ params["w"])
+
+    rng = np.random.default_rng(6)
+    params = {name: jnp.asarray(rng.normal(size=(4, 3))) for name in ("u", "w")}
+    batches, expected = [], {}
+    for name, is_first in (("u", True), ("w", False)):
+        x, valid = rng.normal(size=(7, 4)), np.arange(7) % 3 > 0
+        batches.append(
+            Batch((jnp.asarray(x), jnp.full((7,), is_first)), valid=jnp.asarray(valid, x.dtype))
+        )
+        expected[name] = x[valid].T @ x[valid] / valid.sum()
+    curvature = estimate(kfac(apply, Categorical()), params, batches, key=key)
+    for name, a in expected.items():
+        tolerance.check(factors(curvature, name)[0], a)

@@ -15,7 +15,7 @@ GRID = Grid(
     budgets=(0.003, 0.03),
     temperatures=(4.0,),
     damping=(0.1,),
-    kfade_steps=2,
+    kfade_steps=(1, 2),
     learning_rates={"gradient ascent": (0.03,), "GradDiff": (0.03,), "NPO": (0.01, 0.03)},
     looks=(2, 5),
     batch_size=8,
@@ -75,7 +75,8 @@ def judged_and_models(task):
 def test_every_method_has_a_curve_for_every_setting(judged_and_models):
     judged, _ = judged_and_models
     assert [m.name for m in judged.methods] == METHODS
-    assert [c.method for c in judged.curves] == [*METHODS, "NPO"]
+    kfades = [METHODS[0], METHODS[0], METHODS[1], METHODS[1]]  # at two numbers of steps
+    assert [c.method for c in judged.curves] == [*kfades, *METHODS[2:], "NPO"]
     assert [p.strength for p in judged.curves[0].points] == [0.003, 0.03]
     assert [p.strength for p in judged.curves[-1].points] == [2, 5]
     assert [c.setting for c in judged.curves[-2:]] == [
