@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.objectives.retain import retain_nll
+from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 from jedit.typing import Batch
 
@@ -38,12 +38,8 @@ def npo(
     """
     reference_nll = jax.lax.stop_gradient(sequence_nll(reference_params, forget, apply=apply))
     loss, aux = npo_from_nll(params, forget, apply=apply, reference_nll=reference_nll, beta=beta)
-    if retain is None:
-        return loss, aux
-    held, retain_aux = retain_objective(
-        params, forget, retain, apply=apply, reference_params=reference_params
-    )
-    return loss + alpha * held, {**aux, **retain_aux}
+    retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
+    return add_retain(loss, aux, *retain_term)
 
 
 def npo_from_nll(
@@ -71,7 +67,4 @@ def npo_from_nll(
         "forget_nll": masked_mean(nll, counted),
         "forget_nll_growth": masked_mean(growth, is_example),
     }
-    if retain is None:
-        return loss, aux
-    held, retain_aux = retain_nll(params, forget, retain, apply=apply)
-    return loss + alpha * held, {**aux, **retain_aux}
+    return add_retain(loss, aux, params, forget, retain, apply, None, alpha, retain_nll)

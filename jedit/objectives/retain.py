@@ -7,6 +7,8 @@ and `reference_params`.
     retain_kl    mean KL(p_reference || p), over the same; padding is left out of it
 """
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, PyTree
 
@@ -46,3 +48,23 @@ def retain_kl(
     divergence = token_kl(reference, apply(params, retain.inputs))
     loss = masked_mean(divergence, counted_outputs(retain, divergence.shape))
     return loss, {"retain_kl": loss}
+
+
+def add_retain(
+    loss: Float[Array, ""],
+    aux: dict[str, Array],
+    params: PyTree,
+    forget: Batch | None,
+    retain: Batch | None,
+    apply: Apply,
+    reference_params: PyTree | None,
+    alpha: float,
+    retain_objective: Callable,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return loss + α R and both their aux; the loss alone when there is no retain batch."""
+    if retain is None:
+        return loss, aux
+    held, retain_aux = retain_objective(
+        params, forget, retain, apply=apply, reference_params=reference_params
+    )
+    return loss + alpha * held, {**aux, **retain_aux}

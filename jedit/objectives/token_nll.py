@@ -42,6 +42,15 @@ def token_kl(
     return jnp.sum(terms, axis=-1)
 
 
+def soft_cross_entropy(
+    probabilities: Float[Array, "*lead classes"], logits: Float[Array, "*lead classes"]
+) -> Float[Array, "*lead"]:
+    """Return -Σ q log softmax(logits), output by output; where q is 0 nothing is added."""
+    log_p = jax.nn.log_softmax(_wide(logits), axis=-1)
+    q = probabilities.astype(log_p.dtype)
+    return -jnp.sum(jnp.where(q > 0, q * log_p, 0), axis=-1)
+
+
 def counted_outputs(batch: Batch, lead_shape: tuple[int, ...]) -> Bool[Array, "*lead"]:
     """Return which outputs count: those in `mask` that are also `valid`.
 

@@ -58,4 +58,4 @@ def ignore_top_fraction(
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

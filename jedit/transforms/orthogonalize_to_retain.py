@@ -97,7 +97,8 @@ def orthogonalize_to_retain(
 
         seen = jax.lax.cond(state.count % refresh == 0, add, lambda seen: seen, state.subspace)
         count = state.count + 1
-        second, whitening = state.second_moment, metric
+        second = state.second_moment
+        whitening = metric if isinstance(metric, Whitening) else EUCLIDEAN
         if metric == "adam":
             second = jax.tree.map(
                 lambda v, u: decay * v + (1 - decay) * jnp.square(u.astype(v.dtype)),
@@ -108,8 +109,6 @@ def orthogonalize_to_retain(
                 lambda v: v / (1 - jnp.asarray(decay, v.dtype) ** count.astype(v.dtype)), second
             )
             whitening = adam_whitening(correction, eps)
-        elif metric == "euclidean":
-            whitening = EUCLIDEAN
         wide = jax.tree.map(lambda u: u.astype(wide_dtype(u.dtype)), updates)
         basis = subspace.value(seen, whitening)
         left = whitening.unwhiten(project_out(basis, whitening.whiten(wide), scope=scope))

@@ -1,0 +1,53 @@
+"""CE-U, cross-entropy unlearning (Yang, arXiv 2503.01224).
+
+    loss = γ mean( CE(q, softmax(z)) ) + α R,    q = softmax of z without the label, a constant
+
+over the forget tokens that count: what the model would say if it could not say the label. The
+gradient in the logits is p - q, bounded, where that of ascent vanishes as p -> 1.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jedit.objectives.retain import add_retain, retain_nll
+from jedit.objectives.token_nll import (
+    Apply,
+    counted_outputs,
+    masked_mean,
+    soft_cross_entropy,
+    token_nll,
+)
+from jedit.typing import Batch
+
+
+def ce_u(
+    params: PyTree,
+    forget: Batch,
+    retain: Batch | None = None,
+    *,
+    apply: Apply,
+    gamma: float = 1.0,
+    alpha: float = 1.0,
+    retain_objective: Callable = retain_nll,
+    reference_params: PyTree | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the CE-U loss; the retain term is there when `retain` is.
+
+    Raises:
+        ValueError: the batch has no targets.
+    """
+    if forget.targets is None:
+        raise ValueError("ce_u needs forget.targets, the labels to be left out")
+    logits = apply(params, forget.inputs)
+    counted = counted_outputs(forget, logits.shape[:-1])
+    targets = jnp.where(counted, forget.targets, 0)
+    is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    fixed = jax.lax.stop_gradient(logits)
+    distribution = jax.nn.softmax(jnp.where(is_label, -jnp.inf, fixed), axis=-1)
+    loss = gamma * masked_mean(soft_cross_entropy(distribution, logits), counted)
+    aux = {"forget_nll": masked_mean(token_nll(logits, targets), counted)}
+    retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
+    return add_retain(loss, aux, *retain_term)

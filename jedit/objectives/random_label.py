@@ -1,0 +1,48 @@
+"""Random labels: learn something else in place of what is to be forgotten.
+
+    loss = γ NLL_f(y') + α R,      y' != y drawn once for every forget output
+
+The labels are data, so they are drawn by `relabel` before the loop, and not anew at each step.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from jedit.objectives.retain import add_retain, retain_nll
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.typing import Batch
+
+
+def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
+    """Return the batch with every target replaced by another class, uniformly.
+
+    Raises:
+        ValueError: the batch has no targets, or there is no other class.
+    """
+    if batch.targets is None or num_classes < 2:
+        raise ValueError(
+            f"relabel needs targets and at least 2 classes, got {batch.targets=}, {num_classes=}"
+        )
+    shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, batch.targets.dtype)
+    return batch._replace(targets=jnp.mod(jnp.maximum(batch.targets, 0) + shift, num_classes))
+
+
+def random_label(
+    params: PyTree,
+    forget: Batch,
+    retain: Batch | None = None,
+    *,
+    apply: Apply,
+    gamma: float = 1.0,
+    alpha: float = 1.0,
+    retain_objective: Callable = retain_nll,
+    reference_params: PyTree | None = None,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Return the mean NLL of the relabelled forget batch, and the retain term when there is one."""
+    relabelled_nll = masked_mean(*counted_nll(params, forget, apply=apply))
+    aux = {"relabelled_nll": relabelled_nll}
+    retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
+    return add_retain(gamma * relabelled_nll, aux, *retain_term)

@@ -1,0 +1,216 @@
+"""The other objectives in NumPy float64: values, and what gradient flows where one is a constant."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from jedit import objectives
+from jedit.typing import Batch
+from tests.objectives.references import (
+    VOCAB,
+    apply,
+    make_problem,
+    numpy_counted,
+    numpy_kl,
+    numpy_logits,
+    numpy_mean_nll,
+    numpy_nll,
+)
+
+
+@pytest.fixture
+def problem():
+    return make_problem()
+
+
+def with_retain(objective, problem, expected, tolerance, **options):
+    """The value alone, and with the retain KL at a weight of 0.6."""
+    params, reference, forget, retain = problem
+    bare, aux = objective(params, forget, apply=apply, **options)
+    tolerance.check(bare, expected)
+    assert "retain_kl" not in aux
+    options.setdefault("reference_params", reference)
+    whole, aux = objective(
+        params,
+        forget,
+        retain,
+        apply=apply,
+        alpha=0.6,
+        retain_objective=objectives.retain_kl,
+        **options,
+    )
+    kl = numpy_kl(reference, params, retain)
+    tolerance.check(aux["retain_kl"], kl)
+    tolerance.check(whole, expected + 0.6 * kl)
+
+
+@pytest.mark.parametrize(("beta", "delta", "gamma"), [(4.5, 0.0, 0.125), (0.7, 1.3, 2.0)])
+def test_simnpo(problem, beta, delta, gamma, tolerance):
+    params, _, forget, _ = problem
+    counted = numpy_counted(forget)
+    is_example = counted.any(axis=1)
+    mean = numpy_nll(params, forget).sum(axis=1)[is_example] / counted.sum(axis=1)[is_example]
+    terms = -(2 / beta) * np.log(scipy.special.expit(beta * (mean - delta)))
+    options = {"beta": beta, "delta": delta, "gamma": gamma}
+    with_retain(objectives.simnpo, problem, gamma * terms.mean(), tolerance, **options)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.5])
+def test_wga(problem, beta, tolerance):
+    params, _, forget, _ = problem
+    nll, counted = numpy_nll(params, forget), numpy_counted(forget)
+    expected = -1.7 * (np.exp(-nll) ** beta * nll)[counted].mean()
+    with_retain(objectives.wga, problem, expected, tolerance, beta=beta, gamma=1.7)
+
+
+@pytest.mark.parametrize(("saturation", "importance"), [(5.0, 1.0), (0.5, 2.0)])
+def test_satimp(problem, saturation, importance, tolerance):
+    params, _, forget, _ = problem
+    nll, counted = numpy_nll(params, forget), numpy_counted(forget)
+    p = np.exp(-nll)
+    expected = -0.8 * (p**saturation * (1 - p) ** importance * nll)[counted].mean()
+    options = {"beta_saturation": saturation, "beta_importance": importance, "gamma": 0.8}
+    with_retain(objectives.satimp, problem, expected, tolerance, **options)
+
+
+def test_a_tokens_weight_is_a_constant(problem, tolerance):
+    """The gradient is that of weights frozen beforehand."""
+    params, _, forget, _ = problem
+    weights = jnp.asarray(np.exp(-numpy_nll(params, forget)) ** 1.5)
+    counted = jnp.asarray(numpy_counted(forget))
+
+    def frozen(p):
+        nll = objectives.token_nll(apply(p, forget.inputs), jnp.maximum(forget.targets, 0))
+        return -jnp.sum(jnp.where(counted, weights.astype(nll.dtype) * nll, 0)) / jnp.sum(
+            counted
+        ).astype(nll.dtype)
+
+    wga = lambda p: objectives.wga(p, forget, apply=apply, beta=1.5)[0]  # noqa: E731
+    tolerance.check(jax.grad(wga)(params), jax.grad(frozen)(params))
+
+
+def soft_ce(logits, teacher, counted):
+    q = scipy.special.softmax(teacher, axis=-1)
+    return -(q * scipy.special.log_softmax(logits, axis=-1)).sum(axis=-1)[counted].mean()
+
+
+def at_labels(logits, batch, value):
+    """Logits with the label's replaced by `value(old)`."""
+    out = logits.copy()
+    for row, position in zip(*np.nonzero(numpy_counted(batch)), strict=True):
+        label = batch.targets[row, position]
+        out[row, position, label] = value(out[row, position, label])
+    return out
+
+
+@pytest.mark.parametrize("beta", [10.0, 0.5])
+def test_undial(problem, beta, tolerance):
+    params, reference, forget, _ = problem
+    teacher = at_labels(numpy_logits(reference, forget), forget, lambda z: z - beta)
+    expected = 1.3 * soft_ce(numpy_logits(params, forget), teacher, numpy_counted(forget))
+    options = {"beta": beta, "gamma": 1.3, "reference_params": reference}
+    with_retain(objectives.undial, problem, expected, tolerance, **options)
+
+
+def test_ce_u(problem, tolerance):
+    params, _, forget, _ = problem
+    logits = numpy_logits(params, forget)
+    teacher = at_labels(logits, forget, lambda _: -np.inf)
+    q = scipy.special.softmax(teacher, axis=-1)
+    terms = -np.where(q > 0, q * scipy.special.log_softmax(logits, axis=-1), 0).sum(axis=-1)
+    expected = 0.4 * terms[numpy_counted(forget)].mean()
+    with_retain(objectives.ce_u, problem, expected, tolerance, gamma=0.4)
+
+
+def test_ce_us_gradient_in_the_logits_is_bounded(tolerance):
+    """p - q, with q the prediction without the label: the label's own logit gets p."""
+    logits = jnp.asarray([[9.0, 1.0, -2.0]])
+    batch = Batch(jnp.zeros((1, 1)), jnp.asarray([0]))
+    gradient = jax.grad(lambda z: objectives.ce_u(z, batch, apply=lambda z, _: z)[0])(logits)
+    p = scipy.special.softmax(np.asarray(logits, np.float64))
+    q = np.concatenate([[[0]], scipy.special.softmax(np.asarray(logits, np.float64)[:, 1:])], 1)
+    tolerance.check(gradient, p - q)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.4])
+def test_dpo(problem, beta, tolerance):
+    params, reference, answers, refusals = problem
+    growth = [
+        (numpy_nll(params, b) - numpy_nll(reference, b)).sum(axis=1) for b in (answers, refusals)
+    ]
+    expected = np.mean(-(2 / beta) * np.log(scipy.special.expit(beta * (growth[0] - growth[1]))))
+    loss, aux = objectives.dpo(
+        params, (answers, refusals), apply=apply, reference_params=reference, beta=beta
+    )
+    tolerance.check(loss, expected)
+    tolerance.check(aux["answer_nll_growth"], growth[0].mean())
+    tolerance.check(aux["refusal_nll_growth"], growth[1].mean())
+    whole, _ = objectives.dpo(
+        params,
+        (answers, refusals),
+        refusals,
+        apply=apply,
+        reference_params=reference,
+        beta=beta,
+        alpha=0.3,
+    )
+    tolerance.check(whole, expected + 0.3 * numpy_mean_nll(params, refusals))
+
+
+def test_random_labels_are_others_and_uniform(problem, key, tolerance):
+    params, _, forget, _ = problem
+    many = Batch(jnp.zeros((6000, 1)), jnp.asarray(np.arange(6000) % 4))
+    new = np.asarray(objectives.relabel(many, 4, key=key).targets)
+    shift = (new - np.asarray(many.targets)) % 4
+    counts = np.bincount(shift, minlength=4)
+    assert counts[0] == 0
+    # Three classes of probability 1/3: five standard errors.
+    assert np.abs(counts[1:] - 2000).max() < 5 * np.sqrt(6000 * 2 / 9)
+    relabelled = objectives.relabel(forget, VOCAB, key=jax.random.fold_in(key, 1))
+    expected = 0.9 * numpy_mean_nll(params, relabelled)
+    problem = (*problem[:2], relabelled, problem[3])
+    with_retain(objectives.random_label, problem, expected, tolerance, gamma=0.9)
+
+
+def test_rmu(problem, key, tolerance):
+    params, reference, forget, retain = problem
+    hidden = lambda p, inputs: p["embed"][inputs]  # noqa: E731
+    direction = objectives.random_direction(3, key=key)
+    assert float(jnp.linalg.norm(direction)) == pytest.approx(1, abs=1e-6)
+    assert np.all(np.asarray(direction) >= 0)
+    loss, aux = objectives.rmu(
+        params,
+        forget,
+        retain,
+        hidden=hidden,
+        reference_params=reference,
+        direction=direction,
+        steering=1.5,
+        gamma=0.7,
+        alpha=1.9,
+    )
+    h_f, h_r, h_0 = (
+        np.asarray(hidden(p, b.inputs), np.float64)
+        for p, b in ((params, forget), (params, retain), (reference, retain))
+    )
+    away = ((h_f - 1.5 * np.asarray(direction)) ** 2).mean(axis=-1)[numpy_counted(forget)].mean()
+    held = ((h_r - h_0) ** 2).mean(axis=-1)[numpy_counted(retain)].mean()
+    tolerance.check(loss, 0.7 * away + 1.9 * held)
+    tolerance.check(aux["retain_distance"], held)
+
+
+def test_missing_targets_get_a_sentence(problem, key):
+    params, reference, forget, _ = problem
+    bare = forget._replace(targets=None)
+    for objective in (
+        partial(objectives.undial, reference_params=reference),
+        objectives.ce_u,
+    ):
+        with pytest.raises(ValueError, match=r"needs forget\.targets"):
+            objective(params, bare, apply=apply)
+    with pytest.raises(ValueError, match="relabel needs targets"):
+        objectives.relabel(bare, VOCAB, key=key)
