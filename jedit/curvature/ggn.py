@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.curvature.likelihoods import Likelihood, output_mask, wide
+from jedit.curvature.likelihoods import Likelihood
+from jedit.outputs import counted_outputs, wide
 from jedit.typing import Batch
 
 
@@ -67,7 +68,7 @@ def _masked_products(
 
     Zero by selection and not by product, so that a padded output may hold anything.
     """
-    counted = output_mask(batch, likelihood.lead_shape(outputs))
+    counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     tangent = jnp.where(counted[..., None], wide(tangent), 0)
     product = likelihood.hessian_product(wide(outputs), tangent)
     num_counted = jnp.maximum(jnp.sum(counted), 1).astype(product.dtype)

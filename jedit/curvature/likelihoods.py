@@ -24,31 +24,7 @@ from jax import lax
 from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
-from jedit.typing import Batch
-
-
-def output_mask(batch: Batch, lead_shape: tuple[int, ...]) -> Array:
-    """Return which outputs count, as booleans: those in `mask` that are also `valid`.
-
-    Raises:
-        ValueError: if one of the two does not have the outputs' leading shape.
-    """
-    counted = jnp.ones(lead_shape, bool)
-    for name, given in (("mask", batch.mask), ("valid", batch.valid)):
-        if given is None:
-            continue
-        if given.shape != lead_shape:
-            raise ValueError(
-                f"batch.{name} has shape {given.shape}, but the outputs' leading shape is "
-                f"{lead_shape}; give one entry per output"
-            )
-        counted &= given.astype(bool)
-    return counted
-
-
-def wide(x: Array) -> Array:
-    """Return `x` in float32, or in its own dtype if that is wider."""
-    return x if jnp.finfo(x.dtype).bits > 32 else x.astype(jnp.float32)
+from jedit.outputs import kl_terms, wide
 
 
 class Likelihood(abc.ABC):
@@ -179,7 +155,7 @@ class Categorical(Likelihood):
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return the sum over classes of p log(p / q)."""
         z, other = wide(outputs) / self.temperature, wide(other_outputs) / self.temperature
-        terms = _kl_terms(jax.nn.log_softmax(z, axis=-1), jax.nn.log_softmax(other, axis=-1))
+        terms = kl_terms(jax.nn.log_softmax(z, axis=-1), jax.nn.log_softmax(other, axis=-1))
         return jnp.sum(terms, axis=-1)
 
     def _probabilities(self, outputs: Array) -> Array:
@@ -295,8 +271,8 @@ class Bernoulli(Likelihood):
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return the sum over features and over both answers of p log(p / q)."""
         z, other = wide(outputs) / self.temperature, wide(other_outputs) / self.temperature
-        yes = _kl_terms(jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(other))
-        no = _kl_terms(jax.nn.log_sigmoid(-z), jax.nn.log_sigmoid(-other))
+        yes = kl_terms(jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(other))
+        no = kl_terms(jax.nn.log_sigmoid(-z), jax.nn.log_sigmoid(-other))
         return jnp.sum(yes + no, axis=-1)
 
     def _yes_and_no(self, outputs: Array) -> tuple[Array, Array]:
@@ -361,22 +337,6 @@ def _first_above(weights: Array, level: Array) -> tuple[Array, Array]:
     first = jnp.where(first < size, first, last)
     before = jnp.take_along_axis(running - weights, first[..., None], axis=-1)[..., 0]
     return first, jnp.maximum(level - before, 0)
-
-
-def _kl_terms(log_p: Array, log_q: Array) -> Array:
-    """Return terms that sum to KL(p || q) over a whole distribution, none of them negative.
-
-    For p close to q, p log(p / q) sums to something tiny out of large terms of both signs.  Since p
-    and q both sum to one, q - p may be added to each term, which then is of second order itself.
-    """
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    # A class that p excludes contributes the q it holds; a class that q excludes, infinity.
-    d = jnp.where(p > 0, log_p - log_q, 0)
-    is_near = jnp.abs(d) < 0.5
-    d_near = jnp.where(is_near, d, 0)
-    near = p * (jnp.expm1(-d_near) + d_near)
-    far = (q - p) + p * d
-    return jnp.where(is_near & (p > 0), near, far)
 
 
 def _check_positive(name: str, value: float) -> None:

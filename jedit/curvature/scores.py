@@ -19,7 +19,8 @@ from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
 from jedit.curvature.alignment import align_site, by_example, is_maskable, spread
-from jedit.curvature.likelihoods import Likelihood, output_mask
+from jedit.curvature.likelihoods import Likelihood
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch, wide_dtype
 
 FISHERS = ("sampled", "exact", "empirical")
@@ -183,7 +184,7 @@ def run_pass(
         raise ValueError(f"no parameter can be captured:\n{sites}")
     lead = labels.likelihood.lead_shape(outputs)
     _check_examples(batch, lead)
-    counted = output_mask(batch, lead)
+    counted = counted_outputs(batch, lead)
     number, cotangent = _cotangents(labels, captured, batch, key, first_example, lead)
 
     def masked(k):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
-from jedit.curvature.likelihoods import Likelihood, output_mask
+from jedit.curvature.likelihoods import Likelihood
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule
@@ -133,7 +134,7 @@ def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: 
         return jnp.zeros(likelihood.lead_shape(apply(params, inputs)), bool)
 
     lead = jax.eval_shape(leading, params, batch.inputs).shape
-    return int(jnp.sum(output_mask(batch, lead)))
+    return int(jnp.sum(counted_outputs(batch, lead)))
 
 
 @jax.jit
@@ -153,7 +154,7 @@ def _outputs(apply, params, batch):
 def _moved_kl(apply, likelihood, params, move, alpha, base, batch):
     """Mean KL of the original outputs from those at params + alpha·move, over counted outputs."""
     outputs = apply(moved(params, move, alpha), batch.inputs)
-    counted = output_mask(batch, likelihood.lead_shape(outputs))
+    counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
     return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
 

@@ -34,11 +34,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.curvature import Curvature, quadratic_form, solve
-from jedit.curvature.likelihoods import Categorical, Likelihood, output_mask
+from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.trust_region import moved, num_counted
 from jedit.objectives import ga
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 
@@ -209,7 +210,7 @@ def _covered_dot(curvature, x, y):
 def _retain_gradient(apply, likelihood, params, batch):
     def loss(params):
         outputs = apply(params, batch.inputs)
-        counted = output_mask(batch, likelihood.lead_shape(outputs))
+        counted = counted_outputs(batch, likelihood.lead_shape(outputs))
         nll = jnp.where(counted, likelihood.nll(outputs, batch.targets), 0)
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.metrics.streaming import each_batch, mean_of_sums
-from jedit.objectives.token_nll import Apply, counted_outputs, token_kl
+from jedit.objectives.token_nll import Apply, token_kl
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 

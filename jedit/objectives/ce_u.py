@@ -13,13 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
-from jedit.objectives.token_nll import (
-    Apply,
-    counted_outputs,
-    masked_mean,
-    soft_cross_entropy,
-    token_nll,
-)
+from jedit.objectives.token_nll import Apply, masked_mean, soft_cross_entropy, token_nll
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 

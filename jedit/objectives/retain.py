@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from jedit.objectives.token_nll import Apply, counted_nll, counted_outputs, masked_mean, token_kl
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, token_kl
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from jedit.objectives.token_nll import counted_outputs, masked_mean
+from jedit.objectives.token_nll import masked_mean
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch, wide_dtype
 
 

@@ -22,7 +22,7 @@ from jedit.edits import apply_edit
 from jedit.methods import kfade
 from jedit.metrics import forget_quality
 from jedit.objectives import ga, graddiff, npo, token_kl, token_nll
-from jedit.objectives.token_nll import counted_outputs
+from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
 from jedit.recipes.training import rows_of
 from jedit.report import Curve, Method, Point, best_point

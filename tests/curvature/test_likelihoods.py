@@ -8,7 +8,8 @@ import scipy.special
 import scipy.stats
 
 from jedit.curvature import likelihoods
-from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian, output_mask
+from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 LEAD, EVENT = (3, 2), 5
@@ -287,8 +288,8 @@ def test_output_mask_combines_mask_and_valid():
     batch = Batch(
         inputs=None, mask=jnp.array([[1.0, 0.0, 1.0]]), valid=jnp.array([[True, True, False]])
     )
-    np.testing.assert_array_equal(output_mask(batch, (1, 3)), [[True, False, False]])
-    np.testing.assert_array_equal(output_mask(Batch(inputs=None), (1, 3)), [[True] * 3])
+    np.testing.assert_array_equal(counted_outputs(batch, (1, 3)), [[True, False, False]])
+    np.testing.assert_array_equal(counted_outputs(Batch(inputs=None), (1, 3)), [[True] * 3])
 
 
 def test_bad_input_gets_a_sentence():
@@ -304,4 +305,4 @@ def test_bad_input_gets_a_sentence():
     with pytest.raises(ValueError, match="one id per example"):
         Categorical().noise(jnp.zeros((4, 5)), jnp.arange(3), key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"batch\.mask has shape \(2,\)"):
-        output_mask(Batch(inputs=None, mask=jnp.ones(2)), (2, 3))
+        counted_outputs(Batch(inputs=None, mask=jnp.ones(2)), (2, 3))

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from jedit import objectives
-from jedit.objectives.token_nll import counted_outputs
+from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 from tests.objectives.references import (
     apply,

@@ -1,4 +1,4 @@
-"""The other objectives in NumPy float64: values, and what gradient flows where one is a constant."""
+"""The other objectives in NumPy float64: values, and what gradient flows past a constant."""
 
 from functools import partial
 
