@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +88,8 @@ def unlearn(
         objective_args: further keyword arguments of the objective. Large arrays, reference params
             for instance, belong here: what a `partial` holds is compiled in as a constant.
         update_args: `(params, forget_rows, retain_rows) -> dict` of further keyword arguments of
-            the optimizer's update, computed at each step; a tree like params is cut as they are.
+            the optimizer's update, computed at each step; a tree like params is cut as they are,
+            and a function of params still gets whole ones.
         every: call `callback` after so many steps, and after the last.
         callback: gets the state and the history since the last call. The state's arrays are
             overwritten when the loop goes on: copy what is to be kept. If it returns something
@@ -189,6 +191,7 @@ def _train(
         )
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
     params, is_trained = start.params, _is_trained(start.params, trainable)
+    begin = int(start.step)  # an array, after a checkpoint
     state = start.optimizer_state
     if state is None:
         # Large arrays that a transform holds go into its state, and with it into the call as
@@ -197,23 +200,23 @@ def _train(
     # The compiled call overwrites what it is given, and somebody else may hold these.
     trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
     sets = jax.tree.map(jnp.asarray, sets)
-    marks = [*(range(start.step, steps, every or steps or 1) or [steps]), steps]
+    stop = max(steps, begin)
+    marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
     histories = []
     for first, last in itertools.pairwise(marks):
         before = None if callback is None else jax.tree.map(jnp.copy, trained)
         trained, state, history = _advance(
             (objective, optimizer, update_args),
-            (is_trained, last - first, batch_size),
+            is_trained,
             trained,
             state,
             params,
-            jnp.asarray(first, jnp.int32),
+            _row_streams(sets, first, last - first, batch_size, key),
             sets,
-            key,
             dict(objective_args or {}),
         )
         histories.append(history)
-        if callback is not None:
+        if callback is not None and last > first:
             merged = _merge(trained, params, is_trained)
             if callback(LoopState(last, merged, state), history):
                 trained = before
@@ -221,26 +224,25 @@ def _train(
     return _merge(trained, params, is_trained), _joined(histories)
 
 
-def _advance(functions, static, trained, state, params, first, sets, key, objective_args):
+def _advance(functions, is_trained, trained, state, params, streams, sets, objective_args):
     """Take the steps in one compiled call, or one by one where a loop would be slow.
 
     XLA's CPU compiler rewrites convolutions for its fast kernels at the top of a program alone
     (jax issue 12868): the gradient of one takes six times as long inside a loop.
     """
-    is_trained, steps, batch_size = static
-    rest = (params, first, sets, key, objective_args)
-    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((trained, rest)))
-    if is_traced:  # nothing can be overwritten under a transformation
-        return jax.jit(_take_steps, static_argnums=(0, 1))(functions, static, trained, state, *rest)
-    if steps == 1 or jax.default_backend() != "cpu":
-        return _steps(functions, static, trained, state, *rest)
-    program = _steps.trace(functions, static, trained, state, *rest).jaxpr
-    if not _has_convolution(program.jaxpr):
-        return _steps(functions, static, trained, state, *rest)
+    rest = (sets, objective_args)
+    given = (functions, is_trained, trained, state, params, streams, *rest)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(given[2:])):
+        # Nothing can be overwritten under a transformation.
+        return jax.jit(_take_steps, static_argnums=(0, 1))(*given)
+    steps = len(jax.tree.leaves(streams)[0])
+    is_cpu = jax.default_backend() == "cpu"
+    if steps < 2 or not is_cpu or not _has_convolution(_steps.trace(*given).jaxpr.jaxpr):
+        return _steps(*given)
     histories = []
     for i in range(steps):
-        rest = (params, first + i, sets, key, objective_args)
-        trained, state, one = _steps(functions, (is_trained, 1, batch_size), trained, state, *rest)
+        row = jax.tree.map(lambda numbers, i=i: numbers[i : i + 1], streams)
+        trained, state, one = _steps(functions, is_trained, trained, state, params, row, *rest)
         histories.append(one)
     return trained, state, _joined(histories)
 
@@ -269,23 +271,25 @@ def _joined(histories: list[History]) -> History:
 
 def _take_steps(
     functions: tuple[Callable, optax.GradientTransformation, Callable | None],
-    static: tuple[tuple[bool, ...], int, int],
+    is_trained: tuple[bool, ...],
     trained: PyTree,
     state: PyTree,
     params: PyTree,
-    first: Array,
+    streams: tuple[Array | None, ...],
     sets: tuple[PyTree | None, ...],
-    key: Array,
     objective_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree, History]:
+    """As many steps as the streams have rows."""
     objective, optimizer, update_args = functions
-    is_trained, steps, batch_size = static
     structure = jax.tree.structure(params)
     optimizer = optax.with_extra_args_support(optimizer)
-    streams = tuple(
-        None if rows is None else _row_stream(_num_rows(rows), first, steps, batch_size, set_key)
-        for rows, set_key in zip(sets, jax.random.split(key, len(sets)), strict=True)
-    )
+
+    def cut(extra: Any) -> Any:
+        """What the optimizer sees of an extra argument: of whole params, the trained part."""
+        if callable(extra):
+            return lambda tree: cut(extra(_merge(tree, params, is_trained)))
+        is_like_params = jax.tree.structure(extra) == structure
+        return _split(extra, is_trained) if is_like_params else extra
 
     def step(carry: tuple, numbers: tuple) -> tuple[tuple, History]:
         trained, state = carry
@@ -301,39 +305,52 @@ def _take_steps(
         extra = {}
         if update_args is not None:
             extra = update_args(_merge(trained, params, is_trained), *drawn)
-            is_like_params = {k: jax.tree.structure(v) == structure for k, v in extra.items()}
-            extra = {k: _split(v, is_trained) if is_like_params[k] else v for k, v in extra.items()}
+            extra = {name: cut(value) for name, value in extra.items()}
         updates, state = optimizer.update(gradients, state, trained, value=loss, **extra)
         return (optax.apply_updates(trained, updates), state), {**aux, "loss": loss}
 
-    if steps == 1:
+    if len(jax.tree.leaves(streams)[0]) == 1:
         (trained, state), one = step((trained, state), jax.tree.map(lambda x: x[0], streams))
         return trained, state, jax.tree.map(lambda x: x[None], one)
-    (trained, state), history = lax.scan(step, (trained, state), streams, length=steps)
+    (trained, state), history = lax.scan(step, (trained, state), streams)
     return trained, state, history
 
 
 _steps = jax.jit(_take_steps, static_argnums=(0, 1), donate_argnums=(2, 3))
 
 
-def _row_stream(
-    num_rows: int, first: Array, steps: int, batch_size: int, key: Array
-) -> Int[Array, "steps size"]:
-    """Return the row numbers of `steps` steps from `first` on.
+def _row_streams(
+    sets: tuple[PyTree | None, ...], first: int, steps: int, batch_size: int, key: Array
+) -> tuple[Int[Array, "steps size"] | None, ...]:
+    """Return the row numbers of `steps` steps from `first` on, for each set."""
+    return tuple(
+        None if rows is None else _row_stream(_num_rows(rows), first, steps, batch_size, set_key)
+        for rows, set_key in zip(sets, jax.random.split(key, len(sets)), strict=True)
+    )
 
-    The stream is made of permutations, end to end, cut into batches.
-    """
+
+def _row_stream(
+    num_rows: int, first: int, steps: int, batch_size: int, key: Array
+) -> Int[Array, "steps size"]:
+    """Return a piece of the stream of permutations, end to end, cut into batches."""
     size = min(batch_size, num_rows)
+    epoch, offset = divmod(first * size, num_rows)
+    place = jnp.asarray([epoch, offset], jnp.int32)
+    return _piece(num_rows, steps * size, place, key).reshape(steps, size)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _piece(num_rows: int, length: int, place: Array, key: Array) -> Int[Array, " length"]:
+    """Return `length` numbers of the stream from an offset in an epoch on."""
     numbers = jnp.arange(num_rows, dtype=jnp.int32)
-    # A piece of the stream reaches into one permutation more than would hold it.
-    first_epoch, offset = jnp.divmod(first * size, num_rows)
-    epochs = first_epoch + jnp.arange(-(-steps * size // num_rows) + 1, dtype=jnp.int32)
+    # A piece reaches into one permutation more than would hold it.
+    epochs = place[0] + jnp.arange(-(-length // num_rows) + 1, dtype=jnp.int32)
 
     def permutation(epoch: Array) -> Array:
         return jax.random.permutation(jax.random.fold_in(key, epoch), numbers)
 
     stream = jax.vmap(permutation)(epochs).reshape(-1)
-    return lax.dynamic_slice(stream, (offset,), (steps * size,)).reshape(steps, size)
+    return lax.dynamic_slice(stream, (place[1],), (length,))
 
 
 def _num_rows(rows: PyTree) -> int:

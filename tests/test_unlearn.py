@@ -96,7 +96,7 @@ def test_the_loop_is_the_one_by_hand(problem, key, tolerance, batch_size):
 
 def test_each_row_is_seen_equally_often_and_steps_do_not_depend_on_their_number(key):
     def rows(first, steps, count=10, size=4):
-        return np.asarray(_row_stream(count, jnp.int32(first), steps, size, key))
+        return np.asarray(_row_stream(count, first, steps, size, key))
 
     stream = rows(0, 23)
     counts = np.bincount(stream.ravel(), minlength=10)
@@ -131,7 +131,11 @@ def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
     resumed, rest = run(params=seen[0][0], steps=7)
     tolerance.check(resumed, whole)
     tolerance.check(rest["loss"], history["loss"][3:])
-    assert run(params=seen[0][0], steps=3)[1]["loss"].shape == (0,)
+    done = []
+    past, nothing = run(params=seen[0][0], steps=2, callback=lambda *_: done.append(1))
+    assert nothing["loss"].shape == (0,)
+    assert not done
+    tolerance.check(past, seen[0][0].params)
 
 
 @pytest.mark.reuses_keys
@@ -326,6 +330,35 @@ def test_transforms_get_their_extra_arguments(problem, key, trainable):
     assert np.linalg.norm(change) > 0
     size = np.linalg.norm(change) * np.linalg.norm(gradient)
     assert abs(change @ gradient) < 1e-4 * size
+
+
+@pytest.mark.parametrize("trainable", [None, "hidden"])
+def test_functions_among_the_extra_arguments_get_whole_params(problem, key, trainable, tolerance):
+    params, forget, retain = problem
+    retain_loss = lambda p, rows: objectives.retain_nll(p, None, rows, apply=apply)[0]  # noqa: E731
+
+    def update(updates, state, params=None, *, grad_fn, value, **extra):
+        del updates, value, extra
+        return grad_fn(params), state
+
+    taken = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    new, _ = unlearn(
+        partial(objectives.ga, apply=apply),
+        optax.chain(taken, optax.scale(-0.1)),
+        params,
+        forget,
+        retain,
+        steps=1,
+        key=key,
+        batch_size=19,
+        trainable=trainable,
+        update_args=lambda _, __, rows: {"grad_fn": lambda p: jax.grad(retain_loss)(p, rows)},
+    )
+    gradient = jax.grad(retain_loss)(params, retain)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    if trainable:
+        expected["out"] = params["out"]
+    tolerance.check(new, expected)
 
 
 @pytest.mark.usefixtures("standard_promotion")

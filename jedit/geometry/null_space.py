@@ -177,6 +177,7 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
     if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
         raise ValueError(f"the tree has no leaves {missing}, which the projector is for")
     total: dict[str, Array] = {}
+    rest = dict(leaves)
     for _, weight, factor in projector.blocks:
         w, basis = projector.weights[factor], projector.bases[factor]
         matrix = weight.gather({path: leaves[path].astype(w.dtype) for path in weight.paths})
@@ -189,10 +190,10 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
             )
         for path, part in weight.scatter(projected).items():
             total[path] = total[path] + part if path in total else part
-    out = [
-        total[path].astype(leaf.dtype)
-        if path in total
-        else (leaf if uncovered == "identity" else jnp.zeros_like(leaf))
-        for path, leaf in leaves.items()
-    ]
+        for path, part in weight.scatter(matrix).items():
+            rest[path] = rest[path] - part.astype(rest[path].dtype)
+    out = []
+    for path, leaf in leaves.items():
+        left = rest[path] if uncovered == "identity" else jnp.zeros_like(leaf)
+        out.append(left + total[path].astype(leaf.dtype) if path in total else left)
     return jax.tree.unflatten(jax.tree.structure(tree), out)

@@ -91,8 +91,8 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
             ‖all gradients‖² / r of the true one.
 
     Returns:
-        The functions; they jit and vmap. An update costs 2 r flops a parameter ("fifo": a copy), a
-        value 8 r² flops a parameter.
+        The functions; they jit and vmap. An update copies the gradient ("fifo") or costs 4 r² flops
+        a parameter, a value 8 r².
 
     Raises:
         ValueError: rank below one, unknown scope or sketch.
@@ -264,10 +264,10 @@ def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
 
 
 def _shrinking(gram: Array) -> Array:
-    """The map (r, r + 1) from old rows to new: Σ' Uᵀ Σ⁻¹ ... on the rows' left singular vectors."""
+    """The map (r, r + 1) from rows UΣVᵀ to new ones: sqrt(1 - σ²_min/σ²) Uᵀ, less a zero row."""
     values, vectors = jnp.linalg.eigh(gram)
     values = jnp.maximum(values, 0)
-    is_kept = values > 1e3 * jnp.finfo(gram.dtype).eps * values[-1]
+    is_kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     ratio = jnp.where(is_kept, (values - values[0]) / jnp.where(is_kept, values, 1), 0)
     return (jnp.sqrt(ratio)[:, None] * vectors.T)[1:]
 

@@ -36,7 +36,7 @@ class RetainOrthogonalInfo(NamedTuple):
         sin: ‖q‖ / ‖g_f‖: of the angle for scope "global", of a mean angle for "leaf".
         forget_gain: g_fᵀ of the direction or perturbation returned: first order.
         retain_change: g_rᵀ of it; zero but for rounding.
-        is_parallel: nothing of g_f is left off g_r, and the direction is zero.
+        is_parallel: nothing but rounding is left of g_f off g_r, and the direction is zero.
     """
 
     cos: Float[Array, ""]
@@ -128,25 +128,25 @@ def _direction(forget, retain, scope, metric):
     if scope == "global":
         products, norms_r = _everywhere(products), _everywhere(norms_r)
 
-    def off(tree, products):
+    def off(tree, along, products):
         return jax.tree.map(
             lambda x, r, p, n: x - jnp.where(n > 0, p / jnp.where(n > 0, n, 1), 0) * r,
             tree,
-            up_r,
+            along,
             products,
             norms_r,
         )
 
-    direction = off(up_f, products)
-    # Once more: what cancellation has left along g_r.
+    # The gradient that is left, and its direction; once more, for what cancellation has left.
+    gradient, direction = off(forget, retain, products), off(up_f, up_r, products)
     left = jax.tree.map(jnp.vdot, retain, direction)
-    direction = off(direction, _everywhere(left) if scope == "global" else left)
-    gain = _total(jax.tree.map(jnp.vdot, forget, direction))
-    # q is M-orthogonal to M⁻¹g_r, so that ‖q‖² = qᵀMq = g_fᵀq.
+    left = _everywhere(left) if scope == "global" else left
+    gradient, direction = off(gradient, retain, left), off(direction, up_r, left)
+    # g_fᵀq is ‖q‖², q being M-orthogonal to M⁻¹g_r; out of two small factors, it keeps its digits.
+    gain = _total(jax.tree.map(jnp.vdot, gradient, direction))
     norm = jnp.sqrt(jnp.maximum(gain, 0))
-    tolerance = 100 * jnp.finfo(norm.dtype).eps
     size_f = jnp.sqrt(jnp.maximum(norm_f, 0))
-    is_parallel = gain <= (tolerance * norm_f)
+    is_parallel = norm <= 100 * jnp.finfo(norm.dtype).eps * size_f
     scale = size_f * jnp.sqrt(jnp.maximum(norm_r, 0))
     cos = _total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(scale > 0, scale, 1)
     direction = jax.tree.map(lambda q: jnp.where(is_parallel, 0, q), direction)

@@ -17,9 +17,10 @@ from jaxtyping import Array, PyTree
 
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
-from jedit.outputs import counted_outputs
+from jedit.outputs import counted_outputs, wide
 from jedit.typing import Batch
 
+MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
 MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule
 
 
@@ -61,10 +62,10 @@ def scale_to_kl_budget(
         curvature: gives the first guess; None: the matrix-free Gauss-Newton product does.
 
     Returns:
-        α d, and what was found. A step that costs nothing at any length is scaled by at most 1e6.
+        α d, and what was found; α is at most 1e6, for steps that cost nothing at any length.
 
     Raises:
-        ValueError: a budget that is not positive.
+        ValueError: a budget that is not positive, or retain batches that count no output.
     """
     if budget <= 0:
         raise ValueError(f"budget must be positive, got {budget}")
@@ -74,7 +75,10 @@ def scale_to_kl_budget(
     else:
         quadratic = 0.5 * float(quadratic_form(curvature, step))
     start = math.sqrt(budget / max(quadratic, budget * 1e-12))
-    scale = largest_step_within(lambda alpha: price(params, step, alpha), start, budget)
+    start = min(start, MAX_SCALE)
+    scale = largest_step_within(
+        lambda alpha: price(params, step, alpha), start, budget, limit=MAX_SCALE
+    )
     scaled = jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), step)
     true_kl = price(params, scaled, 1.0)
     return scaled, TrustRegionInfo(scale, price.predicted(scaled), true_kl)
@@ -101,11 +105,18 @@ class RetainKl:
             likelihood: what they mean.
             params: θ₀.
             retain: one batch, or several.
+
+        Raises:
+            ValueError: they count no output.
         """
         self.batches = [retain] if isinstance(retain, Batch) else list(retain)
         self._apply, self._likelihood, self._params = apply, likelihood, params
         self._base = [_outputs(apply, params, batch) for batch in self.batches]
         self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]
+        if not sum(self._counts):
+            raise ValueError(
+                f"the {len(self.batches)} retain batches count no output, so no KL can be measured"
+            )
 
     def __call__(self, start: PyTree, move: PyTree, alpha: float) -> float:
         """True KL at start + alpha·move, nats per counted output."""
@@ -117,6 +128,7 @@ class RetainKl:
 
     def predicted(self, change: PyTree) -> float:
         """Second-order KL of a change from θ₀."""
+        change = jax.tree.map(lambda d, p: d.astype(p.dtype), change, self._params)
         return self._mean(
             _predicted_kl(self._apply, self._likelihood, self._params, batch, change)
             for batch in self.batches
@@ -124,7 +136,7 @@ class RetainKl:
 
     def _mean(self, values) -> float:
         weighted = (float(v) * n for v, n in zip(values, self._counts, strict=True) if n)
-        return sum(weighted) / max(sum(self._counts), 1)
+        return sum(weighted) / sum(self._counts)
 
 
 def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: Batch) -> int:
@@ -141,7 +153,11 @@ def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: 
 def moved(params: PyTree, move: PyTree, alpha: float | Array) -> PyTree:
     """Return params + alpha·move, in the params' own dtypes."""
     return jax.tree.map(
-        lambda p, d: p + jnp.asarray(alpha, d.dtype).astype(p.dtype) * d, params, move
+        lambda p, d: (wide(p) + jnp.asarray(alpha, wide(p).dtype) * d.astype(wide(p).dtype)).astype(
+            p.dtype
+        ),
+        params,
+        move,
     )
 
 
@@ -162,8 +178,10 @@ def _moved_kl(apply, likelihood, params, move, alpha, base, batch):
 _predicted_kl = jax.jit(quadratic_kl, static_argnames=("apply", "likelihood"))
 
 
-def largest_step_within(kl_at: Callable[[float], float], start: float, allowed: float) -> float:
-    """The largest α with KL(α) <= allowed, to one percent of the KL: bracket, then interpolate.
+def largest_step_within(
+    kl_at: Callable[[float], float], start: float, allowed: float, *, limit: float = math.inf
+) -> float:
+    """The largest α <= limit with KL(α) <= allowed, to one percent: bracket, then interpolate.
 
     sqrt(KL), which is nearly linear in α where the quadratic model holds, is followed by false
     position in a bracket; a value that is not finite counts as too large. What is returned was
@@ -178,12 +196,12 @@ def largest_step_within(kl_at: Callable[[float], float], start: float, allowed: 
         root = math.sqrt(max(value, 0.0)) if math.isfinite(value) else math.inf
         if root <= target:
             inside, low = alpha, root
-            if root >= 0.995 * target:
+            if root >= 0.995 * target or alpha >= limit:
                 break
         else:
             outside, high = alpha, root
         if math.isinf(outside):
-            alpha = inside * min(4.0, max(1.2, 1.1 * target / max(low, 1e-30)))
+            alpha = min(inside * min(4.0, max(1.2, 1.1 * target / max(low, 1e-30))), limit)
         elif math.isinf(high) or inside == 0.0:
             alpha = inside + (outside - inside) * (0.2 if math.isinf(high) else 0.5)
             if inside == 0.0 and not math.isinf(high):

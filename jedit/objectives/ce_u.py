@@ -13,8 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
-from jedit.objectives.token_nll import Apply, masked_mean, soft_cross_entropy, token_nll
-from jedit.outputs import counted_outputs
+from jedit.objectives.token_nll import (
+    Apply,
+    labelled_logits,
+    masked_mean,
+    soft_cross_entropy,
+    token_nll,
+)
 from jedit.typing import Batch
 
 
@@ -32,13 +37,9 @@ def ce_u(
     """Return the CE-U loss; the retain term is there when `retain` is.
 
     Raises:
-        ValueError: the batch has no targets.
+        ValueError: the batch has not one target per output.
     """
-    if forget.targets is None:
-        raise ValueError("ce_u needs forget.targets, the labels to be left out")
-    logits = apply(params, forget.inputs)
-    counted = counted_outputs(forget, logits.shape[:-1])
-    targets = jnp.where(counted, forget.targets, 0)
+    logits, targets, counted = labelled_logits(params, forget, apply=apply)
     is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     fixed = jax.lax.stop_gradient(logits)
     distribution = jax.nn.softmax(jnp.where(is_label, -jnp.inf, fixed), axis=-1)

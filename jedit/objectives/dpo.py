@@ -3,17 +3,18 @@
     loss = -(2/β) E log σ( β [ NLL(y) - NLL_ref(y) - NLL(r) + NLL_ref(r) ] ) + α R
 
 y is the answer to be forgotten, r what is to be said in its place ("I do not know"), NLL the sum
-over the tokens that count; E the mean over the pairs. β = 0.1 is that of the leading framework
-[code].
+over the tokens that count; E the mean over the pairs of which both have one. β = 0.1 is that of the
+leading framework [code].
 """
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
-from jedit.objectives.token_nll import Apply, sequence_nll
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 from jedit.typing import Batch
 
 
@@ -32,14 +33,18 @@ def dpo(
 
     Costs four forward passes for the forget pairs, two of them of the reference.
     """
-    answers, refusals = forget
-    growth = [
-        sequence_nll(params, batch, apply=apply)
-        - jax.lax.stop_gradient(sequence_nll(reference_params, batch, apply=apply))
-        for batch in (answers, refusals)
-    ]
-    margin = growth[0] - growth[1]
-    loss = -(2 / beta) * jax.nn.log_sigmoid(beta * margin).mean()
-    aux = {"answer_nll_growth": growth[0].mean(), "refusal_nll_growth": growth[1].mean()}
+    growth, is_whole = [], []
+    for batch in forget:
+        nll, counted = counted_nll(params, batch, apply=apply)
+        reference = jax.lax.stop_gradient(sequence_nll(reference_params, batch, apply=apply))
+        growth.append(jnp.sum(nll.reshape(nll.shape[0], -1), axis=-1) - reference)
+        is_whole.append(jnp.any(counted.reshape(nll.shape[0], -1), axis=-1))
+    is_pair = is_whole[0] & is_whole[1]
+    terms = -(2 / beta) * jax.nn.log_sigmoid(beta * (growth[0] - growth[1]))
+    loss = masked_mean(terms, is_pair)
+    aux = {
+        "answer_nll_growth": masked_mean(growth[0], is_pair),
+        "refusal_nll_growth": masked_mean(growth[1], is_pair),
+    }
     retain_term = (params, None, retain, apply, reference_params, alpha, retain_objective)
     return add_retain(loss, aux, *retain_term)

@@ -26,8 +26,10 @@ def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
         raise ValueError(
             f"relabel needs targets and at least 2 classes, got {batch.targets=}, {num_classes=}"
         )
-    shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, batch.targets.dtype)
-    return batch._replace(targets=jnp.mod(jnp.maximum(batch.targets, 0) + shift, num_classes))
+    shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, jnp.int32)
+    old = jnp.maximum(batch.targets.astype(jnp.int32), 0)  # what does not count may hold anything
+    new = jnp.mod(old + shift, num_classes)
+    return batch._replace(targets=new.astype(batch.targets.dtype))
 
 
 def random_label(

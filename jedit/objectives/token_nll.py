@@ -51,6 +51,24 @@ def masked_mean(values: Float[Array, "*lead"], counted: Bool[Array, "*lead"]) ->
     return total / jnp.maximum(jnp.sum(counted), 1).astype(total.dtype)
 
 
+def labelled_logits(
+    params: PyTree, batch: Batch, *, apply: Apply
+) -> tuple[Float[Array, "*lead classes"], Int[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return logits in float32 or wider, targets (0 where they do not count), and which count.
+
+    Raises:
+        ValueError: if the batch has no targets, or not one per output.
+    """
+    logits = wide(apply(params, batch.inputs))
+    if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
+        got = None if batch.targets is None else batch.targets.shape
+        raise ValueError(
+            f"batch.targets has shape {got}, expected one label per output, {logits.shape[:-1]}"
+        )
+    counted = counted_outputs(batch, logits.shape[:-1])
+    return logits, jnp.where(counted, batch.targets, 0), counted
+
+
 def counted_nll(
     params: PyTree, batch: Batch, *, apply: Apply
 ) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
@@ -61,15 +79,8 @@ def counted_nll(
     Raises:
         ValueError: if the batch has no targets, or not one per output.
     """
-    logits = apply(params, batch.inputs)
-    if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
-        got = None if batch.targets is None else batch.targets.shape
-        raise ValueError(
-            f"batch.targets has shape {got}, expected one label per output, {logits.shape[:-1]}"
-        )
-    counted = counted_outputs(batch, logits.shape[:-1])
-    nll = token_nll(logits, jnp.where(counted, batch.targets, 0))
-    return jnp.where(counted, nll, 0), counted
+    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    return jnp.where(counted, token_nll(logits, targets), 0), counted
 
 
 def sequence_nll(params: PyTree, batch: Batch, *, apply: Apply) -> Float[Array, " batch"]:

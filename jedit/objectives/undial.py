@@ -13,8 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
-from jedit.objectives.token_nll import Apply, masked_mean, soft_cross_entropy, token_nll
-from jedit.outputs import counted_outputs
+from jedit.objectives.token_nll import (
+    Apply,
+    labelled_logits,
+    masked_mean,
+    soft_cross_entropy,
+    token_nll,
+)
+from jedit.outputs import wide
 from jedit.typing import Batch
 
 
@@ -35,14 +41,10 @@ def undial(
     Costs one more forward pass, of the reference.
 
     Raises:
-        ValueError: the batch has no targets.
+        ValueError: the batch has not one target per output.
     """
-    if forget.targets is None:
-        raise ValueError("undial needs forget.targets, the labels to be pushed down")
-    logits = apply(params, forget.inputs)
-    counted = counted_outputs(forget, logits.shape[:-1])
-    targets = jnp.where(counted, forget.targets, 0)
-    teacher = jax.lax.stop_gradient(apply(reference_params, forget.inputs))
+    logits, targets, counted = labelled_logits(params, forget, apply=apply)
+    teacher = wide(jax.lax.stop_gradient(apply(reference_params, forget.inputs)))
     is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     distribution = jax.nn.softmax(jnp.where(is_label, teacher - beta, teacher), axis=-1)
     loss = gamma * masked_mean(soft_cross_entropy(distribution, logits), counted)

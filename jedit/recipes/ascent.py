@@ -14,7 +14,9 @@ from jedit.typing import Batch
 from jedit.unlearn import History, LoopState, unlearn
 
 # The learning rate stands in the state: a grid of them compiles once.
-OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=0.0)
+OPTIMIZER = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
+    learning_rate=0.0
+)
 
 
 def ascend(

@@ -44,8 +44,11 @@ def orthogonalize_to_retain(
 
         optax.chain(optax.adamw(1e-4), orthogonalize_to_retain())
 
-    Before Adam the same holds only in Adam's metric, and only while momentum and weight decay are
-    small: that is GU, `chain(orthogonalize_to_retain(metric="adam"), optax.adam(1e-4, b1=0.0))`.
+    In Adam's metric it stands in Adam's place and scales as Adam without momentum does, because
+    only who knows h can keep the constraint through it; that is GU:
+
+        optax.chain(orthogonalize_to_retain(metric="adam"), optax.scale_by_learning_rate(1e-4))
+
     `update` takes one of two extra arguments: `retain_grads`, a tree like params, or
     `retain_grad_fn(params) -> such a tree`, which is called at every `refresh`-th step alone.
 
@@ -53,7 +56,8 @@ def orthogonalize_to_retain(
         rank: gradients kept (paper: 8).
         refresh: steps between two new gradients.
         scope: "leaf", a subspace for every parameter, or "global".
-        metric: "euclidean", "adam" (from a running mean of squared updates), or a `Whitening`.
+        metric: "euclidean", "adam" (h from a running mean of squared updates; what comes out is
+            z_⊥/√h, a step), or a `Whitening` (what comes out is W⁻¹z_⊥, a gradient).
         sketch: "fifo" or "frequent_directions".
         decay: of the running mean, Adam's b2.
         eps: Adam's.
@@ -111,7 +115,8 @@ def orthogonalize_to_retain(
             whitening = adam_whitening(correction, eps)
         wide = jax.tree.map(lambda u: u.astype(wide_dtype(u.dtype)), updates)
         basis = subspace.value(seen, whitening)
-        left = whitening.unwhiten(project_out(basis, whitening.whiten(wide), scope=scope))
+        left = project_out(basis, whitening.whiten(wide), scope=scope)
+        left = whitening.whiten(left) if metric == "adam" else whitening.unwhiten(left)
         left = jax.tree.map(lambda x, u: x.astype(u.dtype), left, updates)
         return left, OrthogonalizeToRetainState(seen, second, count)
 

@@ -1,10 +1,10 @@
 """Hold a null space in the parameter change that is really made, rounding of the dtype included.
 
-    u <- P u - e        e <- e + (round(θ + u) - θ) - P (round(θ + u) - θ)
+    v = P u - e        e <- (round(θ + v) - θ) - v
 
-e is what rounding to the parameters' dtype has let out of the null space so far; it is taken back
-at the next step, so that the sum of all changes stays within one rounding of the null space
-instead of drifting from it step by step.
+e is what rounding to the parameters' dtype made of the last update beyond what was asked; it is
+taken back at the next step, so that the sum of all changes stays within one rounding of the sum of
+projected updates instead of drifting from it, and out of the null space, step by step.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class ProjectRealisedUpdateState(NamedTuple):
 
     Attributes:
         projector: P.
-        leak: e, a tree like params in float32 or wider; None where a parameter has no projector.
+        leak: e, a tree like params in float32 or wider.
     """
 
     projector: Projector
@@ -45,7 +45,7 @@ def project_realised_update(
         uncovered: "zero" or "identity", as for `project_to_null_space`.
 
     Returns:
-        The transform; a call of `update` costs two `project`.
+        The transform; a call of `update` costs one `project`.
 
     Raises:
         ValueError: at `update`, params are missing or lack a parameter of the projector.
@@ -64,8 +64,7 @@ def project_realised_update(
         kept = jax.tree.map(jnp.subtract, kept, state.leak)
         out = jax.tree.map(lambda u, like: u.astype(like.dtype), kept, updates)
         realised = jax.tree.map(_realised, params, out, state.leak)
-        inside = project(state.projector, realised, uncovered="identity")
-        leak = jax.tree.map(lambda e, r, i: e + r - i, state.leak, realised, inside)
+        leak = jax.tree.map(jnp.subtract, realised, kept)
         return out, ProjectRealisedUpdateState(state.projector, leak)
 
     return optax.GradientTransformationExtraArgs(init, update)

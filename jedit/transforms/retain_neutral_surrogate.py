@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedit.geometry import RetainOrthogonalInfo, retain_neutral_perturbation
+from jedit.geometry import (
+    RetainOrthogonalInfo,
+    retain_neutral_perturbation,
+    retain_orthogonal,
+)
 from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
@@ -80,6 +84,9 @@ def retain_neutral_surrogate(
             )
         retain = updates if constrained else jax.tree.map(jnp.zeros_like, updates)
         delta, info = retain_neutral_perturbation(forget_grads, retain, radius=radius, scope=scope)
+        if not constrained:  # the angle and the price are those of the true retain gradient
+            _, true = retain_orthogonal(forget_grads, updates, scope=scope)
+            info = info._replace(cos=true.cos, sin=true.sin, retain_change=_dot(updates, delta))
         there = jax.tree.map(lambda p, d: p + d.astype(p.dtype), params, delta)
         gradient = grad_fn(there)
         if outer != "transport":

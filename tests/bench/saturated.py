@@ -198,7 +198,7 @@ def negative_preferences(scene, tempered, select):
     """NPO with a retain loss: by Adam, and by plain steps in the tempered metric."""
     runs = [(f"NPO, 125 steps of Adam, lr {r:g}", None, optax.adam(r), 125) for r in (2e-4, 5e-4)]
     for damping in (0.1, 0.03):
-        for max_kl in (3e-6, 1e-5, 3e-5):
+        for max_kl in (1e-5, 3e-5, 1e-4, 1e-3):
             chain = optax.chain(
                 jedit.transforms.scale_by_curvature(tempered, damping=damping),
                 optax.scale(-1.0),

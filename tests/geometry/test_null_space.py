@@ -141,6 +141,23 @@ def test_a_table_is_projected_token_by_token(key):
     np.testing.assert_array_equal(change["table"], expected)
 
 
+def test_what_of_a_leaf_is_not_covered_passes_by_identity(key):
+    """A matrix that is the first rows of its leaf."""
+
+    def apply(params, x):
+        return x @ params["w"][:2]
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 3)))}
+    x = jnp.asarray(rng.normal(size=(9, 2)))
+    curvature = estimate(kfac(apply, Categorical()), params, [Batch(x)], key=key)
+    nothing = null_space(curvature, threshold=0, by="rank")
+    passed = project(nothing, params, uncovered="identity")["w"]
+    np.testing.assert_allclose(passed[:2], 0, atol=1e-6)
+    np.testing.assert_array_equal(passed[2:], params["w"][2:])
+    assert not np.any(project(nothing, params)["w"][2:])
+
+
 def test_a_projector_passes_through_jit_and_prints_its_ranks(scene, tolerance):
     _, curvature, _, tree = scene
     projector = null_space(curvature, threshold=1e-6)

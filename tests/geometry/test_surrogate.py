@@ -115,6 +115,14 @@ def test_parallel_gradients_give_zero_and_a_flag(gradients, factor, scope):
     assert float(info.forget_gain) == 0
 
 
+def test_nearly_parallel_gradients_keep_what_differs():
+    forget = {"a": jnp.asarray([1.0, 1e-4])}
+    q, info = retain_orthogonal(forget, {"a": jnp.asarray([2.0, 0.0])})
+    np.testing.assert_allclose(q["a"], [0, 1e-4], rtol=1e-5, atol=1e-12)
+    assert not info.is_parallel
+    assert float(info.sin) == pytest.approx(1e-4, rel=1e-4)
+
+
 def test_a_vanishing_gradient_is_no_constraint_and_no_number_is_lost(gradients, tolerance):
     forget, _ = gradients
     nothing = jax.tree.map(jnp.zeros_like, forget)

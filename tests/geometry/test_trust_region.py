@@ -75,7 +75,7 @@ def test_a_step_that_costs_nothing_stays_finite(scene):
     blind = jax.tree.map(jnp.zeros_like, step)
     scaled, info = scale_to_kl_budget(network, Categorical(), params, blind, retain, budget=0.1)
     assert info.true_kl == 0
-    assert np.isfinite(info.scale)
+    assert info.scale == 1e6
     assert not np.any(scaled["w"])
 
 
@@ -83,3 +83,20 @@ def test_a_budget_must_be_positive(scene):
     params, step, retain = scene
     with pytest.raises(ValueError, match="budget must be positive"):
         scale_to_kl_budget(network, Categorical(), params, step, retain, budget=0.0)
+    blind = [batch._replace(mask=jnp.zeros(len(batch.inputs))) for batch in retain]
+    with pytest.raises(ValueError, match="2 retain batches count no output"):
+        scale_to_kl_budget(network, Categorical(), params, step, blind, budget=0.1)
+
+
+def test_a_bfloat16_model_is_judged_as_it_will_be(scene):
+    params, step, retain = scene
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    step = jax.tree.map(lambda d: d.astype(jnp.float32), step)
+    retain = [b._replace(inputs=b.inputs.astype(jnp.bfloat16)) for b in retain]
+    scaled, info = scale_to_kl_budget(network, Categorical(), half, step, retain, budget=0.1)
+    after = jax.tree.map(
+        lambda p, d: (p.astype(jnp.float32) + d).astype(jnp.bfloat16), half, scaled
+    )
+    assert 0.05 < kl_by_hand(half, after, retain) < 0.105
+    assert {d.dtype for d in jax.tree.leaves(scaled)} == {jnp.dtype(jnp.float32)}
+    assert info.true_kl <= 0.1

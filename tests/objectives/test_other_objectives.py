@@ -142,6 +142,9 @@ def test_dpo(problem, beta, tolerance):
     growth = [
         (numpy_nll(params, b) - numpy_nll(reference, b)).sum(axis=1) for b in (answers, refusals)
     ]
+    is_pair = numpy_counted(answers).any(axis=1) & numpy_counted(refusals).any(axis=1)
+    assert not is_pair.all()
+    growth = [g[is_pair] for g in growth]
     expected = np.mean(-(2 / beta) * np.log(scipy.special.expit(beta * (growth[0] - growth[1]))))
     loss, aux = objectives.dpo(
         params, (answers, refusals), apply=apply, reference_params=reference, beta=beta
@@ -210,7 +213,7 @@ def test_missing_targets_get_a_sentence(problem, key):
         partial(objectives.undial, reference_params=reference),
         objectives.ce_u,
     ):
-        with pytest.raises(ValueError, match=r"needs forget\.targets"):
+        with pytest.raises(ValueError, match="expected one label per output"):
             objective(params, bare, apply=apply)
     with pytest.raises(ValueError, match="relabel needs targets"):
         objectives.relabel(bare, VOCAB, key=key)
