@@ -200,6 +200,7 @@ def _train(
     # The compiled call overwrites what it is given, and somebody else may hold these.
     trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
     sets = jax.tree.map(jnp.asarray, sets)
+    keys = jax.random.split(key, len(sets))
     stop = max(steps, begin)
     marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
     histories = []
@@ -211,7 +212,7 @@ def _train(
             trained,
             state,
             params,
-            _row_streams(sets, first, last - first, batch_size, key),
+            _row_streams(sets, first, last - first, batch_size, keys),
             sets,
             dict(objective_args or {}),
         )
@@ -320,12 +321,12 @@ _steps = jax.jit(_take_steps, static_argnums=(0, 1), donate_argnums=(2, 3))
 
 
 def _row_streams(
-    sets: tuple[PyTree | None, ...], first: int, steps: int, batch_size: int, key: Array
+    sets: tuple[PyTree | None, ...], first: int, steps: int, batch_size: int, keys: Array
 ) -> tuple[Int[Array, "steps size"] | None, ...]:
     """Return the row numbers of `steps` steps from `first` on, for each set."""
     return tuple(
         None if rows is None else _row_stream(_num_rows(rows), first, steps, batch_size, set_key)
-        for rows, set_key in zip(sets, jax.random.split(key, len(sets)), strict=True)
+        for rows, set_key in zip(sets, keys, strict=True)
     )
 
 

@@ -110,6 +110,12 @@ def test_each_row_is_seen_equally_often_and_steps_do_not_depend_on_their_number(
     assert rows(0, 2, count=3, size=8).shape == (2, 3)
 
 
+def test_intervals_use_no_key_twice(problem, key):
+    params, forget, retain = problem
+    run = partial(unlearn, GRADDIFF, MOMENTUM, params, forget, retain, steps=5, batch_size=4)
+    assert run(key=key, every=2)[1]["loss"].shape == (5,)
+
+
 @pytest.mark.reuses_keys
 @pytest.mark.usefixtures("standard_promotion")
 def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
@@ -429,6 +435,7 @@ def test_bfloat16_stays_bfloat16(problem, key):
     assert history["loss"].dtype == jnp.float32
 
 
+@pytest.mark.reuses_keys
 def test_mistakes_get_a_sentence(problem, key):
     params, forget, retain = problem
     run = partial(unlearn, GRADDIFF, optax.sgd(0.1), params, key=key)

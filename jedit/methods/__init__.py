@@ -1,5 +1,13 @@
-"""Editing methods: one file, one paper; each returns an `Edit` and what it found on the way."""
+"""Editing methods: one file, one paper.
 
+Those that edit return an `Edit` and what they found on the way; those that train return a
+`TrainingMethod`, which `jedit.unlearn` takes.
+"""
+
+from jedit.methods._training import TrainingMethod
+from jedit.methods.engram import EngramInfo, engram
+from jedit.methods.gu import gu
 from jedit.methods.kfade import KfadeInfo, kfade
+from jedit.methods.rosu import rosu, uam
 
-__all__ = ["KfadeInfo", "kfade"]
+__all__ = ["EngramInfo", "KfadeInfo", "TrainingMethod", "engram", "gu", "kfade", "rosu", "uam"]

@@ -1,0 +1,144 @@
+"""Engrams against NumPy's pseudo-inverse, against their own objective, and added up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit.curvature import estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.edits import apply_edit
+from jedit.methods import engram
+from jedit.typing import Batch
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
+
+
+@pytest.fixture
+def scene():
+    """Three parts of the data with inputs of their own, and their curvatures."""
+    rng = np.random.default_rng(3)
+    shapes = {"w": (6, 5), "b": (5,), "v": (5, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    parts = [rng.normal(size=(n, 6)) * rng.uniform(0.2, 2, 6) for n in (30, 17, 24)]
+    estimator = kfac(network, Categorical())
+    curvatures = [
+        estimate(estimator, params, [Batch(jnp.asarray(x))], key=jax.random.key(0)) for x in parts
+    ]
+    return params, parts, curvatures
+
+
+def rows(x):
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
+def weights(tree):
+    return np.concatenate([np.asarray(tree["w"]), np.asarray(tree["b"])[None]])
+
+
+def test_an_engram_is_the_least_squares_solution(scene, tolerance):
+    params, parts, curvatures = scene
+    edit, info = engram(params, curvatures[0], curvatures[1:], strength="whole")
+    target, rest = rows(parts[0]), rows(np.concatenate(parts[1:]))
+    w = weights(params)
+    # min ‖X₊(W₊ - W)‖² + ‖X₋W₊‖² as one least-squares problem, by NumPy's own solver.
+    expected = np.linalg.lstsq(
+        np.concatenate([target, rest]),
+        np.concatenate([target @ w, np.zeros((len(rest), 5))]),
+        rcond=None,
+    )[0]
+    found = -weights(edit.blocks)
+    np.testing.assert_allclose(found, expected, atol=10 * tolerance.factorization)
+    gradient = target.T @ target @ (found - w) + rest.T @ rest @ found
+    assert np.abs(gradient).max() < 1e3 * tolerance.factorization
+    ratio = np.linalg.norm(expected) / np.linalg.norm(w)
+    assert float(info.relative_norm["w"][0]) == pytest.approx(ratio, rel=tolerance.factorization)
+
+
+def test_engrams_of_a_partition_add_up_to_the_weights(scene, tolerance):
+    params, _, curvatures = scene
+    total = 0.0
+    for i in range(3):
+        others = [c for k, c in enumerate(curvatures) if k != i]
+        edit, _ = engram(params, curvatures[i], others, strength="whole")
+        total = total + weights(edit.blocks)
+    np.testing.assert_allclose(total, -weights(params), atol=10 * tolerance.factorization)
+
+
+def test_erasing_in_any_order_or_at_once_is_one_thing(scene, tolerance):
+    params, _, (a, b, rest) = scene
+    edit_a, _ = engram(params, a, [b, rest], strength="whole", scale=0.7)
+    edit_b, _ = engram(params, b, [a, rest], strength="whole", scale=0.7)
+    both, _ = engram(params, [a, b], rest, strength="whole", scale=0.7)
+    first = apply_edit(apply_edit(params, edit_a), edit_b)
+    second = apply_edit(apply_edit(params, edit_b), edit_a)
+    at_once = apply_edit(params, both)
+    tolerance.check(first, second, "rounding")
+    tolerance.check(first, at_once, "factorization")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_strengths(scene, scale, tolerance):
+    params, _, (a, b, rest) = scene
+    whole, _ = engram(params, [a, b], rest, strength="whole")
+    counted, info = engram(params, [a, b], rest, strength="count", scale=scale)
+    tolerance.check(counted, whole * (scale * 47 / 71), "contraction")
+    assert float(info.strength["v"][0]) == pytest.approx(47 / 71, rel=1e-6)
+    adaptive, info = engram(params, [a, b], rest, strength="adaptive", scale=scale)
+    largest = max(float(r[0]) for r in info.relative_norm.values())
+    for name in ("w", "v"):
+        f = float(info.relative_norm[name][0]) / largest
+        assert float(info.strength[name][0]) == pytest.approx(f, rel=1e-5)
+        tolerance.check(adaptive.blocks[name], scale * f * whole.blocks[name], "contraction")
+
+
+def test_a_table_is_shared_out_by_token_counts(tolerance):
+    def apply(params, tokens):
+        return params["table"][tokens] @ params["head"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "table": jnp.asarray(rng.normal(size=(4, 3))),
+        "head": jnp.asarray(rng.normal(size=(3, 2))),
+    }
+    estimator = kfac(apply, Categorical(), select="table")
+    target, rest = (
+        estimate(estimator, params, [Batch(jnp.asarray(t))], key=jax.random.key(0))
+        for t in ([[0, 1], [1, 1]], [[1, 2], [2, 2], [2, 1]])
+    )
+    edit, _ = engram(params, target, rest, strength="whole")
+    share = np.array([1, 3 / 5, 0, 0])
+    expected = -share[:, None] * np.asarray(params["table"])
+    np.testing.assert_allclose(edit.blocks["table"], expected, atol=tolerance.contraction)
+
+
+def test_unused_directions_stay(tolerance):
+    """Where no data has been, W₊ is zero and the weight is left as it is."""
+    linear = lambda p, x: x @ p["w"]  # noqa: E731
+    rng = np.random.default_rng(1)
+    params = {"w": jnp.asarray(rng.normal(size=(5, 2)))}
+    x = rng.normal(size=(20, 5)) * np.array([1, 1, 1, 0, 0])
+    estimator = kfac(linear, Categorical())
+    halves = [
+        estimate(estimator, params, [Batch(jnp.asarray(h))], key=jax.random.key(0))
+        for h in (x[:9], x[9:])
+    ]
+    edit, _ = engram(params, *halves, strength="whole")
+    np.testing.assert_allclose(edit.blocks["w"][3:], 0, atol=tolerance.rounding)
+    assert np.abs(edit.blocks["w"][:3]).min() > 1e-3
+
+
+def test_mistakes_get_a_sentence(scene):
+    params, parts, curvatures = scene
+    with pytest.raises(ValueError, match="strength must be one of count, adaptive, whole"):
+        engram(params, curvatures[0], curvatures[1], strength="full")
+    other = estimate(
+        kfac(network, Categorical(), select="v"),
+        params,
+        [Batch(jnp.asarray(parts[0]))],
+        key=jax.random.key(0),
+    )
+    with pytest.raises(ValueError, match="curvatures of the same sites"):
+        engram(params, curvatures[0], other)

@@ -1,0 +1,122 @@
+"""ROSU, UAM and GU in the training loop, against the same steps written out by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jedit import objectives
+from jedit.methods import gu, rosu, uam
+from jedit.typing import Batch
+from jedit.unlearn import unlearn
+
+
+def apply(params, inputs):
+    return jnp.tanh(inputs @ params["w"]) @ params["v"]
+
+
+@pytest.fixture
+def scene():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 5))), "v": jnp.asarray(rng.normal(size=(5, 3)))}
+    sets = [
+        Batch(jnp.asarray(rng.normal(size=(n, 4))), jnp.asarray(rng.integers(0, 3, n)))
+        for n in (6, 9)
+    ]
+    return params, *sets
+
+
+def nll_gradient(params, batch):
+    loss = lambda p: objectives.retain_nll(p, None, batch, apply=apply)[0]  # noqa: E731
+    return jax.grad(loss)(params)
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)])
+
+
+def like(vector, tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    cuts = np.cumsum([x.size for x in leaves])[:-1]
+    parts = np.split(np.asarray(vector), cuts)
+    return treedef.unflatten(
+        [jnp.asarray(v.reshape(x.shape), x.dtype) for v, x in zip(parts, leaves, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_three_steps_are_the_ones_by_hand(scene, key, constrained, tolerance):
+    params, forget, retain = scene
+    make = rosu if constrained else uam
+    method = make(apply, optax.sgd(0.1, momentum=0.9), radius=0.3)
+    actual, history = unlearn(
+        method.objective,
+        method.optimizer,
+        params,
+        forget,
+        retain,
+        steps=3,
+        key=key,
+        update_args=method.update_args,
+    )
+    theta, momentum = flat(params), 0.0
+    for _ in range(3):
+        here = like(theta, params)
+        f, r = flat(nll_gradient(here, forget)), flat(nll_gradient(here, retain))
+        q = f - (f @ r) / (r @ r) * r if constrained else f
+        there = like(theta + 0.3 * q / np.linalg.norm(q), params)
+        momentum = 0.9 * momentum + flat(nll_gradient(there, retain))
+        theta = theta - 0.1 * momentum
+    np.testing.assert_allclose(flat(actual), theta, atol=100 * tolerance.contraction)
+    assert history["retain_nll"].shape == (3,)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_gu_does_not_move_the_retain_loss_to_first_order(scene, key, scope):
+    """A tenth of the step, a hundredth of the change; without GU, a tenth."""
+    params, forget, retain = scene
+    ascent = partial(objectives.ga, apply=apply)
+    plain = optax.scale_by_rms(decay=0.999, bias_correction=True)
+    changes = []
+    for rate in (1e-2, 1e-3):
+        method = gu(apply, ascent, learning_rate=rate, scope=scope)
+        optimizers = {
+            "gu": (method.optimizer, method.update_args),
+            "plain": (optax.chain(plain, optax.scale_by_learning_rate(rate)), None),
+        }
+        change = {}
+        for name, (optimizer, update_args) in optimizers.items():
+            moved, _ = unlearn(
+                method.objective,
+                optimizer,
+                params,
+                forget,
+                retain,
+                steps=1,
+                key=jax.random.clone(key),
+                update_args=update_args,
+            )
+            after, before = (
+                objectives.retain_nll(p, None, retain, apply=apply)[0] for p in (moved, params)
+            )
+            change[name] = abs(float(after - before))
+            grown = objectives.ga(params, forget, apply=apply)[0]
+            assert objectives.ga(moved, forget, apply=apply)[0] < grown, name
+        changes.append(change)
+    large, small = changes
+    assert large["plain"] / small["plain"] == pytest.approx(10, rel=0.5)
+    assert large["gu"] / small["gu"] > 40
+
+
+def test_mistakes_get_a_sentence(scene):
+    del scene
+    with pytest.raises(ValueError, match="outer must be one of"):
+        rosu(apply, optax.sgd(0.1), radius=0.1, outer="pull")
+    with pytest.raises(ValueError, match="radius positive"):
+        uam(apply, optax.sgd(0.1), radius=-1.0)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        gu(apply, objectives.ga, learning_rate=0.1, rank=0)
