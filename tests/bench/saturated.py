@@ -162,7 +162,10 @@ def edits(scene, budget, select):
         for n in (1, 2)
         for d in (0.01, 0.1)
     ]
+    rows += [(f"{name}, 1 step", c, 0.01, 1, None) for name, c in curvatures.items()]
     rows += [
+        ("identity, 1 step", tempered, 1e9, 1, None),
+        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, 1, None),
         ("temperature 4, 16 steps", tempered, 0.01, 16, None),
         ("temperature 4, log-odds", tempered, 0.01, 4, log_odds),
         ("temperature 4, EK-FAC", corrected, 0.01, 4, None),
