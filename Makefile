@@ -32,12 +32,13 @@ KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tes
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-llm test-oldest test-newest lint format bench notebooks clean distclean
+.PHONY: help demo test test-more test-llm test-oldest test-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
-	@echo "make test         the tests, in float64, in float32, and with the check for reused keys"
+	@echo "make test         the tests, in float64"
+	@echo "make test-more    the same in float32, and with JAX's check for reused keys"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-oldest  capture on the oldest supported versions"
 	@echo "make test-newest  capture and curvature on the newest JAX (needs a Python >= 3.12)"
@@ -96,6 +97,8 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
+
+test-more: .venv/.dev
 	$(FAST_COMPILE) JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
 	$(FAST_COMPILE) JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
 
