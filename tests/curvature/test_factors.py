@@ -199,7 +199,7 @@ def test_a_branch_counts_only_what_ran_in_it(key, tolerance):
     for name, is_first in (("u", True), ("w", False)):
         x, valid = rng.normal(size=(7, 4)), np.arange(7) % 3 > 0
         batches.append(
-            Batch((jnp.asarray(x), jnp.full((7,), is_first)), valid=jnp.asarray(valid, x.dtype))
+            Batch((jnp.asarray(x), jnp.full((7,), is_first)), valid=jnp.asarray(valid))
         )
         expected[name] = x[valid].T @ x[valid] / valid.sum()
     curvature = estimate(kfac(apply, Categorical()), params, batches, key=key)
