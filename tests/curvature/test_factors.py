@@ -198,9 +198,7 @@ def test_a_branch_counts_only_what_ran_in_it(key, tolerance):
     batches, expected = [], {}
     for name, is_first in (("u", True), ("w", False)):
         x, valid = rng.normal(size=(7, 4)), np.arange(7) % 3 > 0
-        batches.append(
-            Batch((jnp.asarray(x), jnp.full((7,), is_first)), valid=jnp.asarray(valid))
-        )
+        batches.append(Batch((jnp.asarray(x), jnp.full((7,), is_first)), valid=jnp.asarray(valid)))
         expected[name] = x[valid].T @ x[valid] / valid.sum()
     curvature = estimate(kfac(apply, Categorical()), params, batches, key=key)
     for name, a in expected.items():
