@@ -112,6 +112,28 @@ def test_gu_does_not_move_the_retain_loss_to_first_order(scene, key, scope):
     assert large["gu"] / small["gu"] > 40
 
 
+def test_a_step_of_gu_is_adams_off_the_retain_gradient(scene, key, tolerance):
+    """In the first step Adam's sqrt(v̂) is the gradient's magnitude."""
+    params, forget, retain = scene
+    method = gu(apply, partial(objectives.ga, apply=apply), learning_rate=0.02, scope="global")
+    moved, _ = unlearn(
+        method.objective,
+        method.optimizer,
+        params,
+        forget,
+        retain,
+        steps=1,
+        key=key,
+        update_args=method.update_args,
+    )
+    g, r = -flat(nll_gradient(params, forget)), flat(nll_gradient(params, retain))
+    h = np.abs(g) + 1e-8
+    z, z_r = g / np.sqrt(h), r / np.sqrt(h)
+    expected = -0.02 * (z - (z @ z_r) / (z_r @ z_r) * z_r) / np.sqrt(h)
+    step = flat(moved) - flat(params)
+    np.testing.assert_allclose(step, expected, atol=100 * tolerance.factorization * 0.02)
+
+
 def test_mistakes_get_a_sentence(scene):
     del scene
     with pytest.raises(ValueError, match="outer must be one of"):
