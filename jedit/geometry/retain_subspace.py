@@ -16,7 +16,6 @@ frequent-directions sketch (Liberty 2013), whose rows are not gradients but keep
 With scope "leaf" every parameter has a basis of its own [derived].
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.geometry._trees import cast_like, everywhere, total
 from jedit.geometry.surrogate import SCOPES
 from jedit.typing import wide_dtype
 
@@ -137,7 +137,7 @@ def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
     Returns:
         A tree like `tree`, in its dtypes.
     """
-    return _cast(_off(basis, tree, scope), tree)
+    return cast_like(_off(basis, tree, scope), tree)
 
 
 def joint_direction(
@@ -175,7 +175,7 @@ def joint_direction(
         return z + scale * t + pull * pulled
 
     found = jax.tree.map(joint, off, inside, _combine(basis, b), norm_off, norm_in)
-    return _cast(found, forget)
+    return cast_like(found, forget)
 
 
 def _coefficients(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
@@ -190,7 +190,7 @@ def _coefficients(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
         basis,
         tree,
     )
-    return own if scope == "leaf" else _everywhere(own)
+    return own if scope == "leaf" else everywhere(own)
 
 
 def _combine(basis: PyTree, coefficients: PyTree) -> PyTree:
@@ -212,7 +212,7 @@ def _off(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
 
 def _norms(tree: PyTree, scope: str) -> PyTree:
     squares = jax.tree.map(lambda x: jnp.sum(x * x), tree)
-    squares = squares if scope == "leaf" else _everywhere(squares)
+    squares = squares if scope == "leaf" else everywhere(squares)
     return jax.tree.map(jnp.sqrt, squares)
 
 
@@ -252,7 +252,7 @@ def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
     )
     if scope == "global":
         # One decomposition for all leaves.
-        shared = _shrinking(functools.reduce(jnp.add, jax.tree.leaves(grams)))
+        shared = _shrinking(total(grams))
         maps = jax.tree.map(lambda _: shared, grams)
     else:
         maps = jax.tree.map(_shrinking, grams)
@@ -270,12 +270,3 @@ def _shrinking(gram: Array) -> Array:
     is_kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     ratio = jnp.where(is_kept, (values - values[0]) / jnp.where(is_kept, values, 1), 0)
     return (jnp.sqrt(ratio)[:, None] * vectors.T)[1:]
-
-
-def _everywhere(tree: PyTree) -> PyTree:
-    total = functools.reduce(jnp.add, jax.tree.leaves(tree))
-    return jax.tree.map(lambda _: total, tree)
-
-
-def _cast(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)

@@ -15,7 +15,6 @@ g_rᵀδ = 0 leaf by leaf, and all share the one bound ρ [derived]: one gradien
 dimensions constrains nothing.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.geometry._trees import cast_like, everywhere, total
 from jedit.typing import wide_dtype
 
 SCOPES = ("global", "leaf")
@@ -71,7 +71,7 @@ def retain_orthogonal(
     """
     direction, norm, info = _direction(forget_grads, retain_grads, scope, metric)
     del norm
-    return _cast(direction, forget_grads), info
+    return cast_like(direction, forget_grads), info
 
 
 def retain_neutral_perturbation(
@@ -103,7 +103,7 @@ def retain_neutral_perturbation(
     info = info._replace(
         forget_gain=info.forget_gain * scale, retain_change=info.retain_change * scale
     )
-    return _cast(delta, forget_grads), info
+    return cast_like(delta, forget_grads), info
 
 
 def _direction(forget, retain, scope, metric):
@@ -124,9 +124,9 @@ def _direction(forget, retain, scope, metric):
     up_f, up_r = metric(forget), metric(retain)
     products = jax.tree.map(jnp.vdot, forget, up_r)
     norms_r = jax.tree.map(jnp.vdot, retain, up_r)
-    norm_f, norm_r = _total(jax.tree.map(jnp.vdot, forget, up_f)), _total(norms_r)
+    norm_f, norm_r = total(jax.tree.map(jnp.vdot, forget, up_f)), total(norms_r)
     if scope == "global":
-        products, norms_r = _everywhere(products), _everywhere(norms_r)
+        products, norms_r = everywhere(products), everywhere(norms_r)
 
     def off(tree, along, products):
         return jax.tree.map(
@@ -140,21 +140,21 @@ def _direction(forget, retain, scope, metric):
     # The gradient that is left, and its direction; once more, for what cancellation has left.
     gradient, direction = off(forget, retain, products), off(up_f, up_r, products)
     left = jax.tree.map(jnp.vdot, retain, direction)
-    left = _everywhere(left) if scope == "global" else left
+    left = everywhere(left) if scope == "global" else left
     gradient, direction = off(gradient, retain, left), off(direction, up_r, left)
     # g_fᵀq is ‖q‖², q being M-orthogonal to M⁻¹g_r; out of two small factors, it keeps its digits.
-    gain = _total(jax.tree.map(jnp.vdot, gradient, direction))
+    gain = total(jax.tree.map(jnp.vdot, gradient, direction))
     norm = jnp.sqrt(jnp.maximum(gain, 0))
     size_f = jnp.sqrt(jnp.maximum(norm_f, 0))
     is_parallel = norm <= 100 * jnp.finfo(norm.dtype).eps * size_f
     scale = size_f * jnp.sqrt(jnp.maximum(norm_r, 0))
-    cos = _total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(scale > 0, scale, 1)
+    cos = total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(scale > 0, scale, 1)
     direction = jax.tree.map(lambda q: jnp.where(is_parallel, 0, q), direction)
     info = RetainOrthogonalInfo(
         jnp.clip(cos, -1, 1),
         jnp.where(is_parallel, 0, jnp.minimum(norm / jnp.where(size_f > 0, size_f, 1), 1)),
         jnp.where(is_parallel, 0, gain),
-        _total(jax.tree.map(jnp.vdot, retain, direction)),
+        total(jax.tree.map(jnp.vdot, retain, direction)),
         is_parallel,
     )
     return direction, norm, info
@@ -162,16 +162,3 @@ def _direction(forget, retain, scope, metric):
 
 def _widened(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
-
-
-def _cast(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def _total(scalars: PyTree) -> Array:
-    return functools.reduce(jnp.add, jax.tree.leaves(scalars))
-
-
-def _everywhere(scalars: PyTree) -> PyTree:
-    total = _total(scalars)
-    return jax.tree.map(lambda _: total, scalars)
