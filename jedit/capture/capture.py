@@ -61,8 +61,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
     program = trace(apply, params, inputs, select)
     sites, jaxpr = program.sites, program.jaxpr
     taps = sorted({tap.probe for tap in program.plan.all_taps()})
-    leaves = jax.tree.leaves((params, inputs))
-    leaves = [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
+    leaves = argument_leaves(params, inputs)
     probe_of = dict(zip(sites, taps, strict=True))
 
     def tapped(probes):
@@ -74,7 +73,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
         probe_of[name]: jnp.zeros(site.output_shape, site.output_dtype)
         for name, site in sites.items()
     }
-    outputs, vjp, (kept, ran) = jax.vjp(tapped, probes, has_aux=True)
+    outputs, vjp, (kept, ran, _) = jax.vjp(tapped, probes, has_aux=True)
 
     def pullback(cotangent: Array) -> dict[str, Array]:
         gradients = vjp(cotangent)[0]
@@ -82,6 +81,12 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
 
     activations = {n: kept[site.record] for n, site in sites.items() if site.record is not None}
     return Capture(sites, outputs, activations, ran, pullback)
+
+
+def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:
+    """What a traced `apply` is evaluated on."""
+    leaves = jax.tree.leaves((params, inputs))
+    return [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
 
 
 def weight_gradients(

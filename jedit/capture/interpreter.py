@@ -1,11 +1,11 @@
-"""Evaluate a jaxpr again, with probes added at its sites and the activations that enter them kept.
+"""Evaluate a jaxpr again, with probes at its sites and the activations that enter them kept.
 
 How a JAX version re-binds an equation stands in `versions`.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,17 @@ from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """At an equation: add `probe` to the output; `kept` is (record, operand to keep) or None."""
+    """At an equation: put `probe` on the output; `kept` is (record, operand to keep) or None."""
 
     probe: int
     kept: tuple[int, int] | None
+
+
+class Replacement(NamedTuple):
+    """A probe that puts `value` in the place of the output wherever `mask` holds."""
+
+    mask: Any
+    value: Any
 
 
 @dataclasses.dataclass
@@ -53,29 +60,32 @@ class Plan:
 
 @dataclasses.dataclass
 class Records:
-    """What one pass keeps: activations by record, and for each branch whether it ran."""
+    """What one pass keeps: activations by record, whether each branch ran, outputs by probe."""
 
     activations: dict[int, Any] = dataclasses.field(default_factory=dict)
     ran: dict[int, Any] = dataclasses.field(default_factory=dict)
+    outputs: dict[int, Any] = dataclasses.field(default_factory=dict)
     known: frozenset[int] = frozenset()  # kept already by the code around this jaxpr
+    is_watching: bool = False  # whether outputs are kept
 
-    def inside(self) -> "Records":
-        """Fresh records for a jaxpr of its own that sees the same arrays."""
-        return Records(known=self.known | set(self.activations))
+    def inside(self, *, sees_arrays: bool = False) -> "Records":
+        """Fresh records for a jaxpr of its own, that of a loop or one that sees the same arrays."""
+        known = self.known | set(self.activations) if sees_arrays else frozenset()
+        return Records(known=known, is_watching=self.is_watching)
 
     @property
-    def tree(self) -> tuple[dict, dict]:
+    def tree(self) -> tuple[dict, dict, dict]:
         """The records as a pytree."""
-        return self.activations, self.ran
+        return self.activations, self.ran, self.outputs
 
-    def update(self, tree: tuple[dict, dict]) -> None:
+    def update(self, tree: tuple[dict, dict, dict]) -> None:
         """Take in what an inner jaxpr kept."""
-        self.activations.update(tree[0])
-        self.ran.update(tree[1])
+        for mine, theirs in zip(self.tree, tree, strict=True):
+            mine.update(theirs)
 
 
 def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records: Records) -> list:
-    """The jaxpr's outputs, probes added where `plan` says and activations put in `records`."""
+    """The jaxpr's outputs, probes put where `plan` says and activations put in `records`."""
     env: dict[Any, Any] = {}
 
     def read(atom):
@@ -92,7 +102,13 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
         for tap in plan.taps.get(i, ()):
             if tap.kept is not None and tap.kept[0] not in records.known:
                 records.activations.setdefault(tap.kept[0], ins[tap.kept[1]])
-            outs[0] = outs[0] + probes[tap.probe]
+            probe = probes[tap.probe]
+            if isinstance(probe, Replacement):
+                outs[0] = jnp.where(probe.mask, probe.value, outs[0])
+            else:
+                outs[0] = outs[0] + probe
+            if records.is_watching:
+                records.outputs[tap.probe] = outs[0]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -109,7 +125,7 @@ def _enter(eqn, ins, plans, probes, records) -> list:
         mine = _needed(plans[0], probes)
 
         def body(inputs, mine):
-            kept = records.inside()
+            kept = records.inside(sees_arrays=True)
             outs = evaluate(jaxpr.jaxpr, jaxpr.consts, inputs, plans[0], mine, kept)
             return outs, kept.tree
 
@@ -134,7 +150,7 @@ def _enter_scan(eqn, ins, plan, probes, records) -> list:
 
     def step(carry, sliced):
         xs, mine = sliced
-        kept = Records()
+        kept = records.inside()
         outs = evaluate(body.jaxpr, body.consts, [*consts, *carry, *xs], plan, mine, kept)
         return outs[:num_carry], (outs[num_carry:], kept.tree)
 
@@ -157,7 +173,7 @@ def _enter_cond(eqn, ins, plans, probes, records) -> list:
 
     def runner(k):
         def run(operands, mine):
-            kept = Records()
+            kept = records.inside()
             branch = branches[k]
             outs = evaluate(branch.jaxpr, branch.consts, operands, plans[k], mine, kept)
             if plans[k]:
@@ -170,13 +186,13 @@ def _enter_cond(eqn, ins, plans, probes, records) -> list:
 
     def padded(k):
         def run(operands, mine):
-            outs, (activations, ran) = runner(k)(operands, mine)
+            outs, kept = runner(k)(operands, mine)
             for other in shapes:
-                for mine_, theirs in zip((activations, ran), other, strict=True):
+                for mine_, theirs in zip(kept, other, strict=True):
                     for key, x in theirs.items():
                         if key not in mine_:
                             mine_[key] = jnp.zeros(x.shape, x.dtype)
-            return outs, (activations, ran)
+            return outs, kept
 
         return run
 

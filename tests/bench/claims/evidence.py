@@ -1,0 +1,54 @@
+"""What every claim is written down with: intervals over seeds, versions, machine and date."""
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from scipy import stats
+
+OUT = Path("out/claims")
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of one value a seed, with the half width of its 95% interval by Student's t."""
+    x = np.asarray(values, np.float64)
+    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
+    return {"mean": float(x.mean()), "half_width": float(half), "values": x.tolist()}
+
+
+def shown(found: dict[str, Any], digits: int = 3) -> str:
+    """An interval in a table: mean ± half width."""
+    return f"{found['mean']:.{digits}g} ± {found['half_width']:.1g}"
+
+
+def parser(doc: str | None, *, seeds: int = 5) -> argparse.ArgumentParser:
+    """The options that every claim has."""
+    options = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--seeds", type=int, default=seeds, help="how many, counted from 0")
+    options.add_argument("--out", type=Path, default=OUT, help="folder of the numbers and figure")
+    return options
+
+
+def write(name: str, out: Path, numbers: dict[str, Any]) -> Path:
+    """Write the numbers, with what they were made by, to `out`/NAME.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": " ".join(["python", "-m", f"tests.bench.claims.{name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__, "optax": optax.__version__, "numpy": np.__version__},
+        **numbers,
+    }
+    path = out / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
