@@ -4,6 +4,7 @@ from jedit.data.authors import Fact, generate_authors
 from jedit.data.batching import batches
 from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
 from jedit.data.jsonl import DataError, QaRow, facts_to_rows, read_rows, write_rows
+from jedit.data.mnist import load_mnist
 from jedit.data.selection import check_disjoint, select_rows
 from jedit.data.text import (
     Encoded,
@@ -36,6 +37,7 @@ __all__ = [
     "forget_cluster",
     "generate_authors",
     "load_digits",
+    "load_mnist",
     "load_tokenizer",
     "read_rows",
     "save_tokenizer",

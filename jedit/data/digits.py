@@ -22,7 +22,7 @@ class Digits(NamedTuple):
         labels: from 0 to 9.
     """
 
-    images: Float32[np.ndarray, "n 8 8 1"]
+    images: Float32[np.ndarray, "n height width 1"]
     labels: Int32[np.ndarray, " n"]
 
     def take(self, indices: Int[np.ndarray, " part"]) -> "Digits":
