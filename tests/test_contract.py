@@ -98,7 +98,7 @@ def network(params, x):
     return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
 
 
-def _scene(key, dtype=jnp.float32):
+def make_scene(key, dtype=jnp.float32):
     rng = np.random.default_rng(3)
     shapes = {"w": (4, 6), "b": (6,), "v": (6, 3)}
     params = {n: jnp.asarray(rng.normal(size=s), dtype) for n, s in shapes.items()}
@@ -118,7 +118,7 @@ def _rows(rows, promise):
 @_rows(TRANSFORMS, "stable")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_transform_keeps_structure_shape_and_dtype(row, dtype, key):
-    _, params, curvature, _, _ = _scene(key, dtype)
+    _, params, curvature, _, _ = make_scene(key, dtype)
     transform = row.make(curvature)
     state = transform.init(params)
     extras = row.extras(params)
@@ -133,7 +133,7 @@ def test_a_transform_keeps_structure_shape_and_dtype(row, dtype, key):
 
 @_rows(TRANSFORMS, "traces once")
 def test_a_transform_traces_once(row, key):
-    _, params, curvature, _, _ = _scene(key)
+    _, params, curvature, _, _ = make_scene(key)
     transform, count = row.make(curvature), []
 
     @jax.jit
@@ -149,7 +149,7 @@ def test_a_transform_traces_once(row, key):
 
 @_rows(TRANSFORMS, "composes")
 def test_a_transform_composes(row, key):
-    _, params, curvature, _, _ = _scene(key)
+    _, params, curvature, _, _ = make_scene(key)
     plain = row.make(curvature)
     extras = row.extras(params)
     expected, _ = plain.update(params, plain.init(params), params, **extras)
@@ -160,6 +160,10 @@ def test_a_transform_composes(row, key):
             lambda rate: optax.chain(row.make(curvature), optax.scale(rate))
         )(rate=1.0),
         "multi steps": optax.MultiSteps(row.make(curvature), 1),
+        "partition": optax.partition(
+            {"edited": row.make(curvature), "left": optax.set_to_zero()},
+            jax.tree.map(lambda _: "edited", params),
+        ),
     }
     for name, transform in wrappers.items():
         if name in row.excused:
@@ -174,7 +178,7 @@ def test_a_transform_composes(row, key):
 
 @_rows(TRANSFORMS, "extra")
 def test_a_transform_accepts_unknown_extra_arguments(row, key):
-    _, params, curvature, _, _ = _scene(key)
+    _, params, curvature, _, _ = make_scene(key)
     transform = row.make(curvature)
     state = transform.init(params)
     extras = row.extras(params)
@@ -185,7 +189,7 @@ def test_a_transform_accepts_unknown_extra_arguments(row, key):
 
 @_rows(TRANSFORMS, "vmap")
 def test_a_transform_under_vmap_is_the_loop(row, key):
-    _, params, curvature, _, _ = _scene(key)
+    _, params, curvature, _, _ = make_scene(key)
     transform = row.make(curvature)
     state = transform.init(params)
     stack = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
@@ -199,7 +203,7 @@ def test_a_transform_under_vmap_is_the_loop(row, key):
 
 @_rows(TRANSFORMS, "frozen")
 def test_a_transform_freezes_what_it_does_not_cover(row, key):
-    _, params, curvature, _, _ = _scene(key)
+    _, params, curvature, _, _ = make_scene(key)
     optimizer = optax.chain(optax.adamw(1e-2, weight_decay=0.1), row.make(curvature))
     state, moved = optimizer.init(params), params
     step = jax.jit(optimizer.update)
@@ -212,7 +216,7 @@ def test_a_transform_freezes_what_it_does_not_cover(row, key):
 
 @_rows(METHODS, "edit")
 def test_a_method_returns_an_edit_in_the_parameters_dtype_and_shape(row, key):
-    scene = _scene(key)
+    scene = make_scene(key)
     edit, _ = row.make(*scene)
     params = scene[1]
     edited = apply_edit(params, edit)
@@ -225,14 +229,14 @@ def test_a_method_returns_an_edit_in_the_parameters_dtype_and_shape(row, key):
 
 @_rows(METHODS, "same")
 def test_a_method_gives_the_same_result_again(row, key):
-    scene = _scene(key)
+    scene = make_scene(key)
     first, second = row.make(*scene)[0], row.make(*scene)[0]
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @_rows(METHODS, "pure")
 def test_a_method_leaves_its_inputs_alone(row, key):
-    scene = _scene(key)
+    scene = make_scene(key)
     before = jax.tree.map(np.array, scene[1])
     row.make(*scene)
     jax.tree.map(np.testing.assert_array_equal, before, scene[1])

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jedit.geometry import Projector, project
+from jedit.transforms._sharding import sharded_like
 
 
 class ProjectToNullSpaceState(NamedTuple):
@@ -40,6 +41,7 @@ def project_to_null_space(
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
-        return project(state.projector, updates, uncovered=uncovered), state
+        projected = project(state.projector, updates, uncovered=uncovered)
+        return sharded_like(projected, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

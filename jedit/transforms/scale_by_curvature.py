@@ -7,6 +7,7 @@ import optax
 from jaxtyping import Array
 
 from jedit.curvature import Curvature, solve
+from jedit.transforms._sharding import sharded_like
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -50,10 +51,10 @@ def scale_by_curvature(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        updates = solve(
+        solved = solve(
             state.curvature, updates, damping=damping, relative=relative, uncovered=uncovered
         )
-        return updates, state
+        return sharded_like(solved, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
