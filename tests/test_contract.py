@@ -18,8 +18,10 @@ from jedit.edits import apply_edit
 from jedit.geometry import null_space
 from jedit.methods import kfade
 from jedit.transforms import (
+    add_l1_gradient,
     clip_by_curvature_norm,
     ignore_top_fraction,
+    mask_to_salient,
     orthogonalize_to_retain,
     project_realised_update,
     project_to_null_space,
@@ -57,6 +59,12 @@ def _surrogate(params):
     }
 
 
+# Of "w" most, of "v" and "b" nothing is among the largest two fifths.
+SALIENCY = {
+    "w": np.linspace(1.0, 2.0, 24).reshape(4, 6),
+    "b": np.zeros(6),
+    "v": np.linspace(-0.5, 0.5, 18).reshape(6, 3),
+}
 MOVES_ALL = {"frozen": "it changes updates of all parameters and freezes none"}
 TRANSFORMS = [
     Row("scale_by_curvature", lambda c: scale_by_curvature(c, damping=0.1)),
@@ -87,6 +95,8 @@ TRANSFORMS = [
         _surrogate,
     ),
     Row("ignore_top_fraction", lambda _: ignore_top_fraction(0.3), MOVES_ALL),
+    Row("mask_to_salient", lambda _: mask_to_salient(SALIENCY, 0.4)),
+    Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
 ]
 METHODS = [
     Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, steps=2)),

@@ -18,9 +18,10 @@ class TrainingMethod(NamedTuple):
     Attributes:
         objective: `(params, forget, retain) -> (scalar, aux)`, lowered.
         optimizer: its gradient's transform, learning rate included.
-        update_args: `(params, forget, retain) -> dict`, extra arguments of the optimizer's update.
+        update_args: `(params, forget, retain) -> dict`, extra arguments of the optimizer's update;
+            None: there are none.
     """
 
     objective: Callable
     optimizer: optax.GradientTransformationExtraArgs
-    update_args: Callable
+    update_args: Callable | None = None

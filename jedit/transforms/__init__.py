@@ -1,10 +1,12 @@
 """Optax transforms that know the geometry of what is to be retained."""
 
+from jedit.transforms.add_l1_gradient import AddL1GradientState, add_l1_gradient
 from jedit.transforms.clip_by_curvature_norm import (
     ClipByCurvatureNormState,
     clip_by_curvature_norm,
 )
 from jedit.transforms.ignore_top_fraction import ignore_top_fraction
+from jedit.transforms.mask_to_salient import MaskToSalientState, mask_to_salient
 from jedit.transforms.orthogonalize_to_retain import (
     OrthogonalizeToRetainState,
     orthogonalize_to_retain,
@@ -28,14 +30,18 @@ from jedit.transforms.scale_by_curvature import (
 )
 
 __all__ = [
+    "AddL1GradientState",
     "ClipByCurvatureNormState",
+    "MaskToSalientState",
     "OrthogonalizeToRetainState",
     "ProjectRealisedUpdateState",
     "ProjectToNullSpaceState",
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
+    "add_l1_gradient",
     "clip_by_curvature_norm",
     "ignore_top_fraction",
+    "mask_to_salient",
     "orthogonalize_to_retain",
     "project_realised_update",
     "project_to_null_space",

@@ -1,0 +1,72 @@
+"""Let an update change salient parameters alone: u_i <- 0 unless |g_i| is among the largest.
+
+g is a gradient taken once, before the first step: that of the forget loss is SalUn's saliency
+(arXiv 2310.12508).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+
+class MaskToSalientState(NamedTuple):
+    """Which entries may change: in the state, so that it is an argument of the jitted step."""
+
+    mask: PyTree
+
+
+def mask_to_salient(
+    gradient: PyTree, fraction: float = 0.5
+) -> optax.GradientTransformationExtraArgs:
+    """Set the updates of all but the most salient parameters to zero.
+
+    Stands last, after Adam, momentum and weight decay, each of which would move the others:
+
+        optax.chain(optax.adamw(1e-4), mask_to_salient(gradient))
+
+    Args:
+        gradient: g, a tree like params; its magnitudes alone are used.
+        fraction: share of all entries together that may change, 0 to 1, rounded to a whole number
+            of them (SalUn: 0.5); of equal ones the first.
+
+    Returns:
+        The transform. `init` sorts once; the state costs one byte a parameter.
+
+    Raises:
+        ValueError: a fraction outside 0 to 1; at `init`, params of another structure or shape.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must lie in 0 to 1, got {fraction}")
+
+    def init(params) -> Any:
+        def magnitude(p, g):
+            if p is None:  # not trained
+                return None
+            if p.shape != g.shape:
+                raise ValueError(f"the gradient has shape {g.shape} for params of {p.shape}")
+            return jnp.abs(g).astype(jnp.float32)
+
+        sizes = jax.tree.map(magnitude, params, gradient, is_leaf=lambda p: p is None)
+        return MaskToSalientState(_largest(sizes, fraction))
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        return jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, state.mask), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _largest(sizes: PyTree, fraction: float) -> PyTree:
+    """Mark the largest entries of all leaves together."""
+    leaves, treedef = jax.tree.flatten(sizes)
+    flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    order = jnp.argsort(-flat)
+    mask = jnp.zeros(flat.shape, bool).at[order[: round(fraction * flat.size)]].set(True)
+    parts = jnp.split(mask, np.cumsum([leaf.size for leaf in leaves])[:-1])
+    return treedef.unflatten(
+        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
+    )
