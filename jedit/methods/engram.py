@@ -18,31 +18,13 @@ The exact minimiser is soft: X₋W₊ is not zero [derived].
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.curvature import Curvature
-from jedit.curvature.structure import HIGHEST, Kronecker
+from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
-
-STRENGTHS = ("count", "adaptive", "whole")
-
-
-class EngramInfo(NamedTuple):
-    """What was found, by block.
-
-    Attributes:
-        relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, (layers,).
-        strength: f, (layers,).
-    """
-
-    relative_norm: dict[str, Array]
-    strength: dict[str, Array]
+from jedit.methods._engrams import EngramInfo, Parts, input_sums, take_out
 
 
 def solve(
@@ -61,12 +43,7 @@ def solve(
 
 
 def engram(
-    params: PyTree,
-    target: Curvature | Sequence[Curvature],
-    rest: Curvature | Sequence[Curvature],
-    *,
-    strength: str = "adaptive",
-    scale: float = 1.0,
+    params: PyTree, target: Parts, rest: Parts, *, strength: str = "adaptive", scale: float = 1.0
 ) -> tuple[Edit, EngramInfo]:
     """The edit that takes out what serves the target's inputs.
 
@@ -84,65 +61,15 @@ def engram(
     Raises:
         ValueError: an unknown strength, curvatures of different sites, or no Kronecker block.
     """
-    if strength not in STRENGTHS:
-        raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
-    targets = [target] if isinstance(target, Curvature) else list(target)
-    everything = [*targets, *([rest] if isinstance(rest, Curvature) else rest)]
-    names = [name for name, b in targets[0].blocks.items() if isinstance(b, Kronecker)]
-    if not names or any(set(c.blocks) != set(targets[0].blocks) for c in everything):
-        raise ValueError(
-            "target and rest must be curvatures of the same sites, with a Kronecker block at least"
-        )
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    found, relative = {}, {}
-    for name in names:
-        block = targets[0].blocks[name]
-        assert isinstance(block, Kronecker)
-        served, whole = (
-            functools.reduce(jnp.add, [_sums(c, name) for c in group])
-            for group in (targets, everything)
-        )
-        weight = block.weight.gather(
-            {path: leaves[path].astype(served.dtype) for path in block.weight.paths}
-        )
-        if served.ndim == 2:  # a table: token counts
-            share = served / jnp.where(whole > 0, whole, 1)
-            found[name] = share[:, :, None] * weight
-        else:
-            found[name] = jnp.stack(
-                [solve(s, w, m) for s, w, m in zip(served, whole, weight, strict=True)]
-            )
-        size = jnp.sqrt(jnp.sum(weight**2, axis=(1, 2)))
-        kept = jnp.sqrt(jnp.sum(found[name] ** 2, axis=(1, 2)))
-        relative[name] = kept / jnp.where(size > 0, size, 1)
-    strengths = _strengths(strength, relative, targets, everything)
-    blocks: dict[str, Array] = {}
-    for name in names:
-        taken = -scale * strengths[name][:, None, None] * found[name]
-        for path, part in targets[0].blocks[name].weight.scatter(taken).items():
-            blocks[path] = blocks[path] + part if path in blocks else part
-    return Edit(blocks), EngramInfo(relative, strengths)
+    return take_out(params, target, rest, _piece, strength=strength, scale=scale)
 
 
-def _sums(curvature: Curvature, name: str) -> Array:
-    """S of a block: its A times the number of outputs."""
-    block = curvature.blocks[name]
-    assert isinstance(block, Kronecker)
-    matrix = curvature.factors[block.input].matrix
-    return matrix * curvature.num_outputs.astype(matrix.dtype)
-
-
-def _strengths(strength, relative, targets, everything) -> dict[str, Array]:
-    if strength == "adaptive":
-        largest = max(float(jnp.max(r)) for r in relative.values())
-        return {
-            name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()
-        }
-    share = 1.0
-    if strength == "count":
-        counts = [sum(int(c.num_outputs) for c in group) for group in (targets, everything)]
-        share = counts[0] / max(counts[1], 1)
-    return {name: jnp.full_like(r, share) for name, r in relative.items()}
+def _piece(targets, rests, name, weight) -> Array:
+    served, others = (
+        functools.reduce(jnp.add, [input_sums(c, name) for c in group])
+        for group in (targets, rests)
+    )
+    whole = served + others
+    if served.ndim == 2:  # a table: token counts
+        return (served / jnp.where(whole > 0, whole, 1))[:, :, None] * weight
+    return jnp.stack([solve(s, w, m) for s, w, m in zip(served, whole, weight, strict=True)])

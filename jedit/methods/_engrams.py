@@ -1,0 +1,97 @@
+"""What engrams in two metrics share: groups of parts, strengths, and the edit out of the pieces."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.curvature import Curvature
+from jedit.curvature.structure import Kronecker
+from jedit.edits import Edit
+
+STRENGTHS = ("count", "adaptive", "whole")
+Parts = Curvature | Sequence[Curvature]
+
+
+class EngramInfo(NamedTuple):
+    """What was found, by block.
+
+    Attributes:
+        relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, (layers,).
+        strength: f, (layers,).
+    """
+
+    relative_norm: dict[str, Array]
+    strength: dict[str, Array]
+
+
+def take_out(
+    params: PyTree, target: Parts, rest: Parts, piece: Callable, *, strength: str, scale: float
+) -> tuple[Edit, EngramInfo]:
+    """The edit -α f W₊ of every Kronecker block.
+
+    Args:
+        params: W.
+        target: curvature of what is to be forgotten, or of several disjoint parts of it.
+        rest: of all else, likewise.
+        piece: `(targets, rests, name, weight) -> W₊`, the groups as lists; weight and W₊ are
+            (layers, rows, d_out).
+        strength: which f.
+        scale: α.
+
+    Returns:
+        The edit, and norms.
+
+    Raises:
+        ValueError: an unknown strength, curvatures of different sites, or no Kronecker block.
+    """
+    if strength not in STRENGTHS:
+        raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
+    targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
+    blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
+    if not blocks or any(set(c.blocks) != set(targets[0].blocks) for c in (*targets, *rests)):
+        raise ValueError(
+            "target and rest must be curvatures of the same sites, with a Kronecker block at least"
+        )
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    found, relative = {}, {}
+    for name, block in blocks.items():
+        dtype = targets[0].factors[block.input].matrix.dtype
+        weight = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
+        found[name] = piece(targets, rests, name, weight)
+        size, kept = (jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in (weight, found[name]))
+        relative[name] = kept / jnp.where(size > 0, size, 1)
+    strengths = _strengths(strength, relative, targets, rests)
+    changes: dict[str, Array] = {}
+    for name, block in blocks.items():
+        taken = -scale * strengths[name][:, None, None] * found[name]
+        for path, part in block.weight.scatter(taken).items():
+            changes[path] = changes[path] + part if path in changes else part
+    return Edit(changes), EngramInfo(relative, strengths)
+
+
+def input_sums(curvature: Curvature, name: str) -> Array:
+    """S of a block: its A times the number of outputs."""
+    block = curvature.blocks[name]
+    assert isinstance(block, Kronecker)
+    matrix = curvature.factors[block.input].matrix
+    return matrix * curvature.num_outputs.astype(matrix.dtype)
+
+
+def _strengths(strength, relative, targets, rests) -> dict[str, Array]:
+    if strength == "adaptive":
+        largest = max(float(jnp.max(r)) for r in relative.values())
+        return {
+            name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()
+        }
+    share = 1.0
+    if strength == "count":
+        counts = [sum(int(c.num_outputs) for c in group) for group in (targets, rests)]
+        share = counts[0] / max(sum(counts), 1)
+    return {name: jnp.full_like(r, share) for name, r in relative.items()}
