@@ -4,23 +4,38 @@ Those that edit return an `Edit` and what they found on the way; those that trai
 `TrainingMethod`, which `jedit.unlearn` takes.
 """
 
+from jedit.methods._associations import AssociationInfo, Associations, KeyState
+from jedit.methods._targets import TargetInfo, target_values
 from jedit.methods._training import TrainingMethod
+from jedit.methods.alphaedit import alphaedit
+from jedit.methods.curvature_engram import curvature_engram
 from jedit.methods.engram import EngramInfo, engram
 from jedit.methods.gu import gu
 from jedit.methods.kfade import KfadeInfo, kfade
 from jedit.methods.l1_sparse import l1_sparse
+from jedit.methods.memit import memit
+from jedit.methods.rome import rome
 from jedit.methods.rosu import rosu, uam
 from jedit.methods.salun import salun
 
 __all__ = [
+    "AssociationInfo",
+    "Associations",
     "EngramInfo",
+    "KeyState",
     "KfadeInfo",
+    "TargetInfo",
     "TrainingMethod",
+    "alphaedit",
+    "curvature_engram",
     "engram",
     "gu",
     "kfade",
     "l1_sparse",
+    "memit",
+    "rome",
     "rosu",
     "salun",
+    "target_values",
     "uam",
 ]
