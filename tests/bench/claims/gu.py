@@ -21,8 +21,8 @@ from jedit import metrics
 from jedit.methods import TrainingMethod, gu
 from jedit.objectives import ga, graddiff
 from jedit.unlearn import unlearn
-from tests.bench.claims.digits import Scene, scene
 from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.scenes import Scene, digits
 
 OBJECTIVES = {"gradient ascent": ga, "GradDiff": graddiff}
 RATES = (3e-4, 1e-4, 3e-5)
@@ -82,7 +82,7 @@ def main() -> None:
     settings = [(0, "leaf"), *itertools.product(RANKS, SCOPES)]
     runs: dict = {}
     for seed in range(given.seeds):
-        found = scene(seed)
+        found = digits(seed)
         key = jax.random.key(2000 + seed)
         for name, rate in itertools.product(OBJECTIVES, RATES):
             for rank, scope in settings:

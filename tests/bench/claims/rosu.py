@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from jedit.geometry import retain_neutral_perturbation
 from jedit.objectives import ga, retain_nll
 from jedit.report.figure import save_png
-from tests.bench.claims.digits import Scene, scene
 from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.scenes import Scene, digits
 
 SHARES = tuple(k / 40 for k in range(41))
 EDGES = (-1.0, -0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -107,7 +107,7 @@ def main() -> None:
     given = options.parse_args()
     by_seed = []
     for seed in range(given.seeds):
-        found = scene(seed, epochs=given.epochs)
+        found = digits(seed, epochs=given.epochs)
         by_seed.append(at_surrogates(found, given.radius, key=jax.random.key(1000 + seed)))
     table = binned(by_seed)
     print("| cosine | seeds | retain loss saved, nats | share of the forget gain kept |")
