@@ -17,9 +17,10 @@ a model to which all forget rows still look like its own.
 Differences.  The code released with SalUn has log p_i in the place of log(1 - p_i), and treats
 each row's label as if it were a label of every row in the batch; ours is the formula above.  Its
 attack is a support vector machine (radial kernel, C = 3) on equal numbers of retain and test rows,
-which on one score a row is a smooth threshold.  Ours is the threshold of the best balanced
-accuracy, found exactly: no solver, no subset to draw, but more jumpy where the two sets overlap
-nearly whole, so read `balanced_accuracy` beside it.
+which on one score a row is a smooth threshold.  Ours are two thresholds without a solver or a draw:
+"midpoint", half way between the mean member and the mean non-member (linear discriminant), and
+"best", that of the largest balanced accuracy, found exactly.  Where the two sets overlap nearly
+whole the best one jumps: between small networks for MNIST from 0.76 to 0.9999, and MIA with it.
 """
 
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.typing import Batch
 
 KINDS = ("confidence", "entropy", "modified_entropy")
+RULES = ("midpoint", "best")
 
 
 class MembershipAttack(NamedTuple):
@@ -68,24 +70,26 @@ def membership_scores(
 
 
 def membership_attack(
-    members: ArrayLike, nonmembers: ArrayLike, forget: ArrayLike
+    members: ArrayLike, nonmembers: ArrayLike, forget: ArrayLike, *, rule: str = "midpoint"
 ) -> MembershipAttack:
     """Fit a threshold on two sets of scores, and ask it about a third.
 
-    The numbers of members and non-members need not be equal, since each set weighs one half. Of
-    equally good thresholds the lowest is taken.
+    The numbers of members and non-members need not be equal, since each set weighs one half.
 
     Args:
         members: (n,), scores of retain rows, higher for a member: entropies with their sign turned.
         nonmembers: (m,), of test rows.
         forget: (k,), of the forget rows.
+        rule: "midpoint", or "best": of equally good thresholds the lowest.
 
     Returns:
         The attack. Costs one sort.
 
     Raises:
-        ValueError: a set is empty, has more than one axis or holds NaN.
+        ValueError: an unknown rule, or a set is empty, has more than one axis or holds NaN.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     sets = [np.asarray(x, np.float64) for x in (members, nonmembers, forget)]
     for name, scores in zip(("members", "nonmembers", "forget"), sets, strict=True):
         if scores.ndim != 1 or scores.size == 0 or np.any(np.isnan(scores)):
@@ -94,14 +98,16 @@ def membership_attack(
                 f"{np.sum(np.isnan(scores))} NaN"
             )
     inside, outside = np.sort(sets[0]), np.sort(sets[1])
-    # Between two neighbouring scores nothing changes, so the scores are all there is to try.
-    thresholds = np.unique(np.concatenate([inside, outside]))
+    if rule == "midpoint":
+        thresholds = np.array([(np.mean(inside) + np.mean(outside)) / 2])
+    else:  # between two neighbouring scores nothing changes
+        thresholds = np.unique(np.concatenate([inside, outside]))
     missed = np.searchsorted(inside, thresholds) / len(inside)
     caught = np.searchsorted(outside, thresholds) / len(outside)
     accuracy = (1 - missed + caught) / 2
-    best = int(np.argmax(accuracy))
-    efficacy = np.mean(sets[2] < thresholds[best])
-    return MembershipAttack(float(efficacy), float(thresholds[best]), float(accuracy[best]))
+    chosen = int(np.argmax(accuracy))
+    efficacy = np.mean(sets[2] < thresholds[chosen])
+    return MembershipAttack(float(efficacy), float(thresholds[chosen]), float(accuracy[chosen]))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

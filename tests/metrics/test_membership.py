@@ -90,15 +90,21 @@ def test_only_what_counts_is_scored_and_in_order(key):
 
 
 def test_an_attack_by_hand():
-    """Members at 3, 5, 7 and non-members at 1, 2, 4, 6: best is 3, with 3/3 and 2/4 right."""
-    attack = metrics.membership_attack([3, 7, 5], [6, 1, 4, 2], [2.9, 3, 3, 10, -np.inf])
-    assert attack == metrics.MembershipAttack(2 / 5, 3.0, 0.75)
+    """Members at 3, 5, 8 and non-members at 1, 2, 4, 6."""
+    sets = [3, 8, 5], [6, 1, 4, 2], [2.9, 3, 3, 10, -np.inf]
+    # The best is 3, with 3/3 and 2/4 right.
+    best = metrics.MembershipAttack(2 / 5, 3.0, 0.75)
+    assert metrics.membership_attack(*sets, rule="best") == best
+    # The means are 16/3 and 13/4: 2/3 and 3/4 are on their sides of the middle.
+    middle = metrics.membership_attack(*sets)
+    assert middle == pytest.approx((4 / 5, (16 / 3 + 13 / 4) / 2, (2 / 3 + 3 / 4) / 2), rel=1e-12)
 
 
 def test_an_attack_on_what_cannot_be_told_apart_is_chance():
     same = np.linspace(0, 1, 7)
-    attack = metrics.membership_attack(same, same, [0.5, 2.0])
+    attack = metrics.membership_attack(same, same, [0.5, 2.0], rule="best")
     assert attack == metrics.MembershipAttack(0.0, 0.0, 0.5)  # the lowest: all are members
+    assert metrics.membership_attack(same, same, [0.4, 2.0])[:2] == pytest.approx((0.5, 0.5))
     assert metrics.membership_attack([1.0], [1.0], [0.5]).efficacy == 1.0
 
 
@@ -109,7 +115,7 @@ def test_no_threshold_is_better(key, sizes):
         np.asarray(shift + jax.random.normal(k, (n,)), np.float64)
         for k, n, shift in zip(keys, (*sizes, 70), (1.0, 0.0, 0.5), strict=True)
     )
-    attack = metrics.membership_attack(members, others, forget)
+    attack = metrics.membership_attack(members, others, forget, rule="best")
 
     def balanced(threshold):
         return (np.mean(members >= threshold) + np.mean(others < threshold)) / 2
@@ -124,6 +130,8 @@ def test_bad_scores_get_a_sentence():
     for bad in (np.zeros(0), np.zeros((2, 2)), np.array([0.1, np.nan])):
         with pytest.raises(ValueError, match="nonmembers must be numbers of shape"):
             metrics.membership_attack([1.0], bad, [1.0])
+    with pytest.raises(ValueError, match="rule must be one of midpoint, best, got 'worst'"):
+        metrics.membership_attack([1.0], [1.0], [1.0], rule="worst")
 
 
 def test_gaps_by_hand():
