@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit.edits import Edit
@@ -37,15 +38,14 @@ from jedit.methods._associations import (
 
 @jax.jit
 def solve(
-    U: Float[Array, "d d"],
-    w: Float[Array, " d"],
+    U0: Float[Array, "d r"],
     K: Float[Array, "n d"],
     M: Float[Array, "d d"] | None,
     R: Float[Array, "n d_out"],
-    ridge: Float[Array, ""] | float,
+    ridge: Float[Array, ""],
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra, M = KₚᵀKₚ; of U √w the columns with w = 0 add nothing."""
-    return regress(U * jnp.sqrt(w)[None], K, M, R, jnp.asarray(ridge, K.dtype))
+    """The method's algebra, M = KₚᵀKₚ."""
+    return regress(U0, K, M, R, ridge)
 
 
 def alphaedit(
@@ -77,7 +77,8 @@ def alphaedit(
         state: of the batches before, `info.state`, so that they are kept.
 
     Returns:
-        The edit, and what was found. n³/3 flops a layer without a state, d³ with one.
+        The edit, and what was found. n³/3 flops a layer without a state, 2 d r (d + r) with one, r
+        directions free. Not to be traced: r is the projector's.
 
     Raises:
         ValueError: ℓ not positive, or layers, targets or state that do not fit.
@@ -90,8 +91,9 @@ def alphaedit(
         U = projector.bases[factors[path]]
         assert U is not None
         w, a = projector.weights[factors[path]][0], projector.eigenvalues[factors[path]][0]
-        unit = jnp.mean(a).astype(K.dtype) if relative else 1
-        return solve(U[0].astype(K.dtype), w.astype(K.dtype), K, M, R, ridge * unit)
+        U0 = (U[0] * jnp.sqrt(w)[None])[:, np.flatnonzero(w)]
+        unit = jnp.mean(a) if relative else jnp.ones((), a.dtype)
+        return solve(U0.astype(K.dtype), K, M, R, (ridge * unit).astype(K.dtype))
 
     weights = {n: w for n, w, factor in projector.blocks if projector.bases[factor] is not None}
     return write(
