@@ -10,6 +10,7 @@ from jedit.objectives.ga import ga
 from jedit.objectives.graddiff import graddiff
 from jedit.objectives.npo import npo, npo_from_nll
 from jedit.objectives.random_label import random_label, relabel
+from jedit.objectives.representation_deviation import representation_deviation
 from jedit.objectives.retain import retain_kl, retain_nll
 from jedit.objectives.rmu import random_direction, rmu
 from jedit.objectives.simnpo import simnpo
@@ -27,6 +28,7 @@ __all__ = [
     "random_direction",
     "random_label",
     "relabel",
+    "representation_deviation",
     "retain_kl",
     "retain_nll",
     "rmu",

@@ -1,0 +1,261 @@
+"""Claims: engrams of disjoint subsets add; whether they are better in the metric of the output KL.
+
+    python -m tests.bench.claims.engrams [--seeds 5] [--scenes digits authors]
+
+Every edit is scaled by each α of one grid (K-FADE by its budgets), and judged against the model
+retrained without the forget rows: KL(retrained ‖ edited) on them, KL(original ‖ edited) on held-out
+retain rows, tug-of-war (1 - |Δforget|)(1 - |Δheldout|)(1 - |Δtest|) of accuracies. A method's best
+point is that with the smallest KL to the retrained model within the scene's held-out KL; its best
+tug-of-war is the largest of the grid within it. The engram of strength "count" is that of strength
+"whole" at α n₊/n, so it walks the same curve and has no row of its own.
+
+Addition, on the digits model: with the statistics kept, classes 7 and 3 are erased in either order
+and at once; with the statistics taken again after the first edit, in either order.
+"""
+
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jedit
+from jedit.data import batches
+from jedit.methods import curvature_engram, engram, kfade
+from jedit.objectives import token_kl, token_nll
+from jedit.objectives.token_nll import masked_mean
+from jedit.outputs import counted_outputs
+from tests.bench.claims.engram_scenes import (
+    CNN,
+    Scene,
+    authors_scenes,
+    digits_model,
+    digits_scenes,
+)
+from tests.bench.claims.evidence import interval, parser, shown, write
+
+ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+# Temperature and damping of the output metric.
+SETTINGS = ((1.0, 0.0), (1.0, 0.01), (1.0, 0.1), (1.0, 1.0), (4.0, 0.0), (4.0, 0.1))
+KFADE = (4.0, 0.1, 4)  # temperature, damping and steps, out of the demo's grid
+PLAIN = "engram, adaptive"
+
+
+class Judge:
+    """What edited models are worth; the outputs that they are compared with are computed once."""
+
+    def __init__(self, found: Scene):
+        self.apply = found.apply
+        self.sets = (found.forget, found.heldout, found.test)
+        models = (found.retrained, found.original, found.retrained)
+        pairs = zip(models, self.sets, strict=True)
+        self.references = tuple(_outputs(found.apply, m, rows.inputs) for m, rows in pairs)
+        self.accuracy = self._measured(found.retrained)[:, 0]
+
+    def _measured(self, params) -> np.ndarray:
+        return np.asarray(_measured(self.apply, params, self.sets, self.references), np.float64)
+
+    def __call__(self, params) -> dict[str, float]:
+        accuracy, nll, kl = self._measured(params).T
+        return {
+            "forget_nll": nll[0],
+            "to_retrained": kl[0],
+            "heldout_kl": kl[1],
+            "tug_of_war": float(np.prod(1 - np.abs(accuracy - self.accuracy))),
+        }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(apply, params, inputs):
+    return apply(params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(apply, params, sets, references):
+    """Accuracy, NLL and KL from the reference of every set, (sets, 3)."""
+    found = []
+    for rows, reference in zip(sets, references, strict=True):
+        logits = apply(params, rows.inputs)
+        counted = counted_outputs(rows, logits.shape[:-1])
+        targets = jnp.where(counted, rows.targets, 0)
+        is_hit = (jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype)
+        values = (is_hit, token_nll(logits, targets), token_kl(reference, logits))
+        found.append(jnp.stack([masked_mean(v, counted) for v in values]))
+    return jnp.stack(found)
+
+
+@functools.cache
+def _kfac(apply, temperature, select, fisher):
+    """One estimator for all seeds of a model: it compiles once."""
+    likelihood = jedit.likelihoods.Categorical(temperature)
+    return jedit.kfac(apply, likelihood, select=select, fisher=fisher)
+
+
+def statistics(found: Scene, temperature: float, *, key):
+    """Curvature of the forget rows and of the retain rows; of a text, answer tokens alone."""
+    estimator = _kfac(found.apply, temperature, found.select, found.fisher)
+    for rows, k in zip((found.forget, found.retain), jax.random.split(key), strict=True):
+        rows = rows._replace(valid=rows.mask)
+        yield jedit.estimate(estimator, found.original, batches(rows, found.chunk), key=k)
+
+
+def methods(found: Scene, *, key):
+    """By name, a function of nothing to a method's strengths and edits."""
+    curvatures = {
+        t: list(statistics(found, t, key=jax.random.fold_in(key, int(t))))
+        for t in {t for t, _ in SETTINGS}
+    }
+
+    def scaled(method, curvature, **options):
+        edit, _ = method(found.original, *curvature, **options)
+        return [(alpha, edit * alpha) for alpha in ALPHAS]
+
+    def budgeted():
+        retain = jax.tree.map(lambda x: x[: found.probe], found.retain)
+        temperature, damping, steps = KFADE
+        fixed = (found.apply, found.original, curvatures[temperature][1], found.forget, retain)
+        for budget in found.budgets:
+            yield budget, kfade(*fixed, budget=budget, damping=damping, steps=steps)[0]
+
+    makers = {}
+    for strength in ("adaptive", "whole"):
+        make = functools.partial(scaled, engram, curvatures[1.0], strength=strength)
+        makers[f"engram, {strength}"] = make
+    for strength, (temperature, damping) in itertools.product(("adaptive", "whole"), SETTINGS):
+        name = f"output metric, {strength}, temperature {temperature:g}, damping {damping:g}"
+        options = {"damping": damping, "strength": strength}
+        fixed = (scaled, curvature_engram, curvatures[temperature])
+        makers[name] = functools.partial(*fixed, **options)
+    return makers | {"K-FADE": budgeted}
+
+
+def measured(found: Scene, *, key) -> dict[str, list[dict[str, float]]]:
+    """Every point of every method."""
+    judge, points = Judge(found), {}
+    for name, make in methods(found, key=key).items():
+        points[name] = [
+            {"strength": strength} | judge(jedit.apply_edit(found.original, edit))
+            for strength, edit in make()
+        ]
+    points["untouched"] = [{"strength": 0.0} | judge(found.original)]
+    return points
+
+
+def best(points, kl_budget: float) -> dict[str, float]:
+    """The point nearest to the retrained model within the budget, and the best tug-of-war."""
+    within = [p for p in points if p["heldout_kl"] <= kl_budget] or points[:1]
+    nearest = min(within, key=lambda p: p["to_retrained"])
+    return nearest | {"best_tug_of_war": max(p["tug_of_war"] for p in within)}
+
+
+def table(by_seed) -> dict[str, dict]:
+    """Intervals over seeds of each method's best, and of its distance to the plain engram's."""
+    found = {}
+    for name in by_seed[0]:
+        rows, plain = [s[name] for s in by_seed], [s[PLAIN] for s in by_seed]
+        line = {f: interval([r[f] for r in rows]) for f in rows[0]}
+        for f in ("to_retrained", "best_tug_of_war"):
+            line[f"{f}_less_plain"] = interval(
+                [r[f] - p[f] for r, p in zip(rows, plain, strict=True)]
+            )
+        found[name] = line
+    return found
+
+
+def show(name: str, lines: dict[str, dict]) -> None:
+    """A table a scene."""
+    fields = ("strength", "to_retrained", "to_retrained_less_plain", "heldout_kl")
+    fields += ("best_tug_of_war", "best_tug_of_war_less_plain")
+    print(f"\n| {name} | {' | '.join(fields)} |\n| --- |{' --- |' * len(fields)}")
+    for method, line in lines.items():
+        print(f"| {method} | {' | '.join(shown(line[f]) for f in fields)} |", flush=True)
+
+
+def addition(seed: int, *, x64: bool) -> dict[str, float]:
+    """Relative differences of the ways to erase two classes from one digits model."""
+    rows, _, fit, _ = digits_model(seed)
+    original = fit(rows)
+    with jax.enable_x64(x64):
+        dtype = jnp.float64 if x64 else jnp.float32
+        params = jax.tree.map(lambda p: jnp.asarray(p, dtype), original)
+        labels = rows.labels
+        chosen = (labels == 7, labels == 3, (labels != 7) & (labels != 3))
+        parts = [rows.take(np.flatnonzero(c)).as_batch() for c in chosen]
+        parts = [p._replace(inputs=p.inputs.astype(dtype)) for p in parts]
+        estimator = _kfac(CNN, 1.0, None, "exact")
+
+        def fitted(params):
+            key = jax.random.key(0)
+            return [jedit.estimate(estimator, params, batches(p, 256), key=key) for p in parts]
+
+        def taken(method, params, curvatures, *classes):
+            target = [curvatures[i] for i in classes]
+            rest = [c for i, c in enumerate(curvatures) if i not in classes]
+            return method(params, target, rest, strength="whole", scale=0.7)[0]
+
+        def difference(x, y):
+            """Largest entry, over the largest entry of what `x` changed."""
+            leaves = zip(*map(jax.tree.leaves, (x, y, params)), strict=True)
+            return max(
+                float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a - p))) for a, b, p in leaves
+            )
+
+        kept = fitted(params)
+        a, b, both = (taken(engram, params, kept, *c) for c in ((0,), (1,), (0, 1)))
+        one = jedit.apply_edit(jedit.apply_edit(params, a), b)
+        other = jedit.apply_edit(jedit.apply_edit(params, b), a)
+        at_once = jedit.apply_edit(params, both)
+        again = []
+        for edit, left in ((a, 1), (b, 0)):
+            first = jedit.apply_edit(params, edit)
+            again.append(jedit.apply_edit(first, taken(engram, first, fitted(first), left)))
+        a, b, both = (taken(curvature_engram, params, kept, *c) for c in ((0,), (1,), (0, 1)))
+        return {
+            "two orders": difference(one, other),
+            "one by one and at once": difference(one, at_once),
+            "two orders, statistics taken again": difference(*again),
+            "one by one, statistics taken again or kept": difference(one, again[0]),
+            "output metric, one by one and at once": difference(
+                jedit.apply_edit(params, a + b), jedit.apply_edit(params, both)
+            ),
+        }
+
+
+def main() -> None:
+    """Run over the seeds and write what came out."""
+    options = parser(__doc__)
+    options.add_argument("--scenes", nargs="*", default=["digits", "authors"])
+    given = options.parse_args()
+    start, points, bests = time.perf_counter(), {}, {}
+    makers = {"digits": digits_scenes, "authors": authors_scenes}
+    sums = {}
+    for seed in range(given.seeds):
+        for name, x64 in (("float32", False), ("float64", True)):
+            for what, value in addition(seed, x64=x64).items():
+                sums.setdefault(what, {}).setdefault(name, []).append(value)
+        for kind in given.scenes:
+            for found in makers[kind](seed):
+                judged = measured(found, key=jax.random.key(1000 + seed))
+                points.setdefault(found.name, []).append(judged)
+                chosen = {n: best(p, found.kl_budget) for n, p in judged.items()}
+                bests.setdefault(found.name, []).append(chosen)
+                print(f"seed {seed}, {found.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    tables = {name: table(by_seed) for name, by_seed in bests.items()}
+    for name, lines in tables.items():
+        show(name, lines)
+    print("\n| largest relative difference | float32 | float64 |\n| --- | --- | --- |")
+    for what, by_dtype in sums.items():
+        print(f"| {what} | {' | '.join(f'{max(v):.2g}' for v in by_dtype.values())} |")
+    seconds = time.perf_counter() - start
+    write(
+        "engrams",
+        given.out,
+        {"seconds": seconds, "tables": tables, "addition": sums, "points": points},
+    )
+    print(f"\n{seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""KUDA's steps written out with a dense projector, and what they leave alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jedit import objectives
+from jedit.curvature import estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.methods import kuda
+from jedit.typing import Batch
+from jedit.unlearn import unlearn
+
+D_IN, D_HIDDEN = 7, 5
+
+
+def hidden(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"][None])
+
+
+def apply(params, x):
+    return hidden(params, x) @ params["v"]
+
+
+@pytest.fixture
+def scene(key):
+    """Retained inputs in four of seven dimensions, and the curvature there."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (D_IN, D_HIDDEN), "b": (D_HIDDEN,), "v": (D_HIDDEN, 3)}
+    params = {name: jnp.asarray(0.5 * rng.normal(size=shape)) for name, shape in shapes.items()}
+    inputs = rng.normal(size=(6, D_IN)), rng.normal(size=(30, 4)) @ rng.normal(size=(4, D_IN))
+    forget, retain = (
+        Batch(jnp.asarray(x), jnp.asarray(rng.integers(0, 3, len(x)))) for x in inputs
+    )
+    curvature = estimate(kfac(apply, Categorical()), params, [retain], key=key)
+    u = objectives.random_direction(D_HIDDEN, key=jax.random.key(3))
+    return params, forget, retain, curvature, u
+
+
+def run(method, scene, key, steps, **frozen):
+    params, forget, retain, _, u = scene
+    return unlearn(
+        method.objective,
+        method.optimizer,
+        params,
+        forget,
+        retain,
+        steps=steps,
+        key=key,
+        update_args=method.update_args,
+        objective_args={"reference_params": params, "direction": u} | frozen,
+    )
+
+
+def matrix(tree):
+    return np.concatenate([np.asarray(tree["w"], np.float64), np.asarray(tree["b"])[None]])
+
+
+@pytest.mark.parametrize(("threshold", "relaxation"), [(0.1, 0.7), (0.3, 0.0)])
+def test_three_steps_are_the_ones_by_hand(scene, key, threshold, relaxation, tolerance):
+    params, forget, retain, curvature, u = scene
+    options = {"gamma": 2.0, "alpha": 0.3, "tilt": 0.5}
+    projection = {"threshold": threshold, "relaxation": relaxation}
+    optimizer = optax.sgd(0.2, momentum=0.9)
+    method = kuda(apply, hidden, curvature, optimizer, select="^w$", **projection, **options)
+    moved, history = run(method, scene, key, 3)
+
+    x = np.concatenate([np.asarray(retain.inputs, np.float64), np.ones((30, 1))], axis=1)
+    a, basis = np.linalg.eigh(x.T @ x / 30)
+    is_free = np.cumsum(a) <= threshold * a.sum()
+    weights = np.where(is_free, 1.0, 0.0)
+    if relaxation:
+        cut = a[is_free].max()
+        weights = np.where(is_free, 1.0, (cut / np.where(is_free, 1, a)) ** (1 / relaxation))
+    projector = (basis * weights) @ basis.T
+    here, momentum = params, 0.0
+    for _ in range(3):
+        gradient = jax.grad(
+            lambda p: objectives.representation_deviation(
+                p,
+                forget,
+                retain,
+                apply=apply,
+                hidden=hidden,
+                reference_params=params,
+                direction=u,
+                **options,
+            )[0]
+        )(here)
+        momentum = 0.9 * momentum + matrix(gradient)
+        new = matrix(here) - 0.2 * projector @ momentum
+        here = {**here, "w": jnp.asarray(new[:-1]), "b": jnp.asarray(new[-1])}
+    np.testing.assert_allclose(matrix(moved), matrix(here), atol=100 * tolerance.factorization)
+    np.testing.assert_array_equal(moved["v"], params["v"])
+    assert np.abs(matrix(moved) - matrix(params)).max() > 1e-2
+    assert set(history) == {"forget_cosine", "retain_nll", "loss"}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_forget_states_turn_away_and_retained_inputs_see_nothing(scene, key, tolerance):
+    params, forget, retain, curvature, _ = scene
+    optimizer = optax.adamw(0.02, weight_decay=0.1)
+    settings = {"select": ["^w$"], "threshold": 1e-6, "relaxation": 0.0}
+    method = kuda(apply, hidden, curvature, optimizer, **settings)
+    moved, history = run(method, scene, key, 100)
+    assert history["forget_cosine"][0] > 0.9
+    assert history["forget_cosine"][-1] < 0.5
+    before, after = (hidden(p, retain.inputs) for p in (params, moved))
+    np.testing.assert_allclose(after, before, atol=100 * tolerance.factorization)
+    assert np.abs(hidden(moved, forget.inputs) - hidden(params, forget.inputs)).max() > 0.3
+
+
+def test_mistakes_get_a_sentence(scene):
+    curvature = scene[3]
+    with pytest.raises(ValueError, match=r"matches no parameter of the curvature; it covers w, v"):
+        kuda(apply, hidden, curvature, optax.sgd(0.1), select="blocks/9")
+    with pytest.raises(ValueError, match="threshold must not be negative"):
+        kuda(apply, hidden, curvature, optax.sgd(0.1), select="w", threshold=2.0)

@@ -1,0 +1,118 @@
+"""Sharpness-aware unlearning in the training loop, against the same steps written out by hand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jedit import objectives
+from jedit.methods import sam
+from jedit.typing import Batch
+from jedit.unlearn import unlearn
+
+
+def apply(params, inputs):
+    return jnp.tanh(inputs @ params["w"]) @ params["v"]
+
+
+@pytest.fixture
+def scene():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 5))), "v": jnp.asarray(rng.normal(size=(5, 3)))}
+    sets = [
+        Batch(jnp.asarray(rng.normal(size=(n, 4))), jnp.asarray(rng.integers(0, 3, n)))
+        for n in (6, 9)
+    ]
+    return params, *sets
+
+
+def by_hand(loss, retained, params, steps, radius, alpha, is_trained=lambda _: True):
+    """θ <- θ - 0.1 m, m <- 0.9 m + ∇L_f(θ + ρ g/‖g‖) + α ∇L_r(θ), on the trained leaves."""
+    momentum = {name: 0.0 for name in params}
+    for _ in range(steps):
+        g = {n: x for n, x in jax.grad(loss)(params).items() if is_trained(n)}
+        norm = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in g.values()))
+        there = {n: x + radius * g[n] / norm if n in g else x for n, x in params.items()}
+        outer, held = jax.grad(loss)(there), jax.grad(retained)(params)
+        for n in g:
+            momentum[n] = 0.9 * momentum[n] + outer[n] + alpha * held[n]
+            params = {**params, n: params[n] - 0.1 * momentum[n]}
+    return params
+
+
+@pytest.mark.parametrize(
+    ("radius", "alpha", "trainable"), [(0.3, 0.7, None), (0.05, 2.0, None), (0.3, 0.7, "v")]
+)
+def test_three_steps_are_the_ones_by_hand(scene, key, radius, alpha, trainable, tolerance):
+    params, forget, retain = scene
+    reference = jax.tree.map(lambda p: 0.8 * p, params)
+    forgetting = partial(objectives.npo, reference_params=reference, beta=0.5)
+    method = sam(
+        apply,
+        optax.sgd(0.1, momentum=0.9),
+        radius=radius,
+        alpha=alpha,
+        forget_objective=forgetting,
+        retain_objective=partial(objectives.retain_kl, reference_params=reference),
+    )
+    moved, history = unlearn(
+        method.objective,
+        method.optimizer,
+        params,
+        forget,
+        retain,
+        steps=3,
+        key=key,
+        update_args=method.update_args,
+        trainable=trainable,
+    )
+
+    def loss(p):
+        return forgetting(p, forget, apply=apply)[0]
+
+    def retained(p):
+        return objectives.retain_kl(p, None, retain, apply=apply, reference_params=reference)[0]
+
+    is_trained = (lambda name: name == trainable) if trainable else (lambda _: True)
+    expected = by_hand(loss, retained, params, 3, radius, alpha, is_trained)
+    tolerance.check(moved, expected, "factorization")
+    assert float(history["loss"][0]) == pytest.approx(
+        float(loss(params) + alpha * retained(params)), rel=1e-5
+    )
+
+
+def test_the_default_ascends_the_forget_loss_from_where_it_is_lower(scene, key, tolerance):
+    params, forget, retain = scene
+    method = sam(apply, optax.sgd(0.1), radius=0.2)
+    options = {"steps": 1, "key": key, "update_args": method.update_args}
+    moved, history = unlearn(method.objective, method.optimizer, params, forget, retain, **options)
+    ascent = lambda p: objectives.ga(p, forget, apply=apply)[0]  # noqa: E731
+    held = lambda p: objectives.retain_nll(p, None, retain, apply=apply)[0]  # noqa: E731
+    g = jax.grad(ascent)(params)
+    norm = jnp.sqrt(sum(jnp.sum(x * x) for x in g.values()))
+    there = jax.tree.map(lambda p, x: p + 0.2 * x / norm, params, g)
+    assert ascent(there) > ascent(params), "the perturbation undoes forgetting"
+    expected = jax.tree.map(
+        lambda p, x, y: p - 0.1 * (x + y), params, jax.grad(ascent)(there), jax.grad(held)(params)
+    )
+    tolerance.check(moved, expected)
+    assert set(history) == {"forget_nll", "retain_nll", "loss"}
+
+
+def test_a_vanishing_forget_gradient_perturbs_nothing(scene, key, tolerance):
+    params, forget, retain = scene
+    nothing = lambda p, f, r, *, apply: (0.0 * jnp.sum(p["w"]), {})  # noqa: ARG005, E731
+    method = sam(apply, optax.sgd(0.1), radius=0.2, forget_objective=nothing)
+    options = {"steps": 1, "key": key, "update_args": method.update_args}
+    moved, _ = unlearn(method.objective, method.optimizer, params, forget, retain, **options)
+    held = lambda p: objectives.retain_nll(p, None, retain, apply=apply)[0]  # noqa: E731
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(held)(params))
+    tolerance.check(moved, expected)
+
+
+def test_mistakes_get_a_sentence():
+    with pytest.raises(ValueError, match="radius positive"):
+        sam(apply, optax.sgd(0.1), radius=0.0)
