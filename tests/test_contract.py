@@ -16,7 +16,7 @@ from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.geometry import null_space
-from jedit.methods import Associations, alphaedit, kfade, memit, rome
+from jedit.methods import Associations, alphaedit, curvature_engram, engram, kfade, memit, rome
 from jedit.transforms import (
     add_l1_gradient,
     clip_by_curvature_norm,
@@ -101,6 +101,8 @@ TRANSFORMS = [
 METHODS = [
     Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, steps=2)),
     Row("kfade by step", lambda *scene: kfade(*scene, step=1e-2, steps=2)),
+    Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
+    Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
     Row("memit", lambda f, p, c, forget, _: memit(f, p, c, Associations(forget), None, layers="w")),
     Row(
