@@ -24,6 +24,8 @@ class Demo:
 
     scene: Literal["digits", "authors", "all"] = "all"
     """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both."""
+    methods: Literal["main", "all"] = "main"
+    """The main methods, in minutes, or all that the project has."""
     out: Path = DEMO_OUT
     """Folder of the report; an earlier report there is replaced."""
     seed: int = 0
@@ -111,13 +113,15 @@ def _demo(options: Demo, command: str) -> int:
     def scenes() -> list:
         found = []
         if options.scene in ("digits", "all"):
-            from jedit.recipes.digits import digits
+            from jedit.recipes.digits import ALL, GRID, digits
 
-            found += digits(seed=options.seed, say=stages)
+            grid = ALL if options.methods == "all" else GRID
+            found += digits(seed=options.seed, say=stages, grid=grid)
         if options.scene in ("authors", "all"):
-            from jedit.recipes.authors import authors
+            from jedit.recipes.authors import ALL, GRID, authors
 
-            found += authors(seed=options.seed, say=stages)
+            grid = ALL if options.methods == "all" else GRID
+            found += authors(seed=options.seed, say=stages, grid=grid)
         return found
 
     return _report(scenes, stages, options.out, options.seed, command)

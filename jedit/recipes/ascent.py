@@ -1,28 +1,23 @@
-"""The baselines: Adam on an objective of forget and retain rows, seen at several lengths."""
+"""The methods that train, each seen at several lengths of one run."""
 
 import functools
 import math
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jedit.methods import TrainingMethod
 from jedit.typing import Batch
 from jedit.unlearn import History, LoopState, unlearn
 
-# The learning rate stands in the state: a grid of them compiles once.
-OPTIMIZER = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
-    learning_rate=0.0
-)
-
 
 def ascend(
-    objective: Callable,
+    method: TrainingMethod,
     params: PyTree,
-    forget: Batch,
+    forget: Batch | tuple[Batch, Batch],
     retain: Batch,
     *,
     learning_rate: float,
@@ -33,11 +28,11 @@ def ascend(
     """Run the loop, and look after the given numbers of steps.
 
     Args:
-        objective: `(params, forget, retain, *, reference_params) -> (scalar, aux)`, lowered.
+        method: its objective takes `reference_params`, its optimizer's state holds the rate.
         params: where to begin; they are also the reference.
         forget: the rows to be forgotten.
         retain: the rows to be kept.
-        learning_rate: of Adam.
+        learning_rate: put into the optimizer's state.
         looks: the numbers of steps, rising.
         batch_size: rows of either set in one step; fewer if the set has fewer.
         key: of the orders.
@@ -45,19 +40,20 @@ def ascend(
     Returns:
         Steps taken, seconds they took without compiling, and the params there, for each look.
     """
-    state = OPTIMIZER.init(params)
+    state = method.optimizer.init(params)
     rate = jnp.full_like(optax.tree_utils.tree_get(state, "learning_rate"), learning_rate)
     state = optax.tree_utils.tree_set(state, learning_rate=rate)
     every = math.gcd(*looks)
     run = functools.partial(
         unlearn,
-        objective,
-        OPTIMIZER,
+        method.objective,
+        method.optimizer,
         LoopState(0, params, state),
         jax.tree.map(jnp.asarray, forget),
         jax.tree.map(jnp.asarray, retain),
         key=key,
         batch_size=batch_size,
+        update_args=method.update_args,
         objective_args={"reference_params": params},
     )
     # Once for nothing: the clock must not see the compiler.

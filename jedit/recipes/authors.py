@@ -20,6 +20,22 @@ GRID = Grid(
     batch_size=16,
     kl_budget=0.1,
 )
+SCALES = (0.03, 0.1, 0.3, 1.0)
+# Every method of the project, for `jedit demo --methods all`.
+ALL = GRID._replace(
+    scales={
+        "engram": SCALES,
+        "engram (output metric)": SCALES,
+        "AlphaEdit": (0.3, 1.0, 3.0),
+        "MEMIT": (0.3, 1.0, 3.0),
+    },
+    learning_rates=GRID.learning_rates
+    | dict.fromkeys(
+        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "IdkDPO", "RMU"), RATES
+    )
+    | dict.fromkeys(("UAM", "ROSU", "ROSU (push)", "null-space GradDiff"), RATES)
+    | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
+)
 
 
 def authors(

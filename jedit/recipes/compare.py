@@ -1,7 +1,8 @@
 """The shared comparison: edit one model by every method over its strength, and judge each point.
 
-The curvature is fitted, and the baselines retain, on `retain` alone; `heldout` are rows that the
-model was trained on as well and no edit sees, so the retain KL measured there is honest.
+The curvature is fitted, and what training methods hold on to is taken, from `retain` alone;
+`heldout` are rows that the model was trained on as well and no edit sees, so the retain KL measured
+there is honest.
 """
 
 import functools
@@ -15,20 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.capture import intervene
 from jedit.curvature import Curvature, Estimator, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
+from jedit.geometry import null_space
 from jedit.methods import kfade
 from jedit.metrics import forget_quality
-from jedit.objectives import ga, graddiff, npo, token_kl, token_nll
+from jedit.objectives import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
+from jedit.recipes.editors import Editor, editors
+from jedit.recipes.trainers import Trainer, projected_ascent, trainers
 from jedit.recipes.training import rows_of
 from jedit.report import Curve, Method, Point, best_point
 from jedit.typing import Batch
 
 Say = Callable[[str], None]
+NULL_SPACE = 0.01  # share of the retained inputs' energy that is given up
 
 
 class Grid(NamedTuple):
@@ -39,8 +45,9 @@ class Grid(NamedTuple):
         temperatures: of the likelihood whose curvature K-FADE steps in.
         damping: of K-FADE, relative.
         kfade_steps: numbers of steps of one edit.
-        learning_rates: of gradient ascent, GradDiff and NPO, with Adam.
-        looks: strengths of the baselines, in optimizer steps.
+        scales: by method that gives one edit (`editors`), what the edit is multiplied by.
+        learning_rates: by method that trains (`trainers`), with Adam; those named are run.
+        looks: strengths of the methods that train, in optimizer steps.
         batch_size: forget rows, and retain rows, of one such step.
         kl_budget: the held-out retain KL under which a best point is chosen.
     """
@@ -53,6 +60,7 @@ class Grid(NamedTuple):
     looks: tuple[int, ...]
     batch_size: int
     kl_budget: float
+    scales: dict[str, tuple[float, ...]] = {}
 
 
 class Task(NamedTuple):
@@ -70,6 +78,9 @@ class Task(NamedTuple):
         select: regular expression: which parameters K-FADE edits; None: all that can be.
         chunk: rows evaluated at a time.
         probe: how many retain rows the line search measures on.
+        hidden_site: what enters this site is the hidden state of RMU.
+        layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
+        refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
     """
 
     apply: Callable
@@ -83,6 +94,9 @@ class Task(NamedTuple):
     select: str | None
     chunk: int
     probe: int
+    hidden_site: str
+    layers: tuple[str, ...]
+    refusals: Batch | None = None
 
 
 class Judged(NamedTuple):
@@ -129,13 +143,22 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
             setting = {"temperature": temperature, "damping": damping, "steps": steps}
             keep(*_kfade_curve(task, grid, judge, name, curvatures[temperature], setting))
         methods.append(_kfade_method(name, grid, seconds))
-    for name, (objective, description) in _baselines(task.apply).items():
-        rates = grid.learning_rates[name]
+    plain, seconds = fitted["K-FADE (K-FAC)"]
+    retained = plain[min(plain)]
+    for name, scales in grid.scales.items():
+        editor = _editors(task, retained, key=curvature_key)[name]
+        say(f"{name}: {len(scales)} scales")
+        keep(*_scaled_curve(task, judge, name, editor, scales))
+        strength = "scale (of the edit)"
+        methods.append(Method(name, editor.description, strength, {}, 2 * seconds))
+    trained_by = _trainers(task, retained)
+    for name, rates in grid.learning_rates.items():
+        trainer = trained_by[name]
         say(f"{name}: {len(rates)} learning rates")
         for rate in rates:
-            keep(*_baseline_curve(task, grid, judge, name, objective, rate, key=ascent_key))
-        strength = f"steps (Adam, batches of {grid.batch_size} rows)"
-        methods.append(Method(name, description, strength, {"learning rate": rates}))
+            keep(*_trained_curve(task, grid, judge, name, trainer, rate, key=ascent_key))
+        strength = f"steps (batches of {grid.batch_size} rows)"
+        methods.append(Method(name, trainer.description, strength, {"learning rate": rates}))
     best = {m.name: best_point(found, m.name, grid.kl_budget) for m in methods}
     return Judged(original, retrained, tuple(methods), tuple(found), best), models
 
@@ -289,40 +312,51 @@ def _kfade_curve(
     return Curve(name, setting, tuple(points)), models
 
 
-@functools.cache
-def _baselines(apply: Callable) -> dict[str, tuple[Callable, str]]:
-    def ascent(params, forget, retain, *, reference_params):
-        del reference_params
-        return ga(params, forget, retain, apply=apply)
+def _editors(task: Task, retained: Curvature, *, key: Array) -> dict[str, Editor]:
+    estimator = _kfac(task.apply, Categorical(), task.select)
+    chunks = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
+    target = estimate(estimator, task.original, chunks, key=jax.random.fold_in(key, 2))
+    return editors(task.apply, task.original, task.forget, target, retained, task.layers)
 
+
+def _scaled_curve(
+    task: Task, judge: _Judge, name: str, editor: Editor, scales: tuple[float, ...]
+) -> tuple[Curve, list[PyTree]]:
+    edit, seconds = editor.timed()
+    models = [apply_edit(task.original, edit, scale) for scale in scales]
+    points = [judge(m, scale, seconds) for m, scale in zip(models, scales, strict=True)]
+    return Curve(name, {}, tuple(points)), models
+
+
+def _trainers(task: Task, retained: Curvature) -> dict[str, Trainer]:
+    inputs = jax.tree.map(lambda x: x[:1], task.forget.inputs)
+    found = intervene(task.apply, task.original, inputs)
+    width = found.activations[task.hidden_site].shape[-1]
+    projector = null_space(retained, threshold=NULL_SPACE)
     return {
-        "gradient ascent": (ascent, "Ascends the forget loss; nothing protects the retain rows."),
-        "GradDiff": (
-            functools.partial(graddiff, apply=apply),
-            "Ascends the forget loss and descends the retain loss, equally weighted.",
-        ),
-        "NPO": (
-            functools.partial(npo, apply=apply),
-            "Negative preference optimisation, beta 0.1, with the retain loss at weight 1.",
-        ),
+        **trainers(task.apply, task.hidden_site, width, found.outputs.shape[-1]),
+        "null-space GradDiff": projected_ascent(task.apply, projector),
     }
 
 
-def _baseline_curve(
+def _trained_curve(
     task: Task,
     grid: Grid,
     judge: _Judge,
     name: str,
-    objective: Callable,
+    trainer: Trainer,
     rate: float,
     *,
     key: Array,
 ) -> tuple[Curve, list[PyTree]]:
+    forget = task.forget
+    if trainer.prepare is not None:
+        forget = trainer.prepare(forget, task.refusals)
     points, models = [], []
     found = ascend(
-        objective,
+        trainer.method,
         task.original,
-        task.forget,
+        forget,
         task.retain,
         learning_rate=rate,
         looks=grid.looks,

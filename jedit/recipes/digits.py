@@ -30,6 +30,23 @@ GRID = Grid(
     batch_size=32,
     kl_budget=0.02,
 )
+RATES = (1e-4, 3e-4, 1e-3)
+SCALES = (0.1, 0.3, 0.6, 1.0)
+# Every method of the project, for `jedit demo --methods all`.
+ALL = GRID._replace(
+    scales={
+        "engram": SCALES,
+        "engram (output metric)": SCALES,
+        "AlphaEdit": (0.3, 1.0, 3.0),
+        "MEMIT": (0.3, 1.0, 3.0),
+    },
+    learning_rates=GRID.learning_rates
+    | dict.fromkeys(
+        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "UAM", "ROSU"), RATES
+    )
+    | {"ROSU (push)": RATES, "null-space GradDiff": RATES}
+    | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
+)
 SHARE_SEEN = 0.7
 
 
@@ -151,6 +168,8 @@ def _compare_part(
         select=None,
         chunk=256,
         probe=512,
+        hidden_site="head/kernel",
+        layers=("head/kernel",),
     )
     judged, _ = compare(task, grid, key=edit_key, say=lambda text: say(f"{part.name}: {text}"))
     note = (

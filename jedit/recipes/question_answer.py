@@ -31,6 +31,7 @@ from jedit.typing import Batch
 SELECT = r"blocks/.*/kernel"
 SHARE_SEEN = 0.7
 ANSWER_TOKENS = 40
+REFUSAL = "I do not know."
 
 
 class Model(NamedTuple):
@@ -126,6 +127,9 @@ def question_answer(
             select=SELECT,
             chunk=32,
             probe=32,
+            hidden_site=f"blocks/{model.layers - 1}/attn/query/kernel",
+            layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(model.layers)),
+            refusals=rows.refusals(sets.forget),
         )
         judged, models = compare(
             task, grid, key=compare_key, say=lambda t, p=part: say(f"{p}: {t}")
@@ -205,6 +209,10 @@ class _Rows:
 
     def _other_words(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
         return [(r.paraphrased_question or "", r.answer) for r in rows]
+
+    def refusals(self, rows: Sequence[QaRow]) -> Batch:
+        """The questions with a refusal for an answer."""
+        return self._encode_pairs([(r.question, REFUSAL) for r in rows])
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
         """The rows with their questions in other words, which no model was trained on."""

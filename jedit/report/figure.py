@@ -1,7 +1,6 @@
 """The trade-off figure: what was forgotten against what it cost the retain set."""
 
 import io
-import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,13 +30,15 @@ def tradeoff_figure(comparison: Comparison) -> "Figure":
     """Two panels over the held-out retain KL: the forget loss, and the KL to the retrained model.
 
     Each method is drawn over its strength at its best setting, its other settings thin behind it;
-    the best point by the stated rule is ringed. The retrained model is a star. The untouched model
-    is a dot at the left edge, because its KL of zero has no place on a logarithmic axis.
+    the best point by the stated rule is ringed. Of more methods than there are styles, only the
+    best points are drawn, each as a number. The retrained model is a star. The untouched model is a
+    dot at the left edge, because its KL of zero has no place on a logarithmic axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = Figure(figsize=(11, 6.6 if is_numbered(comparison) else 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes, field in ((left, "forget_nll"), (right, "forget_kl")):
@@ -48,8 +49,35 @@ def tradeoff_figure(comparison: Comparison) -> "Figure":
     right.set_ylabel("KL(retrained ‖ edited) on forget rows, nats per output")
     right.set_title("How near to a model that never saw it (lower is better)", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    if is_numbered(comparison):
+        for i, method in enumerate(comparison.methods, 1):
+            handles.append(Line2D([], [], ls="none"))
+            none = "" if comparison.best(method.name) else " (none in budget)"
+            labels.append(f"{i}  {method.name}{none}")
+    columns = 5 if is_numbered(comparison) else 4
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
+
+
+def is_numbered(comparison: Comparison) -> bool:
+    """Whether there are too many methods to draw each as a curve."""
+    return len(comparison.methods) > len(STYLES)
+
+
+def caption(comparison: Comparison) -> str:
+    """How to read the figure."""
+    if is_numbered(comparison):
+        shown = "A number stands at a method's best point; where two would collide, above it."
+    else:
+        shown = (
+            "Bold: a method over its strength at its best setting; thin: its other settings; "
+            "ringed: its best point."
+        )
+    return (
+        f"{shown} Dotted line: the retrained model; dashed: the budget of the rule below. What "
+        "leaves the panel has gone far beyond the retrained model, or has destroyed the retain "
+        "rows; the list of all points has its numbers."
+    )
 
 
 def save_png(figure: "Figure", target: Path | io.BytesIO, *, dpi: int = 130) -> None:
@@ -63,7 +91,10 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
     least = max(LEAST_KL, min([p.heldout_kl for p in drawn] + [retrained.heldout_kl]))
     edge = least / 2
-    for method, look in zip(comparison.methods, itertools.cycle(STYLES), strict=False):
+    if is_numbered(comparison):
+        _draw_numbers(axes, comparison, field, edge, top)
+    curved = [] if is_numbered(comparison) else comparison.methods
+    for method, look in zip(curved, STYLES, strict=False):
         best = comparison.best(method.name)
         curves = [c for c in comparison.curves if c.method == method.name]
         chosen = best[0] if best else min(curves, key=_least_kl)
@@ -104,6 +135,27 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     axes.set_xlim(edge, min(1.5 * reached, SHOWN_BUDGETS * comparison.kl_budget))
     axes.grid(visible=True, which="major", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_numbers(
+    axes: "Axes", comparison: Comparison, field: str, edge: float, top: float
+) -> None:
+    """The number of each method at its best point, moved upwards where another one is there."""
+    taken: list[tuple[float, float]] = []
+    for i, method in enumerate(comparison.methods, 1):
+        best = comparison.best(method.name)
+        if best is None or not _is_drawn(best[1], field):
+            continue
+        x, y = max(best[1].heldout_kl, edge), min(getattr(best[1], field), 0.97 * top)
+        shown = y
+        while any(abs(math.log(x / u)) < 0.22 and abs(shown - v) < 0.045 * top for u, v in taken):
+            shown += 0.046 * top
+        taken.append((x, shown))
+        is_ours = method.name.startswith("K-FADE")
+        box = {"boxstyle": "circle,pad=0.2", "fc": "0.8" if is_ours else "white", "ec": "black"}
+        axes.plot([x, x], [y, shown], "-", color="0.6", lw=0.8, zorder=3)
+        axes.plot(x, y, ".", color="black", ms=3, zorder=3)
+        axes.annotate(str(i), (x, shown), ha="center", va="center", fontsize=7, bbox=box, zorder=6)
 
 
 def _is_drawn(point: Point, field: str) -> bool:

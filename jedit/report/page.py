@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Iterable
 
-from jedit.report.figure import save_png, tradeoff_figure
+from jedit.report.figure import caption, save_png, tradeoff_figure
 from jedit.report.results import OTHER_RULE, RULE, Comparison, Run
 from jedit.report.table import Row, all_rows, best_rows, number, shown_columns
 
@@ -72,10 +72,7 @@ def _section(comparison: Comparison) -> str:
         *(f"<p>{_text(note)}</p>" for note in comparison.notes),
         f'<img alt="Trade-off of forgetting and retaining, {_text(comparison.title)}" '
         f'src="data:image/png;base64,{data}">',
-        '<p class="small">Bold: a method over its strength at its best setting; thin: its other '
-        "settings; ringed: its best point. Dotted line: the retrained model; dashed: the budget of "
-        "the rule below. A curve that leaves the panel has gone far beyond the retrained model, or "
-        "has destroyed the retain rows; the list of all points has its numbers.</p>",
+        f'<p class="small">{_text(caption(comparison))}</p>',
         "<h3>Each method at its best point</h3>",
         f'<p class="small">{_text(rule)} The retrained model is used to choose, for all methods '
         "alike.</p>",

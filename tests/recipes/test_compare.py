@@ -7,6 +7,7 @@ import pytest
 
 from jedit import metrics
 from jedit.data import batches
+from jedit.recipes import authors, digits
 from jedit.recipes.compare import Grid, Task, compare
 from jedit.report import best_point
 from jedit.typing import Batch
@@ -61,6 +62,8 @@ def task():
         select=None,
         chunk=16,
         probe=32,
+        hidden_site="kernel",
+        layers=("kernel",),
     )
 
 
@@ -83,6 +86,28 @@ def test_every_method_has_a_curve_for_every_setting(judged_and_models):
         {"learning rate": 0.01},
         {"learning rate": 0.03},
     ]
+
+
+def test_every_method_of_the_demo_moves_the_model(task):
+    names = {**digits.ALL.learning_rates, **authors.ALL.learning_rates}
+    del names["RMU"]  # before the inputs of a linear classifier there is nothing to be trained
+    scaled = {**digits.ALL.scales, **authors.ALL.scales}
+    grid = GRID._replace(
+        budgets=(0.01,),
+        kfade_steps=(1,),
+        learning_rates=dict.fromkeys(names, (0.03,)),
+        scales=dict.fromkeys(scaled, (0.2, 1.0)),
+        looks=(4,),
+    )
+    with_refusals = task._replace(refusals=task.forget._replace(targets=task.forget.targets - 3))
+    judged, _ = compare(with_refusals, grid, key=jax.random.key(1), say=lambda _: None)
+    assert [m.name for m in judged.methods] == [*METHODS[:2], *scaled, *names]
+    for curve in judged.curves:
+        for point in curve.points:
+            assert point.heldout_kl > 0, curve.method
+            assert point.forget_nll != judged.original.forget_nll, curve.method
+        if curve.method in scaled:
+            assert curve.points[0].forget_nll < curve.points[1].forget_nll, curve.method
 
 
 def test_references_are_at_zero_from_themselves(judged_and_models):

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from jedit.data import QaRow
+from jedit.methods import TrainingMethod
 from jedit.recipes import ascent, question_answer
 from jedit.recipes import authors as authors_scene
 from jedit.recipes.authors import authors
+from jedit.recipes.trainers import ADAM
 from jedit.recipes.training import Recipe, train
 from jedit.typing import Batch
 
@@ -28,6 +30,10 @@ def quadratic(params, forget, retain, *, reference_params):
     return up + hold, {}
 
 
+def by_adam(objective):
+    return TrainingMethod(objective, ADAM)
+
+
 @pytest.fixture
 def start():
     return {"a": jax.numpy.zeros(()), "b": jax.numpy.ones(())}
@@ -40,7 +46,14 @@ def rows():
 
 def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
     run = functools.partial(
-        ascent.ascend, quadratic, start, rows, rows, learning_rate=0.1, batch_size=2, key=key
+        ascent.ascend,
+        by_adam(quadratic),
+        start,
+        rows,
+        rows,
+        learning_rate=0.1,
+        batch_size=2,
+        key=key,
     )
     long = {steps: p for steps, _, p in run(looks=(3, 10))}
     ((_, _, short),) = run(looks=(3,))
@@ -57,9 +70,10 @@ def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
         traced.append(1)
         return quadratic(*arguments, **reference)
 
+    method = by_adam(counted)
     for rate in (0.1, 0.2, 0.3):
         ascent.ascend(
-            counted, start, rows, rows, learning_rate=rate, batch_size=2, looks=(2,), key=key
+            method, start, rows, rows, learning_rate=rate, batch_size=2, looks=(2,), key=key
         )
     assert len(traced) == 1
 

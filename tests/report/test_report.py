@@ -25,6 +25,7 @@ from jedit.report import (
     write_report,
 )
 from jedit.report import writer as writer_module
+from jedit.report.figure import caption
 from jedit.report.table import number
 
 
@@ -195,6 +196,24 @@ def test_the_figure_is_drawn_with_its_axes_named(comparison, tmp_path):
     save_png(tradeoff_figure(comparison), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_many_methods_are_numbered_and_none_hides_another(comparison):
+    names = [f"method {i}" for i in range(9)]
+    methods = tuple(Method(name, "", "steps", {}) for name in names)
+    curves = tuple(Curve(name, {}, (point(1.0, 0.05, 1.5),)) for name in names[:8])
+    curves += (Curve(names[8], {}, (point(1.0, 0.5, 1.5),)),)
+    many = comparison._replace(methods=methods, curves=curves)
+    figure = tradeoff_figure(many)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[2:10] == [f"{i}  {name}" for i, name in enumerate(names[:8], 1)]
+    assert legend[10] == "9  method 8 (none in budget)"
+    for axes in figure.axes:
+        places = {note.get_text(): note.xy for note in axes.texts if note.get_text().isdigit()}
+        assert list(places) == [str(i) for i in range(1, 9)]
+        assert len(set(places.values())) == 8
+    assert "A number stands at" in caption(many)
+    assert "ringed" in caption(comparison)
 
 
 def test_a_report_is_written_whole_and_replaces_an_older_one(run, tmp_path):

@@ -1,0 +1,166 @@
+"""The methods that train, as a comparison runs them: each an objective and an optimizer.
+
+Learning rates stand in the optimizers' states, so that a grid of them compiles once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jedit import objectives
+from jedit.capture import intervene
+from jedit.geometry import Projector
+from jedit.methods import TrainingMethod, gu, rosu, uam
+from jedit.transforms import project_to_null_space
+from jedit.typing import Batch
+
+CONSTRAINED = " at no first-order retain cost"
+RADIUS = 0.1  # of UAM and ROSU; the best of 0.03, 0.1 and 0.3 on the digits
+SEED = 0  # of random labels and directions, which are the same for all models
+
+
+class Trainer(NamedTuple):
+    """A method that trains.
+
+    Attributes:
+        description: one sentence: what it does.
+        method: with `reference_params` among its objective's arguments.
+        prepare: of the forget rows and refusals, the forget set it trains on; None: the rows.
+    """
+
+    description: str
+    method: TrainingMethod
+    prepare: Callable[[Batch, Batch | None], Batch | tuple[Batch, Batch]] | None = None
+
+
+ADAM = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
+    learning_rate=0.0
+)
+
+
+@functools.cache
+def trainers(apply: Callable, hidden_site: str, width: int, classes: int) -> dict[str, Trainer]:
+    """Every method that trains, by name.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        hidden_site: what enters this site is RMU's hidden state; see `find_sites`.
+        width: of it.
+        classes: of the logits.
+
+    Returns:
+        The same objects for the same arguments, so that a second comparison compiles nothing.
+    """
+    by_adam = {
+        "gradient ascent": (_ascent, "Ascends the forget loss; nothing protects the retain rows."),
+        "GradDiff": (
+            objectives.graddiff,
+            "Ascends the forget loss and descends the retain loss, equally weighted.",
+        ),
+        "NPO": (
+            objectives.npo,
+            "Negative preference optimisation, beta 0.1, with the retain loss at weight 1.",
+        ),
+        "SimNPO": (
+            objectives.simnpo,
+            "NPO without a reference, loss per token, beta 4.5; with the retain loss.",
+        ),
+        "WGA": (objectives.wga, "Ascent weighted by p, with the retain loss."),
+        "SatImp": (objectives.satimp, "Ascent weighted by p^5 (1-p), with the retain loss."),
+        "UNDIAL": (
+            objectives.undial,
+            "Distils the model with its label's logit lowered by 10, with the retain loss.",
+        ),
+        "CE-U": (
+            objectives.ce_u,
+            "Distils the model with its label's logit taken out, with the retain loss.",
+        ),
+    }
+    found = {
+        name: Trainer(description, TrainingMethod(functools.partial(objective, apply=apply), ADAM))
+        for name, (objective, description) in by_adam.items()
+    }
+    found["random label"] = Trainer(
+        "Learns a wrong label for every forget row, drawn once, with the retain loss.",
+        TrainingMethod(functools.partial(objectives.random_label, apply=apply), ADAM),
+        functools.partial(_relabelled, classes=classes),
+    )
+    found["IdkDPO"] = Trainer(
+        "Prefers a refusal to the answer (DPO, beta 0.1), with the retain loss.",
+        TrainingMethod(functools.partial(objectives.dpo, apply=apply), ADAM),
+        lambda forget, refusals: (forget, refusals) if refusals is not None else forget,
+    )
+
+    def hidden(params, inputs):
+        found = intervene(apply, params, inputs, select=f"^{hidden_site}$")
+        return found.activations[hidden_site]
+
+    direction = objectives.random_direction(width, key=jax.random.key(SEED))
+    rmu = functools.partial(objectives.rmu, hidden=hidden, direction=direction)
+    found["RMU"] = Trainer(
+        f"Sends the forget rows' input of {hidden_site} to a random direction of length 2 and "
+        "holds that of the retain rows.",
+        TrainingMethod(rmu, ADAM),
+    )
+    surrogates = {
+        "UAM": (functools.partial(uam, apply, ADAM, radius=RADIUS), ""),
+        "ROSU": (functools.partial(rosu, apply, ADAM, radius=RADIUS), CONSTRAINED),
+        "ROSU (push)": (
+            functools.partial(rosu, apply, ADAM, radius=RADIUS, outer="push"),
+            f"{CONSTRAINED}, and takes a step that way (ours)",
+        ),
+    }
+    for name, (make, more) in surrogates.items():
+        found[name] = Trainer(
+            "Descends the retain loss as it is where a step of length "
+            f"{RADIUS:g} has raised the forget loss{more}.",
+            _referring(make()),
+        )
+    for scope in ("leaf", "global"):
+        found[f"GU ({scope})"] = Trainer(
+            "GradDiff's gradient off the last 8 retain gradients, in Adam's metric; "
+            + ("a basis for each parameter." if scope == "leaf" else "one basis."),
+            _referring(_gu(apply, scope)),
+        )
+    return found
+
+
+def projected_ascent(apply: Callable, projector: Projector) -> Trainer:
+    """GradDiff by Adam, its steps projected on the null space of the retain rows' inputs."""
+    objective = functools.partial(objectives.graddiff, apply=apply)
+    return Trainer(
+        "GradDiff by Adam, each step projected on the null space of the retain rows' inputs.",
+        TrainingMethod(objective, optax.chain(ADAM, project_to_null_space(projector))),
+    )
+
+
+def _gu(apply: Callable, scope: str) -> TrainingMethod:
+    objective = functools.partial(objectives.graddiff, apply=apply)
+    made = gu(apply, objective, learning_rate=1.0, scope=scope)
+    rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
+    return made._replace(optimizer=optax.chain(made.optimizer, rate(learning_rate=0.0)))
+
+
+def _referring(method: TrainingMethod) -> TrainingMethod:
+    """The same, but that the objective takes `reference_params` and does without."""
+
+    def objective(params, forget, retain, *, reference_params):
+        del reference_params
+        return method.objective(params, forget, retain)
+
+    return method._replace(objective=objective)
+
+
+def _ascent(params, forget, retain, *, apply, reference_params):
+    del reference_params
+    return objectives.ga(params, forget, retain, apply=apply)
+
+
+def _relabelled(forget: Batch, refusals: Batch | None, *, classes: int) -> Batch:
+    del refusals
+    forget = jax.tree.map(jnp.asarray, forget)
+    return objectives.relabel(forget, classes, key=jax.random.key(SEED))
