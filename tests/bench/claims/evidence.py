@@ -29,6 +29,12 @@ def shown(found: dict[str, Any], digits: int = 3) -> str:
     return f"{found['mean']:.{digits}g} ± {found['half_width']:.1g}"
 
 
+def shown_ratio(logs: dict[str, Any]) -> str:
+    """Of an interval of logarithms: the geometric mean, with its bounds."""
+    low, high = np.exp([logs["mean"] - logs["half_width"], logs["mean"] + logs["half_width"]])
+    return f"{np.exp(logs['mean']):.2f} ({low:.2f}-{high:.2f})"
+
+
 def parser(doc: str | None, *, seeds: int = 5) -> argparse.ArgumentParser:
     """The options that every claim has."""
     options = argparse.ArgumentParser(

@@ -21,7 +21,7 @@ from jedit import metrics
 from jedit.methods import TrainingMethod, gu
 from jedit.objectives import ga, graddiff
 from jedit.unlearn import unlearn
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, parser, shown, shown_ratio, write
 from tests.bench.claims.scenes import Scene, digits
 
 OBJECTIVES = {"gradient ascent": ga, "GradDiff": graddiff}
@@ -95,15 +95,9 @@ def main() -> None:
     for line in table:
         print(
             f"| {line['objective']} | {line['rate']:g} | {line['rank']}, {line['scope']} | "
-            f"{line['steps']:.0f} | {shown(line['plain_kl'])} | {_ratio(line['log_ratio'])} |"
+            f"{line['steps']:.0f} | {shown(line['plain_kl'])} | {shown_ratio(line['log_ratio'])} |"
         )
     write("gu", given.out, {"target": given.target, "table": table})
-
-
-def _ratio(logs: dict) -> str:
-    """A geometric mean with the bounds of its interval."""
-    low, high = np.exp([logs["mean"] - logs["half_width"], logs["mean"] + logs["half_width"]])
-    return f"{np.exp(logs['mean']):.2f} ({low:.2f}-{high:.2f})"
 
 
 def summary(runs: dict) -> list[dict]:
