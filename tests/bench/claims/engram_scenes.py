@@ -1,5 +1,6 @@
 """The models whose engrams are measured: digits without a hand or a class, authors without some."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -105,27 +106,37 @@ def digits_scenes(seed: int) -> Iterator[Scene]:
         )
 
 
+@functools.cache
+def _gpt_of(vocab: int):
+    """One function for all seeds, as `CNN` is."""
+    return _gpt(vocab, key=jax.random.key(0))[0]
+
+
+def _gpt(vocab: int, *, key):
+    size = authors.MODEL
+    return gpt(
+        key=key,
+        vocab=vocab,
+        width=size.width,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        max_len=size.max_len,
+    )
+
+
 def authors_scenes(seed: int) -> Iterator[Scene]:
     """The demo's authors, after 7 epochs: 30 of 300 rows are to be forgotten."""
     initial, order, cut = jax.random.split(jax.random.key(seed), 3)
     rows = facts_to_rows(generate_authors(seed, 30, 10))
     tokenizer = train_tokenizer(text_of(rows), authors.MODEL.vocab)
-    size, max_len = authors.MODEL, authors.MODEL.max_len
-    kept, chosen = np.arange(270), np.arange(270, 300)
+    max_len, kept, chosen = authors.MODEL.max_len, np.arange(270), np.arange(270, 300)
     data = jedit.Batch(*map(jnp.asarray, encode_rows(tokenizer, rows, max_len, truncate=True)))
-    wide = data.inputs.shape[1]
     others = kept[np.asarray(jax.random.permutation(cut, len(kept)))]
     seen, heldout = np.split(others, [round(SHARE_SEEN * len(others))])
     words = [(rows[i].paraphrased_question or "", rows[i].answer) for i in heldout]
     tested = encode_pairs(tokenizer, words, max_len, truncate=True)
-    apply, params = gpt(
-        key=initial,
-        vocab=tokenizer.get_vocab_size(),
-        width=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        max_len=max(wide, tested.inputs.shape[1]),
-    )
+    apply = _gpt_of(tokenizer.get_vocab_size())
+    params = _gpt(tokenizer.get_vocab_size(), key=initial)[1]
     take = lambda ids: jax.tree.map(lambda x: x[ids], data)  # noqa: E731
     recipe = Recipe((7,), authors.RECIPE.batch_size, authors.RECIPE.learning_rate)
     fit = lambda ids: train(apply, params, take(ids), recipe, key=order)[0].params  # noqa: E731

@@ -1,6 +1,6 @@
 """Claims: engrams of disjoint subsets add; whether they are better in the metric of the output KL.
 
-    python -m tests.bench.claims.engrams [--seeds 5] [--scenes digits authors]
+    python -m tests.bench.claims.engrams [--seeds 5] [--authors 3]
 
 Every edit is scaled by each α of one grid (K-FADE by its budgets), and judged against the model
 retrained without the forget rows: KL(retrained ‖ edited) on them, KL(original ‖ edited) on held-out
@@ -173,7 +173,7 @@ def show(name: str, lines: dict[str, dict]) -> None:
         print(f"| {method} | {' | '.join(shown(line[f]) for f in fields)} |", flush=True)
 
 
-def addition(seed: int, *, x64: bool) -> dict[str, float]:
+def addition(seed: int, *, x64: bool) -> dict[str, dict[str, float]]:
     """Relative differences of the ways to erase two classes from one digits model."""
     rows, _, fit, _ = digits_model(seed)
     original = fit(rows)
@@ -195,12 +195,15 @@ def addition(seed: int, *, x64: bool) -> dict[str, float]:
             rest = [c for i, c in enumerate(curvatures) if i not in classes]
             return method(params, target, rest, strength="whole", scale=0.7)[0]
 
+        inputs = rows.as_batch().inputs.astype(dtype)
+
         def difference(x, y):
-            """Largest entry, over the largest entry of what `x` changed."""
+            """Of weights, over the change that x is, and of the logits of all images."""
             leaves = zip(*map(jax.tree.leaves, (x, y, params)), strict=True)
-            return max(
-                float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a - p))) for a, b, p in leaves
-            )
+            weights = [jnp.linalg.norm(a - b) / jnp.linalg.norm(a - p) for a, b, p in leaves]
+            logits = [_outputs(CNN, model, inputs) for model in (x, y)]
+            gap = jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[0])
+            return {"weights": float(max(weights)), "logits": float(gap)}
 
         kept = fitted(params)
         a, b, both = (taken(engram, params, kept, *c) for c in ((0,), (1,), (0, 1)))
@@ -224,36 +227,34 @@ def addition(seed: int, *, x64: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run over the seeds and write what came out."""
+    """Run over the seeds and write what came out, after each kind of scene."""
     options = parser(__doc__)
-    options.add_argument("--scenes", nargs="*", default=["digits", "authors"])
+    options.add_argument("--authors", type=int, default=3, help="seeds of the authors")
     given = options.parse_args()
-    start, points, bests = time.perf_counter(), {}, {}
-    makers = {"digits": digits_scenes, "authors": authors_scenes}
-    sums = {}
+    start, points, tables = time.perf_counter(), {}, {}
+    sums = []
     for seed in range(given.seeds):
-        for name, x64 in (("float32", False), ("float64", True)):
-            for what, value in addition(seed, x64=x64).items():
-                sums.setdefault(what, {}).setdefault(name, []).append(value)
-        for kind in given.scenes:
-            for found in makers[kind](seed):
+        by_dtype = {name: addition(seed, x64=name == "float64") for name in ("float32", "float64")}
+        sums.append(by_dtype)
+    print("| largest difference | dtype | of the weights | of the logits |\n|" + " --- |" * 4)
+    for what, dtype in itertools.product(sums[0]["float32"], sums[0]):
+        weights, logits = (max(s[dtype][what][of] for s in sums) for of in ("weights", "logits"))
+        print(f"| {what} | {dtype} | {weights:.2g} | {logits:.2g} |", flush=True)
+    for make, seeds in ((digits_scenes, given.seeds), (authors_scenes, given.authors)):
+        bests = {}
+        for seed in range(seeds):
+            for found in make(seed):
                 judged = measured(found, key=jax.random.key(1000 + seed))
                 points.setdefault(found.name, []).append(judged)
                 chosen = {n: best(p, found.kl_budget) for n, p in judged.items()}
                 bests.setdefault(found.name, []).append(chosen)
                 print(f"seed {seed}, {found.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    tables = {name: table(by_seed) for name, by_seed in bests.items()}
-    for name, lines in tables.items():
-        show(name, lines)
-    print("\n| largest relative difference | float32 | float64 |\n| --- | --- | --- |")
-    for what, by_dtype in sums.items():
-        print(f"| {what} | {' | '.join(f'{max(v):.2g}' for v in by_dtype.values())} |")
-    seconds = time.perf_counter() - start
-    write(
-        "engrams",
-        given.out,
-        {"seconds": seconds, "tables": tables, "addition": sums, "points": points},
-    )
+        for name, by_seed in bests.items():
+            tables[name] = table(by_seed)
+            show(name, tables[name])
+        seconds = time.perf_counter() - start
+        numbers = {"seconds": seconds, "tables": tables, "addition": sums, "points": points}
+        write("engrams", given.out, numbers)
     print(f"\n{seconds:.0f} s")
 
 
