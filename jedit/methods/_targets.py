@@ -6,13 +6,13 @@
     v   value at the subject's last token: the hidden state, or else the site's output
     p   outputs at other prompts with the subject, δ added there too              `essence`
     κ   0.0625       `kl_weight`            c   0.75, 4 in ROME     `max_norm`
-    ω   0.5          `weight_decay`         25 steps of Adam, rate 0.5 (GPT), 0.1 (Llama-3)
+    ω   0.5          `weight_decay`         25 steps of Adam, rate 0.5 (GPT), 0.1 (Llama-3); a fact
+                                            stops when its loss is below 0.05
 
 The decay's unit is that of 1/v: with values of norm below one ω = 0.5 holds δ at nothing.
 
-Differences. All defaults are those of MEMIT's code. It averages the NLL over random prefixes and
-stops a fact's search when its loss is below 0.05; here a fact is one row, and the steps are fixed.
-Rows do not see one another: one program searches for all.
+Differences. All defaults are those of MEMIT's code, which averages the NLL over random prefixes;
+here a fact is one row. Rows do not see one another: one program searches for all.
 """
 
 import functools
@@ -60,6 +60,7 @@ def target_values(
     weight_decay: float = 0.5,
     kl_weight: float = 0.0625,
     max_norm: float = 0.75,
+    stop: float = 0.05,
 ) -> tuple[Float[Array, "n d"], TargetInfo]:
     """Search for values that make the model give the new answers.
 
@@ -76,6 +77,7 @@ def target_values(
         weight_decay: ω.
         kl_weight: κ.
         max_norm: c.
+        stop: a fact whose loss, all three terms, is below this moves no further.
 
     Returns:
         v* in float32 or wider, and what was found. A step costs one forward and one backward pass.
@@ -99,12 +101,13 @@ def target_values(
         weight_decay,
         kl_weight,
         max_norm,
+        stop,
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _search(
-    static, params, associations, essence, learning_rate, weight_decay, kl_weight, max_norm
+    static, params, associations, essence, learning_rate, weight_decay, kl_weight, max_norm, stop
 ):
     apply, layer, hidden, steps = static
     site = site_of(apply, params, associations, layer)
@@ -124,17 +127,19 @@ def _search(
 
     def loss(delta):
         nll, kl = parts(delta)
-        return jnp.sum(nll + kl_weight * kl + weight_decay * _norm(delta) / norm**2)
+        rows = nll + kl_weight * kl + weight_decay * _norm(delta) / norm**2
+        return jnp.sum(rows), rows
 
     adam = optax.scale_by_adam()
 
     def step(carry, _):
         delta, state = carry
-        update, state = adam.update(jax.grad(loss)(delta), state)
-        delta = delta - learning_rate * update
-        size, most = _norm(delta), max_norm * norm
+        gradient, rows = jax.grad(loss, has_aux=True)(delta)
+        update, state = adam.update(gradient, state)
+        moved = delta - learning_rate * update
+        size, most = _norm(moved), max_norm * norm
         shrink = jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1)
-        return (delta * shrink[:, None], state), None
+        return (jnp.where((rows < stop)[:, None], delta, moved * shrink[:, None]), state), None
 
     zero = jnp.zeros_like(v)
     (delta, _), _ = jax.lax.scan(step, (zero, adam.init(zero)), length=steps)
