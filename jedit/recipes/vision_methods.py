@@ -216,3 +216,9 @@ METHODS: dict[str, Method] = {
     "engram": Method(_engram, _grid(strength=("adaptive",), scale=(0.5, 1.0, 1.5, 2.0))),
     "K-FADE": Method(_kfade, _grid(budget=(1e-3, 1e-2, 3e-2, 0.1), damping=(0.1,))),
 }
+# Where a class asks for other settings than random rows do: too weak or destructive at all above.
+CLASS_GRIDS: dict[str, tuple[Setting, ...]] = {
+    "gradient ascent": _grid(rate=(2e-5, 4e-5, 5e-5, 7e-5)),
+    "UAM": _grid(rate=(0.03, 0.1), radius=(1.0, 3.0)),
+    "ROSU": _grid(rate=(0.03, 0.1), radius=(1.0, 3.0)),
+}

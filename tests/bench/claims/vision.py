@@ -10,6 +10,7 @@ mean and 95% t-interval over the seeds; `behind` is the gap less that of the met
 smallest mean, seed by seed. Seconds leave compilation out and depend on what else the machine does.
 """
 
+import json
 from pathlib import Path
 
 import jax
@@ -22,13 +23,16 @@ from jedit.recipes.training import Recipe
 from jedit.recipes.vision import (
     Judged,
     Protocol,
+    Setting,
+    Task,
     fit_model,
     forget_random,
+    judge,
     make_task,
     tune,
     unlearn_and_judge,
 )
-from jedit.recipes.vision_methods import METHODS
+from jedit.recipes.vision_methods import CLASS_GRIDS, METHODS
 from tests.bench.claims.evidence import interval, parser, shown, write
 
 MNIST = Path("../shared/data/mnist")
@@ -56,6 +60,21 @@ def scenes(apply, rows: Digits, test: Digits, protocol: Protocol, shape, *, seed
         task = make_task(apply, original, rows, parts, test, protocol, seed=seed)
         kept = rows.take(parts[1])
         yield name, task, fit_model(apply, initial, kept, protocol, key=order_key)
+
+
+def grid_of(task: str, method: str) -> list[Setting]:
+    """What a method is tried at."""
+    return list((CLASS_GRIDS if task == "class" else {}).get(method, METHODS[method].grid))
+
+
+def try_grids(task: Task, retrained, grids, tried: dict[str, list], protocol, *, key) -> None:
+    """Write the average gap of every setting to `tried`, but for grids that were tried before."""
+    reference = judge(task, *retrained)
+    for name, grid in grids.items():
+        if [setting for setting, _ in tried.get(name, [])] != grid:
+            _, gaps = tune(task, reference, METHODS[name]._replace(grid=grid), protocol, key=key)
+            tried[name] = list(zip(grid, gaps, strict=True))
+            print(f"tuning: {name}: {tried[name]}", flush=True)
 
 
 def measured(judged: Judged, retrained: Judged) -> dict[str, float]:
@@ -99,6 +118,7 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=10_000, help="training rows, the first ones")
     options.add_argument("--epochs", type=int, default=8, help="of the models, batches of 64")
     options.add_argument("--channels", type=int, nargs=2, default=(8, 16))
+    options.add_argument("--tuned", type=Path, help="an earlier vision.json: grids in it are kept")
     options.add_argument("--hidden", type=int, default=64)
     given = options.parse_args()
     rows, test = load(given.data, given.rows)
@@ -110,18 +130,21 @@ def main() -> None:
     def edit_key(seed: int):
         return jax.random.fold_in(jax.random.key(seed), 2)
 
-    settings, tried = {}, {}
-    tuning = scenes(apply, rows, test, protocol, shape, seed=TUNING_SEED, label=TUNING_CLASS)
-    for name, task, retrained in tuning:
-        reference = unlearn_and_judge(task, retrained, (), protocol, key=edit_key(TUNING_SEED))
-        settings[name], tried[name] = {}, {}
-        for method, made in METHODS.items():
-            best, gaps = tune(
-                task, reference["retrained"], made, protocol, key=edit_key(TUNING_SEED)
+    tried = {name: {} for name in TASKS}
+    if given.tuned:
+        tried = json.loads(given.tuned.read_text())["tuning"]
+    grids = {name: {m: grid_of(name, m) for m in METHODS} for name in TASKS}
+    if any([s for s, _ in tried[n].get(m, [])] != grids[n][m] for n in TASKS for m in METHODS):
+        tuning = scenes(apply, rows, test, protocol, shape, seed=TUNING_SEED, label=TUNING_CLASS)
+        for name, task, retrained in tuning:
+            try_grids(
+                task, retrained, grids[name], tried[name], protocol, key=edit_key(TUNING_SEED)
             )
-            settings[name][method] = best
-            tried[name][method] = list(zip(made.grid, gaps, strict=True))
-            print(f"tuning, {name}: {method}: {best} of {np.round(gaps, 2).tolist()}", flush=True)
+    settings = {
+        name: {m: min(tried[name][m], key=lambda pair: pair[1])[0] for m in METHODS}
+        for name in TASKS
+    }
+    print("settings:", settings, flush=True)
     found = {name: [] for name in TASKS}
     for seed in range(given.seeds):
         runs = scenes(apply, rows, test, protocol, shape, seed=seed, label=seed % 10)
