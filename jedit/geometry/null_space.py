@@ -175,7 +175,10 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
-        raise ValueError(f"the tree has no leaves {missing}, which the projector is for")
+        known = ", ".join(list(leaves)[:6])
+        raise ValueError(
+            f"the tree has no leaves {missing}, which the projector is for; its leaves are {known}"
+        )
     total: dict[str, Array] = {}
     rest = dict(leaves)
     for _, weight, factor in projector.blocks:

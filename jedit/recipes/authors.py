@@ -33,7 +33,7 @@ ALL = GRID._replace(
     | dict.fromkeys(
         ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "IdkDPO", "RMU"), RATES
     )
-    | dict.fromkeys(("UAM", "ROSU", "ROSU (push)", "null-space GradDiff"), RATES)
+    | dict.fromkeys(("SAM", "UAM", "ROSU", "ROSU (push)", "null-space GradDiff", "KUDA"), RATES)
     | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
 )
 

@@ -28,7 +28,7 @@ from jedit.objectives import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
 from jedit.recipes.editors import Editor, editors
-from jedit.recipes.trainers import Trainer, projected_ascent, trainers
+from jedit.recipes.trainers import Trainer, kuda_before, projected_ascent, trainers
 from jedit.recipes.training import rows_of
 from jedit.report import Curve, Method, Point, best_point
 from jedit.typing import Batch
@@ -333,10 +333,13 @@ def _trainers(task: Task, retained: Curvature) -> dict[str, Trainer]:
     found = intervene(task.apply, task.original, inputs)
     width = found.activations[task.hidden_site].shape[-1]
     projector = null_space(retained, threshold=NULL_SPACE)
-    return {
-        **trainers(task.apply, task.hidden_site, width, found.outputs.shape[-1]),
-        "null-space GradDiff": projected_ascent(task.apply, projector),
-    }
+    made = trainers(task.apply, task.hidden_site, width, found.outputs.shape[-1])
+    sites = list(found.activations)
+    earlier = [name for name in sites[: sites.index(task.hidden_site)] if name in retained.blocks]
+    if earlier:
+        model = (task.apply, task.hidden_site, width)
+        made = made | {"KUDA": kuda_before(*model, retained, earlier)}
+    return made | {"null-space GradDiff": projected_ascent(task.apply, projector)}
 
 
 def _trained_curve(

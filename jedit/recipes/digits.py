@@ -42,9 +42,10 @@ ALL = GRID._replace(
     },
     learning_rates=GRID.learning_rates
     | dict.fromkeys(
-        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "UAM", "ROSU"), RATES
+        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "SAM", "UAM", "ROSU"),
+        RATES,
     )
-    | {"ROSU (push)": RATES, "null-space GradDiff": RATES}
+    | dict.fromkeys(("ROSU (push)", "null-space GradDiff", "KUDA"), RATES)
     | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
 )
 SHARE_SEEN = 0.7

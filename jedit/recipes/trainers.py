@@ -4,17 +4,20 @@ Learning rates stand in the optimizers' states, so that a grid of them compiles 
 """
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from jedit import objectives
 from jedit.capture import intervene
+from jedit.curvature import Curvature
 from jedit.geometry import Projector
-from jedit.methods import TrainingMethod, gu, rosu, uam
+from jedit.methods import TrainingMethod, gu, kuda, rosu, sam, uam
 from jedit.transforms import project_to_null_space
 from jedit.typing import Batch
 
@@ -95,11 +98,7 @@ def trainers(apply: Callable, hidden_site: str, width: int, classes: int) -> dic
         lambda forget, refusals: (forget, refusals) if refusals is not None else forget,
     )
 
-    def hidden(params, inputs):
-        found = intervene(apply, params, inputs, select=f"^{hidden_site}$")
-        return found.activations[hidden_site]
-
-    direction = objectives.random_direction(width, key=jax.random.key(SEED))
+    hidden, direction = entering(apply, hidden_site), _direction(width)
     rmu = functools.partial(objectives.rmu, hidden=hidden, direction=direction)
     found["RMU"] = Trainer(
         f"Sends the forget rows' input of {hidden_site} to a random direction of length 2 and "
@@ -120,6 +119,10 @@ def trainers(apply: Callable, hidden_site: str, width: int, classes: int) -> dic
             f"{RADIUS:g} has raised the forget loss{more}.",
             _referring(make()),
         )
+    found["SAM"] = Trainer(
+        "Sharpness-aware GradDiff: its forget gradient is taken a step of length 0.01 back.",
+        _referring(sam(apply, ADAM)),
+    )
     for scope in ("leaf", "global"):
         found[f"GU ({scope})"] = Trainer(
             "GradDiff's gradient off the last 8 retain gradients, in Adam's metric; "
@@ -127,6 +130,34 @@ def trainers(apply: Callable, hidden_site: str, width: int, classes: int) -> dic
             _referring(_gu(apply, scope)),
         )
     return found
+
+
+def entering(apply: Callable, site: str) -> Callable:
+    """What enters a site, as a function `(params, inputs) -> (batch, ..., width)`."""
+
+    def hidden(params, inputs):
+        found = intervene(apply, params, inputs, select=f"^{re.escape(site)}$")
+        return found.activations[site]
+
+    return hidden
+
+
+def _direction(width: int) -> Array:
+    return objectives.random_direction(width, key=jax.random.key(SEED))
+
+
+def kuda_before(
+    apply: Callable, hidden_site: str, width: int, curvature: Curvature, earlier: Sequence[str]
+) -> Trainer:
+    """KUDA on the parameters of the sites before the one whose input is turned away."""
+    select = [f"^{re.escape(path)}$" for path in earlier]
+    made = kuda(apply, entering(apply, hidden_site), curvature, ADAM, select=select)
+    objective = functools.partial(made.objective, direction=_direction(width))
+    return Trainer(
+        f"Turns the forget rows' input of {hidden_site} away, in the relaxed null space of the "
+        "retain rows' inputs, with the retain loss; every layer before it, untraced.",
+        made._replace(objective=objective),
+    )
 
 
 def projected_ascent(apply: Callable, projector: Projector) -> Trainer:
