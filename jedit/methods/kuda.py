@@ -54,7 +54,8 @@ def kuda(
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        hidden: `hidden(params, inputs) -> (batch, ..., width)`.
+        hidden: `hidden(params, inputs) -> (batch, ..., width)`: of what enters a site of that name,
+            `capture.intervene(apply, params, inputs).activations[name]` is one.
         curvature: of the retain rows at the frozen params; only input moments are read.
         optimizer: learning rate included; the projection comes behind it.
         select: regular expression, or several, searched in the parameter paths: the layers to edit.

@@ -51,14 +51,14 @@ def test_an_engram_minimises_the_predicted_kl(scene, damping, tolerance):
     """The stated quadratic, written out with Kronecker products over the flat weight."""
     params, curvatures = scene
     edit, info = curvature_engram(
-        params, curvatures[0], curvatures[1], damping=damping, strength="whole"
+        params, curvatures[0], curvatures[1], damping=damping, strength="whole", scale=0.7
     )
     metrics = []
     for curvature, number in zip(curvatures, (30, 17), strict=False):
         a, g = (np.asarray(m, np.float64) for m in factors(curvature, "w"))
         g = g + damping * np.trace(g) / 5 * np.eye(5)
         metrics.append(np.kron(number * a, g))
-    w, v = weights(params).ravel(), -weights(edit.blocks).ravel()
+    w, v = weights(params).ravel(), -weights(edit.blocks).ravel() / 0.7
 
     def objective(v):
         return (v - w) @ metrics[0] @ (v - w) + v @ metrics[1] @ v

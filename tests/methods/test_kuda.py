@@ -7,9 +7,11 @@ import optax
 import pytest
 
 from jedit import objectives
+from jedit.capture import intervene
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import kuda
+from jedit.methods import causal_trace, kuda
+from jedit.models import gpt
 from jedit.typing import Batch
 from jedit.unlearn import unlearn
 
@@ -110,6 +112,41 @@ def test_forget_states_turn_away_and_retained_inputs_see_nothing(scene, key, tol
     before, after = (hidden(p, retain.inputs) for p in (params, moved))
     np.testing.assert_allclose(after, before, atol=100 * tolerance.factorization)
     assert np.abs(hidden(moved, forget.inputs) - hidden(params, forget.inputs)).max() > 0.3
+
+
+def test_on_a_transformer_the_traced_layer_alone_moves(key):
+    """The hidden state is what enters the next block, read off by name."""
+    keys = jax.random.split(key, 5)
+    model, params = gpt(key=keys[0], vocab=9, width=8, num_layers=2, num_heads=2, max_len=6)
+    tokens = jax.random.randint(keys[1], (8, 6), 0, 9)
+    forget, retain = Batch(tokens[:3], tokens[:3]), Batch(tokens[3:], tokens[3:])
+    layers = [f"blocks/{i}/mlp/down/kernel" for i in range(2)]
+    subject = jnp.zeros((3, 6), bool).at[:, 1].set(True)
+    names = {"embedding": "embed/embedding", "layers": layers, "subject": subject}
+    trace = causal_trace(model, params, forget, **names, window=1, samples=2, key=keys[2])
+    found = int(jnp.argmax(jnp.mean(trace.indirect_effect, axis=1)))
+
+    def entering(params, tokens):
+        return intervene(model, params, tokens).activations["head/kernel"]
+
+    curvature = estimate(kfac(model, Categorical(), select="mlp"), params, [retain], key=keys[3])
+    method = kuda(
+        model, entering, curvature, optax.sgd(0.5), select=rf"blocks/{found}/mlp/", threshold=0.1
+    )
+    moved, _ = unlearn(
+        method.objective,
+        method.optimizer,
+        params,
+        forget,
+        retain,
+        steps=2,
+        key=keys[4],
+        objective_args={"reference_params": params, "direction": jnp.ones(8) / 8**0.5},
+    )
+    has_moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), moved, params)
+    mlp = has_moved["blocks"][str(found)].pop("mlp")
+    assert all(jax.tree.leaves(mlp))
+    assert not any(jax.tree.leaves(has_moved))
 
 
 def test_mistakes_get_a_sentence(scene):
