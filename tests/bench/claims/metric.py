@@ -5,8 +5,8 @@ projected on the null space of the inputs alone, or preconditioned by them; and 
 
 The same four steps and the same line search on the true retain KL in every metric; the forget NLL
 is read off, between budgets, where the KL(original ‖ edited) on held-out retain rows is 0.01
-(digits) or 0.05 nats (authors). Each metric's damping or threshold is the best in the mean of all
-seeds, of those that the numbers file lists.
+(digits) or 0.05 nats (authors). Each metric's damping or threshold is the best in the geometric
+mean over all seeds, of those that the numbers file lists.
 """
 
 import dataclasses
