@@ -219,6 +219,6 @@ METHODS: dict[str, Method] = {
 # Where a class asks for other settings than random rows do: too weak or destructive at all above.
 CLASS_GRIDS: dict[str, tuple[Setting, ...]] = {
     "gradient ascent": _grid(rate=(2e-5, 4e-5, 5e-5, 7e-5)),
-    "UAM": _grid(rate=(0.03, 0.1), radius=(1.0, 3.0)),
-    "ROSU": _grid(rate=(0.03, 0.1), radius=(1.0, 3.0)),
+    "UAM": _grid(rate=(0.02, 0.03), radius=(0.7, 1.0)),
+    "ROSU": _grid(rate=(0.02, 0.03), radius=(0.7, 1.0)),
 }
