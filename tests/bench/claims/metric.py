@@ -145,10 +145,9 @@ def main() -> None:
 
 def summary(name: str, price: float, forgotten: dict) -> list[dict]:
     """Each metric at its best setting, and the tempered K-FADE's forget NLL over its, in logs."""
-    kinds = dict.fromkeys(metric for metric, _ in forgotten)
-    best = {
-        k: max((w for w in forgotten if w[0] == k), key=lambda w: sum(forgotten[w])) for k in kinds
-    }
+    best: dict[str, tuple[str, float]] = {}
+    for which in sorted(forgotten, key=lambda which: float(np.sum(np.log(forgotten[which])))):
+        best[which[0]] = which
     reference = np.array(forgotten[best["K-FADE, temperature 4"]])
     return [
         {
