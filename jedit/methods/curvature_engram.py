@@ -93,7 +93,7 @@ def curvature_engram(
     target: Parts,
     rest: Parts,
     *,
-    damping: float = 0.1,
+    damping: float = 1.0,
     strength: str = "adaptive",
     scale: float = 1.0,
 ) -> tuple[Edit, EngramInfo]:
@@ -104,7 +104,8 @@ def curvature_engram(
         target: curvature of what is to be forgotten, or of several disjoint parts of it, which are
             merged. Estimated at `params`; corrected eigenvalues are not looked at.
         rest: of all else, likewise; every one of the same sites.
-        damping: λ; 0.1 is the best of a grid on the digits (tests/bench/claims/engrams.py).
+        damping: λ; 1, the best of a grid on the digits (tests/bench/claims/engrams.py); 0, the bare
+            metric, was worse there than `engram`.
         strength: "count", "adaptive" or "whole", as for `engram`.
         scale: α; 1 is `engram`'s.
 

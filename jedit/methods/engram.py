@@ -14,7 +14,9 @@ patches, and a table's S is its token counts.
 
 Differences. S is a curvature's A times its number of outputs, so that whatever `kfac` covers has
 an engram; where positions and outputs are not as many, that weighs target against rest by outputs.
-The exact minimiser is soft: X₋W₊ is not zero [derived].
+The exact minimiser is soft: X₋W₊ is not zero [derived]. The engram of a union and the sum of its
+parts' agree to the digits that the pseudo-inverse leaves: on the digits network the logits to 4e-13
+in float64 and to 3e-3 in float32 (tests/bench/claims/engrams.py).
 """
 
 import functools
