@@ -83,6 +83,12 @@ TRANSFORMS = [
         _retain_grads,
     ),
     Row(
+        "orthogonalize_to_retain in a curvature's metric",
+        lambda c: orthogonalize_to_retain(2, metric=c, damping=0.3),
+        MOVES_ALL,
+        _retain_grads,
+    ),
+    Row(
         "orthogonalize_to_retain, frequent directions",
         lambda _: orthogonalize_to_retain(2, sketch="frequent_directions", scope="global"),
         MOVES_ALL | {"vmap": "several batched eigh in one program can deadlock on CPU"},

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.curvature import Curvature, power
 from jedit.geometry._trees import cast_like, everywhere, total
 from jedit.geometry.surrogate import SCOPES
 from jedit.typing import wide_dtype
@@ -51,6 +52,15 @@ def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
     return Whitening(
         lambda tree: jax.tree.map(jnp.divide, tree, roots),
         lambda tree: jax.tree.map(jnp.multiply, tree, roots),
+    )
+
+
+def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
+    """A curvature's metric: z = (F + λ)^-1/2 g, λ relative; what it does not cover stays as is."""
+    options = {"damping": damping, "relative": True, "uncovered": "identity"}
+    return Whitening(
+        lambda tree: power(curvature, tree, -0.5, **options),
+        lambda tree: power(curvature, tree, 0.5, **options),
     )
 
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit.geometry import EUCLIDEAN, Whitening, adam_whitening, project_out, retain_subspace
+from jedit.curvature import Curvature
+from jedit.geometry import (
+    EUCLIDEAN,
+    Whitening,
+    adam_whitening,
+    curvature_whitening,
+    project_out,
+    retain_subspace,
+)
 from jedit.geometry.retain_subspace import SubspaceState
 from jedit.typing import wide_dtype
 
@@ -21,11 +29,13 @@ class OrthogonalizeToRetainState(NamedTuple):
         subspace: the last `rank` retain gradients, raw.
         second_moment: running mean of squared updates, for metric "adam"; else zero-sized.
         count: updates made, int32.
+        curvature: the metric if it is one; else None.
     """
 
     subspace: SubspaceState
     second_moment: PyTree
     count: Array
+    curvature: Curvature | None
 
 
 def orthogonalize_to_retain(
@@ -33,10 +43,11 @@ def orthogonalize_to_retain(
     *,
     refresh: int = 1,
     scope: str = "leaf",
-    metric: str | Whitening = "euclidean",
+    metric: str | Whitening | Curvature = "euclidean",
     sketch: str = "fifo",
     decay: float = 0.999,
     eps: float = 1e-8,
+    damping: float = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
     """Project updates off the span of the last retain gradients.
 
@@ -57,10 +68,12 @@ def orthogonalize_to_retain(
         refresh: steps between two new gradients.
         scope: "leaf", a subspace for every parameter, or "global".
         metric: "euclidean", "adam" (h from a running mean of squared updates; what comes out is
-            z_⊥/√h, a step), or a `Whitening` (what comes out is W⁻¹z_⊥, a gradient).
+            z_⊥/√h, a step), or a curvature or `Whitening` (what comes out is W⁻¹z_⊥, a gradient).
+            A curvature stands in the state, where `refresh_curvature` replaces it.
         sketch: "fifo" or "frequent_directions".
         decay: of the running mean, Adam's b2.
         eps: Adam's.
+        damping: of a curvature, relative; 0.1 is arbitrary.
 
     Returns:
         The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter.
@@ -70,7 +83,7 @@ def orthogonalize_to_retain(
     """
     if refresh < 1 or (isinstance(metric, str) and metric not in METRICS):
         raise ValueError(
-            f"refresh must be at least 1 and metric a Whitening or one of {METRICS}; got "
+            f"refresh must be at least 1 and metric a curvature or one of {METRICS}; got "
             f"{refresh=}, {metric=}"
         )
     subspace = retain_subspace(rank, scope=scope, sketch=sketch)
@@ -80,7 +93,10 @@ def orthogonalize_to_retain(
             return jnp.zeros(p.shape if metric == "adam" else (0,), wide_dtype(p.dtype))
 
         return OrthogonalizeToRetainState(
-            subspace.init(params), jax.tree.map(zeros, params), jnp.zeros((), jnp.int32)
+            subspace.init(params),
+            jax.tree.map(zeros, params),
+            jnp.zeros((), jnp.int32),
+            metric if isinstance(metric, Curvature) else None,
         )
 
     def update(
@@ -103,6 +119,8 @@ def orthogonalize_to_retain(
         count = state.count + 1
         second = state.second_moment
         whitening = metric if isinstance(metric, Whitening) else EUCLIDEAN
+        if state.curvature is not None:
+            whitening = curvature_whitening(state.curvature, damping=damping)
         if metric == "adam":
             second = jax.tree.map(
                 lambda v, u: decay * v + (1 - decay) * jnp.square(u.astype(v.dtype)),
@@ -118,6 +136,6 @@ def orthogonalize_to_retain(
         left = project_out(basis, whitening.whiten(wide), scope=scope)
         left = whitening.whiten(left) if metric == "adam" else whitening.unwhiten(left)
         left = jax.tree.map(lambda x, u: x.astype(u.dtype), left, updates)
-        return left, OrthogonalizeToRetainState(seen, second, count)
+        return left, OrthogonalizeToRetainState(seen, second, count, state.curvature)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.curvature import estimate, kfac, power, quadratic_form
+from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import (
-    Whitening,
     adam_whitening,
+    curvature_whitening,
     joint_direction,
     project_out,
     retain_subspace,
@@ -184,10 +184,7 @@ def test_a_curvature_is_a_metric_too(key, tolerance):
     linear = lambda p, x: x @ p["w"]  # noqa: E731
     curvature = estimate(kfac(linear, Categorical()), params, [batch], key=key)
     options = {"damping": 0.1, "relative": True}
-    whitening = Whitening(
-        lambda tree: power(curvature, tree, -0.5, **options),
-        lambda tree: power(curvature, tree, 0.5, **options),
-    )
+    whitening = curvature_whitening(curvature, damping=0.1)
     gradient = {"w": jnp.asarray(rng.normal(size=(4, 3)))}
     z = whitening.whiten(gradient)
     tolerance.check(whitening.unwhiten(z), gradient, "factorization")

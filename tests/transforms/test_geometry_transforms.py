@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jedit.curvature import estimate, kfac
+from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
 from jedit.transforms import (
@@ -225,6 +225,25 @@ def test_the_largest_entries_are_left_out(fraction, dropped):
     leafwise = ignore_top_fraction(0.25)
     out, _ = leafwise.update(update, leafwise.init(update))
     np.testing.assert_array_equal(flat(out), [3, 0, 1, 0.5, -2, 0, 0.125, 4])
+
+
+def test_in_a_curvatures_metric_the_change_is_the_least_in_it(scene, tolerance):
+    """u - g (gᵀM u)/(gᵀM g) with M = (F + λ)⁻¹, by one solve and no square root."""
+    params, forget, retain, _ = scene
+    covered = {name: params[name] for name in ("w", "b")}
+    curvature = scene_curvature(params, retain)
+    full = lambda p: params | p  # noqa: E731
+    update = jax.grad(lambda p: loss(full(p), forget))(covered)
+    held = jax.grad(lambda p: loss(full(p), retain))(covered)
+    transform = orthogonalize_to_retain(1, metric=curvature, scope="global", damping=0.3)
+    state = transform.init(covered)
+    assert state.curvature is curvature
+    out, _ = transform.update(update, state, retain_grads=held)
+    solved = solve(curvature, held, damping=0.3, relative=True)
+    dot = lambda a, b: flat(a) @ flat(b)  # noqa: E731
+    share = dot(solved, update) / dot(solved, held)
+    expected = jax.tree.map(lambda u, g: u - share * g, update, held)
+    tolerance.check(out, expected, "factorization")
 
 
 def test_an_nnx_optimizer_takes_them(scene):
