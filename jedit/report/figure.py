@@ -67,7 +67,7 @@ def is_numbered(comparison: Comparison) -> bool:
 def caption(comparison: Comparison) -> str:
     """How to read the figure."""
     if is_numbered(comparison):
-        shown = "A number stands at a method's best point; where two would collide, above it."
+        shown = "A number stands at a method's best point, or as near as others leave room."
     else:
         shown = (
             "Bold: a method over its strength at its best setting; thin: its other settings; "
@@ -91,8 +91,6 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
     least = max(LEAST_KL, min([p.heldout_kl for p in drawn] + [retrained.heldout_kl]))
     edge = least / 2
-    if is_numbered(comparison):
-        _draw_numbers(axes, comparison, field, edge, top)
     curved = [] if is_numbered(comparison) else comparison.methods
     for method, look in zip(curved, STYLES, strict=False):
         best = comparison.best(method.name)
@@ -133,29 +131,45 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     axes.set_ylim(0, top)
     reached = max([p.heldout_kl for p in drawn] + [retrained.heldout_kl, comparison.kl_budget])
     axes.set_xlim(edge, min(1.5 * reached, SHOWN_BUDGETS * comparison.kl_budget))
+    if is_numbered(comparison):
+        _draw_numbers(axes, comparison, field)
     axes.grid(visible=True, which="major", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_numbers(
-    axes: "Axes", comparison: Comparison, field: str, edge: float, top: float
-) -> None:
-    """The number of each method at its best point, moved upwards where another one is there."""
+def _draw_numbers(axes: "Axes", comparison: Comparison, field: str) -> None:
+    """The number of each method at its best point, or at the nearest place that is free."""
+    edge, right = axes.get_xlim()
+    top = axes.get_ylim()[1]
+    width = math.log(right / edge)
     taken: list[tuple[float, float]] = []
     for i, method in enumerate(comparison.methods, 1):
         best = comparison.best(method.name)
         if best is None or not _is_drawn(best[1], field):
             continue
-        x, y = max(best[1].heldout_kl, edge), min(getattr(best[1], field), 0.97 * top)
-        shown = y
-        while any(abs(math.log(x / u)) < 0.22 and abs(shown - v) < 0.045 * top for u, v in taken):
-            shown += 0.046 * top
-        taken.append((x, shown))
+        x, y = max(best[1].heldout_kl, edge), min(getattr(best[1], field), top)
+        u, v = _free_place(math.log(x / edge) / width, y / top, taken)
+        taken.append((u, v))
+        at = (edge * math.exp(u * width), v * top)
+        axes.plot([x, at[0]], [y, at[1]], "-", color="0.5", lw=0.7, zorder=3)
+        axes.plot(x, y, ".", color="black", ms=3, zorder=3)
         is_ours = method.name.startswith("K-FADE")
         box = {"boxstyle": "circle,pad=0.2", "fc": "0.8" if is_ours else "white", "ec": "black"}
-        axes.plot([x, x], [y, shown], "-", color="0.6", lw=0.8, zorder=3)
-        axes.plot(x, y, ".", color="black", ms=3, zorder=3)
-        axes.annotate(str(i), (x, shown), ha="center", va="center", fontsize=7, bbox=box, zorder=6)
+        axes.annotate(str(i), at, ha="center", va="center", fontsize=7, bbox=box, zorder=6)
+
+
+def _free_place(u: float, v: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
+    """The place nearest to (u, v), in parts of the panel, with no other number within a circle."""
+    for ring in range(40):
+        for k in range(max(1, 8 * ring)):
+            angle = 2 * math.pi * k / max(1, 8 * ring)
+            place = (u + 0.02 * ring * math.cos(angle), v + 0.025 * ring * math.sin(angle))
+            is_inside = all(0.02 <= c <= 0.98 for c in place) or ring == 0
+            if is_inside and all(
+                math.hypot((place[0] - a) / 0.042, (place[1] - b) / 0.052) >= 1 for a, b in taken
+            ):
+                return place
+    return u, v
 
 
 def _is_drawn(point: Point, field: str) -> bool:
