@@ -159,12 +159,12 @@ SHOWN = {
 # First number: threshold by energy, or λ; second: ridge, or damping. By the grid, see `--tune`.
 CHOSEN = (
     Setting("AlphaEdit", 1e-3, 1.0),
-    Setting("MEMIT", 100.0, 1e-4),
+    Setting("MEMIT", 1e3, 1e-2),
     Setting(EARLIER, 100.0, 1e-4),
 )
 GRID = (
     *(Setting("AlphaEdit", *x) for x in itertools.product((1e-4, 1e-3, 1e-2), (1.0, 10.0))),
-    *(Setting("MEMIT", *x) for x in itertools.product((10.0, 100.0, 1e3), (1e-4, 1e-2))),
+    *(Setting("MEMIT", *x) for x in itertools.product((100.0, 1e3, 15e3), (1e-4, 1e-2))),
     *(Setting(EARLIER, *x) for x in itertools.product((10.0, 100.0, 1e3), (1e-4, 1e-2))),
 )
 
@@ -302,24 +302,24 @@ def figure(summary: dict[str, Any]):
         size = edits[-1] / len(numbers["by_batch"])
         written = size * (np.arange(len(numbers["by_batch"])) + 0.5)
         lines = (
-            (panels[0], edits, numbers["survived"], "-", method),
-            (panels[1], edits, numbers["kept"], "-", method),
-            (panels[1], edits, numbers["same_subject"], ":", None),
-            (panels[2], written, _pooled(numbers["by_batch"], 10), "-", method),
+            (panels[0], edits, numbers["survived"], False),
+            (panels[1], edits, numbers["kept"], False),
+            (panels[1], edits, numbers["unseen"], True),
+            (panels[2], written, _pooled(numbers["by_batch"], 10), False),
         )
-        for axes, x, intervals, dashes, label in lines:
+        for axes, x, intervals, is_thin in lines:
             mean = np.asarray([i["mean"] for i in intervals])
             half = np.nan_to_num([i["half_width"] for i in intervals])
             x = x if len(x) == len(mean) else x.reshape(len(mean), -1).mean(axis=1)
-            style = {**look, "ls": dashes} if label is None else look
-            axes.plot(x, mean, **style, lw=1.6, label=label)
+            style = {**look, "lw": 0.8, "ms": 3} if is_thin else {**look, "lw": 1.6}
+            axes.plot(x, mean, **style, label=None if is_thin else method)
             axes.fill_between(x, mean - half, mean + half, color=look["color"], alpha=0.15, lw=0)
     panels[0].set_ylabel("share with the wanted object first")
     for axes, title, label in zip(
         panels,
         (
             "All facts edited so far",
-            "Untouched facts: of other subjects\n(dotted: of the edited subjects)",
+            "Untouched facts of other subjects\n(thin: of such as were not in the fit)",
             "At the end, by when they were edited",
         ),
         ("edits so far", "edits so far", "number of the edit"),
