@@ -12,11 +12,13 @@ Each method is one regression, in a metric S Sᵀ of its own:
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -119,6 +121,7 @@ def write(
             f"{len(weights)} layers share one target, so `hidden` is needed: "
             "hidden(params, inputs) -> (n, seq, d), the residual stream behind the last of them"
         )
+    check_subject(apply, params, associations)
     hidden = hidden if targets is not None else None
     edit, keys, residuals = Edit({}), {}, []
     for i, (path, weight) in enumerate(weights.items()):
@@ -207,6 +210,23 @@ def chosen(layers: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[s
     return {path: weights[path] for path in paths}
 
 
+def check_subject(apply: Callable, params: PyTree, associations: Associations) -> None:
+    """Refuse subjects that are no positions of the model's outputs, where they are known already.
+
+    Raises:
+        ValueError: which rows they are in.
+    """
+    subject = associations.subject
+    shape = jax.eval_shape(apply, params, associations.batch.inputs).shape
+    if subject is None or len(shape) < 3 or isinstance(subject, jax.core.Tracer):
+        return
+    place = np.asarray(subject)
+    if wrong := np.flatnonzero((place < 0) | (place >= shape[1])).tolist():
+        raise ValueError(
+            f"subject of rows {wrong[:8]} is none of the {shape[1]} positions, counted from 0"
+        )
+
+
 def site_of(apply: Callable, params: PyTree, associations: Associations, path: str) -> Site:
     """The one dense site at which a parameter meets activations.
 
@@ -233,7 +253,14 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
     if len(uses) != 1 or uses[0].kind != "dense" or uses[0].weight.layers > 1:
         kinds = [site.kind for site in uses] or sites.uncovered.get(path, "no such parameter")
         raise ValueError(f"{path!r} must be the matrix of one dense site; its sites are: {kinds}")
-    return uses[0]
+    (site,) = uses
+    positions = math.prod(site.output_shape) // (num_rows * site.num_uses * site.weight.d_out)
+    if site.num_uses > 1 and positions > 1:
+        raise ValueError(
+            f"{path!r} is used {site.num_uses} times at each of {positions} positions, in a scan "
+            "for instance; a key is that of a single use"
+        )
+    return site
 
 
 def at_subject(values: Array, associations: Associations) -> Array:

@@ -46,12 +46,20 @@ def take_out(
         The edit, and norms.
 
     Raises:
-        ValueError: an unknown strength, curvatures of different sites, or no Kronecker block.
+        ValueError: an unknown strength, nothing in a group, curvatures of different sites, no
+            Kronecker block, or a parameter that is used at several sites.
     """
     if strength not in STRENGTHS:
         raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
+    if not targets or not rests:
+        raise ValueError("target and rest must hold a curvature each, or several; one is empty")
     blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
+    if merged := [name for name, block in blocks.items() if block.input == f"input of {name}"]:
+        raise ValueError(
+            f"{merged} are used at several sites, whose input moments a curvature merges with "
+            "weights of their own; leave them out by `select`"
+        )
     if not blocks or any(set(c.blocks) != set(targets[0].blocks) for c in (*targets, *rests)):
         raise ValueError(
             "target and rest must be curvatures of the same sites, with a Kronecker block at least"

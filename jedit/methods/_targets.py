@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jedit.capture import Site, intervene
-from jedit.methods._associations import Associations, at_subject, site_of, value_at
+from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch
@@ -92,6 +92,7 @@ def target_values(
     ]
     if len(set(rows)) > 1:
         raise ValueError(f"essence has {rows[1]} rows, expected one a fact, {rows[0]}")
+    check_subject(apply, params, associations)
     return _search(
         (apply, layer, hidden, steps),
         params,
@@ -144,7 +145,8 @@ def _search(
     zero = jnp.zeros_like(v)
     (delta, _), _ = jax.lax.scan(step, (zero, adam.init(zero)), length=steps)
     nll, kl = parts(delta)
-    return v + delta, TargetInfo(parts(zero)[0], nll, kl, _norm(delta) / norm)
+    relative_norm = _norm(delta) / jnp.where(norm > 0, norm, 1)
+    return v + delta, TargetInfo(parts(zero)[0], nll, kl, relative_norm)
 
 
 def _with_added(

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jedit.capture import intervene
 from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.outputs import wide
 from jedit.typing import Batch
 
 
@@ -124,7 +125,7 @@ def _trace(
     outputs = {name: clean.site_outputs[name] for name in names}
     num_layers = len(outputs[names[0]]) if is_stacked else len(names)
     embedded = clean.site_outputs[embedding]
-    scale = noise * _deviation(embedded, subject)
+    scale = (noise * _deviation(embedded, subject)).astype(embedded.dtype)
     windows = _windows(num_layers, window)
 
     def draw(sample):
@@ -159,7 +160,8 @@ def _windows(num_layers: int, window: int) -> Bool[Array, "layers layers"]:
 
 
 def _deviation(embedded: Array, subject: Array) -> Array:
-    """Standard deviation over all coordinates of the subject's tokens."""
+    """Standard deviation over all coordinates of the subject's tokens, in float32 or wider."""
+    embedded = wide(embedded)
     weight = jnp.broadcast_to(subject[..., None], embedded.shape).astype(embedded.dtype)
     count = jnp.maximum(jnp.sum(weight), 1)
     mean = jnp.sum(weight * embedded) / count

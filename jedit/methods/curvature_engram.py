@@ -16,8 +16,9 @@
 
 Half of each term is the KL that K-FAC predicts, summed over a set's outputs: of the target, when V
 stands in W's place, and of the rest, when V is added. AI Engram (arXiv 2606.14997) measures the
-same two errors at the layer's own outputs, G = I, to which λ -> ∞ leads; with G₊ = G₋ of full rank
-V is its W₊. Undamped, V can be many times W, in directions that hardly change either set's outputs.
+same two errors at the layer's own outputs, G = I; λ -> ∞ leads there but for the weights of the two
+sets, tr G₊ and tr G₋, which stay. With G₊ = G₋ of full rank V is its W₊. Undamped, V can be many
+times W, in directions that hardly change either set's outputs.
 
 Additivity. The engrams of two sets that make up the data add up to W. Those of n sets would, if
 each were solved with the sum over all sets of S_j ⊗ G_j; only for two such terms is there a joint
@@ -113,8 +114,8 @@ def curvature_engram(
         The edit, and norms. Not to be traced: four eigendecompositions a matrix.
 
     Raises:
-        ValueError: negative damping, an unknown strength, curvatures of different sites, or no
-            Kronecker block.
+        ValueError: negative damping, an unknown strength, curvatures of different sites, no
+            Kronecker block, or a parameter used at several sites.
     """
     if damping < 0:
         raise ValueError(f"damping must not be negative, got {damping}")

@@ -61,7 +61,8 @@ def engram(
         The edit, and norms. Not to be traced: one eigendecomposition a matrix.
 
     Raises:
-        ValueError: an unknown strength, curvatures of different sites, or no Kronecker block.
+        ValueError: an unknown strength, curvatures of different sites, no Kronecker block, or a
+            parameter used at several sites.
     """
     return take_out(params, target, rest, _piece, strength=strength, scale=scale)
 

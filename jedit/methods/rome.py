@@ -41,7 +41,8 @@ def solve(
     def one(delta, row):
         k, h, r = row
         missing = r - jnp.matmul(k, delta, precision=HIGHEST)
-        return delta + jnp.outer(h, missing) / jnp.vdot(k, h, precision=HIGHEST), None
+        reach = jnp.vdot(k, h, precision=HIGHEST)  # 0 for a key of zero, which writes nothing
+        return delta + jnp.outer(h, missing) / jnp.where(reach > 0, reach, 1), None
 
     zero = jnp.zeros((K.shape[1], R.shape[1]), K.dtype)
     return jax.lax.scan(one, zero, (K, H, R))[0]

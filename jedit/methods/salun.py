@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import random_label, retain_nll, sequence_nll
 from jedit.transforms import mask_to_salient
-from jedit.typing import Batch
+from jedit.typing import Batch, wide_dtype
 
 
 def salun(
@@ -75,7 +75,10 @@ def salun(
 
 def _summed_gradient(apply: Callable, params: PyTree, batches: Sequence[Batch]) -> PyTree:
     """The gradient of the summed loss: the mean's, but for a factor that no mask sees."""
-    gradients = [_gradient(apply, params, batch) for batch in batches]
+    gradients = [
+        jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), _gradient(apply, params, batch))
+        for batch in batches
+    ]
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), gradients)
 
 

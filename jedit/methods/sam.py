@@ -53,8 +53,9 @@ def sam(
         retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
 
     Returns:
-        What `jedit.unlearn` takes. A step costs three forget gradients and two retain gradients
-        before the compiler finds those that are alike.
+        What `jedit.unlearn` takes; the angle and retain change in the optimizer's state are those
+        to the gradient of the whole objective. A step costs three forget gradients and two retain
+        gradients before the compiler finds those that are alike.
 
     Raises:
         ValueError: a radius that is not positive.

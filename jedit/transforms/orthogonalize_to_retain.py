@@ -60,6 +60,15 @@ def orthogonalize_to_retain(
 
         optax.chain(orthogonalize_to_retain(metric="adam"), optax.scale_by_learning_rate(1e-4))
 
+    In a curvature's metric what comes out is a gradient still: the natural step from it, damped
+    alike, is what leaves the retain loss alone.
+
+        optax.chain(
+            orthogonalize_to_retain(metric=curvature, damping=0.1),
+            scale_by_curvature(curvature, damping=0.1, uncovered="identity"),
+            optax.scale_by_learning_rate(0.1),
+        )
+
     `update` takes one of two extra arguments: `retain_grads`, a tree like params, or
     `retain_grad_fn(params) -> such a tree`, which is called at every `refresh`-th step alone.
 
@@ -76,7 +85,8 @@ def orthogonalize_to_retain(
         damping: of a curvature, relative; 0.1 is arbitrary.
 
     Returns:
-        The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter.
+        The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter; in a
+        curvature's metric `rank` + 2 of its rotations too.
 
     Raises:
         ValueError: unknown options; at `update`, no retain gradient, or no params for its function.

@@ -78,16 +78,28 @@ def test_gu_arrives_at_the_same_forgetting(toy, key):
     assert line["log_ratio"]["mean"] == pytest.approx(np.log(0.5))
 
 
-def test_a_null_space_as_a_metric_is_the_projection(toy, key):
-    estimator = kfac(toy.apply, Categorical())
-    curvature = estimate(estimator, toy.params, [toy.retain], key=key)
-    gradient = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)}
-    free = metric.null_space_of_inputs(curvature, 0.2)
-    step = solve(free, gradient, damping=metric.HARD, relative=True)["kernel"]
-    expected = project(null_space(curvature, threshold=0.2), gradient)["kernel"]
-    assert float(jnp.linalg.norm(expected)) > 0.1
-    scale = jnp.vdot(step, expected) / jnp.vdot(expected, expected)
-    np.testing.assert_allclose(step / scale, expected, atol=1e-4)
+def test_a_null_space_as_a_metric_is_the_projection_of_all_layers(toy, key):
+    """Two layers of unlike inputs: a step is one multiple of the projection, or of the gradient."""
+    rng = np.random.default_rng(1)
+    as_float = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {"w": 20 * as_float(6, 5), "v": as_float(5, 4)}
+    apply = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    curvature = estimate(kfac(apply, Categorical()), params, [toy.retain], key=key)
+    gradient = {"w": as_float(6, 5), "v": as_float(5, 4)}
+    flat = lambda tree: jnp.concatenate([jnp.ravel(tree[n]) for n in ("w", "v")])  # noqa: E731
+    for made, expected in (
+        (
+            metric.null_space_of_inputs(curvature, 0.2),
+            project(null_space(curvature, threshold=0.2), gradient),
+        ),
+        (metric.null_space_of_inputs(curvature, 1.0), gradient),
+        (metric.identity(curvature), gradient),
+    ):
+        step = flat(solve(made, gradient, damping=metric.HARD, relative=True))
+        expected = flat(expected)
+        assert float(jnp.linalg.norm(expected)) > 0.1
+        scale = jnp.vdot(step, expected) / jnp.vdot(expected, expected)
+        np.testing.assert_allclose(step / scale, expected, atol=1e-4)
 
 
 def test_metrics_are_compared_at_one_price(toy, key):

@@ -12,6 +12,7 @@ from jedit.geometry import null_space
 from jedit.methods import Associations, alphaedit, memit, rome
 from jedit.methods._associations import regress
 from jedit.methods.memit import solve as memit_solve
+from jedit.methods.rome import solve as rome_solve
 from jedit.typing import Batch
 
 WIDTH, D_FF, SEQ, VOCAB = 5, 9, 4, 7
@@ -423,3 +424,30 @@ def test_a_matrix_that_is_used_twice_is_refused(key):
     curvature = estimate(kfac(tied, Categorical()), params, [Batch(x)], key=key)
     with pytest.raises(ValueError, match="must be the matrix of one dense site"):
         memit(tied, params, curvature, Associations(Batch(x)), jnp.ones((4, 3)), layers="w")
+
+
+def test_a_weight_that_a_scan_uses_at_every_position_is_refused(key):
+    def deep(params, x):
+        step = lambda h, _: (jnp.tanh(h @ params["w"]), None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    params = {"w": jnp.eye(4)}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4)))
+    curvature = estimate(kfac(deep, Categorical()), params, [Batch(x)], key=key)
+    facts = Associations(Batch(x), jnp.asarray([0, 2]))
+    with pytest.raises(ValueError, match="used 3 times at each of 5 positions"):
+        memit(deep, params, curvature, facts, None, layers="w")
+
+
+def test_a_subject_outside_the_row_is_named(params, facts, key):
+    curvature = fit(params, key)
+    far = facts._replace(subject=jnp.asarray([1, SEQ, -1]))
+    with pytest.raises(ValueError, match=r"subject of rows \[1, 2\] is none of the 4 positions"):
+        memit(network, params, curvature, far, None, layers=ONE)
+
+
+def test_a_key_of_zero_writes_nothing_and_spoils_nothing(tolerance):
+    rng = np.random.default_rng(0)
+    K, R = jnp.asarray(rng.normal(size=(3, 5))), jnp.asarray(rng.normal(size=(3, 2)))
+    found = rome_solve(jnp.eye(5), jnp.ones(5), K.at[1].set(0), R)
+    tolerance.check(found, rome_solve(jnp.eye(5), jnp.ones(5), K[::2], R[::2]))

@@ -142,3 +142,15 @@ def test_mistakes_get_a_sentence(scene):
     )
     with pytest.raises(ValueError, match="curvatures of the same sites"):
         engram(params, curvatures[0], other)
+    with pytest.raises(ValueError, match="one is empty"):
+        engram(params, curvatures[0], [])
+
+
+def test_a_parameter_of_several_sites_is_refused():
+    """A curvature merges their moments with weights of their own: their sum is no S."""
+    tied = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"]  # noqa: E731
+    params = {"w": jnp.eye(3)}
+    batch = Batch(jnp.asarray(np.random.default_rng(0).normal(size=(9, 3))))
+    curvature = estimate(kfac(tied, Categorical()), params, [batch], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="used at several sites"):
+        engram(params, curvature, curvature)
