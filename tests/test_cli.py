@@ -126,13 +126,14 @@ def test_a_run_on_a_file_measures_every_method(file_run):
 def test_the_digits_scene(folder, monkeypatch, capsys):
     original = digits_scene.digits
 
-    def toy(*, seed, say):
+    def toy(*, seed, say, grid):
+        assert grid is digits_scene.ALL
         recipe = digits_scene.RECIPE._replace(epochs=(5,), learning_rate=1e-2)
         small = {"recipe": recipe, "channels": (4, 4), "hidden": 16}
         return original(seed=seed, say=say, grid=GRID, **small)
 
     monkeypatch.setattr(digits_scene, "digits", toy)
-    assert cli.main(["demo", "--scene", "digits", "--out", "digits"]) == 0
+    assert cli.main(["demo", "--scene", "digits", "--methods", "all", "--out", "digits"]) == 0
     results = json.loads((folder / "digits" / "results.json").read_text())
     parts = results["comparisons"]
     assert [c["name"] for c in parts] == ["digits-cluster", "digits-class"]
