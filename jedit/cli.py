@@ -25,7 +25,7 @@ class Demo:
     scene: Literal["digits", "authors", "all"] = "all"
     """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both."""
     methods: Literal["main", "all"] = "main"
-    """The main methods, in minutes, or all that the project has."""
+    """The main methods, in minutes, or all that fit the scene."""
     out: Path = DEMO_OUT
     """Folder of the report; an earlier report there is replaced."""
     seed: int = 0

@@ -19,8 +19,8 @@ Gauss-Newton matrix of an output KL; damping relative to the block, because an a
 scale; the line search, because the quadratic model is wrong by orders of magnitude on a memorised
 model; the curvature's likelihood at a temperature above one, because there the Fisher of the
 outputs vanishes and protects nothing; any objective in place of the cross-entropy, whose gradient
-vanishes as p -> 1. As λ -> ∞ the method is plain gradient ascent; with G = I it is preconditioning
-by the inputs alone.
+vanishes as p -> 1. As λ -> ∞ the method is gradient ascent, each matrix at a rate of one over its
+mean eigenvalue; with G = I it is preconditioning by the inputs alone.
 """
 
 import functools

@@ -22,7 +22,7 @@ from jedit.transforms import project_to_null_space
 from jedit.typing import Batch
 
 CONSTRAINED = " at no first-order retain cost"
-RADIUS = 0.1  # of UAM and ROSU; the best of 0.03, 0.1 and 0.3 on the digits
+RADIUS = 0.1  # of UAM and ROSU; arbitrary
 SEED = 0  # of random labels and directions, which are the same for all models
 
 
