@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -218,7 +219,7 @@ def check_subject(apply: Callable, params: PyTree, associations: Associations) -
     """
     subject = associations.subject
     shape = jax.eval_shape(apply, params, associations.batch.inputs).shape
-    if subject is None or len(shape) < 3 or isinstance(subject, jax.core.Tracer):
+    if subject is None or len(shape) < 3 or isinstance(subject, Tracer):
         return
     place = np.asarray(subject)
     if wrong := np.flatnonzero((place < 0) | (place >= shape[1])).tolist():

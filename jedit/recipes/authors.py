@@ -1,7 +1,7 @@
 """The authors scene: a small GPT learns invented facts about invented authors, and forgets some."""
 
 from jedit.data import facts_to_rows, generate_authors
-from jedit.recipes.compare import Grid, Say
+from jedit.recipes.compare import Grid, Say, with_all_methods
 from jedit.recipes.question_answer import Model, question_answer
 from jedit.recipes.training import Recipe
 from jedit.report import Comparison
@@ -21,21 +21,8 @@ GRID = Grid(
     kl_budget=0.1,
 )
 SCALES = (0.03, 0.1, 0.3, 1.0)
-# Every method of the project, for `jedit demo --methods all`.
-ALL = GRID._replace(
-    scales={
-        "engram": SCALES,
-        "engram (output metric)": SCALES,
-        "AlphaEdit": (0.3, 1.0, 3.0),
-        "MEMIT": (0.3, 1.0, 3.0),
-    },
-    learning_rates=GRID.learning_rates
-    | dict.fromkeys(
-        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "IdkDPO", "RMU"), RATES
-    )
-    | dict.fromkeys(("SAM", "UAM", "ROSU", "ROSU (push)", "null-space GradDiff", "KUDA"), RATES)
-    | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
-)
+# For `jedit demo --methods all`.
+ALL = with_all_methods(GRID, RATES, SCALES, "IdkDPO")
 
 
 def authors(

@@ -63,6 +63,24 @@ class Grid(NamedTuple):
     scales: dict[str, tuple[float, ...]] = {}
 
 
+# At about the same learning rates; GU, in a metric of its own, at a third of them.
+BY_ADAM = ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "SAM", "UAM", "ROSU")
+BY_ADAM += ("ROSU (push)", "null-space GradDiff", "KUDA")
+BY_GU = ("GU (leaf)", "GU (global)")
+
+
+def with_all_methods(
+    grid: Grid, rates: tuple[float, ...], scales: tuple[float, ...], *more: str
+) -> Grid:
+    """The grid with the methods that fit any scene, and those named besides."""
+    added = dict.fromkeys((*BY_ADAM, *more), rates) | dict.fromkeys(BY_GU, (3e-5, 1e-4, 3e-4))
+    return grid._replace(
+        scales=dict.fromkeys(("engram", "engram (output metric)"), scales)
+        | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.3, 1.0, 3.0)),
+        learning_rates=grid.learning_rates | added,
+    )
+
+
 class Task(NamedTuple):
     """A model, what it was trained on, and what of it is to be forgotten.
 

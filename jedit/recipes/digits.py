@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jedit.data import Digits, forget_class, forget_cluster, load_digits, split_digits
 from jedit.models import cnn
-from jedit.recipes.compare import Grid, Say, Task, compare
+from jedit.recipes.compare import Grid, Say, Task, compare, with_all_methods
 from jedit.recipes.training import Recipe, Trained, train
 from jedit.report import Comparison
 
@@ -32,22 +32,8 @@ GRID = Grid(
 )
 RATES = (1e-4, 3e-4, 1e-3)
 SCALES = (0.1, 0.3, 0.6, 1.0)
-# Every method of the project, for `jedit demo --methods all`.
-ALL = GRID._replace(
-    scales={
-        "engram": SCALES,
-        "engram (output metric)": SCALES,
-        "AlphaEdit": (0.3, 1.0, 3.0),
-        "MEMIT": (0.3, 1.0, 3.0),
-    },
-    learning_rates=GRID.learning_rates
-    | dict.fromkeys(
-        ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "SAM", "UAM", "ROSU"),
-        RATES,
-    )
-    | dict.fromkeys(("ROSU (push)", "null-space GradDiff", "KUDA"), RATES)
-    | dict.fromkeys(("GU (leaf)", "GU (global)"), (3e-5, 1e-4, 3e-4)),
-)
+# For `jedit demo --methods all`.
+ALL = with_all_methods(GRID, RATES, SCALES)
 SHARE_SEEN = 0.7
 
 

@@ -10,23 +10,11 @@ import pytest
 
 from jedit import objectives
 from jedit.methods import gu, rosu, uam
-from jedit.typing import Batch
 from jedit.unlearn import unlearn
 
 
 def apply(params, inputs):
     return jnp.tanh(inputs @ params["w"]) @ params["v"]
-
-
-@pytest.fixture
-def scene():
-    rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(4, 5))), "v": jnp.asarray(rng.normal(size=(5, 3)))}
-    sets = [
-        Batch(jnp.asarray(rng.normal(size=(n, 4))), jnp.asarray(rng.integers(0, 3, n)))
-        for n in (6, 9)
-    ]
-    return params, *sets
 
 
 def nll_gradient(params, batch):

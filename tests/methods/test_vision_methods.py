@@ -12,7 +12,6 @@ from jedit import objectives
 from jedit.methods import l1_sparse, salun
 from jedit.objectives import relabel
 from jedit.transforms import add_l1_gradient, mask_to_salient
-from jedit.typing import Batch
 from jedit.unlearn import unlearn
 
 
@@ -25,17 +24,6 @@ def _standard_promotion():
 
 def apply(params, inputs):
     return jnp.tanh(inputs @ params["w"]) @ params["v"]
-
-
-@pytest.fixture
-def scene():
-    rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.normal(size=(4, 5))), "v": jnp.asarray(rng.normal(size=(5, 3)))}
-    sets = [
-        Batch(jnp.asarray(rng.normal(size=(n, 4))), jnp.asarray(rng.integers(0, 3, n)))
-        for n in (6, 9)
-    ]
-    return params, *sets
 
 
 def numpy_gradient(params, batch):

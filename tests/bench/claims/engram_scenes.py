@@ -1,36 +1,20 @@
 """The models whose engrams are measured: digits without a hand or a class, authors without some."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 import jedit
-from jedit.data import (
-    encode_pairs,
-    encode_rows,
-    facts_to_rows,
-    forget_class,
-    forget_cluster,
-    generate_authors,
-    load_digits,
-    split_digits,
-    text_of,
-    train_tokenizer,
-)
-from jedit.models import cnn, gpt
+from jedit.data import encode_pairs, forget_class, forget_cluster
 from jedit.recipes import authors, digits
 from jedit.recipes.question_answer import SELECT
-from jedit.recipes.training import Recipe, train
-
-SHARE_SEEN = 0.7
+from tests.bench.claims.scenes import CNN, authors_model, digits_model, parted
 
 
-class Scene(NamedTuple):
+class JudgedScene(NamedTuple):
     """A model, the same retrained without the forget rows, and the sets.
 
     Attributes:
@@ -60,22 +44,7 @@ class Scene(NamedTuple):
     budgets: tuple[float, ...]
 
 
-CNN = cnn(key=jax.random.key(0))[0]  # one function, so that seeds share what is compiled
-
-
-def digits_model(seed: int):
-    """The rows, the test images and the model trained on the rows; the key of the row order."""
-    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    rows, test = split_digits(load_digits(), seed=seed)
-
-    def fit(part):
-        start = cnn(key=jax.random.clone(initial))[1]
-        return train(CNN, start, part.as_batch(), digits.RECIPE, key=order)[0].params
-
-    return rows, test, fit, cut
-
-
-def digits_scenes(seed: int) -> Iterator[Scene]:
+def digits_scenes(seed: int) -> Iterator[JudgedScene]:
     """One hand, then one class."""
     rows, test, fit, cut = digits_model(seed)
     original, label = fit(rows), digits.LABEL
@@ -87,15 +56,13 @@ def digits_scenes(seed: int) -> Iterator[Scene]:
         ),
     }
     for name, ((chosen, others), tested) in parts.items():
-        retrained = fit(rows.take(others))
-        others = others[np.asarray(jax.random.permutation(jax.random.clone(cut), len(others)))]
-        seen, heldout = np.split(others, [round(SHARE_SEEN * len(others))])
-        yield Scene(
+        sets = (rows.take(part).as_batch() for part in (chosen, *parted(others, cut)))
+        yield JudgedScene(
             name,
             CNN,
             original,
-            retrained,
-            *(rows.take(part).as_batch() for part in (chosen, seen, heldout)),
+            fit(rows.take(others)),
+            *sets,
             tested.as_batch(),
             512,
             256,
@@ -106,46 +73,17 @@ def digits_scenes(seed: int) -> Iterator[Scene]:
         )
 
 
-@functools.cache
-def _gpt_of(vocab: int):
-    """One function for all seeds, as `CNN` is."""
-    return _gpt(vocab, key=jax.random.key(0))[0]
-
-
-def _gpt(vocab: int, *, key):
-    size = authors.MODEL
-    return gpt(
-        key=key,
-        vocab=vocab,
-        width=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        max_len=size.max_len,
-    )
-
-
-def authors_scenes(seed: int) -> Iterator[Scene]:
+def authors_scenes(seed: int) -> Iterator[JudgedScene]:
     """The demo's authors, after 7 epochs: 30 of 300 rows are to be forgotten."""
-    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    rows = facts_to_rows(generate_authors(seed, 30, 10))
-    tokenizer = train_tokenizer(text_of(rows), authors.MODEL.vocab)
-    max_len, kept, chosen = authors.MODEL.max_len, np.arange(270), np.arange(270, 300)
-    data = jedit.Batch(*map(jnp.asarray, encode_rows(tokenizer, rows, max_len, truncate=True)))
-    others = kept[np.asarray(jax.random.permutation(cut, len(kept)))]
-    seen, heldout = np.split(others, [round(SHARE_SEEN * len(others))])
-    words = [(rows[i].paraphrased_question or "", rows[i].answer) for i in heldout]
-    tested = encode_pairs(tokenizer, words, max_len, truncate=True)
-    apply = _gpt_of(tokenizer.get_vocab_size())
-    params = _gpt(tokenizer.get_vocab_size(), key=initial)[1]
-    take = lambda ids: jax.tree.map(lambda x: x[ids], data)  # noqa: E731
-    recipe = Recipe((7,), authors.RECIPE.batch_size, authors.RECIPE.learning_rate)
-    fit = lambda ids: train(apply, params, take(ids), recipe, key=order)[0].params  # noqa: E731
-    yield Scene(
+    made = authors_model(seed)
+    words = [(made.rows[i].paraphrased_question or "", made.rows[i].answer) for i in made.parts[2]]
+    tested = encode_pairs(made.tokenizer, words, authors.MODEL.max_len, truncate=True)
+    yield JudgedScene(
         "authors, 7 epochs",
-        apply,
-        fit(np.arange(300)),
-        fit(kept),
-        *(take(part) for part in (chosen, seen, heldout)),
+        made.apply,
+        made.fit(np.arange(300)),
+        made.fit(np.arange(270)),
+        *(made.take(part) for part in made.parts),
         jedit.Batch(*map(jnp.asarray, tested)),
         32,
         32,

@@ -28,14 +28,9 @@ from jedit.methods import curvature_engram, engram, kfade
 from jedit.objectives import token_kl, token_nll
 from jedit.objectives.token_nll import masked_mean
 from jedit.outputs import counted_outputs
-from tests.bench.claims.engram_scenes import (
-    CNN,
-    Scene,
-    authors_scenes,
-    digits_model,
-    digits_scenes,
-)
+from tests.bench.claims.engram_scenes import JudgedScene, authors_scenes, digits_scenes
 from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.scenes import CNN, digits_model
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
 # Temperature and damping of the output metric.
@@ -47,7 +42,7 @@ PLAIN = "engram, adaptive"
 class Judge:
     """What edited models are worth; the outputs that they are compared with are computed once."""
 
-    def __init__(self, found: Scene):
+    def __init__(self, found: JudgedScene):
         self.apply = found.apply
         self.sets = (found.forget, found.heldout, found.test)
         models = (found.retrained, found.original, found.retrained)
@@ -94,7 +89,7 @@ def _kfac(apply, temperature, select, fisher):
     return jedit.kfac(apply, likelihood, select=select, fisher=fisher)
 
 
-def statistics(found: Scene, temperature: float, *, key):
+def statistics(found: JudgedScene, temperature: float, *, key):
     """Curvature of the forget rows and of the retain rows; of a text, answer tokens alone."""
     estimator = _kfac(found.apply, temperature, found.select, found.fisher)
     for rows, k in zip((found.forget, found.retain), jax.random.split(key), strict=True):
@@ -102,7 +97,7 @@ def statistics(found: Scene, temperature: float, *, key):
         yield jedit.estimate(estimator, found.original, batches(rows, found.chunk), key=k)
 
 
-def methods(found: Scene, *, key):
+def methods(found: JudgedScene, *, key):
     """By name, a function of nothing to a method's strengths and edits."""
     curvatures = {
         t: list(statistics(found, t, key=jax.random.fold_in(key, int(t))))
@@ -131,7 +126,7 @@ def methods(found: Scene, *, key):
     return makers | {"K-FADE": budgeted}
 
 
-def measured(found: Scene, *, key) -> dict[str, list[dict[str, float]]]:
+def measured(found: JudgedScene, *, key) -> dict[str, list[dict[str, float]]]:
     """Every point of every method."""
     judge, points = Judge(found), {}
     for name, make in methods(found, key=key).items():

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+from tokenizers import Tokenizer
 
 from jedit.data import (
+    QaRow,
     encode_rows,
     facts_to_rows,
     forget_class,
@@ -29,6 +31,7 @@ from jedit.recipes.training import Recipe, train
 from jedit.typing import Batch
 
 SHARE_SEEN = 0.7
+CNN = cnn(key=jax.random.key(0))[0]  # one function, so that seeds share what is compiled
 
 
 class Scene(NamedTuple):
@@ -51,47 +54,97 @@ class Scene(NamedTuple):
     select: str | None = None
 
 
+def parted(others: np.ndarray, cut) -> tuple[np.ndarray, np.ndarray]:
+    """Retain rows in random order, those that edits see and those held out."""
+    order = np.asarray(jax.random.permutation(jax.random.clone(cut), len(others)))
+    seen, heldout = np.split(others[order], [round(SHARE_SEEN * len(others))])
+    return seen, heldout
+
+
+def digits_model(seed: int, recipe: Recipe = RECIPE):
+    """The rows, the test images, what trains on rows, and the key of the cut."""
+    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
+    rows, test = split_digits(load_digits(), seed=seed)
+
+    def fit(part) -> PyTree:
+        start = cnn(key=jax.random.clone(initial))[1]
+        return train(CNN, start, part.as_batch(), recipe, key=order)[0].params
+
+    return rows, test, fit, cut
+
+
 def digits(seed: int, *, forget: str = "class", epochs: int = RECIPE.epochs[0]) -> Scene:
     """Train on everything; to forget are all images of a "class", or the alike ones of a "hand"."""
-    rows, _ = split_digits(load_digits(), seed=seed)
-    apply, _ = _model()
-    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    params = cnn(key=initial)[1]
-    recipe = Recipe((epochs,), RECIPE.batch_size, RECIPE.learning_rate)
-    trained = train(apply, params, rows.as_batch(), recipe, key=order)[0]
+    rows, _, fit, cut = digits_model(seed, RECIPE._replace(epochs=(epochs,)))
     chosen, others = (
         forget_class(rows, LABEL) if forget == "class" else forget_cluster(rows, LABEL, seed=seed)
     )
-    others = others[np.asarray(jax.random.permutation(cut, len(others)))]
-    seen, heldout = np.split(others, [round(SHARE_SEEN * len(others))])
-    sets = (rows.take(part).as_batch() for part in (chosen, seen, heldout))
-    return Scene(apply, trained.params, *sets)
+    sets = (rows.take(part).as_batch() for part in (chosen, *parted(others, cut)))
+    return Scene(CNN, fit(rows), *sets)
 
 
-def authors(seed: int, *, epochs: int = AUTHORS_RECIPE.epochs[0]) -> Scene:
-    """Train a GPT on the rows of 30 invented authors; the last three are to be forgotten."""
+class Authors(NamedTuple):
+    """The rows of 30 invented authors, of whom the last three are to be forgotten.
+
+    Attributes:
+        rows: with their questions in other words.
+        tokenizer: trained on them.
+        data: all of them, encoded.
+        apply: of a GPT of the demo's size.
+        fit: trains it on the rows of given numbers.
+        parts: numbers of the rows to forget, those that edits see, and those held out.
+    """
+
+    rows: list[QaRow]
+    tokenizer: Tokenizer
+    data: Batch
+    apply: Callable
+    fit: Callable[[np.ndarray], PyTree]
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    def take(self, numbers: np.ndarray) -> Batch:
+        """The rows of these numbers."""
+        return jax.tree.map(lambda x: x[numbers], self.data)
+
+
+def authors_model(seed: int, *, epochs: int = AUTHORS_RECIPE.epochs[0]) -> Authors:
+    """Make the rows and the untrained model."""
+    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
     rows = facts_to_rows(generate_authors(seed, 30, 10))
     tokenizer = train_tokenizer(text_of(rows), MODEL.vocab)
     encoded = encode_rows(tokenizer, rows, MODEL.max_len, truncate=True)
     data = Batch(*(jnp.asarray(x) for x in encoded))
-    initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    apply, params = gpt(
-        key=initial,
-        vocab=tokenizer.get_vocab_size(),
-        width=MODEL.width,
-        num_layers=MODEL.layers,
-        num_heads=MODEL.heads,
-        max_len=data.inputs.shape[1],
-    )
-    recipe = Recipe((epochs,), AUTHORS_RECIPE.batch_size, AUTHORS_RECIPE.learning_rate)
-    trained = train(apply, params, data, recipe, key=order)[0]
-    others = np.asarray(jax.random.permutation(cut, len(rows) - 30))
-    seen, heldout = np.split(others, [round(SHARE_SEEN * len(others))])
-    parts = (np.arange(len(rows) - 30, len(rows)), seen, heldout)
-    sets = (jax.tree.map(lambda x, p=part: x[p], data) for part in parts)
-    return Scene(apply, trained.params, *sets, SELECT)
+    vocab = tokenizer.get_vocab_size()
+    apply, params = _gpt_of(vocab), _gpt(vocab, key=initial)[1]
+    recipe = AUTHORS_RECIPE._replace(epochs=(epochs,))
+
+    def fit(numbers: np.ndarray) -> PyTree:
+        part = jax.tree.map(lambda x: x[numbers], data)
+        return train(apply, params, part, recipe, key=order)[0].params
+
+    parts = (np.arange(270, 300), *parted(np.arange(270), cut))
+    return Authors(rows, tokenizer, data, apply, fit, parts)
+
+
+def authors(seed: int) -> Scene:
+    """Train a GPT on all of them."""
+    made = authors_model(seed)
+    sets = (made.take(part) for part in made.parts)
+    return Scene(made.apply, made.fit(np.arange(300)), *sets, SELECT)
 
 
 @functools.cache
-def _model():
-    return cnn(key=jax.random.key(0))
+def _gpt_of(vocab: int):
+    """One function for all seeds, as `CNN` is."""
+    return _gpt(vocab, key=jax.random.key(0))[0]
+
+
+def _gpt(vocab: int, *, key):
+    return gpt(
+        key=key,
+        vocab=vocab,
+        width=MODEL.width,
+        num_layers=MODEL.layers,
+        num_heads=MODEL.heads,
+        max_len=MODEL.max_len,
+    )
