@@ -150,36 +150,64 @@ def encode_pairs(
     Raises:
         ValueError: no pairs, or one longer than `max_len`.
     """
-    if not pairs:
-        raise ValueError("there are no rows to encode.")
     end = _special(tokenizer, END)
     questions = [encoded.ids for encoded in tokenizer.encode_batch([q for q, _ in pairs])]
     answers = [encoded.ids for encoded in tokenizer.encode_batch([f" {a}" for _, a in pairs])]
-    rows = [[*q, *a, end] for q, a in zip(questions, answers, strict=True)]
-    lengths = [len(row) for row in rows]
+    rows = [(len(q), [*q, *a, end]) for q, a in zip(questions, answers, strict=True)]
+    given = [
+        (names[i] if names else "") or f"row {i} ({question!r})"
+        for i, (question, _) in enumerate(pairs)
+    ]
+    return as_encoded(rows, _special(tokenizer, PAD), max_len, truncate=truncate, names=given)
+
+
+def as_encoded(
+    rows: Sequence[tuple[int, Sequence[int]]],
+    pad: int,
+    max_len: int | None,
+    *,
+    truncate: bool,
+    names: Sequence[str],
+) -> Encoded:
+    """Lay rows of tokens out as arrays.
+
+    Args:
+        rows: for each the number of its tokens before the answer, and all its tokens.
+        pad: the token to fill up with.
+        max_len: as in `encode_rows`.
+        truncate: as in `encode_rows`.
+        names: what to call each row in a message.
+
+    Returns:
+        The rows, in order.
+
+    Raises:
+        ValueError: no rows, or one longer than `max_len`.
+    """
+    if not rows:
+        raise ValueError("there are no rows to encode.")
+    lengths = [len(tokens) for _, tokens in rows]
     if max_len is None:
         max_len = max(lengths)
     if max_len < 2:
         raise ValueError(f"max_len must be at least 2, an input and a target, got {max_len}.")
     if not truncate and max(lengths) > max_len:
         i = next(i for i, length in enumerate(lengths) if length > max_len)
-        name = (names[i] if names else "") or f"row {i} ({pairs[i][0]!r})"
         raise ValueError(
-            f"{name}: the row is {lengths[i]} tokens long, more than max_len = {max_len} (as are "
-            f"{sum(length > max_len for length in lengths)} of {len(rows)} rows; the longest has "
-            f"{max(lengths)}). Give a larger max_len, or truncate=True to cut rows off."
+            f"{names[i]}: the row is {lengths[i]} tokens long, more than max_len = {max_len} (as "
+            f"are {sum(length > max_len for length in lengths)} of {len(rows)} rows; the longest "
+            f"has {max(lengths)}). Give a larger max_len, or truncate=True to cut rows off."
         )
-
     shape = (len(rows), max_len - 1)
-    inputs = np.full(shape, _special(tokenizer, PAD), np.int32)
+    inputs = np.full(shape, pad, np.int32)
     targets = inputs.copy()
     mask, valid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for i, row in enumerate(rows):
-        stop = min(len(row), max_len) - 1
-        inputs[i, :stop] = row[:stop]
-        targets[i, :stop] = row[1 : stop + 1]
+    for i, (start, tokens) in enumerate(rows):
+        stop = min(len(tokens), max_len) - 1
+        inputs[i, :stop] = tokens[:stop]
+        targets[i, :stop] = tokens[1 : stop + 1]
         # Target t is token t + 1, and the answer's first token stands behind the question's last.
-        mask[i, max(len(questions[i]) - 1, 0) : stop] = 1
+        mask[i, max(start - 1, 0) : stop] = 1
         valid[i, :stop] = 1
     return Encoded(inputs, targets, mask, valid)
 

@@ -1,0 +1,137 @@
+"""Rows in the words that a model was tuned on: prompt templates, and which tokens are the answer.
+
+A row is one text, before + answer + end, and is tokenised as one text, which is how the model will
+see it.  A token counts as the answer's if it holds any character of the answer or of the end token:
+it is predicted from the prompt alone, so a token that a merge has made of the prompt's last
+character and the answer's first ones (" Paris" behind "Answer: ") counts, and is no part of what a
+generation starts from.  What a template puts behind the end token (a line break, say) is left out.
+
+Differences.  TOFU's code counts the tokens of the question tokenised by itself and leaves out so
+many of the row's, which is off by one wherever a merge crosses the boundary; frameworks that find
+the answer by searching for the tokens of a header miss it for the same reason.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jedit.data.text import Encoded, Prompts, as_encoded
+
+
+class Rendered(NamedTuple):
+    """A row as text.
+
+    Attributes:
+        before: what the model is given, the special tokens at the start included.
+        answer: what it is to say.
+        end: the token that ends the answer; empty for none.
+    """
+
+    before: str
+    answer: str
+    end: str
+
+
+Render = Callable[[str, str], Rendered]
+
+
+def plain_template(before: str, end: str) -> Render:
+    """Make a template from its two parts.
+
+    Args:
+        before: with {question} where the question stands: "Question: {question} Answer:".
+        end: the end token's text, "</s>".
+
+    Raises:
+        ValueError: no place for the question.
+    """
+    if before.count("{question}") != 1:
+        raise ValueError(f"before must hold {{question}} once, got {before!r}.")
+
+    def render(question: str, answer: str) -> Rendered:
+        return Rendered(before.replace("{question}", question), answer, end)
+
+    return render
+
+
+def chat_template(tokenizer: Any, system: str | None = None) -> Render:
+    """Make a template of a tokenizer's own chat template.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        system: the system message, or None for what the template puts there by itself.
+    """
+    specials = [str(token) for token in tokenizer.all_special_tokens]
+    first = [] if system is None else [{"role": "system", "content": system}]
+
+    def render(question: str, answer: str) -> Rendered:
+        asked = [*first, {"role": "user", "content": question}]
+        whole = [*asked, {"role": "assistant", "content": answer}]
+        before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(whole, tokenize=False)
+        if not text.startswith(before):
+            raise ValueError(
+                "the chat template writes the question in another way once it is answered, so the "
+                f"answer's place is not known: {before!r} does not begin {text!r}."
+            )
+        rest = text[len(before) :]
+        if not rest.startswith(answer):
+            if not rest.startswith(answer.strip()):
+                raise ValueError(f"the chat template changes the answer {answer!r} to {rest!r}.")
+            answer = answer.strip()
+        rest = rest[len(answer) :]
+        found = [(rest.index(token), token) for token in specials if token and token in rest]
+        if not found:
+            return Rendered(before, answer, rest.rstrip())
+        place, token = min(found)
+        return Rendered(before, answer, rest[: place + len(token)])
+
+    return render
+
+
+def encode_rendered(
+    tokenizer: Any,
+    rows: Sequence[Rendered],
+    max_len: int | None = None,
+    *,
+    pad: int,
+    truncate: bool = False,
+) -> Encoded:
+    """Encode rendered rows; no special tokens are added to what is written in them.
+
+    Args:
+        tokenizer: of the package tokenizers, or a fast one of transformers.
+        rows: at least one.
+        max_len: as in `encode_rows`.
+        pad: the token to fill up with; it has no effect on anything.
+        truncate: as in `encode_rows`.
+
+    Returns:
+        The rows, in order.
+
+    Raises:
+        ValueError: no rows, one longer than `max_len`, or one without a token to predict.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    found, names = [], []
+    for i, row in enumerate(rows):
+        name = f"row {i} ({row.before!r})"
+        encoded = backend.encode("".join(row), add_special_tokens=False)
+        start = next(
+            (k for k, (_, stop) in enumerate(encoded.offsets) if stop > len(row.before)), None
+        )
+        if not start:  # nothing to predict, or nothing to predict it from
+            raise ValueError(f"{name}: the answer has no token that follows another one.")
+        found.append((start, encoded.ids))
+        names.append(name)
+    return as_encoded(found, pad, max_len, truncate=truncate, names=names)
+
+
+def prompts_of(encoded: Encoded) -> Prompts:
+    """What to let a model continue: each row up to its first token that counts."""
+    # Input t is followed by target t, so the inputs up to the first that counts are the prompt.
+    lengths = (np.argmax(encoded.mask > 0, axis=1) + 1).astype(np.int32)
+    width = int(lengths.max())
+    is_prompt = np.arange(width)[None] < lengths[:, None]
+    return Prompts(np.where(is_prompt, encoded.inputs[:, :width], 0).astype(np.int32), lengths)
