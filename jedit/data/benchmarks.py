@@ -143,9 +143,10 @@ def read_wmdp(where: str | Path, subject: str) -> list[Choice]:
     for i, record in _each(read_records(where, f"wmdp-{subject}", "test")):
         place = f"{where}, wmdp-{subject}, record {i}"
         choices, answer = record.get("choices"), record.get("answer")
-        is_whole = isinstance(choices, list) and isinstance(answer, int)
-        if not is_whole or not all(isinstance(choice, str) for choice in choices):
+        if not (isinstance(choices, list) and isinstance(answer, int)):
             raise DataError(f'{place}: needs "choices", a list of strings, and "answer", a number.')
+        if not all(isinstance(choice, str) for choice in choices):
+            raise DataError(f'{place}: "choices" must be a list of strings.')
         if not 0 <= answer < len(choices):
             raise DataError(f"{place}: answer {answer} of {len(choices)} choices.")
         rows.append(Choice(_text(record, "question", place), tuple(choices), answer))
