@@ -3,7 +3,7 @@
 apply, params, batches -> capture -> curvature -> methods and transforms -> edits -> metrics
 """
 
-from jedit import curvature, geometry, methods, metrics, objectives, transforms
+from jedit import attacks, curvature, geometry, methods, metrics, objectives, transforms
 from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
 from jedit.curvature import (
     Curvature,
@@ -46,6 +46,7 @@ __all__ = [
     "Site",
     "Sites",
     "apply_edit",
+    "attacks",
     "capture",
     "cast_report",
     "curvature",

@@ -20,7 +20,7 @@ TABLE = {
     "transforms": {"geometry", "curvature"},
     "methods": {"capture", "curvature", "geometry", "objectives", "transforms", "edits"},
     "metrics": {"objectives"},
-    "attacks": {"objectives"},
+    "attacks": {"objectives", "unlearn"},
     "edits": {"curvature"},
     "checkpoint": {"curvature"},
     "unlearn": {"objectives", "edits"},

@@ -44,6 +44,24 @@ def to_pure(module: nnx.Module) -> tuple[Apply, dict[str, Any]]:
     return apply, _with_string_keys(nnx.to_pure_dict(state))
 
 
+def to_pure_method(module: nnx.Module, name: str) -> Callable:
+    """Take one method of such a module as `call(params, *args)`, for the params of `to_pure`.
+
+    Args:
+        module: one made under `nnx.eval_shape` will do: its arrays are not looked at.
+        name: of the method.
+
+    Returns:
+        The function.
+    """
+    graphdef, _, _ = nnx.split(module, nnx.Param, ...)
+
+    def call(params: PyTree, *args: Any) -> Any:
+        return getattr(nnx.merge(graphdef, _with_list_indices(params)), name)(*args)
+
+    return call
+
+
 def _with_string_keys(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {str(name): _with_string_keys(value) for name, value in tree.items()}

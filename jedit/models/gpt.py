@@ -1,15 +1,17 @@
 """A small decoder-only transformer language model."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jedit.models.functional import Apply, to_pure
+from jedit.models.decoding import Stepper
+from jedit.models.functional import Apply, to_pure, to_pure_method
 
 
 class _LayerNorm(nnx.Module):
@@ -32,6 +34,9 @@ class _LayerNorm(nnx.Module):
         return normalised * self.scale[None, None] + self.bias[None, None]
 
 
+Cache = tuple[Array, Array]  # keys and values, each (batch, positions, heads, width of a head)
+
+
 class _Attention(nnx.Module):
     """Causal self-attention; query, key and value are separate kernels that read one array."""
 
@@ -51,6 +56,22 @@ class _Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return self.out(mixed.reshape(batch, seq, width))
+
+    def step(self, x: Float[Array, "batch 1 width"], position: Array, cache: Cache):
+        """Attend from one position to those before it; `cache` holds their keys and values."""
+        batch, _, width = x.shape
+        heads = (batch, 1, self.num_heads, width // self.num_heads)
+        query, key, value = (p(x).reshape(heads) for p in (self.query, self.key, self.value))
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+            for old, new in zip(cache, (key, value), strict=True)
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys) / math.sqrt(heads[-1])
+        places = jnp.arange(keys.shape[1], dtype=position.dtype)
+        is_past = (places <= position)[None, None, None]
+        weights = jax.nn.softmax(jnp.where(is_past, scores, -jnp.inf), axis=-1)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        return self.out(mixed.reshape(batch, 1, width)), (keys, values)
 
 
 class _Mlp(nnx.Module):
@@ -72,6 +93,11 @@ class _Block(nnx.Module):
     def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
         x = x + self.attn(self.attn_norm(x))
         return x + self.mlp(self.mlp_norm(x))
+
+    def step(self, x: Float[Array, "batch 1 width"], position: Array, cache: Cache):
+        mixed, cache = self.attn.step(self.attn_norm(x), position, cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class _Gpt(nnx.Module):
@@ -97,17 +123,33 @@ class _Gpt(nnx.Module):
         self.head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        seq, max_len = tokens.shape[-1], self.positions.shape[0]
-        if seq > max_len:
-            raise ValueError(
-                f"the sequences are {seq} tokens long, but the model has {max_len} positions: cut "
-                "them, or make the model with a larger max_len."
-            )
+        seq = tokens.shape[-1]
+        _check_length(seq, self.positions.shape[0])
         x = self.embed(tokens)
         x = x + jnp.broadcast_to(self.positions[:seq][None], x.shape)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+    def step(
+        self, tokens: Int[Array, " batch"], position: Int[Array, ""], caches: Sequence[Cache]
+    ) -> tuple[Float[Array, "batch vocab"], tuple[Cache, ...]]:
+        x = self.embed(tokens[:, None])
+        here = jax.lax.dynamic_slice_in_dim(self.positions[...], position, 1)
+        x = x + jnp.broadcast_to(here[None], x.shape)
+        found = []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x, cache = block.step(x, position, cache)
+            found.append(cache)
+        return self.head(self.norm(x))[:, 0], tuple(found)
+
+
+def _check_length(seq: int, max_len: int) -> None:
+    if seq > max_len:
+        raise ValueError(
+            f"the sequences are {seq} tokens long, but the model has {max_len} positions: cut "
+            "them, or make the model with a larger max_len."
+        )
 
 
 def gpt(
@@ -148,3 +190,27 @@ def gpt(
         raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}.")
     rngs = nnx.Rngs(key)
     return to_pure(_Gpt(vocab, width, num_layers, num_heads, max_len, dtype, rngs))
+
+
+def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
+    """Make the same model's one-position step, with a cache of keys and values.
+
+    For `cached_decode`; the parameters are those of `gpt`, and what they do not tell of it are the
+    arguments here.
+    """
+
+    def init(params: PyTree, batch: int, num_positions: int) -> tuple[Cache, ...]:
+        (max_len, width), dtype = params["positions"].shape, params["positions"].dtype
+        _check_length(num_positions, max_len)
+        zeros = jnp.zeros((batch, num_positions, num_heads, width // num_heads), dtype)
+        return ((zeros, zeros),) * num_layers
+
+    def step(params: PyTree, tokens: Array, position: Array, caches: Sequence[Cache]):
+        vocab, width = params["embed"]["embedding"].shape
+        max_len, dtype = len(params["positions"]), params["positions"].dtype
+        module = nnx.eval_shape(
+            lambda: _Gpt(vocab, width, num_layers, num_heads, max_len, dtype, nnx.Rngs(0))
+        )
+        return to_pure_method(module, "step")(params, tokens, position, caches)
+
+    return Stepper(init, step)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_array_equal
 
-from jedit.models import cnn, gpt, greedy_decode, mlp, to_pure
+from jedit.models import cached_decode, cnn, gpt, gpt_stepper, greedy_decode, mlp, to_pure
 
 RANDOM = ("random", "threefry", "rng_bit_generator")
 
@@ -241,6 +241,33 @@ def test_greedy_decode_equals_a_loop(keys, float_dtype):
             tokens.append(int(np.argmax(numpy_gpt(tree, [tokens], 2)[0, -1])))
         assert list(row) == tokens[len(prompt) :]
     assert_array_equal(greedy_decode(apply, params, padded, 4)[::2], got[::2])
+
+
+def test_cached_decode_equals_whole_passes(keys, float_dtype):
+    apply, params = small_gpt(next(keys), float_dtype)
+    stepper = gpt_stepper(num_layers=len(params["blocks"]), num_heads=2)
+    padded = jnp.asarray([[3, 1, 4, 7], [5, 9, 7, 7], [2, 6, 5, 7], [8, 7, 7, 7]], jnp.int32)
+    lengths = jnp.asarray([4, 2, 3, 1])
+    got = cached_decode(stepper, params, padded, 3, prompt_lengths=lengths)
+    assert_array_equal(got, greedy_decode(apply, params, padded, 3, prompt_lengths=lengths))
+    assert_array_equal(
+        cached_decode(stepper, params, padded, 1, prompt_lengths=lengths)[:, 0], got[:, 0]
+    )
+    with pytest.raises(ValueError, match="8 tokens long, but the model has 7 positions"):
+        cached_decode(stepper, params, padded, 5, prompt_lengths=lengths)
+    with pytest.raises(ValueError, match="num_steps must be at least 1"):
+        cached_decode(stepper, params, padded, 0)
+
+
+def test_a_step_gives_the_logits_of_a_whole_pass(keys, float_dtype, tolerance):
+    apply, params = small_gpt(next(keys), float_dtype)
+    stepper = gpt_stepper(num_layers=len(params["blocks"]), num_heads=2)
+    tokens = jnp.asarray([[3, 1, 4, 7], [5, 9, 7, 2]], jnp.int32)
+    cache, found = stepper.init(params, 2, 4), []
+    for position in range(4):
+        logits, cache = stepper.step(params, tokens[:, position], jnp.asarray(position), cache)
+        found.append(logits)
+    tolerance.check(jnp.stack(found, axis=1), apply(params, tokens))
 
 
 def test_failures_say_what_to_do(key):

@@ -1,0 +1,101 @@
+"""Relearning: how fast does training bring back what was forgotten?
+
+The edited model is trained for a stated budget on a few rows, and a metric of the *other* forget
+rows is read off along the way.  Harmful: the rows are some of the forget rows.  Benign: they have
+nothing to do with them (Lynch et al., arXiv 2402.16835; Hu et al., 2406.13356).
+
+A model that never knew learns some of it too, from what the rows have in common.  So give the
+retrained model the same rows, optimizer, key and budget: what the edited model gains beyond the
+retrained one's was hidden and not gone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.typing import Batch
+from jedit.unlearn import History, LoopState, fit
+
+
+class Relearned(NamedTuple):
+    """What an attack brought back.
+
+    Attributes:
+        steps: numbers of updates after which it was measured, 0 first.
+        values: what `measure` said there.
+        params: after the last of them.
+    """
+
+    steps: tuple[int, ...]
+    values: tuple[Any, ...]
+    params: PyTree
+
+
+def relearn(
+    apply: Apply,
+    params: PyTree,
+    rows: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    looks: Sequence[int],
+    measure: Callable[[PyTree], Any],
+    key: Key[Array, ""],
+    batch_size: int = 8,
+) -> Relearned:
+    """Train on `rows` and measure along the way.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        params: the edited model's; they are not changed.
+        rows: what it is trained on, by the mean loss of the outputs that count.
+        optimizer: of the attacker.
+        looks: numbers of updates after which to measure, rising.
+        measure: params to anything; the loss of the forget rows that are not in `rows`, say.
+        key: of the order of the rows.
+        batch_size: rows of a step; a smaller set is taken whole.
+
+    Returns:
+        The measurements, one before the first update included.
+
+    Raises:
+        ValueError: `looks` does not rise from at least 1.
+    """
+    looks = tuple(looks)
+    if not looks or looks[0] < 1 or any(a >= b for a, b in zip(looks, looks[1:], strict=False)):
+        raise ValueError(f"looks must be rising numbers of steps from 1, got {looks}")
+    values = [measure(params)]
+
+    def look(state: LoopState, history: History) -> None:
+        del history
+        if state.step in looks:
+            values.append(measure(state.params))
+
+    end, _ = fit(
+        _loss(apply),
+        optimizer,
+        params,
+        jax.tree.map(jnp.asarray, rows),
+        steps=looks[-1],
+        key=key,
+        batch_size=batch_size,
+        every=math.gcd(*looks),
+        callback=look,
+    )
+    return Relearned((0, *looks), tuple(values), end)
+
+
+@cache
+def _loss(apply: Apply) -> Callable:
+    """One function for each model, so that another attack on it compiles nothing."""
+
+    def loss(params: PyTree, rows: Batch) -> tuple[Array, dict]:
+        return masked_mean(*counted_nll(params, rows, apply=apply)), {}
+
+    return loss
