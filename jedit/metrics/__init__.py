@@ -3,22 +3,38 @@
 from jedit.metrics.accuracy import accuracy
 from jedit.metrics.forget_quality import forget_quality
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
+from jedit.metrics.model_utility import (
+    SetUtility,
+    forget_truth_ratio,
+    model_utility,
+    set_utility,
+)
 from jedit.metrics.nll import answer_nll_per_row, nll
 from jedit.metrics.output_kl import output_kl
+from jedit.metrics.probability import answer_probability, normalized_probability
+from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.truth_ratio import truth_ratio
 from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_of_war
 
 __all__ = [
     "MembershipAttack",
+    "Rouge",
+    "SetUtility",
     "UnlearningScores",
     "accuracy",
     "answer_nll_per_row",
+    "answer_probability",
     "average_gap",
     "forget_quality",
+    "forget_truth_ratio",
     "membership_attack",
     "membership_scores",
+    "model_utility",
     "nll",
+    "normalized_probability",
     "output_kl",
+    "rouge",
+    "set_utility",
     "truth_ratio",
     "tug_of_war",
 ]
