@@ -1,6 +1,8 @@
 """Numbers that judge any params, whichever method made them."""
 
 from jedit.metrics.accuracy import accuracy
+from jedit.metrics.exact_memorization import exact_memorization
+from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
 from jedit.metrics.model_utility import (
@@ -9,7 +11,7 @@ from jedit.metrics.model_utility import (
     model_utility,
     set_utility,
 )
-from jedit.metrics.nll import answer_nll_per_row, nll
+from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
 from jedit.metrics.output_kl import output_kl
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.rouge import Rouge, rouge
@@ -23,8 +25,11 @@ __all__ = [
     "UnlearningScores",
     "accuracy",
     "answer_nll_per_row",
+    "answer_nll_sum_per_row",
     "answer_probability",
     "average_gap",
+    "exact_memorization",
+    "extraction_strength",
     "forget_quality",
     "forget_truth_ratio",
     "membership_attack",

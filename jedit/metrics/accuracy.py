@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import each_batch, mean_of_sums
 from jedit.objectives.token_nll import Apply
-from jedit.outputs import counted_outputs
 from jedit.typing import Batch
 
 
@@ -24,12 +24,5 @@ def accuracy(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> 
 
 @partial(jax.jit, static_argnums=0)
 def _hits(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
-    logits = apply(params, batch.inputs)
-    if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
-        got = None if batch.targets is None else batch.targets.shape
-        raise ValueError(
-            f"batch.targets has shape {got}, expected one label per output, {logits.shape[:-1]}"
-        )
-    counted = counted_outputs(batch, logits.shape[:-1])
-    is_hit = jnp.argmax(logits, axis=-1).astype(batch.targets.dtype) == batch.targets
-    return jnp.sum(is_hit & counted), jnp.sum(counted)
+    hits, counted = greedy_hits(params, batch, apply=apply)
+    return jnp.sum(hits), jnp.sum(counted)

@@ -1,9 +1,11 @@
 """Negative log-likelihood of the given targets, in nats.
 
-    nll                   Σ_o -log p(y_o) / M, over all M outputs that count
-    answer_nll_per_row    Σ_s -log p(y_ns) / M_n, for each example n
+    nll                       Σ_o -log p(y_o) / M, over all M outputs that count
+    answer_nll_per_row        Σ_s -log p(y_ns) / M_n, for each example n
+    answer_nll_sum_per_row    Σ_s -log p(y_ns)
 
-Lower: known better.  The second is length-normalised, as `truth_ratio` and Forget Quality need it.
+Lower: known better.  The second is length-normalised, as `truth_ratio` and Forget Quality need it,
+the third is not, as `multiple_choice_accuracy` needs it.
 """
 
 from collections.abc import Iterable
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.metrics.streaming import each_batch, mean_of_sums
+from jedit.metrics.streaming import each_batch, mean_of_sums, rows_of_sums
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.typing import Batch
 
@@ -31,10 +33,18 @@ def answer_nll_per_row(
 
     An example none of whose outputs counts, such as one that fills up the last batch, is left out.
     """
-    rows = jax.device_get([_row_sums(apply, params, batch) for batch in each_batch(batches)])
-    sums = np.concatenate([np.zeros(0), *(s for s, _ in rows)]).astype(np.float64)
-    counts = np.concatenate([np.zeros(0, int), *(c for _, c in rows)])
-    return sums[counts > 0] / counts[counts > 0]
+    sums, counts = rows_of_sums([_row_sums(apply, params, batch) for batch in each_batch(batches)])
+    return sums / counts
+
+
+def answer_nll_sum_per_row(
+    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
+) -> Float[np.ndarray, " n"]:
+    """Return each example's summed negative log-likelihood, in the order given.
+
+    An example none of whose outputs counts is left out here too.
+    """
+    return rows_of_sums([_row_sums(apply, params, batch) for batch in each_batch(batches)])[0]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,19 @@
+"""Which outputs a model gets right by itself: its likeliest class, under the given prefix."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.typing import Batch
+
+
+def greedy_hits(
+    params: PyTree, batch: Batch, *, apply: Apply
+) -> tuple[Bool[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return which outputs count and are right, and which count; a tie is its lower class.
+
+    Raises:
+        ValueError: if the batch has no targets, or not one per output.
+    """
+    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    return counted & (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets), counted
