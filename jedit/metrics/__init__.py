@@ -4,6 +4,13 @@ from jedit.metrics.accuracy import accuracy
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
+from jedit.metrics.gradient_norm import gradient_norm_scores
+from jedit.metrics.likelihood_attacks import (
+    min_k_plus_plus_scores,
+    min_k_scores,
+    reference_scores,
+    zlib_scores,
+)
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
 from jedit.metrics.model_utility import (
     SetUtility,
@@ -13,6 +20,7 @@ from jedit.metrics.model_utility import (
 )
 from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
 from jedit.metrics.output_kl import output_kl
+from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.truth_ratio import truth_ratio
@@ -32,14 +40,21 @@ __all__ = [
     "extraction_strength",
     "forget_quality",
     "forget_truth_ratio",
+    "gradient_norm_scores",
     "membership_attack",
+    "membership_auc",
     "membership_scores",
+    "min_k_plus_plus_scores",
+    "min_k_scores",
     "model_utility",
     "nll",
     "normalized_probability",
     "output_kl",
+    "privleak",
+    "reference_scores",
     "rouge",
     "set_utility",
     "truth_ratio",
     "tug_of_war",
+    "zlib_scores",
 ]

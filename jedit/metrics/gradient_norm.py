@@ -1,0 +1,69 @@
+"""Membership attack by the gradient (Wang et al., arXiv 2402.17012): lower for members.
+
+    G_n = ‖ ∇_θ L_n(θ) ‖_q,   L_n the row's length-normalised loss, θ all the parameters in one
+
+A model that fits a row has nothing to learn from it.
+
+Differences.  open-unlearning takes the norm of every tensor by itself and then their plain mean, so
+that a bias of ten numbers weighs like an embedding, and its score depends on how the parameters are
+cut into tensors; ours is the norm of the whole, which does not.  For one tensor they are the same.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jedit.metrics.streaming import each_batch, rows_of_sums
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.outputs import wide
+from jedit.typing import Batch
+
+ORDERS = (1.0, 2.0, float("inf"))
+
+
+def gradient_norm_scores(
+    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, order: float = 2.0
+) -> Float[np.ndarray, " n"]:
+    """Return each row's norm, in the order given; a row none of whose tokens counts is left out.
+
+    One row is differentiated at a time: the cost is a gradient per row, the memory one gradient.
+
+    Args:
+        apply: the model; no row's outputs may depend on another row.
+        params: its parameters, all of them floating: the norm is over all.
+        batches: the rows.
+        order: q: 1, 2 or infinity.
+
+    Returns:
+        The norms, in nats per unit of the parameters.
+
+    Raises:
+        ValueError: an unknown order.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be 1, 2 or infinity, got {order}")
+    norms, _ = rows_of_sums([_norms(apply, order, params, batch) for batch in each_batch(batches)])
+    return norms
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _norms(apply: Apply, order: float, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    def norm(row: Batch) -> tuple[Array, Array]:
+        def loss(params: PyTree) -> tuple[Array, Array]:
+            nll, counted = counted_nll(params, jax.tree.map(lambda x: x[None], row), apply=apply)
+            return masked_mean(nll, counted), jnp.sum(counted)
+
+        gradient, count = jax.grad(loss, has_aux=True)(params)
+        sizes = [jnp.abs(wide(leaf)) for leaf in jax.tree.leaves(gradient)]
+        if order == 1.0:
+            return sum((jnp.sum(size) for size in sizes[1:]), jnp.sum(sizes[0])), count
+        if order == 2.0:
+            squares = [jnp.sum(size**2) for size in sizes]
+            return jnp.sqrt(sum(squares[1:], squares[0])), count
+        return jnp.max(jnp.stack([jnp.max(size) for size in sizes])), count
+
+    return jax.lax.map(norm, batch)
