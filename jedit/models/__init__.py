@@ -1,9 +1,15 @@
-"""Small reference models as pure functions: each maker returns `(apply, params)`."""
+"""Models as pure functions: each maker or loader returns `(apply, params)`.
+
+`cnn`, `gpt` and `mlp` are small and made here. `load_model` and its kin bring a language model from
+a Hugging Face folder; they need the extra `llm`, and import it when they are called.
+"""
 
 from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode
 from jedit.models.functional import Apply, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
+from jedit.models.huggingface import load_model, save_model
+from jedit.models.llama2c import convert_llama2c
 from jedit.models.mlp import mlp
 
 __all__ = [
@@ -11,9 +17,12 @@ __all__ = [
     "Stepper",
     "cached_decode",
     "cnn",
+    "convert_llama2c",
     "gpt",
     "gpt_stepper",
     "greedy_decode",
+    "load_model",
     "mlp",
+    "save_model",
     "to_pure",
 ]

@@ -15,17 +15,21 @@ from jaxtyping import Array, PyTree
 Apply = Callable[[PyTree, Any], Array]
 
 
-def to_pure(module: nnx.Module) -> tuple[Apply, dict[str, Any]]:
+def to_pure(
+    module: nnx.Module, call: Callable[[Any, Any], Array] | None = None
+) -> tuple[Apply, dict[str, Any]]:
     """Split a module that carries nothing but parameters into `(apply, params)`.
 
     `apply` holds the module's static structure alone; it draws no random numbers and changes no
     state.
 
     Args:
-        module: an NNX module whose call takes one argument.
+        module: an NNX module.
+        call: `(module, inputs) -> outputs`, for modules whose call takes more than one argument or
+            returns more than one array. None: `module(inputs)`.
 
     Returns:
-        `apply(params, inputs) -> module(inputs)`, and the parameters as nested dicts of arrays.
+        `apply(params, inputs) -> outputs`, and the parameters as nested dicts of arrays.
 
     Raises:
         ValueError: the module carries state besides parameters (batch statistics, random streams).
@@ -39,7 +43,8 @@ def to_pure(module: nnx.Module) -> tuple[Apply, dict[str, Any]]:
         )
 
     def apply(params: PyTree, inputs: Any) -> Array:
-        return nnx.merge(graphdef, _with_list_indices(params))(inputs)
+        merged = nnx.merge(graphdef, _with_list_indices(params))
+        return merged(inputs) if call is None else call(merged, inputs)
 
     return apply, _with_string_keys(nnx.to_pure_dict(state))
 

@@ -1,0 +1,19 @@
+"""Imports of packages that only the extra `llm` brings."""
+
+import importlib
+from typing import Any
+
+
+def optional(name: str) -> Any:
+    """The module of that name.
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"language models from a folder need {name}, which could not be imported ({error}): "
+            "pip install 'jedit[llm]'."
+        ) from None

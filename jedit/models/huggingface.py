@@ -1,0 +1,304 @@
+"""Language models from Hugging Face folders, and back into them.
+
+The models and the loading are tunix's. Saving runs tunix's own conversion backwards: it moves
+numbers about and computes none, so its transpose as a linear map is its inverse, whatever it
+permutes, reshapes or stacks.
+
+Supported, in folders of safetensors files (one, or several with an index): LlamaForCausalLM with
+Llama 3's positions or plain ones, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM and
+Gemma3ForCausalLM. Not supported: mixtures of experts, images, sliding windows but Gemma 3's, biases
+but Qwen 2's, quantised weights.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
+
+from jedit.models._optional import optional
+from jedit.models._tunix import Architecture, architecture
+from jedit.models.functional import Apply, to_pure
+
+INDEX = "model.safetensors.index.json"
+# Other forms of the same weights, which would be the unedited ones beside the edited.
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+DTYPES = {
+    "BF16": jnp.bfloat16,
+    "F16": jnp.float16,
+    "F32": jnp.float32,
+    "F64": jnp.float64,
+}
+
+
+def load_model(
+    folder: str | Path, *, dtype: DTypeLike | None = None
+) -> tuple[Apply, dict[str, Any], Any]:
+    """Load a causal language model as a pure function.
+
+    The causal mask and the positions, counted from the left, are made inside: a token sees itself
+    and what stands left of it, so right padding changes nothing before it. Paths are tunix's:
+    "embedder/input_embedding" (vocab, d), "layers/0/attn/q_proj/w" (d, heads, head_dim),
+    "layers/0/attn/o_proj/w" (heads, head_dim, d), "layers/0/mlp/{gate,up,down}_proj/kernel"
+    (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms. Norms and
+    softmax are computed in float32 in Llama and Qwen.
+
+    Args:
+        folder: with config.json and safetensors files.
+        dtype: of the parameters and the computation; None: the file's.
+
+    Returns:
+        `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
+        (batch, seq, vocab)`, in float32 or wider; params as nested dicts of arrays; the
+        configuration, of `transformers.AutoConfig`.
+
+    Raises:
+        ValueError: an architecture, or a setting of it, that tunix does not compute; or tensors
+            that are missing, unreadable, or of another shape.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _tensors(folder)
+    stored = {spec.dtype for spec in tensors.values()}
+    wide = jnp.dtype(dtype or jnp.result_type(*stored))
+    kind = architecture(config, wide)
+    _check_complete(kind, tensors, folder)
+    loader = optional("tunix.models.safetensors_loader")
+    module = loader.load_and_create_model(
+        str(folder),
+        kind.model_class,
+        kind.config,
+        kind.key_mapping,
+        preprocess_fn=None if kind.preprocess is None else kind.preprocess(),
+        dtype=wide,
+        # The fast way takes one dtype for all of a file.
+        mode="optimized" if len(stored) == 1 else "original",
+    )
+    kind.finish(module)
+    apply, params = to_pure(module, _causal)
+    return _by_the_usual_rules(apply), params, config
+
+
+def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Path:
+    """Write edited parameters as a folder that `load_model` and `transformers` read.
+
+    Files and names of the tensors, config and tokenizer are the source's; tensors that are no
+    parameter (of an image tower, say) are copied. Weights are written in the params' dtype, and
+    config.json says so.
+
+    Args:
+        params: of `load_model(source)`, edited.
+        folder: the new one.
+        source: the folder that the model was loaded from.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ValueError: the params are not the source's, or the two folders are one.
+    """
+    folder, source = Path(folder), Path(source)
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"{folder} is the source: an edited model goes into a folder of its own.")
+    values = _dotted(params)
+    dtypes = sorted({jnp.dtype(leaf.dtype) for leaf in values.values()}, key=str)
+    if len(dtypes) != 1:
+        raise ValueError(f"a folder has weights of one dtype, but the params have {dtypes}.")
+    dtype, specs = dtypes[0], _tensors(source)
+    kind = architecture(read_config(source), dtype)
+    edited = _from_params(kind, values, specs, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_bytes = 0
+    for file in _weight_files(source):
+        tensors = {}
+        with optional("safetensors").safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {"format": "pt"}
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                kept = name not in edited
+                tensors[name] = opened.get_tensor(name) if kept else np.asarray(edited.pop(name))
+                num_bytes += tensors[name].nbytes
+        optional("safetensors.numpy").save_file(tensors, folder / file.name, metadata=metadata)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in WEIGHTS and file.name not in {INDEX}:
+            shutil.copyfile(file, folder / file.name)
+    config = _with_dtype(_read_json(source / "config.json"), dtype.name)
+    _write_json(folder / "config.json", config)
+    if (source / INDEX).exists():
+        index = _read_json(source / INDEX)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": num_bytes}
+        _write_json(folder / INDEX, index)
+    return folder
+
+
+def read_config(folder: str | Path) -> Any:
+    """Read a folder's config.json through `transformers`, which knows every family's defaults.
+
+    Raises:
+        ValueError: there is none, or of a family that `transformers` does not know.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: it is no Hugging Face folder.")
+    return optional("transformers").AutoConfig.from_pretrained(str(folder))
+
+
+def _causal(module: Any, tokens: Array) -> Array:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must be (batch, seq), got {tokens.shape}.")
+    batch, seq = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], (batch, seq))
+    mask = jnp.broadcast_to(jnp.tri(seq, dtype=bool)[None], (batch, seq, seq))
+    logits, _ = module(tokens, positions, None, mask)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _by_the_usual_rules(apply: Apply) -> Apply:
+    """Tunix broadcasts and promotes by JAX's defaults; a stricter user meets no error in it."""
+
+    def run(params: PyTree, tokens: Any) -> Array:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return apply(params, jnp.asarray(tokens))
+
+    return run
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no safetensors file.")
+    return files
+
+
+def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtypes of a folder's tensors, without reading them.
+
+    Raises:
+        ValueError: there are none, or they are no ordinary floats.
+    """
+    found = {}
+    for file in _weight_files(folder):
+        with optional("safetensors").safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ValueError(
+                        f"{file}: {name} is stored as {part.get_dtype()}, which is not supported; "
+                        f"only {', '.join(DTYPES)} are."
+                    )
+                dtype = DTYPES[part.get_dtype()]
+                found[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
+    return found
+
+
+def _dotted(params: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _expected(kind: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of the model, as tunix's table names them."""
+    nnx = optional("flax.nnx")
+    module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(params=0)))
+    return _dotted(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def _converted(kind: Architecture, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What tunix's loader makes of a folder's tensors, by tunix's names."""
+    find = optional("tunix.utils.torch_utils").torch_key_to_jax_key
+    table, found = kind.key_mapping(kind.config), {}
+    for name, value in tensors.items():
+        try:
+            path, transform = find(table, name)
+        except ValueError:  # in no row: the loader skips it too
+            continue
+        axes, shape = transform or (None, None)
+        value = value.transpose(axes) if axes else value
+        found[path] = value.reshape(shape) if shape else value
+    return found if kind.preprocess is None else kind.preprocess()(found)
+
+
+def _check_complete(
+    kind: Architecture, tensors: Mapping[str, jax.ShapeDtypeStruct], folder: Path
+) -> None:
+    wanted = _expected(kind)
+    try:
+        found = jax.eval_shape(lambda t: _converted(kind, t), dict(tensors))
+    except TypeError as error:
+        raise ValueError(f"{folder}: a tensor has not the shape of config.json: {error}") from error
+    if missing := sorted(set(wanted) - set(found)):
+        raise ValueError(
+            f"{folder} has no tensors for {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}; "
+            f"it has {', '.join(sorted(tensors)[:6])}, ..."
+        )
+    for path, spec in wanted.items():
+        if found[path].shape != spec.shape:
+            raise ValueError(
+                f"{folder}: {path} has shape {found[path].shape}, by config.json {spec.shape}."
+            )
+
+
+def _from_params(
+    kind: Architecture,
+    values: Mapping[str, Array],
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    dtype: jnp.dtype,
+) -> dict[str, Array]:
+    """The folder's tensors that are parameters, from the parameters.
+
+    Raises:
+        ValueError: the parameters are not the model's.
+    """
+    wanted = _expected(kind)
+    if differing := sorted(set(values) ^ set(wanted)):
+        raise ValueError(f"the params are not those of the source; in one only: {differing[:6]}")
+    for path, spec in wanted.items():
+        if values[path].shape != spec.shape:
+            raise ValueError(
+                f"{path} has shape {values[path].shape}, in the source's model {spec.shape}."
+            )
+
+    def convert(tensors: dict[str, Any]) -> dict[str, Any]:
+        found = _converted(kind, tensors)
+        return {path: found[path] for path in wanted}
+
+    tensors = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        used = _used(convert, tensors)
+        (back,) = jax.linear_transpose(convert, used)(dict(values))
+    if kind.is_tied and "lm_head.weight" in specs:  # some folders have it twice
+        back["lm_head.weight"] = values["embedder.input_embedding"]
+    return back
+
+
+def _used(
+    convert: Callable[[dict[str, Any]], Any], tensors: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The tensors that the result depends on."""
+    names = sorted(tensors)  # the order in which JAX flattens a dict
+    jaxpr = jax.make_jaxpr(convert)(dict(tensors)).jaxpr
+    live = {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(variable) in live for variable in equation.outvars):
+            live |= {id(variable) for variable in equation.invars}
+    inputs = zip(names, jaxpr.invars, strict=True)
+    return {name: tensors[name] for name, variable in inputs if id(variable) in live}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype, by the name it had: transformers 5 has a new one."""
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, name: dtype}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
