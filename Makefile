@@ -32,7 +32,7 @@ KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tes
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-llm test-oldest test-newest lint format bench notebooks clean distclean
+.PHONY: help demo test test-more test-llm test-parity test-oldest test-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make test         the tests, in float64"
 	@echo "make test-more    the same in float32, and with JAX's check for reused keys"
 	@echo "make test-llm     the tests that need the extra llm"
+	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
 	@echo "make test-newest  capture and curvature on the newest JAX (needs a Python >= 3.12)"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
@@ -73,6 +74,11 @@ endef
 	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[test,llm]'
 	@touch $@
 
+.venv-parity/.done: pyproject.toml
+	$(call make_venv,$(PYTHON),.venv-parity,core$(,) test$(,) llm and PyTorch)
+	@.venv-parity/bin/python $(PIP_INSTALL) -e '.[parity]'
+	@touch $@
+
 .venv-oldest/.done: pyproject.toml
 	$(call make_venv,$(PYTHON),.venv-oldest,the oldest supported versions)
 	@.venv-oldest/bin/python $(PIP_INSTALL) -e '.[test]' $(FLOORS)
@@ -104,6 +110,9 @@ test-more: .venv/.dev
 
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)
+
+test-parity: .venv-parity/.done
+	$(call pytest_on,.venv-parity,tests/parity)
 
 test-oldest: .venv-oldest/.done
 	$(call pytest_on,.venv-oldest,tests/capture)
@@ -142,4 +151,4 @@ clean:
 	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-llm .venv-oldest .venv-newest
+	rm -rf .venv .venv-llm .venv-parity .venv-oldest .venv-newest

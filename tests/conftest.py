@@ -61,7 +61,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jedit")
 
 HAS_LLM = importlib.util.find_spec("tunix") is not None
-collect_ignore = [] if HAS_LLM else ["llm"]
+HAS_PARITY = HAS_LLM and importlib.util.find_spec("torch") is not None
+collect_ignore = ([] if HAS_LLM else ["llm"]) + ([] if HAS_PARITY else ["parity"])
 
 
 def pytest_report_header(config):
@@ -75,6 +76,8 @@ def pytest_report_header(config):
     ]
     if not HAS_LLM:
         lines.append("tests/llm is left out: the extra llm is not installed (make test-llm)")
+    if not HAS_PARITY:
+        lines.append("tests/parity is left out: torch is not installed (make test-parity)")
     return lines
 
 

@@ -51,7 +51,7 @@ def load_model(
 
     Args:
         folder: with config.json and safetensors files.
-        dtype: of the parameters and the computation; None: the file's.
+        dtype: of the parameters and the computation; None: the files', float32 if those differ.
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
@@ -66,8 +66,9 @@ def load_model(
     config = read_config(folder)
     tensors = _tensors(folder)
     stored = {spec.dtype for spec in tensors.values()}
-    wide = jnp.dtype(dtype or jnp.result_type(*stored))
-    kind = architecture(config, wide)
+    common = next(iter(stored)) if len(stored) == 1 else jnp.float32
+    wanted = jnp.dtype(common if dtype is None else dtype)
+    kind = architecture(config, wanted)
     _check_complete(kind, tensors, folder)
     loader = optional("tunix.models.safetensors_loader")
     module = loader.load_and_create_model(
@@ -76,7 +77,7 @@ def load_model(
         kind.config,
         kind.key_mapping,
         preprocess_fn=None if kind.preprocess is None else kind.preprocess(),
-        dtype=wide,
+        dtype=wanted,
         # The fast way takes one dtype for all of a file.
         mode="optimized" if len(stored) == 1 else "original",
     )

@@ -1,0 +1,212 @@
+"""jedit's view of a Hugging Face folder against transformers' own, both ways.
+
+Tiny random models, written by transformers; every norm's gain and every bias is random too, and no
+two widths are equal, so that nothing can be left out or transposed unseen.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.testing import assert_allclose
+
+import jedit
+from jedit.models import load_model, save_model
+
+TOLERANCE = 1e-4
+COMMON = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3_POSITIONS = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_POSITIONS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**COMMON, rope_theta=10000.0, rms_norm_eps=1e-5),
+    "llama 3.2": transformers.LlamaConfig(
+        **COMMON, head_dim=6, rope_parameters=LLAMA3_POSITIONS, tie_word_embeddings=True
+    ),
+    "qwen2": transformers.Qwen2Config(**COMMON, rope_theta=1000000.0, tie_word_embeddings=False),
+    "qwen3": transformers.Qwen3Config(**COMMON, head_dim=6, rope_theta=5000000.0),
+    "qwen3 tied": transformers.Qwen3Config(
+        **COMMON, head_dim=6, rope_theta=1000000.0, tie_word_embeddings=True
+    ),
+    "gemma": transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),
+    "gemma3": transformers.Gemma3TextConfig(
+        **{**COMMON, "num_hidden_layers": 7},
+        head_dim=6,
+        query_pre_attn_scalar=6,
+        sliding_window=5,
+        rope_parameters=GEMMA3_POSITIONS,
+    ),
+    "gemma3, as many keys": transformers.Gemma3TextConfig(
+        **{**COMMON, "num_key_value_heads": 4},
+        head_dim=6,
+        query_pre_attn_scalar=4,
+        sliding_window=5,
+        rope_parameters=GEMMA3_POSITIONS,
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 11))
+
+
+def write(name, folder, *, dtype=torch.float32, **options):
+    """A random model of that configuration in a folder, with a file beside it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.5) + 0.2
+            )
+    model.to(dtype).save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
+    return folder
+
+
+def torch_logits(folder, tokens=TOKENS, dtype="auto"):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def paths(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def perturbed(params):
+    """Every parameter changed by an edit of its own."""
+    rng = np.random.default_rng(1)
+    blocks = {path: 0.1 * rng.normal(size=p.shape) for path, p in paths(params).items()}
+    blocks = {path: jnp.asarray(block, jnp.float32) for path, block in blocks.items()}
+    return jedit.apply_edit(params, jedit.Edit(blocks))
+
+
+def assert_same(a, b):
+    """Equal to the tolerance, relative to the largest logit where that is more than one."""
+    assert a.shape == b.shape
+    assert_allclose(a, b, rtol=0, atol=TOLERANCE * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_logits_there_and_back(name, tmp_path):
+    source = write(name, tmp_path / "source")
+    apply, params, config = load_model(source)
+    assert config.vocab_size == 37
+    before = np.asarray(jax.jit(apply)(params, TOKENS))
+    assert_same(before, torch_logits(source))
+
+    edited = perturbed(params)
+    folder = save_model(edited, tmp_path / "edited", source=source)
+    after = np.asarray(jax.jit(apply)(edited, TOKENS))
+    assert np.abs(after - before).max() > 0.1
+    assert_same(after, torch_logits(folder))
+    assert {f.name for f in folder.iterdir()} == {f.name for f in source.iterdir()}
+    assert (folder / "tokenizer.json").read_text() == '{"a": "tokenizer"}'
+    _, again, _ = load_model(folder)
+    jax.tree.map(np.testing.assert_array_equal, edited, again)
+    assert_same(torch_logits(source), before)
+
+
+def test_several_files(tmp_path):
+    source = write("llama", tmp_path / "source", max_shard_size="4KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    apply, params, _ = load_model(source)
+    assert_same(np.asarray(jax.jit(apply)(params, TOKENS)), torch_logits(source))
+    edited = perturbed(params)
+    folder = save_model(edited, tmp_path / "edited", source=source)
+    assert {f.name for f in folder.iterdir()} == {f.name for f in source.iterdir()}
+    assert_same(np.asarray(jax.jit(apply)(edited, TOKENS)), torch_logits(folder))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_half_precision(name, tmp_path):
+    source = write(name, tmp_path / "source", dtype=torch.bfloat16)
+    apply, params, _ = load_model(source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    logits = np.asarray(jax.jit(apply)(params, TOKENS))
+    assert logits.dtype == np.float32
+    want = torch_logits(source, dtype=torch.float32)
+    assert_allclose(logits, want, rtol=0, atol=0.1 * np.abs(want).max())
+    wide, wide_params, _ = load_model(source, dtype=jnp.float32)
+    assert_same(np.asarray(jax.jit(wide)(wide_params, TOKENS)), want)
+
+    folder = save_model(params, tmp_path / "same", source=source)
+    assert (folder / "model.safetensors").read_bytes() == (
+        source / "model.safetensors"
+    ).read_bytes()
+    # An edit of weights that were widened is saved wide, and the configuration says so.
+    edited = perturbed(wide_params)
+    folder = save_model(edited, tmp_path / "wide", source=source)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert_same(np.asarray(jax.jit(wide)(edited, TOKENS)), torch_logits(folder))
+
+
+def test_a_mixture_of_dtypes_in_one_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = write("qwen3", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for name in list(tensors)[::2]:
+        tensors[name] = tensors[name].to(torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    apply, params, _ = load_model(source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    assert_same(
+        np.asarray(jax.jit(apply)(params, TOKENS)), torch_logits(source, dtype=torch.float32)
+    )
+
+
+def test_tied_weights_that_are_in_the_file_twice(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = write("llama 3.2", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["something.else"] = torch.arange(3.0)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    _, params, _ = load_model(source)
+    edited = perturbed(params)
+    folder = save_model(edited, tmp_path / "edited", source=source)
+    saved = load_file(folder / "model.safetensors")
+    embedding = np.asarray(edited["embedder"]["input_embedding"])
+    np.testing.assert_array_equal(saved["lm_head.weight"].numpy(), embedding)
+    np.testing.assert_array_equal(saved["model.embed_tokens.weight"].numpy(), embedding)
+    np.testing.assert_array_equal(saved["something.else"].numpy(), np.arange(3.0))
+
+
+def test_llama2c_in_transformers(shared_data, tmp_path):
+    from jedit.models import convert_llama2c
+
+    stories = shared_data / "tinystories260k"
+    folder = convert_llama2c(
+        stories / "checkpoint_legacy.bin", stories / "tokenizer.bin", tmp_path / "hf"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    begin = torch.tensor([[tokenizer.bos_token_id]])
+    out = model.generate(begin, max_new_tokens=30, do_sample=False)
+    text = tokenizer.decode(out[0], skip_special_tokens=True)
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
+    apply, params, _ = load_model(folder)
+    tokens = out.numpy()
+    assert_same(np.asarray(jax.jit(apply)(params, tokens)), torch_logits(folder, tokens))
