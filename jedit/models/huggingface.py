@@ -60,7 +60,7 @@ def load_model(
 
     Raises:
         ValueError: an architecture, or a setting of it, that tunix does not compute; or tensors
-            that are missing, unreadable, or of another shape.
+            that are missing, or of another shape or kind of number.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -102,11 +102,15 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
         The new folder.
 
     Raises:
-        ValueError: the params are not the source's, or the two folders are one.
+        ValueError: the params are not the source's, the two folders are one, or the new one holds
+            other weights already, which would be loaded with these.
     """
     folder, source = Path(folder), Path(source)
     if folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the source: an edited model goes into a folder of its own.")
+    names = {file.name for file in _weight_files(source)}
+    if others := sorted({file.name for file in folder.glob("*.safetensors")} - names):
+        raise ValueError(f"{folder} holds other weights already: {', '.join(others)}.")
     values = _dotted(params)
     dtypes = sorted({jnp.dtype(leaf.dtype) for leaf in values.values()}, key=str)
     if len(dtypes) != 1:
@@ -122,7 +126,8 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
             metadata = opened.metadata() or {"format": "pt"}
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 kept = name not in edited
-                tensors[name] = opened.get_tensor(name) if kept else np.asarray(edited.pop(name))
+                value = opened.get_tensor(name) if kept else np.asarray(edited.pop(name))
+                tensors[name] = np.ascontiguousarray(value)  # the writer takes memory as it lies
                 num_bytes += tensors[name].nbytes
         optional("safetensors.numpy").save_file(tensors, folder / file.name, metadata=metadata)
     for file in source.iterdir():
