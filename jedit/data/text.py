@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from jedit.data.authors import Fact
 from jedit.data.jsonl import QaRow
+from jedit.typing import Batch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,6 +41,10 @@ class Encoded(NamedTuple):
     targets: Int32[np.ndarray, "n seq"]
     mask: Float32[np.ndarray, "n seq"]
     valid: Float32[np.ndarray, "n seq"]
+
+    def as_batch(self) -> Batch:
+        """The same arrays on the device."""
+        return Batch(*(jnp.asarray(array) for array in self))
 
 
 class Prompts(NamedTuple):

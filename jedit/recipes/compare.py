@@ -28,9 +28,9 @@ from jedit.objectives import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
 from jedit.recipes.editors import Editor, editors
-from jedit.recipes.trainers import Trainer, kuda_before, projected_ascent, trainers
+from jedit.recipes.trainers import Trainer, kuda_before, natural_npo, projected_ascent, trainers
 from jedit.recipes.training import rows_of
-from jedit.report import Curve, Method, Point, best_point
+from jedit.report import Curve, Method, Point, best_point, best_quality
 from jedit.typing import Batch
 
 Say = Callable[[str], None]
@@ -50,6 +50,8 @@ class Grid(NamedTuple):
         looks: strengths of the methods that train, in optimizer steps.
         batch_size: forget rows, and retain rows, of one such step.
         kl_budget: the held-out retain KL under which a best point is chosen.
+        utility_share: None, or what a best point has to keep of the Model Utility; see
+            `QUALITY_RULE`.
     """
 
     budgets: tuple[float, ...]
@@ -61,6 +63,7 @@ class Grid(NamedTuple):
     batch_size: int
     kl_budget: float
     scales: dict[str, tuple[float, ...]] = {}
+    utility_share: float | None = None
 
 
 # At about the same learning rates; GU, in a metric of its own, at a third of them.
@@ -99,6 +102,8 @@ class Task(NamedTuple):
         hidden_site: what enters this site is the hidden state of RMU.
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
         refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
+        utility: params to Model Utility, or None.
+        judged_rows: rows of each set that judge a point, the first ones; None: all.
     """
 
     apply: Callable
@@ -115,6 +120,8 @@ class Task(NamedTuple):
     hidden_site: str
     layers: tuple[str, ...]
     refusals: Batch | None = None
+    utility: Callable[[PyTree], float] | None = None
+    judged_rows: int | None = None
 
 
 class Judged(NamedTuple):
@@ -145,10 +152,15 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
     retrained = judge(task.retrained, 0.0, 0.0)
     found, models = [], {}
 
+    def best_of(name: str) -> tuple[Curve, Point] | None:
+        if grid.utility_share is None:
+            return best_point(found, name, grid.kl_budget)
+        return best_quality(found, name, grid.utility_share, original)
+
     def keep(curve: Curve, params_of_points: list[PyTree]) -> None:
         # Only the best so far is held, so that memory does not grow with the grid.
         found.append(curve)
-        best = best_point(found, curve.method, grid.kl_budget)
+        best = best_of(curve.method)
         if best is not None and best[0] is curve:
             models[curve.method] = params_of_points[curve.points.index(best[1])]
 
@@ -169,7 +181,7 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
         keep(*_scaled_curve(task, judge, name, editor, scales))
         strength = "scale (of the edit)"
         methods.append(Method(name, editor.description, strength, {}, 2 * seconds))
-    trained_by = _trainers(task, retained)
+    trained_by = _trainers(task, retained, plain[max(plain)])
     for name, rates in grid.learning_rates.items():
         trainer = trained_by[name]
         say(f"{name}: {len(rates)} learning rates")
@@ -177,12 +189,12 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
             keep(*_trained_curve(task, grid, judge, name, trainer, rate, key=ascent_key))
         strength = f"steps (batches of {grid.batch_size} rows)"
         methods.append(Method(name, trainer.description, strength, {"learning rate": rates}))
-    best = {m.name: best_point(found, m.name, grid.kl_budget) for m in methods}
+    best = {m.name: best_of(m.name) for m in methods}
     return Judged(original, retrained, tuple(methods), tuple(found), best), models
 
 
-def probe_batch(batch: Batch, num_rows: int) -> Batch:
-    """The first rows of a batch."""
+def probe_batch(batch: Batch, num_rows: int | None) -> Batch:
+    """The first rows of a batch; None: all."""
     return jax.tree.map(lambda x: x[:num_rows], batch)
 
 
@@ -196,7 +208,7 @@ class _Judge:
         self.task = task
         names = ("forget", "retain", "heldout", "test")
         self.sets = {
-            name: list(batches(getattr(task, name), task.chunk))
+            name: list(batches(probe_batch(getattr(task, name), task.judged_rows), task.chunk))
             for name in names
             if getattr(task, name) is not None
         }
@@ -223,6 +235,8 @@ class _Judge:
             ratios = _finite(task.truth_ratio(params))
             values["truth_ratio"] = float(np.mean(ratios))
             values["forget_quality"] = forget_quality(ratios, self.reference)
+        if task.utility is not None:
+            values["model_utility"] = task.utility(params)
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
 
 
@@ -346,7 +360,7 @@ def _scaled_curve(
     return Curve(name, {}, tuple(points)), models
 
 
-def _trainers(task: Task, retained: Curvature) -> dict[str, Trainer]:
+def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str, Trainer]:
     inputs = jax.tree.map(lambda x: x[:1], task.forget.inputs)
     found = intervene(task.apply, task.original, inputs)
     width = found.activations[task.hidden_site].shape[-1]
@@ -357,7 +371,10 @@ def _trainers(task: Task, retained: Curvature) -> dict[str, Trainer]:
     if earlier:
         model = (task.apply, task.hidden_site, width)
         made = made | {"KUDA": kuda_before(*model, retained, earlier)}
-    return made | {"null-space GradDiff": projected_ascent(task.apply, projector)}
+    return made | {
+        "null-space GradDiff": projected_ascent(task.apply, projector),
+        "NPO (natural)": natural_npo(task.apply, tempered),
+    }
 
 
 def _trained_curve(

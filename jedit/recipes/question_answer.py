@@ -5,12 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.data import (
-    Encoded,
     QaRow,
     batches,
     decode_answers,
@@ -196,10 +194,10 @@ class _Rows:
         self.num_cut = int(np.sum(whole > self.width))
 
     def encode(self, rows: Sequence[QaRow]) -> Batch:
-        return _as_batch(encode_rows(self.tokenizer, rows, self.max_len, truncate=True))
+        return encode_rows(self.tokenizer, rows, self.max_len, truncate=True).as_batch()
 
     def _encode_pairs(self, pairs: list[tuple[str, str]]) -> Batch:
-        return _as_batch(encode_pairs(self.tokenizer, pairs, self.max_len, truncate=True))
+        return encode_pairs(self.tokenizer, pairs, self.max_len, truncate=True).as_batch()
 
     def _paraphrases(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
         return [(r.question, r.paraphrased_answer or "") for r in rows]
@@ -251,10 +249,6 @@ class _Rows:
             Answer(kind, row.question, row.answer, *texts)
             for (kind, row), *texts in zip(chosen, *columns, strict=True)
         )
-
-
-def _as_batch(encoded: Encoded) -> Batch:
-    return Batch(*(jnp.asarray(array) for array in encoded))
 
 
 def _split(

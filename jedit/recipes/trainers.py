@@ -18,7 +18,11 @@ from jedit.capture import intervene
 from jedit.curvature import Curvature
 from jedit.geometry import Projector
 from jedit.methods import TrainingMethod, gu, kuda, rosu, sam, uam
-from jedit.transforms import project_to_null_space
+from jedit.transforms import (
+    clip_by_curvature_norm,
+    project_to_null_space,
+    scale_by_curvature,
+)
 from jedit.typing import Batch
 
 CONSTRAINED = " at no first-order retain cost"
@@ -166,6 +170,21 @@ def projected_ascent(apply: Callable, projector: Projector) -> Trainer:
     return Trainer(
         "GradDiff by Adam, each step projected on the null space of the retain rows' inputs.",
         TrainingMethod(objective, optax.chain(ADAM, project_to_null_space(projector))),
+    )
+
+
+def natural_npo(apply: Callable, curvature: Curvature, *, damping: float = 0.1) -> Trainer:
+    """NPO by plain steps in a metric, each of a predicted KL of at most its "learning rate"."""
+    clip = optax.inject_hyperparams(
+        lambda learning_rate: clip_by_curvature_norm(curvature, max_kl=learning_rate)
+    )
+    optimizer = optax.chain(
+        scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=0.0)
+    )
+    return Trainer(
+        "NPO with the retain loss, by steps in the metric of the retain outputs at the highest "
+        f"temperature (ours), damping {damping:g}; its rate is a step's predicted KL, at most.",
+        TrainingMethod(functools.partial(objectives.npo, apply=apply), optimizer),
     )
 
 

@@ -2,7 +2,17 @@
 
 from jedit.report.figure import save_png, tradeoff_figure
 from jedit.report.page import page
-from jedit.report.results import Answer, Comparison, Curve, Method, Point, Run, best_point, to_json
+from jedit.report.results import (
+    Answer,
+    Comparison,
+    Curve,
+    Method,
+    Point,
+    Run,
+    best_point,
+    best_quality,
+    to_json,
+)
 from jedit.report.table import comparison_table
 from jedit.report.writer import check_destination, write_report
 
@@ -14,6 +24,7 @@ __all__ = [
     "Point",
     "Run",
     "best_point",
+    "best_quality",
     "check_destination",
     "comparison_table",
     "page",

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterable
 
 from jedit.report.figure import caption, save_png, tradeoff_figure
-from jedit.report.results import OTHER_RULE, RULE, Comparison, Run
+from jedit.report.results import OTHER_RULE, Comparison, Run
 from jedit.report.table import Row, all_rows, best_rows, number, shown_columns
 
 STYLE = """
@@ -66,7 +66,7 @@ def _section(comparison: Comparison) -> str:
     image = io.BytesIO()
     save_png(tradeoff_figure(comparison), image)
     data = base64.b64encode(image.getvalue()).decode()
-    rule = RULE.format(budget=comparison.kl_budget)
+    rule = comparison.rule
     parts = [
         f'<h2 id="{_text(comparison.name)}">{_text(comparison.title)}</h2>',
         *(f"<p>{_text(note)}</p>" for note in comparison.notes),

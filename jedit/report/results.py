@@ -29,6 +29,7 @@ class Point(NamedTuple):
         truth_ratio: mean truth ratio of the rows to be forgotten, where wrong answers exist.
         forget_quality: p-value of the Kolmogorov-Smirnov test between the truth ratios of this
             model and of the retrained one.
+        model_utility: TOFU's, where its question sets are at hand.
         predicted_kl: the retain KL that the second-order model predicts, on the rows the edit saw.
         true_kl: the true retain KL on those same rows.
     """
@@ -47,6 +48,7 @@ class Point(NamedTuple):
     test_accuracy: float | None = None
     truth_ratio: float | None = None
     forget_quality: float | None = None
+    model_utility: float | None = None
     predicted_kl: float | None = None
     true_kl: float | None = None
 
@@ -99,12 +101,16 @@ class Comparison(NamedTuple):
         settings: of the model, the training and the edits.
         seconds: of training, retraining and the rest.
         kl_budget: the held-out retain KL under which a method's best point is chosen.
+        utility_share: None, or the share of the untouched model's Model Utility that a best point
+            has to keep: best points are then chosen by `QUALITY_RULE`.
         original: the untouched model.
         retrained: the model trained without the forget set.
         methods: what was compared.
         curves: every setting of every method.
         edited_by: the method whose best point gave the answers shown.
         answers: a few, side by side.
+        leaderboard: by model (untouched, retrained, each method at its best point) and metric,
+            further numbers; empty where none were measured.
     """
 
     name: str
@@ -120,10 +126,28 @@ class Comparison(NamedTuple):
     curves: tuple[Curve, ...]
     edited_by: str = ""
     answers: tuple[Answer, ...] = ()
+    utility_share: float | None = None
+    leaderboard: dict[str, dict[str, float]] = {}
+
+    @property
+    def rule(self) -> str:
+        """How best points are chosen, in words."""
+        if self.utility_share is None:
+            return RULE.format(budget=self.kl_budget)
+        return QUALITY_RULE.format(share=self.utility_share)
+
+    @property
+    def nothing(self) -> str:
+        """What to say of a method that the rule finds no point of."""
+        if self.utility_share is None:
+            return f"no point within {self.kl_budget:g} nats"
+        return f"no point keeps {self.utility_share:.0%} of the utility"
 
     def best(self, method: str) -> tuple[Curve, Point] | None:
-        """The method's best point by `RULE`."""
-        return best_point(self.curves, method, self.kl_budget)
+        """The method's best point by the rule."""
+        if self.utility_share is None:
+            return best_point(self.curves, method, self.kl_budget)
+        return best_quality(self.curves, method, self.utility_share, self.original)
 
     def nearest_in_loss(self, method: str) -> tuple[Curve, Point] | None:
         """The method's best point by `OTHER_RULE`."""
@@ -167,6 +191,36 @@ OTHER_RULE = (
 )
 
 
+PASSING_QUALITY = 0.05
+QUALITY_RULE = (
+    "A method's best point is the one of the largest Model Utility among those whose Forget "
+    f"Quality is above {PASSING_QUALITY:g}, where the test no longer tells the model from the "
+    "retrained one; if there is none, the one of the largest Forget Quality. Points that keep less "
+    "than {share:.0%} of the untouched model's Model Utility are left out."
+)
+
+
+def best_quality(
+    curves: Iterable[Curve], method: str, share: float, original: Point
+) -> tuple[Curve, Point] | None:
+    """A method's best point by `QUALITY_RULE`, with its curve; None if all are left out."""
+    least = share * (original.model_utility or 0)
+    pairs = [
+        (curve, point)
+        for curve in curves
+        if curve.method == method
+        for point in curve.points
+        if (point.model_utility or 0) >= least and math.isfinite(point.forget_quality or math.nan)
+    ]
+
+    def rank(pair: tuple[Curve, Point]) -> tuple[bool, float]:
+        quality, utility = pair[1].forget_quality or 0.0, pair[1].model_utility or 0.0
+        is_passing = quality > PASSING_QUALITY
+        return is_passing, utility if is_passing else quality
+
+    return max(pairs, key=rank, default=None)
+
+
 def best_point(
     curves: Iterable[Curve], method: str, kl_budget: float, forget_nll: float | None = None
 ) -> tuple[Curve, Point] | None:
@@ -197,7 +251,7 @@ def to_json(run: Run) -> dict[str, Any]:
     """
     out = _plain(run)
     for plain, comparison in zip(out["comparisons"], run.comparisons, strict=True):
-        plain["rule"] = RULE.format(budget=comparison.kl_budget)
+        plain["rule"] = comparison.rule
         plain["other_rule"] = OTHER_RULE
         for name, choose in (
             ("best", comparison.best),

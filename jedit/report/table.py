@@ -93,6 +93,13 @@ COLUMNS = (
         lambda p: number(p.forget_quality),
         lambda p: p.forget_quality is not None,
     ),
+    Column(
+        "model\nutility",
+        "harmonic mean of probability, ROUGE-L recall and truth ratio on retain questions, real "
+        "authors and world facts",
+        lambda p: number(p.model_utility),
+        lambda p: p.model_utility is not None,
+    ),
 )
 
 
@@ -125,7 +132,7 @@ def best_rows(comparison: Comparison, *, by_loss: bool = False) -> list[Row]:
         fit = number(method.fit_seconds) if method.fit_seconds else "–"
         best = choose(method.name)
         if best is None:
-            text = f"no point within {comparison.kl_budget:g} nats"
+            text = comparison.nothing if not by_loss else "no point within budget"
             rows.append(Row(method.name, text, None, "–", fit))
         else:
             curve, point = best

@@ -1,0 +1,176 @@
+"""What TOFU and its successors measure on one model, by question set."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from jedit import metrics
+from jedit.data import (
+    Prompts,
+    QaRow,
+    batches,
+    decode_answers,
+    encode_pairs,
+    encode_prompts,
+)
+from jedit.metrics import SetUtility
+from jedit.models import Stepper, cached_decode
+from jedit.typing import Batch
+
+ROOM = 8  # tokens that an answer may be longer than the longest true one
+
+
+class LanguageModel(NamedTuple):
+    """A model's functions and its tokenizer; parameters come with each call.
+
+    Attributes:
+        apply: `apply(params, tokens) -> logits`.
+        stepper: the same a position at a time, for generation.
+        tokenizer: with the special tokens of `train_tokenizer`.
+        max_len: tokens of a row, at most; longer rows are cut off.
+        chunk: rows evaluated at a time.
+    """
+
+    apply: Callable
+    stepper: Stepper
+    tokenizer: Any
+    max_len: int
+    chunk: int = 32
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+        """Questions with answers, as wide as the longest."""
+        lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
+        width = min(int(lengths.max()) + 1, self.max_len)
+        return encode_pairs(self.tokenizer, pairs, width, truncate=True).as_batch()
+
+
+class Questions(NamedTuple):
+    """A set of questions, encoded once for all models.
+
+    Attributes:
+        rows: the questions.
+        answers: batches of them with their true answers.
+        paraphrases: with these in other words; None where there are none, and the true answers
+            stand for them.
+        wrong: with wrong answers, `num_wrong` to each question, one after the other.
+        num_wrong: of each question.
+        prompts: the questions alone.
+        num_steps: tokens to generate.
+    """
+
+    rows: list[QaRow]
+    answers: list[Batch]
+    paraphrases: list[Batch] | None
+    wrong: list[Batch]
+    num_wrong: int
+    prompts: Prompts
+    num_steps: int
+
+
+class SetScores(NamedTuple):
+    """One number for each question, and what the model answers.
+
+    Attributes:
+        loss: of the true answer, per token.
+        probability: of the true answer, or its share among the choices.
+        truth_ratio: TR, of wrong answers to the paraphrase.
+        rouge: ROUGE-L recall of the greedy answer.
+        generations: the greedy answers.
+    """
+
+    loss: Float[np.ndarray, " n"]
+    probability: Float[np.ndarray, " n"]
+    truth_ratio: Float[np.ndarray, " n"]
+    rouge: Float[np.ndarray, " n"]
+    generations: list[str]
+
+    @property
+    def utility(self) -> SetUtility:
+        """The set's three means."""
+        return metrics.set_utility(self.probability, self.rouge, self.truth_ratio)
+
+
+def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
+    """Encode a set.
+
+    Raises:
+        ValueError: a question has no wrong answers.
+    """
+    num_wrong = min(len(row.perturbed_answer) for row in rows)
+    if not num_wrong:
+        raise ValueError("every question needs wrong answers (perturbed_answer)")
+    has_paraphrases = all(row.paraphrased_answer for row in rows)
+
+    def encoded(pairs: list[tuple[str, str]]) -> list[Batch]:
+        return list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
+
+    answers = encoded([(r.question, r.answer) for r in rows])
+    answer_tokens = max(int(np.asarray(batch.mask).sum(axis=1).max()) for batch in answers)
+    return Questions(
+        rows=list(rows),
+        answers=answers,
+        paraphrases=encoded([(r.question, r.paraphrased_answer or "") for r in rows])
+        if has_paraphrases
+        else None,
+        wrong=encoded([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
+        num_wrong=num_wrong,
+        prompts=encode_prompts(model.tokenizer, [r.question for r in rows]),
+        num_steps=answer_tokens + ROOM,
+    )
+
+
+def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScores:
+    """Score a model on a set, by TOFU's definitions.
+
+    Sets without paraphrases are multiple choice: their probability is the true answer's share.
+    """
+    loss = metrics.answer_nll_per_row(model.apply, params, asked.answers)
+    wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
+    wrong = wrong.reshape(len(loss), asked.num_wrong)
+    if asked.paraphrases is None:
+        right, probability = loss, metrics.normalized_probability(loss, wrong)
+    else:
+        right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases)
+        probability = metrics.answer_probability(loss)
+    texts = generate(model, params, asked.prompts, asked.num_steps)
+    answers = [row.answer for row in asked.rows]
+    ratios = metrics.truth_ratio(right, wrong)
+    # A destroyed model can hold a wrong answer infinitely likelier than the right one.
+    ratios = np.nan_to_num(ratios, nan=1e30, posinf=1e30)
+    return SetScores(
+        loss, np.nan_to_num(probability), ratios, metrics.rouge(answers, texts).rougeL_recall, texts
+    )
+
+
+def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:
+    """The greedy answers to the prompts, each up to its end token."""
+    # Never beyond the positions the model has; what is cut off so is an answer gone astray.
+    num_steps = min(num_steps, len(params["positions"]) + 1 - prompts.tokens.shape[1])
+    tokens = cached_decode(
+        model.stepper, params, prompts.tokens, num_steps, prompt_lengths=prompts.lengths
+    )
+    return decode_answers(model.tokenizer, np.asarray(tokens))
+
+
+def membership_aucs(
+    model: LanguageModel, params: PyTree, forget: Questions, holdout: Sequence[QaRow]
+) -> dict[str, float]:
+    """How well four attacks tell the forget answers from answers never seen; 1/2: not at all."""
+    pairs = [(r.question, r.answer) for r in holdout]
+    unseen = list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
+    sets = {"forget": (forget.answers, forget.rows), "holdout": (unseen, list(holdout))}
+    scores: dict[str, list] = {name: [] for name in ("loss", "zlib", "min_k", "min_k_plus_plus")}
+    for rows_encoded, rows in sets.values():
+        loss = metrics.answer_nll_per_row(model.apply, params, rows_encoded)
+        scores["loss"].append(loss)
+        scores["zlib"].append(metrics.zlib_scores(loss, [row.answer for row in rows]))
+        scores["min_k"].append(metrics.min_k_scores(model.apply, params, rows_encoded))
+        scores["min_k_plus_plus"].append(
+            metrics.min_k_plus_plus_scores(model.apply, params, rows_encoded)
+        )
+    return {
+        name: metrics.membership_auc(*(np.nan_to_num(x, nan=np.inf) for x in pair))
+        for name, pair in scores.items()
+    }

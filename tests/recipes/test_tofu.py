@@ -1,0 +1,138 @@
+"""TOFU end to end on a toy, and its question sets against the benchmark's definitions by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit import metrics
+from jedit.data import QaRow, train_tokenizer
+from jedit.models import gpt, gpt_stepper
+from jedit.recipes.compare import Grid
+from jedit.recipes.question_answer import Model
+from jedit.recipes.tofu import PRESETS, Preset, read_sets, tofu
+from jedit.recipes.tofu_evaluation import LanguageModel, encode_questions, generate, score_set
+from jedit.recipes.training import Recipe
+from tests.conftest import ROOT
+
+TOFU = ROOT.parent / "shared" / "data" / "tofu"
+needs_tofu = pytest.mark.skipif(not TOFU.is_dir(), reason="needs ../shared/data/tofu")
+TOY = Preset(
+    authors=22,
+    forgotten=1,
+    questions=6,
+    model=Model(width=16, layers=2, heads=2, vocab=300, max_len=96),
+    recipe=Recipe(epochs=(1,), batch_size=32, learning_rate=1e-3),
+    grid=Grid(
+        budgets=(0.01,),
+        temperatures=(1.0,),
+        damping=(0.1,),
+        kfade_steps=(1,),
+        learning_rates={"NPO": (1e-3,), "NPO (natural)": (1e-3,)},
+        looks=(2,),
+        batch_size=8,
+        kl_budget=1.0,
+        scales={"engram": (0.5,)},
+        utility_share=0.0,
+    ),
+)
+
+
+@needs_tofu
+def test_sets_are_disjoint_and_whole():
+    sets = read_sets(TOFU, PRESETS["cpu"])
+    assert [len(rows) for rows in sets] == [120, 48 * 20, 120, 100, 117, 120]
+    parts = [{row.identity for row in rows} for rows in (sets.forget, sets.seen, sets.heldout)]
+    assert all(not a & b for i, a in enumerate(parts) for b in parts[:i])
+    assert all(row.perturbed_answer and row.paraphrased_answer for row in sets.heldout)
+    with pytest.raises(ValueError, match="1 to 20 authors can be forgotten"):
+        read_sets(TOFU, PRESETS["cpu"]._replace(forgotten=21))
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    tokenizer = train_tokenizer(["who is it that I know? it is he, she, they"], 280)
+    apply, params = gpt(
+        key=jax.random.key(0), vocab=280, width=8, num_layers=1, num_heads=2, max_len=64
+    )
+    stepper = gpt_stepper(num_layers=1, num_heads=2)
+    return LanguageModel(apply, stepper, tokenizer, max_len=64, chunk=2), params
+
+
+ROWS = [
+    QaRow("who?", "it is he", None, "he it is", ("she", "they are")),
+    QaRow("who is it?", "she", None, "it is she", ("he", "I")),
+    QaRow("they?", "they", None, "they, they", ("he", "it is she")),
+]
+
+
+def loss_by_hand(model, params, question, answer):
+    """Mean loss of the tokens of " answer" and the end token, from one pass over one row."""
+    encode = model.tokenizer.encode
+    prompt = encode(question).ids
+    tokens = [*prompt, *encode(f" {answer}").ids, model.tokenizer.token_to_id("<eos>")]
+    # Padded on the right, which changes nothing to its left: one shape compiles once.
+    inputs = jnp.asarray([[*tokens[:-1], *[0] * (40 - len(tokens))]], jnp.int32)
+    logits = np.asarray(jax.jit(model.apply)(params, inputs)[0], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    places = range(len(prompt) - 1, len(tokens) - 1)
+    return -np.mean([log_p[i, tokens[i + 1]] for i in places])
+
+
+@pytest.mark.parametrize("is_choice", [False, True])
+def test_scores_by_hand(model_and_params, is_choice):
+    model, params = model_and_params
+    rows = [row._replace(paraphrased_answer=None) for row in ROWS] if is_choice else ROWS
+    found = score_set(model, params, encode_questions(model, rows))
+    for i, row in enumerate(rows):
+        right = loss_by_hand(model, params, row.question, row.answer)
+        wrong = [loss_by_hand(model, params, row.question, w) for w in row.perturbed_answer]
+        said = (
+            right
+            if is_choice
+            else loss_by_hand(model, params, row.question, row.paraphrased_answer)
+        )
+        chosen = np.exp(-right) / (np.exp(-right) + np.exp(-np.array(wrong)).sum())
+        np.testing.assert_allclose(found.loss[i], right, rtol=1e-4)
+        np.testing.assert_allclose(
+            found.probability[i], chosen if is_choice else np.exp(-right), rtol=1e-4
+        )
+        np.testing.assert_allclose(found.truth_ratio[i], np.exp(said - np.mean(wrong)), rtol=1e-4)
+    answers = [row.answer for row in rows]
+    np.testing.assert_array_equal(found.rouge, metrics.rouge(answers, found.generations)[1])
+
+
+def test_generation_stops_where_the_positions_end(model_and_params):
+    model, params = model_and_params
+    asked = encode_questions(model, ROWS)
+    short = generate(model, params, asked.prompts, 3)
+    long = generate(model, params, asked.prompts, 1000)
+    assert len(short) == len(long) == 3
+
+
+def test_questions_without_wrong_answers_are_refused(model_and_params):
+    with pytest.raises(ValueError, match="needs wrong answers"):
+        encode_questions(model_and_params[0], [ROWS[0]._replace(perturbed_answer=())])
+
+
+@needs_tofu
+@pytest.mark.reuses_keys
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_toy_from_end_to_end():
+    said = []
+    (found,) = tofu(TOFU, TOY, seed=0, say=said.append)
+    methods = [method.name for method in found.methods]
+    assert methods == ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)"]
+    assert list(found.leaderboard) == ["untouched", "retrained", *methods]
+    retrained = found.leaderboard["retrained"]
+    assert retrained["forget_quality"] == pytest.approx(1.0)
+    assert retrained["privleak"] == 0
+    assert found.original.model_utility == pytest.approx(
+        found.leaderboard["untouched"]["model_utility"]
+    )
+    columns = {name: set(row) for name, row in found.leaderboard.items()}
+    assert len(set(map(frozenset, columns.values()))) == 1
+    for name, row in found.leaderboard.items():
+        assert all(np.isfinite(value) for value in row.values()), name
+        assert 0 <= row["probe_accuracy"] <= 1
+    assert "evaluating NPO" in said
