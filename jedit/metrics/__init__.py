@@ -1,6 +1,13 @@
 """Numbers that judge any params, whichever method made them."""
 
 from jedit.metrics.accuracy import accuracy
+from jedit.metrics.counterfact import (
+    AccuracyScores,
+    AnswerLosses,
+    PreferenceScores,
+    accuracy_scores,
+    preference_scores,
+)
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
@@ -18,6 +25,9 @@ from jedit.metrics.model_utility import (
     model_utility,
     set_utility,
 )
+from jedit.metrics.multiple_choice import multiple_choice_accuracy, normalized_choice_accuracy
+from jedit.metrics.muse import knowmem, verbmem
+from jedit.metrics.ngram_entropy import ngram_entropy
 from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
 from jedit.metrics.output_kl import output_kl
 from jedit.metrics.privleak import membership_auc, privleak
@@ -27,11 +37,15 @@ from jedit.metrics.truth_ratio import truth_ratio
 from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_of_war
 
 __all__ = [
+    "AccuracyScores",
+    "AnswerLosses",
     "MembershipAttack",
+    "PreferenceScores",
     "Rouge",
     "SetUtility",
     "UnlearningScores",
     "accuracy",
+    "accuracy_scores",
     "answer_nll_per_row",
     "answer_nll_sum_per_row",
     "answer_probability",
@@ -41,20 +55,26 @@ __all__ = [
     "forget_quality",
     "forget_truth_ratio",
     "gradient_norm_scores",
+    "knowmem",
     "membership_attack",
     "membership_auc",
     "membership_scores",
     "min_k_plus_plus_scores",
     "min_k_scores",
     "model_utility",
+    "multiple_choice_accuracy",
+    "ngram_entropy",
     "nll",
+    "normalized_choice_accuracy",
     "normalized_probability",
     "output_kl",
+    "preference_scores",
     "privleak",
     "reference_scores",
     "rouge",
     "set_utility",
     "truth_ratio",
     "tug_of_war",
+    "verbmem",
     "zlib_scores",
 ]
