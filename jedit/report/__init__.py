@@ -1,5 +1,6 @@
 """Tables, figures and one page a person can read, from the numbers of a comparison."""
 
+from jedit.report.evaluation_log import Evaluation, read_evaluation_log, write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
 from jedit.report.page import page
 from jedit.report.results import (
@@ -20,6 +21,7 @@ __all__ = [
     "Answer",
     "Comparison",
     "Curve",
+    "Evaluation",
     "Method",
     "Point",
     "Run",
@@ -28,8 +30,10 @@ __all__ = [
     "check_destination",
     "comparison_table",
     "page",
+    "read_evaluation_log",
     "save_png",
     "to_json",
     "tradeoff_figure",
+    "write_evaluation_log",
     "write_report",
 ]
