@@ -5,6 +5,9 @@
 
 Higher is better: near 1 the two distributions cannot be told apart, below 0.05 they can.  A p-value
 also falls with the number of questions, so compare it only at the same number.
+
+Differences: none.  The authors test the reciprocals of the truth ratios, which turns their order
+round and leaves the p-value as it is.
 """
 
 import numpy as np

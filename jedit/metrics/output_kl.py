@@ -2,6 +2,9 @@
 
 On the retain set, lower is better: it is what a retain budget bounds.  On the forget set against a
 model retrained without it (`original` the retrained one), lower is closer to never having learned.
+
+Differences.  open-unlearning's KL, of its retain loss, is the mean over all positions, padding and
+prompts included, so that it depends on how a batch is padded; ours is over those that count.
 """
 
 from collections.abc import Iterable

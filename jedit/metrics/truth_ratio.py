@@ -5,6 +5,10 @@
 L the length-normalised loss, `answer_nll_per_row`: the wrong answers' geometric mean probability
 per token over that of the paraphrase.  Near 0: the fact is known; about 1 or above: it is not.  On
 the forget set, compare its distribution with a retrained model's (`forget_quality`), not its mean.
+
+Differences.  The paper's text has the wrong answers' arithmetic mean, its authors' code and all
+published numbers the geometric one, as here.  open-unlearning adds 1e-10 to the denominator, which
+pulls the ratio to 0 where the paraphrase's loss is above 23 nats per token, as a collapsed model's.
 """
 
 import numpy as np

@@ -10,43 +10,14 @@ import scipy.special
 
 from jedit import metrics
 from jedit.typing import Batch
-
-ROWS, SEQ, VOCAB = 11, 5, 6
-
-
-def apply(params, inputs):
-    return params[inputs]
-
-
-def make_data(key):
-    """Rows of different lengths, so that a mean of batch means is another number."""
-    k_inputs, k_targets, k_length = jax.random.split(key, 3)
-    lengths = jax.random.randint(k_length, (ROWS,), 1, SEQ + 1)
-    mask = jnp.arange(SEQ)[None] < lengths[:, None]
-    return Batch(
-        jax.random.randint(k_inputs, (ROWS, SEQ), 0, VOCAB),
-        jax.random.randint(k_targets, (ROWS, SEQ), 0, VOCAB),
-        mask,
-    )
-
-
-def split(data, size):
-    """Batches of `size` rows, the last filled up with rows of garbage that do not count."""
-    for start in range(0, ROWS, size):
-        part = jax.tree.map(lambda x, start=start: x[start : start + size], data)
-        missing = size - len(part.targets)
-        yield Batch(
-            jnp.pad(part.inputs, ((0, missing), (0, 0)), constant_values=3),
-            jnp.pad(part.targets, ((0, missing), (0, 0)), constant_values=-100),
-            jnp.pad(part.mask, ((0, missing), (0, 0))),
-        )
+from tests.metrics.rows import ROWS, SEQ, VOCAB, apply, make_problem, split
 
 
 @pytest.fixture
 def problem():
-    k_params, k_other, k_data = jax.random.split(jax.random.key(5), 3)
-    params, other = (2.0 * jax.random.normal(k, (VOCAB, VOCAB)) for k in (k_params, k_other))
-    return params, other, make_data(k_data)
+    k_params, k_other = jax.random.split(jax.random.key(5))
+    (params, data), (other, _) = make_problem(k_params), make_problem(k_other)
+    return params, other, data
 
 
 def numpy_log_p(params, data):
