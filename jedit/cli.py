@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, and `jedit run` on a question-answer file of one's own."""
+"""The command line: `jedit demo`, `jedit run` on rows of one's own, and `jedit tofu`."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from typing import Literal
 
 import jedit
 
-DEMO_OUT, RUN_OUT = Path("out/demo"), Path("out/run")
+DEMO_OUT, RUN_OUT, TOFU_OUT = Path("out/demo"), Path("out/run"), Path("out/tofu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,26 @@ class RunFile:
     """Of everything random."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Tofu:
+    """Run the TOFU benchmark end to end, all methods and metrics; also `jedit run tofu`."""
+
+    data: str = "locuslab/TOFU"
+    """TOFU's folder (full.json, forget10_perturbed.json, ...), or its name on the hub."""
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """cpu: 60 authors and a GPT of 2 million parameters; gpu: all 200 and 100 million."""
+    forgotten: int | None = None
+    """Authors to forget, at most 20; None: the preset's."""
+    methods: tuple[str, ...] = ()
+    """Some of the methods alone, by name; K-FADE always runs. None given: all."""
+    attacks: bool = True
+    """Attack the best models: relearning, quantisation, other words, probes."""
+    out: Path = TOFU_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    seed: int = 0
+    """Of everything random."""
+
+
 class UsageError(Exception):
     """What the user can mend; shown as one sentence, exit code 2."""
 
@@ -82,15 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
     chosen = tyro.extras.subcommand_cli_from_dict(
-        {"demo": _as_is(Demo), "run": _as_is(RunFile)},
+        {"demo": _as_is(Demo), "run": _as_is(RunFile), "tofu": _as_is(Tofu)},
         prog="jedit",
         description="Erase and rewrite what a trained network knows, and show what it cost. "
         "(jedit --version prints the version.)",
-        args=arguments,
+        args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
     )
     command = shlex.join(["jedit", *arguments])
+    run = {Demo: _demo, RunFile: _run, Tofu: _tofu}[type(chosen)]
     try:
-        return _demo(chosen, command) if isinstance(chosen, Demo) else _run(chosen, command)
+        return run(chosen, command)
     except UsageError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -172,6 +193,37 @@ def _run(options: RunFile, command: str) -> int:
     return _report(comparison, stages, options.out, options.seed, command)
 
 
+def _tofu(options: Tofu, command: str) -> int:
+    from jedit.data import DataError
+    from jedit.recipes.tofu import PRESETS, read_sets, tofu
+
+    _check_out(options.out)
+    preset = PRESETS[options.preset]
+    if options.forgotten is not None:
+        preset = preset._replace(forgotten=options.forgotten)
+    if options.methods:
+        known = (*preset.grid.scales, *preset.grid.learning_rates)
+        if unknown := [name for name in options.methods if name not in known]:
+            raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(known)}")
+        chosen = {
+            kind: {k: v for k, v in getattr(preset.grid, kind).items() if k in options.methods}
+            for kind in ("scales", "learning_rates")
+        }
+        preset = preset._replace(grid=preset.grid._replace(**chosen))
+    try:
+        read_sets(options.data, preset)
+    except (DataError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    stages = _Stages()
+
+    def comparison() -> Sequence:
+        return tofu(
+            options.data, preset, seed=options.seed, say=stages, with_attacks=options.attacks
+        )
+
+    return _report(comparison, stages, options.out, options.seed, command)
+
+
 def _check_numbers(options: RunFile) -> None:
     positive = ("width", "layers", "heads", "batch_size", "learning_rate")
     for name in positive:
@@ -202,7 +254,7 @@ def _report(
     """Make the comparisons, print their tables, write the report."""
     from rich.console import Console
 
-    from jedit.report import Run, comparison_table, write_report
+    from jedit.report import Run, comparison_table, leaderboard_table, write_report
 
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     with stages:
@@ -213,6 +265,8 @@ def _report(
     for comparison in comparisons:
         console.print()
         console.print(comparison_table(comparison))
+        if comparison.leaderboard:
+            console.print(leaderboard_table(comparison))
     run = Run(
         command=command,
         date=date,

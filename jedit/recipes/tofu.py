@@ -29,10 +29,12 @@ from jedit.recipes.tofu_evaluation import (
     score_set,
 )
 from jedit.recipes.training import Recipe, train
-from jedit.report import Comparison
+from jedit.report import Comparison, Evaluation
 
 ANSWER_TOKENS = 64  # positions beyond the longest row, for answers that go on
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers
+
+SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 
 
 class Preset(NamedTuple):
@@ -197,15 +199,17 @@ def tofu(
     )
     judged, models = compare(task, preset.grid, key=compare_key, say=say)
     models = {"untouched": task.original, "retrained": task.retrained} | models
-    leaderboard: dict[str, dict[str, float]] = {}
+    evaluations, leaderboard = {}, {}
     for name, params in models.items():
         say(f"evaluating {name}")
-        leaderboard[name] = evaluate(model, params, task, asked, sets)
+        evaluations[name] = evaluate(model, params, task, asked, sets)
+        leaderboard[name] = {metric: found.aggregate for metric, found in evaluations[name].items()}
         if with_attacks:
             leaderboard[name] |= attack(model, params, task, asked, key=attack_key)
-    baseline = leaderboard["retrained"]["membership_auc_min_k"]
-    for row in leaderboard.values():
-        row["privleak"] = metrics.privleak(row["membership_auc_min_k"], baseline)
+    baseline = leaderboard["retrained"]["mia_min_k"]
+    for name, row in leaderboard.items():
+        row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
+        evaluations[name]["privleak"] = Evaluation(row["privleak"])
     size = sum(x.size for x in jax.tree.leaves(initial))
     return (
         Comparison(
@@ -236,34 +240,48 @@ def tofu(
             methods=judged.methods,
             curves=judged.curves,
             leaderboard=leaderboard,
+            evaluations=evaluations,
         ),
     )
 
 
 def evaluate(
     model: LanguageModel, params: PyTree, task: Task, asked: dict[str, Questions], sets: Sets
-) -> dict[str, float]:
-    """Every metric of one model; larger sets of numbers are means over their questions."""
+) -> dict[str, Evaluation]:
+    """Every metric of one model, row by row, under the leading framework's names."""
     scores = {name: score_set(model, params, questions) for name, questions in asked.items()}
     forget = scores["forget"]
     reference = _truth_ratios(model, task.retrained, asked["forget"])
     utilities = {name: found.utility for name, found in scores.items() if name != "forget"}
     found = {
-        "forget_quality": metrics.forget_quality(forget.truth_ratio, reference),
-        "model_utility": metrics.model_utility(**utilities),
-        "forget_probability": float(forget.probability.mean()),
-        "forget_rouge": float(forget.rouge.mean()),
-        "forget_truth_ratio": metrics.forget_truth_ratio(forget.truth_ratio),
+        "forget_quality": Evaluation(metrics.forget_quality(forget.truth_ratio, reference)),
+        "model_utility": Evaluation(metrics.model_utility(**utilities)),
+        "forget_truth_ratio": Evaluation(
+            metrics.forget_truth_ratio(forget.truth_ratio), {"score": forget.truth_ratio}
+        ),
     }
-    for name, utility in utilities.items():
-        found |= {f"{name}_{part}": value for part, value in utility._asdict().items()}
+    for name, short in SHORT.items():
+        rows = scores[name]
+        means = rows.utility
+        found[f"{short}_Q_A_Prob"] = Evaluation(
+            means.probability, {"prob": rows.probability, "avg_loss": rows.loss}
+        )
+        found[f"{short}_Q_A_ROUGE"] = Evaluation(
+            means.rouge, {"rougeL_recall": rows.rouge, "generation": rows.generations}
+        )
+        if name != "forget":
+            found[f"{short}_Truth_Ratio"] = Evaluation(
+                means.truth_ratio, {"score": rows.truth_ratio}
+            )
     for name, metric in (
         ("exact_memorization", metrics.exact_memorization),
         ("extraction_strength", metrics.extraction_strength),
     ):
-        found[name] = float(np.mean(metric(model.apply, params, asked["forget"].answers)))
-    aucs = membership_aucs(model, params, asked["forget"], sets.holdout)
-    return found | {f"membership_auc_{name}": value for name, value in aucs.items()}
+        values = metric(model.apply, params, asked["forget"].answers)
+        found[name] = Evaluation(float(np.mean(values)), {"score": values})
+    for name, auc in membership_aucs(model, params, asked["forget"], sets.holdout).items():
+        found[f"mia_{name}"] = Evaluation(auc)
+    return found
 
 
 def _build(sets: Sets, size: Model, *, key) -> tuple[LanguageModel, PyTree]:

@@ -2,6 +2,7 @@
 
 from jedit.report.evaluation_log import Evaluation, read_evaluation_log, write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
+from jedit.report.leaderboard import leaderboard_table
 from jedit.report.page import page
 from jedit.report.results import (
     Answer,
@@ -29,6 +30,7 @@ __all__ = [
     "best_quality",
     "check_destination",
     "comparison_table",
+    "leaderboard_table",
     "page",
     "read_evaluation_log",
     "save_png",

@@ -6,6 +6,12 @@ import io
 from collections.abc import Iterable
 
 from jedit.report.figure import caption, save_png, tradeoff_figure
+from jedit.report.leaderboard import (
+    MEASURES,
+    Measure,
+    leaderboard_columns,
+    leaderboard_rows,
+)
 from jedit.report.results import OTHER_RULE, Comparison, Run
 from jedit.report.table import Row, all_rows, best_rows, number, shown_columns
 
@@ -81,6 +87,8 @@ def _section(comparison: Comparison) -> str:
         _table(comparison, best_rows(comparison, by_loss=True)),
         _meanings(comparison),
     ]
+    if comparison.leaderboard:
+        parts += ["<h3>The same models by every metric</h3>", _leaderboard(comparison)]
     if comparison.answers:
         parts += ["<h3>Answers, before and after</h3>", _answers(comparison)]
     parts += [
@@ -111,6 +119,27 @@ def _table(comparison: Comparison, rows: Iterable[Row]) -> str:
         )
     rows_html = "\n".join(lines)
     return f'<div class="wide"><table><tr>{head}</tr>\n{rows_html}\n</table></div>'
+
+
+def _leaderboard(comparison: Comparison) -> str:
+    columns = leaderboard_columns(comparison)
+    known = {name: MEASURES.get(name, Measure(name.replace("_", "\n"), name)) for name in columns}
+    head = "".join(f"<th>{_text(measure.heading)}</th>" for measure in known.values())
+    lines = []
+    for name, cells in leaderboard_rows(comparison):
+        kind = ' class="reference"' if name in ("untouched", "retrained") else ""
+        lines.append(
+            f'<tr{kind}><td class="text">{_text(name)}</td>'
+            + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+            + "</tr>"
+        )
+    meanings = [(m.heading.replace("\n", " "), m.meaning) for m in known.values()]
+    rows_html = "\n".join(lines)
+    return (
+        f'<div class="wide"><table><tr><th class="text">model</th>{head}</tr>\n{rows_html}\n'
+        f"</table></div><details><summary>What the columns mean</summary>{_pairs(meanings)}"
+        "</details>"
+    )
 
 
 def _meanings(comparison: Comparison) -> str:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from jedit.report.evaluation_log import Evaluation
+
 SCHEMA = "jedit.results/1"
 
 
@@ -111,6 +113,8 @@ class Comparison(NamedTuple):
         answers: a few, side by side.
         leaderboard: by model (untouched, retrained, each method at its best point) and metric,
             further numbers; empty where none were measured.
+        evaluations: by model, what the leaderboard's metrics are made of, row by row; written as
+            files of their own.
     """
 
     name: str
@@ -128,6 +132,7 @@ class Comparison(NamedTuple):
     answers: tuple[Answer, ...] = ()
     utility_share: float | None = None
     leaderboard: dict[str, dict[str, float]] = {}
+    evaluations: dict[str, dict[str, Evaluation]] = {}
 
     @property
     def rule(self) -> str:
@@ -249,8 +254,10 @@ def to_json(run: Run) -> dict[str, Any]:
 
     A number that is not finite (a model that an ascent has destroyed) becomes null.
     """
-    out = _plain(run)
+    bare = [comparison._replace(evaluations={}) for comparison in run.comparisons]
+    out = _plain(run._replace(comparisons=tuple(bare)))
     for plain, comparison in zip(out["comparisons"], run.comparisons, strict=True):
+        del plain["evaluations"]
         plain["rule"] = comparison.rule
         plain["other_rule"] = OTHER_RULE
         for name, choose in (

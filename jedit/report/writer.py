@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+from jedit.report.evaluation_log import write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
 from jedit.report.page import page
 from jedit.report.results import Run, to_json
 
-PAGE, RESULTS = "index.html", "results.json"
+PAGE, RESULTS, EVALUATIONS = "index.html", "results.json", "evaluations"
 
 
 def check_destination(out: Path) -> None:
@@ -38,6 +40,8 @@ def check_destination(out: Path) -> None:
 def write_report(run: Run, out: Path) -> Path:
     """Write results.json, a PNG for each figure and index.html, and return the page's path.
 
+    Evaluations, where there are any, go to evaluations/MODEL in open-unlearning's schema.
+
     All is written to a new folder beside `out`, which then takes its place: whoever looks sees the
     old report or the new one. An earlier report there is replaced.
 
@@ -53,6 +57,9 @@ def write_report(run: Run, out: Path) -> Path:
         (new / RESULTS).write_text(text + "\n", encoding="utf-8")
         for comparison in run.comparisons:
             save_png(tradeoff_figure(comparison), new / f"tradeoff-{comparison.name}.png")
+            for model, evaluations in comparison.evaluations.items():
+                name = re.sub(r"\W+", "-", model).strip("-").lower()
+                write_evaluation_log(evaluations, new / EVALUATIONS / name)
         (new / PAGE).write_text(page(run), encoding="utf-8")
         _replace(new, out)
     finally:
@@ -76,4 +83,6 @@ def _replace(new: Path, out: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (PAGE, RESULTS) or (name.startswith("tradeoff-") and name.endswith(".png"))
+    return name in (PAGE, RESULTS, EVALUATIONS) or (
+        name.startswith("tradeoff-") and name.endswith(".png")
+    )

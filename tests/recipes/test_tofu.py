@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 TOFU = ROOT.parent / "shared" / "data" / "tofu"
 needs_tofu = pytest.mark.skipif(not TOFU.is_dir(), reason="needs ../shared/data/tofu")
 TOY = Preset(
-    authors=22,
-    forgotten=1,
+    authors=23,
+    forgotten=2,
     questions=6,
     model=Model(width=16, layers=2, heads=2, vocab=300, max_len=96),
     recipe=Recipe(epochs=(1,), batch_size=32, learning_rate=1e-3),

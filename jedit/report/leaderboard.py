@@ -1,0 +1,67 @@
+"""The second table of a benchmark: every model at its best point, by every further metric."""
+
+from typing import NamedTuple
+
+from rich.table import Table
+
+from jedit.report.results import Comparison
+from jedit.report.table import number
+
+
+class Measure(NamedTuple):
+    """A column: a short heading and what it is in full."""
+
+    heading: str
+    meaning: str
+
+
+# By the names of the leading framework where it has the metric.
+MEASURES = {
+    "forget_quality": Measure("forget\nquality", "p-value against the retrained model"),
+    "model_utility": Measure("model\nutility", "harmonic mean of the nine below, on all questions"),
+    "forget_Q_A_Prob": Measure("forget\nprob.", "probability of the forget answers, per token"),
+    "forget_Q_A_ROUGE": Measure("forget\nROUGE", "ROUGE-L recall of the forget answers"),
+    "forget_truth_ratio": Measure("forget\nTR", "mean of min(TR, 1/TR) on the forget questions"),
+    "exact_memorization": Measure("exact\nmem.", "share of forget tokens predicted right"),
+    "extraction_strength": Measure("extr.\nstr.", "share of a forget answer that its start yields"),
+    "privleak": Measure("Priv-\nLeak", "by Min-K%, in percent: 0 is the retrained model"),
+    "mia_min_k": Measure("AUC\nMin-K", "of Min-K% between forget and never seen rows; 1/2: blind"),
+    "relearned_harmful": Measure(
+        "relearnt\nharmful", "probability of other forget answers after training on some of them"
+    ),
+    "relearned_benign": Measure("relearnt\nbenign", "the same, trained on unrelated questions"),
+    "reapplied": Measure("re-\napplied", "after harmful relearning and the same edit once more"),
+    "quantized_8_bits": Measure("8 bits", "probability of the forget answers, weights rounded"),
+    "quantized_4_bits": Measure("4 bits", "the same, to 4 bits"),
+    "with_prefix": Measure("pre-\nfixed", "the same, behind a prefix that asks for the truth"),
+    "in_other_words": Measure("other\nwords", "the same, the questions paraphrased"),
+    "probe_accuracy": Measure("probe", "how often a hidden state says which author is asked about"),
+}
+
+
+def leaderboard_columns(comparison: Comparison) -> list[str]:
+    """The metrics that were measured, the known ones first."""
+    given = {name for row in comparison.leaderboard.values() for name in row}
+    return [name for name in MEASURES if name in given] + sorted(given - set(MEASURES))
+
+
+def leaderboard_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Each model with the text of its cells."""
+    columns = leaderboard_columns(comparison)
+    return [
+        (name, [number(row.get(column)) for column in columns])
+        for name, row in comparison.leaderboard.items()
+    ]
+
+
+def leaderboard_table(comparison: Comparison) -> Table:
+    """The table for the terminal, with the metrics that have a short heading."""
+    columns = leaderboard_columns(comparison)
+    shown = [i for i, name in enumerate(columns) if name in MEASURES]
+    table = Table(title=f"{comparison.title}: all metrics", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for i in shown:
+        table.add_column(MEASURES[columns[i]].heading, justify="right", no_wrap=True)
+    for name, cells in leaderboard_rows(comparison):
+        table.add_row(name, *(cells[i] for i in shown), end_section=name == "retrained")
+    return table
