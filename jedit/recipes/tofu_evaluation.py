@@ -40,10 +40,21 @@ class LanguageModel(NamedTuple):
     chunk: int = 32
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
-        """Questions with answers, as wide as the longest."""
+        """Questions with answers, as wide as the longest.
+
+        Raises:
+            ValueError: nothing of an answer is left when the row is cut off.
+        """
         lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
         width = min(int(lengths.max()) + 1, self.max_len)
-        return encode_pairs(self.tokenizer, pairs, width, truncate=True).as_batch()
+        encoded = encode_pairs(self.tokenizer, pairs, width, truncate=True)
+        for (question, _), counted in zip(pairs, encoded.mask.any(axis=1), strict=True):
+            if not counted:
+                raise ValueError(
+                    f"{question!r} alone fills the model's {self.max_len} tokens: no answer is "
+                    "left of the row. Give a larger max_len or vocabulary."
+                )
+        return encoded.as_batch()
 
 
 class Questions(NamedTuple):

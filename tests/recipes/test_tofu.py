@@ -21,7 +21,7 @@ TOY = Preset(
     authors=23,
     forgotten=2,
     questions=6,
-    model=Model(width=16, layers=2, heads=2, vocab=300, max_len=96),
+    model=Model(width=16, layers=2, heads=2, vocab=400, max_len=160),
     recipe=Recipe(epochs=(1,), batch_size=32, learning_rate=1e-3),
     grid=Grid(
         budgets=(0.01,),
