@@ -10,9 +10,11 @@ from jedit.models.functional import Apply, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, save_model
 from jedit.models.llama2c import convert_llama2c
+from jedit.models.lora import Adapted, with_lora
 from jedit.models.mlp import mlp
 
 __all__ = [
+    "Adapted",
     "Apply",
     "Stepper",
     "cached_decode",
@@ -25,4 +27,5 @@ __all__ = [
     "mlp",
     "save_model",
     "to_pure",
+    "with_lora",
 ]

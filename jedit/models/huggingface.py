@@ -25,6 +25,7 @@ from jaxtyping import Array, PyTree
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.functional import Apply, to_pure
+from jedit.typing import wide_dtype
 
 INDEX = "model.safetensors.index.json"
 # Other forms of the same weights, which would be the unedited ones beside the edited.
@@ -161,7 +162,7 @@ def _causal(module: Any, tokens: Array) -> Array:
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], (batch, seq))
     mask = jnp.broadcast_to(jnp.tri(seq, dtype=bool)[None], (batch, seq, seq))
     logits, _ = module(tokens, positions, None, mask)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits.astype(wide_dtype(logits.dtype))
 
 
 def _by_the_usual_rules(apply: Apply) -> Apply:
