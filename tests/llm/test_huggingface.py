@@ -13,7 +13,7 @@ import tokenizers
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jedit
-from jedit.models import convert_llama2c, load_model, save_model
+from jedit.models import convert_llama2c, load_model, save_model, with_lora
 from tests.llm import llama2c_reference as reference
 from tests.llm.test_llama2c import toy_files
 
@@ -203,3 +203,26 @@ def test_tokens_have_two_axes(toy):
     apply, params, _ = load_model(toy)
     with pytest.raises(ValueError, match=r"tokens must be \(batch, seq\)"):
         apply(params, np.arange(3))
+
+
+def test_adapters_of_a_pretrained_model(stories_folder, stories_model, tmp_path, key):
+    apply, params, _ = stories_model
+    tokens = np.random.default_rng(0).integers(1, 512, (2, 8))
+    adapted = with_lora(apply, params, tokens, rank=2, key=key, select=r"layers/[04]/.*_proj")
+    assert_array_equal(adapted.apply(adapted.params, tokens), apply(params, tokens))
+    sites = jedit.find_sites(adapted.apply, adapted.params, tokens, "^lora/")
+    assert not sites.uncovered, str(sites)
+    assert {site.kind for site in sites.values()} == {"dense"}
+    assert len(sites) == 2 * 2 * 7
+
+    noise = np.random.default_rng(1)
+    lora = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * noise.normal(size=leaf.shape), leaf.dtype),
+        adapted.params["lora"],
+    )
+    moved = {**adapted.params, "lora": lora}
+    folder = save_model(adapted.merge(moved), tmp_path / "merged", source=stories_folder)
+    apply_again, merged, _ = load_model(folder)
+    want = np.asarray(jax.jit(adapted.apply)(moved, tokens))
+    assert np.abs(want - np.asarray(apply(params, tokens))).max() > 0.1
+    assert_allclose(np.asarray(apply_again(merged, tokens)), want, rtol=0, atol=1e-4)
