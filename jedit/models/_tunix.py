@@ -163,10 +163,9 @@ def _gemma3(config: Any, dtype: Any) -> Architecture:
 
 def _gemma(config: Any, dtype: Any) -> Architecture:
     del dtype  # the computation follows the parameters
-    # Before 4.38.2 the exact GELU's name stood in files that meant the approximate one.
     _expect(
         config,
-        hidden_act=("gelu", "gelu_pytorch_tanh"),
+        hidden_act=("gelu_pytorch_tanh",),
         attention_bias=(False,),
         rms_norm_eps=(1e-6,),
         tie_word_embeddings=(True,),
