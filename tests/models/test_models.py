@@ -296,3 +296,19 @@ def float_dtype():
 @pytest.fixture
 def keys(key):
     return (jax.random.fold_in(key, i) for i in itertools.count())
+
+
+def test_a_module_that_is_called_in_a_way_of_its_own(key):
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(3, 2, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)])
+
+        def __call__(self, x, y):
+            return self.layers[0](x) + self.layers[1](y), None
+
+    module = Two(nnx.Rngs(key))
+    apply, params = to_pure(module, lambda module, x: module(x, 2 * x)[0])
+    x = jax.random.normal(key, (4, 3), jnp.float32)
+    one, two = (numpy_tree(params)["layers"][i]["kernel"] for i in "01")
+    want = np.asarray(x, np.float64) @ (one + 2 * two)
+    np.testing.assert_allclose(np.asarray(apply(params, x)), want, rtol=0, atol=1e-5)
