@@ -112,6 +112,7 @@ def test_logits_there_and_back(name, tmp_path):
     assert config.vocab_size == 37
     before = np.asarray(jax.jit(apply)(params, TOKENS))
     assert_same(before, torch_logits(source))
+    assert not jedit.find_sites(apply, params, TOKENS).uncovered
 
     edited = perturbed(params)
     folder = save_model(edited, tmp_path / "edited", source=source)
