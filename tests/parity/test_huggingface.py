@@ -126,6 +126,19 @@ def test_logits_there_and_back(name, tmp_path):
     assert_same(torch_logits(source), before)
 
 
+def test_positions_of_llama_3_2_at_its_real_size():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from jedit.models._tunix import _rope_bases
+
+    real = {**LLAMA3_POSITIONS, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(head_dim=64, rope_parameters={**real, "factor": 32.0})
+    want = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    exponents = np.arange(32, dtype=np.float32) / 32
+    got = np.asarray(_rope_bases(config, 64), np.float32) ** -exponents
+    assert_allclose(got, want, rtol=2e-6)
+
+
 def test_several_files(tmp_path):
     source = write("llama", tmp_path / "source", max_shard_size="4KB")
     assert len(list(source.glob("*.safetensors"))) > 2
