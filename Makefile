@@ -26,7 +26,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 
 # Folders whose tests draw random numbers through jedit, run once more with JAX's check for reused keys.
 KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tests/transforms \
-  tests/data tests/test_contract.py tests/test_unlearn.py tests/test_package.py)
+  tests/data tests/attacks tests/test_contract.py tests/test_unlearn.py tests/test_package.py)
 
 # A comma that may stand in an argument of $(call).
 , := ,

@@ -51,6 +51,7 @@ def test_whole_batches_are_gradient_descent(scene, key):
     np.testing.assert_array_equal(params["w"], found.values[0])
 
 
+@pytest.mark.reuses_keys
 def test_rows_that_do_not_count_teach_nothing(scene, key):
     params, rows = scene
     masked = rows._replace(mask=np.array([1, 1, 0, 1, 0, 0], np.float32))

@@ -13,6 +13,7 @@ def test_in_turn_every_row_is_seen_equally_often():
     assert_array_equal(np.concatenate(seen)[:, 0], [*range(6), *range(6)])
 
 
+@pytest.mark.reuses_keys
 def test_uniform_draws_depend_on_the_epoch_and_reach_all(key):
     first, again, other = (pair_uniformly(500, 7, epoch=e, key=key) for e in (0, 0, 1))
     assert_array_equal(first, again)
