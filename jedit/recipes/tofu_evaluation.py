@@ -48,9 +48,10 @@ class LanguageModel(NamedTuple):
         lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
         width = min(int(lengths.max()) + 1, self.max_len)
         encoded = encode_pairs(self.tokenizer, pairs, width, truncate=True)
-        for i in np.flatnonzero(encoded.mask.sum(axis=1) == 0):
+        if np.any(is_cut := encoded.mask.sum(axis=1) == 0):
+            question, _ = pairs[int(np.argmax(is_cut))]
             raise ValueError(
-                f"{pairs[i][0]!r} alone fills the model's {self.max_len} tokens: no answer is left "
+                f"{question!r} alone fills the model's {self.max_len} tokens: no answer is left "
                 "of the row. Give a larger max_len or vocabulary."
             )
         return encoded.as_batch()
