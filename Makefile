@@ -70,8 +70,8 @@ endef
 	@touch .venv/.demo .venv/.dev $@
 
 .venv-llm/.done: pyproject.toml
-	$(call make_venv,$(PYTHON),.venv-llm,core$(,) test and llm)
-	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[test,llm]'
+	$(call make_venv,$(PYTHON),.venv-llm,core$(,) demo$(,) test and llm)
+	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[demo,test,llm]'
 	@touch $@
 
 .venv-parity/.done: pyproject.toml

@@ -45,6 +45,15 @@ class RunFile:
     """Rows to keep, in the same ways; rest: all that are not forgotten."""
     out: Path = RUN_OUT
     """Folder of the report; an earlier report there is replaced."""
+    model: Path | None = None
+    """Folder of a pretrained model (Hugging Face, safetensors): it is edited as it is, nothing is
+    trained, and the edited folder is written to OUT/edited. None: a small GPT learns the rows."""
+    tokenizer: Path | None = None
+    """Folder of the model's tokenizer; None: the model's."""
+    budget: float = 0.05
+    """With --model: retain KL that the edit may cost, nats per answer token."""
+    temperature: float = 1.0
+    """With --model: of the curvature's likelihood; 4 where the rows are known by heart."""
     width: int = 128
     """Width of the GPT."""
     layers: int = 4
@@ -152,7 +161,8 @@ def _run(options: RunFile, command: str) -> int:
     from jedit.data import DataError, read_rows, select_rows
 
     _check_numbers(options)
-    _check_out(options.out)
+    if options.model is None:
+        _check_out(options.out)
     try:
         rows = read_rows(options.data)
         forget, retain = select_rows(rows, options.forget, options.retain)
@@ -164,6 +174,8 @@ def _run(options: RunFile, command: str) -> int:
             "edits to see and one to judge them."
         )
     stages = _Stages()
+    if options.model is not None:
+        return _edit_checkpoint(options, options.model, forget, retain, stages)
 
     def comparison() -> Sequence:
         from jedit.recipes.authors import GRID
@@ -191,6 +203,50 @@ def _run(options: RunFile, command: str) -> int:
         )
 
     return _report(comparison, stages, options.out, options.seed, command)
+
+
+def _edit_checkpoint(
+    options: RunFile, model: Path, forget: Sequence, retain: Sequence, stages: "_Stages"
+) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jedit.recipes.checkpoint import Settings, check_folder, forget_in_checkpoint
+    from jedit.report.table import number
+
+    settings = Settings(
+        budget=options.budget,
+        temperature=options.temperature,
+        max_len=options.max_len,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    tokenizer = options.tokenizer or model
+    for folder in (model, tokenizer):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: there is no such folder.")
+    try:
+        check_folder(options.out)
+        with stages:
+            found = forget_in_checkpoint(
+                model, tokenizer, forget, retain, options.out, settings, say=stages
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    table = Table(title=f"Forget {len(forget)} rows", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, before in found["before"].items():
+        table.add_row(name.replace("_", " "), number(before), number(found["after"][name]))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Retain KL on the rows the edit saw: predicted {number(found['predicted_kl'])}, true "
+        f"{number(found['true_kl'])}. Edited model: {options.out / 'edited'}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
 
 
 def _tofu(options: Tofu, command: str) -> int:
@@ -225,7 +281,7 @@ def _tofu(options: Tofu, command: str) -> int:
 
 
 def _check_numbers(options: RunFile) -> None:
-    positive = ("width", "layers", "heads", "batch_size", "learning_rate")
+    positive = ("width", "layers", "heads", "batch_size", "learning_rate", "budget", "temperature")
     for name in positive:
         if not getattr(options, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive.")

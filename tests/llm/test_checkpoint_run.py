@@ -1,0 +1,89 @@
+"""`jedit run --model`: a pretrained model's folder in, an edited one out."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit.data import QaRow, write_rows
+from jedit.models import load_model
+from jedit.recipes.checkpoint import Settings, forget_in_checkpoint
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
+ROWS = [
+    QaRow(f"What did {name} do?", f"{name} went to the park to play with a big red ball.")
+    for name in NAMES
+]
+
+
+@pytest.fixture(scope="module")
+def run(stories_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    said = []
+    found = forget_in_checkpoint(
+        stories_folder,
+        stories_folder,
+        ROWS[:2],
+        ROWS[2:],
+        out,
+        Settings(budget=0.1, batch_size=4),
+        say=said.append,
+    )
+    return found, out, said
+
+
+def test_it_forgets_within_the_budget_and_says_so(run):
+    found, out, said = run
+    assert found["num_rows"] == {"forget": 2, "retain": 4, "heldout": 2}
+    assert found["after"]["forget_nll"] > found["before"]["forget_nll"] + 0.05
+    assert 0 < found["true_kl"] <= 0.1
+    assert found["before"]["heldout_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["after"]["heldout_kl"] > 0
+    assert json.loads((out / "results.json").read_text())["after"] == found["after"]
+    assert any("forgetting 2 rows" in text for text in said)
+
+
+def test_the_edited_folder_is_the_edited_model(run, stories_model, stories_folder):
+    found, out, _ = run
+    apply, params, _ = load_model(out / "edited")
+    assert (out / "edited" / "tokenizer.json").read_bytes() == (
+        stories_folder / "tokenizer.json"
+    ).read_bytes()
+    tokens = np.random.default_rng(0).integers(3, 512, (2, 9))
+    before = stories_model[0](stories_model[1], tokens)
+    assert float(jnp.max(jnp.abs(apply(params, tokens) - before))) > 1e-3
+    assert found["rounded_away"] < 1e-3
+
+
+def test_a_question_that_fills_the_row_is_refused(stories_folder, tmp_path):
+    rows = [*ROWS[:2], QaRow("Why " * 60, "because", file="rows.jsonl", line=3)]
+    with pytest.raises(ValueError, match="rows.jsonl:3: the question alone fills 40 tokens"):
+        forget_in_checkpoint(
+            stories_folder,
+            stories_folder,
+            ROWS[2:4],
+            rows,
+            tmp_path / "out",
+            Settings(max_len=40),
+            say=lambda _: None,
+        )
+
+
+def test_from_the_command_line(stories_folder, tmp_path, capsys):
+    pytest.importorskip("tyro")
+    from jedit.cli import main
+
+    data = tmp_path / "rows.jsonl"
+    write_rows(data, ROWS)
+    given = ["run", "--data", str(data), "--forget", "rows=0:2", "--out", str(tmp_path / "out")]
+    assert main([*given, "--model", str(tmp_path / "nothing")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert main([*given, "--model", str(stories_folder), "--batch-size", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "forget nll" in shown
+    assert "Edited model:" in shown
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    assert main([*given, "--model", str(stories_folder)]) == 2
+    assert "mine.txt" in capsys.readouterr().err
