@@ -76,7 +76,7 @@ class RunFile:
 
 @dataclasses.dataclass(frozen=True)
 class Tofu:
-    """Run the TOFU benchmark end to end, all methods and metrics; also `jedit run tofu`."""
+    """Run the TOFU benchmark end to end; also `jedit run tofu`."""
 
     data: str = "locuslab/TOFU"
     """TOFU's folder (full.json, forget10_perturbed.json, ...), or its name on the hub."""
@@ -226,7 +226,7 @@ def _edit_checkpoint(
         if not folder.is_dir():
             raise UsageError(f"{folder}: there is no such folder.")
     try:
-        check_folder(options.out)
+        check_folder(options.out, model, tokenizer)
         with stages:
             found = forget_in_checkpoint(
                 model, tokenizer, forget, retain, options.out, settings, say=stages
@@ -240,6 +240,8 @@ def _edit_checkpoint(
         table.add_row(name.replace("_", " "), number(before), number(found["after"][name]))
     console = Console()
     console.print(table)
+    if num_cut := sum(found["num_cut_off"].values()):
+        console.print(f"{num_cut} rows are longer than {options.max_len} tokens and were cut off.")
     console.print(
         f"Retain KL on the rows the edit saw: predicted {number(found['predicted_kl'])}, true "
         f"{number(found['true_kl'])}. Edited model: {options.out / 'edited'}",

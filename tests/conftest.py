@@ -7,6 +7,7 @@ LLVM's optimisation: most of the suite's time is compilation, and this takes a q
 of it away.
 """
 
+import gc
 import importlib.util
 import os
 import zlib
@@ -17,6 +18,7 @@ IS_KEY_REUSE_CHECKED = os.environ.get("JEDIT_TEST_KEY_REUSE", "0") == "1"
 IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
+MAX_MEMORY_MAPS = 25_000
 
 # All of this is read when JAX and the BLAS start, so it comes before their import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -122,6 +124,19 @@ class Tolerance:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             assert a.shape == b.shape, f"{name}: {a.shape} instead of {b.shape}"
             np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Drops compiled programs before they are too many.
+
+    Each holds some four memory maps, of which Linux gives a process 65,530; XLA aborts at the next.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAX_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

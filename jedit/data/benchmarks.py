@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jedit.data.jsonl import DataError, QaRow
-from jedit.data.records import read_records
+from jedit.data.records import check_name, read_records
 
 TOFU_ROWS_PER_AUTHOR = 20
 TOFU_AUTHORS = 200
@@ -270,7 +270,7 @@ def _first_author(split: str, num_rows: int) -> int | None:
 def _rwku_records(where: str | Path, part: str, target: str | None) -> list[dict[str, Any]]:
     folder = Path(where)
     if folder.is_dir():
-        nested = folder / "Target" / target if target is not None else folder / "All"
+        nested = folder / "All" if target is None else folder / "Target" / check_name(target)
         if target is not None and not nested.is_dir():
             raise DataError(f"{folder}: RWKU has no folder Target/{target}.")
         if nested.is_dir():

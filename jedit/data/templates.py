@@ -12,6 +12,7 @@ the answer by searching for the tokens of a header miss it for the same reason.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,11 +66,15 @@ def chat_template(tokenizer: Any, system: str | None = None) -> Render:
     specials = [str(token) for token in tokenizer.all_special_tokens]
     first = [] if system is None else [{"role": "system", "content": system}]
 
+    # Qwen 3 writes an empty thought before an answer, and before a generation only when told not
+    # to think; templates without the variable pass over it.
+    write = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+
     def render(question: str, answer: str) -> Rendered:
         asked = [*first, {"role": "user", "content": question}]
         whole = [*asked, {"role": "assistant", "content": answer}]
-        before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(whole, tokenize=False)
+        before = write(asked, add_generation_prompt=True)
+        text = write(whole)
         if not text.startswith(before):
             raise ValueError(
                 "the chat template writes the question in another way once it is answered, so the "

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,10 +92,10 @@ def forget_in_checkpoint(
         "retain": [retain[i] for i in order[:cut]],
         "heldout": [retain[i] for i in order[cut:]],
     }
-    sets = {
-        name: list(batches(encode(part), min(settings.batch_size, len(part))))
-        for name, part in rows.items()
-    }
+    sets, num_cut = {}, {}
+    for name, part in rows.items():
+        encoded, num_cut[name] = encode(part)
+        sets[name] = list(batches(encoded, min(settings.batch_size, len(part))))
     say(f"fitting K-FAC on {len(rows['retain'])} retain rows")
     start = time.perf_counter()
     estimator = kfac(apply, Categorical(settings.temperature), select=SELECT)
@@ -119,6 +120,7 @@ def forget_in_checkpoint(
     result = {
         "settings": settings._asdict(),
         "num_rows": {name: len(part) for name, part in rows.items()},
+        "num_cut_off": num_cut,
         "before": judge(apply, params, params, sets),
         "after": judge(apply, params, edited, sets),
         "predicted_kl": float(info.predicted_kl[-1]),
@@ -128,20 +130,36 @@ def forget_in_checkpoint(
     }
     say(f"saving {out / EDITED}")
     out.mkdir(parents=True, exist_ok=True)
-    if (out / EDITED).is_dir():
-        shutil.rmtree(out / EDITED)
-    save_model(edited, out / EDITED, source=model)
+    new = Path(tempfile.mkdtemp(prefix=".edited.", dir=out))
+    try:
+        saved = save_model(edited, new / EDITED, source=model)
+        # An earlier edited model goes only when the new one is whole.
+        if (out / EDITED).exists():
+            (out / EDITED).rename(new / "old")
+        saved.rename(out / EDITED)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     text = json.dumps(_finite(result), indent=1, allow_nan=False)
     (out / RESULTS).write_text(text + "\n", encoding="utf-8")
     return result
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a folder that holds what no run of this kind has written.
+def check_folder(out: Path, *sources: Path) -> None:
+    """Refuse a folder that holds what no run of this kind has written, or what is to be read.
+
+    Args:
+        out: where the results are to go.
+        sources: folders of the model and its tokenizer.
 
     Raises:
-        ValueError: it is a file, or has other things in it.
+        ValueError: it is a file, has other things in it, or a source would be replaced.
     """
+    for source in sources:
+        if source.resolve().is_relative_to((out / EDITED).resolve()):
+            raise ValueError(
+                f"{source}: would be replaced by the edited model; give another --out to edit it "
+                "once more"
+            )
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out names a folder")
     if out.is_dir():
@@ -170,7 +188,7 @@ def judge(
     }
 
 
-def _encoder(folder: str | Path, max_len: int) -> Callable[[Sequence[QaRow]], Batch]:
+def _encoder(folder: str | Path, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Batch, int]]:
     from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -180,17 +198,18 @@ def _encoder(folder: str | Path, max_len: int) -> Callable[[Sequence[QaRow]], Ba
         start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
         render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
 
-    def encode(rows: Sequence[QaRow]) -> Batch:
+    def encode(rows: Sequence[QaRow]) -> tuple[Batch, int]:
         rendered = [render(row.question, row.answer) for row in rows]
         encoded = encode_rendered(tokenizer, rendered, pad=tokenizer.pad_token_id or 0)
         width = min(encoded.inputs.shape[1], max_len - 1)
+        num_cut = int(np.sum(encoded.valid[:, width:].any(axis=1)))
         cut = type(encoded)(*(array[:, :width] for array in encoded))
         if np.any(is_cut := cut.mask.sum(axis=1) == 0):
             row = rows[int(np.argmax(is_cut))]
             raise ValueError(
                 f"{row.where}: the question alone fills {max_len} tokens; give a larger --max-len"
             )
-        return cut.as_batch()
+        return cut.as_batch(), num_cut
 
     return encode
 

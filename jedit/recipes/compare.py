@@ -70,6 +70,8 @@ class Grid(NamedTuple):
 BY_ADAM = ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "SAM", "UAM", "ROSU")
 BY_ADAM += ("ROSU (push)", "null-space GradDiff", "KUDA")
 BY_GU = ("GU (leaf)", "GU (global)")
+# These train in a metric or a null space of the retain rows' curvature.
+FITTED = ("NPO (natural)", "null-space GradDiff", "KUDA")
 
 
 def with_all_methods(
@@ -103,7 +105,7 @@ class Task(NamedTuple):
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
         refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
         utility: params to Model Utility, or None.
-        judged_rows: rows of each set that judge a point, the first ones; None: all.
+        judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
     """
 
     apply: Callable
@@ -173,14 +175,15 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
             setting = {"temperature": temperature, "damping": damping, "steps": steps}
             keep(*_kfade_curve(task, grid, judge, name, curvatures[temperature], setting))
         methods.append(_kfade_method(name, grid, seconds))
-    plain, seconds = fitted["K-FADE (K-FAC)"]
+    plain, fit_seconds = fitted["K-FADE (K-FAC)"]
     retained = plain[min(plain)]
     for name, scales in grid.scales.items():
         editor = _editors(task, retained, key=curvature_key)[name]
         say(f"{name}: {len(scales)} scales")
         keep(*_scaled_curve(task, judge, name, editor, scales))
         strength = "scale (of the edit)"
-        methods.append(Method(name, editor.description, strength, {}, 2 * seconds))
+        # The engrams want the forget rows' moments as well, which are far fewer.
+        methods.append(Method(name, editor.description, strength, {}, fit_seconds))
     trained_by = _trainers(task, retained, plain[max(plain)])
     for name, rates in grid.learning_rates.items():
         trainer = trained_by[name]
@@ -188,7 +191,9 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
         for rate in rates:
             keep(*_trained_curve(task, grid, judge, name, trainer, rate, key=ascent_key))
         strength = f"steps (batches of {grid.batch_size} rows)"
-        methods.append(Method(name, trainer.description, strength, {"learning rate": rates}))
+        fitting = fit_seconds if name in FITTED else 0.0
+        grid_of = {"learning rate": rates}
+        methods.append(Method(name, trainer.description, strength, grid_of, fitting))
     best = {m.name: best_of(m.name) for m in methods}
     return Judged(original, retrained, tuple(methods), tuple(found), best), models
 
@@ -208,7 +213,7 @@ class _Judge:
         self.task = task
         names = ("forget", "retain", "heldout", "test")
         self.sets = {
-            name: list(batches(probe_batch(getattr(task, name), task.judged_rows), task.chunk))
+            name: list(batches(_judged(task, name), task.chunk))
             for name in names
             if getattr(task, name) is not None
         }
@@ -238,6 +243,11 @@ class _Judge:
         if task.utility is not None:
             values["model_utility"] = task.utility(params)
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
+
+
+def _judged(task: Task, name: str) -> Batch:
+    rows = getattr(task, name)
+    return rows if name == "forget" else probe_batch(rows, task.judged_rows)
 
 
 @functools.partial(jax.jit, static_argnames="apply")

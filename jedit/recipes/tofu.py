@@ -89,7 +89,7 @@ PRESETS = {
         authors=60,
         forgotten=6,
         questions=60,
-        model=Model(width=160, layers=4, heads=4, vocab=2048, max_len=112),
+        model=Model(width=160, layers=4, heads=4, vocab=2048, max_len=176),
         recipe=Recipe(epochs=(12,), batch_size=16, learning_rate=1e-3),
         grid=GRID,
     ),
@@ -126,10 +126,11 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
     Raises:
         ValueError: more authors to forget than have paraphrases and wrong answers.
     """
-    if not 0 < preset.forgotten <= 20 < preset.authors - preset.forgotten <= TOFU_AUTHORS - 20:
+    num_kept = preset.authors - preset.forgotten
+    if not (0 < preset.forgotten <= 20 < num_kept and preset.authors <= TOFU_AUTHORS):
         raise ValueError(
-            "1 to 20 authors can be forgotten and more than 20 have to be kept, got "
-            f"{preset.forgotten} of {preset.authors}"
+            f"1 to 20 authors of at most {TOFU_AUTHORS} can be forgotten, and more than 20 have to "
+            f"be kept; got {preset.forgotten} of {preset.authors}"
         )
     first = TOFU_AUTHORS - preset.forgotten
     kept = {f"author {i}" for i in range(preset.authors - preset.forgotten)}
@@ -199,17 +200,24 @@ def tofu(
     )
     judged, models = compare(task, preset.grid, key=compare_key, say=say)
     models = {"untouched": task.original, "retrained": task.retrained} | models
+    whole = {
+        name: encode_questions(model, rows)
+        for name, rows in sets._asdict().items()
+        if name in ("real_authors", "world_facts")
+    }
+    whole |= {"forget": asked["forget"], "retain": encode_questions(model, sets.heldout)}
     evaluations, leaderboard = {}, {}
     for name, params in models.items():
         say(f"evaluating {name}")
-        evaluations[name] = evaluate(model, params, task, asked, sets)
+        evaluations[name] = evaluate(model, params, task, whole, sets)
         leaderboard[name] = {metric: found.aggregate for metric, found in evaluations[name].items()}
         if with_attacks:
-            leaderboard[name] |= attack(model, params, task, asked, key=attack_key)
+            leaderboard[name] |= attack(model, params, task, whole, key=attack_key)
     baseline = leaderboard["retrained"]["mia_min_k"]
     for name, row in leaderboard.items():
-        row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
-        evaluations[name]["privleak"] = Evaluation(row["privleak"])
+        if baseline < 1:  # else the retrained model gives the forget rows away itself
+            row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
+            evaluations[name]["privleak"] = Evaluation(row["privleak"])
     size = sum(x.size for x in jax.tree.leaves(initial))
     return (
         Comparison(
@@ -219,7 +227,9 @@ def tofu(
                 f"The model learns {len(everything)} question-answer rows: {preset.authors} "
                 "authors of TOFU, its real authors and its world facts. Curvature and edits see "
                 f"{len(sets.seen)} retain rows; the {len(sets.heldout)} of authors 14 to 19, which "
-                "they do not see, are the retain questions of Model Utility and of the KL.",
+                "they do not see, are the retain questions of Model Utility and of the KL. "
+                f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
+                f"counted, are longer than {preset.model.max_len} tokens and were cut off.",
             ),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
             settings={

@@ -56,6 +56,17 @@ class LanguageModel(NamedTuple):
             )
         return encoded.as_batch()
 
+    def num_cut(self, rows: Sequence[QaRow]) -> int:
+        """How many right, paraphrased and wrong answers do not fit in with their questions."""
+        pairs = [
+            (row.question, answer)
+            for row in rows
+            for answer in (row.answer, row.paraphrased_answer, *row.perturbed_answer)
+            if answer
+        ]
+        lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
+        return int(np.sum(lengths >= self.max_len))
+
 
 class Questions(NamedTuple):
     """A set of questions, encoded once for all models.

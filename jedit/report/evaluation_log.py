@@ -83,7 +83,13 @@ def read_evaluation_log(path: Path) -> dict[str, Evaluation]:
         raise ValueError(
             f"{path}: expected one object with {AGGREGATE!r} or {ROWS!r} for each metric"
         )
-    return {metric: _from_json(entry) for metric, entry in log.items()}
+    try:
+        return {metric: _from_json(entry) for metric, entry in log.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: an aggregate must be a number or null, and a row an object with a number for "
+            f"its name ({error})"
+        ) from None
 
 
 def _to_json(metric: str, evaluation: Evaluation) -> dict[str, Any]:

@@ -18,7 +18,9 @@ class Measure(NamedTuple):
 # By the names of the leading framework where it has the metric.
 MEASURES = {
     "forget_quality": Measure("forget\nquality", "p-value against the retrained model"),
-    "model_utility": Measure("model\nutility", "harmonic mean of the nine below, on all questions"),
+    "model_utility": Measure(
+        "model\nutility", "harmonic mean of nine, on all questions and not only those that chose"
+    ),
     "forget_Q_A_Prob": Measure("forget\nprob.", "probability of the forget answers, per token"),
     "forget_Q_A_ROUGE": Measure("forget\nROUGE", "ROUGE-L recall of the forget answers"),
     "forget_truth_ratio": Measure("forget\nTR", "mean of min(TR, 1/TR) on the forget questions"),
@@ -26,8 +28,11 @@ MEASURES = {
     "extraction_strength": Measure("extr.\nstr.", "share of a forget answer that its start yields"),
     "privleak": Measure("Priv-\nLeak", "by Min-K%, in percent: 0 is the retrained model"),
     "mia_min_k": Measure("AUC\nMin-K", "of Min-K% between forget and never seen rows; 1/2: blind"),
+    "before_relearning": Measure(
+        "before", "probability of five sixths of the forget answers, per token"
+    ),
     "relearned_harmful": Measure(
-        "relearnt\nharmful", "probability of other forget answers after training on some of them"
+        "relearnt\nharmful", "the same answers' after training on the other sixth"
     ),
     "relearned_benign": Measure("relearnt\nbenign", "the same, trained on unrelated questions"),
     "reapplied": Measure("re-\napplied", "after harmful relearning and the same edit once more"),

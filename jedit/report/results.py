@@ -215,7 +215,9 @@ def best_quality(
         for curve in curves
         if curve.method == method
         for point in curve.points
-        if (point.model_utility or 0) >= least and math.isfinite(point.forget_quality or math.nan)
+        if (point.model_utility or 0) >= least
+        and point.forget_quality is not None
+        and math.isfinite(point.forget_quality)
     ]
 
     def rank(pair: tuple[Curve, Point]) -> tuple[bool, float]:

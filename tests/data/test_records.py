@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jedit.data import DataError
+from jedit.data import DataError, read_rwku
 from jedit.data.records import read_records
 
 ROWS = [{"a": 1}, {"a": 2}, {"a": 3}]
@@ -75,8 +75,21 @@ def test_what_is_not_there_is_named(tmp_path):
         read_records(tmp_path / "not" / "there", "c")
 
 
-def test_no_name_leaves_the_folder(tmp_path):
-    (tmp_path / "inside").mkdir()
-    (tmp_path / "secret.json").write_text(lines(ROWS))
-    with pytest.raises(DataError, match="no file"):
-        read_records(tmp_path / "inside", "../secret")
+@pytest.mark.parametrize("names", [("../secret", "train"), ("c", "../../secret"), ("/secret", "t")])
+def test_no_name_leaves_the_folder(tmp_path, names):
+    (tmp_path / "inside" / "c").mkdir(parents=True)
+    for name in ("secret.json", "secret/train-00000-of-00001.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines(ROWS))
+    with pytest.raises(DataError, match="names a part outside the data set's folder"):
+        read_records(tmp_path / "inside", *names)
+    with pytest.raises(DataError, match="outside the data set's folder"):
+        read_rwku(tmp_path / "inside", "train", "../../secret")
+
+
+def test_links_of_a_hubs_cache_are_followed(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "x").write_text(lines(ROWS))
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "c.json").symlink_to("../blobs/x")
+    assert read_records(tmp_path / "snapshot", "c") == ROWS

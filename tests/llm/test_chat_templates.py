@@ -18,6 +18,15 @@ QWEN = (
     "{% for m in messages %}{{ '<|role|>' + m['role'] + '\n' + m['content'] + '<|eot|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|role|>assistant\n' }}{% endif %}"
 )
+# Thinks before it answers, unless it is told not to, and writes an empty thought to a given answer.
+THINKING = (
+    "{% for m in messages %}{{ '<|role|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|eot|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|role|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 MOVED = "{% for m in messages %}{{ messages | length ~ m['content'] }}{% endfor %}"
 
 
@@ -42,7 +51,9 @@ def tokenizer():
     )
 
 
-@pytest.mark.parametrize(("template", "answer"), [(LLAMA, "Paris "), (QWEN, "Paris")])
+@pytest.mark.parametrize(
+    ("template", "answer"), [(LLAMA, "Paris "), (QWEN, "Paris"), (THINKING, "Paris")]
+)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_answer_and_end_token_count_and_nothing_else(tokenizer, template, answer, system):
     tokenizer.chat_template = template

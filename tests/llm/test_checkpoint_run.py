@@ -36,6 +36,8 @@ def run(stories_folder, tmp_path_factory):
 
 def test_it_forgets_within_the_budget_and_says_so(run):
     found, out, said = run
+    assert found["num_cut_off"] == {"forget": 0, "retain": 0, "heldout": 0}
+    assert sorted(path.name for path in out.iterdir()) == ["edited", "results.json"]
     assert found["num_rows"] == {"forget": 2, "retain": 4, "heldout": 2}
     assert found["after"]["forget_nll"] > found["before"]["forget_nll"] + 0.05
     assert 0 < found["true_kl"] <= 0.1
@@ -84,6 +86,10 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "forget nll" in shown
     assert "Edited model:" in shown
+    edited = tmp_path / "out" / "edited"
+    assert main([*given, "--model", str(edited)]) == 2
+    assert "would be replaced by the edited model" in capsys.readouterr().err
+    assert (edited / "config.json").is_file()
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert main([*given, "--model", str(stories_folder)]) == 2
     assert "mine.txt" in capsys.readouterr().err

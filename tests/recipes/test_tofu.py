@@ -45,7 +45,10 @@ def test_sets_are_disjoint_and_whole():
     parts = [{row.identity for row in rows} for rows in (sets.forget, sets.seen, sets.heldout)]
     assert all(not a & b for i, a in enumerate(parts) for b in parts[:i])
     assert all(row.perturbed_answer and row.paraphrased_answer for row in sets.heldout)
-    with pytest.raises(ValueError, match="1 to 20 authors can be forgotten"):
+    for forgotten in (1, 10, 20):
+        sets = read_sets(TOFU, PRESETS["gpu"]._replace(forgotten=forgotten))
+        assert len(sets.forget) + len(sets.seen) + len(sets.heldout) == 4000
+    with pytest.raises(ValueError, match="1 to 20 authors of at most 200 can be forgotten"):
         read_sets(TOFU, PRESETS["cpu"]._replace(forgotten=21))
 
 
@@ -127,10 +130,14 @@ def test_a_toy_from_end_to_end():
     retrained = found.leaderboard["retrained"]
     assert retrained["forget_quality"] == pytest.approx(1.0)
     assert retrained["privleak"] == 0
-    assert found.original.model_utility == pytest.approx(
-        found.leaderboard["untouched"]["model_utility"]
+    assert found.original.forget_quality == pytest.approx(
+        found.leaderboard["untouched"]["forget_quality"]
     )
+    asked = found.evaluations["NPO"]["retain_Q_A_Prob"].rows["prob"]
+    assert len(asked) == found.num_rows["heldout"] > TOY.questions
+    assert {m.name for m in found.methods if m.fit_seconds} == {*methods} - {"NPO"}
     columns = {name: set(row) for name, row in found.leaderboard.items()}
+    assert columns.pop("retrained") == columns["untouched"] - {"reapplied"}
     assert len(set(map(frozenset, columns.values()))) == 1
     for name, row in found.leaderboard.items():
         assert all(np.isfinite(value) for value in row.values()), name

@@ -159,3 +159,19 @@ def test_bad_logs_get_a_sentence(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=rf"x\.json: .*{said}"):
             read_evaluation_log(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"agg_value": {"x": 1}},
+        {"value_by_index": {"0": 0.5}},
+        {"value_by_index": {"a": {"score": 0.5}}},
+        {"value_by_index": [1]},
+    ],
+)
+def test_a_malformed_entry_is_refused_by_name(tmp_path, entry):
+    path = tmp_path / "TOFU_EVAL.json"
+    path.write_text(json.dumps({"metric": entry}))
+    with pytest.raises(ValueError, match="TOFU_EVAL.json: an aggregate must be"):
+        read_evaluation_log(path)
