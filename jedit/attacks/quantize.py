@@ -9,6 +9,7 @@ as on any params.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,25 +46,35 @@ def quantize(
     """
     if bits not in BITS:
         raise ValueError(f"bits must be 4 or 8, got {bits}")
-    qwix, found = _qwix(), 0
+    qwix = _qwix()
 
-    def rounded(path: tuple, leaf: Array) -> Array:
-        nonlocal found
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if leaf.ndim < 2 or (select is not None and not re.search(select, name)):
-            return leaf
-        found += 1
-        axes = (leaf.ndim - 1,) if channel_axes is None else channel_axes(name, leaf)
-        wide = leaf.astype(jnp.float32)
-        levels = qwix.quantize(wide, BITS[bits], channelwise_axes=axes)
-        # A channel of zeros has no scale to divide by.
-        back = jnp.where(wide == 0, 0, qwix.dequantize(levels))
-        return back.astype(leaf.dtype)
+    def is_rounded(name: str, leaf: Array) -> bool:
+        return leaf.ndim >= 2 and (select is None or re.search(select, name) is not None)
 
-    made = jax.tree_util.tree_map_with_path(rounded, params)
-    if not found:
+    def axes_of(name: str, leaf: Array) -> tuple[int, ...]:
+        return (leaf.ndim - 1,) if channel_axes is None else channel_axes(name, leaf)
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
+    if not any(is_rounded(*item) for item in named):
         raise ValueError(f"select {select!r} finds no array of two or more axes")
-    return made
+    made = [
+        _rounded(leaf, qwix.quantize, qwix.dequantize, bits, tuple(axes_of(name, leaf)))
+        if is_rounded(name, leaf)
+        else leaf
+        for name, leaf in named
+    ]
+    return structure.unflatten(made)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _rounded(
+    leaf: Array, quantized: Callable, dequantized: Callable, bits: int, axes: tuple[int, ...]
+) -> Array:
+    wide = leaf.astype(jnp.float32)
+    levels = quantized(wide, BITS[bits], channelwise_axes=axes)
+    # A channel of zeros has no scale to divide by.
+    return jnp.where(wide == 0, 0, dequantized(levels)).astype(leaf.dtype)
 
 
 def _qwix() -> Any:

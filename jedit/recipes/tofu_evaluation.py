@@ -19,6 +19,7 @@ from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode
 from jedit.typing import Batch
 
+STEP = 32  # of the widths of encoded rows, so that few of them are compiled for
 ROOM = 8  # tokens that an answer may be longer than the longest true one
 
 
@@ -40,13 +41,13 @@ class LanguageModel(NamedTuple):
     chunk: int = 32
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
-        """Questions with answers, as wide as the longest.
+        """Questions with answers, as wide as the longest and a multiple of `STEP`.
 
         Raises:
             ValueError: nothing of an answer is left when the row is cut off.
         """
         lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
-        width = min(int(lengths.max()) + 1, self.max_len)
+        width = min(-(-int(lengths.max() + 1) // STEP) * STEP, self.max_len)
         encoded = encode_pairs(self.tokenizer, pairs, width, truncate=True)
         if np.any(is_cut := encoded.mask.sum(axis=1) == 0):
             question, _ = pairs[int(np.argmax(is_cut))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jedit import metrics
-from jedit.data import QaRow, train_tokenizer
+from jedit.data import QaRow, read_tofu, train_tokenizer
 from jedit.models import gpt, gpt_stepper
 from jedit.recipes.compare import Grid
 from jedit.recipes.question_answer import Model
@@ -121,7 +121,15 @@ def test_questions_without_wrong_answers_are_refused(model_and_params):
 @needs_tofu
 @pytest.mark.reuses_keys
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_toy_from_end_to_end():
+def test_a_toy_from_end_to_end(monkeypatch):
+    def a_few(where, split):
+        rows = read_tofu(where, split)
+        if split.startswith(("real_authors", "world_facts", "holdout")):
+            return rows[:8]
+        return [row for i, row in enumerate(rows) if i % 20 < 4]
+
+    monkeypatch.setattr("jedit.recipes.tofu.read_tofu", a_few)
+    monkeypatch.setattr("jedit.recipes.tofu.HELDOUT_AUTHORS", range(18, 20))
     said = []
     (found,) = tofu(TOFU, TOY, seed=0, say=said.append)
     methods = [method.name for method in found.methods]
