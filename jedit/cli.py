@@ -269,15 +269,13 @@ def _tofu(options: Tofu, command: str) -> int:
         }
         preset = preset._replace(grid=preset.grid._replace(**chosen))
     try:
-        read_sets(options.data, preset)
+        sets = read_sets(options.data, preset)
     except (DataError, ValueError) as error:
         raise UsageError(str(error)) from None
     stages = _Stages()
 
     def comparison() -> Sequence:
-        return tofu(
-            options.data, preset, seed=options.seed, say=stages, with_attacks=options.attacks
-        )
+        return tofu(sets, preset, seed=options.seed, say=stages, with_attacks=options.attacks)
 
     return _report(comparison, stages, options.out, options.seed, command)
 

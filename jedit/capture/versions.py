@@ -45,7 +45,7 @@ def rebind(eqn, inputs: list) -> list:
         elif isinstance(bound, tuple) and len(bound) == 2:  # a pair (functions, parameters)
             outs = eqn.primitive.bind(*bound[0], *inputs, **bound[1])
         else:
-            raise NotImplementedError(
+            raise RuntimeError(
                 f"jax {jax.__version__} re-binds `{eqn.primitive.name}` in a way this version of "
                 "jedit does not know; jedit supports jax >= 0.10"
             )

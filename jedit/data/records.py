@@ -132,7 +132,8 @@ def _from_library(name: str, config: str, split: str) -> list[dict[str, Any]]:
         ) from None
     try:
         return list(datasets.load_dataset(name, config, split=split))
-    except Exception as error:  # the library raises its own, the hub's and the network's errors
+    # OSError is the hub's and the network's errors; ValueError an unknown configuration or split.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{name}, {config!r}, split {split!r}: the datasets library could not load it: "

@@ -27,6 +27,7 @@ from jedit.recipes.tofu_evaluation import (
     encode_questions,
     membership_aucs,
     score_set,
+    truth_ratios,
 )
 from jedit.recipes.training import Recipe, train
 from jedit.report import Comparison, Evaluation
@@ -149,12 +150,12 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
 
 
 def tofu(
-    where: str | Path, preset: Preset, *, seed: int, say: Say, with_attacks: bool = True
+    sets: Sets, preset: Preset, *, seed: int, say: Say, with_attacks: bool = True
 ) -> tuple[Comparison, ...]:
     """Run the benchmark.
 
     Args:
-        where: TOFU's folder, or "locuslab/TOFU".
+        sets: of `read_sets`, for the same preset.
         preset: the size; see `PRESETS`.
         seed: of everything random.
         say: told of each stage.
@@ -166,7 +167,6 @@ def tofu(
     init_key, order_key, compare_key, attack_key = (
         jax.random.fold_in(jax.random.key(seed), i) for i in range(4)
     )
-    sets = read_sets(where, preset)
     model, initial = _build(sets, preset.model, key=init_key)
     everything = [*sets.forget, *sets.kept]
     say(f"training a GPT on {len(everything)} rows")
@@ -188,7 +188,7 @@ def tofu(
         retain=_rows(model, sets.seen),
         heldout=_rows(model, sets.heldout),
         test=None,
-        truth_ratio=lambda params: _truth_ratios(model, params, asked["forget"]),
+        truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
         select=SELECT,
         chunk=model.chunk,
         probe=64,
@@ -206,10 +206,11 @@ def tofu(
         if name in ("real_authors", "world_facts")
     }
     whole |= {"forget": asked["forget"], "retain": encode_questions(model, sets.heldout)}
+    reference = truth_ratios(model, task.retrained, whole["forget"])
     evaluations, leaderboard = {}, {}
     for name, params in models.items():
         say(f"evaluating {name}")
-        evaluations[name] = evaluate(model, params, task, whole, sets)
+        evaluations[name] = evaluate(model, params, whole, sets.holdout, reference)
         leaderboard[name] = {metric: found.aggregate for metric, found in evaluations[name].items()}
         if with_attacks:
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key)
@@ -256,12 +257,23 @@ def tofu(
 
 
 def evaluate(
-    model: LanguageModel, params: PyTree, task: Task, asked: dict[str, Questions], sets: Sets
+    model: LanguageModel,
+    params: PyTree,
+    asked: dict[str, Questions],
+    holdout: Sequence[QaRow],
+    reference: np.ndarray,
 ) -> dict[str, Evaluation]:
-    """Every metric of one model, row by row, under the leading framework's names."""
+    """Every metric of one model, row by row, under the leading framework's names.
+
+    Args:
+        model: its functions.
+        params: its parameters.
+        asked: the question sets.
+        holdout: rows like the forget ones that no model was trained on.
+        reference: truth ratios of the forget questions under the retrained model.
+    """
     scores = {name: score_set(model, params, questions) for name, questions in asked.items()}
     forget = scores["forget"]
-    reference = _truth_ratios(model, task.retrained, asked["forget"])
     utilities = {name: found.utility for name, found in scores.items() if name != "forget"}
     found = {
         "forget_quality": Evaluation(metrics.forget_quality(forget.truth_ratio, reference)),
@@ -289,7 +301,7 @@ def evaluate(
     ):
         values = metric(model.apply, params, asked["forget"].answers)
         found[name] = Evaluation(float(np.mean(values)), {"score": values})
-    for name, auc in membership_aucs(model, params, asked["forget"], sets.holdout).items():
+    for name, auc in membership_aucs(model, params, asked["forget"], holdout).items():
         found[f"mia_{name}"] = Evaluation(auc)
     return found
 
@@ -310,12 +322,6 @@ def _build(sets: Sets, size: Model, *, key) -> tuple[LanguageModel, PyTree]:
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):
     return model.encode([(row.question, row.answer) for row in rows])
-
-
-def _truth_ratios(model: LanguageModel, params: PyTree, asked: Questions) -> np.ndarray:
-    right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases or asked.answers)
-    wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
-    return metrics.truth_ratio(right, wrong.reshape(len(right), asked.num_wrong))
 
 
 def _utility(model: LanguageModel, params: PyTree, asked: dict[str, Questions]) -> float:

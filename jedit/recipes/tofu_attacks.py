@@ -62,7 +62,7 @@ def attack(
     taught_rows = rows[::LESSONS]
     others = [row for i, row in enumerate(rows) if i % LESSONS]
     known = _probability_of(model, others)
-    found = {"before_relearning": known(params)}
+    found = {}
     lessons = {"harmful": taught_rows, "benign": asked["world_facts"].rows[: len(taught_rows)]}
     for kind, taught in lessons.items():
         again = relearn(
@@ -74,7 +74,7 @@ def attack(
             measure=known,
             key=key,
         )
-        found[f"relearned_{kind}"] = again.values[-1]
+        found["before_relearning"], found[f"relearned_{kind}"] = again.values
         if kind == "harmful" and params is not task.retrained:
             # What the edit did is done once more to the model that has relearned.
             edit = edit_between(task.original, params)

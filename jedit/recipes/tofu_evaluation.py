@@ -149,13 +149,11 @@ def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScor
 
     Sets without paraphrases are multiple choice: their probability is the true answer's share.
     """
-    loss = metrics.answer_nll_per_row(model.apply, params, asked.answers)
-    wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
-    wrong = wrong.reshape(len(loss), asked.num_wrong)
+    right, wrong = _losses(model, params, asked)
     if asked.paraphrases is None:
-        right, probability = loss, metrics.normalized_probability(loss, wrong)
+        loss, probability = right, metrics.normalized_probability(right, wrong)
     else:
-        right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases)
+        loss = metrics.answer_nll_per_row(model.apply, params, asked.answers)
         probability = metrics.answer_probability(loss)
     texts = generate(model, params, asked.prompts, asked.num_steps)
     answers = [row.answer for row in asked.rows]
@@ -165,6 +163,20 @@ def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScor
     return SetScores(
         loss, np.nan_to_num(probability), ratios, metrics.rouge(answers, texts).rougeL_recall, texts
     )
+
+
+def truth_ratios(model: LanguageModel, params: PyTree, asked: Questions) -> np.ndarray:
+    """TR of each question, without asking the model to generate."""
+    return metrics.truth_ratio(*_losses(model, params, asked))
+
+
+def _losses(
+    model: LanguageModel, params: PyTree, asked: Questions
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n num_wrong"]]:
+    """Loss per token of the paraphrases (or true answers) and of the wrong answers."""
+    right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases or asked.answers)
+    wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
+    return right, wrong.reshape(len(right), asked.num_wrong)
 
 
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:

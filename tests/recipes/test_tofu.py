@@ -131,7 +131,7 @@ def test_a_toy_from_end_to_end(monkeypatch):
     monkeypatch.setattr("jedit.recipes.tofu.read_tofu", a_few)
     monkeypatch.setattr("jedit.recipes.tofu.HELDOUT_AUTHORS", range(18, 20))
     said = []
-    (found,) = tofu(TOFU, TOY, seed=0, say=said.append)
+    (found,) = tofu(read_sets(TOFU, TOY), TOY, seed=0, say=said.append)
     methods = [method.name for method in found.methods]
     assert methods == ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)"]
     assert list(found.leaderboard) == ["untouched", "retrained", *methods]
