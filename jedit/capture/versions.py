@@ -37,7 +37,11 @@ def inner_jaxprs(eqn) -> list[jex_core.ClosedJaxpr]:
 
 
 def rebind(eqn, inputs: list) -> list:
-    """Evaluate one equation on other inputs, its custom derivative rules and context kept."""
+    """Evaluate one equation on other inputs, its custom derivative rules and context kept.
+
+    Raises:
+        RuntimeError: a JAX of later date re-binds equations in a way not known here.
+    """
     bound = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
         if isinstance(bound, dict):  # jax >= 0.10
