@@ -24,10 +24,6 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; \
   done)
 
-# Folders whose tests draw random numbers through jedit, run once more with JAX's check for reused keys.
-KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tests/transforms \
-  tests/data tests/attacks tests/test_contract.py tests/test_unlearn.py tests/test_package.py)
-
 # A comma that may stand in an argument of $(call).
 , := ,
 
@@ -38,7 +34,7 @@ KEY_REUSE_TESTS := $(wildcard tests/curvature tests/objectives tests/methods tes
 help:
 	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
 	@echo "make test         the tests, in float64"
-	@echo "make test-more    the same in float32, and with JAX's check for reused keys"
+	@echo "make test-more    the same in float32, with JAX's check for reused keys"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
@@ -105,8 +101,7 @@ test: .venv/.dev
 	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
 
 test-more: .venv/.dev
-	$(FAST_COMPILE) JEDIT_TEST_X64=0 .venv/bin/python $(PYTEST)
-	$(FAST_COMPILE) JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) $(KEY_REUSE_TESTS)
+	$(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST)
 
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)

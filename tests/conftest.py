@@ -1,8 +1,9 @@
 """What every test stands on: strict JAX, 64-bit floats, checked shapes, fixtures.
 
 Environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as users have it;
-`JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice; `JEDIT_TEST_TYPECHECK=0`
-leaves the run-time check of shape annotations out. A fourth, `JEDIT_TEST_FAST_COMPILE=1`, skips
+`JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice, in the tests that draw
+random numbers through jedit; `JEDIT_TEST_TYPECHECK=0` leaves the run-time check of shape
+annotations out. A fourth, `JEDIT_TEST_FAST_COMPILE=1`, skips
 LLVM's optimisation: most of the suite's time is compilation, and this takes a quarter to two fifths
 of it away.
 """
@@ -19,6 +20,9 @@ IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MEMORY_MAPS = 25_000
+# Where keys are given to jedit; elsewhere tests draw their data, as they like.
+KEYS_CHECKED = ("attacks", "curvature", "data", "methods", "objectives", "transforms")
+KEYS_CHECKED += ("test_contract.py", "test_package.py", "test_unlearn.py")
 
 # All of this is read when JAX and the BLAS start, so it comes before their import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,7 +47,6 @@ import tests.typecheck  # noqa: F401 - the import hook below finds it by name
 jax.config.update("jax_enable_x64", IS_X64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_debug_key_reuse", IS_KEY_REUSE_CHECKED)
 
 if IS_TYPECHECKED:
     jaxtyping.install_import_hook(["jedit", "jedit_kernels"], "tests.typecheck.check")
@@ -72,7 +75,7 @@ def pytest_report_header(config):
     del config
     lines = [
         f"jax {jax.__version__}, {'float64' if IS_X64 else 'float32'}"
-        + (", reused keys are errors" if IS_KEY_REUSE_CHECKED else "")
+        + (", reused keys are errors where jedit draws" if IS_KEY_REUSE_CHECKED else "")
         + (", compiled without optimisation" if IS_COMPILED_FAST else "")
         + ("" if IS_TYPECHECKED else ", shape annotations unchecked")
     ]
@@ -84,9 +87,8 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out, visibly, what this run's precision or key check is not meant for."""
-    left_out = ([] if IS_X64 else ["float64"]) + (["reuses_keys"] if IS_KEY_REUSE_CHECKED else [])
-    dropped = [item for item in items if any(item.get_closest_marker(m) for m in left_out)]
+    """Leaves out, visibly, what this run's precision is not meant for."""
+    dropped = [] if IS_X64 else [item for item in items if item.get_closest_marker("float64")]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in dropped]
@@ -137,6 +139,15 @@ def few_memory_maps():
     if maps.exists() and len(maps.read_bytes().splitlines()) > MAX_MEMORY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=IS_KEY_REUSE_CHECKED)
+def checked_keys(request):
+    """JAX's own check that no random key is used twice."""
+    place = request.node.path.relative_to(ROOT / "tests").parts[0]
+    is_exempt = request.node.get_closest_marker("reuses_keys") is not None
+    with jax.debug_key_reuse(place in KEYS_CHECKED and not is_exempt):
+        yield
 
 
 @pytest.fixture(scope="session")
