@@ -1,0 +1,75 @@
+"""Claim: on TOFU a method in the metric of the outputs passes Forget Quality 0.05 at the smallest
+loss of Model Utility, and in less time than NPO.
+
+    python -m tests.bench.claims.tofu --data DIR [--seeds 3] [--methods NPO RMU ...]
+
+Each seed trains a full and a retrained model of its own at the cpu preset, tries every method at
+the same number of evaluations, and takes each method's best point by the recipe's rule.  Seconds
+are of the edit alone, compiling left out; the curvature's fit stands apart.
+"""
+
+import sys
+
+import numpy as np
+
+from jedit.recipes.tofu import PRESETS, read_sets, tofu
+from tests.bench.claims.evidence import interval, parser, shown, write
+
+METHODS = ("NPO (natural)", "NPO", "SimNPO", "GradDiff", "RMU", "IdkDPO", "UNDIAL")
+COLUMNS = ("forget_quality", "model_utility", "heldout_kl", "edit_seconds", "fit_seconds")
+
+
+def best_points(comparison) -> dict[str, dict[str, float]]:
+    """By method the numbers of its best point; utility as a share of the untouched model's."""
+    found = {}
+    for method in comparison.methods:
+        best = comparison.best(method.name)
+        if best is not None:
+            point = best[1]
+            row = {name: getattr(point, name, method.fit_seconds) for name in COLUMNS}
+            row["model_utility"] /= comparison.original.model_utility
+            found[method.name] = row | {"passes": float(point.forget_quality > 0.05)}
+    return found
+
+
+def main() -> None:
+    """Run the seeds and write what came out."""
+    options = parser(__doc__, seeds=3)
+    options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
+    options.add_argument("--methods", nargs="+", default=list(METHODS))
+    given = options.parse_args()
+    preset = PRESETS["cpu"]
+    grid = preset.grid._replace(
+        scales={k: v for k, v in preset.grid.scales.items() if k in given.methods},
+        learning_rates={k: v for k, v in preset.grid.learning_rates.items() if k in given.methods},
+    )
+    preset = preset._replace(grid=grid)
+    sets = read_sets(given.data, preset)
+    runs = []
+    for seed in range(given.seeds):
+        (comparison,) = tofu(
+            sets,
+            preset,
+            seed=seed,
+            say=lambda text, seed=seed: print(f"seed {seed}: {text}", file=sys.stderr, flush=True),
+            with_attacks=False,
+        )
+        runs.append(best_points(comparison))
+        print(f"seed {seed}: {runs[-1]}", file=sys.stderr, flush=True)
+    print(
+        "| method | passes | forget quality (geometric) | utility kept | held-out KL | s | fit s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    summary = {}
+    for name in {name: None for run in runs for name in run}:
+        rows = [run[name] for run in runs if name in run]
+        summary[name] = {c: interval([row[c] for row in rows]) for c in COLUMNS}
+        logs = np.log10([max(row["forget_quality"], 1e-300) for row in rows])
+        passes = f"{sum(row['passes'] for row in rows):.0f} of {len(runs)}"
+        rest = " | ".join(shown(summary[name][c]) for c in COLUMNS[1:])
+        print(f"| {name} | {passes} | {10 ** logs.mean():.2g} | {rest} |")
+    write("tofu", given.out, {"seeds": given.seeds, "runs": runs, "summary": summary})
+
+
+if __name__ == "__main__":
+    main()
