@@ -6,7 +6,7 @@ A leaf: every folder may use it, and it knows of nothing but `Batch`.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jedit.typing import Batch, wide_dtype
+from jedit.typing import Batch, PackedTokens, wide_dtype
 
 
 def counted_outputs(batch: Batch, lead_shape: tuple[int, ...]) -> Bool[Array, "*lead"]:
@@ -26,6 +26,20 @@ def counted_outputs(batch: Batch, lead_shape: tuple[int, ...]) -> Bool[Array, "*
             )
         counted &= given.astype(bool)
     return counted
+
+
+def by_example(batch: Batch, values: Array) -> Array:
+    """Return the outputs' values with each example's on one axis, (batch, outputs of an example).
+
+    Raises:
+        ValueError: if the batch is packed, so that what leads are not examples.
+    """
+    if isinstance(batch.inputs, PackedTokens):
+        raise ValueError(
+            "this looks at each example by itself, and a packed batch has several in one sequence; "
+            "give it the padded rows that were packed"
+        )
+    return values.reshape(values.shape[0], -1)
 
 
 def wide(x: Array) -> Array:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 
 class Batch(NamedTuple):
@@ -21,6 +21,22 @@ class Batch(NamedTuple):
     targets: Array | None = None
     mask: Array | None = None
     valid: Array | None = None
+
+
+class PackedTokens(NamedTuple):
+    """Token sequences of several rows each, as `jedit.data.pack` makes them: inputs of a batch.
+
+    A token sees those of its own row that stand left of it, itself included, and no other row's.
+
+    Attributes:
+        tokens: what the model reads.
+        segments: which row a token is of: the number of the row, counted from 1; 0: padding.
+        positions: where in its row a token stands, counted from 0; 0 on padding.
+    """
+
+    tokens: Int[Array, "batch seq"]
+    segments: Int[Array, "batch seq"]
+    positions: Int[Array, "batch seq"]
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -17,6 +17,7 @@ from jedit.data.benchmarks import (
 from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
 from jedit.data.jsonl import DataError, QaRow, facts_to_rows, read_rows, write_rows
 from jedit.data.mnist import load_mnist
+from jedit.data.packing import Packing, pack
 from jedit.data.pairing import pair_by_entity, pair_in_turn, pair_uniformly
 from jedit.data.records import read_records
 from jedit.data.selection import check_disjoint, select_rows
@@ -46,6 +47,7 @@ __all__ = [
     "Digits",
     "Encoded",
     "Fact",
+    "Packing",
     "Prompts",
     "QaRow",
     "Rendered",
@@ -65,6 +67,7 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "load_tokenizer",
+    "pack",
     "pair_by_entity",
     "pair_in_turn",
     "pair_uniformly",

@@ -16,10 +16,10 @@ from functools import partial
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from jedit.metrics._greedy import greedy_hits
-from jedit.metrics.streaming import each_batch, rows_of_sums
+from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums, sums_by_row
 from jedit.objectives.token_nll import Apply
 from jedit.typing import Batch
 
@@ -36,7 +36,6 @@ def exact_memorization(
 
 
 @partial(jax.jit, static_argnums=0)
-def _row_hits(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+def _row_hits(apply: Apply, params: PyTree, batch: Batch) -> RowSums:
     hits, counted = greedy_hits(params, batch, apply=apply)
-    num_rows = hits.shape[0]
-    return hits.reshape(num_rows, -1).sum(axis=1), counted.reshape(num_rows, -1).sum(axis=1)
+    return sums_by_row(batch, hits, counted)

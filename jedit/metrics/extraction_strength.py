@@ -22,11 +22,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from jedit.metrics._greedy import greedy_hits
-from jedit.metrics.streaming import each_batch, rows_of_sums
+from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply
+from jedit.outputs import by_example
 from jedit.typing import Batch
 
 
@@ -37,15 +38,17 @@ def extraction_strength(
 
     An example none of whose outputs counts, such as one that fills up the last batch, is left out.
     Outputs that do not count may stand anywhere, between those that do as well.
+
+    Raises:
+        ValueError: if a batch is packed.
     """
     runs, counts = rows_of_sums([_row_runs(apply, params, batch) for batch in each_batch(batches)])
     return runs / counts
 
 
 @partial(jax.jit, static_argnums=0)
-def _row_runs(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+def _row_runs(apply: Apply, params: PyTree, batch: Batch) -> RowSums:
     hits, counted = greedy_hits(params, batch, apply=apply)
-    num_rows = hits.shape[0]
-    hits, counted = hits.reshape(num_rows, -1), counted.reshape(num_rows, -1)
+    hits, counted = (by_example(batch, x) for x in (hits, counted))
     misses_from_here = jnp.cumsum((counted & ~hits)[:, ::-1], axis=1)[:, ::-1]
-    return jnp.sum(hits & (misses_from_here == 0), axis=1), jnp.sum(counted, axis=1)
+    return RowSums(jnp.sum(hits & (misses_from_here == 0), axis=1), jnp.sum(counted, axis=1))

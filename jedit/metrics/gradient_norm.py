@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.metrics.streaming import each_batch, rows_of_sums
+from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import wide
+from jedit.outputs import by_example, wide
 from jedit.typing import Batch
 
 ORDERS = (1.0, 2.0, float("inf"))
@@ -42,11 +42,13 @@ def gradient_norm_scores(
         The norms, in nats per unit of the parameters.
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: an unknown order, or a batch that is packed.
     """
     if order not in ORDERS:
         raise ValueError(f"order must be 1, 2 or infinity, got {order}")
-    norms, _ = rows_of_sums([_norms(apply, order, params, batch) for batch in each_batch(batches)])
+    norms, _ = rows_of_sums(
+        [RowSums(*_norms(apply, order, params, batch)) for batch in each_batch(batches)]
+    )
     return norms
 
 
@@ -55,7 +57,7 @@ def _norms(apply: Apply, order: float, params: PyTree, batch: Batch) -> tuple[Ar
     def norm(row: Batch) -> tuple[Array, Array]:
         def loss(params: PyTree) -> tuple[Array, Array]:
             nll, counted = counted_nll(params, jax.tree.map(lambda x: x[None], row), apply=apply)
-            return masked_mean(nll, counted), jnp.sum(counted)
+            return masked_mean(by_example(row, nll), by_example(row, counted)), jnp.sum(counted)
 
         gradient, count = jax.grad(loss, has_aux=True)(params)
         sizes = [jnp.abs(wide(leaf)) for leaf in jax.tree.leaves(gradient)]

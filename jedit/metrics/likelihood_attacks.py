@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike
 
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.outputs import by_example
 from jedit.typing import Batch
 
 SHARE = 0.4  # MUSE's and open-unlearning's; the two papers try 0.1 to 0.6 and 1
@@ -89,7 +90,7 @@ def min_k_scores(
         The scores, in the order given; with a share of 1 the loss.
 
     Raises:
-        ValueError: if the share is not above 0 and at most 1.
+        ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
     _check_share(share)
     parts = [_token_log_p(apply, params, batch) for batch in each_batch(batches)]
@@ -102,7 +103,7 @@ def min_k_plus_plus_scores(
     """Return each row's Min-K%++ score, in standard deviations; arguments as of `min_k_scores`.
 
     Raises:
-        ValueError: if the share is not above 0 and at most 1.
+        ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
     _check_share(share)
     parts = [_token_z(apply, params, batch) for batch in each_batch(batches)]
@@ -131,7 +132,7 @@ def _token_log_p(
     logits, targets, counted = labelled_logits(params, batch, apply=apply)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    return _flat(picked), _flat(counted)
+    return by_example(batch, picked), by_example(batch, counted)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -146,8 +147,4 @@ def _token_z(
     variance = jnp.sum(p * (likely - mean[..., None]) ** 2, axis=-1)
     picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     z = (picked - mean) / jnp.sqrt(jnp.maximum(variance, MIN_VARIANCE))
-    return _flat(z), _flat(counted)
-
-
-def _flat(values: Array) -> Array:
-    return values.reshape(values.shape[0], -1)
+    return by_example(batch, z), by_example(batch, counted)

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.metrics.streaming import each_batch, mean_of_sums, rows_of_sums
+from jedit.metrics.streaming import (
+    RowSums,
+    each_batch,
+    mean_of_sums,
+    rows_of_sums,
+    sums_by_row,
+)
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.typing import Batch
 
@@ -32,6 +38,7 @@ def answer_nll_per_row(
     """Return each example's mean negative log-likelihood, in the order given.
 
     An example none of whose outputs counts, such as one that fills up the last batch, is left out.
+    The examples of packed batches, all of one `pack`, are its rows, in their order there.
     """
     sums, counts = rows_of_sums([_row_sums(apply, params, batch) for batch in each_batch(batches)])
     return sums / counts
@@ -42,7 +49,7 @@ def answer_nll_sum_per_row(
 ) -> Float[np.ndarray, " n"]:
     """Return each example's summed negative log-likelihood, in the order given.
 
-    An example none of whose outputs counts is left out here too.
+    An example none of whose outputs counts is left out here too; packed batches as above.
     """
     return rows_of_sums([_row_sums(apply, params, batch) for batch in each_batch(batches)])[0]
 
@@ -54,7 +61,6 @@ def _sum_and_count(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, A
 
 
 @partial(jax.jit, static_argnums=0)
-def _row_sums(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+def _row_sums(apply: Apply, params: PyTree, batch: Batch) -> RowSums:
     values, counted = counted_nll(params, batch, apply=apply)
-    num_rows = values.shape[0]
-    return values.reshape(num_rows, -1).sum(axis=1), counted.reshape(num_rows, -1).sum(axis=1)
+    return sums_by_row(batch, values, counted)

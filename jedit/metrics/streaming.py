@@ -1,12 +1,15 @@
 """Sums over batches, as means that weigh every counted output alike and as rows in their order."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jedit.typing import Batch
+from jedit.outputs import by_example
+from jedit.typing import Batch, PackedTokens
 
 
 def each_batch(batches: Iterable[Batch] | Batch) -> Iterable[Batch]:
@@ -29,14 +32,49 @@ def mean_of_sums(sums: list[tuple[Array, Array]]) -> float:
     return sum(float(t) for t in totals) / count
 
 
-def rows_of_sums(
-    sums: list[tuple[Num[Array, " batch"], Int[Array, " batch"]]],
-) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return each example's sum, in float64, and count, from each batch's, both on the device.
+class RowSums(NamedTuple):
+    """A batch's sums by row, on the device.
 
-    An example that counts nothing, such as one that fills up the last batch, is left out.
+    Attributes:
+        totals: of each row; of each output, for a packed batch.
+        counts: how many outputs each is of.
+        rows: None, or the number of the row that each is of, for a packed batch.
+    """
+
+    totals: Shaped[Array, " sums"]
+    counts: Int[Array, " sums"]
+    rows: Int[Array, " sums"] | None = None
+
+
+def sums_by_row(
+    batch: Batch, values: Shaped[Array, "*lead"], counted: Bool[Array, "*lead"]
+) -> RowSums:
+    """Return the sums of values that are 0 where they do not count, for `rows_of_sums`."""
+    if isinstance(batch.inputs, PackedTokens):
+        # A row's outputs lie in one sequence; how many rows there are is known outside alone.
+        flat = (x.reshape(-1) for x in (values, counted.astype(int), batch.inputs.segments))
+        return RowSums(*flat)
+    values, counted = (by_example(batch, x) for x in (values, counted))
+    return RowSums(jnp.sum(values, axis=1), jnp.sum(counted, axis=1))
+
+
+def rows_of_sums(sums: list[RowSums]) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return each example's sum, in float64, and count, from those of the batches.
+
+    An example that counts nothing, such as one that fills up the last batch, is left out. Those of
+    packed batches come in the order of their rows.
+
+    Raises:
+        ValueError: if some batches are packed and others are not.
     """
     parts = jax.device_get(sums)
-    totals = np.concatenate([np.zeros(0), *(s for s, _ in parts)]).astype(np.float64)
-    counts = np.concatenate([np.zeros(0, int), *(c for _, c in parts)])
+    totals = np.concatenate([np.zeros(0), *(part.totals for part in parts)]).astype(np.float64)
+    counts = np.concatenate([np.zeros(0, int), *(part.counts for part in parts)])
+    numbers = [part.rows for part in parts if part.rows is not None]
+    if numbers:
+        if len(numbers) < len(parts):
+            raise ValueError("some of the batches are packed and others are not; take all as one")
+        rows = np.concatenate(numbers)
+        totals, counts = (np.bincount(rows, weights=x) for x in (totals, counts))
+        counts = counts.astype(int)
     return totals[counts > 0], counts[counts > 0]

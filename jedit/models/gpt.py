@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jedit.models.decoding import Stepper
 from jedit.models.functional import Apply, to_pure, to_pure_method
+from jedit.typing import PackedTokens
 
 
 class _LayerNorm(nnx.Module):
@@ -47,13 +48,17 @@ class _Attention(nnx.Module):
         self.value = nnx.Linear(width, width, param_dtype=param_dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    def __call__(
+        self, x: Float[Array, "batch seq width"], segments: Int[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch seq width"]:
         batch, seq, width = x.shape
         heads = (batch, seq, self.num_heads, width // self.num_heads)
         query, key, value = (p(x).reshape(heads) for p in (self.query, self.key, self.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(heads[-1])
-        causal = jnp.tril(jnp.ones((seq, seq), bool))[None, None]
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        is_seen = jnp.tril(jnp.ones((seq, seq), bool))[None, None]
+        if segments is not None:
+            is_seen &= (segments[:, :, None] == segments[:, None, :])[:, None]
+        weights = jax.nn.softmax(jnp.where(is_seen, scores, -jnp.inf), axis=-1)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return self.out(mixed.reshape(batch, seq, width))
 
@@ -90,8 +95,10 @@ class _Block(nnx.Module):
         self.mlp_norm = _LayerNorm(width, param_dtype)
         self.mlp = _Mlp(width, param_dtype, rngs)
 
-    def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
-        x = x + self.attn(self.attn_norm(x))
+    def __call__(
+        self, x: Float[Array, "batch seq width"], segments: Int[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch seq width"]:
+        x = x + self.attn(self.attn_norm(x), segments)
         return x + self.mlp(self.mlp_norm(x))
 
     def step(self, x: Float[Array, "batch 1 width"], position: Array, cache: Cache):
@@ -122,13 +129,21 @@ class _Gpt(nnx.Module):
         self.norm = _LayerNorm(width, param_dtype)
         self.head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq vocab"]:
-        seq = tokens.shape[-1]
-        _check_length(seq, self.positions.shape[0])
-        x = self.embed(tokens)
-        x = x + jnp.broadcast_to(self.positions[:seq][None], x.shape)
+    def __call__(
+        self, inputs: Int[Array, "batch seq"] | PackedTokens
+    ) -> Float[Array, "batch seq vocab"]:
+        if isinstance(inputs, PackedTokens):
+            tokens, segments, positions = inputs
+            # Beyond the last position is not known before it runs; what is filled in is not finite.
+            here = jnp.take(self.positions[...], positions, axis=0, mode="fill")
+            x = self.embed(tokens) + here
+        else:
+            seq, segments = inputs.shape[-1], None
+            _check_length(seq, self.positions.shape[0])
+            x = self.embed(inputs)
+            x = x + jnp.broadcast_to(self.positions[:seq][None], x.shape)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, segments)
         return self.head(self.norm(x))
 
     def step(
@@ -182,6 +197,8 @@ def gpt(
 
     Returns:
         `(apply, params)`, with `apply(params, tokens (batch, seq)) -> logits (batch, seq, vocab)`.
+        Instead of the tokens it takes `PackedTokens`, whose sequences may be longer than `max_len`;
+        their rows may not, else the sequence's logits are NaN.
 
     Raises:
         ValueError: the heads do not divide the width.

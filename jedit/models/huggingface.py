@@ -25,7 +25,7 @@ from jaxtyping import Array, PyTree
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.functional import Apply, to_pure
-from jedit.typing import wide_dtype
+from jedit.typing import PackedTokens, wide_dtype
 
 INDEX = "model.safetensors.index.json"
 # Other forms of the same weights, which would be the unedited ones beside the edited.
@@ -44,7 +44,8 @@ def load_model(
     """Load a causal language model as a pure function.
 
     The causal mask and the positions, counted from the left, are made inside: a token sees itself
-    and what stands left of it, so right padding changes nothing before it. Paths are tunix's:
+    and what stands left of it, so right padding changes nothing before it. `PackedTokens` bring
+    their own positions, and a token sees its own row alone. Paths are tunix's:
     "embedder/input_embedding" (vocab, d), "layers/0/attn/q_proj/w" (d, heads, head_dim),
     "layers/0/attn/o_proj/w" (heads, head_dim, d), "layers/0/mlp/{gate,up,down}_proj/kernel"
     (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms. Norms and
@@ -56,8 +57,8 @@ def load_model(
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
-        (batch, seq, vocab)`, in float32 or wider; params as nested dicts of arrays; the
-        configuration, of `transformers.AutoConfig`.
+        (batch, seq, vocab)`, in float32 or wider, of tokens or `PackedTokens`; params as nested
+        dicts of arrays; the configuration, of `transformers.AutoConfig`.
 
     Raises:
         ValueError: an architecture, or a setting of it, that tunix does not compute; or tensors
@@ -155,12 +156,17 @@ def read_config(folder: str | Path) -> Any:
     return optional("transformers").AutoConfig.from_pretrained(str(folder))
 
 
-def _causal(module: Any, tokens: Array) -> Array:
+def _causal(module: Any, inputs: Array | PackedTokens) -> Array:
+    is_packed = isinstance(inputs, PackedTokens)
+    tokens = inputs.tokens if is_packed else inputs
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (batch, seq), got {tokens.shape}.")
     batch, seq = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], (batch, seq))
     mask = jnp.broadcast_to(jnp.tri(seq, dtype=bool)[None], (batch, seq, seq))
+    if is_packed:
+        positions = inputs.positions
+        mask &= inputs.segments[:, :, None] == inputs.segments[:, None, :]
     logits, _ = module(tokens, positions, None, mask)
     return logits.astype(wide_dtype(logits.dtype))
 
@@ -168,9 +174,11 @@ def _causal(module: Any, tokens: Array) -> Array:
 def _by_the_usual_rules(apply: Apply) -> Apply:
     """Tunix broadcasts and promotes by JAX's defaults; a stricter user meets no error in it."""
 
-    def run(params: PyTree, tokens: Any) -> Array:
+    def run(params: PyTree, inputs: Any) -> Array:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return apply(params, jnp.asarray(tokens))
+            if isinstance(inputs, PackedTokens):
+                return apply(params, jax.tree.map(jnp.asarray, inputs))
+            return apply(params, jnp.asarray(inputs))
 
     return run
 

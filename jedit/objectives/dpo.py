@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
+from jedit.outputs import by_example
 from jedit.typing import Batch
 
 
@@ -37,8 +38,8 @@ def dpo(
     for batch in forget:
         nll, counted = counted_nll(params, batch, apply=apply)
         reference = jax.lax.stop_gradient(sequence_nll(reference_params, batch, apply=apply))
-        growth.append(jnp.sum(nll.reshape(nll.shape[0], -1), axis=-1) - reference)
-        is_whole.append(jnp.any(counted.reshape(nll.shape[0], -1), axis=-1))
+        growth.append(jnp.sum(by_example(batch, nll), axis=-1) - reference)
+        is_whole.append(jnp.any(by_example(batch, counted), axis=-1))
     is_pair = is_whole[0] & is_whole[1]
     terms = -(2 / beta) * jax.nn.log_sigmoid(beta * (growth[0] - growth[1]))
     loss = masked_mean(terms, is_pair)

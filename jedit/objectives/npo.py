@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
+from jedit.outputs import by_example
 from jedit.typing import Batch
 
 
@@ -58,9 +59,8 @@ def npo_from_nll(
     `retain_nll`, and is there when `retain` is.
     """
     nll, counted = counted_nll(params, forget, apply=apply)
-    num_examples = nll.shape[0]
-    summed = jnp.sum(nll.reshape(num_examples, -1), axis=-1)
-    is_example = jnp.any(counted.reshape(num_examples, -1), axis=-1)
+    summed = jnp.sum(by_example(forget, nll), axis=-1)
+    is_example = jnp.any(by_example(forget, counted), axis=-1)
     growth = summed - reference_nll.astype(summed.dtype)
     loss = masked_mean(-(2 / beta) * jax.nn.log_sigmoid(beta * growth), is_example)
     aux = {

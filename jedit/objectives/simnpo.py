@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.outputs import by_example
 from jedit.typing import Batch
 
 
@@ -32,7 +33,7 @@ def simnpo(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the SimNPO loss; the retain term is there when `retain` is."""
     nll, counted = counted_nll(params, forget, apply=apply)
-    nll, counted = (x.reshape(x.shape[0], -1) for x in (nll, counted))
+    nll, counted = (by_example(forget, x) for x in (nll, counted))
     lengths = jnp.sum(counted, axis=-1)
     mean = jnp.sum(nll, axis=-1) / jnp.maximum(lengths, 1).astype(nll.dtype)
     terms = -(2 / beta) * jax.nn.log_sigmoid(beta * (mean - delta))

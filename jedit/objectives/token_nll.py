@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jedit.outputs import counted_outputs, kl_terms, wide
+from jedit.outputs import by_example, counted_outputs, kl_terms, wide
 from jedit.typing import Batch
 
 Apply = Callable[[PyTree, Any], Array]
@@ -84,6 +84,10 @@ def counted_nll(
 
 
 def sequence_nll(params: PyTree, batch: Batch, *, apply: Apply) -> Float[Array, " batch"]:
-    """Return each example's negative log-likelihood, summed over its outputs that count."""
+    """Return each example's negative log-likelihood, summed over its outputs that count.
+
+    Raises:
+        ValueError: if the batch is packed.
+    """
     nll, _ = counted_nll(params, batch, apply=apply)
-    return jnp.sum(nll.reshape(nll.shape[0], -1), axis=-1)
+    return jnp.sum(by_example(batch, nll), axis=-1)

@@ -10,7 +10,9 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_array_equal
 
+from jedit.capture import find_sites
 from jedit.models import cached_decode, cnn, gpt, gpt_stepper, greedy_decode, mlp, to_pure
+from jedit.typing import PackedTokens
 
 RANDOM = ("random", "threefry", "rng_bit_generator")
 
@@ -164,6 +166,24 @@ def test_gpt_sees_nothing_to_the_right(keys, float_dtype):
     before, after = (jax.jit(apply)(params, x) for x in (tokens, changed))
     assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(np.asarray(before - after)[:, 4:]).max() > 1e-3
+
+
+def test_packed_rows_have_their_own_positions_and_see_no_other(keys, float_dtype, tolerance):
+    """By hand: two rows in one sequence, longer than the positions, and padding behind."""
+    apply, params = small_gpt(next(keys), float_dtype)
+    tree, (first, second) = numpy_tree(params), ([3, 1, 4, 9, 5], [2, 6, 5])
+    packed = PackedTokens(
+        jnp.asarray([[*first, *second, 0, 0]]),
+        jnp.asarray([[8, 8, 8, 8, 8, 3, 3, 3, 0, 0]]),
+        jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 0, 0]]),
+    )
+    got = jax.jit(apply)(params, packed)
+    tolerance.check(got[:, :5], numpy_gpt(tree, [first], 2))
+    tolerance.check(got[:, 5:8], numpy_gpt(tree, [second], 2))
+    assert np.isfinite(np.asarray(got)).all()
+    assert "positions" in find_sites(apply, params, packed).covered
+    beyond = packed._replace(positions=packed.positions.at[0, 4].set(7))
+    assert np.isnan(np.asarray(apply(params, beyond))).all()
 
 
 def test_paths_are_the_documented_ones(key):
