@@ -21,7 +21,17 @@ from jedit.curvature import (
     solve,
     trace,
 )
-from jedit.edits import Edit, apply_edit, cast_report, edit_between, edit_norms, revert_edit
+from jedit.edits import (
+    Edit,
+    LowRank,
+    apply_edit,
+    cast_report,
+    compress,
+    edit_between,
+    edit_norms,
+    revert_edit,
+    sum_edits,
+)
 from jedit.geometry import (
     Projector,
     null_space,
@@ -31,6 +41,7 @@ from jedit.geometry import (
     retain_subspace,
     scale_to_kl_budget,
 )
+from jedit.methods import batch_unlearn
 from jedit.typing import Batch
 from jedit.unlearn import LoopState, fit, unlearn
 
@@ -42,13 +53,16 @@ __all__ = [
     "Edit",
     "Estimator",
     "LoopState",
+    "LowRank",
     "Projector",
     "Site",
     "Sites",
     "apply_edit",
     "attacks",
+    "batch_unlearn",
     "capture",
     "cast_report",
+    "compress",
     "curvature",
     "diagonal",
     "edit_between",
@@ -76,6 +90,7 @@ __all__ = [
     "revert_edit",
     "scale_to_kl_budget",
     "solve",
+    "sum_edits",
     "trace",
     "transforms",
     "unlearn",

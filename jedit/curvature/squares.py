@@ -43,7 +43,7 @@ def add_squared_gradients(
     if total is None:
         total = jnp.zeros((weight.layers, weight.rows, weight.d_out), done.dtype)
     sites = done.captured.sites
-    parts = [_member(done, sites[m.site], m, pulled, bases) for m in block.members]
+    parts = [example_factors(done, sites[m.site], m, pulled, bases) for m in block.members]
     total = total + sum(done.poison(sites[m.site]) for m in block.members)
     a, g = parts[0]
     if len(parts) == 1 and g is not None and a.ndim == 4 and a.shape[2] == 1:
@@ -52,7 +52,7 @@ def add_squared_gradients(
 
     def example(total, n_parts):
         gradient = sum(
-            _one_gradient(part, sites[m.site], m, bases)
+            example_gradient(part, sites[m.site], m, bases)
             for part, m in zip(n_parts, block.members, strict=True)
         )
         return total + gradient**2, None
@@ -61,7 +61,9 @@ def add_squared_gradients(
     return jax.lax.scan(example, total, by_example)[0]
 
 
-def _member(done: Pass, site: Site, member: Member, pulled, bases) -> tuple[Array, Array | None]:
+def example_factors(
+    done: Pass, site: Site, member: Member, pulled, bases
+) -> tuple[Array, Array | None]:
     """(a, g) of one site, rotated, (layers, examples, positions, features)."""
     g = done.gradients(site, pulled)
     basis_in, basis_out = bases[::-1] if member.is_flipped else bases
@@ -89,7 +91,7 @@ def _rotate(x: Array, basis: Array | None) -> Array:
     return x if basis is None else jnp.einsum("lnsi,lij->lnsj", x, basis, precision=HIGHEST)
 
 
-def _one_gradient(part, site: Site, member: Member, bases) -> Array:
+def example_gradient(part, site: Site, member: Member, bases) -> Array:
     """One example's gradient (layers, rows, d_out) in the block's bases and orientation."""
     a, g = part
     if site.kind == "embedding":

@@ -8,6 +8,7 @@ from jedit.methods._associations import AssociationInfo, Associations, KeyState
 from jedit.methods._targets import TargetInfo, target_values
 from jedit.methods._training import TrainingMethod
 from jedit.methods.alphaedit import alphaedit
+from jedit.methods.batch_unlearn import BatchInfo, balanced, batch_unlearn, interactions
 from jedit.methods.causal_trace import CausalTrace, causal_trace
 from jedit.methods.curvature_engram import curvature_engram
 from jedit.methods.engram import EngramInfo, engram
@@ -22,6 +23,9 @@ from jedit.methods.salun import salun
 from jedit.methods.sam import sam
 
 __all__ = [
+    "BatchInfo",
+    "balanced",
+    "batch_unlearn",
     "AssociationInfo",
     "Associations",
     "CausalTrace",
@@ -35,6 +39,7 @@ __all__ = [
     "curvature_engram",
     "engram",
     "gu",
+    "interactions",
     "kfade",
     "kuda",
     "l1_sparse",

@@ -17,18 +17,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.edits.low_rank import Block, added, dense, scaled
+
 Scalar = float | int | Array
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Edit:
-    """Dense changes of some parameters; a pytree, so it jits, vmaps, shards and saves.
+    """Changes of some parameters; a pytree, so it jits, vmaps, shards and saves.
 
     Adding edits takes the union of their paths; multiplying by a number scales every block.
 
     Attributes:
-        blocks: parameter path to the change of that parameter, of the same shape.
+        blocks: parameter path to the change of that parameter: an array of its shape, or `LowRank`.
     """
 
     blocks: Mapping[str, Any]
@@ -42,7 +44,7 @@ class Edit:
             if path in blocks:
                 _check_shape(path, "one edit", blocks[path], "the other", delta)
                 dtype = _wide(blocks[path], delta)
-                blocks[path] = blocks[path].astype(dtype) + delta.astype(dtype)
+                blocks[path] = added(blocks[path].astype(dtype), delta.astype(dtype))
             else:
                 blocks[path] = delta
         return Edit(blocks)
@@ -50,17 +52,17 @@ class Edit:
     def __mul__(self, scale: Scalar) -> "Edit":
         """Return the edit `scale` times as large, in the blocks' own dtypes."""
 
-        def scaled(delta: Array) -> Array:
+        def times(delta: Block) -> Block:
             dtype = _wide(delta)
-            return (delta.astype(dtype) * jnp.asarray(scale, dtype)).astype(delta.dtype)
+            return scaled(delta.astype(dtype), jnp.asarray(scale, dtype)).astype(delta.dtype)
 
-        return Edit({path: scaled(delta) for path, delta in self.blocks.items()})
+        return Edit({path: times(delta) for path, delta in self.blocks.items()})
 
     __rmul__ = __mul__
 
     def __neg__(self) -> "Edit":
         """Return the edit that undoes this one."""
-        return Edit({path: -delta for path, delta in self.blocks.items()})
+        return self * -1.0
 
     def __sub__(self, other: "Edit") -> "Edit":
         """Return this edit and the undoing of the other."""
@@ -136,7 +138,7 @@ def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Ed
 
 def edit_norms(edit: Edit) -> dict[str, Array]:
     """Return the Frobenius norm of each block, in float32 or wider."""
-    return {path: _norm(delta.astype(_wide(delta))) for path, delta in edit.blocks.items()}
+    return {path: _norm(dense(x).astype(_wide(x))) for path, x in edit.blocks.items()}
 
 
 def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, CastLoss]:
@@ -152,7 +154,7 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
             continue
         total = _sum(leaf, edit.blocks[path], scale)
         old = leaf.astype(total.dtype)
-        wanted = edit.blocks[path].astype(total.dtype) * jnp.asarray(scale, total.dtype)
+        wanted = dense(edit.blocks[path]).astype(total.dtype) * jnp.asarray(scale, total.dtype)
         arrived = total.astype(leaf.dtype).astype(total.dtype) - old
         norm, is_wanted = _norm(wanted), wanted != 0
         num_swallowed = jnp.sum(is_wanted & (arrived == 0)).astype(total.dtype)
@@ -172,15 +174,15 @@ def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
     return paths, [leaf for _, leaf in leaves], treedef
 
 
-def _wide(*arrays: Array) -> Any:
+def _wide(*arrays: Block) -> Any:
     """Return the dtype that sums are formed in: the widest among the arrays', float32 at least."""
     dtypes = [jnp.dtype(jnp.float32), *(x.dtype for x in arrays)]
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
-def _sum(leaf: Array, delta: Array, scale: Scalar) -> Array:
+def _sum(leaf: Array, delta: Block, scale: Scalar) -> Array:
     dtype = _wide(leaf, delta)
-    return leaf.astype(dtype) + jnp.asarray(scale, dtype) * delta.astype(dtype)
+    return leaf.astype(dtype) + jnp.asarray(scale, dtype) * dense(delta.astype(dtype))
 
 
 def _norm(x: Array) -> Array:
@@ -200,6 +202,6 @@ def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:
             )
 
 
-def _check_shape(path: str, one: str, a: Array, other: str, b: Array) -> None:
+def _check_shape(path: str, one: str, a: Block, other: str, b: Block) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{path}: {one} has shape {a.shape}, {other} {b.shape}")

@@ -1,0 +1,31 @@
+"""Edits: what is added to which parameters, dense or thin, one or a stack of them."""
+
+from jedit.edits.compress import compress, truncate
+from jedit.edits.edit import (
+    CastLoss,
+    Edit,
+    apply_edit,
+    cast_report,
+    edit_between,
+    edit_norms,
+    revert_edit,
+)
+from jedit.edits.low_rank import Block, LowRank, as_parameter, dense
+from jedit.edits.stack import sum_edits
+
+__all__ = [
+    "Block",
+    "CastLoss",
+    "Edit",
+    "LowRank",
+    "apply_edit",
+    "as_parameter",
+    "cast_report",
+    "compress",
+    "dense",
+    "edit_between",
+    "edit_norms",
+    "revert_edit",
+    "sum_edits",
+    "truncate",
+]
