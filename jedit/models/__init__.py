@@ -8,7 +8,7 @@ from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode
 from jedit.models.functional import Apply, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
-from jedit.models.huggingface import load_model, save_model
+from jedit.models.huggingface import load_model, load_stepper, save_model
 from jedit.models.llama2c import convert_llama2c
 from jedit.models.lora import Adapted, with_lora
 from jedit.models.mlp import mlp
@@ -24,6 +24,7 @@ __all__ = [
     "gpt_stepper",
     "greedy_decode",
     "load_model",
+    "load_stepper",
     "mlp",
     "save_model",
     "to_pure",

@@ -10,9 +10,10 @@ Gemma3ForCausalLM. Not supported: mixtures of experts, images, sliding windows b
 but Qwen 2's, quantised weights.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from jaxtyping import Array, PyTree
 
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
-from jedit.models.functional import Apply, to_pure
+from jedit.models.decoding import Stepper
+from jedit.models.functional import Apply, to_pure, to_pure_method
 from jedit.typing import PackedTokens, wide_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -68,8 +70,7 @@ def load_model(
     config = read_config(folder)
     tensors = _tensors(folder)
     stored = {spec.dtype for spec in tensors.values()}
-    common = next(iter(stored)) if len(stored) == 1 else jnp.float32
-    wanted = jnp.dtype(common if dtype is None else dtype)
+    wanted = _common(tensors) if dtype is None else jnp.dtype(dtype)
     kind = architecture(config, wanted)
     _check_complete(kind, tensors, folder)
     loader = optional("tunix.models.safetensors_loader")
@@ -86,6 +87,60 @@ def load_model(
     kind.finish(module)
     apply, params = to_pure(module, _causal)
     return _by_the_usual_rules(apply), params, config
+
+
+def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepper:
+    """Make the one-position step of the same model, for `cached_decode`; no weights are read.
+
+    The keys and values are kept as tunix's attention keeps them. All rows stand at one position, so
+    prompts are right padded, as `cached_decode` wants them.
+
+    Args:
+        folder: as of `load_model`.
+        dtype: as of `load_model`, and the same as there.
+
+    Returns:
+        The stepper, for the params of `load_model`; compiled programs are kept by this object, so
+        one is made for many calls.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    folder = Path(folder)
+    wanted = _common(_tensors(folder)) if dtype is None else jnp.dtype(dtype)
+    kind = architecture(read_config(folder), wanted)
+    nnx = optional("flax.nnx")
+
+    def make() -> Any:
+        module = kind.model_class(kind.config, rngs=nnx.Rngs(params=0))
+        kind.finish(module)
+        return module
+
+    call = to_pure_method(nnx.eval_shape(make), "__call__")
+    sizes = kind.config
+
+    def init(params: PyTree, batch: int, num_positions: int) -> dict[str, dict[str, Array]]:
+        # By hand, as tunix's Llama, Qwen 2 and Gemma 3 have no `init_cache`; the form is one.
+        inner = getattr(sizes, "dtype", params["embedder"]["input_embedding"].dtype)
+        shape = (batch, num_positions, sizes.num_kv_heads, sizes.head_dim)
+        layer = {
+            "k": jnp.zeros(shape, inner),
+            "v": jnp.zeros(shape, inner),
+            "end_index": jnp.zeros((batch,), int),  # tunix sets Python's zeros beside it
+        }
+        return {f"layer_{i}": layer for i in range(sizes.num_layers)}
+
+    def step(
+        params: PyTree, tokens: Array, position: Array, cache: dict[str, dict[str, Array]]
+    ) -> tuple[Array, dict[str, dict[str, Array]]]:
+        places = jnp.arange(cache["layer_0"]["k"].shape[1], dtype=position.dtype)
+        is_past = jnp.broadcast_to(places <= position, (len(tokens), 1, len(places)))
+        positions = jnp.broadcast_to(position, (len(tokens), 1)).astype(jnp.int32)
+        with _usual_rules():
+            logits, cache = call(params, tokens[:, None], positions, cache, is_past)
+        return logits[:, 0].astype(wide_dtype(logits.dtype)), cache
+
+    return Stepper(init, step)
 
 
 def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Path:
@@ -175,12 +230,24 @@ def _by_the_usual_rules(apply: Apply) -> Apply:
     """Tunix broadcasts and promotes by JAX's defaults; a stricter user meets no error in it."""
 
     def run(params: PyTree, inputs: Any) -> Array:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        with _usual_rules():
             if isinstance(inputs, PackedTokens):
                 return apply(params, jax.tree.map(jnp.asarray, inputs))
             return apply(params, jnp.asarray(inputs))
 
     return run
+
+
+@contextlib.contextmanager
+def _usual_rules() -> Iterator[None]:
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def _common(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> jnp.dtype:
+    """The dtype of a folder's tensors, float32 if they differ."""
+    stored = {spec.dtype for spec in tensors.values()}
+    return jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -283,7 +350,7 @@ def _from_params(
         return {path: found[path] for path in wanted}
 
     tensors = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with _usual_rules():
         used = _used(convert, tensors)
         (back,) = jax.linear_transpose(convert, used)(dict(values))
     if kind.is_tied and "lm_head.weight" in specs:  # some folders have it twice
