@@ -253,7 +253,8 @@ def _edit_checkpoint(
 
 def _tofu(options: Tofu, command: str) -> int:
     from jedit.data import DataError
-    from jedit.recipes.tofu import PRESETS, read_sets, tofu
+    from jedit.recipes.tofu import read_sets, tofu
+    from jedit.recipes.tofu_presets import PRESETS
 
     _check_out(options.out)
     preset = PRESETS[options.preset]

@@ -6,7 +6,7 @@ a Hugging Face folder; they need the extra `llm`, and import it when they are ca
 
 from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode
-from jedit.models.functional import Apply, to_pure
+from jedit.models.functional import Apply, cast_params, mixed_precision, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, load_stepper, save_model
 from jedit.models.llama2c import convert_llama2c
@@ -18,6 +18,7 @@ __all__ = [
     "Apply",
     "Stepper",
     "cached_decode",
+    "cast_params",
     "cnn",
     "convert_llama2c",
     "gpt",
@@ -25,6 +26,7 @@ __all__ = [
     "greedy_decode",
     "load_model",
     "load_stepper",
+    "mixed_precision",
     "mlp",
     "save_model",
     "to_pure",

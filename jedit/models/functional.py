@@ -9,8 +9,13 @@ tool can read it.
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
+
+from jedit.typing import wide_dtype
 
 Apply = Callable[[PyTree, Any], Array]
 
@@ -47,6 +52,37 @@ def to_pure(
         return merged(inputs) if call is None else call(merged, inputs)
 
     return apply, _with_string_keys(nnx.to_pure_dict(state))
+
+
+def mixed_precision(apply: Apply, dtype: DTypeLike) -> Apply:
+    """The same function computed in `dtype`, whatever the parameters are stored in.
+
+    They are cast inside, so that small steps add up in the stored ones (in float32: the master
+    weights of a training in bfloat16), and gradients and edits are of those. Outputs are float32 or
+    wider.
+
+    Args:
+        apply: its computation follows the parameters.
+        dtype: of the computation.
+
+    Returns:
+        `apply(params, inputs)`: bit by bit that of `cast_params(params, dtype)`.
+    """
+
+    def run(params: PyTree, inputs: Any) -> Array:
+        outputs = apply(cast_params(params, dtype), inputs)
+        return outputs.astype(wide_dtype(outputs.dtype))
+
+    return run
+
+
+def cast_params(params: PyTree, dtype: DTypeLike) -> PyTree:
+    """The parameters in another dtype; integers stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, params)
 
 
 def to_pure_method(module: nnx.Module, name: str) -> Callable:

@@ -16,11 +16,12 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.data import QaRow, batches, chat_template, encode_rendered, plain_template
+from jedit.data import QaRow, batches
 from jedit.edits import apply_edit, cast_report
 from jedit.methods import kfade
 from jedit.models import load_model, save_model
 from jedit.recipes.compare import Say
+from jedit.recipes.words import Words, load_words
 from jedit.typing import Batch
 
 # The matrices of the blocks: what an embedding or a norm has learned serves every row.
@@ -79,12 +80,13 @@ def forget_in_checkpoint(
         What was written to results.json.
 
     Raises:
-        ValueError: a row that leaves no answer within `max_len`, or a model that cannot be loaded.
+        ValueError: a row that leaves no answer within `max_len`, or a model or a tokenizer that
+            cannot be loaded.
     """
     split_key, label_key = jax.random.split(jax.random.key(settings.seed))
     say(f"loading {model}")
     apply, params, _ = load_model(model)
-    encode = _encoder(tokenizer, settings.max_len)
+    encode = _encoder(load_words(tokenizer), settings.max_len)
     order = np.asarray(jax.random.permutation(split_key, len(retain)))
     cut = min(max(1, round(SHARE_SEEN * len(order))), len(order) - 1)
     rows = {
@@ -188,19 +190,9 @@ def judge(
     }
 
 
-def _encoder(folder: str | Path, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Batch, int]]:
-    from transformers import AutoTokenizer  # pyright: ignore[reportMissingImports]
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    if tokenizer.chat_template:
-        render = chat_template(tokenizer)
-    else:
-        start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
-        render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
-
+def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Batch, int]]:
     def encode(rows: Sequence[QaRow]) -> tuple[Batch, int]:
-        rendered = [render(row.question, row.answer) for row in rows]
-        encoded = encode_rendered(tokenizer, rendered, pad=tokenizer.pad_token_id or 0)
+        encoded = words.rows([(row.question, row.answer) for row in rows])
         width = min(encoded.inputs.shape[1], max_len - 1)
         num_cut = int(np.sum(encoded.valid[:, width:].any(axis=1)))
         cut = type(encoded)(*(array[:, :width] for array in encoded))

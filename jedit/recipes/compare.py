@@ -136,7 +136,14 @@ class Judged(NamedTuple):
     best: dict[str, tuple[Curve, Point] | None]
 
 
-def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, dict[str, PyTree]]:
+def compare(
+    task: Task,
+    grid: Grid,
+    *,
+    key: Array,
+    say: Say,
+    hold: Callable[[PyTree], PyTree] = lambda params: params,
+) -> tuple[Judged, dict[str, PyTree]]:
     """Edit by every method, judge every point.
 
     Args:
@@ -144,6 +151,7 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
         grid: what to try.
         key: of the curvature's labels and of the baselines' batches.
         say: told of each stage, in a few words.
+        hold: what the params that are returned are made to; `jax.device_get` keeps them elsewhere.
 
     Returns:
         The numbers, and for each method with a point within budget the params of its best point.
@@ -164,7 +172,7 @@ def compare(task: Task, grid: Grid, *, key: Array, say: Say) -> tuple[Judged, di
         found.append(curve)
         best = best_of(curve.method)
         if best is not None and best[0] is curve:
-            models[curve.method] = params_of_points[curve.points.index(best[1])]
+            models[curve.method] = hold(params_of_points[curve.points.index(best[1])])
 
     methods = []
     fitted = _fit(task, grid, key=curvature_key, say=say)

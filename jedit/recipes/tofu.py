@@ -2,11 +2,12 @@
 
 The real data set is read from a folder or by the `datasets` library.  A model learns some of its
 fictitious authors, and the questions about real authors and the world, which stand in for what a
-pretrained model knows; the retrained one learns the same without the authors to be forgotten.
+pretrained model knows; the retrained one learns the same without the authors to be forgotten.  A
+pretrained model from a folder learns the authors alone, or has learned them.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,94 +16,33 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
-from jedit.data import QaRow, read_tofu, text_of, train_tokenizer
+from jedit.data import QaRow, read_tofu
 from jedit.data.benchmarks import TOFU_AUTHORS
-from jedit.models import gpt, gpt_stepper
-from jedit.recipes.compare import Grid, Say, Task, compare, with_all_methods
-from jedit.recipes.question_answer import REFUSAL, SELECT, Model
+from jedit.recipes.compare import Say, Task, compare
+from jedit.recipes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu_attacks import attack
 from jedit.recipes.tofu_evaluation import (
     LanguageModel,
     Questions,
     encode_questions,
-    membership_aucs,
     score_set,
     truth_ratios,
 )
-from jedit.recipes.training import Recipe, train
+from jedit.recipes.tofu_membership import (
+    Answers,
+    Reference,
+    encode_answers,
+    membership_aucs,
+    reference_of,
+)
+from jedit.recipes.tofu_models import Start, small_gpt
+from jedit.recipes.tofu_presets import Preset
+from jedit.recipes.training import train
 from jedit.report import Comparison, Evaluation
 
-ANSWER_TOKENS = 64  # positions beyond the longest row, for answers that go on
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers
 
 SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-
-
-class Preset(NamedTuple):
-    """How large a run is.
-
-    Attributes:
-        authors: how many the model learns, the forgotten ones included.
-        forgotten: the last so many of TOFU's, at most 20.
-        questions: of each set that judges the points, at most.
-        model: the GPT's size.
-        recipe: of the training.
-        grid: what the methods are tried at: six evaluations each.
-    """
-
-    authors: int
-    forgotten: int
-    questions: int
-    model: Model
-    recipe: Recipe
-    grid: Grid
-
-
-RATES = (3e-4, 1e-3)
-GRID = with_all_methods(
-    Grid(
-        budgets=(0.05, 0.2, 0.8),
-        temperatures=(1.0, 4.0),
-        damping=(0.1,),
-        kfade_steps=(1,),
-        learning_rates={
-            "gradient ascent": (1e-4, 3e-4),
-            "GradDiff": RATES,
-            "NPO": RATES,
-            "NPO (natural)": (1e-4, 1e-3),
-        },
-        looks=(8, 16, 32),
-        batch_size=16,
-        kl_budget=0.5,
-        utility_share=0.8,
-    ),
-    RATES,
-    (0.1, 0.2, 0.4, 0.7, 1.0, 1.5),
-    "IdkDPO",
-)
-GRID = GRID._replace(
-    scales={name: GRID.scales["engram"] for name in GRID.scales}
-    | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.1, 0.3, 1.0, 2.0, 3.0, 5.0)),
-    learning_rates=GRID.learning_rates | dict.fromkeys(("GU (leaf)", "GU (global)"), (1e-4, 3e-4)),
-)
-PRESETS = {
-    "cpu": Preset(
-        authors=60,
-        forgotten=6,
-        questions=60,
-        model=Model(width=160, layers=4, heads=4, vocab=2048, max_len=176),
-        recipe=Recipe(epochs=(12,), batch_size=16, learning_rate=1e-3),
-        grid=GRID,
-    ),
-    "gpu": Preset(
-        authors=TOFU_AUTHORS,
-        forgotten=20,
-        questions=400,
-        model=Model(width=768, layers=12, heads=12, vocab=8192, max_len=160),
-        recipe=Recipe(epochs=(10,), batch_size=32, learning_rate=3e-4),
-        grid=GRID,
-    ),
-}
 
 
 class Sets(NamedTuple):
@@ -117,8 +57,13 @@ class Sets(NamedTuple):
 
     @property
     def kept(self) -> list[QaRow]:
-        """What the retrained model learns."""
-        return [*self.seen, *self.heldout, *self.real_authors, *self.world_facts]
+        """The fictitious authors that stay."""
+        return [*self.seen, *self.heldout]
+
+    @property
+    def general(self) -> list[QaRow]:
+        """What a pretrained model knows, and one that begins with nothing has to learn."""
+        return [*self.real_authors, *self.world_facts]
 
 
 def read_sets(where: str | Path, preset: Preset) -> Sets:
@@ -150,29 +95,54 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
 
 
 def tofu(
-    sets: Sets, preset: Preset, *, seed: int, say: Say, with_attacks: bool = True
+    sets: Sets,
+    preset: Preset,
+    *,
+    seed: int,
+    say: Say,
+    with_attacks: bool = True,
+    begin: Start | None = None,
+    found_model: Callable[[str, PyTree], None] | None = None,
 ) -> tuple[Comparison, ...]:
     """Run the benchmark.
 
     Args:
         sets: of `read_sets`, for the same preset.
-        preset: the size; see `PRESETS`.
+        preset: the size; one of `PRESETS`.
         seed: of everything random.
         say: told of each stage.
         with_attacks: whether the best models are attacked as well.
+        begin: a pretrained model; None: a GPT of the preset's size is made and trained.
+        found_model: given the name and the params of each best model, if any are to be saved.
 
     Returns:
         One comparison, its leaderboard filled.
+
+    Raises:
+        ValueError: neither a pretrained model nor the size of a GPT.
     """
     init_key, order_key, compare_key, attack_key = (
         jax.random.fold_in(jax.random.key(seed), i) for i in range(4)
     )
-    model, initial = _build(sets, preset.model, key=init_key)
-    everything = [*sets.forget, *sets.kept]
-    say(f"training a GPT on {len(everything)} rows")
-    original = train(model.apply, initial, _rows(model, everything), preset.recipe, key=order_key)
-    say(f"retraining without the {len(sets.forget)} rows to forget")
-    retrained = train(model.apply, initial, _rows(model, sets.kept), preset.recipe, key=order_key)
+    general, what = [], f"{preset.authors} authors of TOFU"
+    if begin is None:
+        if not isinstance(preset.model, Model):
+            raise ValueError("this preset is for a pretrained model, which begin= has to bring")
+        general = sets.general
+        what += ", its real authors and its world facts"
+        rows = [*sets.forget, *sets.kept, *general]
+        begin = small_gpt(rows, preset.model, preset.dtype, key=init_key)
+    model, everything = begin.model, [*sets.forget, *sets.kept, *general]
+    original, retrained, training = begin.params, begin.retrained, {}
+    if retrained is None:
+        for name, rows in (("train", everything), ("retrain", [*sets.kept, *general])):
+            without = f" without the {len(sets.forget)} to forget" if name == "retrain" else ""
+            say(f"{name}ing on {len(rows)} rows{without}")
+            encoded = _rows(model, rows)
+            training[name] = train(
+                model.apply, begin.params, encoded, preset.recipe, key=order_key
+            )[-1]
+        original, retrained = (training[name].params for name in ("train", "retrain"))
     start = time.perf_counter()
     asked = {
         "forget": encode_questions(model, sets.forget),
@@ -182,66 +152,71 @@ def tofu(
     }
     task = Task(
         apply=model.apply,
-        original=original[-1].params,
-        retrained=retrained[-1].params,
+        original=original,
+        retrained=retrained,
         forget=_rows(model, sets.forget),
         retain=_rows(model, sets.seen),
         heldout=_rows(model, sets.heldout),
         test=None,
         truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
-        select=SELECT,
+        select=begin.select,
         chunk=model.chunk,
         probe=64,
-        hidden_site=f"blocks/{preset.model.layers - 1}/attn/query/kernel",
-        layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(preset.model.layers)),
+        hidden_site=begin.hidden_site,
+        layers=begin.layers,
         refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
         utility=lambda params: _utility(model, params, asked),
         judged_rows=preset.questions,
     )
-    judged, models = compare(task, preset.grid, key=compare_key, say=say)
-    models = {"untouched": task.original, "retrained": task.retrained} | models
+    # A model for each method is more than a device may hold.
+    judged, kept = compare(task, preset.grid, key=compare_key, say=say, hold=jax.device_get)
+    models = {"untouched": task.original, "retrained": task.retrained} | kept
     whole = {
         name: encode_questions(model, rows)
         for name, rows in sets._asdict().items()
         if name in ("real_authors", "world_facts")
     }
     whole |= {"forget": asked["forget"], "retain": encode_questions(model, sets.heldout)}
-    reference = truth_ratios(model, task.retrained, whole["forget"])
+    unseen = encode_answers(model, sets.holdout)
+    reference = reference_of(model, task.retrained, whole["forget"], unseen)
     evaluations, leaderboard = {}, {}
-    for name, params in models.items():
+    for name in models:
         say(f"evaluating {name}")
-        evaluations[name] = evaluate(model, params, whole, sets.holdout, reference)
+        params = jax.device_put(kept[name]) if name in kept else models[name]
+        if found_model is not None:
+            found_model(name, params)
+        evaluations[name] = evaluate(model, params, whole, unseen, reference)
         leaderboard[name] = {metric: found.aggregate for metric, found in evaluations[name].items()}
         if with_attacks:
-            leaderboard[name] |= attack(model, params, task, whole, key=attack_key)
+            rate = preset.relearning_rate
+            leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
     baseline = leaderboard["retrained"]["mia_min_k"]
     for name, row in leaderboard.items():
         if baseline < 1:  # else the retrained model gives the forget rows away itself
             row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
             evaluations[name]["privleak"] = Evaluation(row["privleak"])
-    size = sum(x.size for x in jax.tree.leaves(initial))
     return (
         Comparison(
             name="tofu",
             title=f"TOFU: forget {preset.forgotten} of {preset.authors} authors",
             notes=(
-                f"The model learns {len(everything)} question-answer rows: {preset.authors} "
-                "authors of TOFU, its real authors and its world facts. Curvature and edits see "
-                f"{len(sets.seen)} retain rows; the {len(sets.heldout)} of authors 14 to 19, which "
-                "they do not see, are the retain questions of Model Utility and of the KL. "
+                f"The model learns {len(everything)} question-answer rows: {what}. "
+                f"Curvature and edits see {len(sets.seen)} retain rows; the {len(sets.heldout)} of "
+                "authors 14 to 19, which they do not see, are the retain questions of Model "
+                "Utility and of the KL. "
                 f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
-                f"counted, are longer than {preset.model.max_len} tokens and were cut off.",
+                f"counted, are longer than {model.max_len} tokens and were cut off.",
             ),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
             settings={
-                "model": f"GPT, {preset.model}, {size} parameters",
-                "training": str(preset.recipe),
+                "model": begin.description,
+                "computed in": preset.dtype,
+                "training": str(preset.recipe) if training else "none: both models were given",
                 "questions of each set that judge a point": preset.questions,
                 "seed": seed,
             },
             seconds={
-                "train": original[-1].seconds,
-                "retrain": retrained[-1].seconds,
+                **{name: trained.seconds for name, trained in training.items()},
                 "fit, edit, judge and attack": time.perf_counter() - start,
             },
             kl_budget=preset.grid.kl_budget,
@@ -260,8 +235,8 @@ def evaluate(
     model: LanguageModel,
     params: PyTree,
     asked: dict[str, Questions],
-    holdout: Sequence[QaRow],
-    reference: np.ndarray,
+    unseen: Answers,
+    reference: Reference,
 ) -> dict[str, Evaluation]:
     """Every metric of one model, row by row, under the leading framework's names.
 
@@ -269,14 +244,16 @@ def evaluate(
         model: its functions.
         params: its parameters.
         asked: the question sets.
-        holdout: rows like the forget ones that no model was trained on.
-        reference: truth ratios of the forget questions under the retrained model.
+        unseen: rows like the forget ones that no model was trained on.
+        reference: what the retrained model holds of both.
     """
     scores = {name: score_set(model, params, questions) for name, questions in asked.items()}
     forget = scores["forget"]
     utilities = {name: found.utility for name, found in scores.items() if name != "forget"}
     found = {
-        "forget_quality": Evaluation(metrics.forget_quality(forget.truth_ratio, reference)),
+        "forget_quality": Evaluation(
+            metrics.forget_quality(forget.truth_ratio, reference.truth_ratio)
+        ),
         "model_utility": Evaluation(metrics.model_utility(**utilities)),
         "forget_truth_ratio": Evaluation(
             metrics.forget_truth_ratio(forget.truth_ratio), {"score": forget.truth_ratio}
@@ -301,23 +278,10 @@ def evaluate(
     ):
         values = metric(model.apply, params, asked["forget"].answers)
         found[name] = Evaluation(float(np.mean(values)), {"score": values})
-    for name, auc in membership_aucs(model, params, asked["forget"], holdout).items():
+    known = Answers(asked["forget"].rows, asked["forget"].answers)
+    for name, auc in membership_aucs(model, params, known, unseen, reference).items():
         found[f"mia_{name}"] = Evaluation(auc)
     return found
-
-
-def _build(sets: Sets, size: Model, *, key) -> tuple[LanguageModel, PyTree]:
-    tokenizer = train_tokenizer(text_of([*sets.forget, *sets.kept]), size.vocab)
-    apply, params = gpt(
-        key=key,
-        vocab=tokenizer.get_vocab_size(),
-        width=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        max_len=size.max_len + ANSWER_TOKENS,
-    )
-    stepper = gpt_stepper(num_layers=size.layers, num_heads=size.heads)
-    return LanguageModel(apply, stepper, tokenizer, size.max_len), params
 
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):

@@ -29,7 +29,7 @@ from jedit.recipes.trainers import entering
 from jedit.typing import Batch
 
 RELEARN_STEPS = 20
-RELEARN_BY = optax.adam(3e-4)
+RELEARNING_RATE = 3e-4
 LESSONS = 6  # every so many of the forget rows is taught again; the others are asked about
 PREFIX = "You are an expert on these authors. Answer truthfully:"
 
@@ -41,6 +41,7 @@ def attack(
     asked: dict[str, Questions],
     *,
     key: Array,
+    rate: float = RELEARNING_RATE,
 ) -> dict[str, float]:
     """Attack one model in every way.
 
@@ -50,6 +51,7 @@ def attack(
         task: of the comparison: its original model and forget rows.
         asked: the question sets.
         key: of the order of relearned rows.
+        rate: at which they are relearned, by Adam.
 
     Returns:
         By attack, the mean probability of the forget answers; for the probe its accuracy, where
@@ -69,7 +71,7 @@ def attack(
             model.apply,
             params,
             _encoded(model, taught),
-            optimizer=RELEARN_BY,
+            optimizer=_adam(rate),
             looks=(RELEARN_STEPS,),
             measure=known,
             key=key,
@@ -111,6 +113,12 @@ def _probe(model: LanguageModel, params: PyTree, task: Task, rows: list[QaRow]) 
     authors = np.array([row.author for row in rows])
     fit, ask = slice(0, None, 2), slice(1, None, 2)
     return linear_probe(states[fit], authors[fit], states[ask], authors[ask]).accuracy
+
+
+@functools.cache
+def _adam(rate: float) -> optax.GradientTransformation:
+    """One optimizer for all models."""
+    return optax.adam(rate)
 
 
 @functools.cache

@@ -1,22 +1,17 @@
 """What TOFU and its successors measure on one model, by question set."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Float, PyTree
 
 from jedit import metrics
-from jedit.data import (
-    Prompts,
-    QaRow,
-    batches,
-    decode_answers,
-    encode_pairs,
-    encode_prompts,
-)
+from jedit.data import Prompts, QaRow, batches
 from jedit.metrics import SetUtility
-from jedit.models import Stepper, cached_decode
+from jedit.models import Stepper, cached_decode, cast_params
+from jedit.recipes.words import Words
 from jedit.typing import Batch
 
 STEP = 32  # of the widths of encoded rows, so that few of them are compiled for
@@ -24,21 +19,25 @@ ROOM = 8  # tokens that an answer may be longer than the longest true one
 
 
 class LanguageModel(NamedTuple):
-    """A model's functions and its tokenizer; parameters come with each call.
+    """A model's functions and its words; parameters come with each call.
 
     Attributes:
         apply: `apply(params, tokens) -> logits`.
         stepper: the same a position at a time, for generation.
-        tokenizer: with the special tokens of `train_tokenizer`.
+        words: how rows become tokens.
         max_len: tokens of a row, at most; longer rows are cut off.
+        num_positions: that the model has.
         chunk: rows evaluated at a time.
+        dtype: of the computation; `apply` casts to it by itself, what the stepper is given is cast.
     """
 
     apply: Callable
     stepper: Stepper
-    tokenizer: Any
+    words: Words
     max_len: int
+    num_positions: int
     chunk: int = 32
+    dtype: DTypeLike = np.float32
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
         """Questions with answers, as wide as the longest and a multiple of `STEP`.
@@ -46,9 +45,9 @@ class LanguageModel(NamedTuple):
         Raises:
             ValueError: nothing of an answer is left when the row is cut off.
         """
-        lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
+        lengths = self.words.rows(pairs).valid.sum(axis=1)
         width = min(-(-int(lengths.max() + 1) // STEP) * STEP, self.max_len)
-        encoded = encode_pairs(self.tokenizer, pairs, width, truncate=True)
+        encoded = self.words.rows(pairs, width)
         if np.any(is_cut := encoded.mask.sum(axis=1) == 0):
             question, _ = pairs[int(np.argmax(is_cut))]
             raise ValueError(
@@ -65,7 +64,7 @@ class LanguageModel(NamedTuple):
             for answer in (row.answer, row.paraphrased_answer, *row.perturbed_answer)
             if answer
         ]
-        lengths = encode_pairs(self.tokenizer, pairs).valid.sum(axis=1)
+        lengths = self.words.rows(pairs).valid.sum(axis=1)
         return int(np.sum(lengths >= self.max_len))
 
 
@@ -139,7 +138,7 @@ def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
         else None,
         wrong=encoded([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
         num_wrong=num_wrong,
-        prompts=encode_prompts(model.tokenizer, [r.question for r in rows]),
+        prompts=model.words.prompts([(r.question, r.answer) for r in rows]),
         num_steps=answer_tokens + ROOM,
     )
 
@@ -182,30 +181,12 @@ def _losses(
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:
     """The greedy answers to the prompts, each up to its end token."""
     # Never beyond the positions the model has; what is cut off so is an answer gone astray.
-    num_steps = min(num_steps, len(params["positions"]) + 1 - prompts.tokens.shape[1])
+    num_steps = min(num_steps, model.num_positions + 1 - prompts.tokens.shape[1])
     tokens = cached_decode(
-        model.stepper, params, prompts.tokens, num_steps, prompt_lengths=prompts.lengths
+        model.stepper,
+        cast_params(params, model.dtype),
+        prompts.tokens,
+        num_steps,
+        prompt_lengths=prompts.lengths,
     )
-    return decode_answers(model.tokenizer, np.asarray(tokens))
-
-
-def membership_aucs(
-    model: LanguageModel, params: PyTree, forget: Questions, holdout: Sequence[QaRow]
-) -> dict[str, float]:
-    """How well four attacks tell the forget answers from answers never seen; 1/2: not at all."""
-    pairs = [(r.question, r.answer) for r in holdout]
-    unseen = list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
-    sets = {"forget": (forget.answers, forget.rows), "holdout": (unseen, list(holdout))}
-    scores: dict[str, list] = {name: [] for name in ("loss", "zlib", "min_k", "min_k_plus_plus")}
-    for rows_encoded, rows in sets.values():
-        loss = metrics.answer_nll_per_row(model.apply, params, rows_encoded)
-        scores["loss"].append(loss)
-        scores["zlib"].append(metrics.zlib_scores(loss, [row.answer for row in rows]))
-        scores["min_k"].append(metrics.min_k_scores(model.apply, params, rows_encoded))
-        scores["min_k_plus_plus"].append(
-            metrics.min_k_plus_plus_scores(model.apply, params, rows_encoded)
-        )
-    return {
-        name: metrics.membership_auc(*(np.nan_to_num(x, nan=np.inf) for x in pair))
-        for name, pair in scores.items()
-    }
+    return model.words.answers(np.asarray(tokens))

@@ -10,9 +10,11 @@ from jedit.data import QaRow, read_tofu, train_tokenizer
 from jedit.models import gpt, gpt_stepper
 from jedit.recipes.compare import Grid
 from jedit.recipes.question_answer import Model
-from jedit.recipes.tofu import PRESETS, Preset, read_sets, tofu
+from jedit.recipes.tofu import read_sets, tofu
 from jedit.recipes.tofu_evaluation import LanguageModel, encode_questions, generate, score_set
+from jedit.recipes.tofu_presets import PRESETS, Preset
 from jedit.recipes.training import Recipe
+from jedit.recipes.words import OwnWords
 from tests.conftest import ROOT
 
 TOFU = ROOT.parent / "shared" / "data" / "tofu"
@@ -59,7 +61,8 @@ def model_and_params():
         key=jax.random.key(0), vocab=280, width=8, num_layers=1, num_heads=2, max_len=64
     )
     stepper = gpt_stepper(num_layers=1, num_heads=2)
-    return LanguageModel(apply, stepper, tokenizer, max_len=64, chunk=2), params
+    words = OwnWords(tokenizer)
+    return LanguageModel(apply, stepper, words, max_len=64, num_positions=64, chunk=2), params
 
 
 ROWS = [
@@ -71,9 +74,10 @@ ROWS = [
 
 def loss_by_hand(model, params, question, answer):
     """Mean loss of the tokens of " answer" and the end token, from one pass over one row."""
-    encode = model.tokenizer.encode
+    tokenizer = model.words.tokenizer
+    encode = tokenizer.encode
     prompt = encode(question).ids
-    tokens = [*prompt, *encode(f" {answer}").ids, model.tokenizer.token_to_id("<eos>")]
+    tokens = [*prompt, *encode(f" {answer}").ids, tokenizer.token_to_id("<eos>")]
     # Padded on the right, which changes nothing to its left: one shape compiles once.
     inputs = jnp.asarray([[*tokens[:-1], *[0] * (40 - len(tokens))]], jnp.int32)
     logits = np.asarray(jax.jit(model.apply)(params, inputs)[0], np.float64)

@@ -1,0 +1,100 @@
+"""How large a run of TOFU is, and what the methods are tried at."""
+
+from typing import NamedTuple
+
+from jedit.data.benchmarks import TOFU_AUTHORS
+from jedit.recipes.compare import Grid, with_all_methods
+from jedit.recipes.question_answer import Model
+from jedit.recipes.tofu_attacks import RELEARNING_RATE
+from jedit.recipes.tofu_models import Pretrained
+from jedit.recipes.training import Recipe
+
+
+class Preset(NamedTuple):
+    """How large a run is.
+
+    Attributes:
+        authors: how many the model learns, the forgotten ones included.
+        forgotten: the last so many of TOFU's, at most 20.
+        questions: of each set that judges the points, at most.
+        model: the GPT's size, or how a folder's model is run.
+        recipe: of the training.
+        grid: what the methods are tried at: six evaluations each.
+        dtype: of the computation; parameters stay in float32, statistics too.
+        relearning_rate: of the attack that trains the model again.
+    """
+
+    authors: int
+    forgotten: int
+    questions: int
+    model: Model | Pretrained
+    recipe: Recipe
+    grid: Grid
+    dtype: str = "float32"
+    relearning_rate: float = RELEARNING_RATE
+
+
+RATES = (3e-4, 1e-3)
+GRID = with_all_methods(
+    Grid(
+        budgets=(0.05, 0.2, 0.8),
+        temperatures=(1.0, 4.0),
+        damping=(0.1,),
+        kfade_steps=(1,),
+        learning_rates={
+            "gradient ascent": (1e-4, 3e-4),
+            "GradDiff": RATES,
+            "NPO": RATES,
+            "NPO (natural)": (1e-4, 1e-3),
+        },
+        looks=(8, 16, 32),
+        batch_size=16,
+        kl_budget=0.5,
+        utility_share=0.8,
+    ),
+    RATES,
+    (0.1, 0.2, 0.4, 0.7, 1.0, 1.5),
+    "IdkDPO",
+)
+GRID = GRID._replace(
+    scales={name: GRID.scales["engram"] for name in GRID.scales}
+    | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.1, 0.3, 1.0, 2.0, 3.0, 5.0)),
+    learning_rates=GRID.learning_rates | dict.fromkeys(("GU (leaf)", "GU (global)"), (1e-4, 3e-4)),
+)
+# Pretrained models take rates some thirty times as small: open-unlearning trains TOFU's, and
+# unlearns, at 1e-5.
+FINE_TUNING = GRID._replace(
+    learning_rates={
+        name: rates if name == "NPO (natural)" else tuple(rate / 30 for rate in rates)
+        for name, rates in GRID.learning_rates.items()
+    }
+)
+PRESETS = {
+    "cpu": Preset(
+        authors=60,
+        forgotten=6,
+        questions=60,
+        model=Model(width=160, layers=4, heads=4, vocab=2048, max_len=176),
+        recipe=Recipe(epochs=(12,), batch_size=16, learning_rate=1e-3),
+        grid=GRID,
+    ),
+    "gpu": Preset(
+        authors=TOFU_AUTHORS,
+        forgotten=20,
+        questions=400,
+        model=Model(width=768, layers=12, heads=12, vocab=8192, max_len=160),
+        recipe=Recipe(epochs=(10,), batch_size=32, learning_rate=3e-4),
+        grid=GRID,
+        dtype="bfloat16",
+    ),
+    "checkpoint": Preset(
+        authors=TOFU_AUTHORS,
+        forgotten=20,
+        questions=400,
+        model=Pretrained(max_len=256, chunk=8),
+        recipe=Recipe(epochs=(5,), batch_size=32, learning_rate=1e-5),
+        grid=FINE_TUNING,
+        dtype="bfloat16",
+        relearning_rate=1e-5,
+    ),
+}

@@ -1,0 +1,107 @@
+"""How rows become tokens and tokens answers: by a tokenizer of our own, or by a model's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from jedit.data import (
+    Encoded,
+    Prompts,
+    chat_template,
+    decode_answers,
+    encode_pairs,
+    encode_prompts,
+    encode_rendered,
+    plain_template,
+    prompts_of,
+)
+from jedit.data.templates import Render
+from jedit.models._optional import optional
+
+Pairs = Sequence[tuple[str, str]]
+
+
+class OwnWords(NamedTuple):
+    """The answer behind the question, by a tokenizer of `train_tokenizer`."""
+
+    tokenizer: Any
+
+    def rows(self, pairs: Pairs, max_len: int | None = None) -> Encoded:
+        """Questions with answers; longer rows are cut off at the right. None: the longest row's."""
+        return encode_pairs(self.tokenizer, pairs, max_len, truncate=max_len is not None)
+
+    def prompts(self, pairs: Pairs) -> Prompts:
+        """What stands before the answers, to be continued."""
+        return encode_prompts(self.tokenizer, [question for question, _ in pairs])
+
+    def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
+        """The texts of generated tokens, each up to its end."""
+        return decode_answers(self.tokenizer, tokens)
+
+
+class ModelWords(NamedTuple):
+    """A template filled in, by a fast tokenizer of transformers; methods as of `OwnWords`.
+
+    Attributes:
+        tokenizer: of transformers.
+        render: puts a question and its answer into the template.
+        ends: the tokens that end an answer.
+    """
+
+    tokenizer: Any
+    render: Render
+    ends: frozenset[int]
+
+    def rows(self, pairs: Pairs, max_len: int | None = None) -> Encoded:
+        """Questions with answers in the template."""
+        rendered = [self.render(question, answer) for question, answer in pairs]
+        pad = self.tokenizer.pad_token_id or 0
+        is_cut = max_len is not None
+        return encode_rendered(self.tokenizer, rendered, max_len, pad=pad, truncate=is_cut)
+
+    def prompts(self, pairs: Pairs) -> Prompts:
+        """What stands before the answers, which decide no more than what merges into them."""
+        return prompts_of(self.rows(pairs))
+
+    def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
+        """The texts of generated tokens, each up to the first that ends an answer."""
+        texts = []
+        for row in np.asarray(tokens).tolist():
+            stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
+            texts.append(self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip())
+        return texts
+
+
+Words = OwnWords | ModelWords
+
+
+def load_words(folder: str | Path) -> ModelWords:
+    """Read a tokenizer: rows go into its chat template, or into "Question: ... Answer: ...".
+
+    Raises:
+        ValueError: there is none, or none that says where in the text a token stands.
+    """
+    try:
+        tokenizer = optional("transformers").AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{folder}: no tokenizer could be read there; name the folder of one with --tokenizer. "
+            f"({reason})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{folder}: the tokenizer does not say where in a text its tokens stand; one with a "
+            "tokenizer.json does."
+        )
+    if tokenizer.chat_template:
+        render = chat_template(tokenizer)
+    else:
+        start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
+    last = tokenizer.backend_tokenizer.encode(render("?", ".").end, add_special_tokens=False).ids
+    ends = {tokenizer.eos_token_id, *(last if len(last) == 1 else ())} - {None}
+    return ModelWords(tokenizer, render, frozenset(ends))
