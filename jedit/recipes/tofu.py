@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
-from jedit.data import QaRow, read_tofu
+from jedit.data import QaRow, pack, read_tofu
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.recipes.compare import Say, Task, compare
 from jedit.recipes.question_answer import REFUSAL, Model
@@ -138,11 +138,14 @@ def tofu(
         for name, rows in (("train", everything), ("retrain", [*sets.kept, *general])):
             without = f" without the {len(sets.forget)} to forget" if name == "retrain" else ""
             say(f"{name}ing on {len(rows)} rows{without}")
-            encoded = _rows(model, rows)
+            sequences = pack(_rows(model, rows), model.max_len).batch
             training[name] = train(
-                model.apply, begin.params, encoded, preset.recipe, key=order_key
+                model.apply, begin.params, sequences, preset.recipe, key=order_key
             )[-1]
         original, retrained = (training[name].params for name in ("train", "retrain"))
+    trained_how = "none: both models were given"
+    if training:
+        trained_how = f"{preset.recipe}, of {model.max_len} tokens, filled with questions"
     start = time.perf_counter()
     asked = {
         "forget": encode_questions(model, sets.forget),
@@ -211,7 +214,7 @@ def tofu(
             settings={
                 "model": begin.description,
                 "computed in": preset.dtype,
-                "training": str(preset.recipe) if training else "none: both models were given",
+                "training": trained_how,
                 "questions of each set that judge a point": preset.questions,
                 "seed": seed,
             },

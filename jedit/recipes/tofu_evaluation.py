@@ -8,9 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, PyTree
 
 from jedit import metrics
-from jedit.data import Prompts, QaRow, batches
+from jedit.data import Prompts, QaRow, batches, pack
 from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
+from jedit.recipes.training import rows_of
 from jedit.recipes.words import Words
 from jedit.typing import Batch
 
@@ -128,15 +129,20 @@ def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
     def encoded(pairs: list[tuple[str, str]]) -> list[Batch]:
         return list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
 
+    def packed(pairs: list[tuple[str, str]]) -> list[Batch]:
+        # A half of the padded rows is padding, and wrong answers are most of what is evaluated.
+        sequences = pack(model.encode(pairs), model.max_len).batch
+        return list(batches(sequences, min(model.chunk, rows_of(sequences))))
+
     answers = encoded([(r.question, r.answer) for r in rows])
     answer_tokens = max(int(np.asarray(batch.mask).sum(axis=1).max()) for batch in answers)
     return Questions(
         rows=list(rows),
         answers=answers,
-        paraphrases=encoded([(r.question, r.paraphrased_answer or "") for r in rows])
+        paraphrases=packed([(r.question, r.paraphrased_answer or "") for r in rows])
         if has_paraphrases
         else None,
-        wrong=encoded([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
+        wrong=packed([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
         num_wrong=num_wrong,
         prompts=model.words.prompts([(r.question, r.answer) for r in rows]),
         num_steps=answer_tokens + ROOM,
