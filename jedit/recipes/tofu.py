@@ -1,11 +1,13 @@
 """TOFU end to end: train, retrain, forget by every method, evaluate by the benchmark's definitions.
 
-The real data set is read from a folder or by the `datasets` library.  A model learns some of its
-fictitious authors, and the questions about real authors and the world, which stand in for what a
-pretrained model knows; the retrained one learns the same without the authors to be forgotten.  A
-pretrained model from a folder learns the authors alone, or has learned them.
+The real data set is read from a folder or by the `datasets` library; without it, invented authors
+stand in.  A model learns some of its fictitious authors, and the questions about real authors and
+the world, which stand in for what a pretrained model knows; the retrained one learns the same
+without the authors to be forgotten.  A pretrained model from a folder learns the authors alone, or
+has learned them.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
-from jedit.data import QaRow, pack, read_tofu
+from jedit.data import QaRow, facts_to_rows, generate_authors, pack, read_tofu
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.recipes.compare import Say, Task, compare
 from jedit.recipes.question_answer import REFUSAL, Model
@@ -94,6 +96,33 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
     )
 
 
+def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> Sets:
+    """Make what a preset needs out of `generate_authors`, where TOFU is not at hand.
+
+    For the real authors and the world facts, which are asked by choice among the right and the
+    wrong answers, stand two further groups of invented ones that the model learns as well; the
+    holdout are authors that no model sees. A fifth of the authors to be kept is held out.
+
+    Raises:
+        ValueError: not enough authors are kept.
+    """
+    num_kept = preset.authors - preset.forgotten
+    if preset.forgotten < 1 or num_kept < 5:
+        raise ValueError(
+            "at least 1 author has to be forgotten and 5 have to be kept; got "
+            f"{preset.forgotten} of {preset.authors}"
+        )
+    away = num_kept // 5
+    sizes = (preset.forgotten, num_kept - away, away, away, away, preset.forgotten)
+    rows = facts_to_rows(generate_authors(seed, sum(sizes), facts_per_author))
+    ends = facts_per_author * np.cumsum((0, *sizes))
+    sets = Sets(*(rows[i:j] for i, j in itertools.pairwise(ends)))
+    return sets._replace(
+        real_authors=[row._replace(paraphrased_answer=None) for row in sets.real_authors],
+        world_facts=[row._replace(paraphrased_answer=None) for row in sets.world_facts],
+    )
+
+
 def tofu(
     sets: Sets,
     preset: Preset,
@@ -107,7 +136,7 @@ def tofu(
     """Run the benchmark.
 
     Args:
-        sets: of `read_sets`, for the same preset.
+        sets: of `read_sets` or `invented_sets`, for the same preset.
         preset: the size; one of `PRESETS`.
         seed: of everything random.
         say: told of each stage.
@@ -124,12 +153,12 @@ def tofu(
     init_key, order_key, compare_key, attack_key = (
         jax.random.fold_in(jax.random.key(seed), i) for i in range(4)
     )
-    general, what = [], f"{preset.authors} authors of TOFU"
+    general, what = [], f"{preset.authors} authors"
     if begin is None:
         if not isinstance(preset.model, Model):
             raise ValueError("this preset is for a pretrained model, which begin= has to bring")
         general = sets.general
-        what += ", its real authors and its world facts"
+        what += ", and TOFU's real authors and world facts, or what stands for them"
         rows = [*sets.forget, *sets.kept, *general]
         begin = small_gpt(rows, preset.model, preset.dtype, key=init_key)
     model, everything = begin.model, [*sets.forget, *sets.kept, *general]
@@ -205,8 +234,8 @@ def tofu(
             notes=(
                 f"The model learns {len(everything)} question-answer rows: {what}. "
                 f"Curvature and edits see {len(sets.seen)} retain rows; the {len(sets.heldout)} of "
-                "authors 14 to 19, which they do not see, are the retain questions of Model "
-                "Utility and of the KL. "
+                "the authors held out (TOFU's 14 to 19), which they do not see, are the retain "
+                "questions of Model Utility and of the KL. "
                 f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
                 f"counted, are longer than {model.max_len} tokens and were cut off.",
             ),

@@ -88,6 +88,17 @@ def test_every_method_has_a_curve_for_every_setting(judged_and_models):
     ]
 
 
+def test_one_curvature_alone(task, judged_and_models):
+    grid = GRID._replace(curvatures=("K-FAC",), learning_rates={}, scales={})
+    stages = []
+    judged, _ = compare(task, grid, key=jax.random.key(1), say=stages.append)
+    assert [m.name for m in judged.methods] == METHODS[:1]
+    assert not any("EK-FAC" in stage for stage in stages)
+    for got, want in zip(judged.curves, judged_and_models[0].curves[:2], strict=True):
+        for a, b in zip(got.points, want.points, strict=True):
+            assert a._replace(edit_seconds=b.edit_seconds) == b
+
+
 def test_every_method_of_the_demo_moves_the_model(task):
     names = {**digits.ALL.learning_rates, **authors.ALL.learning_rates}
     for name in ("RMU", "KUDA"):  # before a linear classifier's inputs nothing can be trained

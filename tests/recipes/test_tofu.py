@@ -10,7 +10,7 @@ from jedit.data import QaRow, read_tofu, train_tokenizer
 from jedit.models import gpt, gpt_stepper
 from jedit.recipes.compare import Grid
 from jedit.recipes.question_answer import Model
-from jedit.recipes.tofu import read_sets, tofu
+from jedit.recipes.tofu import invented_sets, read_sets, tofu
 from jedit.recipes.tofu_evaluation import LanguageModel, encode_questions, generate, score_set
 from jedit.recipes.tofu_presets import PRESETS, Preset
 from jedit.recipes.training import Recipe
@@ -52,6 +52,22 @@ def test_sets_are_disjoint_and_whole():
         assert len(sets.forget) + len(sets.seen) + len(sets.heldout) == 4000
     with pytest.raises(ValueError, match="1 to 20 authors of at most 200 can be forgotten"):
         read_sets(TOFU, PRESETS["cpu"]._replace(forgotten=21))
+
+
+def test_invented_sets_have_the_form_of_the_real_ones():
+    preset = TOY._replace(authors=12, forgotten=2)
+    sets = invented_sets(preset, seed=3, facts_per_author=4)
+    assert [len(rows) // 4 for rows in sets] == [2, 8, 2, 2, 2, 2]
+    authors = [{row.author for row in rows} for rows in sets]
+    assert len(set().union(*authors)) == 18
+    assert all(row.perturbed_answer for rows in sets for row in rows)
+    for rows in (sets.forget, sets.heldout):
+        assert all(row.paraphrased_answer for row in rows)
+    for rows in (sets.real_authors, sets.world_facts):  # asked by choice, as TOFU's are
+        assert not any(row.paraphrased_answer for row in rows)
+    assert sets == invented_sets(preset, seed=3, facts_per_author=4)
+    with pytest.raises(ValueError, match="5 have to be kept; got 8 of 12"):
+        invented_sets(preset._replace(forgotten=8), seed=3)
 
 
 @pytest.fixture(scope="module")
