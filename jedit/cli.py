@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jedit
+
+if TYPE_CHECKING:
+    from jedit.recipes.tofu_models import Start
+    from jedit.recipes.tofu_presets import Preset
 
 DEMO_OUT, RUN_OUT, TOFU_OUT = Path("out/demo"), Path("out/run"), Path("out/tofu")
 
@@ -80,8 +84,20 @@ class Tofu:
 
     data: str = "locuslab/TOFU"
     """TOFU's folder (full.json, forget10_perturbed.json, ...), or its name on the hub."""
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """cpu: 60 authors and a GPT of 2 million parameters; gpu: all 200 and 100 million."""
+    preset: Literal["cpu", "gpu", "checkpoint"] = "cpu"
+    """cpu: 60 authors and a GPT of 2 million parameters; gpu: all 200 and 100 million; checkpoint:
+    all 200 and a model of your own."""
+    model: Path | None = None
+    """With --preset checkpoint: folder of a pretrained model (Hugging Face, safetensors). With
+    --retrained it has learned all of TOFU's authors; else it learns them here, and a second time
+    without those to forget."""
+    retrained: Path | None = None
+    """Folder of the same model trained without the authors to forget (TOFU's retain90 for 20 of
+    them, retain95 for 10, retain99 for 2)."""
+    tokenizer: Path | None = None
+    """Folder of the model's tokenizer; None: the model's."""
+    save: str | None = None
+    """With --model: a method whose best model is written to OUT-edited, a folder like --model."""
     forgotten: int | None = None
     """Authors to forget, at most 20; None: the preset's."""
     methods: tuple[str, ...] = ()
@@ -269,16 +285,86 @@ def _tofu(options: Tofu, command: str) -> int:
             for kind in ("scales", "learning_rates")
         }
         preset = preset._replace(grid=preset.grid._replace(**chosen))
+    _check_folders(options)
+    saved: dict[str, Any] = {}
+    edited = options.out.with_name(f"{options.out.name}-edited")
+    if options.save is not None:
+        run = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", *preset.grid.scales)
+        run += tuple(preset.grid.learning_rates)
+        if options.save not in run:
+            raise UsageError(f"--save {options.save}: is not run; these are: {', '.join(run)}")
+        if edited.exists():
+            raise UsageError(f"{edited}: is there already; remove it, or give another --out")
     try:
         sets = read_sets(options.data, preset)
     except (DataError, ValueError) as error:
         raise UsageError(str(error)) from None
     stages = _Stages()
+    begin = None
+    if options.model is not None:
+        begin = _load(options, options.model, preset, stages)
+
+    def keep(name: str, params: Any) -> None:
+        if name == options.save:
+            saved[name] = params
 
     def comparison() -> Sequence:
-        return tofu(sets, preset, seed=options.seed, say=stages, with_attacks=options.attacks)
+        return tofu(
+            sets,
+            preset,
+            seed=options.seed,
+            say=stages,
+            with_attacks=options.attacks,
+            begin=begin,
+            found_model=keep,
+        )
 
-    return _report(comparison, stages, options.out, options.seed, command)
+    code = _report(comparison, stages, options.out, options.seed, command)
+    if options.save is not None and options.model is not None:
+        if options.save not in saved:
+            raise UsageError(f"--save {options.save}: no point of it is within the rule")
+        from jedit.models import cast_params, save_model
+
+        params = cast_params(saved[options.save], preset.dtype)
+        print(f"Edited model: {save_model(params, edited, source=options.model)}")
+    return code
+
+
+def _check_folders(options: Tofu) -> None:
+    """Refuse options that do not go with each other, and folders that are not there.
+
+    Raises:
+        UsageError: what is to be mended.
+    """
+    with_model = ("retrained", "tokenizer", "save")
+    if options.model is None:
+        if options.preset == "checkpoint":
+            raise UsageError("--preset checkpoint needs --model: the folder of a pretrained model.")
+        if given := [name for name in with_model if getattr(options, name) is not None]:
+            raise UsageError(f"--{given[0]} goes with --preset checkpoint --model DIR.")
+        return
+    if options.preset != "checkpoint":
+        raise UsageError(
+            f"--model goes with --preset checkpoint; the preset {options.preset} makes a model of "
+            "its own."
+        )
+    for folder in (options.model, options.retrained, options.tokenizer):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(f"{folder}: there is no such folder.")
+        # The report takes the place of what is there.
+        if folder is not None and folder.resolve().is_relative_to(options.out.resolve()):
+            raise UsageError(f"{folder}: lies within --out, which is replaced; give another --out")
+
+
+def _load(options: Tofu, model: Path, preset: "Preset", stages: "_Stages") -> "Start":
+    from jedit.recipes.tofu_models import Pretrained, from_folders
+
+    assert isinstance(preset.model, Pretrained)
+    stages(f"loading {model}" + (f" and {options.retrained}" if options.retrained else ""))
+    try:
+        return from_folders(model, options.retrained, options.tokenizer, preset.model, preset.dtype)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
 
 
 def _check_numbers(options: RunFile) -> None:

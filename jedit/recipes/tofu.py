@@ -20,6 +20,8 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.data import QaRow, facts_to_rows, generate_authors, pack, read_tofu
 from jedit.data.benchmarks import TOFU_AUTHORS
+from jedit.edits import cast_report, edit_between
+from jedit.models import cast_params
 from jedit.recipes.compare import Say, Task, compare
 from jedit.recipes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu_attacks import attack
@@ -222,6 +224,8 @@ def tofu(
         if with_attacks:
             rate = preset.relearning_rate
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
+        if name in kept and np.dtype(model.dtype).itemsize < 4:
+            leaderboard[name]["rounded_away"] = _rounded_away(model, task.original, params)
     baseline = leaderboard["retrained"]["mia_min_k"]
     for name, row in leaderboard.items():
         if baseline < 1:  # else the retrained model gives the forget rows away itself
@@ -318,6 +322,13 @@ def evaluate(
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):
     return model.encode([(row.question, row.answer) for row in rows])
+
+
+def _rounded_away(model: LanguageModel, original: PyTree, params: PyTree) -> float:
+    """What the dtype of the computation takes of an edit, where it takes most."""
+    edit = edit_between(original, params)
+    report = cast_report(cast_params(original, model.dtype), edit)
+    return max(float(loss.rounded_away) for loss in report.values())
 
 
 def _utility(model: LanguageModel, params: PyTree, asked: dict[str, Questions]) -> float:

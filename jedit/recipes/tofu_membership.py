@@ -85,12 +85,13 @@ def _scores(
         "reference": metrics.reference_scores(loss, reference),
         "min_k": metrics.min_k_scores(apply, params, encoded),
         "min_k_plus_plus": metrics.min_k_plus_plus_scores(apply, params, encoded),
-        "gradient_norm": metrics.gradient_norm_scores(apply, params, _spread(encoded)),
+        "gradient_norm": metrics.gradient_norm_scores(apply, params, _spread(answers)),
     }
 
 
-def _spread(encoded: list[Batch]) -> list[Batch]:
-    """A row in every few, as many as are differentiated."""
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *encoded)
-    every = max(1, len(whole.inputs) // GRADIENT_ROWS)
-    return [jax.tree.map(lambda x: x[::every][:GRADIENT_ROWS], whole)]
+def _spread(answers: Answers) -> list[Batch]:
+    """As many rows as are differentiated, at equal distances; padding stands behind them all."""
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *answers.encoded)
+    num_rows = len(answers.rows)
+    num_taken = min(num_rows, GRADIENT_ROWS)
+    return [jax.tree.map(lambda x: x[np.arange(num_taken) * num_rows // num_taken], whole)]

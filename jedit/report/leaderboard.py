@@ -28,6 +28,11 @@ MEASURES = {
     "extraction_strength": Measure("extr.\nstr.", "share of a forget answer that its start yields"),
     "privleak": Measure("Priv-\nLeak", "by Min-K%, in percent: 0 is the retrained model"),
     "mia_min_k": Measure("AUC\nMin-K", "of Min-K% between forget and never seen rows; 1/2: blind"),
+    "mia_reference": Measure("AUC\nref.", "of the loss less the retrained model's; 1/2: blind"),
+    "mia_gradient_norm": Measure("AUC\ngrad.", "of the gradient's norm; 1/2: blind"),
+    "rounded_away": Measure(
+        "rounded\naway", "share of the edit that its dtype took, in the parameter where it is most"
+    ),
     "before_relearning": Measure(
         "before", "probability of five sixths of the forget answers, per token"
     ),

@@ -11,7 +11,17 @@ from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_array_equal
 
 from jedit.capture import find_sites
-from jedit.models import cached_decode, cnn, gpt, gpt_stepper, greedy_decode, mlp, to_pure
+from jedit.models import (
+    cached_decode,
+    cast_params,
+    cnn,
+    gpt,
+    gpt_stepper,
+    greedy_decode,
+    mixed_precision,
+    mlp,
+    to_pure,
+)
 from jedit.typing import PackedTokens
 
 RANDOM = ("random", "threefry", "rng_bit_generator")
@@ -332,3 +342,27 @@ def test_a_module_that_is_called_in_a_way_of_its_own(key):
     one, two = (numpy_tree(params)["layers"][i]["kernel"] for i in "01")
     want = np.asarray(x, np.float64) @ (one + 2 * two)
     np.testing.assert_allclose(np.asarray(apply(params, x)), want, rtol=0, atol=1e-5)
+
+
+def test_mixed_precision_adds_small_steps_up(keys):
+    plain, params = mlp(key=next(keys), sizes=(6, 5, 4), dtype=jnp.float32)
+    apply = mixed_precision(plain, jnp.bfloat16)
+    x = jax.random.normal(next(keys), (7, 6), jnp.bfloat16)
+    half = cast_params(params, jnp.bfloat16)
+    want = plain(half, x)
+    assert want.dtype == jnp.bfloat16
+    assert_array_equal(apply(params, x), want.astype(jnp.float32))
+    assert not find_sites(apply, params, x).uncovered
+    # Thirty-two steps of a thousandth each: bfloat16 weights would stay where they are.
+    stay, move = half, params
+    for _ in range(32):
+        stay, move = (
+            jax.tree.map(lambda leaf: leaf * jnp.asarray(1 + 2.0**-10, leaf.dtype), tree)
+            for tree in (stay, move)
+        )
+    assert_array_equal(plain(stay, x), want)
+    assert np.max(np.abs(np.asarray(apply(move, x) - apply(params, x)))) > 0.01
+    gradient = jax.grad(lambda weights: jnp.sum(apply(weights, x) ** 2))(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    counted = cast_params({"steps": jnp.ones(2, jnp.int32), "w": jnp.ones(2)}, jnp.bfloat16)
+    assert [leaf.dtype.name for leaf in counted.values()] == ["int32", "bfloat16"]

@@ -6,15 +6,24 @@ import numpy as np
 import pytest
 
 from jedit import metrics
-from jedit.data import QaRow, read_tofu, train_tokenizer
+from jedit.data import QaRow, batches, read_tofu, train_tokenizer
 from jedit.models import gpt, gpt_stepper
 from jedit.recipes.compare import Grid
 from jedit.recipes.question_answer import Model
 from jedit.recipes.tofu import invented_sets, read_sets, tofu
 from jedit.recipes.tofu_evaluation import LanguageModel, encode_questions, generate, score_set
+from jedit.recipes.tofu_membership import (
+    GRADIENT_ROWS,
+    Answers,
+    _spread,
+    encode_answers,
+    membership_aucs,
+    reference_of,
+)
 from jedit.recipes.tofu_presets import PRESETS, Preset
 from jedit.recipes.training import Recipe
 from jedit.recipes.words import OwnWords
+from jedit.typing import Batch
 from tests.conftest import ROOT
 
 TOFU = ROOT.parent / "shared" / "data" / "tofu"
@@ -123,6 +132,69 @@ def test_scores_by_hand(model_and_params, is_choice):
         np.testing.assert_allclose(found.truth_ratio[i], np.exp(said - np.mean(wrong)), rtol=1e-4)
     answers = [row.answer for row in rows]
     np.testing.assert_array_equal(found.rouge, metrics.rouge(answers, found.generations)[1])
+
+
+def test_membership_by_hand(model_and_params):
+    model, params = model_and_params
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [
+        0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
+    ]
+    # Of the two, the reference is the one that knows nothing.
+    attacked = jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+    unseen = [QaRow("they are?", "I that, they"), QaRow("I know?", "he is she")]
+    known = Answers(ROWS, encode_questions(model, ROWS).answers)
+    strangers = encode_answers(model, unseen)
+    reference = reference_of(model, params, encode_questions(model, ROWS), strangers)
+    found = membership_aucs(model, attacked, known, strangers, reference)
+    assert set(found) == {
+        *("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradient_norm"),
+    }
+
+    @jax.jit
+    def loss_of(params, rows):
+        log_p = jax.nn.log_softmax(model.apply(params, rows.inputs))
+        picked = jnp.take_along_axis(log_p, rows.targets[..., None], -1)[..., 0]
+        return -jnp.sum(picked * rows.mask) / rows.mask.sum()
+
+    gradient_of = jax.jit(jax.grad(loss_of))
+
+    def encoded(row):
+        return model.words.rows([(row.question, row.answer)], 40).as_batch()
+
+    def loss(params, row):
+        return loss_of(params, encoded(row))
+
+    def auc(score):
+        ours, theirs = ([score(row) for row in rows] for rows in (ROWS, unseen))
+        return np.mean([a < b for a in ours for b in theirs])
+
+    def gradient_norm(row):
+        leaves = jax.tree.leaves(gradient_of(attacked, encoded(row)))
+        return np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in leaves))
+
+    losses = {
+        row.question: (float(loss(attacked, row)), float(loss(params, row)))
+        for row in [*ROWS, *unseen]
+    }
+    assert found["loss"] == auc(lambda row: losses[row.question][0])
+    assert found["reference"] == auc(lambda row: np.subtract(*losses[row.question]))
+    assert found["gradient_norm"] == auc(gradient_norm)
+    assert len({found["loss"], found["reference"], found["gradient_norm"]}) > 1
+    itself = membership_aucs(model, params, known, strangers, reference)
+    assert itself["reference"] == 0.5
+
+
+@pytest.mark.parametrize("num_rows", [3, 40, 41, 79, 120])
+def test_gradients_are_taken_of_rows_all_over_the_set(num_rows):
+    rows = Batch(np.arange(num_rows)[:, None], np.arange(num_rows)[:, None])
+    asked = [QaRow("who?", str(i)) for i in range(num_rows)]
+    (spread,) = _spread(Answers(asked, list(batches(rows, min(32, num_rows)))))
+    taken = np.asarray(spread.inputs)[:, 0]
+    assert len(taken) == len(set(taken)) == min(num_rows, GRADIENT_ROWS)
+    assert taken[0] == 0
+    assert taken[-1] >= num_rows - 1 - num_rows / len(taken)
 
 
 def test_generation_stops_where_the_positions_end(model_and_params):
