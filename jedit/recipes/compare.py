@@ -28,12 +28,20 @@ from jedit.objectives import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
 from jedit.recipes.editors import Editor, editors
-from jedit.recipes.trainers import Trainer, kuda_before, natural_npo, projected_ascent, trainers
+from jedit.recipes.trainers import (
+    SOFT,
+    Trainer,
+    kuda_before,
+    natural_npo,
+    projected_ascent,
+    trainers,
+)
 from jedit.recipes.training import rows_of
 from jedit.report import Curve, Method, Point, best_point, best_quality
 from jedit.typing import Batch
 
 Say = Callable[[str], None]
+LOST_KL = 1.0  # nats per output; beyond it Model Utility is not measured
 NULL_SPACE = 0.01  # share of the retained inputs' energy that is given up
 
 
@@ -73,7 +81,8 @@ BY_ADAM = ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "
 BY_ADAM += ("ROSU (push)", "null-space GradDiff", "KUDA")
 BY_GU = ("GU (leaf)", "GU (global)")
 # These train in a metric or a null space of the retain rows' curvature.
-FITTED = ("NPO (natural)", "null-space GradDiff", "KUDA")
+NATURAL, SOFT_NATURAL = "NPO (natural)", f"NPO (natural, beta {SOFT:g})"
+FITTED = (NATURAL, SOFT_NATURAL, "null-space GradDiff", "KUDA")
 
 
 def with_all_methods(
@@ -251,7 +260,9 @@ class _Judge:
             ratios = _finite(task.truth_ratio(params))
             values["truth_ratio"] = float(np.mean(ratios))
             values["forget_quality"] = forget_quality(ratios, self.reference)
-        if task.utility is not None:
+        # An edited model this far off has lost its utility; asking it costs the most.
+        is_lost = strength > 0 and (values["heldout_kl"] or 0) > LOST_KL
+        if task.utility is not None and not is_lost:
             values["model_utility"] = task.utility(params)
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
 
@@ -397,7 +408,8 @@ def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str,
         made = made | {"KUDA": kuda_before(*model, retained, earlier)}
     return made | {
         "null-space GradDiff": projected_ascent(task.apply, projector),
-        "NPO (natural)": natural_npo(task.apply, tempered),
+        NATURAL: natural_npo(task.apply, tempered),
+        SOFT_NATURAL: natural_npo(task.apply, tempered, beta=SOFT),
     }
 
 

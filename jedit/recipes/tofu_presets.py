@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 from jedit.data.benchmarks import TOFU_AUTHORS
-from jedit.recipes.compare import Grid, with_all_methods
+from jedit.recipes.compare import BY_GU, SOFT_NATURAL, Grid, with_all_methods
 from jedit.recipes.question_answer import Model
 from jedit.recipes.tofu_attacks import RELEARNING_RATE
 from jedit.recipes.tofu_models import Pretrained
+from jedit.recipes.trainers import SOFT
 from jedit.recipes.training import Recipe
 
 
@@ -34,7 +35,9 @@ class Preset(NamedTuple):
     relearning_rate: float = RELEARNING_RATE
 
 
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3)
+SMALL_RATES = (3e-5, 1e-4, 3e-4)  # of methods that nothing holds, and of GU's own metric
+PREDICTED_KL = (1e-4, 2e-4, 4e-4)  # of a natural step
 GRID = with_all_methods(
     Grid(
         budgets=(0.05, 0.2, 0.8),
@@ -42,12 +45,13 @@ GRID = with_all_methods(
         damping=(0.1,),
         kfade_steps=(1,),
         learning_rates={
-            "gradient ascent": (1e-4, 3e-4),
+            "gradient ascent": SMALL_RATES,
             "GradDiff": RATES,
             "NPO": RATES,
-            "NPO (natural)": (1e-4, 1e-3),
+            f"NPO (beta {SOFT:g})": RATES,
+            SOFT_NATURAL: PREDICTED_KL,
         },
-        looks=(8, 16, 32),
+        looks=(10, 30),
         batch_size=16,
         kl_budget=0.5,
         utility_share=0.8,
@@ -59,13 +63,13 @@ GRID = with_all_methods(
 GRID = GRID._replace(
     scales={name: GRID.scales["engram"] for name in GRID.scales}
     | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.1, 0.3, 1.0, 2.0, 3.0, 5.0)),
-    learning_rates=GRID.learning_rates | dict.fromkeys(("GU (leaf)", "GU (global)"), (1e-4, 3e-4)),
+    learning_rates=GRID.learning_rates | dict.fromkeys(BY_GU, SMALL_RATES),
 )
 # Pretrained models take rates some thirty times as small: open-unlearning trains TOFU's, and
 # unlearns, at 1e-5.
 FINE_TUNING = GRID._replace(
     learning_rates={
-        name: rates if name == "NPO (natural)" else tuple(rate / 30 for rate in rates)
+        name: rates if name == SOFT_NATURAL else tuple(rate / 30 for rate in rates)
         for name, rates in GRID.learning_rates.items()
     }
 )
@@ -73,7 +77,7 @@ PRESETS = {
     "cpu": Preset(
         authors=60,
         forgotten=6,
-        questions=60,
+        questions=40,
         model=Model(width=160, layers=4, heads=4, vocab=2048, max_len=176),
         recipe=Recipe(epochs=(12,), batch_size=8, learning_rate=1e-3),
         grid=GRID,

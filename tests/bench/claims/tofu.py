@@ -12,10 +12,20 @@ import sys
 
 import numpy as np
 
-from jedit.recipes.tofu import PRESETS, read_sets, tofu
+from jedit.recipes.tofu import read_sets, tofu
+from jedit.recipes.tofu_presets import PRESETS
 from tests.bench.claims.evidence import interval, parser, shown, write
 
-METHODS = ("NPO (natural)", "NPO", "SimNPO", "GradDiff", "RMU", "IdkDPO", "UNDIAL")
+METHODS = (
+    "NPO (natural, beta 0.04)",
+    "NPO",
+    "NPO (beta 0.04)",
+    "SimNPO",
+    "GradDiff",
+    "RMU",
+    "IdkDPO",
+    "UNDIAL",
+)
 COLUMNS = ("forget_quality", "model_utility", "heldout_kl", "edit_seconds", "fit_seconds")
 
 
