@@ -7,6 +7,7 @@ there is honest.
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +42,6 @@ from jedit.report import Curve, Method, Point, best_point, best_quality
 from jedit.typing import Batch
 
 Say = Callable[[str], None]
-LOST_KL = 1.0  # nats per output; beyond it Model Utility is not measured
 NULL_SPACE = 0.01  # share of the retained inputs' energy that is given up
 
 
@@ -61,6 +61,7 @@ class Grid(NamedTuple):
         utility_share: None, or what a best point has to keep of the Model Utility; see
             `QUALITY_RULE`.
         curvatures: whose metric K-FADE steps in, each a method of its own.
+        lost_kl: the held-out retain KL beyond which Model Utility is not measured.
     """
 
     budgets: tuple[float, ...]
@@ -74,6 +75,7 @@ class Grid(NamedTuple):
     scales: dict[str, tuple[float, ...]] = {}
     utility_share: float | None = None
     curvatures: tuple[str, ...] = ("K-FAC", "EK-FAC")
+    lost_kl: float = math.inf
 
 
 # At about the same learning rates; GU, in a metric of its own, at a third of them.
@@ -167,7 +169,7 @@ def compare(
     Returns:
         The numbers, and for each method with a point within budget the params of its best point.
     """
-    judge = _Judge(task)
+    judge = _Judge(task, grid.lost_kl)
     curvature_key, ascent_key = (jax.random.fold_in(key, i) for i in range(2))
     original = judge(task.original, 0.0, 0.0)
     retrained = judge(task.retrained, 0.0, 0.0)
@@ -229,8 +231,8 @@ class _Judge:
     What `jedit.metrics` gives one by one comes out of one forward pass here, a half of the time.
     """
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self, task: Task, lost_kl: float):
+        self.task, self.lost_kl = task, lost_kl
         names = ("forget", "retain", "heldout", "test")
         self.sets = {
             name: list(batches(_judged(task, name), task.chunk))
@@ -261,7 +263,7 @@ class _Judge:
             values["truth_ratio"] = float(np.mean(ratios))
             values["forget_quality"] = forget_quality(ratios, self.reference)
         # An edited model this far off has lost its utility; asking it costs the most.
-        is_lost = strength > 0 and (values["heldout_kl"] or 0) > LOST_KL
+        is_lost = strength > 0 and (values["heldout_kl"] or 0) > self.lost_kl
         if task.utility is not None and not is_lost:
             values["model_utility"] = task.utility(params)
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
