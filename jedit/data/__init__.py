@@ -1,7 +1,7 @@
 """Readers and generators of forget and retain sets."""
 
 from jedit.data.authors import Fact, generate_authors
-from jedit.data.batching import batches
+from jedit.data.batching import batches, stack_requests
 from jedit.data.benchmarks import (
     Choice,
     Rewrite,
@@ -86,6 +86,7 @@ __all__ = [
     "save_tokenizer",
     "select_rows",
     "split_digits",
+    "stack_requests",
     "text_of",
     "train_tokenizer",
     "write_rows",

@@ -1,7 +1,7 @@
 """Batches of equal shape out of arrays, so that a compiled step is compiled once."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,3 +61,39 @@ def _cut(whole: Batch, chosen: Int[np.ndarray, " chosen"], size: int) -> Batch:
         return jnp.asarray(np.concatenate([array[chosen], padding]))
 
     return jax.tree.map(rows, whole)
+
+
+def stack_requests(requests: Sequence[Batch | Encoded]) -> Batch:
+    """Stack forget sets of different sizes for `batch_unlearn`, filled up where they are ragged.
+
+    Rows and positions are filled up at the end, with zeros that neither `mask` nor `valid` count.
+
+    Args:
+        requests: R sets; their inputs are one array each, (rows, ...), and they agree in the
+            number of axes.
+
+    Returns:
+        One batch whose leaves lead with R, (R, rows, ...), as wide as the largest set.
+
+    Raises:
+        ValueError: there are none, or they disagree in the number of axes.
+    """
+    if not requests:
+        raise ValueError("there are no requests to stack.")
+    whole = []
+    for request in requests:
+        targets = np.asarray(request.targets)
+        ones = np.ones(targets.shape, np.float32)
+        mask, valid = (ones if x is None else np.asarray(x) for x in (request.mask, request.valid))
+        whole.append((np.asarray(request.inputs), targets, mask, valid))
+    stacked = []
+    for arrays in zip(*whole, strict=True):
+        if len({array.ndim for array in arrays}) > 1:
+            shapes = ", ".join(str(shape) for shape in sorted({a.shape for a in arrays}))
+            raise ValueError(f"the requests' arrays differ in the number of axes: {shapes}.")
+        shape = np.max([array.shape for array in arrays], axis=0)
+        filled = np.zeros((len(arrays), *shape), arrays[0].dtype)
+        for i, array in enumerate(arrays):
+            filled[(i, *(slice(n) for n in array.shape))] = array
+        stacked.append(jnp.asarray(filled))
+    return Batch(*stacked)

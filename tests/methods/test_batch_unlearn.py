@@ -7,6 +7,7 @@ import pytest
 
 from jedit.curvature import ekfac, estimate, factors, kfac, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical
+from jedit.data import stack_requests
 from jedit.edits import Edit, LowRank, apply_edit, compress, dense, sum_edits
 from jedit.methods import balanced, batch_unlearn, interactions
 from jedit.models import gpt
@@ -292,3 +293,25 @@ def test_what_it_refuses(scene):
         batch_unlearn(apply, params, Batch(requests.inputs), curvature, step=1.0)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         compress(Edit({}), 0)
+
+
+def test_ragged_requests_are_stacked_and_answered_as_they_are_alone(scene, tolerance):
+    apply, params, curvature, requests, _ = scene
+    ragged = [
+        jax.tree.map(lambda x: x[0, :1, :4], requests),
+        jax.tree.map(lambda x: x[1], requests)._replace(mask=None),
+        jax.tree.map(lambda x: x[2, :, :5], requests)._replace(valid=None),
+    ]
+    edits, _ = batch_unlearn(
+        apply, params, stack_requests(ragged), curvature, step=1.0, damping=DAMPING
+    )
+    for r, request in enumerate(ragged):
+        alone = jax.tree.map(lambda x: x[None], request)
+        wanted, _ = batch_unlearn(apply, params, alone, curvature, step=1.0, damping=DAMPING)
+        for path, block in wanted.blocks.items():
+            found = dense(one(edits.blocks[path], r))
+            tolerance.check(found, dense(one(block, 0)), kind="factorization")
+    with pytest.raises(ValueError, match="no requests"):
+        stack_requests([])
+    with pytest.raises(ValueError, match="differ in the number of axes"):
+        stack_requests([one(requests, 0), Batch(jnp.zeros(3), jnp.zeros(3))])
