@@ -8,6 +8,7 @@ has learned them.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,6 +243,10 @@ def tofu(
                 "questions of Model Utility and of the KL. "
                 f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
                 f"counted, are longer than {model.max_len} tokens and were cut off.",
+                "Every method is tried at the settings and strengths of its row, six as a rule, "
+                "and its best point is chosen by looking at the retrained model: with fewer "
+                "looks, or none, every method would fare worse.",
+                *_lost(preset.grid.lost_kl),
             ),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
             settings={
@@ -318,6 +323,12 @@ def evaluate(
     for name, auc in membership_aucs(model, params, known, unseen, reference).items():
         found[f"mia_{name}"] = Evaluation(auc)
     return found
+
+
+def _lost(kl: float) -> tuple[str, ...]:
+    if kl == math.inf:
+        return ()
+    return (f"Beyond a held-out KL of {kl:g} nats an edited model's utility is not measured.",)
 
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):
