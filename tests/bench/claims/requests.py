@@ -23,6 +23,7 @@ from jedit.data import batches
 from jedit.edits import apply_edit, sum_edits
 from jedit.methods import balanced, batch_unlearn, interactions, kfade
 from jedit.metrics import nll, output_kl
+from jedit.objectives import ga
 from jedit.typing import Batch
 from tests.bench.claims.evidence import parser, write
 from tests.bench.claims.scenes import Scene, authors
@@ -109,7 +110,7 @@ def rates(found: Scene, curvature, count: int) -> dict[str, float]:
 def ranks(found: Scene, curvature) -> list[dict]:
     """What a rank and the damping's form do to the edits' effect, at equal predicted KL."""
     requests = first_requests(found, 30)
-    loss = jax.jit(lambda p, r: nll_of(found.apply, p, r))
+    loss = jax.jit(lambda p, r: -ga(p, r, None, apply=found.apply)[0])
     heldout = list(batches(found.heldout, 32))
     rows = []
     for exact in (True, False):
@@ -142,13 +143,6 @@ def ranks(found: Scene, curvature) -> list[dict]:
                 }
             )
     return rows
-
-
-def nll_of(apply, params, request: Batch):
-    """Mean loss of a request's counted tokens."""
-    logits = jax.nn.log_softmax(apply(params, request.inputs))
-    picked = jnp.take_along_axis(logits, request.targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(picked * request.mask) / jnp.sum(request.mask)
 
 
 def overlaps(found: Scene, curvature) -> dict[str, dict[str, float]]:
