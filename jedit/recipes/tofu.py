@@ -196,7 +196,7 @@ def tofu(
         truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
         select=begin.select,
         chunk=model.chunk,
-        probe=64,
+        probe=32,
         hidden_site=begin.hidden_site,
         layers=begin.layers,
         refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
@@ -243,9 +243,8 @@ def tofu(
                 "questions of Model Utility and of the KL. "
                 f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
                 f"counted, are longer than {model.max_len} tokens and were cut off.",
-                "Every method is tried at the settings and strengths of its row, six as a rule, "
-                "and its best point is chosen by looking at the retrained model: with fewer "
-                "looks, or none, every method would fare worse.",
+                "Every method is tried at as many points, settings times strengths, and its best "
+                "one is chosen by looking at the retrained model, as a user without one cannot.",
                 *_lost(preset.grid.lost_kl),
             ),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
