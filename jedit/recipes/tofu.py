@@ -217,7 +217,9 @@ def tofu(
     evaluations, leaderboard = {}, {}
     for name in models:
         say(f"evaluating {name}")
-        params = jax.device_put(kept[name]) if name in kept else models[name]
+        params = models[name]
+        if name in kept:
+            params = jax.tree.map(_put_like, params, task.original)
         if found_model is not None:
             found_model(name, params)
         evaluations[name] = evaluate(model, params, whole, unseen, reference)
@@ -332,6 +334,11 @@ def _lost(kl: float) -> tuple[str, ...]:
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):
     return model.encode([(row.question, row.answer) for row in rows])
+
+
+def _put_like(leaf: np.ndarray, other: jax.Array) -> jax.Array:
+    """Onto the other's device, bound to it only if that one is: else all is compiled once more."""
+    return jax.device_put(leaf, other.sharding if other.committed else None)
 
 
 def _rounded_away(model: LanguageModel, original: PyTree, params: PyTree) -> float:

@@ -32,7 +32,7 @@ TOY = Preset(
     forgotten=2,
     questions=4,
     model=Pretrained(max_len=256, chunk=8),
-    recipe=Recipe(epochs=(1,), batch_size=8, learning_rate=1e-3),
+    recipe=Recipe(epochs=(1,), batch_size=4, learning_rate=1e-3),
     grid=Grid(
         budgets=(0.05,),
         temperatures=(1.0,),
@@ -42,7 +42,7 @@ TOY = Preset(
         looks=(2,),
         batch_size=4,
         kl_budget=1.0,
-        scales={"MEMIT": (0.5,)},
+        scales={},
         utility_share=0.0,
     ),
 )
@@ -61,7 +61,8 @@ def sets():
     rows = facts_to_rows(generate_authors(0, 8, 4))
     names = list(dict.fromkeys(row.author for row in rows))
     of = [[row for row in rows if row.author == name][:4] for name in names]
-    return Sets([*of[0], *of[1]], [*of[2], *of[3]], of[4], of[5], of[6], of[7])
+    # All of one size: what is compiled for one set serves the others.
+    return Sets([*of[0][:2], *of[1][:2]], of[2], of[3], of[4], of[5], of[6])
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_the_command_from_end_to_end(folder, sets, tmp_path, monkeypatch, capsys
     given = ["run", "tofu", "--preset", "checkpoint", "--model", str(folder), "--out", str(out)]
     assert cli.main([*given, "--save", "NPO"]) == 0
     (found,) = json.loads((out / "results.json").read_text())["comparisons"]
-    methods = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "MEMIT", "NPO"]
+    methods = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "NPO"]
     assert list(found["leaderboard"]) == ["untouched", "retrained", *methods]
     assert set(found["seconds"]) == {"train", "retrain", "fit, edit, judge and attack"}
     for name, row in found["leaderboard"].items():
