@@ -218,7 +218,7 @@ def test_a_rank_cuts_off_what_it_says(scene, exact):
                 )
                 values = np.linalg.svd(a[0])[1]
                 best = np.sqrt((values[2:] ** 2).sum())
-                assert np.linalg.norm(a - b) <= 1.25 * best + 1e-6 * values[0], name
+                assert np.linalg.norm(a - b) <= 1.1 * best + 1e-6 * values[0], name
 
 
 def test_it_compiles_once_and_holds_no_copy_of_the_parameters_per_request(scene):
