@@ -17,7 +17,7 @@ from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
 from jedit.recipes import tofu as tofu_recipe
 from jedit.recipes import tofu_presets
 from jedit.recipes.compare import Grid
-from jedit.recipes.tofu import Sets
+from jedit.recipes.tofu import Sets, _rounded_away
 from jedit.recipes.tofu_evaluation import encode_questions, generate
 from jedit.recipes.tofu_models import Pretrained, from_folders
 from jedit.recipes.tofu_presets import Preset
@@ -128,6 +128,13 @@ def test_half_precision_is_computed_in_and_not_kept(folder):
     small = jax.tree.map(lambda leaf: leaf * (1 + 2.0**-10), begin.params)
     jax.tree.map(assert_array_equal, cast_params(small, jnp.bfloat16), narrow)
     assert all(map(np.any, jax.tree.leaves(jax.tree.map(jnp.not_equal, small, begin.params))))
+
+    assert _rounded_away(begin.model, begin.params, small) == 1
+    large = jax.tree.map(lambda leaf: leaf * 1.25, begin.params)
+    assert 0 <= _rounded_away(begin.model, begin.params, large) < 0.02
+    prompts = begin.model.words.prompts([("Who?", "Ann."), ("And who else?", "Bob.")])
+    kept, cast = (generate(begin.model, p, prompts, 5) for p in (begin.params, narrow))
+    assert kept == cast
 
     paths = {jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves_of(narrow)}
     assert begin.layers == ("layers/0/mlp/down_proj/kernel", "layers/1/mlp/down_proj/kernel")
