@@ -29,7 +29,7 @@ def batch_of(rng, *lead):
 
 @pytest.fixture(scope="module")
 def scene():
-    """A GPT of one block, its curvature but for the table of positions, and five requests."""
+    """A GPT of one block, the curvature of a part of it, and five requests."""
     dtype = jnp.zeros(()).dtype
     apply, params = gpt(
         key=jax.random.key(0),
@@ -42,7 +42,7 @@ def scene():
     )
     rng = np.random.default_rng(0)
     retain = batch_of(rng, 8)
-    estimator = kfac(apply, Categorical(), select="blocks|embed|head", fisher="empirical")
+    estimator = kfac(apply, Categorical(), select="mlp|query|embed", fisher="empirical")
     curvature = estimate(estimator, params, [retain], key=jax.random.key(1))
     return apply, params, curvature, batch_of(rng, REQUESTS, ROWS), retain
 
