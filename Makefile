@@ -138,7 +138,7 @@ notebooks: .venv/.dev
 	if [ -z "$$notebooks" ]; then echo "skipped: there are no notebooks yet"; fi; \
 	for notebook in $$notebooks; do \
 	  echo "executing $$notebook"; \
-	  .venv/bin/jupyter execute --timeout=180 "$$notebook"; \
+	  .venv/bin/jupyter execute --timeout=600 "$$notebook"; \
 	done
 
 clean:
