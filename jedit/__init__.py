@@ -5,6 +5,7 @@ apply, params, batches -> capture -> curvature -> methods and transforms -> edit
 
 from jedit import attacks, curvature, geometry, methods, metrics, objectives, transforms
 from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
+from jedit.checkpoint import load_curvature, load_edit, save_curvature, save_edit
 from jedit.curvature import (
     Curvature,
     Estimator,
@@ -76,6 +77,8 @@ __all__ = [
     "ggn_vector_product",
     "kfac",
     "likelihoods",
+    "load_curvature",
+    "load_edit",
     "matvec",
     "methods",
     "metrics",
@@ -88,6 +91,8 @@ __all__ = [
     "retain_orthogonal",
     "retain_subspace",
     "revert_edit",
+    "save_curvature",
+    "save_edit",
     "scale_to_kl_budget",
     "solve",
     "sum_edits",

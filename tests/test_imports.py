@@ -22,7 +22,7 @@ TABLE = {
     "metrics": {"objectives"},
     "attacks": {"objectives", "unlearn"},
     "edits": {"curvature"},
-    "checkpoint": {"curvature"},
+    "checkpoint": {"curvature", "edits"},
     "unlearn": {"objectives", "edits"},
     "models": set(),
     "data": set(),

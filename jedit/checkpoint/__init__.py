@@ -1,0 +1,12 @@
+"""Edits, curvatures and long jobs on the disk: whole, checked, and bit by bit as they were."""
+
+from jedit.checkpoint.saving import load_curvature, load_edit, save_curvature, save_edit
+from jedit.checkpoint.sealed import DamagedError
+
+__all__ = [
+    "DamagedError",
+    "load_curvature",
+    "load_edit",
+    "save_curvature",
+    "save_edit",
+]

@@ -1,0 +1,316 @@
+"""Folders that are whole or not there, and that say so themselves.
+
+A sealed folder holds files and one `manifest.json`:
+
+    {"content": what the folder is about, "files": {name: [size, SHA-256]}, "format": "jedit 1",
+     "kind": ..., "seal": SHA-256 of all the rest}
+
+It is written under another name beside its place, brought to the disk, and renamed: a reader sees
+all of it or nothing. On reading, before anything is made of them, the files must be exactly those
+listed, plain (no links), of the sizes and hashes listed. A hash finds damage; it does not say who
+wrote a folder, so what a manifest says is checked as well: it is plain JSON, and names no class, no
+module and no place.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = "jedit 1"
+TEMPORARY = ".tmp-"
+MAX_BYTES = 2**24  # of a manifest; that of a model of 1,000 matrices has some 2**19
+MAX_DEPTH = 32
+PIECE = 2**20
+SPARE_BYTES = 2**20  # of a disk, beside what the arrays take
+
+
+class DamagedError(ValueError):
+    """A file is missing, damaged, or not what it should be; the sentence names it."""
+
+
+def write_sealed(
+    folder: Path,
+    kind: str,
+    content: Mapping[str, Any],
+    write: Callable[[Path], None] | None = None,
+) -> str:
+    """Write a sealed folder, or nothing.
+
+    Args:
+        folder: where; nothing may be there yet.
+        kind: what `read_sealed` must be asked for.
+        content: plain JSON.
+        write: writes the other files into the folder it is given.
+
+    Returns:
+        The seal.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be written.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder}: is there already; remove it, or give another folder")
+    with temporary_folder(folder.parent) as new:
+        if write is not None:
+            write(new)
+        seal = seal_folder(new, kind, content)
+        try:
+            os.rename(new, folder)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise ValueError(f"{folder}: somebody else wrote it meanwhile") from None
+            raise
+    sync(folder.parent)
+    return seal
+
+
+def seal_folder(folder: Path, kind: str, content: Mapping[str, Any]) -> str:
+    """Write the manifest of what lies in a folder, and bring all of it to the disk."""
+    files = {name: [path.stat().st_size, sha256(path)] for name, path in walk(folder).items()}
+    manifest = {"content": dict(content), "files": files, "format": FORMAT, "kind": kind}
+    seal = _seal(manifest)
+    (folder / MANIFEST).write_bytes(_text({**manifest, "seal": seal}))
+    for path in walk(folder).values():
+        sync(path)
+    for path, _, _ in os.walk(folder):
+        sync(Path(path))
+    return seal
+
+
+def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
+    """Check a sealed folder, every byte of it.
+
+    Returns:
+        Its content, whose form is still to be checked, and its seal.
+
+    Raises:
+        DamagedError: what is wrong, and with which file.
+    """
+    manifest = read_manifest(folder, kind)
+    listed: dict[str, list] = manifest["files"]
+    found = walk(folder)
+    found.pop(MANIFEST)
+    for name in listed.keys() - found.keys():
+        raise DamagedError(f"{folder / name}: is missing")
+    for name in found.keys() - listed.keys():
+        raise DamagedError(f"{folder / name}: is not among the files that {MANIFEST} lists")
+    for name, (size, digest) in sorted(listed.items()):
+        if (actual := found[name].stat().st_size) != size:
+            raise DamagedError(f"{found[name]}: has {actual} bytes, {size} were written")
+        if sha256(found[name]) != digest:
+            raise DamagedError(f"{found[name]}: was changed, its SHA-256 is not the one written")
+    return manifest["content"], manifest["seal"]
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Check a sealed folder's manifest, and none of the other files.
+
+    Raises:
+        DamagedError: what is wrong with it.
+    """
+    path = folder / MANIFEST
+    raw = read_plain(path, MAX_BYTES)
+    manifest = parse(raw, path)
+    check_fields(manifest, {"content", "files", "format", "kind", "seal"}, str(path))
+    if manifest["format"] != FORMAT:
+        raise DamagedError(f"{path}: has format {shown(manifest['format'])}, known is {FORMAT!r}")
+    seal = manifest.pop("seal")
+    if raw != _text({**manifest, "seal": _seal(manifest)}):
+        raise DamagedError(f"{path}: was changed, its seal is not that of its contents")
+    if manifest["kind"] != kind:
+        raise DamagedError(f"{path}: is of a {shown(manifest['kind'])}, not of a {kind!r}")
+    if type(manifest["content"]) is not dict or type(manifest["files"]) is not dict:
+        raise DamagedError(f"{path}: content and files must be objects")
+    for name, entry in manifest["files"].items():
+        check_name(name, path)
+        right = type(entry) is list and [type(x) for x in entry] == [int, str]
+        if not right or entry[0] < 0 or len(entry[1]) != 64:
+            raise DamagedError(f"{path}: the entry of {name} must be its size and its SHA-256")
+    return {**manifest, "seal": seal}
+
+
+def check_name(name: str, source: Path) -> None:
+    """Refuse the name of a file that is not within its folder.
+
+    Raises:
+        DamagedError: absolute, with `..`, or not in its plain form.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise DamagedError(f"{source}: names {name!r}, which leaves the folder")
+    if str(path) != name or name in ("", ".", MANIFEST):
+        raise DamagedError(f"{source}: names {name!r}, which is no file's plain name")
+
+
+def check_fields(value: Any, names: set[str], source: str) -> None:
+    """Refuse anything but an object with just these fields.
+
+    Raises:
+        DamagedError: which fields are unknown or missing.
+    """
+    if type(value) is not dict:
+        raise DamagedError(f"{source}: must be an object, is {shown(value)}")
+    if unknown := sorted(value.keys() - names):
+        raise DamagedError(f"{source}: has unknown fields {shown(unknown)}")
+    if missing := sorted(names - value.keys()):
+        raise DamagedError(f"{source}: lacks the fields {missing}")
+
+
+def shown(value: Any) -> str:
+    """What somebody else wrote, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def parse(raw: bytes, source: Path) -> dict[str, Any]:
+    """Read JSON strictly: no repeated names, no NaN, no deep nesting.
+
+    Raises:
+        DamagedError: what it is instead.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("a field stands twice")
+        return dict(pairs)
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    depth = deepest = 0
+    is_text = is_escaped = False
+    for byte in raw:
+        if is_text:
+            is_text = is_escaped or byte != 0x22
+            is_escaped = byte == 0x5C and not is_escaped
+        elif byte in b'"[{]}':
+            is_text = byte == 0x22
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH:
+        raise DamagedError(f"{source}: is nested {deepest} deep, at most {MAX_DEPTH}")
+    try:
+        value = json.loads(raw, object_pairs_hook=once, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{source}: is no JSON of this form: {error}") from None
+    if type(value) is not dict:
+        raise DamagedError(f"{source}: must be an object, is {shown(value)}")
+    return value
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """Read a file that is no link and not too large.
+
+    Raises:
+        DamagedError: it is missing, or something else.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = "is a link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+        raise DamagedError(f"{path}: cannot be read ({reason})") from None
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path}: is no plain file")
+        if status.st_size > most:
+            raise DamagedError(f"{path}: has {status.st_size} bytes, at most {most}")
+        return file.read(most)
+
+
+def walk(folder: Path) -> dict[str, Path]:
+    """All files of a folder, by their name in it.
+
+    Raises:
+        DamagedError: a link, or anything else that is neither file nor folder.
+    """
+    found = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            inner = walk(Path(entry.path))
+            found.update({f"{entry.name}/{name}": path for name, path in inner.items()})
+        elif entry.is_file(follow_symlinks=False):
+            found[entry.name] = Path(entry.path)
+        else:
+            kind = "a link" if entry.is_symlink() else "no plain file"
+            raise DamagedError(f"{entry.path}: is {kind}")
+    return found
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a folder's list of names to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder that only its owner may enter, gone afterwards unless it was renamed.
+
+    Yields:
+        The folder.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    new = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    new.mkdir(mode=0o700)
+    try:
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Find out before the work, not after it, that a folder cannot take its result.
+
+    A file is written there and removed; the folder is made if it is not there.
+
+    Raises:
+        OSError: it is not writable, or its disk has less than `num_bytes` left.
+    """
+    probe = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("xb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise OSError(error.errno, f"{folder}: cannot be written to ({reason})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{folder}: needs {needed:,} bytes, its disk has {free:,} left")
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(manifest)).hexdigest()
+
+
+def _text(value: Mapping[str, Any]) -> bytes:
+    """The one way that a value is written."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
