@@ -5,7 +5,13 @@ apply, params, batches -> capture -> curvature -> methods and transforms -> edit
 
 from jedit import attacks, curvature, geometry, methods, metrics, objectives, transforms
 from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
-from jedit.checkpoint import load_curvature, load_edit, save_curvature, save_edit
+from jedit.checkpoint import (
+    Ledger,
+    load_curvature,
+    load_edit,
+    save_curvature,
+    save_edit,
+)
 from jedit.curvature import (
     Curvature,
     Estimator,
@@ -53,6 +59,7 @@ __all__ = [
     "Curvature",
     "Edit",
     "Estimator",
+    "Ledger",
     "LoopState",
     "LowRank",
     "Projector",

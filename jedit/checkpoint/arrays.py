@@ -104,7 +104,8 @@ def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Arr
                     (folder / ARRAYS).absolute(),
                     args=ocp.args.PyTreeRestore(stored, restore_args=args),
                 )
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:
+            # Orbax has no class of its own for what it cannot decode.
             raise DamagedError(
                 f"{folder / ARRAYS}: orbax cannot read it: {shown(str(error))}"
             ) from error
@@ -174,7 +175,8 @@ def _check_files(folder: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
                 raise DamagedError(
                     f"{path}: {field} is {shown(header.get(field))}, expected {value}"
                 )
-        compressor, chunks = header.get("compressor"), header.get("chunks")
+        compressor: Any = header.get("compressor")
+        chunks: Any = header.get("chunks")
         if compressor is not None and (
             type(compressor) is not dict or compressor.get("id") not in COMPRESSORS
         ):

@@ -207,6 +207,7 @@ def _ops_from_json(value: Any, source: str) -> tuple[tuple, ...]:
 
 
 def _op_from_json(value: Any, source: str) -> tuple:
+    rest: list[Any]
     name, *rest = value if type(value) is list and value else [None]
     one, three = len(rest) == 1, len(rest) == 3
     if name in ("transpose", "reshape") and one and is_shape(rest[0]):

@@ -1,0 +1,464 @@
+"""A ledger: which edits a model consists of, so that each can be taken back, moved on, or audited.
+
+    model = base + e₁ + e₂ + ...,   the active edits in the order they were recorded
+
+The sum is formed anew from the base each time, one `apply_edit` after another. So a model without
+an edit is, to the bit, the model that never had it, whatever was recorded before or after.
+
+On the disk it is a folder with a sealed folder (see `sealed`) for each record:
+
+    base/  entries/000001/  entries/000002/  ...  head.json  secret  lock
+
+Each record holds the seal of the one before it, the first that of `base`, and a seal is a hash of
+all that a record says and of all its files: a record that was changed, removed or moved breaks the
+chain. What stands at the end of a chain is told by `head.json`, with a code that only the owner of
+`secret` can make. An older state of the whole folder is as valid as it was then: whoever has to
+find that out keeps `Ledger.head` elsewhere.
+
+Of what was asked to be forgotten, a record keeps one hash for each row, BLAKE2b keyed with
+`secret`, 32 random bytes that are made with the ledger and stand in no other file. Without them a
+row cannot be found by trying (a plain or merely salted hash of a short row could be); with them,
+`Ledger.find` tells which records are about a row. A record shows how many rows there were, and
+which of them are equal. The edit itself is made of the rows, and gradients can be inverted: keep a
+ledger as you keep the model from before.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from jedit.checkpoint.arrays import describe, described, num_bytes, write_arrays
+from jedit.checkpoint.entry import (
+    RECORD,
+    Entry,
+    is_digest,
+    now,
+    params_hash,
+    read_entry,
+    row_bytes,
+    setting,
+    versions,
+    with_activity,
+)
+from jedit.checkpoint.saving import read_tree
+from jedit.checkpoint.sealed import (
+    MANIFEST,
+    TEMPORARY,
+    DamagedError,
+    check_fields,
+    check_room,
+    parse,
+    read_manifest,
+    read_plain,
+    read_sealed,
+    shown,
+    sync,
+    temporary_folder,
+    write_sealed,
+)
+from jedit.checkpoint.structure import edit_from_json, edit_to_json
+from jedit.edits import Edit, apply_edit
+
+BASE, ENTRIES, HEAD, SECRET, LOCK = "base", "entries", "head.json", "secret", "lock"
+BASE_KIND, ENTRY_KIND = "ledger", "ledger entry"
+PATIENCE = 60.0  # seconds that a writer waits for another
+
+
+class Ledger:
+    """An ordered list of edits to a base, on the disk; this module's docstring says how.
+
+    Any number of processes may read while one writes; writers wait for each other.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open a ledger; no code of it is run, and nothing is read outside of the folder.
+
+        Args:
+            folder: of `Ledger.create`.
+
+        Raises:
+            DamagedError: it is no ledger, or its description of the base is damaged.
+        """
+        self.folder = Path(folder)
+        for name in (BASE, ENTRIES):
+            if (self.folder / name).is_symlink() or not (self.folder / name).is_dir():
+                raise DamagedError(f"{self.folder}: is no ledger, it has no folder {name}")
+        content, self._base_seal = read_sealed(self.folder / BASE, BASE_KIND)
+        source = str(self.folder / BASE / MANIFEST)
+        check_fields(content, {"hash", "params", "date", "versions"}, source)
+        if not is_digest(content["hash"]) or type(content["params"]) is not dict:
+            raise DamagedError(f"{source}: describes no base")
+        self.base: str = content["hash"]
+        self._shapes = {
+            path: described(x, f"{source}: {shown(path)}") for path, x in content["params"].items()
+        }
+
+    @classmethod
+    def create(cls, folder: str | Path, base_params: PyTree) -> "Ledger":
+        """Begin a ledger of edits to a base, of which the hash and the shapes are kept.
+
+        Args:
+            folder: nothing may be there yet.
+            base_params: the parameters that nothing was forgotten from.
+
+        Returns:
+            The ledger, without entries.
+
+        Raises:
+            ValueError: something is there already.
+            OSError: the folder cannot be written to.
+        """
+        folder = Path(folder)
+        if folder.exists() or folder.is_symlink():
+            raise ValueError(f"{folder}: is there already; open it with Ledger(folder)")
+        check_room(folder.parent, 0)
+        leaves = jax.tree_util.tree_leaves_with_path(base_params)
+        shapes = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf)
+            for path, leaf in leaves
+        }
+        content = {
+            "hash": params_hash(base_params),
+            "params": shapes,
+            "date": now(),
+            "versions": versions(),
+        }
+        with temporary_folder(folder.parent) as new:
+            (new / ENTRIES).mkdir()
+            (new / LOCK).touch(mode=0o600)
+            handle = os.open(new / SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(secrets.token_bytes(32))
+            seal = write_sealed(new / BASE, BASE_KIND, content)
+            _write_head(new, 0, seal)
+            for path in (new / SECRET, new / ENTRIES, new):
+                sync(path)
+            os.rename(new, folder)
+        sync(folder.parent)
+        return cls(folder)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All records, with the chain checked and every file of theirs but the arrays.
+
+        Raises:
+            ValueError: which record is damaged, changed, missing or out of order.
+        """
+        return self._entries(is_complete=False)
+
+    @property
+    def head(self) -> str:
+        """The seal of the last record: whoever knows it can tell an older state of the folder."""
+        entries = self.entries
+        return entries[-1].seal if entries else self._base_seal
+
+    def record(
+        self,
+        edit: Edit,
+        *,
+        request: Sequence[Any],
+        method: str,
+        settings: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        effect: Mapping[str, Any] | None = None,
+    ) -> Entry:
+        """Append an edit.
+
+        Args:
+            edit: one edit of the base's parameters, not a stack.
+            request: the rows it forgets: texts, arrays, numbers, or lists and dicts of them. A
+                keyed hash of each is kept.
+            method: what made it.
+            settings: its hyper-parameters: numbers, short texts, None, or lists and dicts of them,
+                kept as they are; nothing of the rows belongs here.
+            seed: of its random numbers.
+            effect: what was measured of it, likewise kept as it is.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: the edit is none of the base, or something of the record cannot be kept.
+            OSError: the folder cannot be written to, or has too little room.
+            TimeoutError: another writer does not come to its end.
+        """
+        for path, block in edit.blocks.items():
+            spec = self._shapes.get(path)
+            if spec is None or spec.shape != tuple(block.shape):
+                shape = "no such parameter" if spec is None else f"shape {spec.shape}"
+                raise ValueError(f"{path}: the edit has shape {block.shape}, the base {shape}")
+        if isinstance(request, str | bytes):
+            raise ValueError("request must be a sequence of rows, got one text")
+        edit_json, arrays = edit_to_json(edit), jax.tree.leaves(edit)
+        edit_from_json(edit_json, method)
+        fields = {
+            "action": "edit",
+            "target": None,
+            "request": [self._row_hash(row) for row in request],
+            "method": setting(method, "method"),
+            "settings": setting(settings or {}, "settings"),
+            "seed": setting(seed, "seed"),
+            "effect": setting(effect or {}, "effect"),
+            "edit": edit_json,
+        }
+        check_room(self.folder, num_bytes(arrays))
+        return self._append(fields, lambda new: write_arrays(new, arrays))
+
+    def revert(self, number: int) -> Entry:
+        """Append that an edit no longer counts: `params` then are as if it had never been there.
+
+        Args:
+            number: of the edit.
+
+        Returns:
+            The record of this.
+
+        Raises:
+            ValueError: there is no such edit, or it is reverted already.
+            OSError: as `record`.
+            TimeoutError: as `record`.
+        """
+        fields = dict.fromkeys(RECORD - {"number", "previous", "date", "base", "versions"})
+        fields |= {"action": "revert", "target": number, "method": "revert"}
+        fields |= {"request": [], "settings": {}, "effect": {}}
+        check_room(self.folder, 0)
+        return self._append(fields, None)
+
+    def edit(self, number: int) -> Edit:
+        """The edit of a record, on JAX's first device.
+
+        Raises:
+            ValueError: there is none, or it is damaged.
+        """
+        entries = self.entries
+        if type(number) is not int or not 0 < number <= len(entries):
+            raise ValueError(f"there is no entry {number!r}; there are {len(entries)}")
+        return self._edit(entries[number - 1])
+
+    def params(
+        self, base_params: PyTree, upto: int | None = None, *, rebase: bool = False
+    ) -> PyTree:
+        """The base with the active edits, each by `apply_edit`, in their order.
+
+        Args:
+            base_params: of `create`.
+            upto: the ledger as it was after this entry; 0: the base, None: as it is now.
+            rebase: take another base of the same shapes, a newer one, knowingly.
+
+        Returns:
+            The parameters.
+
+        Raises:
+            ValueError: it is not the base and `rebase` is not given, or a record is damaged.
+        """
+        if not rebase and (found := params_hash(base_params)) != self.base:
+            raise ValueError(
+                f"{self.folder}: is of a base with hash {self.base[:16]}..., these params have "
+                f"{found[:16]}...; to put the edits on another base, say rebase=True"
+            )
+        entries = self.entries
+        if upto is not None:
+            if not 0 <= upto <= len(entries):
+                raise ValueError(f"upto={upto}: there are {len(entries)} entries")
+            entries = with_activity(entries[:upto])
+        params = base_params
+        for entry in entries:
+            if entry.is_active:
+                params = apply_edit(params, self._edit(entry))
+        return params
+
+    def find(self, row: Any) -> tuple[Entry, ...]:
+        """The records whose request had this row; needs the ledger's secret."""
+        digest = self._row_hash(row)
+        return tuple(entry for entry in self.entries if digest in entry.request)
+
+    def verify(self, *, head: str | None = None) -> tuple[Entry, ...]:
+        """Check every byte of every record, the chain, and that each edit can be read.
+
+        Args:
+            head: what `Ledger.head` was at some time: it must still be in the chain.
+
+        Returns:
+            The records.
+
+        Raises:
+            DamagedError: the first thing that is broken, by name.
+        """
+        entries = self._entries(is_complete=True)
+        for entry in entries:
+            if entry.action == "edit":
+                self._edit(entry)
+        if head is not None and head not in (self._base_seal, *(x.seal for x in entries)):
+            raise DamagedError(f"{self.folder}: no record has the seal {head}; some were removed")
+        return entries
+
+    def _entries(self, *, is_complete: bool) -> tuple[Entry, ...]:
+        # Before the records: one that is appended meanwhile is then one too many, not too few.
+        count, head = self._read_head()
+        names = sorted(
+            x.name for x in os.scandir(self.folder / ENTRIES) if not x.name.startswith(TEMPORARY)
+        )
+        entries, previous = [], self._base_seal
+        seals = [previous]
+        for number, name in enumerate(names, 1):
+            folder = self.folder / ENTRIES / name
+            if name != f"{number:06d}":
+                raise DamagedError(
+                    f"{self.folder / ENTRIES}: entry {number:06d} is missing, {shown(name)} stands "
+                    "in its place"
+                )
+            if folder.is_symlink() or not folder.is_dir():
+                raise DamagedError(f"{folder}: is no folder")
+            if is_complete:
+                content, seal = read_sealed(folder, ENTRY_KIND)
+            else:
+                manifest = read_manifest(folder, ENTRY_KIND)
+                content, seal = manifest["content"], manifest["seal"]
+            entry = read_entry(content, seal, str(folder / MANIFEST))
+            if entry.number != number or entry.previous != previous:
+                raise DamagedError(
+                    f"{folder}: does not follow on the record before it; one of them was changed, "
+                    "removed or moved"
+                )
+            if entry.base != self.base:
+                raise DamagedError(f"{folder}: is of another base")
+            previous = seal
+            seals.append(seal)
+            entries.append(entry)
+        if len(entries) < count:
+            raise DamagedError(
+                f"{self.folder / ENTRIES}: entry {len(entries) + 1:06d} is missing, there were "
+                f"{count}"
+            )
+        if seals[count] != head:
+            raise DamagedError(f"{self.folder / HEAD}: names another record than entry {count:06d}")
+        return with_activity(entries)
+
+    def _append(self, fields: dict[str, Any], write: Any) -> Entry:
+        with self._locked():
+            for left in (self.folder / ENTRIES).glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True)  # of a writer that was killed
+            entries = self.entries
+            if fields["action"] == "revert":
+                number = fields["target"]
+                if type(number) is not int or not 0 < number <= len(entries):
+                    raise ValueError(f"there is no entry {number}; there are {len(entries)}")
+                if not entries[number - 1].is_active:
+                    what = "reverted already"
+                    if entries[number - 1].action != "edit":
+                        what = "no edit"
+                    raise ValueError(f"entry {number} is {what}")
+            number = len(entries) + 1
+            content = {
+                **fields,
+                "number": number,
+                "previous": entries[-1].seal if entries else self._base_seal,
+                "date": now(),
+                "base": self.base,
+                "versions": versions(),
+            }
+            folder = self.folder / ENTRIES / f"{number:06d}"
+            read_entry(content, "", str(folder))  # what could not be read is not written
+            seal = write_sealed(folder, ENTRY_KIND, content, write)
+            _write_head(self.folder, number, seal)
+            return read_entry(content, seal, str(folder))
+
+    def _edit(self, entry: Entry) -> Edit:
+        folder = self.folder / ENTRIES / f"{entry.number:06d}"
+        if entry.action != "edit":
+            raise ValueError(f"{folder}: records no edit but a {entry.action}")
+        content, seal = read_sealed(folder, ENTRY_KIND)
+        if seal != entry.seal:
+            raise DamagedError(f"{folder}: was changed while it was read")
+        return read_tree(folder, content["edit"], edit_from_json)
+
+    def _row_hash(self, row: Any) -> str:
+        key = read_secret(self.folder)
+        if key is None:
+            raise ValueError(f"{self.folder / SECRET}: is not there; rows are hashed with it")
+        return hashlib.blake2b(row_bytes(row), key=key, digest_size=32).hexdigest()
+
+    def _read_head(self) -> tuple[int, str]:
+        path = self.folder / HEAD
+        value = parse(read_plain(path, 1000), path)
+        check_fields(value, {"count", "seal", "code"}, str(path))
+        count, seal, code = value["count"], value["seal"], value["code"]
+        right = type(count) is int and count >= 0 and is_digest(seal) and is_digest(code)
+        if not right:
+            raise DamagedError(f"{path}: names no record")
+        key = read_secret(self.folder)
+        if key is not None and not hmac.compare_digest(code, _code(key, count, seal)):
+            raise DamagedError(f"{path}: was not written with this ledger's secret")
+        return count, seal
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The only writer, until the end of the block or of the process.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            TimeoutError: another one does not come to its end.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.folder / LOCK, flags, 0o600)
+        try:
+            until = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise TimeoutError(
+                            f"{self.folder}: another process has been writing for {PATIENCE:.0f} s"
+                        ) from None
+                    time.sleep(0.02)
+            yield
+        finally:
+            os.close(handle)
+
+
+def read_secret(folder: Path) -> bytes | None:
+    """A ledger's secret, or None for who was given the ledger without it.
+
+    Raises:
+        DamagedError: it is there, and is none.
+    """
+    path = folder / SECRET
+    if not path.exists() and not path.is_symlink():
+        return None
+    key = read_plain(path, 32)
+    if len(key) != 32:
+        raise DamagedError(f"{path}: has {len(key)} bytes, a secret has 32")
+    return key
+
+
+def _write_head(folder: Path, count: int, seal: str) -> None:
+    key = read_secret(folder)
+    if key is None:
+        raise ValueError(f"{folder / SECRET}: is not there; a ledger is written with it")
+    text = json.dumps({"count": count, "seal": seal, "code": _code(key, count, seal)})
+    new = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+    new.write_text(text + "\n")
+    sync(new)
+    os.replace(new, folder / HEAD)
+    sync(folder)
+
+
+def _code(key: bytes, count: int, seal: str) -> str:
+    message = f"head {count} {seal}".encode()
+    return hashlib.blake2b(message, key=key, digest_size=32, person=b"jedit head").hexdigest()
