@@ -105,7 +105,7 @@ def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Arr
                     args=ocp.args.PyTreeRestore(stored, restore_args=args),
                 )
         except Exception as error:
-            # Orbax has no class of its own for what it cannot decode.
+            # Not to be narrowed: of what it cannot decode orbax says `raise Exception(...)`.
             raise DamagedError(
                 f"{folder / ARRAYS}: orbax cannot read it: {shown(str(error))}"
             ) from error

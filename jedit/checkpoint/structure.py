@@ -194,8 +194,8 @@ def _weight_from_json(value: Any, source: str) -> Weight:
         leaves[weight.bias_path] = jax.ShapeDtypeStruct(weight.bias_shape, "float32")
     try:
         jax.eval_shape(weight.gather, leaves)
-    except Exception as error:
-        # Whatever JAX says of shapes that do not fit: they do not.
+    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
+        # What JAX says of shapes that do not fit, and of lengths beyond what it can count.
         raise DamagedError(f"{source}: its relayouts do not fit its shape: {error}") from None
     return weight
 

@@ -15,15 +15,8 @@ from jedit.models import huggingface, to_pure
 from jedit.models._tunix import architecture
 from jedit.typing import Batch
 from tests.capture.oracle import filled
+from tests.llm.random_folder import COMMON
 
-COMMON = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),

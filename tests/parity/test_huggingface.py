@@ -16,17 +16,9 @@ from numpy.testing import assert_allclose
 
 import jedit
 from jedit.models import load_model, save_model
+from tests.llm.random_folder import COMMON, SLIDING
 
 TOLERANCE = 1e-4
-COMMON = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 LLAMA3_POSITIONS = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -34,10 +26,6 @@ LLAMA3_POSITIONS = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}
-GEMMA3_POSITIONS = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
 CONFIGS = {
     "llama": transformers.LlamaConfig(**COMMON, rope_theta=10000.0, rms_norm_eps=1e-5),
@@ -55,14 +43,14 @@ CONFIGS = {
         head_dim=6,
         query_pre_attn_scalar=6,
         sliding_window=5,
-        rope_parameters=GEMMA3_POSITIONS,
+        rope_parameters=SLIDING,
     ),
     "gemma3, as many keys": transformers.Gemma3TextConfig(
         **{**COMMON, "num_key_value_heads": 4},
         head_dim=6,
         query_pre_attn_scalar=4,
         sliding_window=5,
-        rope_parameters=GEMMA3_POSITIONS,
+        rope_parameters=SLIDING,
     ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 37, (2, 11))
