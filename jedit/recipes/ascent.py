@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,53 +21,63 @@ def ascend(
     forget: Batch | tuple[Batch, Batch],
     retain: Batch,
     *,
-    learning_rate: float,
+    learning_rates: tuple[float, ...],
     looks: tuple[int, ...],
     batch_size: int,
     key: Array,
-) -> list[tuple[int, float, PyTree]]:
-    """Run the loop, and look after the given numbers of steps.
+) -> Iterator[list[tuple[int, float, PyTree]]]:
+    """Run the loop at each rate, and look after the given numbers of steps.
 
     Args:
         method: its objective takes `reference_params`, its optimizer's state holds the rate.
         params: where to begin; they are also the reference.
         forget: the rows to be forgotten.
         retain: the rows to be kept.
-        learning_rate: put into the optimizer's state.
+        learning_rates: put into the optimizer's state, one after the other.
         looks: the numbers of steps, rising.
         batch_size: rows of either set in one step; fewer if the set has fewer.
         key: of the orders.
 
-    Returns:
-        Steps taken, seconds they took without compiling, and the params there, for each look.
+    Yields:
+        For each rate the steps taken, the seconds they took without compiling, and the params
+        there, for each look.
     """
-    state = method.optimizer.init(params)
-    rate = jnp.full_like(optax.tree_utils.tree_get(state, "learning_rate"), learning_rate)
-    state = optax.tree_utils.tree_set(state, learning_rate=rate)
+    initial = method.optimizer.init(params)
     every = math.gcd(*looks)
-    run = functools.partial(
-        unlearn,
-        method.objective,
-        method.optimizer,
-        LoopState(0, params, state),
-        jax.tree.map(jnp.asarray, forget),
-        jax.tree.map(jnp.asarray, retain),
-        key=key,
-        batch_size=batch_size,
-        update_args=method.update_args,
-        objective_args={"reference_params": params},
-    )
-    # Once for nothing: the clock must not see the compiler.
-    jax.block_until_ready(run(steps=every))
-    found, seconds, start = [], 0.0, time.perf_counter()
+    forget, retain = (jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    for i, learning_rate in enumerate(learning_rates):
+        rate = jnp.full_like(optax.tree_utils.tree_get(initial, "learning_rate"), learning_rate)
+        state = optax.tree_utils.tree_set(initial, learning_rate=rate)
+        run = functools.partial(
+            unlearn,
+            method.objective,
+            method.optimizer,
+            LoopState(0, params, state),
+            forget,
+            retain,
+            key=key,
+            batch_size=batch_size,
+            update_args=method.update_args,
+            objective_args={"reference_params": params},
+        )
+        if i == 0:  # once for nothing: the clock must not see the compiler
+            jax.block_until_ready(run(steps=every))
+        looked = _Looks(looks)
+        run(steps=looks[-1], every=every, callback=looked)
+        yield looked.found
 
-    def look(state: LoopState, history: History) -> None:
-        nonlocal seconds, start
+
+class _Looks:
+    """Keeps the params at the looks, and stops the clock while it does."""
+
+    def __init__(self, looks: tuple[int, ...]):
+        self.looks, self.found = looks, []
+        self._seconds, self._start = 0.0, time.perf_counter()
+
+    def __call__(self, state: LoopState, history: History) -> None:
         jax.block_until_ready((state, history))
-        seconds += time.perf_counter() - start
-        if state.step in looks:
-            found.append((state.step, seconds, jax.tree.map(jnp.copy, state.params)))
-        start = time.perf_counter()
-
-    run(steps=looks[-1], every=every, callback=look)
-    return found
+        self._seconds += time.perf_counter() - self._start
+        if state.step in self.looks:
+            params = jax.tree.map(jnp.copy, state.params)
+            self.found.append((state.step, self._seconds, params))
+        self._start = time.perf_counter()

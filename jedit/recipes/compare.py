@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -119,6 +119,7 @@ class Task(NamedTuple):
         refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
         utility: params to Model Utility, or None.
         judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
+        pack: makes fewer sequences of the rows that judge a point; None: they stay as they are.
     """
 
     apply: Callable
@@ -137,6 +138,7 @@ class Task(NamedTuple):
     refusals: Batch | None = None
     utility: Callable[[PyTree], float] | None = None
     judged_rows: int | None = None
+    pack: Callable[[Batch], Batch] | None = None
 
 
 class Judged(NamedTuple):
@@ -210,8 +212,8 @@ def compare(
     for name, rates in grid.learning_rates.items():
         trainer = trained_by[name]
         say(f"{name}: {len(rates)} learning rates")
-        for rate in rates:
-            keep(*_trained_curve(task, grid, judge, name, trainer, rate, key=ascent_key))
+        for curve, params in _trained_curves(task, grid, judge, name, trainer, rates, ascent_key):
+            keep(curve, params)
         strength = f"steps (batches of {grid.batch_size} rows)"
         fitting = fit_seconds if name in FITTED else 0.0
         grid_of = {"learning rate": rates}
@@ -271,7 +273,9 @@ class _Judge:
 
 def _judged(task: Task, name: str) -> Batch:
     rows = getattr(task, name)
-    return rows if name == "forget" else probe_batch(rows, task.judged_rows)
+    if name != "forget":
+        rows = probe_batch(rows, task.judged_rows)
+    return rows if task.pack is None else task.pack(rows)
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -415,31 +419,28 @@ def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str,
     }
 
 
-def _trained_curve(
+def _trained_curves(
     task: Task,
     grid: Grid,
     judge: _Judge,
     name: str,
     trainer: Trainer,
-    rate: float,
-    *,
+    rates: tuple[float, ...],
     key: Array,
-) -> tuple[Curve, list[PyTree]]:
+) -> Iterator[tuple[Curve, list[PyTree]]]:
     forget = task.forget
     if trainer.prepare is not None:
         forget = trainer.prepare(forget, task.refusals)
-    points, models = [], []
-    found = ascend(
+    by_rate = ascend(
         trainer.method,
         task.original,
         forget,
         task.retain,
-        learning_rate=rate,
+        learning_rates=rates,
         looks=grid.looks,
         batch_size=grid.batch_size,
         key=key,
     )
-    for steps, seconds, params in found:
-        points.append(judge(params, float(steps), seconds))
-        models.append(params)
-    return Curve(name, {"learning rate": rate}, tuple(points)), models
+    for rate, found in zip(rates, by_rate, strict=True):
+        points = tuple(judge(params, float(steps), seconds) for steps, seconds, params in found)
+        yield Curve(name, {"learning rate": rate}, points), [params for *_, params in found]

@@ -202,6 +202,7 @@ def tofu(
         refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
         utility=lambda params: _utility(model, params, asked),
         judged_rows=preset.questions,
+        pack=lambda rows: pack(rows, model.max_len).batch,
     )
     # A model for each method is more than a device may hold.
     judged, kept = compare(task, preset.grid, key=compare_key, say=say, hold=jax.device_get)

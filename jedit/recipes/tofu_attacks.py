@@ -21,7 +21,7 @@ from jedit.attacks import (
     relearn,
     with_prefix,
 )
-from jedit.data import QaRow, batches
+from jedit.data import QaRow
 from jedit.edits import apply_edit, edit_between
 from jedit.recipes.compare import Task
 from jedit.recipes.tofu_evaluation import LanguageModel, Questions
@@ -95,7 +95,7 @@ def _encoded(model: LanguageModel, rows: list[QaRow]) -> Batch:
 
 
 def _probability_of(model: LanguageModel, rows: list[QaRow]) -> Callable[[PyTree], float]:
-    encoded = list(batches(_encoded(model, rows), min(model.chunk, len(rows))))
+    encoded = model.packed([(row.question, row.answer) for row in rows])
 
     def probability(params: PyTree) -> float:
         loss = metrics.answer_nll_per_row(model.apply, params, encoded)

@@ -57,6 +57,11 @@ class LanguageModel(NamedTuple):
             )
         return encoded.as_batch()
 
+    def packed(self, pairs: Sequence[tuple[str, str]]) -> list[Batch]:
+        """The same in few sequences, by chunks: half of what is padded is padding."""
+        sequences = pack(self.encode(pairs), self.max_len).batch
+        return list(batches(sequences, min(self.chunk, rows_of(sequences))))
+
     def num_cut(self, rows: Sequence[QaRow]) -> int:
         """How many right, paraphrased and wrong answers do not fit in with their questions."""
         pairs = [
@@ -129,20 +134,15 @@ def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
     def encoded(pairs: list[tuple[str, str]]) -> list[Batch]:
         return list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
 
-    def packed(pairs: list[tuple[str, str]]) -> list[Batch]:
-        # A half of the padded rows is padding, and wrong answers are most of what is evaluated.
-        sequences = pack(model.encode(pairs), model.max_len).batch
-        return list(batches(sequences, min(model.chunk, rows_of(sequences))))
-
     answers = encoded([(r.question, r.answer) for r in rows])
     answer_tokens = max(int(np.asarray(batch.mask).sum(axis=1).max()) for batch in answers)
     return Questions(
         rows=list(rows),
         answers=answers,
-        paraphrases=packed([(r.question, r.paraphrased_answer or "") for r in rows])
+        paraphrases=model.packed([(r.question, r.paraphrased_answer or "") for r in rows])
         if has_paraphrases
         else None,
-        wrong=packed([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
+        wrong=model.packed([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
         num_wrong=num_wrong,
         prompts=model.words.prompts([(r.question, r.answer) for r in rows]),
         num_steps=answer_tokens + ROOM,

@@ -51,12 +51,13 @@ def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
         start,
         rows,
         rows,
-        learning_rate=0.1,
+        learning_rates=(0.1,),
         batch_size=2,
         key=key,
     )
-    long = {steps: p for steps, _, p in run(looks=(3, 10))}
-    ((_, _, short),) = run(looks=(3,))
+    ((*looked,),) = run(looks=(3, 10))
+    long = {steps: p for steps, _, p in looked}
+    (((_, _, short),),) = run(looks=(3,))
     assert long[3] == short
     # Adam on a constant gradient moves by the learning rate a step.
     assert float(long[10]["a"]) == pytest.approx(1.0, rel=1e-4)
@@ -71,11 +72,13 @@ def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
         return quadratic(*arguments, **reference)
 
     method = by_adam(counted)
-    for rate in (0.1, 0.2, 0.3):
-        ascent.ascend(
-            method, start, rows, rows, learning_rate=rate, batch_size=2, looks=(2,), key=key
-        )
+    rates = (0.1, 0.2, 0.3)
+    found = ascent.ascend(
+        method, start, rows, rows, learning_rates=rates, batch_size=2, looks=(2,), key=key
+    )
+    moved = [float(params["a"]) for ((_, _, params),) in found]
     assert len(traced) == 1
+    assert moved == pytest.approx([2 * rate for rate in rates], rel=1e-4)
 
 
 def one_hot_classifier(params, inputs):
