@@ -113,19 +113,8 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     dot = {"marker": "o", "ms": 8, "color": "black", "ls": "none", "zorder": 6, "clip_on": False}
     axes.plot(edge, getattr(original, field), label="untouched (KL 0)", **dot)
     axes.axhline(getattr(retrained, field), color="black", lw=0.7, ls=(0, (2, 3)), zorder=1)
-    axes.axvline(comparison.kl_budget, color="black", lw=0.7, ls=(0, (6, 3)), zorder=1)
-    axes.annotate(
-        "budget of the rule",
-        (comparison.kl_budget, 0.985),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 0),
-        textcoords="offset points",
-        rotation=90,
-        va="top",
-        fontsize=7.5,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
-        zorder=7,
-    )
+    if comparison.utility_share is None:  # else the rule knows no budget
+        _draw_budget(axes, comparison.kl_budget)
     axes.set_xscale("log")
     # An ascent without a brake ends anywhere; what is far above the retrained model is cut off.
     axes.set_ylim(0, top)
@@ -135,6 +124,22 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
         _draw_numbers(axes, comparison, field)
     axes.grid(visible=True, which="major", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_budget(axes: "Axes", budget: float) -> None:
+    axes.axvline(budget, color="black", lw=0.7, ls=(0, (6, 3)), zorder=1)
+    axes.annotate(
+        "budget of the rule",
+        (budget, 0.985),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        rotation=90,
+        va="top",
+        fontsize=7.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
+        zorder=7,
+    )
 
 
 def _draw_numbers(axes: "Axes", comparison: Comparison, field: str) -> None:
