@@ -6,6 +6,7 @@ apply, params, batches -> capture -> curvature -> methods and transforms -> edit
 from jedit import attacks, curvature, geometry, methods, metrics, objectives, transforms
 from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
 from jedit.checkpoint import (
+    Checkpoint,
     Ledger,
     load_curvature,
     load_edit,
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "Checkpoint",
     "Curvature",
     "Edit",
     "Estimator",

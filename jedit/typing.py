@@ -1,6 +1,7 @@
 """Types that every folder may use; this module imports nothing from jedit."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -42,3 +43,28 @@ class PackedTokens(NamedTuple):
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype that sums over values of `dtype` accumulate in: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a long job saves itself with; `jedit.Checkpoint` is one, and explains the methods."""
+
+    every: int
+
+    def resume(
+        self, job: str, given: PyTree, state: PyTree
+    ) -> tuple[int, PyTree, dict[str, Array]]:
+        """Begin, or go on: the steps that are done, the state and the history after them."""
+        ...
+
+    def see(self, data: PyTree) -> None:
+        """Take note of a step's data."""
+        ...
+
+    def save(self, step: int, state: PyTree, history: Mapping[str, Array] | None = None) -> None:
+        """Save the state after a step."""
+        ...
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        ...

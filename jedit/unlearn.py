@@ -10,6 +10,7 @@ often, to within one, and the rows of step s depend on the key and on s: not on 
 not on where a run was broken off, not on the number of devices.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -25,7 +26,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
-from jedit.typing import Batch
+from jedit.typing import Batch, Resumable
 
 History = dict[str, Array]
 
@@ -59,6 +60,7 @@ def unlearn(
     update_args: Callable | None = None,
     every: int | None = None,
     callback: Callable[[LoopState, History], Any] | None = None,
+    checkpoint: Resumable | None = None,
 ) -> tuple[PyTree, History]:
     """Minimise an objective over draws of forget and retain rows.
 
@@ -94,13 +96,18 @@ def unlearn(
         callback: gets the state and the history since the last call. The state's arrays are
             overwritten when the loop goes on: copy what is to be kept. If it returns something
             true the loop stops, and the params returned are those of the call before.
+        checkpoint: a `jedit.Checkpoint`: the loop's state is saved every so many steps, and the
+            same call again goes on from the last save, to the bit; the callback is called again for
+            the steps that are taken again. The functions must be the same too, which is not
+            checked. The programs are those of the checkpoint's `every`, if there is no callback's.
 
     Returns:
         The new params, and a dict of arrays with one entry per step taken: "loss" and what aux
         holds, at the params before the step's update.
 
     Raises:
-        ValueError: negative steps, sets without rows, or nothing to train.
+        ValueError: negative steps, sets without rows, or nothing to train; the checkpoint is of
+            another call, or its `every` is no multiple of `every`.
     """
     return _train(
         objective,
@@ -115,6 +122,7 @@ def unlearn(
         update_args=update_args,
         every=every,
         callback=callback,
+        checkpoint=checkpoint,
     )
 
 
@@ -130,6 +138,7 @@ def fit(
     batch_size: int = 32,
     every: int | None = None,
     callback: Callable[[LoopState, History], Any] | None = None,
+    checkpoint: Resumable | None = None,
 ) -> tuple[PyTree, History]:
     """Train on one set: `unlearn`'s loop with `loss(params, rows) -> (scalar, aux)`.
 
@@ -144,6 +153,7 @@ def fit(
         batch_size: rows in a step.
         every: as of `unlearn`.
         callback: as of `unlearn`.
+        checkpoint: as of `unlearn`.
 
     Returns:
         As `unlearn`.
@@ -166,6 +176,7 @@ def fit(
         batch_size=batch_size,
         every=every,
         callback=callback,
+        checkpoint=checkpoint,
     )
 
 
@@ -183,6 +194,7 @@ def _train(
     update_args: Callable | None = None,
     every: int | None = None,
     callback: Callable | None = None,
+    checkpoint: Resumable | None = None,
 ) -> tuple[PyTree, History]:
     if steps < 0 or batch_size < 1 or (every is not None and every < 1):
         raise ValueError(
@@ -201,27 +213,47 @@ def _train(
     trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
     sets = jax.tree.map(jnp.asarray, sets)
     keys = jax.random.split(key, len(sets))
-    stop = max(steps, begin)
-    marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
-    histories = []
-    for first, last in itertools.pairwise(marks):
-        before = None if callback is None else jax.tree.map(jnp.copy, trained)
-        trained, state, history = _advance(
-            (objective, optimizer, update_args),
-            is_trained,
-            trained,
-            state,
-            params,
-            _row_streams(sets, first, last - first, batch_size, keys),
-            sets,
-            dict(objective_args or {}),
-        )
-        histories.append(history)
-        if callback is not None and last > first:
-            merged = _merge(trained, params, is_trained)
-            if callback(LoopState(last, merged, state), history):
-                trained = before
-                break
+    origin, histories = begin, []
+    with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
+        if checkpoint is not None:
+            every = every if callback is not None and every is not None else checkpoint.every
+            if checkpoint.every % every:
+                raise ValueError(
+                    f"the checkpoint's every must be a multiple of the callback's, got "
+                    f"{checkpoint.every} and {every}"
+                )
+            given = (params, state, key, sets, objective_args, batch_size, trainable, begin, every)
+            done, (trained, state), kept = checkpoint.resume("loop", given, (trained, state))
+            if done:
+                begin = done
+                histories.append(kept)
+        stop = max(steps, begin)
+        marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
+        for first, last in itertools.pairwise(marks):
+            if first == last and histories:
+                break  # all was done before
+            before = None if callback is None else jax.tree.map(jnp.copy, trained)
+            trained, state, history = _advance(
+                (objective, optimizer, update_args),
+                is_trained,
+                trained,
+                state,
+                params,
+                _row_streams(sets, first, last - first, batch_size, keys),
+                sets,
+                dict(objective_args or {}),
+            )
+            histories.append(history)
+            if callback is not None and last > first:
+                merged = _merge(trained, params, is_trained)
+                if callback(LoopState(last, merged, state), history):
+                    trained = before
+                    break
+            if checkpoint is None or last == first:
+                continue
+            if last == stop or (last - origin) % checkpoint.every == 0:
+                histories = [_joined(histories)]
+                checkpoint.save(last, (trained, state), histories[0])
     return _merge(trained, params, is_trained), _joined(histories)
 
 

@@ -1,5 +1,6 @@
 """Estimators: three pure functions each, as an optax transform is two, and the batch loop."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jedit.curvature.structure import Curvature
-from jedit.typing import Batch
+from jedit.typing import Batch, Resumable
 
 
 class Estimator(NamedTuple):
@@ -46,6 +47,7 @@ def estimate(
     *,
     key: Array,
     progress: bool = False,
+    checkpoint: Resumable | None = None,
 ) -> Curvature:
     """Estimate a curvature at `params` over batches.
 
@@ -58,12 +60,16 @@ def estimate(
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result
             does not depend on how examples are cut into batches.
         progress: show a progress bar (needs tqdm).
+        checkpoint: a `jedit.Checkpoint`: the sums are saved every so many batches, and the same
+            call again goes on from the last save, to the bit. The batches that were seen are drawn
+            again, moved to the host and compared by a hash.
 
     Returns:
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one.
+        ValueError: no batch, or what the estimator finds wrong with one; or the checkpoint is of
+            another call.
         FloatingPointError: a block's sums are not finite.
     """
     if progress:
@@ -73,11 +79,23 @@ def estimate(
     update = estimator.update
     if not isinstance(update, jax.tree_util.Partial):
         update = jax.tree_util.Partial(update)
-    state = None
-    for batch in batches:
+    state, number, done = None, 0, 0
+    with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
+        for number, batch in enumerate(batches, 1):
+            if state is None:
+                state = estimator.init(params, batch)
+                if checkpoint is not None:
+                    done, state, _ = checkpoint.resume("estimate", (params, key), state)
+            if checkpoint is not None:
+                checkpoint.see(batch)
+            if number > done:
+                state = _step(update, state, params, batch, key)
+                if checkpoint is not None and number % checkpoint.every == 0:
+                    checkpoint.save(number, state)
         if state is None:
-            state = estimator.init(params, batch)
-        state = _step(update, state, params, batch, key)
-    if state is None:
-        raise ValueError("estimate got no batch: a curvature needs at least one")
+            raise ValueError("estimate got no batch: a curvature needs at least one")
+        if number < done:
+            raise ValueError(f"the checkpoint is of {done} batches or more, got {number}")
+        if checkpoint is not None and number > done and number % checkpoint.every:
+            checkpoint.save(number, state)
     return estimator.finalize(state)

@@ -1,0 +1,336 @@
+"""Long jobs that go on where they were broken off, to the bit, whatever broke them off.
+
+    estimate(..., checkpoint=Checkpoint("out/job", every=100))     and `unlearn`, `fit` likewise
+
+Each save is a sealed folder (see `sealed`) `step-000000100`, written by orbax while the job goes on
+and renamed when all of it is on the disk; the last two stay. A process that was killed at any
+moment, also during a save, leaves the last one that was finished, and the same call again goes on
+from there. What the job was given is compared by a salted hash; its functions cannot be.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.checkpoint.arrays import Writer, describe, described, num_bytes, read_arrays
+from jedit.checkpoint.entry import is_digest
+from jedit.checkpoint.sealed import (
+    MANIFEST,
+    TEMPORARY,
+    DamagedError,
+    check_fields,
+    check_room,
+    read_sealed,
+    seal_folder,
+    shown,
+    sync,
+)
+
+KIND = "job"
+STEP = re.compile(r"step-(\d{9})")
+KEPT = 2
+LOCK = "lock"
+
+
+class Checkpoint:
+    """Saves of one job, in a folder of its own.
+
+    The job's result is, to the bit, that of the same call without interruption, on the same machine
+    and versions. The saves hold the job's state and thereby something of its data: only
+    their owner may enter them. One process, of any number of devices; a state on several devices
+    comes back laid out as the fresh one. A save copies the state on the device until it is written.
+    """
+
+    def __init__(self, folder: str | Path, *, every: int):
+        """Say where and how often; nothing is written yet.
+
+        Args:
+            folder: of this job alone; it is made if it is not there.
+            every: steps (batches, for `estimate`) between saves.
+
+        Raises:
+            ValueError: `every` below one.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.folder, self.every = Path(folder), every
+        self._stack: contextlib.ExitStack | None = None
+
+    def resume(
+        self, job: str, given: PyTree, state: PyTree
+    ) -> tuple[int, PyTree, dict[str, Array]]:
+        """Begin the job, or go on with it; called by the job.
+
+        Args:
+            job: its name.
+            given: all that it was called with and that must be the same to go on: arrays, texts and
+                numbers.
+            state: the fresh one.
+
+        Returns:
+            How many steps were done, the state after them, and the history that was saved.
+
+        Raises:
+            ValueError: the folder is of another job, or damaged.
+            OSError: it is not writable, has too little room, or another process is at the job.
+        """
+        if self._stack is not None:
+            raise ValueError(f"{self.folder}: is in use by another job of this process")
+        leaves = [_stored(x) for x in jax.tree.leaves(state)]
+        check_room(self.folder, (KEPT + 1) * num_bytes(leaves))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_locked(self.folder))
+            for left in self.folder.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+            self._done, self._steps = 0, 0
+            self._salt = secrets.token_bytes(32)
+            self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
+            self._expected = ""
+            self._job = job
+            history = {}
+            if steps := self._saved():
+                state, history = self._read(steps[-1], job, given, state)
+            else:
+                self._given = self._hash(given).hex()
+            self._writer = stack.enter_context(Writer())
+            # Left first: the writing thread comes to its end before orbax is closed.
+            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            self._pending: Future | None = None
+            self._stack = stack.pop_all()
+        return self._done, state, history
+
+    def see(self, data: PyTree) -> None:
+        """Take note of a step's data; called by the job, for the steps that were done as well.
+
+        Raises:
+            ValueError: the steps that were done had other data.
+        """
+        self._seen = self._hash((self._seen.hex(), data))
+        self._steps += 1
+        if self._steps == self._done and self._seen.hex() != self._expected:
+            raise ValueError(
+                f"{self.folder}: was begun with other data in its first {self._done} steps; remove "
+                "the folder to begin anew"
+            )
+
+    def save(self, step: int, state: PyTree, history: Mapping[str, Array] | None = None) -> None:
+        """Begin to write the state after a step; the job may overwrite it at once.
+
+        Raises:
+            ValueError: the state holds something that cannot come back as it is.
+            OSError: the last save went wrong.
+        """
+        self._wait()
+        paths, leaves = _flatten(state)
+        kept = {name: jnp.asarray(x) for name, x in (history or {}).items()}
+        arrays = [_stored(x) for x in (*leaves, *kept.values())]
+        weak = [_is_weak(x, path) for path, x in zip(paths, leaves, strict=True)]
+        content = {
+            "job": self._job,
+            "step": step,
+            "given": self._given,
+            "seen": self._seen.hex(),
+            "salt": self._salt.hex(),
+            "state": [[path, describe(_stored(x))] for path, x in zip(paths, leaves, strict=True)],
+            "weak": weak,
+            "history": [[name, describe(x)] for name, x in kept.items()],
+        }
+        new = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+        new.mkdir(mode=0o700)
+        # The job's next step is given the state's memory to write its own into.
+        self._writer.start(new, [jnp.copy(x) for x in arrays])
+        self._pending = self._pool.submit(self._finish, new, content)
+
+    def close(self) -> None:
+        """Wait for the last save and let go of the folder; called by the job.
+
+        Raises:
+            OSError: the last save went wrong.
+        """
+        if self._stack is None:
+            return
+        stack, self._stack = self._stack, None
+        with stack:
+            self._wait()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _finish(self, new: Path, content: dict[str, Any]) -> None:
+        """In the writing thread: when orbax is done, seal, rename, and drop what is too old."""
+        try:
+            self._writer.wait()
+            seal_folder(new, KIND, content)
+            place = self.folder / f"step-{content['step']:09d}"
+            if place.exists():
+                shutil.rmtree(place)
+            os.rename(new, place)
+            sync(self.folder)
+            for step in self._saved()[:-KEPT]:
+                old = self.folder / f"step-{step:09d}"
+                # A folder that is half removed must not look like a save.
+                aside = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+                os.rename(old, aside)
+                shutil.rmtree(aside)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def _saved(self) -> list[int]:
+        found = (STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _read(
+        self, step: int, job: str, given: PyTree, state: PyTree
+    ) -> tuple[PyTree, dict[str, Array]]:
+        folder = self.folder / f"step-{step:09d}"
+        content, _ = read_sealed(folder, KIND)
+        source = str(folder / MANIFEST)
+        fields = {"job", "step", "given", "seen", "salt", "state", "weak", "history"}
+        check_fields(content, fields, source)
+        digests = all(is_digest(content[name]) for name in ("given", "seen", "salt"))
+        if not digests or content["step"] != step or type(content["step"]) is not int:
+            raise DamagedError(f"{source}: is no save of step {step}")
+        if content["job"] != job:
+            raise ValueError(f"{self.folder}: is of {shown(content['job'])}, not of {job!r}")
+        self._salt = bytes.fromhex(content["salt"])
+        self._given = self._hash(given).hex()
+        if content["given"] != self._given:
+            raise ValueError(
+                f"{self.folder}: was begun with other parameters, data, settings or another key; "
+                "remove the folder to begin anew"
+            )
+        self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
+        self._done, self._expected = step, content["seen"]
+        paths, fresh = _flatten(state)
+        stored = _specs(content["state"], source)
+        expected = [(path, _spec(_stored(x))) for path, x in zip(paths, fresh, strict=True)]
+        for one, other in zip(stored, expected, strict=False):
+            if one != other:
+                raise ValueError(f"{source}: holds {shown(one)}, the job has {shown(other)}")
+        weak, history = content["weak"], _specs(content["history"], source)
+        if len(stored) != len(expected) or type(weak) is not list or len(weak) != len(stored):
+            raise ValueError(f"{source}: holds {len(stored)} arrays, the job has {len(expected)}")
+        specs = [
+            jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=_several(x))
+            for (_, spec), x in zip(stored, fresh, strict=True)
+        ]
+        read = read_arrays(folder, [*specs, *(spec for _, spec in history)])
+        leaves = [
+            _as_it_was(x, is_weak is True, like)
+            for x, is_weak, like in zip(read[: len(specs)], weak, fresh, strict=True)
+        ]
+        kept = {name: x for (name, _), x in zip(history, read[len(specs) :], strict=True)}
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), kept
+
+    def _hash(self, given: PyTree) -> bytes:
+        digest = hashlib.blake2b(key=self._salt, digest_size=32)
+        paths, leaves = _flatten(given)
+        for path, leaf in zip(paths, leaves, strict=True):
+            if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+                array = np.asarray(_stored(leaf))
+                head, flat = f"{array.dtype} {array.shape}", np.ascontiguousarray(array)
+                body = flat.reshape(-1).view(np.uint8).data
+            elif isinstance(leaf, str | int | float):
+                head, body = type(leaf).__name__, repr(leaf).encode()
+            else:
+                continue  # a function: it cannot be compared
+            for part in (path.encode(), head.encode(), body):
+                digest.update(len(part).to_bytes(8, "big"))
+                digest.update(part)
+        return digest.digest()
+
+
+def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return paths, [leaf for _, leaf in leaves]
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _stored(x: Any) -> Array:
+    """What is written of a leaf: of a random key its numbers."""
+    return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
+
+
+def _spec(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _specs(value: Any, source: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    right = type(value) is list and all(
+        type(x) is list and len(x) == 2 and type(x[0]) is str for x in value
+    )
+    if not right:
+        raise DamagedError(f"{source}: {shown(value)} are no names with arrays")
+    return [(name, described(x, f"{source}: {shown(name)}")) for name, x in value]
+
+
+def _several(x: Any) -> Any:
+    """A leaf's sharding, if it lies on several devices."""
+    sharding = getattr(x, "sharding", None)
+    return None if sharding is None or len(sharding.device_set) == 1 else sharding
+
+
+def _is_weak(x: Any, path: str) -> bool:
+    """Whether a leaf's dtype gives way to others', as a Python number's does.
+
+    Raises:
+        ValueError: it does, and no Python number would come back as it.
+    """
+    if not getattr(x, "weak_type", False):
+        return False
+    again = jnp.asarray(x.item()) if x.ndim == 0 else None
+    if again is None or again.dtype != x.dtype:
+        raise ValueError(
+            f"{path or 'the state'}: is weakly typed, {x.dtype} {x.shape}, and would not come back "
+            "so; give it a dtype of its own"
+        )
+    return True
+
+
+def _as_it_was(x: Array, is_weak: bool, like: Any) -> Array:
+    if is_weak:
+        return jnp.asarray(x.item())
+    if _several(like) is None:
+        x = jnp.array(np.asarray(x))  # bound to no device, as what a program is given mostly is
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """The only process at a job, until the end of the block or of the process.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: there is another.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(folder / LOCK, flags, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, f"{folder}: another process is at this job") from None
+        yield
+    finally:
+        os.close(handle)

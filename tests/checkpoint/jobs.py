@@ -1,0 +1,152 @@
+"""A loop and an estimate of many cheap steps; and, run by itself, killed again and again.
+
+As a program: imports once, then forks a process for each attempt, so that twenty kills need not
+take twenty times the seconds that an import takes. Nothing of JAX's is started before a fork.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jedit
+from jedit.curvature import Curvature, Estimator
+
+NUM_KILLS = 20
+
+
+def loss_fn(params, rows):
+    error = jnp.tanh(rows["x"] @ params["w"]) - rows["y"]
+    loss = jnp.mean(error**2)
+    return loss, {"half": loss / 2}
+
+
+def loop(checkpoint, steps=24, seed=0, **changed):
+    """`fit` by Adam with a decaying rate; a weakly typed number stands in its state."""
+    numbers = np.random.default_rng(seed)
+    data = {"x": jnp.asarray(numbers.normal(size=(10, 3)), "float32")}
+    data["y"] = jnp.tanh(data["x"] @ jnp.ones((3, 2), "float32"))
+    with jax.numpy_dtype_promotion("standard"):
+        return jedit.fit(
+            loss_fn,
+            optimizer(),
+            {"w": jnp.zeros((3, 2), "float32"), "frozen": jnp.arange(2)},
+            data,
+            **{"key": jax.random.key(seed), "steps": steps, "batch_size": 4, **changed},
+            checkpoint=checkpoint,
+        )
+
+
+def optimizer():
+    return optax.chain(
+        optax.add_noise(0.1, 0.5, jax.random.key(3)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    )
+
+
+def _add(batch, key, params, state):
+    count, total = state
+    noise = jax.random.normal(jax.random.fold_in(key, count), (3,), "float32")
+    return count + 1, total + jnp.sin(total) * 0.1 + (batch.inputs + noise) @ params
+
+
+# Not linear in its sums, so that no step may be left out, doubled or exchanged.
+ESTIMATOR = Estimator(
+    init=lambda params, batch: (jnp.int32(0), jnp.zeros(params.shape[1:], batch.inputs.dtype)),
+    update=lambda state, params, batch, key: _add(batch, key, params, state),
+    finalize=lambda state: Curvature({}, {}, jnp.append(state[1], state[0].astype("float32"))),
+)
+
+
+def estimate(checkpoint, num_batches=24, seed=0, pause=0.0, stop=None):
+    """`estimate` with sums that depend on every batch and on their order."""
+
+    def batches():
+        numbers = np.random.default_rng(seed)
+        for i in range(num_batches):
+            if i == stop:
+                raise KeyboardInterrupt
+            time.sleep(pause)
+            yield jedit.Batch(jnp.asarray(numbers.normal(size=3), "float32"))
+
+    params = jnp.asarray(np.random.default_rng(7).normal(size=(3, 2)), "float32")
+    return jedit.estimate(
+        ESTIMATOR, params, batches(), key=jax.random.key(2), checkpoint=checkpoint
+    )
+
+
+def to_bytes(tree):
+    """All bits of a tree, as text."""
+    return [[str(x.dtype), x.shape, np.asarray(x).tobytes().hex()] for x in jax.tree.leaves(tree)]
+
+
+def attempt(job, folder, out, begun):
+    """In a process of its own: do or go on with a job, and write what came of it."""
+    checkpoint = jedit.Checkpoint(folder, every=2)
+    resume = checkpoint.resume
+
+    def told(*arguments):
+        found = resume(*arguments)
+        os.write(begun, bytes([found[0]]))
+        return found
+
+    checkpoint.resume = told
+    result = json.dumps(to_bytes(job(checkpoint)))
+    out.write_text(result)
+
+
+def main(folder):
+    """Each job once in peace, and once killed; says at which steps it went on."""
+    generator = random.Random(5)
+    found = {}
+    jobs = {"loop": (partial(loop, steps=80), 12), "estimate": (partial(estimate, 80), 8)}
+    for name, (job, num_kills) in jobs.items():
+        starts, kills, patience = [], 0, 0.3
+        for kind in ("peace", "killed"):
+            out = folder / f"{name}-{kind}.json"
+            while not out.exists():
+                reading, writing = os.pipe()
+                begin = time.monotonic()
+                process = os.fork()
+                if process == 0:
+                    status = 1
+                    try:
+                        attempt(job, folder / f"{name}-{kind}", out, writing)
+                        status = 0
+                    finally:
+                        os._exit(status)
+                os.close(writing)
+                started = os.read(reading, 1)
+                os.close(reading)
+                if kind == "killed":
+                    starts += list(started)
+                    if kills < num_kills:
+                        time.sleep(generator.uniform(0, patience))
+                        os.kill(process, signal.SIGKILL)
+                        kills += 1
+                _, status = os.waitpid(process, 0)
+                if kind == "peace":
+                    # Twenty kills that fall within the job, whatever the machine's speed.
+                    patience = (time.monotonic() - begin) / 8
+                    assert status == 0
+                else:
+                    assert os.WIFSIGNALED(status) or status == 0, status
+        found[name] = {"starts": starts, "kills": kills, "patience": patience}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    import orbax.checkpoint  # noqa: F401 - before the forks
+
+    warnings.simplefilter("ignore")  # JAX warns of forks; it is not yet started here
+    main(Path(sys.argv[1]))
