@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, `jedit run` on rows of one's own, and `jedit tofu`."""
+"""The command line: `jedit demo`, `jedit run` on one's own rows, `jedit tofu`, `jedit ledger`."""
 
 import dataclasses
 import os
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jedit
 
 if TYPE_CHECKING:
+    from jedit.recipes.ledger import LedgerOptions
     from jedit.recipes.tofu_models import Start
     from jedit.recipes.tofu_presets import Preset
 
@@ -126,15 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
+    from jedit.recipes.ledger import LedgerOptions
+
+    commands = {"demo": Demo, "run": RunFile, "tofu": Tofu, "ledger": LedgerOptions}
     chosen = tyro.extras.subcommand_cli_from_dict(
-        {"demo": _as_is(Demo), "run": _as_is(RunFile), "tofu": _as_is(Tofu)},
+        {name: _as_is(options) for name, options in commands.items()},
         prog="jedit",
         description="Erase and rewrite what a trained network knows, and show what it cost. "
         "(jedit --version prints the version.)",
         args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
     )
     command = shlex.join(["jedit", *arguments])
-    run = {Demo: _demo, RunFile: _run, Tofu: _tofu}[type(chosen)]
+    run = {Demo: _demo, RunFile: _run, Tofu: _tofu, LedgerOptions: _ledger}[type(chosen)]
     try:
         return run(chosen, command)
     except UsageError as error:
@@ -328,6 +332,16 @@ def _tofu(options: Tofu, command: str) -> int:
         params = cast_params(saved[options.save], preset.dtype)
         print(f"Edited model: {save_model(params, edited, source=options.model)}")
     return code
+
+
+def _ledger(options: "LedgerOptions", command: str) -> int:
+    from jedit.recipes.ledger import run_ledger
+
+    del command
+    try:
+        return run_ledger(options)
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(str(error)) from None
 
 
 def _check_folders(options: Tofu) -> None:
