@@ -9,7 +9,6 @@ from there. What the job was given is compared by a salted hash; its functions c
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -324,6 +323,8 @@ def _locked(folder: Path):
     Raises:
         OSError: there is another.
     """
+    import fcntl  # Unix has it, and all but the lock works without
+
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     handle = os.open(folder / LOCK, flags, 0o600)
     try:

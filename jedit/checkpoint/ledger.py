@@ -24,7 +24,6 @@ ledger as you keep the model from before.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -413,6 +412,8 @@ class Ledger:
         Raises:
             TimeoutError: another one does not come to its end.
         """
+        import fcntl  # Unix has it, and all but the lock works without
+
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(self.folder / LOCK, flags, 0o600)
         try:

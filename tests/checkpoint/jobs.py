@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from functools import partial
 from pathlib import Path
@@ -90,59 +91,82 @@ def to_bytes(tree):
     return [[str(x.dtype), x.shape, np.asarray(x).tobytes().hex()] for x in jax.tree.leaves(tree)]
 
 
-def attempt(job, folder, out, begun):
-    """In a process of its own: do or go on with a job, and write what came of it."""
-    checkpoint = jedit.Checkpoint(folder, every=2)
-    resume = checkpoint.resume
+class Told(jedit.Checkpoint):
+    """Tells through a pipe from which step the job goes on, and when it first saves."""
 
-    def told(*arguments):
-        found = resume(*arguments)
-        os.write(begun, bytes([found[0]]))
+    def __init__(self, folder, pipe):
+        super().__init__(folder, every=2)
+        self.pipe, self.num_saves = pipe, 0
+
+    def resume(self, job, given, state):
+        found = super().resume(job, given, state)
+        os.write(self.pipe, bytes([found[0]]))
         return found
 
-    checkpoint.resume = told
-    result = json.dumps(to_bytes(job(checkpoint)))
-    out.write_text(result)
+    def save(self, step, state, history=None):
+        super().save(step, state, history)
+        self.num_saves += 1
+        if self.num_saves == 1:
+            os.write(self.pipe, b"s")
+
+
+def attempt(job, folder, out, pipe):
+    """In a process of its own: do or go on with a job, and write what came of it."""
+    new = out.with_suffix(".new")
+    new.write_text(json.dumps(to_bytes(job(Told(folder, pipe)))))
+    new.rename(out)
 
 
 def main(folder):
     """Each job once in peace, and once killed; says at which steps it went on."""
     generator = random.Random(5)
     found = {}
-    jobs = {"loop": (partial(loop, steps=80), 12), "estimate": (partial(estimate, 80), 8)}
+    jobs = {
+        "loop": (partial(loop, steps=80), 12),
+        "estimate": (partial(estimate, num_batches=80), 8),
+    }
     for name, (job, num_kills) in jobs.items():
-        starts, kills, patience = [], 0, 0.3
-        for kind in ("peace", "killed"):
-            out = folder / f"{name}-{kind}.json"
-            while not out.exists():
-                reading, writing = os.pipe()
-                begin = time.monotonic()
-                process = os.fork()
-                if process == 0:
-                    status = 1
-                    try:
-                        attempt(job, folder / f"{name}-{kind}", out, writing)
-                        status = 0
-                    finally:
-                        os._exit(status)
-                os.close(writing)
-                started = os.read(reading, 1)
-                os.close(reading)
-                if kind == "killed":
-                    starts += list(started)
-                    if kills < num_kills:
-                        time.sleep(generator.uniform(0, patience))
-                        os.kill(process, signal.SIGKILL)
-                        kills += 1
-                _, status = os.waitpid(process, 0)
-                if kind == "peace":
-                    # Twenty kills that fall within the job, whatever the machine's speed.
-                    patience = (time.monotonic() - begin) / 8
-                    assert status == 0
-                else:
-                    assert os.WIFSIGNALED(status) or status == 0, status
-        found[name] = {"starts": starts, "kills": kills, "patience": patience}
+        peace, killed = (folder / f"{name}-{kind}.json" for kind in ("peace", "killed"))
+        process, pipe = begin(job, folder / f"{name}-peace", peace)
+        os.read(pipe, 1), os.read(pipe, 1)
+        started = time.monotonic()
+        assert os.waitpid(process, 0)[1] == 0
+        # So that the kills fall within the job, whatever the machine's speed.
+        patience = (time.monotonic() - started) / num_kills
+        starts, num_in_save, kills = [], 0, 0
+        while not killed.exists():
+            process, pipe = begin(job, folder / f"{name}-killed", killed)
+            starts += os.read(pipe, 1)
+            if kills < num_kills:
+                # Before the first save, too: one time in four.
+                if generator.random() > 0.25:
+                    os.read(pipe, 1)
+                time.sleep(generator.uniform(0, patience))
+                os.kill(process, signal.SIGKILL)
+                kills += 1
+            status = os.waitpid(process, 0)[1]
+            os.close(pipe)
+            assert os.WIFSIGNALED(status) or status == 0, status
+            num_in_save += any((folder / f"{name}-killed").glob(".tmp-*"))
+        found[name] = {"starts": starts, "kills": kills, "in_save": num_in_save}
     sys.stdout.write(json.dumps(found) + "\n")
+
+
+def begin(job, folder, out):
+    """Fork a process that does a job; its number, and where to read what it tells."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            attempt(job, folder, out, writing)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    return process, reading
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jedit
@@ -186,4 +185,4 @@ def test_killed_at_twenty_moments(tmp_path):
         peace = json.loads((tmp_path / f"{name}-peace.json").read_text())
         assert json.loads((tmp_path / f"{name}-killed.json").read_text()) == peace
         assert len(saves(tmp_path / f"{name}-killed")) == 2
-    assert np.isfinite(found["loop"]["patience"])
+    assert sum(job["in_save"] for job in found.values()) > 2, found
