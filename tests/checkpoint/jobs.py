@@ -126,28 +126,31 @@ def main(folder):
         "estimate": (partial(estimate, num_batches=80), 8),
     }
     for name, (job, num_kills) in jobs.items():
-        peace, killed = (folder / f"{name}-{kind}.json" for kind in ("peace", "killed"))
-        process, pipe = begin(job, folder / f"{name}-peace", peace)
-        os.read(pipe, 1), os.read(pipe, 1)
+        process, pipe = begin(job, folder / f"{name}-peace", folder / f"{name}-peace.json")
+        for _ in range(2):
+            os.read(pipe, 1)
         started = time.monotonic()
         assert os.waitpid(process, 0)[1] == 0
         # So that the kills fall within the job, whatever the machine's speed.
         patience = (time.monotonic() - started) / num_kills
         starts, num_in_save, kills = [], 0, 0
-        while not killed.exists():
-            process, pipe = begin(job, folder / f"{name}-killed", killed)
-            starts += os.read(pipe, 1)
-            if kills < num_kills:
-                # Before the first save, too: one time in four.
-                if generator.random() > 0.25:
-                    os.read(pipe, 1)
-                time.sleep(generator.uniform(0, patience))
-                os.kill(process, signal.SIGKILL)
-                kills += 1
-            status = os.waitpid(process, 0)[1]
-            os.close(pipe)
-            assert os.WIFSIGNALED(status) or status == 0, status
-            num_in_save += any((folder / f"{name}-killed").glob(".tmp-*"))
+        while kills < num_kills:  # a job that comes to its end before them is begun once more
+            starts.append([])
+            place = folder / f"{name}-killed-{len(starts)}"
+            while not (out := place.with_suffix(".json")).exists():
+                process, pipe = begin(job, place, out)
+                starts[-1] += os.read(pipe, 1)
+                if kills < num_kills:
+                    # Before the first save, too: one time in four.
+                    if generator.random() > 0.25:
+                        os.read(pipe, 1)
+                    time.sleep(generator.uniform(0, patience))
+                    os.kill(process, signal.SIGKILL)
+                status = os.waitpid(process, 0)[1]
+                os.close(pipe)
+                assert os.WIFSIGNALED(status) or status == 0, status
+                kills += os.WIFSIGNALED(status)
+                num_in_save += any(place.glob(".tmp-*"))
         found[name] = {"starts": starts, "kills": kills, "in_save": num_in_save}
     sys.stdout.write(json.dumps(found) + "\n")
 
