@@ -122,8 +122,8 @@ def main(folder):
     generator = random.Random(5)
     found = {}
     jobs = {
-        "loop": (partial(loop, steps=80), 12),
-        "estimate": (partial(estimate, num_batches=80), 8),
+        "loop": (partial(loop, steps=40), 12),
+        "estimate": (partial(estimate, num_batches=40), 8),
     }
     for name, (job, num_kills) in jobs.items():
         process, pipe = begin(job, folder / f"{name}-peace", folder / f"{name}-peace.json")
