@@ -36,7 +36,10 @@ class Estimator(NamedTuple):
 
 
 @jax.jit(donate_argnums=1)
-def _step(update, state, params, batch, key):
+def add_batch(
+    update: jax.tree_util.Partial, state: Any, params: PyTree, batch: Batch, key: Array
+) -> Any:
+    """Add a batch to the sums, compiled; the state given is overwritten."""
     return update(state, params, batch, key)
 
 
@@ -89,7 +92,7 @@ def estimate(
             if checkpoint is not None:
                 checkpoint.see(batch)
             if number > done:
-                state = _step(update, state, params, batch, key)
+                state = add_batch(update, state, params, batch, key)
                 if checkpoint is not None and number % checkpoint.every == 0:
                     checkpoint.save(number, state)
         if state is None:

@@ -33,6 +33,13 @@ from jedit.metrics.output_kl import output_kl
 from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.rouge import Rouge, rouge
+from jedit.metrics.stability import (
+    forget_degree,
+    minimum_accuracy,
+    retained_utility,
+    windowed_forgetting,
+    worst_case_accuracy,
+)
 from jedit.metrics.truth_ratio import truth_ratio
 from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_of_war
 
@@ -52,6 +59,7 @@ __all__ = [
     "average_gap",
     "exact_memorization",
     "extraction_strength",
+    "forget_degree",
     "forget_quality",
     "forget_truth_ratio",
     "gradient_norm_scores",
@@ -61,6 +69,7 @@ __all__ = [
     "membership_scores",
     "min_k_plus_plus_scores",
     "min_k_scores",
+    "minimum_accuracy",
     "model_utility",
     "multiple_choice_accuracy",
     "ngram_entropy",
@@ -71,10 +80,13 @@ __all__ = [
     "preference_scores",
     "privleak",
     "reference_scores",
+    "retained_utility",
     "rouge",
     "set_utility",
     "truth_ratio",
     "tug_of_war",
     "verbmem",
+    "windowed_forgetting",
+    "worst_case_accuracy",
     "zlib_scores",
 ]

@@ -84,7 +84,7 @@ def digits(seed: int, *, forget: str = "class", epochs: int = RECIPE.epochs[0]) 
 
 
 class Authors(NamedTuple):
-    """The rows of 30 invented authors, of whom the last three are to be forgotten.
+    """The rows of invented authors, ten each, of whom the last three are to be forgotten.
 
     Attributes:
         rows: with their questions in other words.
@@ -107,10 +107,12 @@ class Authors(NamedTuple):
         return jax.tree.map(lambda x: x[numbers], self.data)
 
 
-def authors_model(seed: int, *, epochs: int = AUTHORS_RECIPE.epochs[0]) -> Authors:
+def authors_model(
+    seed: int, *, epochs: int = AUTHORS_RECIPE.epochs[0], num_authors: int = 30
+) -> Authors:
     """Make the rows and the untrained model."""
     initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    rows = facts_to_rows(generate_authors(seed, 30, 10))
+    rows = facts_to_rows(generate_authors(seed, num_authors, 10))
     tokenizer = train_tokenizer(text_of(rows), MODEL.vocab)
     encoded = encode_rows(tokenizer, rows, MODEL.max_len, truncate=True)
     data = Batch(*(jnp.asarray(x) for x in encoded))
@@ -122,7 +124,8 @@ def authors_model(seed: int, *, epochs: int = AUTHORS_RECIPE.epochs[0]) -> Autho
         part = jax.tree.map(lambda x: x[numbers], data)
         return train(apply, params, part, recipe, key=order)[0].params
 
-    parts = (np.arange(270, 300), *parted(np.arange(270), cut))
+    num_kept = len(rows) - 30
+    parts = (np.arange(num_kept, len(rows)), *parted(np.arange(num_kept), cut))
     return Authors(rows, tokenizer, data, apply, fit, parts)
 
 

@@ -1,0 +1,332 @@
+"""A stream of requests: each is filtered, edited as little as will do, and protected no more.
+
+    loss of a row already at `enough`     nothing left to forget: no edit       (filter)
+    d = (F + λ)⁻¹ g,  Δ = α d             α the least with which the row's loss is `enough`, and
+                                          ½ Δᵀ F Δ ≤ `budget`; again from there, `tries` times
+    S ← S - S_row                         the sums behind F lose what the row had added to them
+    F from S                              decomposed anew every `every` requests
+    F estimated anew                      if its age, measured on a few rows, is then `max_age`
+
+The setting, and the filter by what is left to be forgotten, are FIT's (arXiv 2601.21682), which
+looks for duplicates by the similarity of embeddings and then by the loss.  Differences [derived]:
+the loss alone decides here, which finds repeated, reworded and otherwise known requests alike; a
+request gets the smallest edit that does, where a fixed one for each adds up; and what is protected
+follows the stream: a sum over rows can lose a row again, given the labels it was sampled with,
+which depend on the row's number alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.curvature import Curvature, Estimator
+from jedit.curvature.estimator import add_batch
+from jedit.curvature.kfac import KfacState
+from jedit.edits import Edit, apply_edit
+from jedit.methods.batch_unlearn import batch_unlearn
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.outputs import by_example
+from jedit.typing import Batch
+
+# Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
+RUNGS = (0.0, *(2 ** (-k / 3) for k in reversed(range(16))))
+
+
+class ContinualState(NamedTuple):
+    """Between two requests.
+
+    Attributes:
+        params: the model now.
+        gone: (n,) booleans: the rows that were asked to be forgotten.
+        anchor: the params at which the sums were taken.
+        sums: of K-FAC, over the rows that are not gone.
+        curvature: of the sums as they were at the last refresh.
+        since: requests since then.
+    """
+
+    params: PyTree
+    gone: np.ndarray
+    anchor: PyTree
+    sums: KfacState
+    curvature: Curvature
+    since: int
+
+
+class RequestInfo(NamedTuple):
+    """What a request came to.
+
+    Attributes:
+        num_new: rows that had not been asked for before.
+        num_edited: those of them of which something was left to forget.
+        loss_before: mean loss of the edited rows, nats per token; NaN: none was edited.
+        loss_after: of the same.
+        predicted_kl: sum over the tries of ½ ΔᵀFΔ, nats per counted output.
+        tries: edits that were made.
+        age: how far the statistics have moved since they were taken; NaN: not looked at.
+        refresh: "", "decomposed" or "estimated".
+    """
+
+    num_new: int
+    num_edited: int
+    loss_before: float
+    loss_after: float
+    predicted_kl: float
+    tries: int
+    age: float
+    refresh: str
+
+
+class Continual(NamedTuple):
+    """Answers requests one after the other.
+
+    Attributes:
+        init: `params -> state`.
+        forget: `(state, row numbers) -> (state, info)`; the state given is left as it is.
+    """
+
+    init: Callable[[PyTree], ContinualState]
+    forget: Callable[
+        [ContinualState, Sequence[int] | np.ndarray], tuple[ContinualState, RequestInfo]
+    ]
+
+
+def continual(
+    apply: Apply,
+    estimator: Estimator,
+    data: Batch,
+    *,
+    enough: float,
+    budget: float,
+    key: Array,
+    tries: int = 3,
+    damping: float = 0.1,
+    rank: int | None = None,
+    request_size: int = 1,
+    chunk: int = 32,
+    every: int = 10,
+    max_age: float = 0.5,
+    probe: int = 32,
+) -> Continual:
+    """Unlearn on demand, request by request.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        estimator: from `kfac`; what it covers is edited.
+        data: the training rows, with targets; requests name them by number.
+        enough: nats per token at which a row counts as forgotten, such as the loss of a row like it
+            that the model has never seen.
+        budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
+        key: of the curvature's sampled labels.
+        tries: edits for one request, at most.
+        damping: λ over each block's mean eigenvalue.
+        rank: of each matrix's change; see `batch_unlearn`.
+        request_size: rows of one request, at most.
+        chunk: rows in one pass of the estimation.
+        every: requests between two looks at the curvature.
+        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
+            all rows that are left. Arbitrary.
+        probe: rows that its age is measured on.
+
+    Returns:
+        Two functions. A request costs a gradient and 17 forward passes of its rows for each
+        try, and one pass of the estimator over its rows.
+
+    Raises:
+        ValueError: the data have no targets, or an argument that must be positive is not.
+    """
+    positive = {"enough": enough, "budget": budget, "tries": tries, "request_size": request_size}
+    positive |= {"chunk": chunk, "every": every, "max_age": max_age, "probe": probe}
+    if wrong := {name: value for name, value in positive.items() if not value > 0}:
+        raise ValueError(f"must be positive, got {wrong}")
+    if data.targets is None:
+        raise ValueError("the data need targets: a request is to raise their loss")
+    ones = np.ones(np.shape(data.targets), np.float32)
+    mask, valid = (ones if x is None else x for x in (data.mask, data.valid))
+    whole = jax.tree.map(np.asarray, data._replace(mask=mask, valid=valid))
+    edit = functools.partial(_edit, apply, damping=damping, rank=rank, budget=budget, enough=enough)
+    stream = _Stream(apply, edit, _Sums(estimator, whole, key), enough, tries, request_size)
+    return Continual(
+        functools.partial(_fresh, stream.sums, chunk),
+        functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe)),
+    )
+
+
+def age(then: KfacState, now: KfacState) -> float:
+    """How far K-FAC's sums over the same rows have moved, relative to what they were.
+
+    The Frobenius norm of the difference over that of the first, of all moments of what enters the
+    sites, or of all those of the gradients at their outputs, whichever has moved further.
+    """
+
+    def moved(one: dict, other: dict) -> float:
+        pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+        change = sum(float(jnp.sum((x - y).astype(float) ** 2)) for x, y in pairs)
+        whole = sum(float(jnp.sum(x.astype(float) ** 2)) for x, _ in pairs)
+        return float(np.sqrt(change / whole)) if whole > 0 else 0.0
+
+    inputs = ({name: x.moment for name, x in state.inputs.items()} for state in (then, now))
+    return max(moved(*inputs), moved(then.outputs, now.outputs))
+
+
+class _Sums(NamedTuple):
+    """K-FAC's sums over rows of the data."""
+
+    estimator: Estimator
+    data: Batch
+    key: Array
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.data.targets)
+
+    def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:
+        """Rows that count where `counts` says, filled up with some that do not."""
+        filled, kept = np.zeros(size, int), np.zeros(size, np.float32)
+        filled[: len(numbers)], kept[: len(numbers)] = numbers, counts
+        batch = jax.tree.map(lambda x: x[filled], self.data)
+        keep = kept.reshape(-1, *(1,) * (batch.mask.ndim - 1))
+        batch = batch._replace(mask=batch.mask * keep, valid=batch.valid * keep)
+        return jax.tree.map(jnp.asarray, batch)
+
+    def over(
+        self, params: PyTree, numbers: np.ndarray, size: int, counts: np.ndarray | None = None
+    ) -> KfacState:
+        """Over rows of consecutive numbers, `size` at a time, each with its own labels."""
+        update = self.estimator.update
+        if not isinstance(update, jax.tree_util.Partial):
+            update = jax.tree_util.Partial(update)
+        state = None
+        for first in range(0, len(numbers), size):
+            part = numbers[first : first + size]
+            batch = self.rows(part, size, True if counts is None else counts[part])
+            if state is None:
+                state = self.estimator.init(params, batch, int(numbers[0]))
+            state = add_batch(update, state, params, batch, self.key)
+        assert state is not None
+        return state
+
+
+class _Refresh(NamedTuple):
+    """When the curvature follows, and how."""
+
+    chunk: int
+    every: int
+    max_age: float
+    probe: int
+
+    def __call__(self, sums: _Sums, state: ContinualState) -> tuple[ContinualState, float, str]:
+        if state.since < self.every or state.gone.all():
+            return state, np.nan, ""
+        left = np.flatnonzero(~state.gone)[: self.probe]
+        # As if they were the first rows: the labels have to be the same ones twice, no more.
+        whole = sums._replace(data=sums.rows(left, self.probe))
+        first = np.arange(self.probe)
+        found = age(*(whole.over(p, first, self.probe) for p in (state.anchor, state.params)))
+        if found >= self.max_age:
+            return _fresh(sums, self.chunk, state.params, state.gone), found, "estimated"
+        curvature = sums.estimator.finalize(state.sums)
+        return state._replace(curvature=curvature, since=0), found, "decomposed"
+
+
+def _fresh(
+    sums: _Sums, chunk: int, params: PyTree, gone: np.ndarray | None = None
+) -> ContinualState:
+    if gone is None:
+        gone = np.zeros(sums.num_rows, bool)
+    taken = sums.over(params, np.arange(sums.num_rows), min(chunk, sums.num_rows), ~gone)
+    return ContinualState(params, gone, params, taken, sums.estimator.finalize(taken), 0)
+
+
+class _Stream(NamedTuple):
+    apply: Apply
+    edit: Callable[[PyTree, Curvature, Batch], tuple[PyTree, float, float]]
+    sums: _Sums
+    enough: float
+    tries: int
+    request_size: int
+
+    def forget(
+        self, state: ContinualState, numbers: Sequence[int] | np.ndarray, *, refresh: _Refresh
+    ) -> tuple[ContinualState, RequestInfo]:
+        asked, num_rows = np.unique(np.asarray(numbers)), self.sums.num_rows
+        if not 0 < len(asked) <= self.request_size or asked[0] < 0 or asked[-1] >= num_rows:
+            raise ValueError(
+                f"a request is of 1 to {self.request_size} rows (request_size) numbered below "
+                f"{num_rows}; got {asked.tolist()}"
+            )
+        new = asked[~state.gone[asked]]
+        losses = _row_losses(self.apply, state.params, self.sums.rows(new, self.request_size))
+        losses = np.asarray(losses)[: len(new)]
+        left = losses < self.enough
+        params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
+        if left.any():
+            request = self.sums.rows(new[left], self.request_size)
+            before = after = float(np.mean(losses[left]))
+            while after < self.enough and tried < self.tries:
+                params, after, spent = self.edit(params, state.curvature, request)
+                price, tried = price + spent, tried + 1
+        gone, sums = state.gone.copy(), state.sums
+        for number in new:
+            gone[number] = True
+            sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
+        state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
+        state, found, done = refresh(self.sums, state)
+        info = RequestInfo(len(new), int(left.sum()), before, after, price, tried, found, done)
+        return state, info
+
+
+def _edit(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    request: Batch,
+    *,
+    damping: float,
+    rank: int | None,
+    budget: float,
+    enough: float,
+) -> tuple[PyTree, float, float]:
+    """One try: new params, the request's loss there, and the predicted KL."""
+    one = jax.tree.map(lambda x: x[None], request)
+    stack, info = batch_unlearn(apply, params, one, curvature, step=1.0, damping=damping, rank=rank)
+    edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
+    largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
+    params, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
+    return params, float(loss), float(alpha**2 * unit)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_losses(apply: Apply, params: PyTree, batch: Batch) -> Array:
+    values, counted = (by_example(batch, x) for x in counted_nll(params, batch, apply=apply))
+    return jax.vmap(masked_mean)(values, counted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _raise_loss(
+    apply: Apply, params: PyTree, edit: Edit, batch: Batch, largest: Array, enough: Array
+) -> tuple[PyTree, Array, Array]:
+    """Go along the edit until the rows' mean loss is enough, or else to where it is highest."""
+
+    def loss(alpha: Array) -> Array:
+        found = _row_losses(apply, apply_edit(params, edit, alpha), batch)
+        counts = jnp.sum(by_example(batch, batch.mask * batch.valid), axis=1) > 0
+        return masked_mean(found, counts)
+
+    alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
+    losses = jax.lax.map(loss, alphas)
+    reached = losses >= enough
+    rung = jnp.where(jnp.any(reached), jnp.argmax(reached), jnp.argmax(losses))
+    return apply_edit(params, edit, alphas[rung]), alphas[rung], losses[rung]
+
+
+@jax.jit
+def _without(state: KfacState, part: KfacState) -> KfacState:
+    """The sums less what some rows had added to them."""
+    left = jax.tree.map(jnp.subtract, state, part)
+    return dataclasses.replace(left, next_example=state.next_example)

@@ -1,0 +1,105 @@
+"""How well what is kept lasts while request after request is answered.
+
+Of a_ti, the accuracy (or any score where more is better) on kept task i after request t, t = 0
+before the first one:
+
+    min-ACC   mean_i min_{t>0} a_ti                        `minimum_accuracy`
+    WC-ACC    1/k b + (1 - 1/k) min-ACC                    `worst_case_accuracy`
+    WF^w      mean_i max_{t<u<t+w} (a_ti - a_ui)           `windowed_forgetting`; lower is better
+
+b is the score on the newest task, here how well the newest request is forgotten, and k counts it
+with the kept ones.  They look at every step: an average at the end hides a gap that has closed
+again.  De Lange et al. (arXiv 2205.13452).
+
+    F.D. = 1 - s(forgotten, now) / s(forgotten, before)    `forget_degree`
+    R.U. =     s(kept, now) / s(kept, before)              `retained_utility`
+
+with one and the same score s (a probability, an accuracy, ROUGE) on both; 1 is best for both.
+
+Differences.  De Lange et al. measure tasks that are learnt one after the other, from when each was
+learnt; kept tasks are all there from the beginning.  F.D. and R.U. are FIT's names (arXiv
+2601.21682) for a symmetric pair; of which scores FIT composes them is not followed here: name s.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def minimum_accuracy(scores: ArrayLike) -> float:
+    """Return min-ACC.
+
+    Args:
+        scores: (steps + 1, tasks), the first row before any request.
+
+    Raises:
+        ValueError: another number of axes, fewer than two rows, no task, or NaN.
+    """
+    return float(np.mean(np.min(_checked(scores)[1:], axis=0)))
+
+
+def worst_case_accuracy(scores: ArrayLike, newest: float) -> float:
+    """Return WC-ACC, min-ACC with the score on the newest request, b, weighted as one task more.
+
+    Args:
+        scores: as of `minimum_accuracy`.
+        newest: b, for instance 1 less the accuracy on the rows forgotten last.
+
+    Raises:
+        ValueError: as `minimum_accuracy`.
+    """
+    share = 1 / (_checked(scores).shape[1] + 1)
+    return share * newest + (1 - share) * minimum_accuracy(scores)
+
+
+def windowed_forgetting(scores: ArrayLike, window: int) -> float:
+    """Return WF^w: the deepest fall within so many steps in a row, mean over the tasks; 0 if none.
+
+    Args:
+        scores: as of `minimum_accuracy`.
+        window: w, the number of measurements in a window, at least 2.
+
+    Raises:
+        ValueError: as `minimum_accuracy`, or a window below 2.
+    """
+    values = _checked(scores)
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    falls = [
+        np.max(values[:-apart] - values[apart:], axis=0)
+        for apart in range(1, min(window, len(values)))
+    ]
+    return float(np.mean(np.maximum(np.max(falls, axis=0), 0)))
+
+
+def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
+    """Return F.D. of the rows that were to be forgotten.
+
+    Args:
+        before: (n,), each row's score under the first model.
+        after: (n,), under the model now.
+
+    Raises:
+        ValueError: different shapes, no row, or scores before that sum to zero or less.
+    """
+    return 1 - retained_utility(before, after)
+
+
+def retained_utility(before: ArrayLike, after: ArrayLike) -> float:
+    """Return R.U. of the rows that were to be kept; arguments and errors as of `forget_degree`."""
+    first, now = (np.asarray(x, np.float64) for x in (before, after))
+    if first.shape != now.shape or first.ndim != 1 or not first.sum() > 0:
+        raise ValueError(
+            "before and after must be scores of the same rows, (n,), those before with a sum above "
+            f"zero; got shapes {first.shape} and {now.shape}, sum {first.sum():g}"
+        )
+    return float(now.sum() / first.sum())
+
+
+def _checked(scores: ArrayLike) -> np.ndarray:
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 2 or len(values) < 2 or values.shape[1] == 0 or np.any(np.isnan(values)):
+        raise ValueError(
+            "scores must be (steps + 1, tasks) with at least one step and one task and no NaN; got "
+            f"shape {values.shape}"
+        )
+    return values

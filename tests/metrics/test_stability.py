@@ -1,0 +1,62 @@
+"""Stability: worked by hand, and windows by going through all pairs."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from jedit import metrics
+
+# Two tasks over four measurements: one dips and recovers, one falls slowly.
+SCORES = np.array([[1.0, 0.9], [0.4, 0.8], [1.0, 0.7], [0.9, 0.6]])
+
+
+def test_the_worst_moment_counts_and_not_the_first():
+    assert metrics.minimum_accuracy(SCORES) == pytest.approx((0.4 + 0.6) / 2)
+    # The value before the first request is no step.
+    assert metrics.minimum_accuracy([[0.1], [0.5], [0.7]]) == pytest.approx(0.5)
+
+
+def test_the_newest_request_weighs_as_one_task():
+    assert metrics.worst_case_accuracy(SCORES, 0.8) == pytest.approx(0.8 / 3 + 2 / 3 * 0.5)
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 9])
+def test_windows_by_all_pairs(window):
+    scores = np.random.default_rng(0).random((7, 3))
+    falls = [
+        max(
+            scores[t, i] - scores[u, i]
+            for t, u in itertools.combinations(range(7), 2)
+            if u - t < window
+        )
+        for i in range(3)
+    ]
+    assert metrics.windowed_forgetting(scores, window) == pytest.approx(np.mean(falls))
+
+
+def test_a_wider_window_sees_a_slow_fall():
+    assert metrics.windowed_forgetting(SCORES, 2) == pytest.approx((0.6 + 0.1) / 2)
+    assert metrics.windowed_forgetting(SCORES, 4) == pytest.approx((0.6 + 0.3) / 2)
+    assert metrics.windowed_forgetting([[0.1], [0.2], [0.3]], 2) == 0
+
+
+def test_forgetting_and_keeping_are_one_score_seen_from_two_sides():
+    before, after = [0.8, 0.4], [0.1, 0.2]
+    assert metrics.retained_utility(before, after) == pytest.approx(0.25)
+    assert metrics.forget_degree(before, after) == pytest.approx(0.75)
+    assert metrics.forget_degree(before, before) == 0
+
+
+@pytest.mark.parametrize("scores", [[0.5, 0.4], [[0.5]], [[], []], [[0.5], [np.nan]]])
+def test_scores_without_a_step_or_a_task_are_refused(scores):
+    with pytest.raises(ValueError, match="steps"):
+        metrics.minimum_accuracy(scores)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.windowed_forgetting(SCORES, 1)
+    for before, after in (([1.0], [1.0, 0.5]), ([], []), ([0.0], [0.5])):
+        with pytest.raises(ValueError, match="same rows"):
+            metrics.forget_degree(before, after)
