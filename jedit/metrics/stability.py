@@ -85,7 +85,11 @@ def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
 
 
 def retained_utility(before: ArrayLike, after: ArrayLike) -> float:
-    """Return R.U. of the rows that were to be kept; arguments and errors as of `forget_degree`."""
+    """Return R.U. of the rows that were to be kept; arguments as of `forget_degree`.
+
+    Raises:
+        ValueError: as `forget_degree`.
+    """
     first, now = (np.asarray(x, np.float64) for x in (before, after))
     if first.shape != now.shape or first.ndim != 1 or not first.sum() > 0:
         raise ValueError(

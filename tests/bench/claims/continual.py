@@ -1,5 +1,5 @@
-"""Claim: 300 requests one after the other cost the kept knowledge less when each is filtered, edited
-as little as will do, and taken out of the statistics, than when the same edit is repeated.
+"""Claim: 300 requests one after the other cost what is kept less when each is filtered, edited as
+little as will do, and taken out of the statistics, than when the same edit is repeated.
 
     python -m tests.bench.claims.continual [--seeds 1]
 
