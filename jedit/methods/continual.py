@@ -183,7 +183,7 @@ class _Sums(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return len(self.data.targets)
+        return len(jax.tree.leaves(self.data)[0])
 
     def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:
         """Rows that count where `counts` says, filled up with some that do not."""
@@ -312,11 +312,11 @@ def _raise_loss(
     apply: Apply, params: PyTree, edit: Edit, batch: Batch, largest: Array, enough: Array
 ) -> tuple[PyTree, Array, Array]:
     """Go along the edit until the rows' mean loss is enough, or else to where it is highest."""
+    _, counted = counted_nll(params, batch, apply=apply)
 
     def loss(alpha: Array) -> Array:
         found = _row_losses(apply, apply_edit(params, edit, alpha), batch)
-        counts = jnp.sum(by_example(batch, batch.mask * batch.valid), axis=1) > 0
-        return masked_mean(found, counts)
+        return masked_mean(found, jnp.any(by_example(batch, counted), axis=1))
 
     alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
     losses = jax.lax.map(loss, alphas)

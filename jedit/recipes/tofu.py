@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit import metrics
 from jedit.data import QaRow, facts_to_rows, generate_authors, pack, read_tofu
@@ -42,7 +42,7 @@ from jedit.recipes.tofu_membership import (
 )
 from jedit.recipes.tofu_models import Start, small_gpt
 from jedit.recipes.tofu_presets import Preset
-from jedit.recipes.training import train
+from jedit.recipes.training import Trained, train
 from jedit.report import Comparison, Evaluation
 
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers
@@ -126,6 +126,86 @@ def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> S
     )
 
 
+class Scene(NamedTuple):
+    """Two trained models, and what they are asked.
+
+    Attributes:
+        model: their functions.
+        task: of the comparison.
+        asked: the question sets that judge a point.
+        description: of the model.
+        training: by model, what its training came to; empty if both were given.
+        with_general: whether those of real authors and world facts were among them.
+    """
+
+    model: LanguageModel
+    task: Task
+    asked: dict[str, Questions]
+    description: str
+    training: dict[str, Trained]
+    with_general: bool
+
+
+def prepare(
+    sets: Sets, preset: Preset, *, seed: int, say: Say, begin: Start | None = None
+) -> Scene:
+    """Train the models, or take those that are given; arguments and errors as of `tofu`.
+
+    Raises:
+        ValueError: neither a pretrained model nor the size of a GPT.
+    """
+    init_key, order_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
+    general = []
+    if begin is None:
+        if not isinstance(preset.model, Model):
+            raise ValueError("this preset is for a pretrained model, which begin= has to bring")
+        general = sets.general
+        rows = [*sets.forget, *sets.kept, *general]
+        begin = small_gpt(rows, preset.model, preset.dtype, key=init_key)
+    model, everything = begin.model, [*sets.forget, *sets.kept, *general]
+    original, retrained, training = begin.params, begin.retrained, {}
+    if retrained is None:
+        for name, rows in (("train", everything), ("retrain", [*sets.kept, *general])):
+            without = f" without the {len(sets.forget)} to forget" if name == "retrain" else ""
+            say(f"{name}ing on {len(rows)} rows{without}")
+            sequences = pack(_rows(model, rows), model.max_len).batch
+            training[name] = train(
+                model.apply, begin.params, sequences, preset.recipe, key=order_key
+            )[-1]
+        original, retrained = (training[name].params for name in ("train", "retrain"))
+    asked = {
+        "forget": encode_questions(model, sets.forget),
+        "retain": encode_questions(model, sets.heldout[: preset.questions]),
+        "real_authors": encode_questions(model, sets.real_authors[: preset.questions]),
+        "world_facts": encode_questions(model, sets.world_facts[: preset.questions]),
+    }
+    task = Task(
+        apply=model.apply,
+        original=original,
+        retrained=retrained,
+        forget=_rows(model, sets.forget),
+        retain=_rows(model, sets.seen),
+        heldout=_rows(model, sets.heldout),
+        test=None,
+        truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
+        select=begin.select,
+        chunk=model.chunk,
+        probe=32,
+        hidden_site=begin.hidden_site,
+        layers=begin.layers,
+        refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
+        utility=lambda params: _utility(model, params, asked),
+        judged_rows=preset.questions,
+        pack=lambda rows: pack(rows, model.max_len).batch,
+    )
+    return Scene(model, task, asked, begin.description, training, bool(general))
+
+
+def compare_key(seed: int) -> Array:
+    """The key of a run's curvature and batches."""
+    return jax.random.fold_in(jax.random.key(seed), 2)
+
+
 def tofu(
     sets: Sets,
     preset: Preset,
@@ -153,68 +233,21 @@ def tofu(
     Raises:
         ValueError: neither a pretrained model nor the size of a GPT.
     """
-    init_key, order_key, compare_key, attack_key = (
-        jax.random.fold_in(jax.random.key(seed), i) for i in range(4)
-    )
-    general, what = [], f"{preset.authors} authors"
-    if begin is None:
-        if not isinstance(preset.model, Model):
-            raise ValueError("this preset is for a pretrained model, which begin= has to bring")
-        general = sets.general
-        what += ", and TOFU's real authors and world facts, or what stands for them"
-        rows = [*sets.forget, *sets.kept, *general]
-        begin = small_gpt(rows, preset.model, preset.dtype, key=init_key)
-    model, everything = begin.model, [*sets.forget, *sets.kept, *general]
-    original, retrained, training = begin.params, begin.retrained, {}
-    if retrained is None:
-        for name, rows in (("train", everything), ("retrain", [*sets.kept, *general])):
-            without = f" without the {len(sets.forget)} to forget" if name == "retrain" else ""
-            say(f"{name}ing on {len(rows)} rows{without}")
-            sequences = pack(_rows(model, rows), model.max_len).batch
-            training[name] = train(
-                model.apply, begin.params, sequences, preset.recipe, key=order_key
-            )[-1]
-        original, retrained = (training[name].params for name in ("train", "retrain"))
-    trained_how = "none: both models were given"
-    if training:
-        trained_how = f"{preset.recipe}, of {model.max_len} tokens, filled with questions"
+    scene = prepare(sets, preset, seed=seed, say=say, begin=begin)
+    model, task, training = scene.model, scene.task, scene.training
     start = time.perf_counter()
-    asked = {
-        "forget": encode_questions(model, sets.forget),
-        "retain": encode_questions(model, sets.heldout[: preset.questions]),
-        "real_authors": encode_questions(model, sets.real_authors[: preset.questions]),
-        "world_facts": encode_questions(model, sets.world_facts[: preset.questions]),
-    }
-    task = Task(
-        apply=model.apply,
-        original=original,
-        retrained=retrained,
-        forget=_rows(model, sets.forget),
-        retain=_rows(model, sets.seen),
-        heldout=_rows(model, sets.heldout),
-        test=None,
-        truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
-        select=begin.select,
-        chunk=model.chunk,
-        probe=32,
-        hidden_site=begin.hidden_site,
-        layers=begin.layers,
-        refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
-        utility=lambda params: _utility(model, params, asked),
-        judged_rows=preset.questions,
-        pack=lambda rows: pack(rows, model.max_len).batch,
-    )
     # A model for each method is more than a device may hold.
-    judged, kept = compare(task, preset.grid, key=compare_key, say=say, hold=jax.device_get)
+    judged, kept = compare(task, preset.grid, key=compare_key(seed), say=say, hold=jax.device_get)
     models = {"untouched": task.original, "retrained": task.retrained} | kept
     whole = {
-        name: encode_questions(model, rows)
-        for name, rows in sets._asdict().items()
-        if name in ("real_authors", "world_facts")
+        "forget": scene.asked["forget"],
+        "retain": encode_questions(model, sets.heldout),
+        "real_authors": encode_questions(model, sets.real_authors),
+        "world_facts": encode_questions(model, sets.world_facts),
     }
-    whole |= {"forget": asked["forget"], "retain": encode_questions(model, sets.heldout)}
     unseen = encode_answers(model, sets.holdout)
     reference = reference_of(model, task.retrained, whole["forget"], unseen)
+    attack_key = jax.random.fold_in(jax.random.key(seed), 3)
     evaluations, leaderboard = {}, {}
     for name in models:
         say(f"evaluating {name}")
@@ -235,24 +268,17 @@ def tofu(
         if baseline < 1:  # else the retrained model gives the forget rows away itself
             row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
             evaluations[name]["privleak"] = Evaluation(row["privleak"])
+    trained_how = "none: both models were given"
+    if training:
+        trained_how = f"{preset.recipe}, of {model.max_len} tokens, filled with questions"
     return (
         Comparison(
             name="tofu",
             title=f"TOFU: forget {preset.forgotten} of {preset.authors} authors",
-            notes=(
-                f"The model learns {len(everything)} question-answer rows: {what}. "
-                f"Curvature and edits see {len(sets.seen)} retain rows; the {len(sets.heldout)} of "
-                "the authors held out (TOFU's 14 to 19), which they do not see, are the retain "
-                "questions of Model Utility and of the KL. "
-                f"{model.num_cut([*everything, *sets.holdout])} rows, right and wrong answers "
-                f"counted, are longer than {model.max_len} tokens and were cut off.",
-                "Every method is tried at as many points, settings times strengths, and its best "
-                "one is chosen by looking at the retrained model, as a user without one cannot.",
-                *_lost(preset.grid.lost_kl),
-            ),
+            notes=_notes(scene, sets, preset),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
             settings={
-                "model": begin.description,
+                "model": scene.description,
                 "computed in": preset.dtype,
                 "training": trained_how,
                 "questions of each set that judge a point": preset.questions,
@@ -272,6 +298,28 @@ def tofu(
             evaluations=evaluations,
         ),
     )
+
+
+def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
+    what = f"{preset.authors} authors"
+    learnt = [*sets.forget, *sets.kept]
+    if scene.with_general:
+        what += ", and TOFU's real authors and world facts, or what stands for them"
+        learnt += sets.general
+    notes = (
+        f"The model learns {len(learnt)} question-answer rows: {what}. "
+        f"Curvature and edits see {len(sets.seen)} retain rows; the {len(sets.heldout)} of "
+        "the authors held out (TOFU's 14 to 19), which they do not see, are the retain "
+        "questions of Model Utility and of the KL. "
+        f"{scene.model.num_cut([*learnt, *sets.holdout])} rows, right and wrong answers "
+        f"counted, are longer than {scene.model.max_len} tokens and were cut off.",
+        "Every method is tried at as many points, settings times strengths, and its best "
+        "one is chosen by looking at the retrained model, as a user without one cannot.",
+    )
+    if (kl := preset.grid.lost_kl) == math.inf:
+        return notes
+    lost = f"Beyond a held-out KL of {kl:g} nats an edited model's utility is not measured."
+    return (*notes, lost)
 
 
 def evaluate(
@@ -325,12 +373,6 @@ def evaluate(
     for name, auc in membership_aucs(model, params, known, unseen, reference).items():
         found[f"mia_{name}"] = Evaluation(auc)
     return found
-
-
-def _lost(kl: float) -> tuple[str, ...]:
-    if kl == math.inf:
-        return ()
-    return (f"Beyond a held-out KL of {kl:g} nats an edited model's utility is not measured.",)
 
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):

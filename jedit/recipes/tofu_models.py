@@ -1,6 +1,8 @@
 """The models that TOFU is run on: a GPT made and trained here, or a folder of the user's own."""
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.data import text_of, train_tokenizer
 from jedit.models import (
+    Stepper,
     cast_params,
     gpt,
     gpt_stepper,
@@ -65,18 +68,13 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
     """A GPT that has learned nothing, and a tokenizer trained on the rows."""
     tokenizer = train_tokenizer(text_of(rows), size.vocab)
     num_positions = size.max_len + ANSWER_TOKENS
-    apply, params = gpt(
-        key=key,
-        vocab=tokenizer.get_vocab_size(),
-        width=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        max_len=num_positions,
-    )
+    vocab = tokenizer.get_vocab_size()
+    apply, stepper = _functions(vocab, size, jnp.dtype(dtype))
+    _, params = _gpt(vocab, size, key=key)
     return Start(
         model=LanguageModel(
-            apply if jnp.dtype(dtype) == jnp.float32 else mixed_precision(apply, dtype),
-            gpt_stepper(num_layers=size.layers, num_heads=size.heads),
+            apply,
+            stepper,
             OwnWords(tokenizer),
             size.max_len,
             num_positions,
@@ -88,6 +86,25 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
         hidden_site=f"blocks/{size.layers - 1}/attn/query/kernel",
         layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(size.layers)),
         description=f"GPT, {size}, {_size(params)} parameters",
+    )
+
+
+@functools.cache
+def _functions(vocab: int, size: Model, dtype: jnp.dtype) -> tuple[Callable, Stepper]:
+    """The same objects for the same model, so that a second one compiles nothing."""
+    apply, _ = _gpt(vocab, size, key=jax.random.key(0))
+    apply = apply if dtype == jnp.float32 else mixed_precision(apply, dtype)
+    return apply, gpt_stepper(num_layers=size.layers, num_heads=size.heads)
+
+
+def _gpt(vocab: int, size: Model, *, key: Array) -> tuple[Callable, PyTree]:
+    return gpt(
+        key=key,
+        vocab=vocab,
+        width=size.width,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        max_len=size.max_len + ANSWER_TOKENS,
     )
 
 

@@ -80,6 +80,7 @@ def prepare(seed: int, size: Size) -> Setting:
         if len(stream) % REPEAT == REPEAT - 1:
             stream.append(stream[rng.integers(len(stream))])
         stream.append(int(number))
+    stream.append(stream[rng.integers(len(stream))])
     tasks = [np.arange(learnt - 10 * (i + 1), learnt - 10 * i) for i in range(TASKS)]
     seen = np.arange(learnt - 10 * TASKS)
     return Setting(made, params, enough, seen, stream, [made.take(task) for task in tasks])
