@@ -3,6 +3,8 @@
     loss of a row already at `enough`     nothing left to forget: no edit       (filter)
     d = (F + λ)⁻¹ g,  Δ = α d             α the least with which the row's loss is `enough`, and
                                           ½ Δᵀ F Δ ≤ `budget`; again from there, `tries` times
+    Δ = -η (F + λ)⁻¹ g_kept               rows that stay, drawn at random, are learnt again; η the
+                                          best for them with ½ Δᵀ F Δ ≤ `budget`
     S ← S - S_row                         the sums behind F lose what the row had added to them
     F from S                              decomposed anew every `every` requests
     F estimated anew                      if its age, measured on a few rows, is then `max_age`
@@ -25,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.curvature import Curvature, Estimator
+from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, apply_edit
+from jedit.geometry.trust_region import moved
 from jedit.methods.batch_unlearn import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.outputs import by_example
@@ -68,6 +71,7 @@ class RequestInfo(NamedTuple):
         loss_after: of the same.
         predicted_kl: sum over the tries of ½ ΔᵀFΔ, nats per counted output.
         tries: edits that were made.
+        kept_loss: of the rows that were learnt again, before; NaN: there was no edit, or none left.
         age: how far the statistics have moved since they were taken; NaN: not looked at.
         refresh: "", "decomposed" or "estimated".
     """
@@ -78,6 +82,7 @@ class RequestInfo(NamedTuple):
     loss_after: float
     predicted_kl: float
     tries: int
+    kept_loss: float
     age: float
     refresh: str
 
@@ -107,6 +112,7 @@ def continual(
     tries: int = 3,
     damping: float = 0.1,
     rank: int | None = None,
+    relearn: int = 32,
     request_size: int = 1,
     chunk: int = 32,
     every: int = 10,
@@ -126,6 +132,7 @@ def continual(
         tries: edits for one request, at most.
         damping: λ over each block's mean eigenvalue.
         rank: of each matrix's change; see `batch_unlearn`.
+        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none.
         request_size: rows of one request, at most.
         chunk: rows in one pass of the estimation.
         every: requests between two looks at the curvature.
@@ -150,7 +157,9 @@ def continual(
     mask, valid = (ones if x is None else x for x in (data.mask, data.valid))
     whole = jax.tree.map(np.asarray, data._replace(mask=mask, valid=valid))
     edit = functools.partial(_edit, apply, damping=damping, rank=rank, budget=budget, enough=enough)
-    stream = _Stream(apply, edit, _Sums(estimator, whole, key), enough, tries, request_size)
+    restore = functools.partial(_restore, apply, damping=damping, budget=budget)
+    sums = _Sums(estimator, whole, key)
+    stream = _Stream(apply, edit, restore, sums, enough, tries, relearn, request_size)
     return Continual(
         functools.partial(_fresh, stream.sums, chunk),
         functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe)),
@@ -246,9 +255,11 @@ def _fresh(
 class _Stream(NamedTuple):
     apply: Apply
     edit: Callable[[PyTree, Curvature, Batch], tuple[PyTree, float, float]]
+    restore: Callable[[PyTree, Curvature, Batch], tuple[PyTree, Array]]
     sums: _Sums
     enough: float
     tries: int
+    relearn: int
     request_size: int
 
     def forget(
@@ -272,12 +283,29 @@ class _Stream(NamedTuple):
                 params, after, spent = self.edit(params, state.curvature, request)
                 price, tried = price + spent, tried + 1
         gone, sums = state.gone.copy(), state.sums
+        gone[new] = True
+        kept_loss, kept = np.nan, np.flatnonzero(~gone)
+        if tried and self.relearn and len(kept):
+            # Other rows for each request, the same ones for the same history.
+            drawn = np.random.default_rng(int(gone.sum())).permutation(kept)[: self.relearn]
+            batch = self.sums.rows(drawn, self.relearn)
+            params, loss = self.restore(params, state.curvature, batch)
+            kept_loss = float(loss)
         for number in new:
-            gone[number] = True
             sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
         state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
         state, found, done = refresh(self.sums, state)
-        info = RequestInfo(len(new), int(left.sum()), before, after, price, tried, found, done)
+        info = RequestInfo(
+            num_new=len(new),
+            num_edited=int(left.sum()),
+            loss_before=before,
+            loss_after=after,
+            predicted_kl=price,
+            tries=tried,
+            kept_loss=kept_loss,
+            age=found,
+            refresh=done,
+        )
         return state, info
 
 
@@ -299,6 +327,30 @@ def _edit(
     largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
     params, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
     return params, float(loss), float(alpha**2 * unit)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _restore(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    batch: Batch,
+    *,
+    damping: float | Array,
+    budget: float | Array,
+) -> tuple[PyTree, Array]:
+    """A step down the rows' loss in the metric, and the loss before it."""
+
+    def loss(params: PyTree) -> Array:
+        return masked_mean(*counted_nll(params, batch, apply=apply))
+
+    before, gradient = jax.value_and_grad(loss)(params)
+    step = solve(curvature, jax.tree.map(jnp.negative, gradient), damping=damping, relative=True)
+    quadratic = quadratic_form(curvature, step)
+    largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
+    alphas = largest * jnp.asarray(RUNGS[::3], largest.dtype)
+    losses = jax.lax.map(lambda alpha: loss(moved(params, step, alpha)), alphas)
+    return moved(params, step, alphas[jnp.argmin(losses)]), before
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.curvature import estimate, kfac
+from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods import continual
 from jedit.methods.continual import age
@@ -19,6 +19,7 @@ SETTINGS = {
     "enough": 4.0,
     "budget": 0.05,
     "tries": 20,
+    "relearn": 0,
     "damping": 0.3,
     "chunk": 4,
     "probe": 4,
@@ -158,6 +159,27 @@ def test_the_age_is_none_at_the_same_params_and_grows_with_the_distance(scene):
 
     assert age(sums(0.0), sums(0.0)) == 0
     assert 0 < age(sums(0.0), sums(0.01)) < age(sums(0.0), sums(0.2))
+
+
+def test_what_is_kept_is_learnt_again(scene):
+    stream, state = stream_of(scene)
+    without_it, info = stream.forget(state, [4])
+    assert np.isnan(info.kept_loss)
+    stream, state = stream_of(scene, relearn=20)
+    restored, info = stream.forget(state, [4])
+    kept = [i for i in range(ROWS) if i != 4]
+    _, _, _, data = scene
+    counts = data.mask.sum(axis=1)[kept]
+    losses = [loss_of(scene, without_it.params, [i]) for i in kept]
+    assert info.kept_loss == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
+    again = [loss_of(scene, restored.params, [i]) for i in kept]
+    assert np.average(again, weights=counts) < info.kept_loss
+    # A natural step of half the squared length that the budget allows, at most.
+    change = jax.tree.map(jnp.subtract, restored.params, without_it.params)
+    assert 0 < float(quadratic_form(state.curvature, change)) <= 2 * 0.05 * (1 + 1e-4)
+    # A request that changes nothing costs nothing.
+    again, info = stream.forget(restored, [4])
+    same(again.params, restored.params, rtol=0)
 
 
 @pytest.mark.parametrize("numbers", [[], [ROWS], [-1], [0, 1, 2]])

@@ -9,7 +9,8 @@ request is one that was made before: 300. Of the kept authors 30 are seen by the
 are not, and are the tasks of the stability metrics, by the share of answer tokens that come first.
 
 Naive repetition is the same step, at a fixed predicted KL for every request, in the curvature of
-the model as it was; at three sizes. "no refresh" is the stream without any look at its statistics.
+the model as it was; at three sizes. "no refresh" is the stream without any look at its statistics,
+"nothing learnt again" without its steps back on rows that stay.
 """
 
 import time
@@ -212,6 +213,7 @@ def run_seed(seed: int, size: Size) -> dict[str, dict[str, Any]]:
     print(f"seed {seed}: {len(setting.stream)} requests, enough {setting.enough:.2f}", flush=True)
     ways: dict[str, Callable[[], Iterator]] = {
         "stream (ours)": lambda: streamed(setting, jax.random.clone(key)),
+        "stream, nothing learnt again": lambda: streamed(setting, jax.random.clone(key), relearn=0),
         "stream, no refresh": lambda: streamed(setting, jax.random.clone(key), every=10**6),
     }
     for budget in NAIVE:
