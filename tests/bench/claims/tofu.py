@@ -51,16 +51,18 @@ def main() -> None:
     options = parser(__doc__, seeds=3)
     options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
     options.add_argument("--methods", nargs="+", default=list(METHODS))
+    options.add_argument("--first", type=int, default=0, help="the first seed")
     given = options.parse_args()
     preset = PRESETS["cpu"]
     grid = preset.grid._replace(
+        curvatures=("K-FAC",),
         scales={k: v for k, v in preset.grid.scales.items() if k in given.methods},
         learning_rates={k: v for k, v in preset.grid.learning_rates.items() if k in given.methods},
     )
     preset = preset._replace(grid=grid)
     sets = read_sets(given.data, preset)
     runs = []
-    for seed in range(given.seeds):
+    for seed in range(given.first, given.first + given.seeds):
 
         def say(text: str, seed: int = seed) -> None:
             print(f"seed {seed}: {text}", file=sys.stderr, flush=True)
@@ -81,7 +83,11 @@ def main() -> None:
         passes = f"{sum(row['passes'] for row in rows):.0f} of {len(runs)}"
         rest = " | ".join(shown(summary[name][c]) for c in COLUMNS[1:])
         print(f"| {name} | {passes} | {10 ** logs.mean():.2g} | {rest} |")
-    write("tofu", given.out, {"seeds": given.seeds, "runs": runs, "summary": summary})
+    write(
+        "tofu",
+        given.out,
+        {"seeds": given.seeds, "first": given.first, "runs": runs, "summary": summary},
+    )
 
 
 if __name__ == "__main__":
