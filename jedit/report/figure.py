@@ -3,7 +3,7 @@
 import io
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jedit.report.results import Comparison, Curve, Point
 
@@ -52,10 +52,12 @@ def tradeoff_figure(comparison: Comparison) -> "Figure":
     if is_numbered(comparison):
         for i, method in enumerate(comparison.methods, 1):
             handles.append(Line2D([], [], ls="none"))
-            none = "" if comparison.best(method.name) else " (none in budget)"
+            none = "" if comparison.best(method.name) else " (none)"
             labels.append(f"{i}  {method.name}{none}")
-    columns = 5 if is_numbered(comparison) else 4
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    look: dict[str, Any] = {"ncols": 4}
+    if is_numbered(comparison):
+        look = {"ncols": 5, "fontsize": 9, "columnspacing": 1.2}
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, **look)
     return figure
 
 

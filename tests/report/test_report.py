@@ -207,7 +207,7 @@ def test_many_methods_are_numbered_and_none_hides_another(comparison):
     figure = tradeoff_figure(many)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend[2:10] == [f"{i}  {name}" for i, name in enumerate(names[:8], 1)]
-    assert legend[10] == "9  method 8 (none in budget)"
+    assert legend[10] == "9  method 8 (none)"
     for axes in figure.axes:
         places = {note.get_text(): note.xy for note in axes.texts if note.get_text().isdigit()}
         assert list(places) == [str(i) for i in range(1, 9)]
