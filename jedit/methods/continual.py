@@ -137,7 +137,8 @@ def continual(
         chunk: rows in one pass of the estimation.
         every: requests between two looks at the curvature.
         max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
-            all rows that are left. Arbitrary.
+            all rows that are left. Arbitrary: in our one measurement the statistics were older at
+            every look, and it made little difference.
         probe: rows that its age is measured on.
 
     Returns:
@@ -173,14 +174,14 @@ def age(then: KfacState, now: KfacState) -> float:
     sites, or of all those of the gradients at their outputs, whichever has moved further.
     """
 
-    def moved(one: dict, other: dict) -> float:
+    def relative(one: dict, other: dict) -> float:
         pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
         change = sum(float(jnp.sum((x - y).astype(float) ** 2)) for x, y in pairs)
         whole = sum(float(jnp.sum(x.astype(float) ** 2)) for x, _ in pairs)
         return float(np.sqrt(change / whole)) if whole > 0 else 0.0
 
     inputs = ({name: x.moment for name, x in state.inputs.items()} for state in (then, now))
-    return max(moved(*inputs), moved(then.outputs, now.outputs))
+    return max(relative(*inputs), relative(then.outputs, now.outputs))
 
 
 class _Sums(NamedTuple):
