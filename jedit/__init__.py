@@ -13,6 +13,7 @@ from jedit.checkpoint import (
     save_curvature,
     save_edit,
 )
+from jedit.continual import RequestInfo, continual
 from jedit.curvature import (
     Curvature,
     Estimator,
@@ -65,6 +66,7 @@ __all__ = [
     "LoopState",
     "LowRank",
     "Projector",
+    "RequestInfo",
     "Site",
     "Sites",
     "apply_edit",
@@ -73,6 +75,7 @@ __all__ = [
     "capture",
     "cast_report",
     "compress",
+    "continual",
     "curvature",
     "diagonal",
     "edit_between",

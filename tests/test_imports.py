@@ -21,6 +21,7 @@ TABLE = {
     "methods": {"capture", "curvature", "geometry", "objectives", "transforms", "edits"},
     "metrics": {"objectives"},
     "attacks": {"objectives", "unlearn"},
+    "continual": {"curvature", "geometry", "objectives", "edits", "methods"},
     "edits": {"curvature"},
     "checkpoint": {"curvature", "edits"},
     "unlearn": {"objectives", "edits"},

@@ -10,7 +10,6 @@ from jedit.methods._training import TrainingMethod
 from jedit.methods.alphaedit import alphaedit
 from jedit.methods.batch_unlearn import BatchInfo, balanced, batch_unlearn, interactions
 from jedit.methods.causal_trace import CausalTrace, causal_trace
-from jedit.methods.continual import Continual, ContinualState, RequestInfo, continual
 from jedit.methods.curvature_engram import curvature_engram
 from jedit.methods.engram import EngramInfo, engram
 from jedit.methods.gu import gu
@@ -28,19 +27,15 @@ __all__ = [
     "Associations",
     "BatchInfo",
     "CausalTrace",
-    "Continual",
-    "ContinualState",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
-    "RequestInfo",
     "TargetInfo",
     "TrainingMethod",
     "alphaedit",
     "balanced",
     "batch_unlearn",
     "causal_trace",
-    "continual",
     "curvature_engram",
     "engram",
     "gu",

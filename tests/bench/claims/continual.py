@@ -23,11 +23,12 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
+from jedit.continual import continual
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.methods import batch_unlearn, continual
+from jedit.methods import batch_unlearn
 from jedit.recipes.question_answer import SELECT
 from jedit.report.figure import STYLES, save_png
 from jedit.typing import Batch

@@ -32,7 +32,7 @@ from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, apply_edit
 from jedit.geometry.trust_region import moved
-from jedit.methods.batch_unlearn import batch_unlearn
+from jedit.methods import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.outputs import by_example
 from jedit.typing import Batch

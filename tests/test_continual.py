@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.continual import age, continual
 from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import continual
-from jedit.methods.continual import age
 from jedit.models import gpt
 from jedit.objectives import ga
 from jedit.typing import Batch
