@@ -349,9 +349,10 @@ def _restore(
     step = solve(curvature, jax.tree.map(jnp.negative, gradient), damping=damping, relative=True)
     quadratic = quadratic_form(curvature, step)
     largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
-    alphas = largest * jnp.asarray(RUNGS[::3], largest.dtype)
+    alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)
     losses = jax.lax.map(lambda alpha: loss(moved(params, step, alpha)), alphas)
-    return moved(params, step, alphas[jnp.argmin(losses)]), before
+    alpha = jnp.where(jnp.min(losses) < before, alphas[jnp.argmin(losses)], 0)
+    return moved(params, step, alpha), before
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -366,16 +367,18 @@ def _raise_loss(
 ) -> tuple[PyTree, Array, Array]:
     """Go along the edit until the rows' mean loss is enough, or else to where it is highest."""
     _, counted = counted_nll(params, batch, apply=apply)
+    # Thin blocks are multiplied out once, and not at every rung.
+    whole = apply_edit(jax.tree.map(jnp.zeros_like, params), edit)
 
     def loss(alpha: Array) -> Array:
-        found = _row_losses(apply, apply_edit(params, edit, alpha), batch)
+        found = _row_losses(apply, moved(params, whole, alpha), batch)
         return masked_mean(found, jnp.any(by_example(batch, counted), axis=1))
 
     alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
     losses = jax.lax.map(loss, alphas)
     reached = losses >= enough
     rung = jnp.where(jnp.any(reached), jnp.argmax(reached), jnp.argmax(losses))
-    return apply_edit(params, edit, alphas[rung]), alphas[rung], losses[rung]
+    return moved(params, whole, alphas[rung]), alphas[rung], losses[rung]
 
 
 @jax.jit

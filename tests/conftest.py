@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_MEMORY_MAPS = 25_000
 # Where keys are given to jedit; elsewhere tests draw their data, as they like.
 KEYS_CHECKED = ("attacks", "curvature", "data", "methods", "objectives", "transforms")
-KEYS_CHECKED += ("test_contract.py", "test_package.py", "test_unlearn.py")
+KEYS_CHECKED += ("test_continual.py", "test_contract.py", "test_package.py", "test_unlearn.py")
 
 # All of this is read when JAX and the BLAS start, so it comes before their import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

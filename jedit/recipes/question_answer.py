@@ -49,6 +49,17 @@ class Model(NamedTuple):
     vocab: int
     max_len: int
 
+    def make(self, vocab: int, num_positions: int, *, key: Array) -> tuple[Callable, PyTree]:
+        """The function and the initial params, for so many tokens and positions as there are."""
+        return gpt(
+            key=key,
+            vocab=vocab,
+            width=self.width,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            max_len=num_positions,
+        )
+
 
 class Sets(NamedTuple):
     """The rows of one comparison; `kept` is all training rows but the forgotten ones."""
@@ -96,14 +107,8 @@ def question_answer(
     init_key, order_key, split_key, compare_key = (jax.random.fold_in(key, i) for i in range(4))
     sets = _split(data, forget, retain, key=split_key)
     rows = _Rows(sets, model)
-    apply, initial = gpt(
-        key=init_key,
-        vocab=rows.tokenizer.get_vocab_size(),
-        width=model.width,
-        num_layers=model.layers,
-        num_heads=model.heads,
-        max_len=rows.width + ANSWER_TOKENS,
-    )
+    vocab = rows.tokenizer.get_vocab_size()
+    apply, initial = model.make(vocab, rows.width + ANSWER_TOKENS, key=init_key)
     say(f"{name}: training a GPT on {len(sets.data)} rows")
     originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key)
     say(f"{name}: retraining without the {len(sets.forget)} rows to forget")

@@ -15,7 +15,6 @@ from jedit.data import text_of, train_tokenizer
 from jedit.models import (
     Stepper,
     cast_params,
-    gpt,
     gpt_stepper,
     load_model,
     load_stepper,
@@ -70,7 +69,7 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
     num_positions = size.max_len + ANSWER_TOKENS
     vocab = tokenizer.get_vocab_size()
     apply, stepper = _functions(vocab, size, jnp.dtype(dtype))
-    _, params = _gpt(vocab, size, key=key)
+    _, params = size.make(vocab, num_positions, key=key)
     return Start(
         model=LanguageModel(
             apply,
@@ -92,20 +91,9 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
 @functools.cache
 def _functions(vocab: int, size: Model, dtype: jnp.dtype) -> tuple[Callable, Stepper]:
     """The same objects for the same model, so that a second one compiles nothing."""
-    apply, _ = _gpt(vocab, size, key=jax.random.key(0))
+    apply, _ = size.make(vocab, size.max_len + ANSWER_TOKENS, key=jax.random.key(0))
     apply = apply if dtype == jnp.float32 else mixed_precision(apply, dtype)
     return apply, gpt_stepper(num_layers=size.layers, num_heads=size.heads)
-
-
-def _gpt(vocab: int, size: Model, *, key: Array) -> tuple[Callable, PyTree]:
-    return gpt(
-        key=key,
-        vocab=vocab,
-        width=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        max_len=size.max_len + ANSWER_TOKENS,
-    )
 
 
 def from_folders(

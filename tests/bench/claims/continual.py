@@ -141,10 +141,8 @@ def judged(setting: Setting, run: Callable[[], Iterator], every: int) -> dict[st
         found = (metrics.answer_nll_per_row(apply, params, x) for x in (forgotten, kept))
         return tasks, *(np.exp(-loss) for loss in found)
 
-    start, tasks, times, by_row, edits, seconds = None, [], [0], [], 0, 0.0
     first, before, before_kept = scores(setting.params)
-    tasks.append(first)
-    by_row.append(before)
+    tasks, times, by_row, edits, seconds = [first], [0], [before], 0, 0.0
     stream = run()
     for step in range(1, len(setting.stream) + 1):
         start = time.perf_counter()
@@ -165,10 +163,6 @@ def judged(setting: Setting, run: Callable[[], Iterator], every: int) -> dict[st
         "kept accuracy": np.mean(tasks, axis=1).tolist(),
         "forgotten probability": [
             float(p[m].mean()) if m.any() else float("nan")
-            for p, m in zip(by_row, asked_so_far, strict=True)
-        ],
-        "still known": [
-            float(p[~m].mean()) if not m.all() else float("nan")
             for p, m in zip(by_row, asked_so_far, strict=True)
         ],
         "forget_degree": metrics.forget_degree(before, by_row[-1]),

@@ -22,7 +22,7 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
-from jedit.models import cnn, gpt
+from jedit.models import cnn
 from jedit.recipes.authors import MODEL
 from jedit.recipes.authors import RECIPE as AUTHORS_RECIPE
 from jedit.recipes.digits import LABEL, RECIPE
@@ -117,7 +117,7 @@ def authors_model(
     encoded = encode_rows(tokenizer, rows, MODEL.max_len, truncate=True)
     data = Batch(*(jnp.asarray(x) for x in encoded))
     vocab = tokenizer.get_vocab_size()
-    apply, params = _gpt_of(vocab), _gpt(vocab, key=initial)[1]
+    apply, params = _gpt_of(vocab), MODEL.make(vocab, MODEL.max_len, key=initial)[1]
     recipe = AUTHORS_RECIPE._replace(epochs=(epochs,))
 
     def fit(numbers: np.ndarray) -> PyTree:
@@ -139,15 +139,4 @@ def authors(seed: int) -> Scene:
 @functools.cache
 def _gpt_of(vocab: int):
     """One function for all seeds, as `CNN` is."""
-    return _gpt(vocab, key=jax.random.key(0))[0]
-
-
-def _gpt(vocab: int, *, key):
-    return gpt(
-        key=key,
-        vocab=vocab,
-        width=MODEL.width,
-        num_layers=MODEL.layers,
-        num_heads=MODEL.heads,
-        max_len=MODEL.max_len,
-    )
+    return MODEL.make(vocab, MODEL.max_len, key=jax.random.key(0))[0]
