@@ -109,7 +109,7 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
                 _check_sides(corrected, weight, at)
-            blocks[name] = _bare(Kronecker, weight, *names, corrected)
+            blocks[name] = _bare(Kronecker, weight, *names, corrected, None)
         else:
             raise DamagedError(f"{at}: is a {shown(kind)}; known are 'diagonal' and 'kronecker'")
     return _bare(Curvature, blocks, factors, described(value["num_outputs"], source))

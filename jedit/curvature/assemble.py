@@ -1,17 +1,17 @@
-"""From K-FAC's sums to the factors of a block: normalise, put the bias in, merge, decompose."""
+"""From K-FAC's sums to the moments of a block: normalise, put the bias in, merge."""
 
 import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jedit.curvature.factorize import factorize
+from jedit.curvature.factorize import Moment
 from jedit.curvature.grouping import Block
 from jedit.curvature.moments import symmetrize
-from jedit.curvature.structure import Factor, Kronecker
+from jedit.curvature.placement import block_sharding, sharding_of
+from jedit.curvature.structure import Kronecker
 from jedit.curvature.sums import InputSums
 
 
@@ -20,18 +20,16 @@ def assemble(
     inputs: Mapping[str, InputSums],
     outputs: Mapping[str, Array],
     number: Array,
-    factors: dict[str, Factor],
-    dtype: DTypeLike | None,
+    moments: dict[str, Moment],
 ) -> Kronecker:
-    """One block; its factors are added to `factors`, unless another block has put A there.
+    """One block; its moments are added to `moments`, unless another block has put A there.
 
     Args:
         block: the block.
         inputs: sums by input group.
         outputs: sums by site.
         number: M times the draws, what G is a mean over.
-        factors: all factors so far, by name.
-        dtype: to decompose in; None: the sums' own.
+        moments: all so far, by the factor's name.
 
     Returns:
         The block.
@@ -52,10 +50,12 @@ def assemble(
         a, g = merge(pairs)
         input_name = f"input of {block.name}"
     output_name = f"output of {block.name}"
-    if input_name not in factors:
-        factors[input_name] = factorize(a, block.name, dtype=dtype, hint=block.hint)
-    factors[output_name] = factorize(g, block.name, dtype=dtype, hint=block.hint)
-    return Kronecker(block.weight, input_name, output_name)
+    first = block.members[0]
+    sides = [sharding_of(inputs[first.group].moment), sharding_of(outputs[first.site])]
+    sharding = block_sharding(*(sides[::-1] if first.is_flipped else sides))
+    moments.setdefault(input_name, Moment(a, block.name, block.hint))
+    moments[output_name] = Moment(g, block.name, block.hint)
+    return Kronecker(block.weight, input_name, output_name, sharding=sharding)
 
 
 # Compiled once for blocks of equal shape, of which a model has many.

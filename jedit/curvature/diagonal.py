@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, whole, zeros
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
@@ -42,6 +43,19 @@ class SquaresState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
+
+    def places(self, params: PyTree) -> "SquaresState | None":
+        """The shardings of all sums, after those of the parameters; None on one device."""
+        leaves = leaf_shardings(params)
+        if not leaves:
+            return None
+        everywhere = whole(next(iter(leaves.values())))
+        found = jax.tree.map(lambda _: everywhere, self)
+        for block in self.blocks:
+            matrix = matrix_sharding(block.weight, leaves)
+            if matrix is not None:
+                found.squares[block.name] = even(matrix, self.squares[block.name].shape, 0, 1, 2)
+        return found
 
 
 def diagonal(
@@ -96,8 +110,8 @@ def squares_estimator(
 
         shape = jax.eval_shape(zero, params, batch)
         refuse_unclear_padding(shape.blocks, batch)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-        return dataclasses.replace(state, next_example=jnp.int32(first_example))
+        state = zeros(shape, shape.places(params))
+        return dataclasses.replace(state, next_example=state.next_example + jnp.int32(first_example))
 
     # The bases are an argument of the jitted step, and no constants in it: they are large.
     def update(bases, state, params, batch, key):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
+from jedit.curvature.placement import kept, places_of
 from jedit.curvature.structure import Curvature
 from jedit.typing import Batch, Resumable
 
@@ -35,12 +36,16 @@ class Estimator(NamedTuple):
     finalize: Callable[..., Curvature]
 
 
-@jax.jit(donate_argnums=1)
 def add_batch(
     update: jax.tree_util.Partial, state: Any, params: PyTree, batch: Batch, key: Array
 ) -> Any:
-    """Add a batch to the sums, compiled; the state given is overwritten."""
-    return update(state, params, batch, key)
+    """Add a batch to the sums, compiled; the state given is overwritten, and stays where it was."""
+    return _add_batch(update, state, params, batch, key, places_of(state))
+
+
+@jax.jit(donate_argnums=1, static_argnums=5)
+def _add_batch(update, state, params, batch, key, places):
+    return kept(update(state, params, batch, key), places)
 
 
 def estimate(

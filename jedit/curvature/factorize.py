@@ -4,13 +4,33 @@ In jaxlib 0.10.2 on CPU several batched `eigh` in one jitted function can deadlo
 never return on a matrix with a NaN; hence no batch, no jit, and the check in front.
 """
 
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jedit.curvature.placement import even, sharding_of, whole
 from jedit.curvature.structure import Factor
+
+
+class Moment(NamedTuple):
+    """A factor before its decomposition.
+
+    Attributes:
+        matrix: (layers, d, d), or (layers, d) for a diagonal one.
+        block: of which block, for errors.
+        hint: what to say when it is not finite.
+    """
+
+    matrix: Array
+    block: str
+    hint: str
 
 
 def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") -> None:
@@ -63,6 +83,107 @@ def factorize(
         jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
     )
     return Factor(matrix, bases, jnp.maximum(values, 0))
+
+
+def factorize_all(
+    moments: Mapping[str, Moment], dtype: DTypeLike | None = None
+) -> dict[str, Factor]:
+    """The eigenbases of all factors; where they lie on a mesh, each device decomposes some.
+
+    A basis lies as its matrix does. Beside the factors a device holds two matrices of the largest
+    size at a time.
+
+    Raises:
+        FloatingPointError: one is not finite.
+    """
+    factors, spread = {}, {}
+    for name, moment in moments.items():
+        sharding = sharding_of(moment.matrix)
+        if sharding is None or moment.matrix.ndim == 2:
+            matrix, block, hint = moment
+            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint)
+        else:
+            check_finite(moment.matrix, moment.block, moment.hint)
+            spread[name] = (moment.matrix, sharding)
+    factors |= _factorize_spread(spread, dtype)
+    return {name: factors[name] for name in moments}
+
+
+def _factorize_spread(
+    matrices: Mapping[str, tuple[Array, NamedSharding]], dtype: DTypeLike | None
+) -> dict[str, Factor]:
+    """As many layers' matrices at once as there are devices, those of equal size together."""
+    if not matrices:
+        return {}
+    devices = list(next(iter(matrices.values()))[1].mesh.devices.flat)
+    tasks = [(name, layer) for name, (x, _) in matrices.items() for layer in range(len(x))]
+    tasks.sort(key=lambda task: -matrices[task[0]][0].shape[-1])
+    found: dict[tuple[str, int], tuple[Array, Array]] = {}
+    for first in range(0, len(tasks), len(devices)):
+        turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
+        pairs = []
+        for (name, layer), device in turn:
+            matrix, sharding = matrices[name]
+            copies = _layer(matrix, layer, whole(sharding)).addressable_shards
+            mine = [shard.data for shard in copies if shard.device == device]
+            pairs.append(_eigh(mine[0], dtype or matrix.dtype) if mine else None)
+        for ((name, layer), device), pair in zip(turn, pairs, strict=True):
+            matrix, sharding = matrices[name]
+            square, line = (1, *matrix.shape[1:]), (1, matrix.shape[1])
+            whole_axis = even(sharding, square, None, 1, None)
+            places = (whole(sharding), whole_axis)
+            found[name, layer] = tuple(
+                _from_owner(None if pair is None else pair[k], shape, matrix.dtype, device, place)
+                for k, (shape, place) in enumerate(zip((line, square), places, strict=True))
+            )  # type: ignore[assignment]
+    return {
+        name: Factor(matrix, *_stacked([found[name, k] for k in range(len(matrix))], sharding))
+        for name, (matrix, sharding) in matrices.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _layer(matrix: Array, layer: int, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(matrix[layer], place)
+
+
+def _from_owner(
+    value: Array | None, shape: tuple[int, ...], dtype: jnp.dtype, owner, place: NamedSharding
+) -> Array:
+    """A value that one device of the mesh holds (None: another process does), where it belongs.
+
+    A sum over the devices, of zeros but for the owner's: exact, and a collective that needs nobody
+    to see the others' memory.
+    """
+    devices = place.mesh.devices.reshape(-1)
+    rows = NamedSharding(Mesh(devices, ("device",)), PartitionSpec("device"))
+    process = jax.process_index()
+    shards = [
+        jax.device_put(
+            jnp.zeros(shape, dtype) if device != owner else jnp.asarray(value, dtype)[None], device
+        )
+        for device in devices
+        if device.process_index == process
+    ]
+    full = jax.make_array_from_single_device_arrays((len(devices), *shape[1:]), rows, shards)
+    return _sum_first(full, place)
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_first_program(place: NamedSharding):
+    return jax.jit(lambda x: jnp.sum(x, axis=0, keepdims=True), out_shardings=place)
+
+
+def _sum_first(x: Array, place: NamedSharding) -> Array:
+    return _sum_first_program(place)(x)
+
+
+def _stacked(pairs: list[tuple[Array, Array]], sharding: NamedSharding) -> tuple[Array, Array]:
+    """(bases, eigenvalues) of all layers."""
+    values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
+    bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
+    values = jax.device_put(jnp.maximum(values, 0), whole(sharding))
+    return bases, values
 
 
 def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):

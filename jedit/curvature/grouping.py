@@ -22,7 +22,7 @@ class Member:
     Attributes:
         site: its name.
         kind: its kind.
-        group: sites of equal group read the same canonical input; empty for a bias.
+        group: the first site that reads the same canonical input; empty for a bias.
         is_flipped: whether its matrix is the transpose of the block's.
         scale: constant factor of the parameter, squared into the moment.
         bias_scale: constant factor of the bias.
@@ -80,12 +80,12 @@ def group_sites(sites: Sites, lead: tuple[int, ...]) -> tuple[Block, ...]:
     Raises:
         ValueError: sites of one parameter overlap in different layouts.
     """
-    groups: dict[tuple, int] = {}
+    groups: dict[tuple, str] = {}
     blocks: dict[str, Block] = {}
     for name, site in sites.items():
         group = ""
         if site.record is not None:
-            group = str(groups.setdefault(site.shared_input, len(groups)))
+            group = groups.setdefault(site.shared_input, name)
         home, is_flipped = _home(site, blocks)
         member = Member(
             name,

@@ -15,16 +15,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jedit.curvature.assemble import assemble
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.estimator import Estimator
+from jedit.curvature.factorize import Moment, factorize_all
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, whole, zeros
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, Factor, pytree
+from jedit.curvature.structure import Curvature, Diagonal, pytree
 from jedit.curvature.sums import (
     SHARINGS,
     InputSums,
@@ -59,6 +61,32 @@ class KfacState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
+
+    def places(self, params: PyTree) -> "KfacState | None":
+        """The shardings of all sums, after those of the parameters; None on one device."""
+        leaves = leaf_shardings(params)
+        if not leaves:
+            return None
+        everywhere = whole(next(iter(leaves.values())))
+        found = jax.tree.map(lambda _: everywhere, self)
+        for block in self.blocks:
+            for member in block.members:
+                matrix = matrix_sharding(block.weight, leaves, is_flipped=member.is_flipped)
+                if matrix is None:
+                    continue
+                if block.is_diagonal:
+                    found.squares[block.name] = even(
+                        matrix, self.squares[block.name].shape, 0, 1, 2
+                    )
+                    continue
+                sides = (0, 1, None)
+                moment = self.inputs[member.group].moment.shape
+                found.inputs[member.group] = found.inputs[member.group]._replace(
+                    moment=even(matrix, moment, *sides[: len(moment)])
+                )
+                sides, moment = (0, 2, None), self.outputs[member.site].shape
+                found.outputs[member.site] = even(matrix, moment, *sides[: len(moment)])
+        return found
 
 
 def kfac(
@@ -119,8 +147,8 @@ def kfac(
 
         shape = jax.eval_shape(zero, params, batch)
         refuse_unclear_padding(shape.blocks, batch)
-        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
-        return dataclasses.replace(state, next_example=jnp.int32(first_example))
+        state = zeros(shape, shape.places(params))
+        return dataclasses.replace(state, next_example=state.next_example + jnp.int32(first_example))
 
     def update(state, params, batch, key):
         done = run_pass(apply, labels, params, batch, key, state.next_example, select)
@@ -159,7 +187,7 @@ def kfac(
 
 def _finalize(state: KfacState, dtype=None) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
-    factors: dict[str, Factor] = {}
+    moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
     for block in state.blocks:
@@ -168,5 +196,5 @@ def _finalize(state: KfacState, dtype=None) -> Curvature:
             blocks[block.name] = Diagonal(block.weight, values)
         else:
             sums = (state.inputs, state.outputs)
-            blocks[block.name] = assemble(block, *sums, number, factors, dtype)
-    return Curvature(blocks, factors, state.num_outputs)
+            blocks[block.name] = assemble(block, *sums, number, moments)
+    return Curvature(blocks, factorize_all(moments, dtype), state.num_outputs)

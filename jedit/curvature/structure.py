@@ -5,14 +5,18 @@ A block is a Kronecker product of two symmetric factors, optionally with correct
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.lax import with_sharding_constraint
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jedit.capture import Weight
+from jedit.curvature.placement import along, even, whole
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -70,7 +74,7 @@ class Factor:
         return jnp.einsum(spec, q, x, precision=HIGHEST)
 
 
-@pytree("weight", "input", "output")
+@pytree("weight", "input", "output", "sharding")
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
     """A ⊗ G of one parameter matrix.
@@ -80,12 +84,14 @@ class Kronecker:
         input: name of the factor A in `Curvature.factors`; blocks reading one activation share it.
         output: name of the factor G.
         corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j.
+        sharding: how the parameter's matrix (layers, d_in, d_out) lies on a mesh; None: one device.
     """
 
     weight: Weight
     input: str
     output: str
     corrected: Array | None = None
+    sharding: NamedSharding | None = None
 
 
 @pytree("weight")
@@ -145,7 +151,15 @@ def eigenvalues(curvature: Curvature, name: str) -> Array:
         return block.corrected
     a = curvature.factors[block.input].eigenvalues
     g = curvature.factors[block.output].eigenvalues
+    if block.sharding is not None:
+        return _sharded_products(a, g, block.sharding)
     return a[:, :, None] * g[:, None, :]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sharded_products(a: Array, g: Array, sharding: NamedSharding) -> Array:
+    products = a[:, :, None] * g[:, None, :]
+    return with_sharding_constraint(products, even(sharding, products.shape, 0, 1, 2))
 
 
 def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
@@ -153,5 +167,26 @@ def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return matrix
-    matrix = curvature.factors[block.input].rotate(matrix, 1, back=back)
-    return curvature.factors[block.output].rotate(matrix, 2, back=back)
+    factors = (curvature.factors[block.input], curvature.factors[block.output])
+    if block.sharding is not None:
+        return _sharded_rotation(*factors, matrix, back, block.sharding)
+    matrix = factors[0].rotate(matrix, 1, back=back)
+    return factors[1].rotate(matrix, 2, back=back)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _sharded_rotation(
+    a: Factor, g: Factor, matrix: Array, back: bool, sharding: NamedSharding
+) -> Array:
+    """Each axis is rotated while the matrix is split along the other: no device holds all of it.
+
+    Left to itself, a sharded contraction makes partial sums of the whole matrix on every device.
+    """
+    for factor, axis, other in ((a, 1, 2), (g, 2, 1)):
+        matrix = with_sharding_constraint(matrix, along(sharding, other))
+        if factor.basis is not None:
+            basis = with_sharding_constraint(factor.basis, whole(sharding))
+            factor = Factor(factor.matrix, basis, factor.eigenvalues)
+        matrix = factor.rotate(matrix, axis, back=back)
+        matrix = with_sharding_constraint(matrix, along(sharding, other))
+    return with_sharding_constraint(matrix, even(sharding, matrix.shape, 0, 1, 2))

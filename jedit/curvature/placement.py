@@ -1,0 +1,212 @@
+"""Where sums, factors and eigenbases lie when the parameters lie on a mesh.
+
+A parameter's matrix (layers, d_in, d_out) keeps the mesh axes that its leaf is split over; A follows
+d_in, G follows d_out, and what has the matrix's own shape follows both:
+
+    W  P(l, i, o)   =>   A, Q_A  P(l, i, None)   G, Q_G  P(l, o, None)   Λ  P(l, i, o)
+
+An axis that the devices do not divide evenly (d_in and one for the bias, say) is not split. Meshes
+are read off the arrays themselves; on one device nothing here does anything.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from jedit.capture import Weight
+from jedit.capture.discover import parameter_paths
+
+Axes = tuple[str, ...]  # mesh axes that one dimension is split over
+
+
+def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
+    """By path, the sharding of every parameter that is an array on a mesh of several devices.
+
+    Raises:
+        ValueError: the mesh has explicit axes.
+    """
+    found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
+    return {path: sharding for path, sharding in found.items() if sharding is not None}
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """An array's sharding over several devices; None when it is traced, or on one device.
+
+    Raises:
+        ValueError: the mesh has explicit axes.
+    """
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        return None
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
+        return None
+    if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
+        raise ValueError(
+            "jedit computes on meshes whose axes are Auto, so that XLA places what is in between; "
+            f"got {sharding.mesh}. Make it by jax.make_mesh(shape, names, "
+            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+        )
+    return sharding
+
+
+def matrix_sharding(
+    weight: Weight, leaves: Mapping[str, NamedSharding], *, is_flipped: bool = False
+) -> NamedSharding | None:
+    """How a parameter's matrix (layers, d_in, d_out) lies, or its transpose; None: on one device.
+
+    Axes of the leaf are followed through its relayouts; one that is cut, or whose devices do not
+    divide what it becomes, is lost: the matrix is whole along it.
+    """
+    sharding = leaves.get(weight.path)
+    if sharding is None:
+        return None
+    spec = [_axes(entry) for entry in sharding.spec]
+    spec += [()] * (len(weight.shape) - len(spec))
+    dims = list(zip(weight.shape, spec, strict=True))
+    num_layers = 0
+    for name, *arguments in weight.ops:
+        rest = dims[num_layers:]
+        if name == "layer":
+            num_layers += 1
+            continue
+        if name == "transpose":
+            rest = [rest[i] for i in arguments[0]]
+        elif name == "reshape":
+            rest = _reshaped(rest, arguments[0], sharding.mesh)
+        else:
+            starts, limits, strides = (arguments[k] for k in range(3))
+            rest = [
+                (n, axes)
+                if (start, limit, step or 1) == (0, n, 1)
+                else (-(-(limit - start) // (step or 1)), ())
+                for (n, axes), start, limit, step in zip(
+                    rest, starts, limits, strides or (1,) * len(rest), strict=True
+                )
+            ]
+        dims = dims[:num_layers] + rest
+    shape = (weight.layers, weight.d_in, weight.d_out)
+    layers, rows, columns = (axes for _, axes in _reshaped(dims, shape, sharding.mesh))
+    split = (layers, columns, rows) if is_flipped else (layers, rows, columns)
+    return NamedSharding(sharding.mesh, _spec(*split))
+
+
+def _axes(entry: Any) -> Axes:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _spec(*split: Axes) -> PartitionSpec:
+    return PartitionSpec(*(axes or None for axes in split))
+
+
+def _reshaped(
+    dims: list[tuple[int, Axes]], shape: tuple[int, ...], mesh: Mesh
+) -> list[tuple[int, Axes]]:
+    """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
+    found: list[tuple[int, Axes]] = []
+    queue = [d for d in dims if d[0] != 1]
+    new = 0
+    while new < len(shape):
+        if shape[new] == 1:
+            found.append((1, ()))
+            new += 1
+            continue
+        size, axes = queue.pop(0)
+        made = [shape[new]]
+        new += 1
+        while size != math.prod(made):
+            if size < math.prod(made):
+                size *= queue.pop(0)[0]
+            else:
+                made.append(shape[new])
+                new += 1
+        parts = math.prod(mesh.shape[a] for a in axes)
+        found.append((made[0], axes if made[0] % parts == 0 else ()))
+        found += [(n, ()) for n in made[1:]]
+    return found
+
+
+def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> NamedSharding:
+    """The sharding for an array whose dimensions are those `dims` of it; None: a whole one.
+
+    A dimension that the devices do not divide is whole too, and so is one whose axes came before.
+    """
+    spec = [_axes(entry) for entry in sharding.spec] + [()] * 3
+    split: list[Axes] = []
+    for size, dim in zip(shape, dims, strict=True):
+        axes = () if dim is None else spec[dim]
+        axes = tuple(a for a in axes if not any(a in before for before in split))
+        parts = math.prod(sharding.mesh.shape[a] for a in axes)
+        split.append(axes if size % parts == 0 else ())
+    return NamedSharding(sharding.mesh, _spec(*split))
+
+
+def along(sharding: NamedSharding, dim: int) -> NamedSharding:
+    """All the axes that (layers, rows, d_out) is split over beside its layers, on one dimension."""
+    layers, rows, columns = ([_axes(e) for e in sharding.spec] + [()] * 3)[:3]
+    split = [layers, (), ()]
+    split[dim] = rows + tuple(a for a in columns if a not in rows)
+    return NamedSharding(sharding.mesh, _spec(*split))
+
+
+def block_sharding(
+    a: NamedSharding | None, g: NamedSharding | None
+) -> NamedSharding | None:
+    """How a block's matrix lies, of how its A and its G do; None when it is split nowhere."""
+    if a is None or g is None:
+        return None
+    (layers, rows), (_, columns) = (
+        ([_axes(e) for e in x.spec] + [()] * 2)[:2] for x in (a, g)
+    )
+    columns = tuple(x for x in columns if x not in rows)
+    split = (layers, rows, columns)
+    return NamedSharding(a.mesh, _spec(*split)) if any(split) else None
+
+
+def whole(sharding: NamedSharding) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
+    """Zeros of given shapes, made where they belong; `places` None: on the default device."""
+    if places is None:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    specs, treedef = jax.tree.flatten(shapes)
+    made = _zeros(
+        tuple((x.shape, jnp.dtype(x.dtype)) for x in specs), tuple(jax.tree.leaves(places))
+    )
+    return jax.tree.unflatten(treedef, made)
+
+
+@functools.lru_cache(maxsize=32)
+def _zeros_program(specs: tuple, places: tuple):
+    return jax.jit(lambda: [jnp.zeros(*spec) for spec in specs], out_shardings=list(places))
+
+
+def _zeros(specs: tuple, places: tuple) -> list[Array]:
+    return _zeros_program(specs, places)()
+
+
+def places_of(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
+    """The shardings of a tree's leaves, hashable; None when no leaf is on several devices."""
+    found = tuple(sharding_of(x) for x in jax.tree.leaves(tree))
+    return found if any(found) else None
+
+
+def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTree:
+    """The tree with its leaves held to these places, under jit."""
+    if places is None:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    held = [
+        x if place is None else jax.lax.with_sharding_constraint(x, place)
+        for x, place in zip(leaves, places, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, held)
