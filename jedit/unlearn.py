@@ -7,7 +7,8 @@ call is given of parameters and optimizer state it overwrites.
 Rows are drawn epoch by epoch: epoch e is a permutation of the set, made from `fold_in(key, e)`, and
 the epochs follow one another in one stream that is cut into batches.  So each row is seen equally
 often, to within one, and the rows of step s depend on the key and on s: not on the number of steps,
-not on where a run was broken off, not on the number of devices.
+not on where a run was broken off, not on the number of devices.  Where a set's rows are split over
+a mesh, so is every batch of them, and parameters stay where they were.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
 History = dict[str, Array]
@@ -212,6 +214,8 @@ def _train(
     # The compiled call overwrites what it is given, and somebody else may hold these.
     trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
     sets = jax.tree.map(jnp.asarray, sets)
+    places = places_of((trained, state))
+    over = tuple(row_sharding(rows) for rows in sets)
     keys = jax.random.split(key, len(sets))
     origin, histories = begin, []
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
@@ -236,6 +240,7 @@ def _train(
             trained, state, history = _advance(
                 (objective, optimizer, update_args),
                 is_trained,
+                (places, over),
                 trained,
                 state,
                 params,
@@ -257,17 +262,18 @@ def _train(
     return _merge(trained, params, is_trained), _joined(histories)
 
 
-def _advance(functions, is_trained, trained, state, params, streams, sets, objective_args):
+def _advance(functions, is_trained, where, trained, state, params, streams, sets, objective_args):
     """Take the steps in one compiled call, or one by one where a loop would be slow.
 
     XLA's CPU compiler rewrites convolutions for its fast kernels at the top of a program alone
     (jax issue 12868): the gradient of one takes six times as long inside a loop.
     """
     rest = (sets, objective_args)
-    given = (functions, is_trained, trained, state, params, streams, *rest)
-    if any(isinstance(x, Tracer) for x in jax.tree.leaves(given[2:])):
+    fixed = (functions, is_trained, where)
+    given = (*fixed, trained, state, params, streams, *rest)
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(given[3:])):
         # Nothing can be overwritten under a transformation.
-        return jax.jit(_take_steps, static_argnums=(0, 1))(*given)
+        return jax.jit(_take_steps, static_argnums=(0, 1, 2))(*given)
     steps = len(jax.tree.leaves(streams)[0])
     is_cpu = jax.default_backend() == "cpu"
     if steps < 2 or not is_cpu or not _has_convolution(_steps.trace(*given).jaxpr.jaxpr):
@@ -275,7 +281,7 @@ def _advance(functions, is_trained, trained, state, params, streams, sets, objec
     histories = []
     for i in range(steps):
         row = jax.tree.map(lambda numbers, i=i: numbers[i : i + 1], streams)
-        trained, state, one = _steps(functions, is_trained, trained, state, params, row, *rest)
+        trained, state, one = _steps(*fixed, trained, state, params, row, *rest)
         histories.append(one)
     return trained, state, _joined(histories)
 
@@ -305,6 +311,7 @@ def _joined(histories: list[History]) -> History:
 def _take_steps(
     functions: tuple[Callable, optax.GradientTransformation, Callable | None],
     is_trained: tuple[bool, ...],
+    where: tuple[Any, tuple[RowSharding | None, ...]],
     trained: PyTree,
     state: PyTree,
     params: PyTree,
@@ -312,8 +319,12 @@ def _take_steps(
     sets: tuple[PyTree | None, ...],
     objective_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree, History]:
-    """As many steps as the streams have rows."""
+    """As many steps as the streams have rows.
+
+    `where` holds the shardings of what is trained, and those of the sets' rows.
+    """
     objective, optimizer, update_args = functions
+    places, over = where
     structure = jax.tree.structure(params)
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -327,8 +338,8 @@ def _take_steps(
     def step(carry: tuple, numbers: tuple) -> tuple[tuple, History]:
         trained, state = carry
         drawn = [
-            None if rows is None else jax.tree.map(lambda leaf, i=i: leaf[i], rows)
-            for rows, i in zip(sets, numbers, strict=True)
+            None if rows is None else split_rows(jax.tree.map(lambda leaf, i=i: leaf[i], rows), at)
+            for rows, i, at in zip(sets, numbers, over, strict=True)
         ]
 
         def loss_fn(trained: PyTree) -> tuple[Array, dict[str, Array]]:
@@ -340,16 +351,18 @@ def _take_steps(
             extra = update_args(_merge(trained, params, is_trained), *drawn)
             extra = {name: cut(value) for name, value in extra.items()}
         updates, state = optimizer.update(gradients, state, trained, value=loss, **extra)
-        return (optax.apply_updates(trained, updates), state), {**aux, "loss": loss}
+        trained = optax.apply_updates(trained, updates)
+        return kept((trained, state), places), {**aux, "loss": loss}
 
     if len(jax.tree.leaves(streams)[0]) == 1:
         (trained, state), one = step((trained, state), jax.tree.map(lambda x: x[0], streams))
         return trained, state, jax.tree.map(lambda x: x[None], one)
     (trained, state), history = lax.scan(step, (trained, state), streams)
+    trained, state = kept((trained, state), places)  # what leaves a scan is placed anew
     return trained, state, history
 
 
-_steps = jax.jit(_take_steps, static_argnums=(0, 1), donate_argnums=(2, 3))
+_steps = jax.jit(_take_steps, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 
 
 def _row_streams(

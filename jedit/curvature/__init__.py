@@ -6,6 +6,7 @@ from jedit.curvature.diagonal import diagonal
 from jedit.curvature.ekfac import ekfac
 from jedit.curvature.estimator import Estimator, estimate
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
+from jedit.curvature.host import to_device, to_host
 from jedit.curvature.kfac import kfac
 from jedit.curvature.structure import Curvature, Diagonal, Factor, Kronecker, eigenvalues, rotate
 
@@ -29,5 +30,7 @@ __all__ = [
     "quadratic_kl",
     "rotate",
     "solve",
+    "to_device",
+    "to_host",
     "trace",
 ]

@@ -10,9 +10,10 @@ from jaxtyping import Array
 from jedit.curvature.factorize import Moment
 from jedit.curvature.grouping import Block
 from jedit.curvature.moments import symmetrize
-from jedit.curvature.placement import block_sharding, sharding_of
+from jedit.curvature.placement import block_sharding
 from jedit.curvature.structure import Kronecker
 from jedit.curvature.sums import InputSums
+from jedit.sharding import sharding_of
 
 
 def assemble(

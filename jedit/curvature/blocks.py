@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.capture.discover import parameter_paths
-from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, rotate
+from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
+from jedit.sharding import sharding_of
 
 
 def apply_spectral(
@@ -40,7 +41,7 @@ def apply_spectral(
     for name, block in curvature.blocks.items():
         values = eigenvalues(curvature, name)
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
-        matrix = block.weight.gather(mine)
+        matrix = gather(block, mine)
         damped = values + _damping(values, damping, relative)
         rotated = function(damped) * rotate(curvature, name, matrix)
         result = rotate(curvature, name, rotated, back=True)
@@ -52,7 +53,9 @@ def apply_spectral(
     out = []
     for path, leaf in leaves.items():
         left = rest[path] if uncovered == "identity" else jnp.zeros_like(leaf)
-        out.append(left + total[path].astype(leaf.dtype) if path in total else left)
+        whole = left + total[path].astype(leaf.dtype) if path in total else left
+        place = sharding_of(leaf)
+        out.append(whole if place is None else jax.lax.with_sharding_constraint(whole, place))
     return jax.tree.unflatten(jax.tree.structure(tree), out)
 
 
@@ -159,7 +162,7 @@ def quadratic_form(
     for name, block in curvature.blocks.items():
         values = eigenvalues(curvature, name)
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
-        rotated = rotate(curvature, name, block.weight.gather(mine))
+        rotated = rotate(curvature, name, gather(block, mine))
         damped = values + _damping(values, damping, relative)
         parts.append(jnp.sum(damped * rotated**2))
     return _sum(parts)

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
+from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, whole, zeros
 from jedit.curvature.scores import Labels, run_pass
@@ -100,7 +101,7 @@ def squares_estimator(
         The estimator.
     """
 
-    def init(params, batch, first_example=0):
+    def shapes(params, batch):
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
@@ -108,10 +109,15 @@ def squares_estimator(
             squares = {b.name: zero_squares(b, done.dtype) for b in blocks}
             return SquaresState(squares, first, first, blocks, labels.draws)
 
-        shape = jax.eval_shape(zero, params, batch)
+        return jax.eval_shape(zero, params, batch)
+
+    def init(params, batch, first_example=0):
+        shape = shapes(params, batch)
         refuse_unclear_padding(shape.blocks, batch)
         state = zeros(shape, shape.places(params))
-        return dataclasses.replace(state, next_example=state.next_example + jnp.int32(first_example))
+        return dataclasses.replace(
+            state, next_example=state.next_example + jnp.int32(first_example)
+        )
 
     # The bases are an argument of the jitted step, and no constants in it: they are large.
     def update(bases, state, params, batch, key):
@@ -139,7 +145,16 @@ def squares_estimator(
         means = {b.name: mean_squares(state.squares[b.name], number, b) for b in state.blocks}
         return finish(state.blocks, means, state.num_outputs)
 
-    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize)
+    def groups(params, batch, group_bytes):
+        state = shapes(params, batch)
+        sizes = device_bytes(state, state.places(params)).squares
+        needs = [Need(b.weight.paths, {b.name: sizes[b.name]}) for b in state.blocks]
+        return tuple(
+            squares_estimator(apply, labels, exactly(paths), bases, finish)
+            for paths in group_paths(needs, group_bytes)
+        )
+
+    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups)
 
 
 def zero_squares(block: Block, dtype: jnp.dtype) -> Array:

@@ -8,11 +8,11 @@ that one damping means one thing for both.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
+from jedit.curvature.groups import exactly
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.scores import Labels
 from jedit.curvature.structure import Curvature, Diagonal, Kronecker
@@ -57,5 +57,5 @@ def ekfac(
             corrected[name] = dataclasses.replace(block, **{field: means[name]})
         return Curvature(corrected, factors, num_outputs)
 
-    paths = [f"^{re.escape(path)}$" for path in kfac_curvature.covered]
+    paths = exactly(kfac_curvature.covered)
     return squares_estimator(apply, Labels(likelihood, fisher, samples), paths, bases, finish)

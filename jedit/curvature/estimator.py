@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from jedit.curvature.placement import kept, places_of
-from jedit.curvature.structure import Curvature
+from jedit.curvature.host import to_host
+from jedit.curvature.structure import Curvature, joined
+from jedit.sharding import kept, places_of
 from jedit.typing import Batch, Resumable
 
 
@@ -29,11 +30,14 @@ class Estimator(NamedTuple):
         finalize: `finalize(state, dtype=None) -> Curvature`; on the host, outside of jit. Matrices
             are decomposed in `dtype` (float64 also where JAX has it disabled; None: that of the
             sums). Raises `FloatingPointError` naming the block whose sums are not finite.
+        groups: `groups(params, batch, group_bytes) -> (estimator, ...)`, of some parameters each,
+            whose sums take so many bytes on a device; None: it cannot be parted.
     """
 
     init: Callable[..., Any]
     update: Callable[[Any, PyTree, Batch, Array], Any]
     finalize: Callable[..., Curvature]
+    groups: Callable[..., tuple["Estimator", ...]] | None = None
 
 
 def add_batch(
@@ -56,10 +60,14 @@ def estimate(
     key: Array,
     progress: bool = False,
     checkpoint: Resumable | None = None,
+    group_bytes: int | None = None,
+    offload: bool = False,
 ) -> Curvature:
     """Estimate a curvature at `params` over batches.
 
     The loop compiles once for batches of one shape and moves nothing to the host between them.
+    Where params lie on a mesh, every sum and factor lies as its parameter does, each device
+    decomposes some of the factors, and batches may be split over it by their rows.
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
@@ -71,15 +79,28 @@ def estimate(
         checkpoint: a `jedit.Checkpoint`: the sums are saved every so many batches, and the same
             call again goes on from the last save, to the bit. The batches that were seen are drawn
             again, moved to the host and compared by a hash.
+        group_bytes: parameters are taken in groups whose sums take at most so many bytes on a
+            device, with a pass over the batches for each; what cannot be parted (sites that read
+            one input) may be larger. None: all at once.
+        offload: factors go to the host's memory once made, group by group; `solve` and its like
+            fetch them block by block.
 
     Returns:
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one; or the checkpoint is of
-            another call.
+        ValueError: no batch, or what the estimator finds wrong with one; the checkpoint is of
+            another call; or `group_bytes` with a checkpoint, with batches that come only once, or
+            with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    if group_bytes is not None:
+        estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
+        parts = [
+            estimate(one, params, batches, key=key, progress=progress, offload=offload)
+            for one in estimators
+        ]
+        return joined(parts)
     if progress:
         from tqdm.auto import tqdm
 
@@ -106,4 +127,26 @@ def estimate(
             raise ValueError(f"the checkpoint is of {done} batches or more, got {number}")
         if checkpoint is not None and number > done and number % checkpoint.every:
             checkpoint.save(number, state)
-    return estimator.finalize(state)
+    curvature = estimator.finalize(state)
+    return to_host(curvature) if offload else curvature
+
+
+def _grouped(estimator, params, batches, group_bytes, checkpoint):
+    """The groups' estimators, and batches that can be passed over for each.
+
+    Raises:
+        ValueError: as `estimate`.
+    """
+    if estimator.groups is None:
+        raise ValueError("group_bytes needs an estimator with `groups`: kfac, ekfac or diagonal")
+    if checkpoint is not None:
+        raise ValueError("give group_bytes or a checkpoint: a checkpoint holds one group's sums")
+    if iter(batches) is batches:
+        raise ValueError(
+            "group_bytes passes over the batches once for each group, but these come only once: "
+            "give a list, or an object whose __iter__ begins again"
+        )
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("estimate got no batch: a curvature needs at least one")
+    return estimator.groups(params, first, group_bytes), batches

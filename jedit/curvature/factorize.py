@@ -6,7 +6,7 @@ never return on a matrix with a NaN; hence no batch, no jit, and the check in fr
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jedit.curvature.placement import even, sharding_of, whole
+from jedit.curvature.placement import even, whole
 from jedit.curvature.structure import Factor
+from jedit.sharding import sharding_of
 
 
 class Moment(NamedTuple):
@@ -115,10 +116,10 @@ def _factorize_spread(
     """As many layers' matrices at once as there are devices, those of equal size together."""
     if not matrices:
         return {}
-    devices = list(next(iter(matrices.values()))[1].mesh.devices.flat)
+    devices = _devices(next(iter(matrices.values()))[1])
     tasks = [(name, layer) for name, (x, _) in matrices.items() for layer in range(len(x))]
     tasks.sort(key=lambda task: -matrices[task[0]][0].shape[-1])
-    found: dict[tuple[str, int], tuple[Array, Array]] = {}
+    found: dict[tuple[str, int], tuple[Array, ...]] = {}
     for first in range(0, len(tasks), len(devices)):
         turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
         pairs = []
@@ -135,7 +136,7 @@ def _factorize_spread(
             found[name, layer] = tuple(
                 _from_owner(None if pair is None else pair[k], shape, matrix.dtype, device, place)
                 for k, (shape, place) in enumerate(zip((line, square), places, strict=True))
-            )  # type: ignore[assignment]
+            )
     return {
         name: Factor(matrix, *_stacked([found[name, k] for k in range(len(matrix))], sharding))
         for name, (matrix, sharding) in matrices.items()
@@ -147,6 +148,13 @@ def _layer(matrix: Array, layer: int, place: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(matrix[layer], place)
 
 
+def _devices(sharding: NamedSharding) -> list[Any]:
+    """All of a mesh, in its order."""
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)  # an array's is never abstract
+    return list(np.asarray(mesh.devices).flat)
+
+
 def _from_owner(
     value: Array | None, shape: tuple[int, ...], dtype: jnp.dtype, owner, place: NamedSharding
 ) -> Array:
@@ -155,8 +163,8 @@ def _from_owner(
     A sum over the devices, of zeros but for the owner's: exact, and a collective that needs nobody
     to see the others' memory.
     """
-    devices = place.mesh.devices.reshape(-1)
-    rows = NamedSharding(Mesh(devices, ("device",)), PartitionSpec("device"))
+    devices = _devices(place)
+    rows = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
     process = jax.process_index()
     shards = [
         jax.device_put(
@@ -178,7 +186,7 @@ def _sum_first(x: Array, place: NamedSharding) -> Array:
     return _sum_first_program(place)(x)
 
 
-def _stacked(pairs: list[tuple[Array, Array]], sharding: NamedSharding) -> tuple[Array, Array]:
+def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:
     """(bases, eigenvalues) of all layers."""
     values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
     bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))

@@ -22,6 +22,7 @@ from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.factorize import Moment, factorize_all
 from jedit.curvature.grouping import Block, group_sites
+from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, whole, zeros
 from jedit.curvature.scores import Labels, run_pass
@@ -126,7 +127,7 @@ def kfac(
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
     labels = Labels(likelihood, fisher, samples)
 
-    def init(params, batch, first_example=0):
+    def shapes(params, batch):
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
@@ -145,10 +146,15 @@ def kfac(
                 labels.draws,
             )
 
-        shape = jax.eval_shape(zero, params, batch)
+        return jax.eval_shape(zero, params, batch)
+
+    def init(params, batch, first_example=0):
+        shape = shapes(params, batch)
         refuse_unclear_padding(shape.blocks, batch)
         state = zeros(shape, shape.places(params))
-        return dataclasses.replace(state, next_example=state.next_example + jnp.int32(first_example))
+        return dataclasses.replace(
+            state, next_example=state.next_example + jnp.int32(first_example)
+        )
 
     def update(state, params, batch, key):
         done = run_pass(apply, labels, params, batch, key, state.next_example, select)
@@ -182,7 +188,24 @@ def kfac(
             state.draws,
         )
 
-    return Estimator(init, jax.tree_util.Partial(update), _finalize)
+    def groups(params, batch, group_bytes):
+        state = shapes(params, batch)
+        sizes = device_bytes(state, state.places(params))
+        needs = []
+        for block in state.blocks:
+            if block.is_diagonal:
+                sums = {f"squares of {block.name}": sizes.squares[block.name]}
+            else:
+                sums = {f"output of {m.site}": sizes.outputs[m.site] for m in block.members}
+                sums |= {f"input {m.group}": sizes.inputs[m.group].moment for m in block.members}
+            needs.append(Need(block.weight.paths, sums))
+        rest = {"fisher": fisher, "samples": samples, "sharing": sharing, "max_dim": max_dim}
+        return tuple(
+            kfac(apply, likelihood, select=exactly(paths), **rest)
+            for paths in group_paths(needs, group_bytes)
+        )
+
+    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups)
 
 
 def _finalize(state: KfacState, dtype=None) -> Curvature:

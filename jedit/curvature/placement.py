@@ -1,7 +1,7 @@
 """Where sums, factors and eigenbases lie when the parameters lie on a mesh.
 
-A parameter's matrix (layers, d_in, d_out) keeps the mesh axes that its leaf is split over; A follows
-d_in, G follows d_out, and what has the matrix's own shape follows both:
+A parameter's matrix (layers, d_in, d_out) keeps the mesh axes that its leaf is split over; A
+follows d_in, G follows d_out, and what has the matrix's own shape follows both:
 
     W  P(l, i, o)   =>   A, Q_A  P(l, i, None)   G, Q_G  P(l, o, None)   Λ  P(l, i, o)
 
@@ -12,18 +12,15 @@ are read off the arrays themselves; on one device nothing here does anything.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Weight
 from jedit.capture.discover import parameter_paths
-
-Axes = tuple[str, ...]  # mesh axes that one dimension is split over
+from jedit.sharding import Axes, axes_of, sharding_of, spec_of
 
 
 def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
@@ -34,26 +31,6 @@ def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
     """
     found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
     return {path: sharding for path, sharding in found.items() if sharding is not None}
-
-
-def sharding_of(x: Any) -> NamedSharding | None:
-    """An array's sharding over several devices; None when it is traced, or on one device.
-
-    Raises:
-        ValueError: the mesh has explicit axes.
-    """
-    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
-        return None
-    sharding = x.sharding
-    if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
-        return None
-    if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
-        raise ValueError(
-            "jedit computes on meshes whose axes are Auto, so that XLA places what is in between; "
-            f"got {sharding.mesh}. Make it by jax.make_mesh(shape, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
-    return sharding
 
 
 def matrix_sharding(
@@ -67,7 +44,7 @@ def matrix_sharding(
     sharding = leaves.get(weight.path)
     if sharding is None:
         return None
-    spec = [_axes(entry) for entry in sharding.spec]
+    spec = [axes_of(entry) for entry in sharding.spec]
     spec += [()] * (len(weight.shape) - len(spec))
     dims = list(zip(weight.shape, spec, strict=True))
     num_layers = 0
@@ -94,19 +71,11 @@ def matrix_sharding(
     shape = (weight.layers, weight.d_in, weight.d_out)
     layers, rows, columns = (axes for _, axes in _reshaped(dims, shape, sharding.mesh))
     split = (layers, columns, rows) if is_flipped else (layers, rows, columns)
-    return NamedSharding(sharding.mesh, _spec(*split))
-
-
-def _axes(entry: Any) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _spec(*split: Axes) -> PartitionSpec:
-    return PartitionSpec(*(axes or None for axes in split))
+    return NamedSharding(sharding.mesh, spec_of(*split))
 
 
 def _reshaped(
-    dims: list[tuple[int, Axes]], shape: tuple[int, ...], mesh: Mesh
+    dims: list[tuple[int, Axes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> list[tuple[int, Axes]]:
     """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
     found: list[tuple[int, Axes]] = []
@@ -137,36 +106,57 @@ def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> 
 
     A dimension that the devices do not divide is whole too, and so is one whose axes came before.
     """
-    spec = [_axes(entry) for entry in sharding.spec] + [()] * 3
+    spec = [axes_of(entry) for entry in sharding.spec] + [()] * 3
     split: list[Axes] = []
     for size, dim in zip(shape, dims, strict=True):
         axes = () if dim is None else spec[dim]
         axes = tuple(a for a in axes if not any(a in before for before in split))
         parts = math.prod(sharding.mesh.shape[a] for a in axes)
         split.append(axes if size % parts == 0 else ())
-    return NamedSharding(sharding.mesh, _spec(*split))
+    return NamedSharding(sharding.mesh, spec_of(*split))
 
 
 def along(sharding: NamedSharding, dim: int) -> NamedSharding:
-    """All the axes that (layers, rows, d_out) is split over beside its layers, on one dimension."""
-    layers, rows, columns = ([_axes(e) for e in sharding.spec] + [()] * 3)[:3]
+    """All the axes that rows and columns are split over, on one of the two: 1 or 2.
+
+    Its own come first: getting there from `sharding`, and back, is one all-to-all.
+    """
+    layers, *sides = ([axes_of(e) for e in sharding.spec] + [()] * 3)[:3]
     split = [layers, (), ()]
-    split[dim] = rows + tuple(a for a in columns if a not in rows)
-    return NamedSharding(sharding.mesh, _spec(*split))
+    split[dim] = sides[dim - 1] + sides[2 - dim]
+    return NamedSharding(sharding.mesh, spec_of(*split))
 
 
-def block_sharding(
-    a: NamedSharding | None, g: NamedSharding | None
-) -> NamedSharding | None:
+def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Of what has the matrix's shape, but where a bias makes the rows odd: as it is, or by columns.
+
+    Arrays between programs have pieces of equal size.
+    """
+    by_columns = along(sharding, 2)
+    found = [even(place, shape, 0, 1, 2) for place in (sharding, by_columns)]
+    return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
+
+
+def num_pieces(sharding: NamedSharding) -> int:
+    """Into how many a matrix is cut along `along`."""
+    axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
+    return math.prod(sharding.mesh.shape[a] for a in axes)
+
+
+def without(sharding: NamedSharding, axes: Axes) -> NamedSharding | None:
+    """The sharding without some axes; None when nothing is left."""
+    split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
+    return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
+
+
+def block_sharding(a: NamedSharding | None, g: NamedSharding | None) -> NamedSharding | None:
     """How a block's matrix lies, of how its A and its G do; None when it is split nowhere."""
     if a is None or g is None:
         return None
-    (layers, rows), (_, columns) = (
-        ([_axes(e) for e in x.spec] + [()] * 2)[:2] for x in (a, g)
-    )
+    (layers, rows), (_, columns) = (([axes_of(e) for e in x.spec] + [()] * 2)[:2] for x in (a, g))
     columns = tuple(x for x in columns if x not in rows)
     split = (layers, rows, columns)
-    return NamedSharding(a.mesh, _spec(*split)) if any(split) else None
+    return NamedSharding(a.mesh, spec_of(*split)) if any(split) else None
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:
@@ -192,21 +182,3 @@ def _zeros_program(specs: tuple, places: tuple):
 
 def _zeros(specs: tuple, places: tuple) -> list[Array]:
     return _zeros_program(specs, places)()
-
-
-def places_of(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
-    """The shardings of a tree's leaves, hashable; None when no leaf is on several devices."""
-    found = tuple(sharding_of(x) for x in jax.tree.leaves(tree))
-    return found if any(found) else None
-
-
-def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTree:
-    """The tree with its leaves held to these places, under jit."""
-    if places is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    held = [
-        x if place is None else jax.lax.with_sharding_constraint(x, place)
-        for x, place in zip(leaves, places, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, held)

@@ -16,6 +16,7 @@ from jedit.capture import Site
 from jedit.capture.capture import scatter_rows
 from jedit.curvature.grouping import Block, Member
 from jedit.curvature.scores import Pass
+from jedit.sharding import fetched
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -84,11 +85,14 @@ def example_factors(
     if basis_in is None:
         return jnp.concatenate([a, ones], axis=-1), g
     # The homogeneous coordinate is added after the product: appending it would copy all inputs.
+    basis_in = fetched(basis_in)
     return _rotate(a, basis_in[:, :-1]) + ones * basis_in[:, -1][:, None, None], g
 
 
 def _rotate(x: Array, basis: Array | None) -> Array:
-    return x if basis is None else jnp.einsum("lnsi,lij->lnsj", x, basis, precision=HIGHEST)
+    if basis is None:
+        return x
+    return jnp.einsum("lnsi,lij->lnsj", x, fetched(basis), precision=HIGHEST)
 
 
 def example_gradient(part, site: Site, member: Member, bases) -> Array:
@@ -98,7 +102,7 @@ def example_gradient(part, site: Site, member: Member, bases) -> Array:
         basis_in = bases[1] if member.is_flipped else bases[0]
         gradient = jax.vmap(lambda i, x: scatter_rows(site, i, x))(a, g) * member.scale
         if basis_in is not None:  # a tied table whose row factor is dense
-            gradient = jnp.einsum("lij,lio->ljo", basis_in, gradient, precision=HIGHEST)
+            gradient = jnp.einsum("lij,lio->ljo", fetched(basis_in), gradient, precision=HIGHEST)
     elif site.kind == "scale":
         gradient = jnp.sum(a, axis=1, keepdims=True)
     else:

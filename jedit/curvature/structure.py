@@ -6,7 +6,7 @@ A block is a Kronecker product of two symmetric factors, optionally with correct
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jedit.capture import Weight
-from jedit.curvature.placement import along, even, whole
+from jedit.curvature.placement import along, best_split, num_pieces, whole, without
+from jedit.sharding import fetched
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -69,7 +70,8 @@ class Factor:
         """Qᵀ (or Q, back) along an axis of (layers, d_in, d_out)."""
         if self.basis is None:
             return x
-        q = jnp.swapaxes(self.basis, 1, 2) if back else self.basis
+        basis = fetched(self.basis)
+        q = jnp.swapaxes(basis, 1, 2) if back else basis
         spec = "lia,lij->laj" if axis == 1 else "lja,lij->lia"
         return jnp.einsum(spec, q, x, precision=HIGHEST)
 
@@ -142,13 +144,33 @@ class Curvature:
     __repr__ = __str__
 
 
+def joined(curvatures: Sequence[Curvature]) -> Curvature:
+    """One curvature of several that cover different parameters, taken over the same data."""
+    blocks, factors = {}, {}
+    for curvature in curvatures:
+        blocks |= curvature.blocks
+        factors |= curvature.factors
+    return Curvature(blocks, factors, curvatures[0].num_outputs)
+
+
+def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
+    """The curvature for use where something else is split over these axes of its mesh."""
+    blocks = {
+        name: dataclasses.replace(b, sharding=without(b.sharding, axes))
+        if isinstance(b, Kronecker) and b.sharding is not None
+        else b
+        for name, b in curvature.blocks.items()
+    }
+    return Curvature(blocks, curvature.factors, curvature.num_outputs)
+
+
 def eigenvalues(curvature: Curvature, name: str) -> Array:
     """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return block.values
     if block.corrected is not None:
-        return block.corrected
+        return fetched(block.corrected)
     a = curvature.factors[block.input].eigenvalues
     g = curvature.factors[block.output].eigenvalues
     if block.sharding is not None:
@@ -159,7 +181,7 @@ def eigenvalues(curvature: Curvature, name: str) -> Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _sharded_products(a: Array, g: Array, sharding: NamedSharding) -> Array:
     products = a[:, :, None] * g[:, None, :]
-    return with_sharding_constraint(products, even(sharding, products.shape, 0, 1, 2))
+    return with_sharding_constraint(products, best_split(sharding, products.shape))
 
 
 def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
@@ -181,12 +203,43 @@ def _sharded_rotation(
     """Each axis is rotated while the matrix is split along the other: no device holds all of it.
 
     Left to itself, a sharded contraction makes partial sums of the whole matrix on every device.
+    Zeros make both axes even: XLA moves only even pieces from one device to another.
     """
+    shape = matrix.shape
+    missing = [(0, -n % num_pieces(sharding)) for n in shape[1:]]
+    matrix = jnp.pad(matrix, [(0, 0), *missing])
     for factor, axis, other in ((a, 1, 2), (g, 2, 1)):
         matrix = with_sharding_constraint(matrix, along(sharding, other))
         if factor.basis is not None:
-            basis = with_sharding_constraint(factor.basis, whole(sharding))
+            basis = with_sharding_constraint(fetched(factor.basis), whole(sharding))
+            basis = jnp.pad(basis, [(0, 0), *[missing[axis - 1]] * 2])
             factor = Factor(factor.matrix, basis, factor.eigenvalues)
-        matrix = factor.rotate(matrix, axis, back=back)
-        matrix = with_sharding_constraint(matrix, along(sharding, other))
-    return with_sharding_constraint(matrix, even(sharding, matrix.shape, 0, 1, 2))
+        matrix = with_sharding_constraint(
+            factor.rotate(matrix, axis, back=back), along(sharding, other)
+        )
+        matrix = with_sharding_constraint(matrix, sharding)
+    place = best_split(sharding, shape)
+    matrix = with_sharding_constraint(matrix, place)[:, : shape[1], : shape[2]]
+    return with_sharding_constraint(matrix, place)
+
+
+def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
+    """A block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
+    sharding = block.sharding if isinstance(block, Kronecker) else None
+    if sharding is None or block.weight.bias_path is None:
+        return block.weight.gather(leaves)
+    return _sharded_gather(dict(leaves), block.weight, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _sharded_gather(leaves: dict[str, Array], weight: Weight, sharding: NamedSharding) -> Array:
+    """The bias's row is put below a matrix that is split by columns: no row has to move."""
+    kernel = dataclasses.replace(weight, bias_path=None)
+    row = dataclasses.replace(
+        kernel, path=weight.bias_path, shape=weight.bias_shape, ops=weight.bias_ops, d_in=1
+    )
+    parts = [
+        with_sharding_constraint(part.gather(leaves), along(sharding, 2)) for part in (kernel, row)
+    ]
+    whole_matrix = jnp.concatenate(parts, axis=1)
+    return with_sharding_constraint(whole_matrix, best_split(sharding, whole_matrix.shape))

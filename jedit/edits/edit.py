@@ -8,6 +8,7 @@ others, and applied again to a model that was trained further.  Paths are
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
 from jedit.edits.low_rank import Block, added, dense, scaled
+from jedit.sharding import sharding_of
 
 Scalar = float | int | Array
 
@@ -94,7 +97,7 @@ def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
     paths, leaves, treedef = _flatten(params)
     _check_paths(edit, paths, leaves)
     edited = [
-        _sum(leaf, edit.blocks[path], scale).astype(leaf.dtype) if path in edit.blocks else leaf
+        _edited(leaf, edit.blocks[path], scale) if path in edit.blocks else leaf
         for path, leaf in zip(paths, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, edited)
@@ -183,6 +186,19 @@ def _wide(*arrays: Block) -> Any:
 def _sum(leaf: Array, delta: Block, scale: Scalar) -> Array:
     dtype = _wide(leaf, delta)
     return leaf.astype(dtype) + jnp.asarray(scale, dtype) * dense(delta.astype(dtype))
+
+
+def _edited(leaf: Array, delta: Block, scale: Scalar) -> Array:
+    place = sharding_of(leaf)
+    if place is None:
+        return _sum(leaf, delta, scale).astype(leaf.dtype)
+    return _sharded_sum(leaf, delta, scale, place)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _sharded_sum(leaf: Array, delta: Block, scale: Scalar, place: NamedSharding) -> Array:
+    """In one program, so that a thin block is multiplied out in pieces, each where it belongs."""
+    return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
 
 
 def _norm(x: Array) -> Array:

@@ -34,8 +34,10 @@ from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
+from jedit.curvature.structure import off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
+from jedit.sharding import row_sharding
 from jedit.typing import Batch
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -84,7 +86,8 @@ def batch_unlearn(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters.
-        requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`.
+        requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
+            R is split over the devices of a mesh, each answers its own and holds their edits.
         curvature: of the retain outputs at `params`; only what it covers is edited.
         budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
             Give this or `step`.
@@ -94,7 +97,7 @@ def batch_unlearn(
             An EK-FAC curvature's corrected eigenvalues are only used here.
         rank: of each matrix's change, at most; None: as many as a request has positions.
         likelihood: what the outputs mean.
-        chunk: requests computed at a time.
+        chunk: requests computed at a time, on each device.
 
     Returns:
         The stack: `LowRank` blocks with R in front for matrices; arrays (R, ...) for vectors and
@@ -111,6 +114,9 @@ def batch_unlearn(
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     size = budget if step is None else step
+    over = row_sharding(requests)
+    if over is not None:
+        curvature = off_axes(curvature, over.axes)
     return _batch_unlearn(
         apply,
         params,
@@ -123,6 +129,7 @@ def batch_unlearn(
         rank=rank,
         likelihood=likelihood,
         chunk=chunk,
+        over=over,
     )
 
 
@@ -173,10 +180,23 @@ class _Blocks(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("apply", "is_budget", "exact", "rank", "likelihood", "chunk")
+    jax.jit,
+    static_argnames=("apply", "is_budget", "exact", "rank", "likelihood", "chunk", "over"),
 )
 def _batch_unlearn(
-    apply, params, requests, curvature, size, damping, *, is_budget, exact, rank, likelihood, chunk
+    apply,
+    params,
+    requests,
+    curvature,
+    size,
+    damping,
+    *,
+    is_budget,
+    exact,
+    rank,
+    likelihood,
+    chunk,
+    over,
 ):
     select = [f"^{re.escape(path)}$" for path in curvature.covered]
     labels = Labels(likelihood, "empirical")
@@ -212,7 +232,24 @@ def _batch_unlearn(
         )
         return edit, info
 
-    return jax.lax.map(one, (requests, sizes), batch_size=min(chunk, num_requests))
+    if over is None:
+        return jax.lax.map(one, (requests, sizes), batch_size=min(chunk, num_requests))
+    # A loop over a split axis would fetch every chunk from one device: devices stay an axis of
+    # their own, behind the loop's.
+    number = num_requests // over.num_devices_along
+
+    def side_by_side(x):
+        x = x.reshape(over.num_devices_along, number, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), over.at(1))
+
+    def in_a_row(x):
+        x = jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), over.at(0))
+        x = x.reshape(num_requests, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, over.at(0))
+
+    given = jax.tree.map(side_by_side, (requests, sizes))
+    found = jax.lax.map(jax.vmap(one), given, batch_size=min(chunk, number))
+    return jax.tree.map(in_a_row, found)
 
 
 def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:

@@ -1,0 +1,183 @@
+"""One program for any number of devices; writes what it computes, for `test_many_devices`.
+
+python -m tests.many_devices.program OUT.npz KIND [ADDRESS PROCESS PROCESSES]
+"""
+
+import functools
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jedit
+from jedit.curvature import to_device
+from jedit.curvature.likelihoods import Categorical
+from jedit.objectives import graddiff
+from tests.many_devices import scene
+
+
+def leaves_of(tree, prefix):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {prefix + jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in found}
+
+
+def compute(kind):
+    """All numbers by name, and what the checks on the way were."""
+    mesh = scene.mesh_of(kind)
+    params, split = scene.placed(kind, mesh)
+    batches = [split(scene.rows(seed)) for seed in (1, 2)]
+    key = jax.random.key(0)
+    kfac = jedit.kfac(scene.apply, Categorical())
+    curvature = jedit.estimate(kfac, params, batches, key=key)
+    out = {}
+    for name, factor in curvature.factors.items():
+        out[f"matrix/{name}"], out[f"eigenvalues/{name}"] = factor.matrix, factor.eigenvalues
+    limit = 3 * scene.HIDDEN**2 * 8
+    grouped = jedit.estimate(kfac, params, batches, key=key, group_bytes=limit, offload=True)
+    assert jax.tree.structure(grouped) == jax.tree.structure(curvature)
+    assert "pinned_host" in {f.matrix.sharding.memory_kind for f in grouped.factors.values()}
+    again = to_device(grouped)
+    out |= {f"grouped/{n}": f.matrix for n, f in again.factors.items()}
+    estimator = jedit.ekfac(scene.apply, Categorical(), curvature)
+    corrected = jedit.estimate(estimator, params, batches, key=key)
+    gradient = jax.jit(jax.grad(mean_loss))(params, batches[0])
+    gradient = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), gradient, params)
+    solved = jedit.solve(curvature, gradient, damping=0.1, relative=True)
+    out |= leaves_of(solved, "solve/")
+    out |= leaves_of(
+        jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))(grouped, gradient),
+        "solve offloaded/",
+    )
+    solve_corrected = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))
+    out |= leaves_of(solve_corrected(corrected, gradient), "solve ekfac/")
+    requests = split(jax.tree.map(lambda x: x[:, None], scene.rows(3, 16)))
+    edits, info = jedit.batch_unlearn(
+        scene.apply, params, requests, curvature, budget=1e-3, rank=4, chunk=2
+    )
+    out |= leaves_of(info, "batch info/")
+    summed = jedit.sum_edits(edits, like=None if mesh is None else params)
+    out |= leaves_of(summed, "batch sum/")
+    edited = jedit.apply_edit(params, summed)
+    out |= leaves_of(edited, "edited/")
+    one = jax.tree.map(lambda x: x[0], edits)
+    out |= leaves_of(jedit.apply_edit(params, one), "edited thin/")
+    trained, history = jedit.unlearn(
+        functools.partial(graddiff, apply=scene.apply),
+        optax.adam(1e-2),
+        params,
+        split(scene.rows(4)),
+        split(scene.rows(5)),
+        steps=3,
+        key=key,
+        batch_size=8,
+    )
+    out |= leaves_of(trained, "trained/") | leaves_of(history, "history/")
+    if mesh is not None:
+        trees = {"solved": solved, "sum": summed.blocks, "edited": edited, "trained": trained}
+        check_places(params, curvature, corrected, trees)
+        check_programs(kind, mesh, params, curvature, gradient, edits, batches[0], kfac)
+    return out
+
+
+def mean_loss(params, batch):
+    logits = scene.apply(params, batch.inputs)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    return jnp.sum(nll * batch.mask) / jnp.sum(batch.mask)
+
+
+def largest_share(x):
+    """The largest part of an array that some device of this process holds, over all of it."""
+    return max(shard.data.size for shard in x.addressable_shards) / max(x.size, 1)
+
+
+def check_places(params, curvature, corrected, trees):
+    """What has a parameter's shape lies as it does; factors follow the axes of their weight."""
+    shardings = leaves_of(jax.tree.map(lambda x: x.sharding, params), "")
+    for what, tree in trees.items():
+        for name, leaf in leaves_of(tree, "").items():
+            wanted = shardings[name]
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (what, name, leaf.sharding)
+    for name, block in curvature.blocks.items():
+        if name not in scene.KERNELS:
+            continue
+        leaf = dict(leaves_of(params, ""))[name]
+        rows, columns = (leaf.sharding.spec + (None,) * 3)[leaf.ndim - 2 : leaf.ndim]
+        mesh = leaf.sharding.mesh
+        a, g = curvature.factors[block.input], curvature.factors[block.output]
+        has_bias = block.weight.bias_path is not None
+        for factor, axis in ((g, columns), *(() if has_bias else ((a, rows),))):
+            share = 1 / mesh.shape[axis] if axis else 1
+            assert largest_share(factor.basis) == share, (name, factor.basis.sharding)
+        if not has_bias:
+            wanted = largest_share(leaf)
+            assert largest_share(corrected.blocks[name].corrected) == wanted, name
+
+
+def check_programs(kind, mesh, params, curvature, gradient, edits, batch, kfac):
+    """No instruction of a compiled program makes a whole weight of those that are split."""
+    if kind == "data":
+        return
+    solve = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))
+    solve_text = solve.lower(curvature, gradient).compile().as_text()
+    assert not whole_weights(solve_text), whole_weights(solve_text)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    apply_text = jax.jit(jedit.apply_edit, out_shardings=places)
+    one = jedit.sum_edits(edits, like=params)
+    text = apply_text.lower(params, one).compile().as_text()
+    assert not whole_weights(text), whole_weights(text)
+    # The check sees a whole weight where there is one.
+    everywhere = NamedSharding(mesh, P())
+    copied = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), out_shardings=everywhere)
+    assert whole_weights(copied.lower(params).compile().as_text())
+    state = kfac.init(params, batch)
+    update = jax.jit(
+        lambda s, p, b: kfac.update(s, p, b, jax.random.key(0)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, state),
+    )
+    found = whole_weights(update.lower(state, params, batch).compile().as_text())
+    if kind == "tensor":
+        assert not found, found
+    else:
+        # Under FSDP a model's own forward and backward passes fetch one layer's weight at a time.
+        def passes(p, b):
+            out, pullback = jax.vjp(lambda p: scene.apply(p, b.inputs), p)
+            return pullback(jnp.ones_like(out))
+
+        own = whole_weights(jax.jit(passes).lower(params, batch).compile().as_text())
+        assert set(found) <= set(own), (found, own)
+
+
+def whole_weights(text):
+    """Results in a compiled program that have a kernel's whole shape, either way round."""
+    shapes = {s for i, o in scene.KERNELS.values() for s in ((i, o), (o, i))}
+    shapes |= {(scene.WIDTH + 1, scene.CLASSES), (scene.CLASSES, scene.WIDTH + 1)}  # with the bias
+    found = []
+    for line in text.splitlines():
+        made = re.match(r"\s*(?:ROOT )?%?[\w.-]+ = \w+\[([\d,]+)\]", line)
+        if made and "parameter(" not in line:
+            sizes = tuple(int(n) for n in made[1].split(",") if n not in {"1"})
+            if sizes[-2:] in shapes:
+                found.append(line.strip()[:100].split(" = ")[1].split("{")[0])
+    return found
+
+
+if __name__ == "__main__":
+    path, kind, *distributed = sys.argv[1:]
+    jax.config.update("jax_enable_x64", True)
+    if distributed:
+        address, process, processes = distributed
+        jax.distributed.initialize(address, int(processes), int(process))
+        assert jax.process_count() == int(processes)
+    numbers = compute(kind)
+    gathered = {
+        name: np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        for name, x in numbers.items()
+    }
+    if jax.process_index() == 0:
+        np.savez(path, **gathered)
