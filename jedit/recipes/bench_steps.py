@@ -96,7 +96,7 @@ def timed_training(
     Returns:
         The params, and the step without its name; its `rows` are the passes over all of them.
     """
-    first, _ = timed(lambda: train(apply, params, sequences, recipe._replace(epochs=(1,)), key=key))
+    first = timed(lambda: train(apply, params, sequences, recipe._replace(epochs=(1,)), key=key))[0]
     seconds, found = timed(lambda: train(apply, params, sequences, recipe, key=key))
     # An epoch is of whole batches, so that it is a little less than a pass.
     size = min(recipe.batch_size, rows_of(sequences))
@@ -121,7 +121,7 @@ def fit(task: Task, temperature: float, rates: Callable[[], Rates], *, key: Arra
     likelihood, params = Categorical(temperature), task.original
     plain = kfac(task.apply, likelihood, select=task.select)
     state, factors, measured = _accumulate(plain, params, chunks, flops["factors"], rates, key=key)
-    first, _ = timed(lambda: plain.finalize(state))
+    first = timed(lambda: plain.finalize(state))[0]
     seconds, curvature = timed(lambda: plain.finalize(state))
     decomposed = Step("eigendecomposition", first, seconds, peak_gib=peak_gib())
     del state
@@ -159,7 +159,8 @@ def _accumulate(
             state = add_batch(estimator.update, state, params, batch, key)  # type: ignore[arg-type]
         return state
 
-    first, _ = timed(lambda: add_all(estimator.init(params, chunks[0]), chunks[:1]))
+    # Taken out at once: a name for the sums would keep them, and raise the peak.
+    first = timed(lambda: add_all(estimator.init(params, chunks[0]), chunks[:1]))[0]
     # Traces the model, on the host: no part of a pass.
     zero = jax.block_until_ready(estimator.init(params, chunks[0]))
     before = rates()
@@ -187,7 +188,7 @@ def edit_and_judge(
         made, info = run(budget=BUDGET, steps=1)
         return apply_edit(task.original, made), info
 
-    first, _ = timed(edit)
+    first = timed(edit)[0]
     seconds, (edited, info) = timed(edit)
     rows, tokens = _counted([task.forget])
     editing = Step("edit (K-FADE)", first, seconds, rows, tokens, peak_gib())

@@ -110,8 +110,12 @@ def moment_rates(dtype: DTypeLike, shape: tuple[int, int]) -> dict[str, float]:
     return {name: _rate(way, x, flops) for name, way in ways.items()}
 
 
-def _rate(job: Callable[[Array], Array], x: Array, flops: int, repeats: int = 10) -> float:
+def _rate(job: Callable[[Array], Array], x: Array, flops: int) -> float:
+    """Flops a second of a job, over about a third of a second: clocks take a while to settle."""
     jax.block_until_ready(job(x))
+    begin = time.perf_counter()
+    found = jax.block_until_ready(job(x))
+    repeats = min(300, max(3, round(0.3 / (time.perf_counter() - begin))))
     begin = time.perf_counter()
     for _ in range(repeats):
         found = job(x)
@@ -144,7 +148,8 @@ def _moment(x: Array) -> Array:
 def peak_gib() -> float | None:
     """The most memory of the first device that this process held so far, in GiB.
 
-    None where the device does not say, as a CPU. It never falls: what ran before is in it.
+    None where the device does not say, as a CPU. It never falls: what ran before is in it, the
+    matrices of `matmul_rates` among it.
     """
     statistics = jax.local_devices()[0].memory_stats() or {}
     peak = statistics.get("peak_bytes_in_use")
