@@ -1,21 +1,19 @@
-"""The command line: `jedit demo`, `jedit run` on one's own rows, `jedit tofu`, `jedit ledger`."""
+"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `bench`, `ledger`."""
 
 import dataclasses
-import os
-import platform
 import resource
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jedit
 
 if TYPE_CHECKING:
+    from jedit.recipes.gpu_bench import BenchOptions
     from jedit.recipes.ledger import LedgerOptions
     from jedit.recipes.tofu_models import Start
     from jedit.recipes.tofu_presets import Preset
@@ -127,18 +125,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
+    from jedit.recipes.gpu_bench import BenchOptions
     from jedit.recipes.ledger import LedgerOptions
 
-    commands = {"demo": Demo, "run": RunFile, "tofu": Tofu, "ledger": LedgerOptions}
+    commands: dict[str, tuple[type, Callable]] = {
+        "demo": (Demo, _demo),
+        "run": (RunFile, _run),
+        "tofu": (Tofu, _tofu),
+        "bench": (BenchOptions, _bench),
+        "ledger": (LedgerOptions, _ledger),
+    }
     chosen = tyro.extras.subcommand_cli_from_dict(
-        {name: _as_is(options) for name, options in commands.items()},
+        {name: _as_is(options) for name, (options, _) in commands.items()},
         prog="jedit",
         description="Erase and rewrite what a trained network knows, and show what it cost. "
         "(jedit --version prints the version.)",
         args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
     )
     command = shlex.join(["jedit", *arguments])
-    run = {Demo: _demo, RunFile: _run, Tofu: _tofu, LedgerOptions: _ledger}[type(chosen)]
+    run = dict(commands.values())[type(chosen)]
     try:
         return run(chosen, command)
     except UsageError as error:
@@ -334,6 +339,19 @@ def _tofu(options: Tofu, command: str) -> int:
     return code
 
 
+def _bench(options: "BenchOptions", command: str) -> int:
+    from jedit.recipes.gpu_bench import run_bench, sets_of, show
+
+    try:
+        sets = sets_of(options)
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(str(error)) from None
+    with _Stages() as stages:
+        found = run_bench(options, sets, command=command, say=stages)
+    show(found, options.out)
+    return 0
+
+
 def _ledger(options: "LedgerOptions", command: str) -> int:
     from jedit.recipes.ledger import run_ledger
 
@@ -411,6 +429,7 @@ def _report(
     """Make the comparisons, print their tables, write the report."""
     from rich.console import Console
 
+    from jedit.recipes.provenance import machine, versions
     from jedit.report import Run, comparison_table, leaderboard_table, write_report
 
     date = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -430,8 +449,8 @@ def _report(
         seed=seed,
         seconds=stages.seconds,
         peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        versions=_versions(),
-        machine=_machine(),
+        versions=versions(),
+        machine=machine(),
         comparisons=comparisons,
     )
     page = write_report(run, out)
@@ -468,21 +487,3 @@ class _Stages:
     def __call__(self, text: str) -> None:
         self.console.print(f"{self.seconds:5.0f} s  {text}", highlight=False, soft_wrap=True)
         self.status.update(text)
-
-
-def _versions() -> dict[str, str]:
-    names = ("jedit", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def _machine() -> dict[str, str | int | float]:
-    import jax
-
-    devices = jax.devices()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count() or 1,
-        "memory_gib": round(memory, 1),
-        "devices": f"{len(devices)} {devices[0].device_kind}",
-    }

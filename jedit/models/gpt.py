@@ -127,6 +127,8 @@ class _Gpt(nnx.Module):
         self.embed = nnx.Embed(
             vocab, width, embedding_init=small, param_dtype=param_dtype, rngs=rngs
         )
+        # Else it casts to the dtype it was made in, and all that follows is computed in that one.
+        self.embed.dtype = None
         self.positions = nnx.Param(small(rngs.params(), (max_len, width), param_dtype))
         self.blocks = nnx.List(
             _Block(width, num_heads, param_dtype, rngs) for _ in range(num_layers)

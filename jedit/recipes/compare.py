@@ -171,7 +171,7 @@ def compare(
     Returns:
         The numbers, and for each method with a point within budget the params of its best point.
     """
-    judge = _Judge(task, grid.lost_kl)
+    judge = Judge(task, grid.lost_kl)
     curvature_key, ascent_key = (jax.random.fold_in(key, i) for i in range(2))
     original = judge(task.original, 0.0, 0.0)
     retrained = judge(task.retrained, 0.0, 0.0)
@@ -227,7 +227,7 @@ def probe_batch(batch: Batch, num_rows: int | None) -> Batch:
     return jax.tree.map(lambda x: x[:num_rows], batch)
 
 
-class _Judge:
+class Judge:
     """Measures any params on the task's sets.
 
     What `jedit.metrics` gives one by one comes out of one forward pass here, a half of the time.
@@ -248,6 +248,7 @@ class _Judge:
     def __call__(
         self, params: PyTree, strength: float, seconds: float, **predictions: float
     ) -> Point:
+        """Judge params that an edit of this strength made in so many seconds."""
         task, apply = self.task, self.task.apply
         values: dict[str, float | None] = {}
         references = {"heldout": task.original, "forget": task.retrained}
@@ -341,6 +342,15 @@ def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estim
     return kfac(apply, likelihood, select=select)
 
 
+def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
+    """K-FADE on a task's batches, to be called with `budget=` and `steps=`."""
+    forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
+    retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
+    return functools.partial(
+        kfade, task.apply, task.original, curvature, forget, retain, damping=damping
+    )
+
+
 def _kfade_method(name: str, grid: Grid, seconds: float) -> Method:
     kind = "EK-FAC" if "EK" in name else "K-FAC"
     description = (
@@ -359,16 +369,12 @@ def _kfade_method(name: str, grid: Grid, seconds: float) -> Method:
 def _kfade_curve(
     task: Task,
     grid: Grid,
-    judge: _Judge,
+    judge: Judge,
     name: str,
     curvature: Curvature,
     setting: dict[str, float],
 ) -> tuple[Curve, list[PyTree]]:
-    forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
-    retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
-    run = functools.partial(
-        kfade, task.apply, task.original, curvature, forget, retain, damping=setting["damping"]
-    )
+    run = kfade_on(task, curvature, setting["damping"])
     run(budget=grid.budgets[0], steps=1)  # compiles, so that the seconds below are the edit's own
     points, models = [], []
     for budget in grid.budgets:
@@ -393,7 +399,7 @@ def _editors(task: Task, retained: Curvature, *, key: Array) -> dict[str, Editor
 
 
 def _scaled_curve(
-    task: Task, judge: _Judge, name: str, editor: Editor, scales: tuple[float, ...]
+    task: Task, judge: Judge, name: str, editor: Editor, scales: tuple[float, ...]
 ) -> tuple[Curve, list[PyTree]]:
     edit, seconds = editor.timed()
     models = [apply_edit(task.original, edit, scale) for scale in scales]
@@ -422,7 +428,7 @@ def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str,
 def _trained_curves(
     task: Task,
     grid: Grid,
-    judge: _Judge,
+    judge: Judge,
     name: str,
     trainer: Trainer,
     rates: tuple[float, ...],

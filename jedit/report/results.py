@@ -257,30 +257,31 @@ def to_json(run: Run) -> dict[str, Any]:
     A number that is not finite (a model that an ascent has destroyed) becomes null.
     """
     bare = [comparison._replace(evaluations={}) for comparison in run.comparisons]
-    out = _plain(run._replace(comparisons=tuple(bare)))
-    for plain, comparison in zip(out["comparisons"], run.comparisons, strict=True):
-        del plain["evaluations"]
-        plain["rule"] = comparison.rule
-        plain["other_rule"] = OTHER_RULE
+    out = plain(run._replace(comparisons=tuple(bare)))
+    for part, comparison in zip(out["comparisons"], run.comparisons, strict=True):
+        del part["evaluations"]
+        part["rule"] = comparison.rule
+        part["other_rule"] = OTHER_RULE
         for name, choose in (
             ("best", comparison.best),
             ("nearest_in_loss", comparison.nearest_in_loss),
         ):
             pairs = {method.name: choose(method.name) for method in comparison.methods}
-            plain[name] = {
-                method: None if pair is None else {"setting": pair[0].setting, **_plain(pair[1])}
+            part[name] = {
+                method: None if pair is None else {"setting": pair[0].setting, **plain(pair[1])}
                 for method, pair in pairs.items()
             }
     return {"schema": SCHEMA, **out}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as plain JSON values; a number that is not finite becomes None."""
     if hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
+        return {name: plain(item) for name, item in value._asdict().items()}
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value

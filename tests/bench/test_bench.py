@@ -9,6 +9,7 @@ import pytest
 
 import jedit
 from tests.bench import __main__ as bench
+from tests.bench import gpu
 from tests.bench.cases import CASES, TOYS, Case, eigenvalue_flops, factor_flops
 from tests.bench.models import forward, make
 from tests.bench.table import claims, table
@@ -107,3 +108,21 @@ def test_a_contender_that_is_not_there_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setenv("JEDIT_BENCH_TORCH", "/bin/false")
     result = bench.measured({"contender": "kronfluence"})
     assert "JEDIT_BENCH_TORCH" in result["skipped"]
+
+
+def test_the_factors_beside_a_run_on_an_accelerator(tmp_path, monkeypatch, capsys):
+    def in_a_child(asked):
+        if asked["contender"] != "jedit":
+            return {"skipped": "not here"}
+        return json.loads(gpu.child(asked))
+
+    monkeypatch.setattr(gpu, "in_a_child", in_a_child)
+    arguments = ["--toy", "--peers-only", "--dtype", "bfloat16", "--out", str(tmp_path)]
+    assert gpu.main(arguments) == 0
+    mine, other = json.loads((tmp_path / "bench.json").read_text())["peers"]
+    assert 0 < mine["share"] < 1.5
+    assert mine["first_seconds"] > mine["seconds"] > 0
+    assert (other["contender"], other["skipped"]) == ("kfac-jax", "not here")
+    assert "bfloat16, kfac-jax: skipped: not here" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="there is no accelerator"):
+        gpu.child({"dtype": "bfloat16", "contender": "jedit", "is_toy": False})

@@ -47,11 +47,15 @@ def randomised(params, key):
     return jax.tree.map(shifted, params)
 
 
-def primitives(jaxpr):
+def equations(jaxpr):
     for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
+        yield eqn
         for sub in jaxprs_in_params(eqn.params):
-            yield from primitives(sub)
+            yield from equations(sub)
+
+
+def primitives(jaxpr):
+    return (eqn.primitive.name for eqn in equations(jaxpr))
 
 
 def test_mlp_equals_numpy(keys, float_dtype, tolerance):
@@ -238,6 +242,21 @@ def test_apply_is_pure_and_keeps_the_dtype(key, name, dtype):
     assert not traced.consts
     outputs = jax.jit(apply)(params, inputs)
     assert outputs.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["gpt", "cnn", "mlp"])
+def test_products_are_computed_in_the_dtype_of_the_parameters(key, name):
+    """Also where they were made in another one, as a mixed-precision training has it."""
+    apply, params, inputs = makers(key, jnp.float32)[name]
+    inputs = cast_params({"x": inputs}, jnp.bfloat16)["x"]  # tokens stay tokens
+    traced = jax.make_jaxpr(mixed_precision(apply, jnp.bfloat16))(params, inputs)
+    found = [
+        {x.aval.dtype.name for x in (*eqn.invars, *eqn.outvars)}
+        for eqn in equations(traced.jaxpr)
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    assert len(found) >= 2
+    assert all(dtypes == {"bfloat16"} for dtypes in found)
 
 
 @pytest.mark.reuses_keys

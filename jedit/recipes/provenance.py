@@ -1,0 +1,25 @@
+"""With what, and on what, a run was made; it is written into every report."""
+
+import os
+import platform
+from importlib import metadata
+
+import jax
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of jedit and of what it stands on."""
+    names = ("jedit", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def machine() -> dict[str, str | int | float]:
+    """System, cores, GiB of memory, and the devices as JAX names them."""
+    devices = jax.devices()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(memory, 1),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+    }

@@ -1,0 +1,125 @@
+"""`jedit bench --gpu`, and beside it the factors of the same GPT by kfac-jax, on an accelerator.
+
+    python -m tests.bench.gpu [--toy] [--dtype both] [--out out/bench] [what `jedit bench` takes]
+
+Runs `jedit bench`, then for each dtype jedit and kfac-jax on tokens drawn at random, the parameters
+in that dtype, and adds "peers" to bench.json. kfac-jax multiplies its moments at the default
+precision of the device, jedit in full float32, so that their seconds are not those of one thing.
+This process imports no JAX: each measurement is made in a process of its own, which has the
+device's memory to itself and a peak of its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench.cases import TOYS, Case
+
+CONTENDERS = ("jedit", "kfac-jax")
+SIZES = {  # of the recipe, and of its square products
+    False: (Case("gpt", (8192, 768, 12, 12), 160, num_examples=640, batch=32), 8192),
+    True: (TOYS["gpt"], 64),
+}
+HERE = Path(__file__).resolve().parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--dtype", choices=("both", "bfloat16", "float32"), default="both")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--peers-only", action="store_true", help="leave `jedit bench` out")
+    options, rest = parser.parse_known_args(arguments)
+    path = options.out / "bench.json"
+    found = {}
+    if not options.peers_only:
+        chosen = ["--toy" if options.toy else "--gpu", "--dtype", options.dtype]
+        command = [sys.executable, "-m", "jedit", "bench", *chosen, "--out", str(options.out)]
+        if code := subprocess.run([*command, *rest], check=False).returncode:
+            return code
+        found = json.loads(path.read_text())
+    found["peers"] = []
+    for dtype in ("bfloat16", "float32") if options.dtype == "both" else (options.dtype,):
+        for contender in CONTENDERS:
+            asked = {"dtype": dtype, "contender": contender, "is_toy": options.toy}
+            found["peers"].append(asked | in_a_child(asked))
+            print(line(found["peers"][-1]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"Numbers: {path}")
+    return 0
+
+
+def in_a_child(asked: dict) -> dict:
+    """What a process of its own measured, or why it did not."""
+    code = (
+        "import sys, json; from tests.bench import gpu; print(gpu.child(json.loads(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(asked)]
+    root = HERE.parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    if done.returncode:
+        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def child(asked: dict) -> str:
+    """One pass of the factors, as JSON: seconds, share of the matmul rate, GiB at the peak.
+
+    Raises:
+        ValueError: there is no accelerator, and it was not a toy that was asked for.
+    """
+    import jax
+
+    from jedit.models import cast_params
+    from jedit.recipes.bench_steps import timed
+    from jedit.recipes.rates import factor_flops, matmul_rates, peak_gib
+    from tests.bench import contenders
+    from tests.bench.models import make
+
+    if not asked["is_toy"] and jax.default_backend() == "cpu":
+        raise ValueError("there is no accelerator; --toy runs tiny sizes on any device")
+    case, size = SIZES[asked["is_toy"]]
+    problem = make(case)
+    cast = {k: cast_params(getattr(problem, k), asked["dtype"]) for k in ("params", "matrices")}
+    prepare, _ = contenders.CONTENDERS[asked["contender"]]
+    work = prepare(problem._replace(**cast), "factors")
+
+    def add(state, batches):
+        for batch in batches:
+            state = work.step(state, batch)
+        return state
+
+    first = timed(lambda: add(work.start(), work.batches[:1]))[0]
+    peak = peak_gib()  # before the square products, which take memory as well
+    _, zero = timed(work.start)
+    before = matmul_rates(asked["dtype"], size)
+    seconds, _ = timed(lambda: add(zero, work.batches))
+    rates = before.between(matmul_rates(asked["dtype"], size))
+    flops = case.num_batches * case.batch * case.positions * factor_flops(case.matrices).all
+    return json.dumps(
+        {
+            "first_seconds": first,
+            "seconds": seconds,
+            "share": flops / rates.peak / seconds,
+            "peak_gib": peak,
+            "process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+    )
+
+
+def line(row: dict) -> str:
+    """One measurement for people."""
+    name = f"{row['dtype']}, {row['contender']}"
+    if "skipped" in row:
+        return f"{name}: skipped: {row['skipped']}"
+    peak = "not told" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"
+    share = f"{row['share']:.1%} of the matmul rate"
+    return f"{name}: {row['seconds']:.3f} s, {share}, peak memory of the device {peak}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
