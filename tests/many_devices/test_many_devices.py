@@ -1,0 +1,88 @@
+"""One program on one device, on eight, and in two processes of four: the same numbers.
+
+Each runs in processes of its own, since JAX counts its devices when it starts; `program` also
+checks there where everything lies, and that no compiled program makes a whole sharded weight.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 900
+# Norms of what is cut off, roots of differences of nearly equal numbers.
+SQUARED = {"batch info/cut_off"}
+
+
+def start(path, kind, devices, *distributed):
+    """One process of the program."""
+    flags = f"--xla_force_host_platform_device_count={devices} "
+    if os.environ.get("JEDIT_TEST_FAST_COMPILE") == "1":
+        flags += "--xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.many_devices.program", str(path), kind, *distributed],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )
+
+
+def numbers(folder, kind, devices, processes=1):
+    """What the program computes, by name."""
+    path = folder / "numbers.npz"
+    if processes == 1:
+        running = [start(path, kind, devices)]
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        running = [start(path, kind, devices, address, str(i), "2") for i in range(processes)]
+    try:
+        for process in running:
+            printed, _ = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 0, printed[-4000:]
+    finally:
+        for process in running:
+            process.kill()
+    with np.load(path) as found:
+        return {name: x**2 if name in SQUARED else x for name, x in ((n, found[n]) for n in found)}
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory):
+    """On one device."""
+    return numbers(tmp_path_factory.mktemp("one"), "one", 1)
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize(
+    ("kind", "devices", "processes"),
+    [("fsdp", 8, 1), ("tensor", 8, 1), ("both", 8, 1), ("both", 4, 2)],
+    ids=["FSDP", "tensor parallel", "both", "both, two processes"],
+)
+def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
+    found = numbers(tmp_path, kind, devices, processes)
+    assert set(found) == set(on_one)
+    for name, expected in on_one.items():
+        scale = np.max(np.abs(expected), initial=0) or 1
+        atol = 1e-14 if name in SQUARED else 1e-10
+        np.testing.assert_allclose(found[name] / scale, expected / scale, 0, atol, err_msg=name)
+
+
+def test_groups_change_nothing(on_one):
+    """Factors taken group by group, and solved with from the host's memory."""
+    grouped = {n.removeprefix("grouped/"): x for n, x in on_one.items() if n.startswith("grouped/")}
+    assert len(grouped) == 8
+    for name, x in grouped.items():
+        np.testing.assert_allclose(x, on_one[f"matrix/{name}"], rtol=1e-12, atol=1e-14)
+    for name, x in on_one.items():
+        if name.startswith("solve offloaded/"):
+            solved = on_one[name.replace(" offloaded", "")]
+            np.testing.assert_allclose(x, solved, rtol=1e-9, atol=1e-12 * np.abs(solved).max())
