@@ -14,7 +14,7 @@ from jedit.checkpoint.structure import (
     edit_from_json,
     edit_to_json,
 )
-from jedit.curvature.structure import Curvature
+from jedit.curvature.structure import Curvature, block_shardings, with_shardings
 from jedit.edits import Edit
 
 EDIT, CURVATURE = "edit", "curvature"
@@ -88,7 +88,10 @@ def load_curvature(
         ValueError: as `load_edit`.
     """
     content, _ = read_sealed(Path(folder), CURVATURE)
-    return read_tree(Path(folder), content, curvature_from_json, like=like, sharding=sharding)
+    placed = {} if like is None else block_shardings(like)
+    like = None if like is None else with_shardings(like, {})
+    read = read_tree(Path(folder), content, curvature_from_json, like=like, sharding=sharding)
+    return with_shardings(read, placed)
 
 
 def read_tree(

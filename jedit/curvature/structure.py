@@ -155,9 +155,23 @@ def joined(curvatures: Sequence[Curvature]) -> Curvature:
 
 def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
     """The curvature for use where something else is split over these axes of its mesh."""
+    placed = block_shardings(curvature)
+    return with_shardings(curvature, {name: without(x, axes) for name, x in placed.items()})
+
+
+def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
+    """How the blocks' matrices lie, of those that are on a mesh."""
+    found = {n: b.sharding for n, b in curvature.blocks.items() if isinstance(b, Kronecker)}
+    return {name: sharding for name, sharding in found.items() if sharding is not None}
+
+
+def with_shardings(
+    curvature: Curvature, shardings: Mapping[str, NamedSharding | None]
+) -> Curvature:
+    """The curvature with other statements of how its blocks' matrices lie; None where unnamed."""
     blocks = {
-        name: dataclasses.replace(b, sharding=without(b.sharding, axes))
-        if isinstance(b, Kronecker) and b.sharding is not None
+        name: dataclasses.replace(b, sharding=shardings.get(name))
+        if isinstance(b, Kronecker)
         else b
         for name, b in curvature.blocks.items()
     }

@@ -6,13 +6,14 @@ python -m tests.many_devices.program OUT.npz KIND [ADDRESS PROCESS PROCESSES]
 import functools
 import re
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jedit
@@ -78,6 +79,9 @@ def compute(kind):
         batch_size=8,
     )
     out |= leaves_of(trained, "trained/") | leaves_of(history, "history/")
+    if mesh is not None and not jax.process_index() and jax.process_count() == 1:
+        check_saved(corrected)
+        check_explicit(mesh, params, batches, kfac)
     if mesh is not None:
         trees = {"solved": solved, "sum": summed.blocks, "edited": edited, "trained": trained}
         check_places(params, curvature, corrected, trees)
@@ -117,6 +121,36 @@ def check_places(params, curvature, corrected, trees):
         if not has_bias:
             wanted = largest_share(leaf)
             assert largest_share(corrected.blocks[name].corrected) == wanted, name
+
+
+def check_saved(curvature):
+    """A curvature comes back from a folder as it lay."""
+    with tempfile.TemporaryDirectory() as folder:
+        jedit.save_curvature(curvature, f"{folder}/it")
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), curvature
+        )
+        read = jedit.load_curvature(f"{folder}/it", like=like)
+    assert jax.tree.structure(read) == jax.tree.structure(curvature)
+    for one, other in zip(jax.tree.leaves(read), jax.tree.leaves(curvature), strict=True):
+        assert one.sharding == other.sharding
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def check_explicit(mesh, params, batches, estimator):
+    """A mesh with explicit axes is refused by name."""
+    explicit = jax.make_mesh(
+        mesh.devices.shape, mesh.axis_names, axis_types=(AxisType.Explicit,) * 2
+    )
+    moved = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(explicit, x.sharding.spec)), params
+    )
+    try:
+        jedit.estimate(estimator, moved, batches, key=jax.random.key(0))
+    except ValueError as error:
+        assert "axes are Auto" in str(error)
+    else:
+        raise AssertionError("a mesh with explicit axes passed")
 
 
 def check_programs(kind, mesh, params, curvature, gradient, edits, batch, kfac):
