@@ -94,6 +94,7 @@ def estimate(
             with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    places_of(params)  # refuses a mesh of explicit axes before JAX stumbles over it
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
         parts = [
