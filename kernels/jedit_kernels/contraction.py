@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 WARPGROUPS = 2  # that multiply; a third copies
 ROWS = 64  # of the tile to a warpgroup
@@ -43,7 +43,7 @@ def contract(
     tiles: Sequence[tuple[int, int]],
     width: int,
     is_squared: bool = False,
-    keep: Int[Array, "layers k"] | None = None,
+    keep: Bool[Array, "layers k"] | None = None,
     scalars: Float[Array, "layers"] | None = None,
 ) -> Float[Array, "layers m n"]:
     """Run the kernel; what is in no tile is undefined.
@@ -58,7 +58,7 @@ def contract(
         tiles: (row, column) of the tiles to compute, in units of 128 and `width`.
         width: 128, 192 or 256; 128 when squared, where a thread holds two sums.
         is_squared: f(x) = x².
-        keep: zero for rows whose contents must not matter; not with several groups.
+        keep: False for rows whose contents must not matter; not with several groups.
         scalars: one number a layer for the epilogue.
 
     Returns:
