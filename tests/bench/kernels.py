@@ -101,7 +101,7 @@ def races(size: str, dtype) -> Iterator[Race]:
 
 
 def error(race: Race) -> float:
-    """How far the kernel is from XLA, relative to the largest entry; NaN where one is not finite."""
+    """How far the kernel is from XLA, relative to the largest entry; NaN where either is."""
     kernel = jax.jit(race.contenders["kernel"])(*race.operands)
     expected = jax.jit(race.contenders["XLA, jedit_kernels"])(*race.operands)
     if race.is_lower:
