@@ -2,14 +2,15 @@
 
     out_ij = epilogue( Σ_g f( Σ_k a_gki b_gkj ), addend_ij ),     f(x) = x or x²
 
-A block of threads owns one 128 x `width` tile of one layer and is three warpgroups. The last one
-only copies: the copy engine (TMA) brings 64 rows of both operands at a time into a ring of slots in
-shared memory, swizzled as the tensor cores want them, and fills with zeros what lies outside the
-arrays. The other two own 64 rows of the tile each and multiply (wgmma), both operands from shared
-memory, sums in float32 registers; a slot goes back when the product after it has been issued. With
-f(x) = x² a second set of registers sums the squares of finished groups, so no group's product
-leaves the registers. At the end the addend's tile passes through shared memory in strips, is
-combined in registers, and leaves by the copy engine again.
+Two blocks of threads, a cluster, own a 256 x `width` tile of one layer, 128 rows each. A block is
+three warpgroups. The last one only copies: the copy engine (TMA) brings 64 rows of both operands at
+a time into a ring of slots in shared memory, swizzled as the tensor cores want them, and fills with
+zeros what lies outside the arrays; b's columns are the same for both blocks, which fetch half each
+and send it to both. The other two warpgroups own 64 rows of the tile each and multiply (wgmma),
+both operands from shared memory, sums in float32 registers; a slot goes back when the product after
+it has been issued. With f(x) = x² a second set of registers sums the squares of finished groups, so
+no group's product leaves the registers. At the end the addend's tile passes through shared memory
+in strips, is combined in registers, and leaves by the copy engine again.
 
 Masked rows: 64 rows at a time that are all kept go straight to the tensor cores; others are read
 into registers, replaced by zeros where masked (in both operands: zero times NaN is NaN), and
@@ -27,7 +28,9 @@ from jaxtyping import Array, Bool, Float
 
 WARPGROUPS = 2  # that multiply; a third copies
 ROWS = 64  # of the tile to a warpgroup
-HEIGHT = WARPGROUPS * ROWS
+BLOCKS = 2  # to a cluster
+HEIGHT = WARPGROUPS * ROWS  # of a block's part of a tile
+TILE_HEIGHT = BLOCKS * HEIGHT
 DEPTH = 64  # rows of the operands to a slot
 STRIP = 32  # columns of the addend at a time
 SHARED_BYTES = 192 * 1024  # for the ring; strips and barriers take 33 KiB of the other 35
@@ -55,7 +58,7 @@ def contract(
         b: see the module.
         addend: float32.
         epilogue: (sums, addend, scalar or None) -> tile, all float32, elementwise.
-        tiles: (row, column) of the tiles to compute, in units of 128 and `width`.
+        tiles: (row, column) of the tiles to compute, in units of 256 and `width`.
         width: 128, 192 or 256; 128 when squared, where a thread holds two sums.
         is_squared: f(x) = x².
         keep: False for rows whose contents must not matter; not with several groups.
@@ -88,6 +91,8 @@ def contract(
         out_type=jax.ShapeDtypeStruct(addend.shape, FLOAT32),
         grid=(len(tiles), layers),
         grid_names=("tile", "layer"),
+        cluster=(BLOCKS,),
+        cluster_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
@@ -95,7 +100,9 @@ def contract(
             _swizzled((slots, DEPTH, width), a.dtype),
             _swizzled((WARPGROUPS, 2, ROWS, STRIP), FLOAT32),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
+            plgpu.ClusterBarrier(
+                collective_axes=("block",), num_arrivals=WARPGROUPS, num_barriers=slots
+            ),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(num_barriers=WARPGROUPS * 2),
         ],
@@ -130,7 +137,10 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
     groups, k = a.shape[1:3]
     slots, _, width = b_ring.shape
     depth = pl.cdiv(k, DEPTH)
-    top = pl.multiple_of(rows[tile] * jnp.int32(HEIGHT), HEIGHT)
+    steps = groups * depth
+    last = jnp.int32(max(steps - slots, 0))
+    part = rows[tile] * jnp.int32(BLOCKS) + lax.axis_index("block")
+    top = pl.multiple_of(part * jnp.int32(HEIGHT), HEIGHT)
     left = pl.multiple_of(columns[tile] * jnp.int32(width), 64)
 
     def slot_of(step):
@@ -149,13 +159,19 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
 
             group, block = lax.div(number, jnp.int32(depth)), lax.rem(number, jnp.int32(depth))
             there = (layer, group, pl.ds(block * jnp.int32(DEPTH), DEPTH))
-            for source, ring, at in (
-                (a, a_ring, pl.ds(top, HEIGHT)),
-                (b, b_ring, pl.ds(left, width)),
-            ):
-                plgpu.copy_gmem_to_smem(source.at[*there, at], ring.at[slot], filled.at[slot])
+            plgpu.copy_gmem_to_smem(
+                a.at[*there, pl.ds(top, HEIGHT)], a_ring.at[slot], filled.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(
+                b.at[*there, pl.ds(left, width)],
+                b_ring.at[slot],
+                filled.at[slot],
+                collective_axes="block",
+            )
 
-        _loop(groups * depth, step)
+        _loop(steps, step)
+        # The other block still reports slots as empty: this one must not end before it has.
+        _loop(min(steps, slots), lambda i: plgpu.barrier_wait(emptied.at[slot_of(last + i)]))
 
     @pl.when(warpgroup < WARPGROUPS)
     def _multiply():
@@ -204,14 +220,21 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
             def _():
                 row = extra["keep"][layer, pl.ds(block * jnp.int32(DEPTH), DEPTH)]
                 row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(1))
-                half = width // WARPGROUPS
-                for ref in (
-                    a_ring.at[slot, :, mine],
-                    b_ring.at[slot, :, pl.ds(warpgroup * jnp.int32(half), half)],
-                ):
+
+                def zero_masked(ref):
                     x = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA)
                     is_kept = lax.broadcast_in_dim(row, x.shape, [0]) != 0
                     ref[...] = jnp.where(is_kept, x, jnp.zeros_like(x))
+
+                zero_masked(a_ring.at[slot, :, mine])
+                for first in range(0, width, WARPGROUPS * ROWS):
+                    start = first + warpgroup * jnp.int32(ROWS)
+
+                    # The last columns of an odd number belong to the first warpgroup alone.
+                    @pl.when(start < width)
+                    def _(start=start):
+                        zero_masked(b_ring.at[slot, :, pl.ds(start, ROWS)])
+
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(cleaned)
                 plgpu.barrier_wait(cleaned)

@@ -50,8 +50,8 @@ LLAMA_MATRICES = (
     MatrixShape(1, 4096, 14336),
 )
 
-# A few tiles, for interpreting a kernel: whole tiles first, then every size ragged; the last of each
-# goes round the ring of slots more than once.
+# A few tiles, for interpreting a kernel: whole tiles first, then every size ragged; the last of
+# each goes round the ring of slots more than once.
 TOY_MOMENTS = (MomentShape(1, 128, 256), MomentShape(2, 100, 200), MomentShape(1, 500, 130))
 TOY_GRADIENTS = (GradientShape(1, 2, 128, 128, 128), GradientShape(2, 4, 75, 70, 200))
 TOY_MATRICES = (MatrixShape(1, 128, 256), MatrixShape(2, 70, 100))

@@ -1,10 +1,11 @@
 """Which tiles of an output a kernel computes, and in what order."""
 
 import math
+from collections.abc import Callable
 
-MULTIPROCESSORS = 132  # of an H100 or H200 in its SXM form
-WIDTHS = (256, 192, 128)  # the widest first: it reads least for each product
-BAND = 8  # rows of tiles that run at one time, so that they find each other's operands in L2
+CLUSTERS = 66  # pairs of multiprocessors of an H100 or H200 in its SXM form
+WIDTHS = (256, 192, 128)
+BAND = 4  # rows of tiles that run at one time, so that they find each other's operands in L2
 
 
 def all_tiles(rows: int, columns: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
@@ -24,8 +25,11 @@ def lower_tiles(size: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
     return [(i, j) for i, j, row in lowest if min(row, size - 1) >= j * shape[1]]
 
 
-def best_width(count_tiles, layers: int) -> int:
-    """The width whose tiles take the fewest rounds over the multiprocessors, by their area.
+def best_width(count_tiles: Callable[[int], int], layers: int) -> int:
+    """The width that is expected to take the least time; no GPU has been asked yet.
+
+    A round over the multiprocessors is taken to last as long as reading a tile's operands from L2,
+    which for tiles of this size is longer than multiplying them: 256 + width columns.
 
     Args:
         count_tiles: width -> how many tiles a layer has.
@@ -34,4 +38,4 @@ def best_width(count_tiles, layers: int) -> int:
     Returns:
         One of `WIDTHS`; of equals the widest.
     """
-    return min(WIDTHS, key=lambda w: math.ceil(count_tiles(w) * layers / MULTIPROCESSORS) * w)
+    return min(WIDTHS, key=lambda w: math.ceil(count_tiles(w) * layers / CLUSTERS) * (256 + w))

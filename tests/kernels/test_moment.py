@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jedit_kernels import moment
+from jedit_kernels.moment.mosaic import moment_mosaic
 from jedit_kernels.moment.reference import moment_reference
 from jedit_kernels.shapes import LLAMA_MOMENTS, TOY_MOMENTS
+from jedit_kernels.tiles import WIDTHS
 
 from tests.kernels.hopper import check, draw, interpreted, lowered_for_cuda, needs_kernels
 
@@ -63,6 +65,15 @@ def test_kernel_is_numpys(key, shape, is_masked):
 
 
 @needs_kernels
+@pytest.mark.parametrize("width", [192, 256])  # the small moments above take 128
+def test_masked_kernel_of_every_width(key, width):
+    total, rows, mask, expected = case(key, (1, 100, 330), is_masked=True)
+    operands = jnp.asarray(total, jnp.float32), jnp.asarray(rows), jnp.asarray(mask)
+    with interpreted(is_whole=False):
+        check(lower(moment_mosaic(*operands, width=width)), lower(expected), SINGLE)
+
+
+@needs_kernels
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("shape", LLAMA_MOMENTS)
 def test_kernel_is_lowered_for_hopper(shape, is_masked):
@@ -74,6 +85,19 @@ def test_kernel_is_lowered_for_hopper(shape, is_masked):
     # Real sizes are whole, so nothing is copied around the kernel; no product is left to XLA.
     assert "stablehlo.dot_general" not in text
     assert is_masked or "stablehlo.pad" not in text
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_is_lowered_with_a_mask(width):
+    layers, n, d = LLAMA_MOMENTS[0]
+    operands = (
+        jax.ShapeDtypeStruct((layers, d, d), jnp.float32),
+        jax.ShapeDtypeStruct((layers, n, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((layers, n), jnp.bool_),
+    )
+    text = lowered_for_cuda(lambda *x: moment_mosaic(*x, width=width), *operands)
+    assert text.count("@mosaic_gpu") == 1
 
 
 def test_by_default_it_is_xlas(key):

@@ -29,17 +29,17 @@ def moment_mosaic(
         ValueError: another dtype, or an old JAX.
     """
     check_mosaic("moment", rows=rows)
-    from jedit_kernels.contraction import HEIGHT, contract
+    from jedit_kernels.contraction import TILE_HEIGHT, contract
 
     layers, _, d = rows.shape
-    width = width or best_width(lambda w: len(lower_tiles(d, (HEIGHT, w))), layers)
+    width = width or best_width(lambda w: len(lower_tiles(d, (TILE_HEIGHT, w))), layers)
     grouped = rows[:, None]
     return contract(
         grouped,
         grouped,
         total.astype(jnp.float32),
         lambda sums, old, _: old + sums,
-        tiles=lower_tiles(d, (HEIGHT, width)),
+        tiles=lower_tiles(d, (TILE_HEIGHT, width)),
         width=width,
         keep=mask,
     ).astype(total.dtype)

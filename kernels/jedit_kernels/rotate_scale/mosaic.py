@@ -25,17 +25,17 @@ def rotate_scale_mosaic(
         ValueError: operands not all bfloat16 or all float16, or an old JAX.
     """
     check_mosaic("rotate_scale", matrix=matrix, basis_in=basis_in, basis_out=basis_out)
-    from jedit_kernels.contraction import HEIGHT, contract
+    from jedit_kernels.contraction import TILE_HEIGHT, contract
 
     layers, d_in, d_out = matrix.shape
-    width = best_width(lambda w: len(all_tiles(d_in, d_out, (HEIGHT, w))), layers)
+    width = best_width(lambda w: len(all_tiles(d_in, d_out, (TILE_HEIGHT, w))), layers)
     right = product("lij,ljo->lio", matrix, basis_out, jnp.float32).astype(matrix.dtype)
     scaled = contract(
         basis_in[:, None],
         right[:, None],
         eigenvalues.astype(jnp.float32),
         divide,
-        tiles=all_tiles(d_in, d_out, (HEIGHT, width)),
+        tiles=all_tiles(d_in, d_out, (TILE_HEIGHT, width)),
         width=width,
         scalars=damping,
     )

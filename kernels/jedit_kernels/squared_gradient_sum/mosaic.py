@@ -20,7 +20,7 @@ def squared_gradient_sum_mosaic(
         ValueError: operands neither both bfloat16 nor both float16, or an old JAX.
     """
     check_mosaic("squared_gradient_sum", a=a, g=g)
-    from jedit_kernels.contraction import HEIGHT, contract
+    from jedit_kernels.contraction import TILE_HEIGHT, contract
 
     _, d_in, d_out = total.shape
     return contract(
@@ -28,7 +28,7 @@ def squared_gradient_sum_mosaic(
         g,
         total.astype(jnp.float32),
         lambda squares, old, _: old + squares,
-        tiles=all_tiles(d_in, d_out, (HEIGHT, WIDTH)),
+        tiles=all_tiles(d_in, d_out, (TILE_HEIGHT, WIDTH)),
         width=WIDTH,
         is_squared=True,
     ).astype(total.dtype)
