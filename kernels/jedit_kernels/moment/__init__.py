@@ -41,7 +41,7 @@ def moment(
     Raises:
         ValueError: an unknown `implementation`; or "mosaic" with another dtype or an old JAX.
     """
-    if choose(implementation, FASTER_ON) == "mosaic":
+    if choose(implementation, FASTER_ON, rows) == "mosaic":
         return moment_mosaic(total, rows, mask)
     if mask is not None:
         rows = jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))

@@ -45,7 +45,7 @@ def rotate_scale(
         ValueError: an unknown `implementation`; or "mosaic" with other dtypes or an old JAX.
     """
     damping = jnp.broadcast_to(jnp.asarray(damping, eigenvalues.dtype), matrix.shape[:1])
-    is_mosaic = choose(implementation, FASTER_ON) == "mosaic"
+    is_mosaic = choose(implementation, FASTER_ON, matrix, basis_in, basis_out) == "mosaic"
     run = rotate_scale_mosaic if is_mosaic else rotate_scale_xla
     return run(matrix, basis_in, basis_out, eigenvalues, damping)
 

@@ -39,7 +39,7 @@ def squared_gradient_sum(
     Raises:
         ValueError: an unknown `implementation`; or "mosaic" with other dtypes or an old JAX.
     """
-    if choose(implementation, FASTER_ON) == "mosaic":
+    if choose(implementation, FASTER_ON, a, g) == "mosaic":
         return squared_gradient_sum_mosaic(total, a, g)
     return squared_gradient_sum_xla(total, a, g)
 
