@@ -68,6 +68,9 @@ def contract(
         float32.
     """
     (layers, _, k, _), (m, n) = a.shape, addend.shape[1:]
+    if 0 in (*a.shape, *addend.shape):  # there is nothing to copy, nor to sum
+        numbers = None if scalars is None else scalars.astype(FLOAT32)[:, None, None]
+        return epilogue(jnp.zeros_like(addend), addend, numbers)
     a, b = _pad(a, {2: 8, 3: 64}), _pad(b, {2: 8, 3: 64})
     addend = _pad(addend, {1: 64, 2: 64})
     depth = pl.cdiv(k, DEPTH)

@@ -88,6 +88,15 @@ def test_kernel_is_lowered_for_hopper(shape, is_masked):
 
 
 @needs_kernels
+def test_no_rows_add_nothing(key):
+    (total,) = draw(key, (1, 5, 5))
+    total, rows = jnp.asarray(total, jnp.float32), jnp.zeros((1, 0, 5), jnp.bfloat16)
+    for implementation in ("xla", "mosaic"):
+        out = moment(total, rows, implementation=implementation)
+        np.testing.assert_array_equal(lower(out), lower(total))
+
+
+@needs_kernels
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_width_is_lowered_with_a_mask(width):
     layers, n, d = LLAMA_MOMENTS[0]
