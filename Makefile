@@ -38,7 +38,7 @@ help:
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
-	@echo "make test-newest  capture and curvature on the newest JAX (needs a Python >= 3.12)"
+	@echo "make test-newest  capture, curvature and kernels on the newest JAX (needs a Python >= 3.12)"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
 	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
@@ -123,7 +123,7 @@ test-newest:
 
 .PHONY: run-newest
 run-newest: .venv-newest/.done
-	$(call pytest_on,.venv-newest,tests/capture tests/curvature)
+	$(call pytest_on,.venv-newest,tests/capture tests/curvature tests/kernels)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .
@@ -136,6 +136,7 @@ format: .venv/.dev
 
 bench: .venv/.bench
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
+	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
 notebooks: .venv/.dev
 	@set -e; notebooks="$(wildcard notebooks/*.ipynb)"; \

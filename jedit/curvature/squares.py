@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jedit.capture import Site
 from jedit.capture.capture import scatter_rows
 from jedit.curvature.grouping import Block, Member
+from jedit.curvature.kernels import squared_gradient_sum
 from jedit.curvature.scores import Pass
 from jedit.sharding import fetched
 
@@ -47,9 +48,8 @@ def add_squared_gradients(
     parts = [example_factors(done, sites[m.site], m, pulled, bases) for m in block.members]
     total = total + sum(done.poison(sites[m.site]) for m in block.members)
     a, g = parts[0]
-    if len(parts) == 1 and g is not None and a.ndim == 4 and a.shape[2] == 1:
-        a, g = a[:, :, 0] ** 2, g[:, :, 0] ** 2
-        return total + jnp.einsum("lni,lno->lio", a, g, precision=HIGHEST)
+    if len(parts) == 1 and g is not None and a.ndim == 4 and not block.members[0].is_flipped:
+        return squared_gradient_sum(total, a, g)
 
     def example(total, n_parts):
         gradient = sum(

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from jedit.capture import Site
 from jedit.capture.capture import scatter_rows
 from jedit.curvature.alignment import align_site
-from jedit.curvature.moments import add_moment
+from jedit.curvature.kernels import moment as add_moment
 from jedit.curvature.scores import Pass
 
 SHARINGS = ("expand", "reduce")
