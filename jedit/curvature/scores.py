@@ -87,7 +87,11 @@ class Pass:
         return jnp.sum(self.counted, dtype=jnp.int32)
 
     def inputs(self, site: Site) -> tuple[Array, Array | None]:
-        """(a, v); an embedding's a is token indices (layers, examples, positions). v None: all."""
+        """(a, v); an embedding's a is token indices (layers, examples, positions). v None: all.
+
+        In the dtype that the model computed in: a product of bfloat16 rows is exact in float32, and
+        takes a device's fast path. What is not such a product has to widen them to `dtype` first.
+        """
         a = site.canonical_inputs(self.captured.activations[site.name])
         num_features = 0 if site.kind == "embedding" else 1
         positions = a.shape[1 : a.ndim - num_features]
@@ -95,7 +99,7 @@ class Pass:
         a = by_example(a, positions, self.lead)
         if site.kind == "embedding":
             return a, v
-        return self._only_valid(a.astype(self.dtype), v), v
+        return self._only_valid(self._as_computed(a), v), v
 
     def gradients(self, site: Site, pulled: dict[str, Array]) -> Array:
         """The g of one pullback.
@@ -103,7 +107,7 @@ class Pass:
         A padded position's is zero in any case if the model takes nothing from it; it is set to
         zero for the sake of positions that hold no numbers, where zero times that is not zero.
         """
-        raw = pulled[site.name].astype(self.dtype)
+        raw = self._as_computed(pulled[site.name])
         if self.valid is not None and raw.shape[: len(self.lead)] == self.lead:
             # Before positions become features, as those of a table that is added to all examples.
             rest = (1,) * (raw.ndim - len(self.lead))
@@ -131,6 +135,11 @@ class Pass:
         if self.num_pullbacks == 1:
             return one(0, total)
         return jax.lax.fori_loop(0, self.num_pullbacks, one, total)
+
+    def _as_computed(self, x: Array) -> Array:
+        """Narrower numbers than the sums' stay as they are, all others become as wide."""
+        is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+        return x if is_narrow else x.astype(self.dtype)
 
     @staticmethod
     def _only_valid(x: Array, v: Array | None) -> Array:

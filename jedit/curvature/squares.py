@@ -66,7 +66,7 @@ def example_factors(
     done: Pass, site: Site, member: Member, pulled, bases
 ) -> tuple[Array, Array | None]:
     """(a, g) of one site, rotated, (layers, examples, positions, features)."""
-    g = done.gradients(site, pulled)
+    g = done.gradients(site, pulled).astype(done.dtype)
     basis_in, basis_out = bases[::-1] if member.is_flipped else bases
     g = _rotate(g, basis_out)
     if site.kind == "bias":
@@ -75,6 +75,7 @@ def example_factors(
     if site.kind == "embedding":
         g = g if v is None else jnp.where(v[..., None], g, 0)
         return a, g
+    a = a.astype(done.dtype)
     if site.kind == "scale":
         return (member.scale * a * g), None
     a = member.scale * a

@@ -76,11 +76,12 @@ def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: str) -> InputSu
         total = sums.total
     else:
         if sharing == "reduce":
-            a, v = _mean_over_positions(a, v)
+            a, v = _mean_over_positions(a.astype(done.dtype), v)
         rows = a.reshape(a.shape[0], -1, a.shape[-1])
-        total, count = sums.total + jnp.sum(rows, axis=1), _count(a, v)
+        wide = rows.astype(done.dtype)
+        total, count = sums.total + jnp.sum(wide, axis=1), _count(a, v)
         if sums.moment.ndim == 2:
-            moment = sums.moment + jnp.sum(jnp.square(rows), axis=1)
+            moment = sums.moment + jnp.sum(jnp.square(wide), axis=1)
         else:
             moment = add_moment(sums.moment, rows)
     return InputSums(moment + done.poison(site), total, sums.count + count)
@@ -92,10 +93,10 @@ def add_outputs(
     """Add the output gradients of one pullback."""
     g = done.gradients(site, pulled)
     if sharing == "reduce":
-        g = jnp.sum(g, axis=2)
+        g = jnp.sum(g.astype(done.dtype), axis=2)
     rows = g.reshape(g.shape[0], -1, g.shape[-1])
     if total.ndim == 2:
-        return total + jnp.sum(jnp.square(rows), axis=1)
+        return total + jnp.sum(jnp.square(rows.astype(done.dtype)), axis=1)
     return add_moment(total, rows)
 
 

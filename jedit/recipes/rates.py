@@ -29,7 +29,8 @@ class Flops(NamedTuple):
 
     Attributes:
         model: through the matrices and back, in the dtype that the model computes in.
-        statistics: moments, or rotations and gradients, in float32 at full precision.
+        statistics: moments, of rows as the model computed them, or rotations and gradients, in
+            float32 at full precision; both are summed in float32.
     """
 
     model: int
@@ -72,7 +73,7 @@ class Rates(NamedTuple):
     Attributes:
         peak: in the dtype of the computation, as JAX multiplies it by default (on some devices a
             float32 product is rounded to fewer bits by default: TF32, bfloat16).
-        full: in float32 at `Precision.HIGHEST`, as the statistics are.
+        full: in float32 at `Precision.HIGHEST`, as EK-FAC's statistics are.
     """
 
     peak: float
