@@ -19,7 +19,7 @@ from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, whole, zeros
+from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, undivided, zeros
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
@@ -50,8 +50,7 @@ class SquaresState:
         leaves = leaf_shardings(params)
         if not leaves:
             return None
-        everywhere = whole(next(iter(leaves.values())))
-        found = jax.tree.map(lambda _: everywhere, self)
+        found = undivided(self, leaves)
         for block in self.blocks:
             matrix = matrix_sharding(block.weight, leaves)
             if matrix is not None:

@@ -79,7 +79,7 @@ def factorize(
     check_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    pairs = [_eigh(layer, dtype or matrix.dtype) for layer in matrix]
+    pairs = [jax.block_until_ready(_eigh(layer, dtype or matrix.dtype)) for layer in matrix]
     values, bases = (
         jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
     )
@@ -91,8 +91,9 @@ def factorize_all(
 ) -> dict[str, Factor]:
     """The eigenbases of all factors; where they lie on a mesh, each device decomposes some.
 
-    A basis lies as its matrix does. Beside the factors a device holds two matrices of the largest
-    size at a time.
+    A basis lies as its matrix does. Beside the factors a device holds some four whole matrices of
+    the largest size. Devices that are CPUs of one process take turns: they share its cores, and
+    LAPACK may not come back when it is called side by side.
 
     Raises:
         FloatingPointError: one is not finite.
@@ -125,9 +126,12 @@ def _factorize_spread(
         pairs = []
         for (name, layer), device in turn:
             matrix, sharding = matrices[name]
-            copies = _layer(matrix, layer, whole(sharding)).addressable_shards
-            mine = [shard.data for shard in copies if shard.device == device]
+            # Waited for: else copies of a whole turn would be under way to every device.
+            copies = jax.block_until_ready(_layer(matrix, layer, whole(sharding)))
+            mine = [x.data for x in copies.addressable_shards if x.device == device]
             pairs.append(_eigh(mine[0], dtype or matrix.dtype) if mine else None)
+            if device.platform == "cpu":
+                jax.block_until_ready(pairs[-1])
         for ((name, layer), device), pair in zip(turn, pairs, strict=True):
             matrix, sharding = matrices[name]
             square, line = (1, *matrix.shape[1:]), (1, matrix.shape[1])
@@ -198,4 +202,4 @@ def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):
     """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
-    return jax.block_until_ready(jnp.linalg.eigh(matrix.astype(dtype)))
+    return jnp.linalg.eigh(matrix.astype(dtype))

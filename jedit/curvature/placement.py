@@ -164,6 +164,12 @@ def whole(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec())
 
 
+def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
+    """A tree of shardings, all of them whole copies on the parameters' mesh."""
+    everywhere = whole(next(iter(leaves.values())))
+    return jax.tree.map(lambda _: everywhere, tree)
+
+
 def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
     """Zeros of given shapes, made where they belong; `places` None: on the default device."""
     if places is None:

@@ -4,6 +4,7 @@ python -m tests.many_devices.program OUT.npz KIND [ADDRESS PROCESS PROCESSES]
 """
 
 import functools
+import math
 import re
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def compute(kind):
     if mesh is not None:
         trees = {"solved": solved, "sum": summed.blocks, "edited": edited, "trained": trained}
         check_places(params, curvature, corrected, trees)
+        check_live(kind)
         check_programs(kind, mesh, params, curvature, gradient, edits, batches[0], kfac)
     return out
 
@@ -122,6 +124,15 @@ def check_places(params, curvature, corrected, trees):
         if not has_bias:
             wanted = largest_share(leaf)
             assert largest_share(corrected.blocks[name].corrected) == wanted, name
+
+
+def check_live(kind):
+    """No device holds a whole weight of those that are split, of all that is alive by now."""
+    shapes = set() if kind == "data" else set(scene.KERNELS.values())
+    for x in jax.live_arrays():
+        if x.shape[-2:] in shapes and x.size == math.prod(x.shape[-3:]):
+            wholes = [s for s in x.addressable_shards if s.data.shape[-2:] == x.shape[-2:]]
+            assert not wholes, (x.shape, x.sharding)
 
 
 def check_saved(curvature):
