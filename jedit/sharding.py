@@ -28,23 +28,37 @@ def spec_of(*split: Axes) -> PartitionSpec:
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """An array's sharding over several devices; None when it is traced, or on one device.
+    """An array's sharding over several devices.
 
-    Raises:
-        ValueError: the mesh has explicit axes.
+    None when it is traced, or on one device, or on a mesh of explicit axes, where JAX itself says
+    what lies where.
     """
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return None
-    if any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
-        raise ValueError(
-            "jedit computes on meshes whose axes are Auto, so that XLA places what is in between; "
-            f"got {sharding.mesh}. Make it by jax.make_mesh(shape, names, "
-            "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-        )
-    return sharding
+    return None if _is_explicit(sharding) else sharding
+
+
+def refuse_explicit(tree: PyTree) -> None:
+    """Refuse parameters on a mesh whose axes are explicit.
+
+    Raises:
+        ValueError: they are.
+    """
+    for x in jax.tree.leaves(tree):
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and _is_explicit(sharding):
+            raise ValueError(
+                "jedit computes on meshes whose axes are Auto, so that XLA places what is in "
+                f"between; got {sharding.mesh}. Make it by jax.make_mesh(shape, names, "
+                "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
+            )
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+    return any(kind != AxisType.Auto for kind in sharding.mesh.axis_types)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +84,7 @@ class RowSharding:
 
 
 def row_sharding(rows: PyTree) -> RowSharding | None:
-    """How the leading axis of all leaves lies; None when it is not split, or not alike.
-
-    Raises:
-        ValueError: the mesh has explicit axes.
-    """
+    """How the leading axis of all leaves lies; None when it is not split, or not alike."""
     found = set()
     for leaf in jax.tree.leaves(rows):
         sharding = sharding_of(leaf)

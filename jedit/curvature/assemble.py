@@ -5,15 +5,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from jedit.curvature.factorize import Moment
 from jedit.curvature.grouping import Block
 from jedit.curvature.moments import symmetrize
-from jedit.curvature.placement import block_sharding
 from jedit.curvature.structure import Kronecker
 from jedit.curvature.sums import InputSums
-from jedit.sharding import sharding_of
 
 
 def assemble(
@@ -22,6 +21,7 @@ def assemble(
     outputs: Mapping[str, Array],
     number: Array,
     moments: dict[str, Moment],
+    sharding: NamedSharding | None = None,
 ) -> Kronecker:
     """One block; its moments are added to `moments`, unless another block has put A there.
 
@@ -31,6 +31,7 @@ def assemble(
         outputs: sums by site.
         number: M times the draws, what G is a mean over.
         moments: all so far, by the factor's name.
+        sharding: how the block's parameter lies on a mesh; None: on one device.
 
     Returns:
         The block.
@@ -51,9 +52,6 @@ def assemble(
         a, g = merge(pairs)
         input_name = f"input of {block.name}"
     output_name = f"output of {block.name}"
-    first = block.members[0]
-    sides = [sharding_of(inputs[first.group].moment), sharding_of(outputs[first.site])]
-    sharding = block_sharding(*(sides[::-1] if first.is_flipped else sides))
     moments.setdefault(input_name, Moment(a, block.name, block.hint))
     moments[output_name] = Moment(g, block.name, block.hint)
     return Kronecker(block.weight, input_name, output_name, sharding=sharding)

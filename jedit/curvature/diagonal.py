@@ -19,7 +19,7 @@ from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, undivided, zeros
+from jedit.curvature.placement import best_split, leaf_shardings, matrix_sharding, undivided, zeros
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
@@ -54,7 +54,7 @@ class SquaresState:
         for block in self.blocks:
             matrix = matrix_sharding(block.weight, leaves)
             if matrix is not None:
-                found.squares[block.name] = even(matrix, self.squares[block.name].shape, 0, 1, 2)
+                found.squares[block.name] = best_split(matrix, self.squares[block.name].shape)
         return found
 
 

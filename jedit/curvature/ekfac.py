@@ -55,7 +55,9 @@ def ekfac(
             block = kfac_curvature.blocks[name]
             field = "values" if isinstance(block, Diagonal) else "corrected"
             corrected[name] = dataclasses.replace(block, **{field: means[name]})
-        return Curvature(corrected, factors, num_outputs)
+        kronecker = [b for b in corrected.values() if isinstance(b, Kronecker)]
+        used = {name for block in kronecker for name in (block.input, block.output)}
+        return Curvature(corrected, {n: f for n, f in factors.items() if n in used}, num_outputs)
 
     paths = exactly(kfac_curvature.covered)
     return squares_estimator(apply, Labels(likelihood, fisher, samples), paths, bases, finish)

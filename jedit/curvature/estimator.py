@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
-from jedit.sharding import kept, places_of
+from jedit.sharding import kept, places_of, refuse_explicit
 from jedit.typing import Batch, Resumable
 
 
@@ -89,12 +89,13 @@ def estimate(
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one; the checkpoint is of
+        ValueError: no batch, or what the estimator finds wrong with one; parameters on a mesh whose
+            axes are explicit; the checkpoint is of
             another call; or `group_bytes` with a checkpoint, with batches that come only once, or
             with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
-    places_of(params)  # refuses a mesh of explicit axes before JAX stumbles over it
+    refuse_explicit(params)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
         parts = [

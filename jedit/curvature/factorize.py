@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jedit.curvature.placement import even, whole
 from jedit.curvature.structure import Factor
-from jedit.sharding import sharding_of
+from jedit.sharding import axes_of, sharding_of, spec_of
 
 
 class Moment(NamedTuple):
@@ -40,7 +40,9 @@ def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") 
     Raises:
         FloatingPointError: it holds NaN or infinity.
     """
-    is_finite = np.asarray(_are_finite(values))
+    found, sharding = _are_finite(values), sharding_of(values)
+    # Layers may lie on devices that this process does not see.
+    is_finite = np.asarray(found if sharding is None else jax.device_put(found, whole(sharding)))
     if not is_finite.all():
         layers = np.flatnonzero(~is_finite).tolist()
         where = f" (layers {layers})" if len(is_finite) > 1 else ""
@@ -118,38 +120,39 @@ def _factorize_spread(
     if not matrices:
         return {}
     devices = _devices(next(iter(matrices.values()))[1])
-    tasks = [(name, layer) for name, (x, _) in matrices.items() for layer in range(len(x))]
-    tasks.sort(key=lambda task: -matrices[task[0]][0].shape[-1])
-    found: dict[tuple[str, int], tuple[Array, ...]] = {}
+    names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
+    tasks = [(name, layer) for name in names for layer in range(len(matrices[name][0]))]
+    pieces: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
+    factors = {}
     for first in range(0, len(tasks), len(devices)):
         turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
+        # All are copied before any is decomposed: a copy is the work of every device.
+        mine = [_on_device(*matrices[name], layer, device) for (name, layer), device in turn]
         pairs = []
-        for (name, layer), device in turn:
-            matrix, sharding = matrices[name]
-            # Waited for: else copies of a whole turn would be under way to every device.
-            copies = jax.block_until_ready(_layer(matrix, layer, whole(sharding)))
-            mine = [x.data for x in copies.addressable_shards if x.device == device]
-            pairs.append(_eigh(mine[0], dtype or matrix.dtype) if mine else None)
+        for matrix, device in zip(mine, devices, strict=False):
+            pairs.append(None if matrix is None else _eigh(matrix, dtype or matrix.dtype))
             if device.platform == "cpu":
                 jax.block_until_ready(pairs[-1])
-        for ((name, layer), device), pair in zip(turn, pairs, strict=True):
+        for ((name, _), device), pair in zip(turn, pairs, strict=True):
             matrix, sharding = matrices[name]
-            square, line = (1, *matrix.shape[1:]), (1, matrix.shape[1])
-            whole_axis = even(sharding, square, None, 1, None)
-            places = (whole(sharding), whole_axis)
-            found[name, layer] = tuple(
-                _from_owner(None if pair is None else pair[k], shape, matrix.dtype, device, place)
-                for k, (shape, place) in enumerate(zip((line, square), places, strict=True))
-            )
-    return {
-        name: Factor(matrix, *_stacked([found[name, k] for k in range(len(matrix))], sharding))
-        for name, (matrix, sharding) in matrices.items()
-    }
+            pieces[name].append(_from_owner(pair, matrix, device, sharding))
+            if len(pieces[name]) == len(matrix):
+                factors[name] = Factor(matrix, *_stacked(pieces.pop(name), sharding))
+    return factors
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _layer(matrix: Array, layer: int, place: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(matrix[layer], place)
+def _on_device(matrix: Array, sharding: NamedSharding, layer: int, device: Any) -> Array | None:
+    """One layer's matrix on one device; None when that is another process's."""
+    # Waited for: else copies of a whole turn would be under way to every device.
+    copies = jax.block_until_ready(_layer(matrix, jnp.int32(layer), whole(sharding)))
+    mine = [x.data for x in copies.addressable_shards if x.device == device]
+    return mine[0] if mine else None
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
+    chosen = jax.lax.dynamic_index_in_dim(matrix, layer, keepdims=False)
+    return jax.lax.with_sharding_constraint(chosen, place)
 
 
 def _devices(sharding: NamedSharding) -> list[Any]:
@@ -160,34 +163,41 @@ def _devices(sharding: NamedSharding) -> list[Any]:
 
 
 def _from_owner(
-    value: Array | None, shape: tuple[int, ...], dtype: jnp.dtype, owner, place: NamedSharding
-) -> Array:
-    """A value that one device of the mesh holds (None: another process does), where it belongs.
+    pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
+) -> tuple[Array, ...]:
+    """Eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds, on all of the mesh.
 
-    A sum over the devices, of zeros but for the owner's: exact, and a collective that needs nobody
-    to see the others' memory.
+    None: another process holds them. A sum over the devices, of zeros but for the owner's: exact,
+    and a collective that needs nobody to see the others' memory.
     """
-    devices = _devices(place)
-    rows = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
-    process = jax.process_index()
-    shards = [
-        jax.device_put(
-            jnp.zeros(shape, dtype) if device != owner else jnp.asarray(value, dtype)[None], device
-        )
-        for device in devices
-        if device.process_index == process
-    ]
-    full = jax.make_array_from_single_device_arrays((len(devices), *shape[1:]), rows, shards)
-    return _sum_first(full, place)
+    devices = _devices(sharding)
+    by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
+    axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
+    split = even(
+        NamedSharding(sharding.mesh, spec_of((), axes)), (1, *matrix.shape[1:]), 0, 1, None
+    )
+    found = []
+    for k, place in enumerate((whole(sharding), split)):
+        shape = (1, *matrix.shape[1 : 2 + k])
+        shards = [
+            jax.device_put(
+                jnp.zeros(shape, matrix.dtype)
+                if pair is None or device != owner
+                else jnp.asarray(pair[k], matrix.dtype)[None],
+                device,
+            )
+            for device in devices
+            if device.process_index == jax.process_index()
+        ]
+        full = (len(devices), *shape[1:])
+        one = jax.make_array_from_single_device_arrays(full, by_device, shards)
+        found.append(_sum_devices(one, place))
+    return tuple(found)
 
 
-@functools.lru_cache(maxsize=64)
-def _sum_first_program(place: NamedSharding):
-    return jax.jit(lambda x: jnp.sum(x, axis=0, keepdims=True), out_shardings=place)
-
-
-def _sum_first(x: Array, place: NamedSharding) -> Array:
-    return _sum_first_program(place)(x)
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_devices(x: Array, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.sum(x, axis=0, keepdims=True), place)
 
 
 def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:

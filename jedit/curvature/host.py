@@ -12,8 +12,8 @@ from jedit.sharding import fetched
 def to_host(curvature: Curvature) -> Curvature:
     """The curvature with its matrices in the host's pinned memory, each split as before.
 
-    `solve`, `matvec`, `power`, `quadratic_form` and `ekfac` fetch what they need, block by block;
-    anything else needs `to_device` first.
+    `solve`, `matvec`, `power`, `quadratic_form`, `trace` and `ekfac` fetch what they need, block by
+    block; `batch_unlearn` fetches all of it; anything else needs `to_device` first.
     """
 
     def move(x: Array) -> Array:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jedit.curvature.assemble import assemble
@@ -24,7 +25,14 @@ from jedit.curvature.factorize import Moment, factorize_all
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.placement import even, leaf_shardings, matrix_sharding, undivided, zeros
+from jedit.curvature.placement import (
+    best_split,
+    factor_place,
+    leaf_shardings,
+    matrix_sharding,
+    undivided,
+    zeros,
+)
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
@@ -39,7 +47,7 @@ from jedit.curvature.sums import (
 )
 
 
-@pytree("blocks", "draws")
+@pytree("blocks", "draws", "shardings")
 @dataclasses.dataclass(frozen=True)
 class KfacState:
     """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
@@ -53,6 +61,7 @@ class KfacState:
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
         blocks: static.
         draws: static; how many pullbacks a batch's gradients are the mean of.
+        shardings: static; how each block's parameter lies on a mesh; empty on one device.
     """
 
     inputs: dict[str, InputSums]
@@ -62,6 +71,7 @@ class KfacState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
+    shardings: tuple[NamedSharding | None, ...] = ()
 
     def places(self, params: PyTree) -> "KfacState | None":
         """The shardings of all sums, after those of the parameters; None on one device."""
@@ -75,17 +85,15 @@ class KfacState:
                 if matrix is None:
                     continue
                 if block.is_diagonal:
-                    found.squares[block.name] = even(
-                        matrix, self.squares[block.name].shape, 0, 1, 2
-                    )
+                    shape = self.squares[block.name].shape
+                    found.squares[block.name] = best_split(matrix, shape)
                     continue
-                sides = (0, 1, None)
                 moment = self.inputs[member.group].moment.shape
                 found.inputs[member.group] = found.inputs[member.group]._replace(
-                    moment=even(matrix, moment, *sides[: len(moment)])
+                    moment=factor_place(matrix, moment, 1)
                 )
-                sides, moment = (0, 2, None), self.outputs[member.site].shape
-                found.outputs[member.site] = even(matrix, moment, *sides[: len(moment)])
+                moment = self.outputs[member.site].shape
+                found.outputs[member.site] = factor_place(matrix, moment, 2)
         return found
 
 
@@ -151,8 +159,12 @@ def kfac(
         shape = shapes(params, batch)
         refuse_unclear_padding(shape.blocks, batch)
         state = zeros(shape, shape.places(params))
+        leaves = leaf_shardings(params)
+        shardings = tuple(matrix_sharding(b.weight, leaves) for b in state.blocks)
         return dataclasses.replace(
-            state, next_example=state.next_example + jnp.int32(first_example)
+            state,
+            next_example=state.next_example + jnp.int32(first_example),
+            shardings=shardings if leaves else (),
         )
 
     def update(state, params, batch, key):
@@ -185,6 +197,7 @@ def kfac(
             state.next_example + done.lead[0],
             state.blocks,
             state.draws,
+            state.shardings,
         )
 
     def groups(params, batch, group_bytes):
@@ -212,11 +225,12 @@ def _finalize(state: KfacState, dtype=None) -> Curvature:
     moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
-    for block in state.blocks:
+    shardings = state.shardings or (None,) * len(state.blocks)
+    for block, sharding in zip(state.blocks, shardings, strict=True):
         if block.is_diagonal:
             values = mean_squares(state.squares[block.name], number, block)
             blocks[block.name] = Diagonal(block.weight, values)
         else:
             sums = (state.inputs, state.outputs)
-            blocks[block.name] = assemble(block, *sums, number, moments)
+            blocks[block.name] = assemble(block, *sums, number, moments, sharding)
     return Curvature(blocks, factorize_all(moments, dtype), state.num_outputs)

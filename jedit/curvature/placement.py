@@ -1,9 +1,9 @@
 """Where sums, factors and eigenbases lie when the parameters lie on a mesh.
 
 A parameter's matrix (layers, d_in, d_out) keeps the mesh axes that its leaf is split over; A
-follows d_in, G follows d_out, and what has the matrix's own shape follows both:
+and G are split over all of them, each along one side:
 
-    W  P(l, i, o)   =>   A, Q_A  P(l, i, None)   G, Q_G  P(l, o, None)   Λ  P(l, i, o)
+    W  P(l, i, o)   =>   A, Q_A  P(l, (i, o), None)   G, Q_G  P(l, (o, i), None)   Λ  P(l, i, o)
 
 An axis that the devices do not divide evenly (d_in and one for the bias, say) is not split. Meshes
 are read off the arrays themselves; on one device nothing here does anything.
@@ -24,11 +24,7 @@ from jedit.sharding import Axes, axes_of, sharding_of, spec_of
 
 
 def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
-    """By path, the sharding of every parameter that is an array on a mesh of several devices.
-
-    Raises:
-        ValueError: the mesh has explicit axes.
-    """
+    """By path, the sharding of every parameter that is an array on a mesh of several devices."""
     found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
     return {path: sharding for path, sharding in found.items() if sharding is not None}
 
@@ -71,7 +67,7 @@ def matrix_sharding(
     shape = (weight.layers, weight.d_in, weight.d_out)
     layers, rows, columns = (axes for _, axes in _reshaped(dims, shape, sharding.mesh))
     split = (layers, columns, rows) if is_flipped else (layers, rows, columns)
-    return NamedSharding(sharding.mesh, spec_of(*split))
+    return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
 
 
 def _reshaped(
@@ -137,6 +133,13 @@ def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
     return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
 
 
+def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
+    """Where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
+    dims = (0, dim, None)[: len(shape)]
+    found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
+    return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
+
+
 def num_pieces(sharding: NamedSharding) -> int:
     """Into how many a matrix is cut along `along`."""
     axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
@@ -147,16 +150,6 @@ def without(sharding: NamedSharding, axes: Axes) -> NamedSharding | None:
     """The sharding without some axes; None when nothing is left."""
     split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
     return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
-
-
-def block_sharding(a: NamedSharding | None, g: NamedSharding | None) -> NamedSharding | None:
-    """How a block's matrix lies, of how its A and its G do; None when it is split nowhere."""
-    if a is None or g is None:
-        return None
-    (layers, rows), (_, columns) = (([axes_of(e) for e in x.spec] + [()] * 2)[:2] for x in (a, g))
-    columns = tuple(x for x in columns if x not in rows)
-    split = (layers, rows, columns)
-    return NamedSharding(a.mesh, spec_of(*split)) if any(split) else None
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:

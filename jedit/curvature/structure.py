@@ -12,11 +12,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax.lax import with_sharding_constraint
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.capture import Weight
-from jedit.curvature.placement import along, best_split, num_pieces, whole, without
+from jedit.curvature.placement import along, best_split, num_pieces, without
 from jedit.sharding import fetched
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -217,21 +217,34 @@ def _sharded_rotation(
     """Each axis is rotated while the matrix is split along the other: no device holds all of it.
 
     Left to itself, a sharded contraction makes partial sums of the whole matrix on every device.
-    Zeros make both axes even: XLA moves only even pieces from one device to another.
+    Zeros make both axes even: XLA moves only even pieces from one device to another. Layers that
+    are not split go one by one, so that one layer's bases are whole on a device at a time.
     """
     shape = matrix.shape
     missing = [(0, -n % num_pieces(sharding)) for n in shape[1:]]
     matrix = jnp.pad(matrix, [(0, 0), *missing])
-    for factor, axis, other in ((a, 1, 2), (g, 2, 1)):
-        matrix = with_sharding_constraint(matrix, along(sharding, other))
-        if factor.basis is not None:
-            basis = with_sharding_constraint(fetched(factor.basis), whole(sharding))
-            basis = jnp.pad(basis, [(0, 0), *[missing[axis - 1]] * 2])
-            factor = Factor(factor.matrix, basis, factor.eigenvalues)
-        matrix = with_sharding_constraint(
-            factor.rotate(matrix, axis, back=back), along(sharding, other)
-        )
-        matrix = with_sharding_constraint(matrix, sharding)
+    layers = PartitionSpec(sharding.spec[0])
+    bases = tuple(
+        None if f.basis is None else jnp.pad(fetched(f.basis), [(0, 0), pad, pad])
+        for f, pad in zip((a, g), missing, strict=True)
+    )
+
+    def rotated(given):
+        matrix, bases = given
+        for basis, axis, other in zip(bases, (1, 2), (2, 1), strict=True):
+            matrix = with_sharding_constraint(matrix, along(sharding, other))
+            if basis is not None:
+                basis = with_sharding_constraint(basis, NamedSharding(sharding.mesh, layers))
+                matrix = Factor(basis, basis, basis).rotate(matrix, axis, back=back)
+            matrix = with_sharding_constraint(matrix, along(sharding, other))
+            matrix = with_sharding_constraint(matrix, sharding)
+        return matrix
+
+    if sharding.spec[0] is None and shape[0] > 1:
+        one_by_one = jax.tree.map(lambda x: x[:, None], (matrix, bases))
+        matrix = jax.lax.map(rotated, one_by_one)[:, 0]
+    else:
+        matrix = rotated((matrix, bases))
     place = best_split(sharding, shape)
     matrix = with_sharding_constraint(matrix, place)[:, : shape[1], : shape[2]]
     return with_sharding_constraint(matrix, place)

@@ -66,7 +66,7 @@ def _sharded_total(
     """
 
     def moved(x: Array, wanted: NamedSharding) -> Array:
-        if over is not None:
+        if over is not None and over.mesh == place.mesh:
             # First cut it where the requests' own devices allow: the rest is an all-to-all then.
             split = [tuple(a for a in axes_of(e) if a not in over.axes) for e in wanted.spec]
             between = NamedSharding(place.mesh, spec_of(over.axes, *split[1:]))

@@ -21,7 +21,6 @@ so that Σ_s c_s Δ_s raises each request's loss by what its own edit would, to 
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,15 +28,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate
+from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
 from jedit.curvature.grouping import Block, group_sites
+from jedit.curvature.groups import exactly
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
-from jedit.sharding import row_sharding
+from jedit.sharding import refuse_explicit, row_sharding
 from jedit.typing import Batch
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -104,8 +104,8 @@ def batch_unlearn(
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, a rank below one, or requests without
-            targets.
+        ValueError: not exactly one of `budget` and `step`, a rank below one, requests without
+            targets, or a mesh with explicit axes.
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
@@ -114,6 +114,7 @@ def batch_unlearn(
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     size = budget if step is None else step
+    refuse_explicit((params, requests))
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -198,7 +199,7 @@ def _batch_unlearn(
     chunk,
     over,
 ):
-    select = [f"^{re.escape(path)}$" for path in curvature.covered]
+    select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
     inverses = {} if exact else _inverses(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]

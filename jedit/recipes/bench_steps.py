@@ -48,7 +48,8 @@ class Step(NamedTuple):
         peak_gib: the most memory of the device so far, what ran before included; None: not told.
         share: of the matmul rate in the model's dtype, what the step's floor of flops comes to.
         share_of_both: the same, with the statistics' flops counted at the rate of float32 at full
-            precision, in which they are summed.
+            precision; of EK-FAC alone says what it does, since moments of narrower rows are products
+            of those.
     """
 
     name: str

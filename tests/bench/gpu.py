@@ -3,8 +3,8 @@
     python -m tests.bench.gpu [--toy] [--dtype both] [--out out/bench] [what `jedit bench` takes]
 
 Runs `jedit bench`, then for each dtype jedit and kfac-jax on tokens drawn at random, the parameters
-in that dtype, and adds "peers" to bench.json. kfac-jax multiplies its moments at the default
-precision of the device, jedit in full float32, so that their seconds are not those of one thing.
+in that dtype, and adds "peers" to bench.json. In float32 kfac-jax multiplies its moments at the
+device's default precision, jedit at full, so that their seconds are not those of one thing there.
 This process imports no JAX: each measurement is made in a process of its own, which has the
 device's memory to itself and a peak of its own.
 """

@@ -6,13 +6,14 @@ For a layer's matrices (d_in, d_out), P their entries, summed over layers; input
 matrices read (query, key, value; gate, up) are captured once:
 
     sums            4 bytes · (Σ_inputs d_in² + Σ d_out²)
-    factors         twice that: each matrix and its eigenbasis
+    factors         twice that: each matrix and its eigenbasis; the sums besides, until all are made
     eigenvalues     4 bytes · P, EK-FAC's
     fit             T · (4 P + Σ_inputs 2 d_in² + Σ 2 d_out²) flops for T positions, times 1.38
     decomposition   Σ 2 d³, times 10, in float32
     edit            Σ 4 d_in² d_out + 4 d_in d_out², times 1.38, in float32; and T_f · 6 P flops
 
-divided by the devices. The factors 1.38 and 10 are what `make bench` measured for a GPT on two CPU
+divided by the devices, which a mesh does whose axes all split every weight (an axis that splits none
+holds copies). The factors 1.38 and 10 are what `make bench` measured for a GPT on two CPU
 cores over those floors; no accelerator has been measured, and a decomposition there may well be
 further from the rate of its products. The rates are the nominal ones of an H200.
 """
@@ -59,7 +60,7 @@ MODELS = (
 
 
 class Sums(NamedTuple):
-    """Of one model: entries of weights, of factors, and Σ d³ over factors."""
+    """Of one model: entries of weights and of factors, Σ d³ over factors, a solve's flops."""
 
     weights: int
     factors: int

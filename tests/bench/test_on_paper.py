@@ -42,7 +42,7 @@ def test_entries_are_those_of_the_estimator():
     assert found.cubes == sum(x.shape[0] * x.shape[1] ** 3 for x in matrices)
 
 
-def test_the_table_is_the_readmes():
+def test_the_numbers_are_those_by_hand():
     """Hand arithmetic for the 8B model: 719 million entries of factors a layer."""
     eight = on_paper.MODELS[0]
     a_layer = 3 * 4096**2 + 14336**2 + 3 * 4096**2 + 2 * 1024**2 + 2 * 14336**2

@@ -36,7 +36,7 @@ def test_lower_tiles_are_little_more_than_half(d):
         assert len(tiles) * 128 * width < (0.5 + 0.6 * width / d + 0.01) * d**2
 
 
-def test_the_width_with_the_fewest_rounds_is_taken():
+def test_the_width_of_the_least_expected_time_is_taken():
     # One round more costs more than the narrower tiles save, and the other way round.
     assert best_width({256: 67, 192: 90, 128: 132}.__getitem__, 1) == 128
     assert best_width({256: 66, 192: 88, 128: 132}.__getitem__, 1) == 256

@@ -12,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from jedit.typing import Batch
 
-VOCAB, WIDTH, HIDDEN, CLASSES, LAYERS, LENGTH, ROWS = 64, 16, 48, 24, 2, 5, 32
+VOCAB, WIDTH, HIDDEN, CLASSES, LAYERS, LENGTH, ROWS = 64, 16, 48, 40, 2, 7, 32
 KERNELS = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "head/kernel": (WIDTH, CLASSES)}
 PARALLEL = {
     "one": {},
-    "data": {},
     "fsdp": {
         "table": P("data"),
         "up": P(None, "data"),
@@ -29,6 +28,12 @@ PARALLEL = {
         "down": P(None, "model"),
         "head/kernel": P(None, "model"),
         "head/bias": P("model"),
+    },
+    "stages": {
+        "gain": P("model"),
+        "up": P("model"),
+        "down": P("model", "data"),
+        "head/kernel": P("data"),
     },
     "both": {
         "table": P("data", "model"),
@@ -79,7 +84,7 @@ def mesh_of(kind):
     if kind == "one":
         return None
     number = len(jax.devices())
-    model = {"data": 1, "fsdp": 1, "tensor": number // 2, "both": number // 4}[kind]
+    model = {"fsdp": 1, "tensor": number // 2, "stages": LAYERS, "both": number // 4}[kind]
     axes = (number // model, model)
     return jax.make_mesh(axes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

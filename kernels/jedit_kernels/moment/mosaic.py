@@ -20,7 +20,7 @@ def moment_mosaic(
         total: float32.
         rows: bfloat16 or float16.
         mask: False for rows that are left out.
-        width: of a tile, 128, 192 or 256; None for the one with the fewest rounds.
+        width: of a tile, 128, 192 or 256; None for `best_width`.
 
     Returns:
         The new total.
