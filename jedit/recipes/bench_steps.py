@@ -48,8 +48,7 @@ class Step(NamedTuple):
         peak_gib: the most memory of the device so far, what ran before included; None: not told.
         share: of the matmul rate in the model's dtype, what the step's floor of flops comes to.
         share_of_both: the same, with the statistics' flops counted at the rate of float32 at full
-            precision; of EK-FAC alone says what it does, since moments of narrower rows are products
-            of those.
+            precision; meant for EK-FAC, since moments of narrower rows are products of those.
     """
 
     name: str

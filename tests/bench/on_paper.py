@@ -12,8 +12,8 @@ matrices read (query, key, value; gate, up) are captured once:
     decomposition   Σ 2 d³, times 10, in float32
     edit            Σ 4 d_in² d_out + 4 d_in d_out², times 1.38, in float32; and T_f · 6 P flops
 
-divided by the devices, which a mesh does whose axes all split every weight (an axis that splits none
-holds copies). The factors 1.38 and 10 are what `make bench` measured for a GPT on two CPU
+divided by the devices, as on a mesh whose axes all split every weight (one that splits none holds
+copies). The factors 1.38 and 10 are what `make bench` measured for a GPT on two CPU
 cores over those floors; no accelerator has been measured, and a decomposition there may well be
 further from the rate of its products. The rates are the nominal ones of an H200.
 """

@@ -11,7 +11,7 @@ import jedit
 from jedit.capture import Weight
 from jedit.curvature.groups import Need, group_paths
 from jedit.curvature.likelihoods import Categorical
-from jedit.curvature.placement import along, best_split, even, matrix_sharding
+from jedit.curvature.placement import along, best_split, even, factor_place, matrix_sharding
 from tests.curvature.programs import BY_NAME, exact_kfac
 
 MESH = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -29,7 +29,7 @@ def place(*spec):
         # Heads and their features become columns: the heads' devices split them.
         ((8, 4, 3), (), (1, 8, 12), (None, "model", None), (None, None, "model")),
         # A split over the features of each head is none of contiguous columns.
-        ((8, 3, 4), (), (1, 8, 12), (None, None, "model"), (None, None, None)),
+        ((8, 3, 4), (), (1, 8, 12), (None, None, "model"), None),
         ((3, 8, 6), (("layer", 1),), (3, 8, 6), (None, "data", "model"), (None, "data", "model")),
         ((4, 8, 6), (("layer", 1),), (4, 8, 6), ("data",), ("data", None, None)),
         # A parameter that is cut in two has lost the axis that it was cut along.
@@ -55,6 +55,9 @@ def test_axes_follow_the_matrix(shape, ops, sides, spec, expected):
     layers, d_in, d_out = sides
     weight = Weight("w", shape, ops, layers, layers > 1, d_in, d_out)
     found = matrix_sharding(weight, {"w": place(*spec)})
+    if expected is None:
+        assert found is None
+        return
     assert found == place(*expected)
     flipped = matrix_sharding(weight, {"w": place(*spec)}, is_flipped=True)
     assert flipped == place(expected[0], expected[2], expected[1])
@@ -70,6 +73,11 @@ def test_only_even_axes_are_split():
     assert best_split(matrix, (1, 9, 16)) == place(None, None, ("model", "data"))
     assert best_split(matrix, (1, 8, 16)) == matrix
     assert along(matrix, 1) == place(None, ("data", "model"), None)
+    # A factor takes all axes along its side, or its own, or none.
+    assert factor_place(matrix, (1, 8, 8), 1) == place(None, ("data", "model"), None)
+    assert factor_place(matrix, (1, 8, 8), 2) == place(None, ("model", "data"), None)
+    assert factor_place(matrix, (1, 12, 12), 1) == place(None, "data", None)
+    assert factor_place(matrix, (1, 9), 1) == place(None, None)
 
 
 def test_groups_keep_what_shares_a_sum():
