@@ -227,10 +227,10 @@ def _train(
                     f"{checkpoint.every} and {every}"
                 )
             given = (params, state, key, sets, objective_args, batch_size, trainable, begin, every)
-            done, (trained, state), kept = checkpoint.resume("loop", given, (trained, state))
+            done, (trained, state), past = checkpoint.resume("loop", given, (trained, state))
             if done:
                 begin = done
-                histories.append(kept)
+                histories.append(past)
         stop = max(steps, begin)
         marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
         for first, last in itertools.pairwise(marks):

@@ -168,16 +168,11 @@ def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
     if places is None:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     specs, treedef = jax.tree.flatten(shapes)
-    made = _zeros(
-        tuple((x.shape, jnp.dtype(x.dtype)) for x in specs), tuple(jax.tree.leaves(places))
-    )
-    return jax.tree.unflatten(treedef, made)
+    given = tuple((x.shape, jnp.dtype(x.dtype)) for x in specs)
+    return jax.tree.unflatten(treedef, _zeros(given, tuple(jax.tree.leaves(places))))
 
 
-@functools.lru_cache(maxsize=32)
-def _zeros_program(specs: tuple, places: tuple):
-    return jax.jit(lambda: [jnp.zeros(*spec) for spec in specs], out_shardings=list(places))
-
-
-def _zeros(specs: tuple, places: tuple) -> list[Array]:
-    return _zeros_program(specs, places)()
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(specs: tuple, places: tuple[NamedSharding, ...]) -> list[Array]:
+    keep = jax.lax.with_sharding_constraint
+    return [keep(jnp.zeros(*spec), place) for spec, place in zip(specs, places, strict=True)]

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from jedit.edits.low_rank import Block, added, dense, scaled
+from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
 from jedit.sharding import sharding_of
 
 Scalar = float | int | Array
@@ -192,7 +193,19 @@ def _edited(leaf: Array, delta: Block, scale: Scalar) -> Array:
     place = sharding_of(leaf)
     if place is None:
         return _sum(leaf, delta, scale).astype(leaf.dtype)
-    return _sharded_sum(leaf, delta, scale, place)
+    return _sharded_sum(leaf, _brought(delta, place), scale, place)
+
+
+def _brought(delta: Block, place: NamedSharding) -> Block:
+    """A block from other devices, as a file gives it: in pieces, or thin and whole."""
+    whole = NamedSharding(place.mesh, PartitionSpec())
+    target = whole if isinstance(delta, LowRank) else place
+
+    def bring(x: Array) -> Array:
+        is_here = isinstance(x, Tracer) or x.sharding.device_set == place.device_set
+        return x if is_here else jax.device_put(x, target)
+
+    return jax.tree.map(bring, delta)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -4,7 +4,6 @@ Learning rates stand in the optimizers' states, so that a grid of them compiles 
 """
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from jaxtyping import Array
 from jedit import objectives
 from jedit.capture import intervene
 from jedit.curvature import Curvature
+from jedit.curvature.groups import exactly
 from jedit.geometry import Projector
 from jedit.methods import TrainingMethod, gu, kuda, rosu, sam, uam
 from jedit.transforms import (
@@ -145,7 +145,7 @@ def entering(apply: Callable, site: str) -> Callable:
     """What enters a site, as a function `(params, inputs) -> (batch, ..., width)`."""
 
     def hidden(params, inputs):
-        found = intervene(apply, params, inputs, select=f"^{re.escape(site)}$")
+        found = intervene(apply, params, inputs, select=exactly([site]))
         return found.activations[site]
 
     return hidden
@@ -159,8 +159,8 @@ def kuda_before(
     apply: Callable, hidden_site: str, width: int, curvature: Curvature, earlier: Sequence[str]
 ) -> Trainer:
     """KUDA on the parameters of the sites before the one whose input is turned away."""
-    select = [f"^{re.escape(path)}$" for path in earlier]
-    made = kuda(apply, entering(apply, hidden_site), curvature, ADAM, select=select)
+    site = entering(apply, hidden_site)
+    made = kuda(apply, site, curvature, ADAM, select=exactly(earlier))
     objective = functools.partial(made.objective, direction=_direction(width))
     return Trainer(
         f"Turns the forget rows' input of {hidden_site} away, in the relaxed null space of the "

@@ -69,6 +69,14 @@ def compute(kind):
     out |= leaves_of(edited, "edited/")
     one = jax.tree.map(lambda x: x[0], edits)
     out |= leaves_of(jedit.apply_edit(params, one), "edited thin/")
+    if jax.process_count() == 1:  # as an edit comes from a folder: on one device
+        brought = jax.device_put((one, jedit.sum_edits(edits)), jax.devices()[0])
+        for edit, expected in zip(brought, (jedit.apply_edit(params, one), edited), strict=True):
+            found = jedit.apply_edit(params, edit)
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-12, atol=1e-14)
+                assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        del brought, edit, found
     trained, history = jedit.unlearn(
         functools.partial(graddiff, apply=scene.apply),
         optax.adam(1e-2),
