@@ -60,6 +60,19 @@ class Weight:
         """Rows of the matrix: d_in, and one more for a bias."""
         return self.d_in + (self.bias_path is not None)
 
+    @property
+    def kernel(self) -> "Weight":
+        """The matrix without the bias's row."""
+        return dataclasses.replace(self, bias_path=None, bias_shape=(), bias_ops=())
+
+    @property
+    def bias_row(self) -> "Weight":
+        """That row, a matrix of one row by itself; there must be a bias."""
+        assert self.bias_path is not None
+        return dataclasses.replace(
+            self.kernel, path=self.bias_path, shape=self.bias_shape, ops=self.bias_ops, d_in=1
+        )
+
     def gather(self, leaves: Mapping[str, Array]) -> Array:
         """The matrix (layers, rows, d_out) out of `{path: array}`; the bias is the last row."""
         matrix = apply_ops(self.ops, leaves[self.path])

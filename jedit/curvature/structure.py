@@ -261,12 +261,9 @@ def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _sharded_gather(leaves: dict[str, Array], weight: Weight, sharding: NamedSharding) -> Array:
     """The bias's row is put below a matrix that is split by columns: no row has to move."""
-    kernel = dataclasses.replace(weight, bias_path=None)
-    row = dataclasses.replace(
-        kernel, path=weight.bias_path, shape=weight.bias_shape, ops=weight.bias_ops, d_in=1
-    )
     parts = [
-        with_sharding_constraint(part.gather(leaves), along(sharding, 2)) for part in (kernel, row)
+        with_sharding_constraint(part.gather(leaves), along(sharding, 2))
+        for part in (weight.kernel, weight.bias_row)
     ]
     whole_matrix = jnp.concatenate(parts, axis=1)
     return with_sharding_constraint(whole_matrix, best_split(sharding, whole_matrix.shape))

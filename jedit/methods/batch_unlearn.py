@@ -19,7 +19,6 @@ the damped metric, K_rs = Δ_rᵀ (F + λ) Δ_s = α_r g_rᵀ Δ_s, says by how 
 so that Σ_s c_s Δ_s raises each request's loss by what its own edit would, to first order [derived].
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -377,16 +376,12 @@ def _thin_block(
 def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
     """The parameters' changes of (layers, rows, rank) times (layers, rank, d_out)."""
     weight = held.weight
-    kernel = dataclasses.replace(weight, bias_path=None, bias_shape=(), bias_ops=())
     found: dict[str, Array | LowRank] = {
-        weight.path: LowRank(left[:, : weight.d_in], right, kernel)
+        weight.path: LowRank(left[:, : weight.d_in], right, weight.kernel)
     }
     if weight.bias_path is not None:
-        bias = dataclasses.replace(
-            kernel, path=weight.bias_path, shape=weight.bias_shape, ops=weight.bias_ops, d_in=1
-        )
         row = jnp.matmul(left[:, weight.d_in :], right, precision=HIGHEST)
-        found[weight.bias_path] = as_parameter(bias, row)
+        found[weight.bias_path] = as_parameter(weight.bias_row, row)
     return found
 
 

@@ -48,7 +48,7 @@ class Step(NamedTuple):
         peak_gib: the most memory of the device so far, what ran before included; None: not told.
         share: of the matmul rate in the model's dtype, what the step's floor of flops comes to.
         share_of_both: the same, with the statistics' flops counted at the rate of float32 at full
-            precision; meant for EK-FAC, since moments of narrower rows are products of those.
+            precision, where they are not products of the model's narrower rows.
     """
 
     name: str
@@ -105,19 +105,25 @@ def timed_training(
     return found[-1].params, Step("", first, seconds, passes, tokens * passes, peak_gib())
 
 
-def fit(task: Task, temperature: float, rates: Callable[[], Rates], *, key: Array) -> Fitted:
+def fit(
+    task: Task, temperature: float, rates: Callable[[], Rates], *, is_narrow: bool, key: Array
+) -> Fitted:
     """Fit K-FAC and EK-FAC on the rows that edits see, as `compare` does.
 
     Args:
         task: the model and the rows.
         temperature: of the likelihood.
         rates: measures the matmul rates, before and after each pass.
+        is_narrow: whether the model computes in less than float32.
         key: of the labels.
     """
     chunks = list(batches(task.retain, task.chunk))
     assert task.select is not None
     matrices = matrices_of(task.apply, task.original, chunks[0].inputs, task.select)
-    flops = {"factors": factor_flops(matrices), "eigenvalues": eigenvalue_flops(matrices)}
+    flops = {
+        "factors": factor_flops(matrices, is_narrow=is_narrow),
+        "eigenvalues": eigenvalue_flops(matrices),
+    }
     likelihood, params = Categorical(temperature), task.original
     plain = kfac(task.apply, likelihood, select=task.select)
     state, factors, measured = _accumulate(plain, params, chunks, flops["factors"], rates, key=key)

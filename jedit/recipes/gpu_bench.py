@@ -165,7 +165,8 @@ def _run(sets: Sets, size: Size, dtype: str, *, seed: int, say: Say) -> dict[str
     say(f"{dtype}: fitting K-FAC and EK-FAC on {len(sets.seen)} rows")
     rates = functools.partial(matmul_rates, dtype, size.matmul)
     temperature = preset.grid.temperatures[0]
-    fitted = fit(task, temperature, rates, key=compare_key(seed))
+    is_narrow = dtype != "float32"
+    fitted = fit(task, temperature, rates, is_narrow=is_narrow, key=compare_key(seed))
     say(f"{dtype}: editing and evaluating")
     edited, points = edit_and_judge(task, fitted.curvature, preset.grid.damping[0])
     rows = (fitted.positions, max(map(max, fitted.matrices)))

@@ -28,9 +28,9 @@ class Flops(NamedTuple):
     """Of one position.
 
     Attributes:
-        model: through the matrices and back, in the dtype that the model computes in.
-        statistics: moments, of rows as the model computed them, or rotations and gradients, in
-            float32 at full precision; both are summed in float32.
+        model: in the dtype that the model computes in: through the matrices and back, and moments
+            of rows that are narrower than float32.
+        statistics: other moments, or rotations and gradients, in float32 at full precision.
     """
 
     model: int
@@ -42,13 +42,12 @@ class Flops(NamedTuple):
         return self.model + self.statistics
 
 
-def factor_flops(matrices: Iterable[tuple[int, int]]) -> Flops:
-    """Of K-FAC's factors, for matrices (d_in, d_out)."""
+def factor_flops(matrices: Iterable[tuple[int, int]], *, is_narrow: bool = False) -> Flops:
+    """Of K-FAC's factors, for matrices (d_in, d_out) of a model in float32 or narrower."""
     shapes = list(matrices)
-    return Flops(
-        sum(4 * d_in * d_out for d_in, d_out in shapes),
-        sum(2 * d_in**2 + 2 * d_out**2 for d_in, d_out in shapes),
-    )
+    model = sum(4 * d_in * d_out for d_in, d_out in shapes)
+    moments = sum(2 * d_in**2 + 2 * d_out**2 for d_in, d_out in shapes)
+    return Flops(model + moments, 0) if is_narrow else Flops(model, moments)
 
 
 def eigenvalue_flops(matrices: Iterable[tuple[int, int]]) -> Flops:

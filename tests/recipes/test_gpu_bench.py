@@ -25,6 +25,7 @@ def test_flops_of_two_matrices_by_hand():
     factors = rates.factor_flops([(2, 3), (5, 2)])
     assert factors == (24 + 40, 26 + 58)
     assert factors.all == 148
+    assert rates.factor_flops([(2, 3), (5, 2)], is_narrow=True) == (148, 0)
     assert rates.eigenvalue_flops(iter([(2, 3), (5, 2)])) == (24 + 40, 26 + 58 + 12 + 20)
 
 
@@ -214,8 +215,13 @@ def test_a_toy_measures_every_step(toy):
     assert set(run["matmul_rates"]) == {"peak", "full"}
     assert set(run["moment_rates"]) == {"cast to float32", "as they are"}
     assert run["num_matrices"] == 6
+    # In bfloat16 the moments are products in the model's dtype, EK-FAC's rotations are not.
     by_hand = 4 * 4 * 16**2 + 2 * 4 * 16 * 64
-    assert run["flops_per_position"]["factors"]["model"] == by_hand
+    moments = 4 * 2 * (16**2 + 16**2) + 2 * 2 * (16**2 + 64**2)
+    flops = run["flops_per_position"]
+    assert flops["factors"] == {"model": by_hand + moments, "statistics": 0}
+    gradients = 4 * 2 * 16**2 + 2 * 2 * 16 * 64
+    assert flops["eigenvalues"] == {"model": by_hand, "statistics": moments + gradients}
 
 
 def test_a_toy_judges_three_models(toy):
