@@ -6,11 +6,12 @@ JOBS ?= 2
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
 PYTEST_FLAGS ?=
+SEED ?= 0:1000
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One file per worker at a time, so that what a module trains is trained once.
 PYTEST := -m pytest $(if $(filter-out 0,$(JOBS)),-n $(JOBS) --dist loadfile) $(PYTEST_FLAGS)
-# Compilation is most of the tests' time.
+# Compilation is most of the tests' time; tests/conftest.py says what this leaves out.
 FAST_COMPILE := JEDIT_TEST_FAST_COMPILE=1
 
 # The floors of pyproject.toml as exact versions.
@@ -28,17 +29,20 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-llm test-parity test-oldest test-newest lint format bench notebooks clean distclean
+.PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz
+.PHONY: demo-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
 	@echo "make test         the tests, in float64"
-	@echo "make test-more    most of them in float32, with JAX's check for reused keys"
+	@echo "make test-more    in float32 what a number's width changes, with JAX's check for reused keys"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
-	@echo "make test-newest  capture, curvature and kernels on the newest JAX (needs a Python >= 3.12)"
+	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  make demo-newest"
+	@echo "make test-all     all of these, with what is exhaustive (hours)"
+	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
 	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
@@ -82,7 +86,7 @@ endef
 
 .venv-newest/.done: pyproject.toml
 	$(call make_venv,$(NEWEST_PYTHON),.venv-newest,the newest versions)
-	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[test]'
+	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[demo,test]'
 	@touch $@
 
 # $(call pytest_on,environment,paths): those of the paths that hold tests; a sentence when none does.
@@ -107,6 +111,12 @@ test-more: .venv/.dev
 	$(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) \
 	  $(ANY_WIDTH:%=--ignore=tests/%)
 
+test-all: export JEDIT_TEST_ALL = 1
+test-all: test test-more test-llm test-parity test-oldest test-newest fuzz notebooks
+
+fuzz: .venv/.dev
+	$(FAST_COMPILE) .venv/bin/python -m tests.capture.fuzz $(SEED)
+
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)
 
@@ -123,7 +133,10 @@ test-newest:
 
 .PHONY: run-newest
 run-newest: .venv-newest/.done
-	$(call pytest_on,.venv-newest,tests/capture tests/curvature tests/kernels)
+	$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST)
+
+demo-newest: .venv-newest/.done
+	.venv-newest/bin/jedit demo $(DEMO_FLAGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -3,12 +3,17 @@
 Environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as users have it;
 `JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice, in the tests that draw
 random numbers through jedit; `JEDIT_TEST_TYPECHECK=0` leaves the run-time check of shape
-annotations out. A fourth, `JEDIT_TEST_FAST_COMPILE=1`, skips
-LLVM's optimisation: most of the suite's time is compilation, and this takes a quarter to two fifths
-of it away.
+annotations out. `JEDIT_TEST_FAST_COMPILE=1` compiles quickly what runs once: most of the suite's time
+is compilation, and two thirds of it go without LLVM's optimisation and XLA's slower emitter of
+fused kernels. `JEDIT_TEST_ALL=1` runs what is marked `exhaustive` too.
+
+Compiled programs are kept in `.jax_cache`, a folder that all runs share: a second run finds them
+there, and so does a worker that needs what another has compiled. `JAX_COMPILATION_CACHE_DIR` names
+another folder.
 """
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import zlib
@@ -18,6 +23,7 @@ IS_X64 = os.environ.get("JEDIT_TEST_X64", "1") != "0"
 IS_KEY_REUSE_CHECKED = os.environ.get("JEDIT_TEST_KEY_REUSE", "0") == "1"
 IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
+IS_EXHAUSTIVE = os.environ.get("JEDIT_TEST_ALL", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
 MAX_MEMORY_MAPS = 25_000
 # Where keys are given to jedit; elsewhere tests draw their data, as they like.
@@ -26,9 +32,15 @@ KEYS_CHECKED += ("test_continual.py", "test_contract.py", "test_package.py", "te
 
 # All of this is read when JAX and the BLAS start, so it comes before their import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 flags = [os.environ.get("XLA_FLAGS", "")]
 if IS_COMPILED_FAST:
     flags.append("--xla_backend_optimization_level=0")
+    # XLA dies of a flag that it does not know, and newer ones have no other emitter.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker's matrix products: several workers share the cores.
     flags.append("--xla_cpu_multi_thread_eigen=false")
@@ -77,6 +89,7 @@ def pytest_report_header(config):
         f"jax {jax.__version__}, {'float64' if IS_X64 else 'float32'}"
         + (", reused keys are errors where jedit draws" if IS_KEY_REUSE_CHECKED else "")
         + (", compiled without optimisation" if IS_COMPILED_FAST else "")
+        + (", what is exhaustive too" if IS_EXHAUSTIVE else "")
         + ("" if IS_TYPECHECKED else ", shape annotations unchecked")
     ]
     if not HAS_LLM:
@@ -87,10 +100,11 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out, visibly, what this run's precision is not meant for."""
-    dropped = [] if IS_X64 else [item for item in items if item.get_closest_marker("float64")]
+    """Leaves out, visibly, what this run is not meant for."""
+    left_out = ([] if IS_X64 else ["float64"]) + ([] if IS_EXHAUSTIVE else ["exhaustive"])
+    dropped = {item for item in items if any(item.get_closest_marker(m) for m in left_out)}
     if dropped:
-        config.hook.pytest_deselected(items=dropped)
+        config.hook.pytest_deselected(items=list(dropped))
         items[:] = [item for item in items if item not in dropped]
 
 
