@@ -114,8 +114,9 @@ test-more: .venv/.dev
 test-all: export JEDIT_TEST_ALL = 1
 test-all: test test-more test-llm test-parity test-oldest test-newest fuzz notebooks
 
+# Every program is another: there is nothing to keep of what is compiled.
 fuzz: .venv/.dev
-	$(FAST_COMPILE) .venv/bin/python -m tests.capture.fuzz $(SEED)
+	$(FAST_COMPILE) JAX_ENABLE_COMPILATION_CACHE=0 .venv/bin/python -m tests.capture.fuzz $(SEED)
 
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)

@@ -6,12 +6,14 @@ behind, beside or inside any other. Parameters are new or, where the shape fits,
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 
 from tests.capture.oracle import normal
 
 BATCH, TIME, WIDTH, VOCAB = 2, 3, 4, 5
+INPUTS = {"x": normal(BATCH, TIME, WIDTH), "ids": np.array([[1, 0, VOCAB - 1], [3, 3, 0]])}
 
 
 @jax.custom_vjp
@@ -64,10 +66,13 @@ def halves(h):
 
 
 class Builder:
-    """Draws a program: nested closures (environment, h) -> h, and the shapes of its parameters."""
+    """Draws a program: nested closures (environment, h) -> h, and the shapes of its parameters.
 
-    def __init__(self, draw):
-        self.draw = draw
+    `choice` picks one item of a list.
+    """
+
+    def __init__(self, choice):
+        self.choice = choice
         self.visible = [{}]  # names and shapes by scope: a scan's are not seen outside of it
         self.owned = [[]]  # what each scan around here takes apart, inner scans' included
         self.lead = ()
@@ -75,12 +80,12 @@ class Builder:
         self.good, self.bad, self.idle = set(), set(), set()
 
     def choose(self, *options):
-        return self.draw(st.sampled_from(options))
+        return self.choice(options)
 
     def param(self, *shape, used="good"):
         """A parameter of this shape, as seen here: a new one, or one that was used before."""
         old = [name for scope in self.visible for name, s in scope.items() if s == shape]
-        name = self.draw(st.sampled_from([None, None, *old]))
+        name = self.choice([None, None, *old])
         if name is None:
             name = f"p{len(self.shapes)}"
             self.shapes[name] = (*self.lead, *shape)
@@ -238,11 +243,10 @@ class Builder:
         return run
 
 
-@st.composite
-def programs(draw):
-    """(apply, params, the paths that must be uncovered)."""
-    builder = Builder(draw)
-    body = builder.block(draw(st.integers(1, 4)))
+def make_program(choice):
+    """(apply, params, the paths that must be uncovered); `choice` picks one item of a list."""
+    builder = Builder(choice)
+    body = builder.block(choice([1, 2, 3, 4]))
     head = builder.leaf_dense()
 
     def apply(params, inputs):
@@ -254,3 +258,9 @@ def programs(draw):
     }
     uncovered = builder.bad | (builder.idle - builder.good)
     return apply, params, uncovered
+
+
+@st.composite
+def programs(draw):
+    """What `make_program` makes, drawn and shrunk by hypothesis."""
+    return make_program(lambda options: draw(st.sampled_from(options)))
