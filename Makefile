@@ -43,6 +43,7 @@ help:
 	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  make demo-newest"
 	@echo "make test-all     all of these, with what is exhaustive (hours)"
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
+	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
 	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
@@ -88,6 +89,8 @@ endef
 	$(call make_venv,$(NEWEST_PYTHON),.venv-newest,the newest versions)
 	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[demo,test]'
 	@touch $@
+
+environments: .venv/.dev .venv-llm/.done .venv-parity/.done .venv-oldest/.done $(if $(NEWEST_PYTHON),.venv-newest/.done)
 
 # $(call pytest_on,environment,paths): those of the paths that hold tests; a sentence when none does.
 define pytest_on
@@ -136,7 +139,13 @@ test-newest:
 run-newest: .venv-newest/.done
 	$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST)
 
-demo-newest: .venv-newest/.done
+demo-newest:
+	@if [ -z "$(NEWEST_PYTHON)" ]; then \
+	  echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
+	else $(MAKE) --no-print-directory run-demo-newest NEWEST_PYTHON="$(NEWEST_PYTHON)"; fi
+
+.PHONY: run-demo-newest
+run-demo-newest: .venv-newest/.done
 	.venv-newest/bin/jedit demo $(DEMO_FLAGS)
 
 lint: .venv/.dev
