@@ -108,7 +108,7 @@ def curvature_engram(
         rest: of all else, likewise; every one of the same sites.
         damping: λ; 1, the best of a grid on the digits (tests/bench/claims/engrams.py); 0, the bare
             metric, was worse there than `engram`.
-        strength: "adaptive" or "whole", as for `engram`.
+        strength: "adaptive" or "whole", as for `engram`; "adaptive" as there.
         scale: α; 1.0 is `engram`'s.
 
     Returns:

@@ -52,9 +52,9 @@ def salun(
         optimizer: what the mask stands behind.
         params: θ₀.
         forget: the forget rows with their right labels; one batch or several.
-        fraction: share of the parameters that may change.
-        gamma: γ.
-        alpha: α.
+        fraction: share of the parameters that may change (paper: 0.5).
+        gamma: γ; 1 is `random_label`'s.
+        alpha: α; 1 is `random_label`'s.
         retain_objective: `(params, forget, retain, *, apply, reference_params) -> (scalar, aux)`.
 
     Returns:

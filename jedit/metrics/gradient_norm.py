@@ -41,8 +41,9 @@ def gradient_norm_scores(
         apply: the model; no row's outputs may depend on another row.
         params: its parameters, all of them floating: the norm is over all.
         batches: the rows.
-        order: q: 1, 2 or infinity.
-        by_tensor: take the mean of the leaves' norms, as open-unlearning does, not the norm of all.
+        order: q: 1, 2 (open-unlearning) or infinity.
+        by_tensor: take the mean of the leaves' norms, as open-unlearning does; False: the norm of
+            all parameters.
 
     Returns:
         The norms, in nats per unit of the parameters.

@@ -3,7 +3,7 @@
     loss = γ mean( CE(softmax(z_ref - β e_y), softmax(z)) ) + α R
 
 over the forget tokens that count: the reference's own distribution, with the label pushed down by
-β nats. β = 10 is that of open-unlearning [code].
+β nats. β = 10 and γ = 1 are those of open-unlearning [code], α = 1 is `graddiff`'s.
 
 Differences.  open-unlearning takes the mean over every position of a row, questions and padding
 included, and at those, whose label is -100, pushes down the token that is 100th from the end of the
