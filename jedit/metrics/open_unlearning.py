@@ -91,7 +91,7 @@ def gradient_norms(
     Rows that count nothing are left out. Costs a gradient per row.
 
     Raises:
-        ValueError: if a batch is packed.
+        ValueError: if a batch is packed, or has no targets.
     """
     found = []
     for batch in each_batch(batches):
@@ -132,8 +132,10 @@ def _scores_of_row(is_hit, log_p, z, share: float) -> tuple[float, float, float,
     misses = np.flatnonzero(~is_hit)
     k = min(misses[-1] + 1, number - 1) if len(misses) else 0
     lowest = max(1, int(number * share))
-    mins = (-np.mean(np.sort(x.astype(np.float64))[:lowest]) for x in (log_p, z))
-    return (float(np.mean(is_hit)), 1 - k / number, *map(float, mins))
+    min_k, min_k_plus_plus = (
+        -float(np.mean(np.sort(x.astype(np.float64))[:lowest])) for x in (log_p, z)
+    )
+    return float(np.mean(is_hit)), 1 - k / number, min_k, min_k_plus_plus
 
 
 @partial(jax.jit, static_argnums=0)
@@ -146,8 +148,14 @@ def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, A
 
 
 def _without_last(batch: Batch) -> tuple[Batch, np.ndarray]:
-    """The batch without each row's last counted token, and how many each row counts with it."""
-    lead = np.shape(batch.targets)
+    """The batch without each row's last counted token, and how many each row counts with it.
+
+    Raises:
+        ValueError: if the batch is packed, or has no targets.
+    """
+    if batch.targets is None:
+        raise ValueError("batch.targets has shape None, expected one label per output")
+    lead = batch.targets.shape
     counted = np.asarray(by_example(batch, counted_outputs(batch, lead)))
     shorter = counted & (np.cumsum(counted[:, ::-1], axis=1)[:, ::-1] > 1)
     mask = jnp.asarray(shorter.reshape(lead), jnp.float32)

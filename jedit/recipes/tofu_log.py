@@ -39,7 +39,7 @@ def set_log(name: str, words: Words, asked: Questions, found: SetScores) -> Log:
     }
     if asked.paraphrases is not None:
         log[f"{short}_Q_A_PARA_Prob"] = _probability(found.paraphrased_loss)
-    else:
+    if name in ("real_authors", "world_facts"):
         share = open_unlearning.normalized_probability(found.loss, found.wrong_loss)
         ours = metrics.normalized_probability(found.loss, found.wrong_loss)
         for key, values in ((short, share), (f"jedit_{short}", ours)):
@@ -51,7 +51,9 @@ def set_log(name: str, words: Words, asked: Questions, found: SetScores) -> Log:
         log["jedit_forget_truth_ratio"] = Evaluation(
             metrics.forget_truth_ratio(found.truth_ratio), {"score": found.truth_ratio}
         )
-        others = {"PERT": [row.perturbed_answer[: asked.num_wrong] for row in asked.rows]}
+        others: dict[str, Sequence] = {
+            "PERT": [row.perturbed_answer[: asked.num_wrong] for row in asked.rows]
+        }
         if asked.paraphrases is not None:
             others["PARA"] = [row.paraphrased_answer or "" for row in asked.rows]
         for kind, texts in others.items():
@@ -69,7 +71,7 @@ def model_utility(log: Log) -> Evaluation:
     """The harmonic mean of nine of a log's metrics."""
     sets = []
     for short in ("retain", "ra", "wf"):
-        kind = "Prob_normalised" if f"{short}_Q_A_Prob_normalised" in log else "Prob"
+        kind = "Prob" if short == "retain" else "Prob_normalised"
         keys = (f"{short}_Q_A_{kind}", f"{short}_Q_A_ROUGE", f"{short}_Truth_Ratio")
         sets.append(SetUtility(*np.nan_to_num([log[key].aggregate or 0.0 for key in keys])))
     return Evaluation(metrics.model_utility(*sets))

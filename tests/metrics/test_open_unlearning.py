@@ -95,3 +95,11 @@ def test_ratios_and_shares_have_a_small_number_below():
     assert open_unlearning.forget_truth_ratio(values) == pytest.approx((0 + 0.5 + 0.25) / 3)
     assert open_unlearning.privleak(0.9, 0.4) == pytest.approx(100 * (0.1 - 0.6) / 0.6)
     assert open_unlearning.privleak(0.5, 1.0) == pytest.approx(100 * 0.5 / 1e-10)
+
+
+def test_without_targets_there_is_a_sentence(problem):
+    params, data = problem
+    for metric in (open_unlearning.token_scores, open_unlearning.gradient_norms):
+        assert np.size(metric(apply, params, [])) == 0
+        with pytest.raises(ValueError, match=r"batch\.targets has shape None, expected one label"):
+            metric(apply, params, data._replace(targets=None))
