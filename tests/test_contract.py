@@ -1,6 +1,7 @@
-"""One table of promises: every public transform and method is a row and inherits them all.
+"""One table of promises: every public transform and method that edits is a row of it.
 
-An exception is written in the row, with its reason.
+An exception is written in the row, with its reason. Methods that train and objectives have theirs
+in `test_contract_training`, which also sees to it that nothing public is left out.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,19 @@ import pytest
 
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.edits import apply_edit
+from jedit.data import stack_requests
+from jedit.edits import apply_edit, sum_edits
 from jedit.geometry import null_space
-from jedit.methods import Associations, alphaedit, curvature_engram, engram, kfade, memit, rome
+from jedit.methods import (
+    Associations,
+    alphaedit,
+    batch_unlearn,
+    curvature_engram,
+    engram,
+    kfade,
+    memit,
+    rome,
+)
 from jedit.transforms import (
     add_l1_gradient,
     clip_by_curvature_norm,
@@ -107,6 +118,7 @@ TRANSFORMS = [
 METHODS = [
     Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, steps=2)),
     Row("kfade by step", lambda *scene: kfade(*scene, step=1e-2, steps=2)),
+    Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
@@ -124,6 +136,13 @@ def network(params, x):
     return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
 
 
+ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compiles once
+
+
+def _stack(apply, params, curvature, forget, _):
+    return batch_unlearn(apply, params, stack_requests([forget, forget]), curvature, step=1e-2)[0]
+
+
 def make_scene(key, dtype=jnp.float32):
     rng = np.random.default_rng(3)
     shapes = {"w": (4, 6), "b": (6,), "v": (6, 3)}
@@ -131,8 +150,7 @@ def make_scene(key, dtype=jnp.float32):
     x = jnp.asarray(rng.normal(size=(32, 4)), dtype)
     y = jnp.asarray(rng.integers(0, 3, 32))
     forget, retain = Batch(x[:8], y[:8]), Batch(x[8:], y[8:])
-    estimator = kfac(network, Categorical(), select="w|b")
-    return network, params, estimate(estimator, params, [retain], key=key), forget, retain
+    return network, params, estimate(ESTIMATOR, params, [retain], key=key), forget, retain
 
 
 def _rows(rows, promise):

@@ -42,7 +42,7 @@ def linear_probe(
         labels: (n,), their classes.
         test_states: (m, d).
         test_labels: (m,).
-        strength: scikit-learn's C, the inverse of the penalty (arbitrary).
+        strength: scikit-learn's C, the inverse of the penalty; 1.0 is its default.
 
     Returns:
         The scores.

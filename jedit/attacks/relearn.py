@@ -59,7 +59,7 @@ def relearn(
         looks: numbers of updates after which to measure, rising.
         measure: params to anything; the loss of the forget rows that are not in `rows`, say.
         key: of the order of the rows.
-        batch_size: rows of a step; a smaller set is taken whole.
+        batch_size: rows of a step, 8 (arbitrary); a smaller set is taken whole.
 
     Returns:
         The measurements, one before the first update included.

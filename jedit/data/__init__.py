@@ -1,7 +1,7 @@
 """Readers and generators of forget and retain sets."""
 
 from jedit.data.authors import Fact, generate_authors
-from jedit.data.batching import batches, stack_requests
+from jedit.data.batching import answers_only, batches, stack_requests
 from jedit.data.benchmarks import (
     Choice,
     Rewrite,
@@ -52,6 +52,7 @@ __all__ = [
     "QaRow",
     "Rendered",
     "Rewrite",
+    "answers_only",
     "batches",
     "chat_template",
     "check_disjoint",

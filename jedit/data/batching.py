@@ -63,6 +63,24 @@ def _cut(whole: Batch, chosen: Int[np.ndarray, " chosen"], size: int) -> Batch:
     return jax.tree.map(rows, whole)
 
 
+def answers_only(batch: Batch) -> Batch:
+    """Return the batch with what `mask` counts as all that is `valid`: the answers' tokens alone.
+
+    A curvature's moments of inputs go over every position that is `valid`. Those of an engram are
+    to go over the answers' tokens, as the loss does, and of a batch like this they do. What a model
+    sees stays the same: no model reads `valid`.
+
+    Raises:
+        ValueError: the batch has no mask.
+    """
+    if batch.mask is None:
+        raise ValueError("batch.mask says which outputs are answers; got None")
+    counted = jnp.asarray(batch.mask)
+    if batch.valid is not None:
+        counted *= jnp.asarray(batch.valid).astype(counted.dtype)
+    return batch._replace(mask=counted, valid=counted)
+
+
 def stack_requests(requests: Sequence[Batch | Encoded]) -> Batch:
     """Stack forget sets of different sizes for `batch_unlearn`, filled up where they are ragged.
 

@@ -12,7 +12,7 @@ from jedit.curvature import Curvature
 from jedit.curvature.structure import Kronecker
 from jedit.edits import Edit
 
-STRENGTHS = ("count", "adaptive", "whole")
+STRENGTHS = ("adaptive", "whole")
 Parts = Curvature | Sequence[Curvature]
 
 
@@ -20,7 +20,7 @@ class EngramInfo(NamedTuple):
     """What was found, by block.
 
     Attributes:
-        relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, (layers,).
+        relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, without the bias's row, (layers,).
         strength: f, (layers,).
     """
 
@@ -73,9 +73,10 @@ def take_out(
         dtype = targets[0].factors[block.input].matrix.dtype
         weight = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
         found[name] = piece(targets, rests, name, weight)
-        size, kept = (jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in (weight, found[name]))
+        kernels = (m[:, : block.weight.d_in] for m in (weight, found[name]))
+        size, kept = (jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in kernels)
         relative[name] = kept / jnp.where(size > 0, size, 1)
-    strengths = _strengths(strength, relative, targets, rests)
+    strengths = _strengths(strength, relative)
     changes: dict[str, Array] = {}
     for name, block in blocks.items():
         taken = -scale * strengths[name][:, None, None] * found[name]
@@ -92,14 +93,18 @@ def input_sums(curvature: Curvature, name: str) -> Array:
     return matrix * curvature.num_outputs.astype(matrix.dtype)
 
 
-def _strengths(strength, relative, targets, rests) -> dict[str, Array]:
-    if strength == "adaptive":
-        largest = max(float(jnp.max(r)) for r in relative.values())
-        return {
-            name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()
-        }
-    share = 1.0
-    if strength == "count":
-        counts = [sum(int(c.num_outputs) for c in group) for group in (targets, rests)]
-        share = counts[0] / max(sum(counts), 1)
-    return {name: jnp.full_like(r, share) for name, r in relative.items()}
+def is_kept(eigenvalues: Array) -> Array:
+    """Which of a sum of moments' ascending eigenvalues are above rounding, not to be cut off.
+
+    The moments are of activations that a model computed in float32 or narrower, whatever dtype they
+    are held in: below d times float32's epsilon of the largest they are noise, in float64 as well,
+    and their inverse would make engrams of many times the weight's size.
+    """
+    return eigenvalues > len(eigenvalues) * float(np.finfo(np.float32).eps) * eigenvalues[-1]
+
+
+def _strengths(strength: str, relative: dict[str, Array]) -> dict[str, Array]:
+    if strength == "whole":
+        return {name: jnp.ones_like(r) for name, r in relative.items()}
+    largest = max(float(jnp.max(r)) for r in relative.values())
+    return {name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()}

@@ -73,7 +73,7 @@ def alphaedit(
         hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
             for several layers, and then by `target_values` too.
         ridge: ℓ. Code: 10.
-        relative: ℓ is in units of the mean eigenvalue of the inputs' moment.
+        relative: ℓ is in units of the mean eigenvalue of the inputs' moment; False, as in the code.
         state: of the batches before, `info.state`, so that they are kept.
 
     Returns:

@@ -91,12 +91,13 @@ def batch_unlearn(
         budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
             Give this or `step`.
         step: α of every edit.
-        damping: λ over each block's mean eigenvalue.
-        exact: damp the products of eigenvalues, and not the factors; needs a `rank` to be thin.
+        damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
+        exact: damp the products of eigenvalues, and not the factors, which False does; needs a
+            `rank` to be thin.
             An EK-FAC curvature's corrected eigenvalues are only used here.
         rank: of each matrix's change, at most; None: as many as a request has positions.
         likelihood: what the outputs mean.
-        chunk: requests computed at a time, on each device.
+        chunk: requests computed at a time, on each device; 16 is arbitrary.
 
     Returns:
         The stack: `LowRank` blocks with R in front for matrices; arrays (R, ...) for vectors and
@@ -144,8 +145,8 @@ def interactions(
     Args:
         edits: a stack of R edits.
         curvature: the one they were made with.
-        damping: λ over each block's mean eigenvalue.
-        exact: as for `batch_unlearn`.
+        damping: λ over each block's mean eigenvalue; 0.0, none.
+        exact: as for `batch_unlearn`; False there too.
     """
     return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
 
@@ -155,7 +156,8 @@ def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) ->
 
     Args:
         gram: K, from `interactions` with the edits' own damping.
-        ridge: added to K's diagonal, over its mean; requests that are equal share one edit then.
+        ridge: added to K's diagonal, over its mean, 1e-6 (arbitrary); requests that are
+            equal share one edit then.
 
     Returns:
         c, (R,); 1 for a request that overlaps with no other.

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
-from jedit.methods._engrams import EngramInfo, Parts, input_sums, take_out
+from jedit.methods._engrams import EngramInfo, Parts, input_sums, is_kept, take_out
 
 
 class JointBasis(NamedTuple):
@@ -55,7 +55,8 @@ class JointBasis(NamedTuple):
 def joint_basis(plus: Array, minus: Array) -> JointBasis:
     """The basis in which both are diagonal and add up to one, each at trace one.
 
-    Eigenvalues of their sum below d·eps of the largest count as zero.
+    Eigenvalues of their sum below d times float32's epsilon of the largest count as zero, in any
+    dtype.
     """
     plus, minus = (m / _positive(_trace(m)) for m in (plus, minus))
     whole = plus + minus
@@ -65,9 +66,9 @@ def joint_basis(plus: Array, minus: Array) -> JointBasis:
             jnp.where(root > 0, 1 / _positive(root), 0), root, plus / _positive(whole)
         )
     values, vectors = jnp.linalg.eigh(whole)
-    is_kept = values > len(values) * jnp.finfo(values.dtype).eps * values[-1]
-    root = jnp.sqrt(jnp.where(is_kept, values, 0))
-    whitener = vectors * jnp.where(is_kept, 1 / _positive(root), 0)[None]
+    kept = is_kept(values)
+    root = jnp.sqrt(jnp.where(kept, values, 0))
+    whitener = vectors * jnp.where(kept, 1 / _positive(root), 0)[None]
     share, turn = jnp.linalg.eigh(_product(whitener.T, _product(plus, whitener)))
     inverse = _product(turn.T, root[:, None] * vectors.T)
     return JointBasis(_product(whitener, turn), inverse, jnp.clip(share, 0, 1))
@@ -107,8 +108,8 @@ def curvature_engram(
         rest: of all else, likewise; every one of the same sites.
         damping: λ; 1, the best of a grid on the digits (tests/bench/claims/engrams.py); 0, the bare
             metric, was worse there than `engram`.
-        strength: "count", "adaptive" or "whole", as for `engram`.
-        scale: α; 1 is `engram`'s.
+        strength: "adaptive" or "whole", as for `engram`; "adaptive" as there.
+        scale: α; 1.0 is `engram`'s.
 
     Returns:
         The edit, and norms. Not to be traced: four eigendecompositions a matrix.

@@ -4,13 +4,20 @@
     W <- W - α f W₊
 
     S₊, S₋   sums of x xᵀ over the inputs of target and rest     `target`, `rest`
-    f        n₊/(n₊ + n₋); or ‖W₊‖/‖W‖ over the largest such
-             ratio among the matrices; or 1                      `strength`
+    f        ‖W₊‖/‖W‖ over the largest such ratio among the
+             matrices, each without its bias; or 1               `strength`
     α        how much of it is taken out                         `scale`
+
+With the *mean* moments C₊ of the n target inputs and C of all N, the paper's P = C⁺ C₊ W is N/n
+times W₊: the n/N by which it scales P is in W₊ already, and no further factor on it.
 
 For any partition of the data W = Σ_i W_i with W_i = (Σ_j S_j)⁺ S_i W: engrams add, so any subset is
 erased by arithmetic, in any order [code]. The bias is the last row of W, convolutions go by
 patches, and a table's S is its token counts.
+
+Language models. The paper's engrams are of the answers' tokens alone. A curvature's A is over all
+positions that are `valid`, whatever `mask` says, so give `estimate` batches in which only answers
+are: `jedit.data.answers_only(batch)`. With `mask` alone S has the questions' tokens as well.
 
 Differences. S is a curvature's A times its number of outputs, so that whatever `kfac` covers has
 an engram; where positions and outputs are not as many, that weighs target against rest by outputs.
@@ -26,7 +33,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
-from jedit.methods._engrams import EngramInfo, Parts, input_sums, take_out
+from jedit.methods._engrams import EngramInfo, Parts, input_sums, is_kept, take_out
 
 
 def solve(
@@ -34,11 +41,11 @@ def solve(
 ) -> Float[Array, "d d_out"]:
     """The method's algebra: W₊ = (S₊ + S₋)⁺ S₊ W, by the eigenbasis of S₊ + S₋.
 
-    Eigenvalues below d·eps of the largest count as zero.
+    Eigenvalues below d times float32's epsilon of the largest count as zero, in any dtype [code].
     """
     values, basis = jnp.linalg.eigh(whole)
-    is_kept = values > len(values) * jnp.finfo(values.dtype).eps * values[-1]
-    inverse = jnp.where(is_kept, 1 / jnp.where(is_kept, values, 1), 0)
+    kept = is_kept(values)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     served = jnp.matmul(target, weight, precision=HIGHEST)
     rotated = jnp.matmul(basis.T, served, precision=HIGHEST)
     return jnp.matmul(basis, inverse[:, None] * rotated, precision=HIGHEST)
@@ -51,11 +58,12 @@ def engram(
 
     Args:
         params: W.
-        target: curvature of what is to be forgotten, or of several disjoint parts of it.
+        target: curvature of what is to be forgotten, or of several disjoint parts of it. For a
+            language model estimate it from `answers_only` batches, and `rest` too: see above.
         rest: of all else, likewise; every one of the same sites. Their factors A are read alone.
-        strength: "count", the target's share of the outputs (paper); "adaptive" (paper; ahead of
-            it on TOFU, 0.817 against 0.706); "whole", 1: the engrams of a partition add up to W.
-        scale: α. Paper: 1 with "adaptive", 0.6 with "count" on TOFU.
+        strength: "adaptive" (paper; ahead of the other on TOFU, 0.817 against 0.706); "whole", 1
+            (paper, as "count ratio"): the engrams of a partition add up to W.
+        scale: α. Paper: 1.0 with "adaptive", 0.6 with "whole" on TOFU.
 
     Returns:
         The edit, and norms. Not to be traced: one eigendecomposition a matrix.

@@ -44,8 +44,8 @@ def gu(
             for instance.
         learning_rate: η.
         rank: retain gradients in the basis (paper: 8).
-        scope: "leaf", a basis for every parameter, or "global".
-        refresh: steps between two new retain gradients.
+        scope: "leaf", a basis for every parameter (paper), or "global".
+        refresh: steps between two new retain gradients; 1 is every step.
         retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
 
     Returns:

@@ -74,8 +74,8 @@ def memit(
         hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
             for several layers, and then by `target_values` too.
         preservation: λ. Paper: 15000 for GPT-J.
-        damping: ε (ours, arbitrary; the paper's C has full rank). With a state, λε must stay above
-            the rounding of ‖K‖²: in float32 λ = 10 with 1e-4 has left nothing finite.
+        damping: ε, 1e-4 (ours, arbitrary; the paper's C has full rank). With a state, λε must
+            stay above the rounding of ‖K‖²: in float32 λ = 10 with 1e-4 has left nothing finite.
         state: of the batches before, `info.state`, so that they are kept; None in the paper.
 
     Returns:

@@ -67,7 +67,7 @@ def rome(
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values` without `hidden`; None: zero, which removes.
         layer: path of the edited matrix.
-        damping: ε (ours, arbitrary; the paper's C has full rank).
+        damping: ε, 1e-4 (ours, arbitrary; the paper's C has full rank).
 
     Returns:
         The edit, and what was found. 4 d² flops a fact, and as many for Δ.

@@ -42,9 +42,10 @@ def rosu(
         apply: `apply(params, inputs) -> logits`.
         optimizer: takes the surrogate's gradient.
         radius: ρ.
-        outer: "transport", "amplify" or "push", as of `retain_neutral_surrogate`.
-        strength: γ of the latter two.
-        scope: of the constraint: "global", or "leaf", one for every parameter.
+        outer: "transport" (as the parent method's code), "amplify" or "push", as of
+            `retain_neutral_surrogate`.
+        strength: γ of the latter two; 1 is arbitrary.
+        scope: of the constraint: "global" (the stated problem), or "leaf", one for every parameter.
         retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
 
     Returns:

@@ -8,8 +8,9 @@
     c     such that the mask holds a given share of all parameters        `fraction`
     γ, α  weights of the two                                              `gamma`, `alpha`
 
-Differences.  The released code masks the gradient, so that momentum and weight decay still move
-what is masked; ours masks the whole update, and masked parameters stay bit-identical.  It passes
+Differences.  The released code masks the gradient and, since 2026, puts masked parameters and their
+momentum back after each step (before, weight decay moved them); ours masks the whole update.  With
+SGD, momentum and weight decay the two are one, and masked parameters stay bit-identical.  It passes
 first over the forget rows and then over the retain rows, each epoch; ours takes both in each step.
 It draws labels anew in each epoch, the right one among them; `relabel` draws once, y' != y, as the
 paper states.  The share of 0.5 is the paper's; γ = α = 1 are `random_label`'s.
@@ -51,9 +52,9 @@ def salun(
         optimizer: what the mask stands behind.
         params: θ₀.
         forget: the forget rows with their right labels; one batch or several.
-        fraction: share of the parameters that may change.
-        gamma: γ.
-        alpha: α.
+        fraction: share of the parameters that may change (paper: 0.5).
+        gamma: γ; 1 is `random_label`'s.
+        alpha: α; 1 is `random_label`'s.
         retain_objective: `(params, forget, retain, *, apply, reference_params) -> (scalar, aux)`.
 
     Returns:

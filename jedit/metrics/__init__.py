@@ -34,6 +34,8 @@ from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
+    fit_forget_degree,
+    fit_retain_utility,
     forget_degree,
     minimum_accuracy,
     retained_utility,
@@ -59,6 +61,8 @@ __all__ = [
     "average_gap",
     "exact_memorization",
     "extraction_strength",
+    "fit_forget_degree",
+    "fit_retain_utility",
     "forget_degree",
     "forget_quality",
     "forget_truth_ratio",

@@ -8,7 +8,7 @@ sentence.  `accuracy` is the same over all tokens at once, where long answers we
 
 Differences.  open-unlearning leaves each answer's last labelled token out, whatever it is ("to
 ignore eos prediction"); here what counts is what `mask` says, so leave the end-of-answer token out
-of the mask to get its numbers.
+of the mask to get its numbers, or take them from `open_unlearning.token_scores`.
 """
 
 from collections.abc import Iterable

@@ -26,7 +26,12 @@ ORDERS = (1.0, 2.0, float("inf"))
 
 
 def gradient_norm_scores(
-    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, order: float = 2.0
+    apply: Apply,
+    params: PyTree,
+    batches: Iterable[Batch] | Batch,
+    *,
+    order: float = 2.0,
+    by_tensor: bool = False,
 ) -> Float[np.ndarray, " n"]:
     """Return each row's norm, in the order given; a row none of whose tokens counts is left out.
 
@@ -36,7 +41,9 @@ def gradient_norm_scores(
         apply: the model; no row's outputs may depend on another row.
         params: its parameters, all of them floating: the norm is over all.
         batches: the rows.
-        order: q: 1, 2 or infinity.
+        order: q: 1, 2 (open-unlearning) or infinity.
+        by_tensor: take the mean of the leaves' norms, as open-unlearning does; False: the norm of
+            all parameters.
 
     Returns:
         The norms, in nats per unit of the parameters.
@@ -47,25 +54,23 @@ def gradient_norm_scores(
     if order not in ORDERS:
         raise ValueError(f"order must be 1, 2 or infinity, got {order}")
     norms, _ = rows_of_sums(
-        [RowSums(*_norms(apply, order, params, batch)) for batch in each_batch(batches)]
+        [RowSums(*_norms(apply, order, by_tensor, params, batch)) for batch in each_batch(batches)]
     )
     return norms
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _norms(apply: Apply, order: float, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _norms(
+    apply: Apply, order: float, by_tensor: bool, params: PyTree, batch: Batch
+) -> tuple[Array, Array]:
     def norm(row: Batch) -> tuple[Array, Array]:
         def loss(params: PyTree) -> tuple[Array, Array]:
             nll, counted = counted_nll(params, jax.tree.map(lambda x: x[None], row), apply=apply)
             return masked_mean(by_example(row, nll), by_example(row, counted)), jnp.sum(counted)
 
         gradient, count = jax.grad(loss, has_aux=True)(params)
-        sizes = [jnp.abs(wide(leaf)) for leaf in jax.tree.leaves(gradient)]
-        if order == 1.0:
-            return sum((jnp.sum(size) for size in sizes[1:]), jnp.sum(sizes[0])), count
-        if order == 2.0:
-            squares = [jnp.sum(size**2) for size in sizes]
-            return jnp.sqrt(sum(squares[1:], squares[0])), count
-        return jnp.max(jnp.stack([jnp.max(size) for size in sizes])), count
+        leaves = [wide(leaf).ravel() for leaf in jax.tree.leaves(gradient)]
+        norms = jnp.stack([jnp.linalg.norm(leaf, ord=order) for leaf in leaves])
+        return (jnp.mean(norms) if by_tensor else jnp.linalg.norm(norms, ord=order)), count
 
     return jax.lax.map(norm, batch)

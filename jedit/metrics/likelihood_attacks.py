@@ -16,8 +16,8 @@ Differences.  MUSE's code takes int(k |y|) tokens, for a short row none, and has
 open-unlearning, one token at least.  open-unlearning scores a row without labelled tokens 0, which
 is what a perfectly memorised one has; ours leaves it out.  It leaves each answer's last labelled
 token out of Min-K, Min-K++ and the gradient norm, not of the other three; here `mask` says what
-counts.  It takes σ² as a difference of two large numbers; ours is the mean of squares, with the
-same floor.
+counts, and `open_unlearning` has its numbers.  It takes σ² as a difference of two large numbers;
+ours is the mean of squares, with the same floor.
 """
 
 import zlib
@@ -27,7 +27,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jedit.metrics.streaming import each_batch
@@ -35,7 +35,7 @@ from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.outputs import by_example
 from jedit.typing import Batch
 
-SHARE = 0.4  # MUSE's and open-unlearning's; the two papers try 0.1 to 0.6 and 1
+SHARE = 0.4
 MIN_VARIANCE = 1e-6  # open-unlearning's: where the model is certain, log p hardly varies
 
 
@@ -84,7 +84,8 @@ def min_k_scores(
         apply: the model.
         params: its parameters.
         batches: a row none of whose tokens counts is left out.
-        share: k, of the row's tokens that are looked at: int(k |y|) of them, one at least.
+        share: k, of the row's tokens that are looked at: int(k |y|) of them, one at least; 0.4,
+            MUSE's and open-unlearning's, where the two papers try 0.1 to 0.6 and 1.
 
     Returns:
         The scores, in the order given; with a share of 1 the loss.
@@ -101,6 +102,8 @@ def min_k_plus_plus_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:
     """Return each row's Min-K%++ score, in standard deviations; arguments as of `min_k_scores`.
+
+    The share is 0.4, MUSE's and open-unlearning's, there and here.
 
     Raises:
         ValueError: if the share is not above 0 and at most 1, or a batch is packed.
@@ -140,11 +143,17 @@ def _token_z(
     apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "batch t"], Bool[Array, "batch t"]]:
     logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    return by_example(batch, standardized(logits, targets)[1]), by_example(batch, counted)
+
+
+def standardized(
+    logits: Float[Array, "*lead classes"], targets: Int[Array, "*lead"]
+) -> tuple[Float[Array, "*lead"], Float[Array, "*lead"]]:
+    """Return log p and z of Min-K%++ at the targets."""
     log_p = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(log_p)
     likely = jnp.where(p > 0, log_p, 0)  # 0 times minus infinity is 0 here
     mean = jnp.sum(p * likely, axis=-1)
     variance = jnp.sum(p * (likely - mean[..., None]) ** 2, axis=-1)
     picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    z = (picked - mean) / jnp.sqrt(jnp.maximum(variance, MIN_VARIANCE))
-    return by_example(batch, z), by_example(batch, counted)
+    return picked, (picked - mean) / jnp.sqrt(jnp.maximum(variance, MIN_VARIANCE))

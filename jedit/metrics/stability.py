@@ -11,15 +11,25 @@ b is the score on the newest task, here how well the newest request is forgotten
 with the kept ones.  They look at every step: an average at the end hides a gap that has closed
 again.  De Lange et al. (arXiv 2205.13452).
 
-    F.D. = 1 - s(forgotten, now) / s(forgotten, before)    `forget_degree`
-    R.U. =     s(kept, now) / s(kept, before)              `retained_utility`
+Against the model before, ours, with one and the same score s (a probability, an accuracy, ROUGE):
 
-with one and the same score s (a probability, an accuracy, ROUGE) on both; 1 is best for both.
+    forgotten share = 1 - s(forgotten, now) / s(forgotten, before)    `forget_degree`
+    retained share  =     s(kept, now) / s(kept, before)              `retained_utility`
 
-Differences.  De Lange et al. measure tasks that are learnt one after the other, from when each was
-learnt; kept tasks are all there from the beginning.  F.D. and R.U. are FIT's names (arXiv
-2601.21682) for a symmetric pair; of which scores FIT composes them is not followed here: name s.
+Against a *retrained* model, FIT's F.D. and R.U. (arXiv 2601.21682):
+
+    F.D. = max(0, 1 - |F / F* - 1|)      `fit_forget_degree`
+    R.U. = max(0, 1 - |R / R* - 1|)      `fit_retain_utility`
+
+F and R the geometric means of probability, ROUGE and accuracy on the forgotten and the kept rows,
+F* and R* the retrained model's.  1 is best for all four.  To forget more than the retrained model
+makes our forgotten share larger and FIT's F.D. smaller.
+
+Differences. De Lange et al. measure tasks that are learnt one after the other, from when each was
+learnt; kept tasks are all there from the beginning.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -72,7 +82,7 @@ def windowed_forgetting(scores: ArrayLike, window: int) -> float:
 
 
 def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
-    """Return F.D. of the rows that were to be forgotten.
+    """Return the forgotten share of a score, ours: not FIT's F.D., which is `fit_forget_degree`.
 
     Args:
         before: (n,), each row's score under the first model.
@@ -85,7 +95,9 @@ def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
 
 
 def retained_utility(before: ArrayLike, after: ArrayLike) -> float:
-    """Return R.U. of the rows that were to be kept; arguments as of `forget_degree`.
+    """Return the retained share of a score, ours: not FIT's R.U., which is `fit_retain_utility`.
+
+    Arguments as of `forget_degree`.
 
     Raises:
         ValueError: as `forget_degree`.
@@ -97,6 +109,41 @@ def retained_utility(before: ArrayLike, after: ArrayLike) -> float:
             f"zero; got shapes {first.shape} and {now.shape}, sum {first.sum():g}"
         )
     return float(now.sum() / first.sum())
+
+
+def fit_forget_degree(scores: Sequence[float], retrained: Sequence[float]) -> float:
+    """Return FIT's F.D., from 0 to 1: how near the retrained model is on the forgotten rows.
+
+    Args:
+        scores: mean probability, ROUGE and accuracy of the forgotten rows, the model now.
+        retrained: the same of the model that never saw them.
+
+    Raises:
+        ValueError: not three scores each, one that is not from 0 to 1, or a retrained one of 0.
+    """
+    now, reference = (np.asarray(x, np.float64) for x in (scores, retrained))
+    if any(x.shape != (3,) or not np.all((x >= 0) & (x <= 1)) for x in (now, reference)) or not (
+        np.all(reference > 0)
+    ):
+        raise ValueError(
+            "expected probability, ROUGE and accuracy, from 0 to 1, and the retrained model's "
+            f"above 0: the score is relative to it; got {scores} and {retrained}"
+        )
+    ratio = np.cbrt(np.prod(now)) / np.cbrt(np.prod(reference))
+    return float(max(0.0, 1 - abs(ratio - 1)))
+
+
+def fit_retain_utility(scores: Sequence[float], retrained: Sequence[float]) -> float:
+    """Return FIT's R.U., from 0 to 1: how near the retrained model is on the kept rows.
+
+    Args:
+        scores: as of `fit_forget_degree`, of the kept rows.
+        retrained: likewise.
+
+    Raises:
+        ValueError: as `fit_forget_degree`.
+    """
+    return fit_forget_degree(scores, retrained)
 
 
 def _checked(scores: ArrayLike) -> np.ndarray:

@@ -3,7 +3,12 @@
     loss = γ mean( CE(q, softmax(z)) ) + α R,    q = softmax of z without the label, a constant
 
 over the forget tokens that count: what the model would say if it could not say the label. The
-gradient in the logits is p - q, bounded, where that of ascent vanishes as p -> 1.
+gradient in the logits is p - q, bounded, where that of ascent vanishes as p -> 1. γ = 1 and α = 1
+are `graddiff`'s.
+
+Differences.  open-unlearning leaves the first token of each answer out (a footnote of the paper)
+and has no retain term; ours takes what counts, so leave those tokens out of `mask`, and give no
+`retain`, to get its loss.
 """
 
 from collections.abc import Callable

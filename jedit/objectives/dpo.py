@@ -3,8 +3,8 @@
     loss = -(2/β) E log σ( β [ NLL(y) - NLL_ref(y) - NLL(r) + NLL_ref(r) ] ) + α R
 
 y is the answer to be forgotten, r what is to be said in its place ("I do not know"), NLL the sum
-over the tokens that count; E the mean over the pairs of which both have one. β = 0.1 is that of the
-leading framework [code].
+over the tokens that count; E the mean over the pairs of which both have one. β = 0.1 and α = 1
+are those of open-unlearning [code].
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Gradient difference: loss = -γ NLL_f + α R.
 
 NLL_f is the mean over the forget tokens that count, R a retain objective: `retain_nll` or
-`retain_kl`.  Defaults γ = α = 1 are those of the leading unlearning framework for language models.
+`retain_kl`.  γ = 1 and α = 1 are those of open-unlearning [code].
 """
 
 from collections.abc import Callable

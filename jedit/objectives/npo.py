@@ -7,7 +7,8 @@ have one, R a retain objective.  Ascent, in which the weight of an example, 2 σ
 falls from one towards zero as it is forgotten.  At the reference the first term is (2/β) log 2 and
 its gradient that of plain ascent on the summed NLL; as β -> 0 it is plain ascent everywhere.
 
-β = 0.1 is the paper's.  `npo` runs the reference beside the model; `npo_from_nll` takes its losses.
+β = 0.1 is the paper's, α = 1 open-unlearning's [code].  `npo` runs the reference beside
+the model; `npo_from_nll` takes its losses.
 """
 
 from collections.abc import Callable

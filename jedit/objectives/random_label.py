@@ -3,6 +3,7 @@
     loss = γ NLL_f(y') + α R,      y' != y drawn once for every forget output
 
 The labels are data, so they are drawn by `relabel` before the loop, and not anew at each step.
+γ = 1 and α = 1 are arbitrary.
 """
 
 from collections.abc import Callable

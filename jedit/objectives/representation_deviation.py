@@ -12,7 +12,7 @@ The mean is over the forget positions that count. [steps: paper; exact symbols: 
 Differences. At the reference params the cosine itself has its maximum, hence no gradient, and plain
 descent would wait for the retain term or for rounding to move it: t leans a little towards u, as
 RMU's target does altogether, which gives a first step and no more [derived]. Without a direction t
-is h_ref.
+is h_ref. τ = 0.1, γ = 1 and α = 1 are arbitrary.
 """
 
 from collections.abc import Callable

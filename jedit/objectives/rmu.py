@@ -3,8 +3,15 @@
     loss = γ mean ‖h(x_f) - c u‖² + α mean ‖h(x_r) - h_ref(x_r)‖²
 
 h is a hidden state (features on the last axis), u a fixed random direction, the means over the
-positions that count and over the features. c = 2 is that of the leading framework [code]. A
-`hidden` function picks the layer: RMU trains the parameters up to it alone (`trainable=`).
+positions that count and over the features. c = 2, γ = 1 and α = 1 are those of
+open-unlearning [code]. A `hidden` function picks the layer: RMU trains the parameters up to it
+alone (`trainable=`).
+
+Differences.  open-unlearning takes the mean of each row's positions first and then that of the
+rows, so that a short answer's tokens weigh more; ours takes one mean over all positions that count,
+the same where the rows are equally long.  Its positions are those of the answers' tokens
+themselves, ours those that `mask` counts, where each is predicted, one to the left of it.  A row of
+which nothing counts makes its loss NaN; ours leaves it out.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,8 @@
     loss = -γ (2/β) E log σ(β (NLL(x) / |x| - δ)) + α R
 
 NLL(x) / |x| is the mean over the tokens of forget example x that count, E the mean over the
-examples that have one. β = 4.5, δ = 0 and γ = 0.125 are those of the leading framework [code].
+examples that have one. β = 4.5, δ = 0, γ = 0.125 and α = 1 are those of
+open-unlearning [code].
 """
 
 from collections.abc import Callable

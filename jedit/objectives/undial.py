@@ -3,7 +3,12 @@
     loss = γ mean( CE(softmax(z_ref - β e_y), softmax(z)) ) + α R
 
 over the forget tokens that count: the reference's own distribution, with the label pushed down by
-β nats. β = 10 is that of the leading framework [code].
+β nats. β = 10 and γ = 1 are those of open-unlearning [code], α = 1 is `graddiff`'s.
+
+Differences.  open-unlearning takes the mean over every position of a row, questions and padding
+included, and at those, whose label is -100, pushes down the token that is 100th from the end of the
+vocabulary; ours looks at the tokens that count alone.  Where all positions count the two are one.
+Its settings have α = 0, no retain term: give no `retain`.
 """
 
 from collections.abc import Callable

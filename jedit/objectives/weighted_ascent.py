@@ -5,8 +5,8 @@
     wga      w = p^β                  (arXiv 2502.19301): what is forgotten already is left alone
     satimp   w = p^β₁ (1 - p)^β₂      (arXiv 2505.11953): saturation times importance
 
-The weight is a constant: no gradient flows through it. β = 1, β₁ = 5 and β₂ = 1 are those of the
-leading framework [code].
+The weight is a constant: no gradient flows through it. β = 1, β₁ = 5, β₂ = 1, γ = 1 and α = 1
+are those of open-unlearning [code].
 """
 
 from collections.abc import Callable

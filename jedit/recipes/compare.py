@@ -20,7 +20,7 @@ from jaxtyping import Array, PyTree
 from jedit.capture import intervene
 from jedit.curvature import Curvature, Estimator, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.data import batches
+from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
 from jedit.geometry import null_space
 from jedit.methods import kfade
@@ -28,7 +28,7 @@ from jedit.metrics import forget_quality
 from jedit.objectives import token_kl, token_nll
 from jedit.outputs import counted_outputs
 from jedit.recipes.ascent import ascend
-from jedit.recipes.editors import Editor, editors
+from jedit.recipes.editors import Editor, make_editors
 from jedit.recipes.trainers import (
     SOFT,
     Trainer,
@@ -53,7 +53,7 @@ class Grid(NamedTuple):
         temperatures: of the likelihood whose curvature K-FADE steps in.
         damping: of K-FADE, relative.
         kfade_steps: numbers of steps of one edit.
-        scales: by method that gives one edit (`editors`), what the edit is multiplied by.
+        scales: by method that gives one edit (`make_editors`), what the edit is multiplied by.
         learning_rates: by method that trains (`trainers`), with Adam; those named are run.
         looks: strengths of the methods that train, in optimizer steps.
         batch_size: forget rows, and retain rows, of one such step.
@@ -201,12 +201,13 @@ def compare(
         methods.append(_kfade_method(name, grid, seconds))
     plain, fit_seconds = fitted["K-FADE (K-FAC)"]
     retained = plain[min(plain)]
+    editors = _editors(task, retained, key=curvature_key) if grid.scales else {}
     for name, scales in grid.scales.items():
-        editor = _editors(task, retained, key=curvature_key)[name]
+        editor = editors[name]
         say(f"{name}: {len(scales)} scales")
         keep(*_scaled_curve(task, judge, name, editor, scales))
         strength = "scale (of the edit)"
-        # The engrams want the forget rows' moments as well, which are far fewer.
+        # Engrams want moments of their own: of the forget rows as well, and at answers alone.
         methods.append(Method(name, editor.description, strength, {}, fit_seconds))
     trained_by = _trainers(task, retained, plain[max(plain)])
     for name, rates in grid.learning_rates.items():
@@ -393,9 +394,16 @@ def _kfade_curve(
 
 def _editors(task: Task, retained: Curvature, *, key: Array) -> dict[str, Editor]:
     estimator = _kfac(task.apply, Categorical(), task.select)
-    chunks = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
-    target = estimate(estimator, task.original, chunks, key=jax.random.fold_in(key, 2))
-    return editors(task.apply, task.original, task.forget, target, retained, task.layers)
+    target, rest = (
+        estimate(
+            estimator,
+            task.original,
+            map(answers_only, batches(rows, min(task.chunk, rows_of(rows)))),
+            key=jax.random.fold_in(key, i),
+        )
+        for i, rows in ((2, task.forget), (3, task.retain))
+    )
+    return make_editors(task.apply, task.original, task.forget, target, rest, retained, task.layers)
 
 
 def _scaled_curve(

@@ -36,12 +36,13 @@ class Editor(NamedTuple):
         return edit, time.perf_counter() - start
 
 
-def editors(
+def make_editors(
     apply: Callable,
     params: PyTree,
     forget: Batch,
     target: Curvature,
     rest: Curvature,
+    retained: Curvature,
     layers: tuple[str, ...],
 ) -> dict[str, Editor]:
     """Every such method, by name.
@@ -50,8 +51,9 @@ def editors(
         apply: `apply(params, inputs) -> logits`.
         params: to be edited.
         forget: rows to be forgotten.
-        target: curvature of the forget rows.
-        rest: of the retain rows.
+        target: curvature of the forget rows, of a text at its answers' tokens alone, for engrams.
+        rest: of the retain rows, likewise.
+        retained: of the retain rows at all their tokens, for AlphaEdit and MEMIT.
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
 
     Returns:
@@ -71,12 +73,12 @@ def editors(
         "AlphaEdit": Editor(
             f"Removes {where}, in the null space of the retain rows' inputs.",
             lambda: alphaedit(
-                apply, params, null_space(rest, threshold=THRESHOLD), facts, None, layers=layers
+                apply, params, null_space(retained, threshold=THRESHOLD), facts, None, layers=layers
             )[0],
         ),
         "MEMIT": Editor(
             f"Removes {where}, by ridge regression against the retain rows' inputs.",
-            lambda: memit(apply, params, rest, facts, None, layers=layers)[0],
+            lambda: memit(apply, params, retained, facts, None, layers=layers)[0],
         ),
     }
 

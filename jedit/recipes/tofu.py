@@ -33,11 +33,13 @@ from jedit.recipes.tofu_evaluation import (
     score_set,
     truth_ratios,
 )
+from jedit.recipes.tofu_log import SHORT, against, attack_log, model_utility, set_log
 from jedit.recipes.tofu_membership import (
     Answers,
     Reference,
     encode_answers,
     membership_aucs,
+    membership_scores,
     reference_of,
 )
 from jedit.recipes.tofu_models import Start, small_gpt
@@ -46,8 +48,6 @@ from jedit.recipes.training import Trained, train
 from jedit.report import Comparison, Evaluation
 
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers
-
-SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 
 
 class Sets(NamedTuple):
@@ -256,8 +256,7 @@ def tofu(
             params = jax.tree.map(_put_like, params, task.original)
         if found_model is not None:
             found_model(name, params)
-        evaluations[name] = evaluate(model, params, whole, unseen, reference)
-        leaderboard[name] = {metric: found.aggregate for metric, found in evaluations[name].items()}
+        leaderboard[name], evaluations[name] = evaluate(model, params, whole, unseen, reference)
         if with_attacks:
             rate = preset.relearning_rate
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
@@ -267,7 +266,8 @@ def tofu(
     for name, row in leaderboard.items():
         if baseline < 1:  # else the retrained model gives the forget rows away itself
             row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
-            evaluations[name]["privleak"] = Evaluation(row["privleak"])
+            evaluations[name]["jedit_privleak"] = Evaluation(row["privleak"])
+        evaluations[name] |= against(evaluations[name], evaluations["retrained"])
     trained_how = "none: both models were given"
     if training:
         trained_how = f"{preset.recipe}, of {model.max_len} tokens, filled with questions"
@@ -328,8 +328,8 @@ def evaluate(
     asked: dict[str, Questions],
     unseen: Answers,
     reference: Reference,
-) -> dict[str, Evaluation]:
-    """Every metric of one model, row by row, under the leading framework's names.
+) -> tuple[dict[str, float], dict[str, Evaluation]]:
+    """Every metric of one model.
 
     Args:
         model: its functions.
@@ -337,42 +337,35 @@ def evaluate(
         asked: the question sets.
         unseen: rows like the forget ones that no model was trained on.
         reference: what the retrained model holds of both.
+
+    Returns:
+        jedit's metrics, and the log, row by row, of open-unlearning's and of jedit's.
     """
     scores = {name: score_set(model, params, questions) for name, questions in asked.items()}
     forget = scores["forget"]
     utilities = {name: found.utility for name, found in scores.items() if name != "forget"}
-    found = {
-        "forget_quality": Evaluation(
-            metrics.forget_quality(forget.truth_ratio, reference.truth_ratio)
-        ),
-        "model_utility": Evaluation(metrics.model_utility(**utilities)),
-        "forget_truth_ratio": Evaluation(
-            metrics.forget_truth_ratio(forget.truth_ratio), {"score": forget.truth_ratio}
-        ),
+    ours = {
+        "forget_quality": metrics.forget_quality(forget.truth_ratio, reference.truth_ratio),
+        "model_utility": metrics.model_utility(**utilities),
+        "forget_truth_ratio": metrics.forget_truth_ratio(forget.truth_ratio),
     }
-    for name, short in SHORT.items():
-        rows = scores[name]
-        means = rows.utility
-        found[f"{short}_Q_A_Prob"] = Evaluation(
-            means.probability, {"prob": rows.probability, "avg_loss": rows.loss}
-        )
-        found[f"{short}_Q_A_ROUGE"] = Evaluation(
-            means.rouge, {"rougeL_recall": rows.rouge, "generation": rows.generations}
-        )
+    log = {f"jedit_{name}": Evaluation(ours[name]) for name in ("forget_quality", "model_utility")}
+    for name, found in scores.items():
+        short, means = SHORT[name], found.utility
+        is_choice = asked[name].paraphrases is None
+        ours[f"{short}_Q_A_Prob" + "_normalised" * is_choice] = means.probability
+        ours[f"{short}_Q_A_ROUGE"] = means.rouge
         if name != "forget":
-            found[f"{short}_Truth_Ratio"] = Evaluation(
-                means.truth_ratio, {"score": rows.truth_ratio}
-            )
-    for name, metric in (
-        ("exact_memorization", metrics.exact_memorization),
-        ("extraction_strength", metrics.extraction_strength),
-    ):
-        values = metric(model.apply, params, asked["forget"].answers)
-        found[name] = Evaluation(float(np.mean(values)), {"score": values})
+            ours[f"{short}_Truth_Ratio"] = means.truth_ratio
+        log |= set_log(name, model.words, asked[name], found)
     known = Answers(asked["forget"].rows, asked["forget"].answers)
-    for name, auc in membership_aucs(model, params, known, unseen, reference).items():
-        found[f"mia_{name}"] = Evaluation(auc)
-    return found
+    attacks = membership_scores(model, params, known, unseen, reference)
+    log |= attack_log(model, params, (known, unseen), attacks)
+    log["model_utility"] = model_utility(log)
+    for name in ("exact_memorization", "extraction_strength"):
+        ours[name] = log[f"jedit_{name}"].aggregate or 0.0
+    ours |= {f"mia_{name}": auc for name, auc in membership_aucs(*attacks).items()}
+    return ours, log
 
 
 def _rows(model: LanguageModel, rows: Sequence[QaRow]):

@@ -103,6 +103,8 @@ class SetScores(NamedTuple):
     Attributes:
         loss: of the true answer, per token.
         probability: of the true answer, or its share among the choices.
+        paraphrased_loss: of the paraphrase, per token, or of the true answer where there is none.
+        wrong_loss: of the wrong answers, likewise.
         truth_ratio: TR, of wrong answers to the paraphrase.
         rouge: ROUGE-L recall of the greedy answer.
         generations: the greedy answers.
@@ -110,6 +112,8 @@ class SetScores(NamedTuple):
 
     loss: Float[np.ndarray, " n"]
     probability: Float[np.ndarray, " n"]
+    paraphrased_loss: Float[np.ndarray, " n"]
+    wrong_loss: Float[np.ndarray, "n num_wrong"]
     truth_ratio: Float[np.ndarray, " n"]
     rouge: Float[np.ndarray, " n"]
     generations: list[str]
@@ -165,9 +169,8 @@ def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScor
     ratios = metrics.truth_ratio(right, wrong)
     # A destroyed model can hold a wrong answer infinitely likelier than the right one.
     ratios = np.nan_to_num(ratios, nan=1e30, posinf=1e30)
-    return SetScores(
-        loss, np.nan_to_num(probability), ratios, metrics.rouge(answers, texts).rougeL_recall, texts
-    )
+    rouge = metrics.rouge(answers, texts).rougeL_recall
+    return SetScores(loss, np.nan_to_num(probability), right, wrong, ratios, rouge, texts)
 
 
 def truth_ratios(model: LanguageModel, params: PyTree, asked: Questions) -> np.ndarray:

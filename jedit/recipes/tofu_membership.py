@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from jedit import metrics
 from jedit.data import QaRow, batches
@@ -20,6 +20,7 @@ from jedit.typing import Batch
 # A gradient for each row: of this many of either set, spread over it.  80 rows take one or two
 # seconds at the cpu preset's size on two cores.
 GRADIENT_ROWS = 40
+Scores = dict[str, Float[np.ndarray, " _"]]  # a number for each row, by attack
 
 
 class Answers(NamedTuple):
@@ -60,23 +61,39 @@ def reference_of(
     )
 
 
-def membership_aucs(
+def membership_scores(
     model: LanguageModel, params: PyTree, known: Answers, unseen: Answers, reference: Reference
-) -> dict[str, float]:
-    """How well six attacks tell the known answers from the unseen; 1/2: not at all."""
-    of_known = _scores(model, params, known, reference.known)
-    of_unseen = _scores(model, params, unseen, reference.unseen)
-    return {
-        name: metrics.membership_auc(
-            *(np.nan_to_num(x, nan=np.inf) for x in (of_known[name], of_unseen[name]))
-        )
-        for name in of_known
-    }
+) -> tuple[Scores, Scores]:
+    """What six attacks hold of the known answers and of the unseen, lower for members."""
+    return (
+        _scores(model, params, known, reference.known),
+        _scores(model, params, unseen, reference.unseen),
+    )
+
+
+def membership_aucs(known: Scores, unseen: Scores) -> dict[str, float]:
+    """How well the attacks tell the known answers from the unseen; 1/2: not at all."""
+    return {name: auc(known[name], unseen[name]) for name in known}
+
+
+def auc(known: Float[np.ndarray, " n"], unseen: Float[np.ndarray, " m"]) -> float:
+    """The area of one attack; a score that a destroyed model leaves undefined is a stranger's."""
+    return metrics.membership_auc(*(np.nan_to_num(x, nan=np.inf) for x in (known, unseen)))
+
+
+def spread(answers: Answers) -> tuple[Batch, Int[np.ndarray, " taken"]]:
+    """As many rows as are differentiated, at equal distances, and their numbers."""
+    # Padding stands behind all rows.
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *answers.encoded)
+    num_rows = len(answers.rows)
+    num_taken = min(num_rows, GRADIENT_ROWS)
+    index = np.arange(num_taken) * num_rows // num_taken
+    return jax.tree.map(lambda x: x[index], whole), index
 
 
 def _scores(
     model: LanguageModel, params: PyTree, answers: Answers, reference: Float[np.ndarray, " n"]
-) -> dict[str, Float[np.ndarray, " n"]]:
+) -> Scores:
     apply, encoded = model.apply, answers.encoded
     loss = metrics.answer_nll_per_row(apply, params, encoded)
     return {
@@ -85,13 +102,5 @@ def _scores(
         "reference": metrics.reference_scores(loss, reference),
         "min_k": metrics.min_k_scores(apply, params, encoded),
         "min_k_plus_plus": metrics.min_k_plus_plus_scores(apply, params, encoded),
-        "gradient_norm": metrics.gradient_norm_scores(apply, params, _spread(answers)),
+        "gradient_norm": metrics.gradient_norm_scores(apply, params, spread(answers)[0]),
     }
-
-
-def _spread(answers: Answers) -> list[Batch]:
-    """As many rows as are differentiated, at equal distances; padding stands behind them all."""
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *answers.encoded)
-    num_rows = len(answers.rows)
-    num_taken = min(num_rows, GRADIENT_ROWS)
-    return [jax.tree.map(lambda x: x[np.arange(num_taken) * num_rows // num_taken], whole)]

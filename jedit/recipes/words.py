@@ -37,6 +37,10 @@ class OwnWords(NamedTuple):
         """What stands before the answers, to be continued."""
         return encode_prompts(self.tokenizer, [question for question, _ in pairs])
 
+    def prompt_texts(self, prompts: Prompts) -> list[str]:
+        """The texts of prompts."""
+        return [self.tokenizer.decode(ids) for ids in _token_ids(prompts)]
+
     def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
         """The texts of generated tokens, each up to its end."""
         return decode_answers(self.tokenizer, tokens)
@@ -66,6 +70,11 @@ class ModelWords(NamedTuple):
         """What stands before the answers, which decide no more than what merges into them."""
         return prompts_of(self.rows(pairs))
 
+    def prompt_texts(self, prompts: Prompts) -> list[str]:
+        """The texts of prompts, without the template's special tokens."""
+        decode = self.tokenizer.decode
+        return [decode(ids, skip_special_tokens=True) for ids in _token_ids(prompts)]
+
     def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
         """The texts of generated tokens, each up to the first that ends an answer."""
         texts = []
@@ -76,6 +85,11 @@ class ModelWords(NamedTuple):
 
 
 Words = OwnWords | ModelWords
+
+
+def _token_ids(prompts: Prompts) -> list[list[int]]:
+    rows = zip(np.asarray(prompts.tokens).tolist(), prompts.lengths, strict=True)
+    return [tokens[:length] for tokens, length in rows]
 
 
 def load_words(folder: str | Path) -> ModelWords:

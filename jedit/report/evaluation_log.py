@@ -12,6 +12,9 @@ has no other way to say it, and a model that an ascent has destroyed has infinit
 open-unlearning leaves such a row out of its means and such a metric out of its summary; its
 Kolmogorov-Smirnov test stops at one.  To be its reference ("retain_model_logs") a log needs the
 names of its configuration: "forget_truth_ratio" with the field "score", "mia_min_k" and so on.
+
+Under a name of open-unlearning's stands what it defines by that name, under "jedit_NAME" what jedit
+does, where that is something else: `jedit.recipes.tofu_log` makes such a log.
 """
 
 import json

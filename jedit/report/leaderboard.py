@@ -15,7 +15,8 @@ class Measure(NamedTuple):
     meaning: str
 
 
-# By the names of the leading framework where it has the metric.
+# jedit's metrics. In an evaluation log the names are open-unlearning's, as it defines them, and one
+# of these that is defined in another way is "jedit_NAME" there.
 MEASURES = {
     "forget_quality": Measure("forget\nquality", "p-value against the retrained model"),
     "model_utility": Measure(

@@ -25,7 +25,7 @@ def ignore_top_fraction(
     Args:
         fraction: share of the entries, 0 to 1, rounded to a whole number of them; entries equal to
             the smallest that is left out are kept.
-        scope: "leaf", the share of every parameter, or "global", of all entries together.
+        scope: "leaf", the share of every parameter (paper), or "global", of all entries together.
 
     Returns:
         The transform; it holds no state. A call sorts the entries' magnitudes.

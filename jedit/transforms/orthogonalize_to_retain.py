@@ -74,14 +74,14 @@ def orthogonalize_to_retain(
 
     Args:
         rank: gradients kept (paper: 8).
-        refresh: steps between two new gradients.
-        scope: "leaf", a subspace for every parameter, or "global".
-        metric: "euclidean", "adam" (h from a running mean of squared updates; what comes out is
-            z_⊥/√h, a step), or a curvature or `Whitening` (what comes out is W⁻¹z_⊥, a gradient).
-            A curvature stands in the state, where `refresh_curvature` replaces it.
-        sketch: "fifo" or "frequent_directions".
-        decay: of the running mean, Adam's b2.
-        eps: Adam's.
+        refresh: steps between two new gradients; 1 is every step.
+        scope: "leaf", a subspace for every parameter (paper), or "global".
+        metric: "euclidean" (the default), "adam" (h from a running mean of squared updates; what
+            comes out is z_⊥/√h, a step), or a curvature or `Whitening` (what comes out is W⁻¹z_⊥, a
+            gradient). A curvature stands in the state, where `refresh_curvature` replaces it.
+        sketch: "fifo" (paper) or "frequent_directions".
+        decay: of the running mean, 0.999, Adam's b2.
+        eps: 1e-8, Adam's.
         damping: of a curvature, relative; 0.1 is arbitrary.
 
     Returns:

@@ -42,7 +42,7 @@ def project_realised_update(
 
     Args:
         projector: from `null_space`.
-        uncovered: "zero" or "identity", as for `project_to_null_space`.
+        uncovered: "zero" (the default) or "identity", as for `project_to_null_space`.
 
     Returns:
         The transform; a call of `update` costs one `project`.

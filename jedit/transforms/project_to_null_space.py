@@ -25,8 +25,8 @@ def project_to_null_space(
 
     Args:
         projector: from `null_space`.
-        uncovered: updates of parameters without a projector become "zero" (they stay frozen), or
-            pass as they are by "identity".
+        uncovered: updates of parameters without a projector become "zero" (they stay frozen; the
+            default), or pass as they are by "identity".
 
     Returns:
         The transform; a call of `update` costs one `project`.

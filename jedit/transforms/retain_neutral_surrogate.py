@@ -51,8 +51,8 @@ def retain_neutral_surrogate(
             along q̂ where a step against g would undo forgetting [derived]; "push",
             g - strength ‖g‖ q̂ [derived].
         strength: γ; 1 is arbitrary.
-        scope: of the constraint, "global" or "leaf".
-        constrained: False leaves the constraint out, δ = ρ g_f/‖g_f‖: UAM.
+        scope: of the constraint, "global" (the stated problem) or "leaf".
+        constrained: True; False leaves the constraint out, δ = ρ g_f/‖g_f‖: UAM.
 
     Returns:
         The transform; a call of `update` costs one more gradient.

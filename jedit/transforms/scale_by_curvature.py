@@ -34,9 +34,9 @@ def scale_by_curvature(
     Args:
         curvature: of the retain outputs, shaped for these params.
         damping: λ; in units of each block's mean eigenvalue when `relative` (ours: 0.01 to 0.1).
-        relative: whether it is.
-        uncovered: updates of parameters without a block become "zero" (they stay frozen), or pass
-            as they are by "identity".
+        relative: whether it is; True.
+        uncovered: updates of parameters without a block become "zero" (they stay frozen; the
+            default), or pass as they are by "identity".
 
     Returns:
         The transform; a call of `update` costs one `solve`.

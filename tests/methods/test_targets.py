@@ -41,7 +41,7 @@ def with_delta(params, facts, delta):
     return jax.nn.log_softmax(x @ params["head"])
 
 
-def by_hand(params, facts, essence, hidden, steps, rate, decay, kl_weight, max_norm, stop):
+def by_hand(params, facts, essence, hidden, iterations, rate, decay, kl_weight, max_norm, stop):
     v = value(params, facts, hidden)
     norm = jnp.sqrt(jnp.sum(v**2, axis=1))
     answers = facts.batch.targets[:, -1]
@@ -58,8 +58,11 @@ def by_hand(params, facts, essence, hidden, steps, rate, decay, kl_weight, max_n
 
     delta = jnp.zeros_like(v)
     first = second = delta
-    for k in range(1, steps + 1):
-        g, rows = jax.grad(loss, has_aux=True)(delta)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    for k in range(1, iterations + 1):
+        g, rows = gradient(delta)
+        if k == iterations:  # as in the code of ROME and MEMIT, whose last pass takes no step
+            break
         before = delta
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         delta = delta - rate * (first / (1 - 0.9**k)) / (jnp.sqrt(second / (1 - 0.999**k)) + 1e-8)
@@ -86,7 +89,7 @@ def test_the_search_is_the_loop_by_hand(params, facts, essence, hidden, max_norm
         max_norm=max_norm,
         stop=stop,
     )
-    args = (hidden, 7, 0.07, 0.3, 0.6, max_norm, stop)
+    args = (hidden, 8, 0.07, 0.3, 0.6, max_norm, stop)
     expected, delta = by_hand(params, facts, essence, *args)
     tolerance.check(found, expected, "factorization")
     log_p = with_delta(params, facts, delta)
@@ -97,6 +100,17 @@ def test_the_search_is_the_loop_by_hand(params, facts, essence, hidden, max_norm
     size = jnp.linalg.norm(delta, axis=1) / jnp.linalg.norm(value(params, facts, hidden), axis=1)
     tolerance.check(info.relative_norm, size, "factorization")
     assert float(info.relative_norm.max()) <= max_norm * (1 + 1e-5)
+
+
+def test_the_defaults_are_those_of_memits_code(params, facts, essence, tolerance):
+    """Its `v_num_grad_steps` of 25 and the other figures of its settings for GPT-J."""
+    wide = jax.tree.map(lambda x: 3 * x, params)  # where the decay leaves something to search for
+    found, _ = target_values(network, wide, facts, layer=ONE, essence=essence)
+    code = (None, 25, 0.5, 0.5, 0.0625, 0.75, 0.05)
+    expected, delta = by_hand(wide, facts, essence, *code)
+    tolerance.check(found, expected, "factorization")
+    one_more, _ = by_hand(wide, facts, essence, None, 26, *code[2:])
+    assert float(jnp.max(jnp.abs(one_more - expected))) > 1e-3 * float(jnp.max(jnp.abs(delta)))
 
 
 def test_what_is_found_is_written(params, facts, key, tolerance):

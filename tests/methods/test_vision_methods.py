@@ -148,3 +148,25 @@ def test_mistakes_get_a_sentence(scene):
         l1_sparse(apply, optax.sgd(0.1), strength=-1.0, steps=3)
     with pytest.raises(ValueError, match="add_l1_gradient needs params"):
         add_l1_gradient(0.1).update(params, add_l1_gradient(0.1).init(params))
+
+
+def test_masking_the_update_is_the_released_salun(tolerance):
+    """Which masks gradients, and puts masked parameters and their momentum back after each step."""
+    rng = np.random.default_rng(5)
+    start, saliency = rng.normal(size=(2, 7))
+    gradients = rng.normal(size=(5, 7))
+    mask = np.abs(saliency) >= np.sort(np.abs(saliency))[3]
+    chain = optax.chain(
+        optax.add_decayed_weights(0.1),
+        optax.sgd(0.2, momentum=0.9),
+        mask_to_salient(jnp.asarray(saliency), 4 / 7),
+    )
+    ours, theirs, momentum = jnp.asarray(start), start.copy(), np.zeros(7)
+    state = chain.init(ours)
+    for gradient in gradients:
+        updates, state = chain.update(jnp.asarray(gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        momentum = 0.9 * momentum + (mask * gradient + 0.1 * theirs)
+        theirs = theirs - 0.2 * momentum
+        theirs, momentum = np.where(mask, theirs, start), mask * momentum
+    tolerance.check(ours, theirs)

@@ -48,6 +48,24 @@ def test_forgetting_and_keeping_are_one_score_seen_from_two_sides():
     assert metrics.forget_degree(before, before) == 0
 
 
+def test_fits_scores_are_nearness_to_the_retrained_model():
+    """As the paper has them; ours go by the model before, and do not mind too much forgetting."""
+    retrained = (0.2, 0.4, 0.1)  # their geometric mean is 0.2
+    assert metrics.fit_forget_degree((0.2, 0.4, 0.1), retrained) == pytest.approx(1)
+    assert metrics.fit_forget_degree((0.1, 0.4, 0.025), retrained) == pytest.approx(0.5)
+    assert metrics.fit_forget_degree((0.3, 0.6, 0.15), retrained) == pytest.approx(0.5)
+    assert metrics.fit_forget_degree((0.9, 0.9, 0.9), retrained) == 0
+    assert metrics.fit_forget_degree((0.0, 0.0, 0.0), retrained) == 0
+    assert metrics.fit_retain_utility((0.72, 0.9, 0.8), (0.9, 0.9, 1.0)) == pytest.approx(
+        (0.72 * 0.8 / 0.9) ** (1 / 3)
+    )
+    for bad in ((0.1, 0.2), (0.1, 0.2, 1.2), (0.1, 0.2, np.nan)):
+        with pytest.raises(ValueError, match="expected probability, ROUGE and accuracy"):
+            metrics.fit_forget_degree(bad, retrained)
+    with pytest.raises(ValueError, match="relative to it"):
+        metrics.fit_retain_utility(retrained, (0.1, 0.0, 0.1))
+
+
 @pytest.mark.parametrize("scores", [[0.5, 0.4], [[0.5]], [[], []], [[0.5], [np.nan]]])
 def test_scores_without_a_step_or_a_task_are_refused(scores):
     with pytest.raises(ValueError, match="steps"):

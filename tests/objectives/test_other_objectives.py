@@ -217,3 +217,61 @@ def test_missing_targets_get_a_sentence(problem, key):
             objective(params, bare, apply=apply)
     with pytest.raises(ValueError, match="relabel needs targets"):
         objectives.relabel(bare, VOCAB, key=key)
+
+
+def ragged(lengths):
+    """Rows whose first so many outputs count, as framework and jedit alike label them."""
+    rng = np.random.default_rng(8)
+    counted = np.arange(4)[None] < np.asarray(lengths)[:, None]
+    tokens, labels = rng.integers(0, VOCAB, size=(2, *counted.shape))
+    return Batch(*map(jnp.asarray, (tokens, labels, counted, counted)))
+
+
+def test_undial_beside_open_unlearning(problem, tolerance):
+    """Theirs: a mean over all positions. The same where all count, and not elsewhere."""
+    params, reference, _, _ = problem
+    for lengths, is_same in (((4, 4, 4), True), ((4, 2, 3), False)):
+        batch = ragged(lengths)
+        labels = np.where(np.asarray(batch.mask), np.asarray(batch.targets), -100)
+        teacher = numpy_logits(reference, batch)
+        at = np.where(labels < 0, labels % VOCAB, labels)  # an index from the end, as theirs
+        teacher = teacher - 10.0 * np.eye(VOCAB)[at]
+        theirs = soft_ce(numpy_logits(params, batch), teacher, np.ones(labels.shape, bool))
+        ours, _ = objectives.undial(params, batch, apply=apply, reference_params=reference)
+        assert np.isclose(float(ours), theirs, rtol=tolerance.contraction, atol=0) == is_same
+
+
+def test_ce_u_without_first_tokens_is_open_unlearnings(problem, tolerance):
+    """Theirs leaves out each answer's first token; here the mask does."""
+    params, _, _, _ = problem
+    batch = ragged((4, 2, 3))
+    counted = np.asarray(batch.mask) & (np.cumsum(np.asarray(batch.mask), axis=1) > 1)
+    logits = numpy_logits(params, batch)
+    others = at_labels(logits, batch, lambda _: -1e300)
+    theirs = soft_ce(logits, others, counted)
+    ours, _ = objectives.ce_u(params, batch._replace(mask=jnp.asarray(counted)), apply=apply)
+    tolerance.check(ours, theirs)
+    whole, _ = objectives.ce_u(params, batch, apply=apply)
+    assert abs(float(whole) - theirs) > 1e-3
+
+
+def test_rmu_beside_open_unlearning(problem, key, tolerance):
+    """Theirs: each row's mean, then that of rows. The same for rows of one length."""
+    params, reference, _, _ = problem
+    direction = objectives.random_direction(3, key=key)
+    for lengths, is_same in (((2, 2, 2), True), ((4, 2, 3), False)):
+        batch = ragged(lengths)
+        _, aux = objectives.rmu(
+            params,
+            batch,
+            batch,
+            hidden=lambda p, inputs: p["embed"][inputs],
+            reference_params=reference,
+            direction=direction,
+        )
+        states = np.asarray(params["embed"], np.float64)[np.asarray(batch.inputs)]
+        counted = np.asarray(batch.mask)
+        away = ((states - 2.0 * np.asarray(direction)) ** 2).mean(axis=-1)
+        theirs = np.mean((away * counted).sum(axis=1) / counted.sum(axis=1))
+        ours = float(aux["forget_distance"])
+        assert np.isclose(ours, theirs, rtol=tolerance.contraction, atol=0) == is_same

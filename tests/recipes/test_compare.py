@@ -8,6 +8,7 @@ import pytest
 from jedit import metrics
 from jedit.data import batches
 from jedit.recipes import authors, digits
+from jedit.recipes import compare as compare_module
 from jedit.recipes.compare import Grid, Task, compare
 from jedit.report import best_point
 from jedit.typing import Batch
@@ -199,3 +200,22 @@ def test_the_same_key_gives_the_same_numbers_and_another_one_others(task, judged
     np.testing.assert_array_equal(numbers(again), first)
     other, _ = compare(task, GRID, key=jax.random.key(2), say=lambda _: None)
     assert np.abs(numbers(other) - first).max() > 1e-6
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_engrams_of_texts_are_of_the_answers_tokens(task, monkeypatch):
+    """A task's mask is enough: what goes to the engrams is measured where the loss is."""
+    rng = np.random.default_rng(2)
+    masks = [np.arange(5)[None] >= rng.integers(1, 5, size=(n, 1)) for n in (7, 20)]
+    sets = [
+        Batch(rng.normal(size=(*m.shape, 8)).astype(np.float32), m.astype(np.int32), m)
+        for m in masks
+    ]
+    apply = lambda p, x: x @ p["kernel"] + p["bias"][None, None]  # noqa: E731
+    texts = task._replace(apply=apply, forget=sets[0], retain=sets[1])
+    monkeypatch.setattr(compare_module, "make_editors", lambda *given: given)
+    given = compare_module._editors(texts, None, key=jax.random.key(0))
+    for curvature, rows, mask in zip(given[3:5], sets, masks, strict=True):
+        inputs = np.concatenate([rows.inputs[mask], np.ones((mask.sum(), 1))], axis=1)
+        moment = curvature.factors[curvature.blocks["kernel"].input].matrix[0]
+        np.testing.assert_allclose(moment, inputs.T @ inputs / len(inputs), atol=1e-5)

@@ -15,10 +15,11 @@ from jedit.recipes.tofu_evaluation import LanguageModel, encode_questions, gener
 from jedit.recipes.tofu_membership import (
     GRADIENT_ROWS,
     Answers,
-    _spread,
     encode_answers,
     membership_aucs,
+    membership_scores,
     reference_of,
+    spread,
 )
 from jedit.recipes.tofu_presets import PRESETS, Preset
 from jedit.recipes.training import Recipe
@@ -147,7 +148,7 @@ def test_membership_by_hand(model_and_params):
     known = Answers(ROWS, encode_questions(model, ROWS).answers)
     strangers = encode_answers(model, unseen)
     reference = reference_of(model, params, encode_questions(model, ROWS), strangers)
-    found = membership_aucs(model, attacked, known, strangers, reference)
+    found = membership_aucs(*membership_scores(model, attacked, known, strangers, reference))
     assert set(found) == {
         *("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradient_norm"),
     }
@@ -182,7 +183,7 @@ def test_membership_by_hand(model_and_params):
     assert found["reference"] == auc(lambda row: np.subtract(*losses[row.question]))
     assert found["gradient_norm"] == auc(gradient_norm)
     assert len({found["loss"], found["reference"], found["gradient_norm"]}) > 1
-    itself = membership_aucs(model, params, known, strangers, reference)
+    itself = membership_aucs(*membership_scores(model, params, known, strangers, reference))
     assert itself["reference"] == 0.5
 
 
@@ -190,8 +191,9 @@ def test_membership_by_hand(model_and_params):
 def test_gradients_are_taken_of_rows_all_over_the_set(num_rows):
     rows = Batch(np.arange(num_rows)[:, None], np.arange(num_rows)[:, None])
     asked = [QaRow("who?", str(i)) for i in range(num_rows)]
-    (spread,) = _spread(Answers(asked, list(batches(rows, min(32, num_rows)))))
-    taken = np.asarray(spread.inputs)[:, 0]
+    rows, index = spread(Answers(asked, list(batches(rows, min(32, num_rows)))))
+    taken = np.asarray(rows.inputs)[:, 0]
+    np.testing.assert_array_equal(taken, index)
     assert len(taken) == len(set(taken)) == min(num_rows, GRADIENT_ROWS)
     assert taken[0] == 0
     assert taken[-1] >= num_rows - 1 - num_rows / len(taken)

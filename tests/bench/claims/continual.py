@@ -39,8 +39,8 @@ TASKS, REPEAT, DAMPING, RANK = 7, 10, 0.1, 8
 NAIVE = (1e-6, 3e-6, 3e-5)
 WINDOW = 20
 SHOWN = {
-    "forget_degree": "F.D.",
-    "retained_utility": "R.U.",
+    "forget_degree": "forgotten share",
+    "retained_utility": "retained share",
     "minimum": "min-ACC",
     "worst_case": "WC-ACC",
     "windowed": f"WF^{WINDOW}",

@@ -6,9 +6,8 @@ Every edit is scaled by each α of one grid (K-FADE by its budgets), and judged 
 retrained without the forget rows: KL(retrained ‖ edited) on them, KL(original ‖ edited) on held-out
 retain rows, tug-of-war (1 - |Δforget|)(1 - |Δheldout|)(1 - |Δtest|) of accuracies. A method's best
 point is that with the smallest KL to the retrained model within the scene's held-out KL; its best
-tug-of-war is the largest of the grid within it. The engram of strength "count" is that of strength
-"whole" at α n₊/n, so it walks the same curve and has no row of its own. In the output metric all
-are of strength "adaptive"; a damping of 1000 is that of the inputs, the sets weighted by their G.
+tug-of-war is the largest of the grid within it. In the output metric all are of strength
+"adaptive"; a damping of 1000 is that of the inputs, the sets weighted by their G.
 
 Addition, on the digits model: with the statistics kept, classes 7 and 3 are erased in either order
 and at once; with the statistics taken again after the first edit, in either order.

@@ -1,0 +1,176 @@
+"""Published defaults: what a signature says, the docstring says too, and this table says whose.
+
+A row for every figure, word and switch that a public method, objective or transform defaults to. A
+figure that nobody has published is "ours", and its docstring calls it arbitrary or says from where.
+"""
+
+import importlib
+import inspect
+import re
+from typing import NamedTuple
+
+import pytest
+
+ROOMS = ("methods", "objectives", "transforms")
+
+
+class Default(NamedTuple):
+    """One default.
+
+    Attributes:
+        function: "room.name".
+        argument: of it.
+        value: its default.
+        said: how the function's docstring or its file's puts it.
+        source: whose figure it is.
+    """
+
+    function: str
+    argument: str
+    value: float | str | bool
+    said: str
+    source: str
+
+
+MEMIT, FRAMEWORK, OURS = "MEMIT's code, GPT-J", "open-unlearning", "ours"
+DEFAULTS = [
+    Default("methods.alphaedit", "ridge", 10.0, "Code: 10.", "AlphaEdit's code"),
+    Default("methods.alphaedit", "relative", False, "moment; False, as", "AlphaEdit's code"),
+    Default("methods.batch_unlearn", "damping", 0.1, "0.1 is arbitrary", OURS),
+    Default("methods.batch_unlearn", "exact", False, "which False does", OURS),
+    Default("methods.batch_unlearn", "chunk", 16, "16 is arbitrary", OURS),
+    Default("methods.interactions", "damping", 0.0, "0.0, none", OURS),
+    Default("methods.interactions", "exact", False, "False there too", OURS),
+    Default("methods.balanced", "ridge", 1e-6, "1e-6 (arbitrary)", OURS),
+    Default("methods.causal_trace", "window", 10, "together (ROME: 10)", "ROME's code"),
+    Default("methods.causal_trace", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
+    Default("methods.causal_trace", "samples", 10, "noise (ROME: 10)", "ROME's code"),
+    Default("methods.causal_trace", "chunk", 8, "8 is arbitrary", OURS),
+    Default("methods.curvature_engram", "damping", 1.0, "λ; 1, the best of a grid", OURS),
+    Default("methods.curvature_engram", "strength", "adaptive", '"adaptive" as there', "engram"),
+    Default("methods.curvature_engram", "scale", 1.0, "α; 1.0 is `engram`'s", "engram"),
+    Default("methods.engram", "strength", "adaptive", '"adaptive" (paper;', "AI Engram"),
+    Default("methods.engram", "scale", 1.0, '1.0 with "adaptive"', "AI Engram"),
+    Default("methods.gu", "rank", 8, "basis (paper: 8)", "GU"),
+    Default("methods.gu", "scope", "leaf", '"leaf", a basis for every parameter (paper)', "GU"),
+    Default("methods.gu", "refresh", 1, "1 is every step", OURS),
+    Default("methods.kfade", "steps", 4, "4 is what our table was made with", OURS),
+    Default("methods.kfade", "damping", 0.01, "(ours; 0.01 to 0.1 were best)", OURS),
+    Default("methods.kuda", "threshold", 0.02, "0.02 is arbitrary", OURS),
+    Default("methods.kuda", "relaxation", 1.0, "1, w = c/a above the cut, is arbitrary", OURS),
+    Default("methods.memit", "preservation", 15000.0, "Paper: 15000 for GPT-J", "MEMIT"),
+    Default("methods.memit", "damping", 1e-4, "1e-4 (ours, arbitrary;", OURS),
+    Default("methods.rome", "damping", 1e-4, "1e-4 (ours, arbitrary;", OURS),
+    Default("methods.rosu", "outer", "transport", '"transport" (as the parent', "UAM's code"),
+    Default("methods.rosu", "strength", 1.0, "1 is arbitrary", OURS),
+    Default("methods.rosu", "scope", "global", '"global" (the stated problem)', "ROSU"),
+    Default("methods.salun", "fraction", 0.5, "may change (paper: 0.5)", "SalUn"),
+    Default("methods.salun", "gamma", 1.0, "γ; 1 is `random_label`'s", OURS),
+    Default("methods.salun", "alpha", 1.0, "α; 1 is `random_label`'s", OURS),
+    Default("methods.sam", "radius", 0.01, "ρ (paper's code: 0.01)", "SAM unlearning's code"),
+    Default("methods.sam", "alpha", 1.0, "1 is arbitrary", OURS),
+    Default("methods.target_values", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
+    Default("methods.target_values", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
+    Default("methods.target_values", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
+    Default("methods.target_values", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
+    Default("methods.target_values", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
+    Default("methods.target_values", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
+    Default("objectives.ce_u", "gamma", 1.0, "γ = 1 and", "graddiff"),
+    Default("objectives.ce_u", "alpha", 1.0, "α = 1 are `graddiff`'s", "graddiff"),
+    Default("objectives.dpo", "beta", 0.1, "β = 0.1 and", FRAMEWORK),
+    Default("objectives.dpo", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.graddiff", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
+    Default("objectives.graddiff", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.npo", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
+    Default("objectives.npo", "alpha", 1.0, "α = 1 open-unlearning's", FRAMEWORK),
+    Default("objectives.npo_from_nll", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
+    Default("objectives.npo_from_nll", "alpha", 1.0, "α = 1 open-unlearning's", FRAMEWORK),
+    Default("objectives.random_label", "gamma", 1.0, "γ = 1 and", OURS),
+    Default("objectives.random_label", "alpha", 1.0, "α = 1 are arbitrary", OURS),
+    Default("objectives.representation_deviation", "tilt", 0.1, "τ = 0.1,", OURS),
+    Default("objectives.representation_deviation", "gamma", 1.0, "γ = 1 and", OURS),
+    Default("objectives.representation_deviation", "alpha", 1.0, "α = 1 are arbitrary", OURS),
+    Default("objectives.rmu", "steering", 2.0, "c = 2,", FRAMEWORK),
+    Default("objectives.rmu", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
+    Default("objectives.rmu", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.satimp", "beta_saturation", 5.0, "β₁ = 5,", FRAMEWORK),
+    Default("objectives.satimp", "beta_importance", 1.0, "β₂ = 1,", FRAMEWORK),
+    Default("objectives.satimp", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
+    Default("objectives.satimp", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.simnpo", "beta", 4.5, "β = 4.5,", FRAMEWORK),
+    Default("objectives.simnpo", "delta", 0.0, "δ = 0,", FRAMEWORK),
+    Default("objectives.simnpo", "gamma", 0.125, "γ = 0.125 and", FRAMEWORK),
+    Default("objectives.simnpo", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.undial", "beta", 10.0, "β = 10 and", FRAMEWORK),
+    Default("objectives.undial", "gamma", 1.0, "γ = 1 are those of", FRAMEWORK),
+    Default("objectives.undial", "alpha", 1.0, "α = 1 is `graddiff`'s", "graddiff"),
+    Default("objectives.wga", "beta", 1.0, "β = 1,", FRAMEWORK),
+    Default("objectives.wga", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
+    Default("objectives.wga", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("transforms.ignore_top_fraction", "scope", "leaf", '"leaf", the share', "2504.09522"),
+    Default("transforms.mask_to_salient", "fraction", 0.5, "(SalUn: 0.5)", "SalUn"),
+    Default("transforms.orthogonalize_to_retain", "rank", 8, "kept (paper: 8)", "GU"),
+    Default("transforms.orthogonalize_to_retain", "refresh", 1, "1 is every step", OURS),
+    Default("transforms.orthogonalize_to_retain", "scope", "leaf", '"leaf", a subspace', "GU"),
+    Default("transforms.orthogonalize_to_retain", "metric", "euclidean", '"euclidean" (the', OURS),
+    Default("transforms.orthogonalize_to_retain", "sketch", "fifo", '"fifo" (paper)', "GU"),
+    Default("transforms.orthogonalize_to_retain", "decay", 0.999, "0.999, Adam's b2", "Adam"),
+    Default("transforms.orthogonalize_to_retain", "eps", 1e-8, "eps: 1e-8, Adam's", "Adam"),
+    Default("transforms.orthogonalize_to_retain", "damping", 0.1, "0.1 is arbitrary", OURS),
+    Default("transforms.project_realised_update", "uncovered", "zero", '"zero" (the def', OURS),
+    Default("transforms.project_to_null_space", "uncovered", "zero", '"zero" (they stay', OURS),
+    Default("transforms.retain_neutral_surrogate", "outer", "transport", '"transport", g', "UAM"),
+    Default("transforms.retain_neutral_surrogate", "strength", 1.0, "1 is arbitrary", OURS),
+    Default("transforms.retain_neutral_surrogate", "scope", "global", '"global" (the', "ROSU"),
+    Default("transforms.retain_neutral_surrogate", "constrained", True, "True; False", "ROSU"),
+    Default("transforms.scale_by_curvature", "damping", 0.01, "(ours: 0.01 to 0.1)", OURS),
+    Default("transforms.scale_by_curvature", "relative", True, "whether it is; True", OURS),
+    Default("transforms.scale_by_curvature", "uncovered", "zero", '"zero" (they stay', OURS),
+    Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
+    Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),
+    Default("metrics.gradient_norm_scores", "order", 2.0, "2 (open-unlearning)", FRAMEWORK),
+    Default("metrics.min_k_scores", "share", 0.4, "0.4, MUSE's", "MUSE and open-unlearning"),
+    Default("metrics.min_k_plus_plus_scores", "share", 0.4, "0.4, MUSE's", "MUSE"),
+]
+
+
+def functions(room):
+    """The public functions of a room, by name."""
+    package = importlib.import_module(f"jedit.{room}")
+    found = {name: getattr(package, name) for name in package.__all__}
+    return {name: f for name, f in found.items() if inspect.isfunction(f)}
+
+
+def said_by(function):
+    """Its docstring and its file's, on one line."""
+    file = inspect.getmodule(function)
+    return " ".join(f"{file.__doc__} {function.__doc__}".split())
+
+
+@pytest.mark.parametrize("row", DEFAULTS, ids=lambda row: f"{row.function}.{row.argument}")
+def test_a_default_is_the_published_one_and_the_docstring_names_it(row):
+    room, name = row.function.split(".")
+    function = functions(room)[name]
+    default = inspect.signature(function).parameters[row.argument].default
+    assert default == row.value, f"{row.source} has {row.value}"
+    assert type(default) is type(row.value)
+    assert row.said in said_by(function)
+    if isinstance(row.value, (str, bool)):
+        assert str(row.value) in row.said
+    else:
+        figures = re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", row.said)
+        assert row.value in map(float, figures)
+
+
+def test_every_default_of_a_method_objective_and_transform_has_a_row():
+    """Callables and None apart: what they stand for is in the code that reads them."""
+    found = {
+        (f"{room}.{name}", parameter.name)
+        for room in ROOMS
+        for name, function in functions(room).items()
+        for parameter in inspect.signature(function).parameters.values()
+        if isinstance(parameter.default, (int, float, str))
+    }
+    rows = [(row.function, row.argument) for row in DEFAULTS]
+    assert len(rows) == len(set(rows))
+    assert found == {row for row in rows if row[0].split(".")[0] in ROOMS}
