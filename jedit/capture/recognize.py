@@ -113,11 +113,13 @@ def _windowed(site: Site, scope: Scope, piece: Piece, box_in: Box | None, box_ou
         return tuple(stop - start for start, stop in wanted), None if is_all else wanted
 
     output_shape, window_out = window(box_out, site.output_shape)
-    found = dataclasses.replace(site, output_shape=output_shape, window_out=window_out)
-    if box_in is None:
-        return found
-    input_shape, window_in = window(box_in, site.input_shape)
-    return dataclasses.replace(found, input_shape=input_shape, window_in=window_in)
+    site = dataclasses.replace(site, output_shape=output_shape, window_out=window_out)
+    if box_in is not None:
+        input_shape, window_in = window(box_in, site.input_shape)
+        site = dataclasses.replace(site, input_shape=input_shape, window_in=window_in)
+    if site.weight.layers == 1 and (site.window_in or site.window_out):  # stacked only here
+        site = dataclasses.replace(site, weight=dataclasses.replace(site.weight, is_stacked=False))
+    return site
 
 
 def _matrix_weight(origin, scope, ops, extra_layers, d_in, d_out) -> Weight:
