@@ -13,20 +13,29 @@ from jedit.capture.source import source_line
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Where an equation stands: the scans and the `cond` branch around it, and the call's line."""
+    """Where an equation stands: the scans and the `cond` branch around it, and the call's line.
+
+    Attributes:
+        lengths: of the scans around, outermost first.
+        key: tells the jaxprs apart in which equal numbers are equal arrays.
+        branch: index of the branch around, or None.
+        num_outer: how many of the scans are around that branch.
+        source: the call's line.
+    """
 
     lengths: tuple[int, ...] = ()
     key: Any = ()
     branch: int | None = None
+    num_outer: int = 0
     source: str = ""
 
     def scan(self, length: int, key: Any) -> "Scope":
         """Inside a scan's body."""
-        return Scope((*self.lengths, length), key, self.branch, self.source)
+        return dataclasses.replace(self, lengths=(*self.lengths, length), key=key)
 
     def branched(self, key: Any, branch: int) -> "Scope":
         """Inside a branch."""
-        return Scope(self.lengths, key, branch, self.source)
+        return dataclasses.replace(self, key=key, branch=branch, num_outer=len(self.lengths))
 
     def within(self, layers: Sequence[tuple[int, int, int]]) -> "Scope":
         """In only these iterations, (depth, start, stop), of the scans around."""

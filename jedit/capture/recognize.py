@@ -14,6 +14,7 @@ from jedit.capture.provenance import Provenance, simplified
 from jedit.capture.sites import Axes, Patches, Site, Weight
 from jedit.capture.source import source_line
 
+STACKED_AROUND_A_BRANCH = "is stacked when called, and scanned with a `cond` that reads it"
 BY_ARRAY = "is multiplied by an array that does not depend on the inputs"
 
 
@@ -102,6 +103,12 @@ def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more)
     )
 
 
+def _is_cut_around_a_branch(origin: Provenance | Joined, scope: Scope) -> bool:
+    """Whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
+    depths = [depth for piece in pieces_of(origin) for depth, _, _ in piece.layers]
+    return scope.branch is not None and any(depth < scope.num_outer for depth in depths)
+
+
 def _windowed(site: Site, scope: Scope, piece: Piece, box_in: Box | None, box_out: Box) -> Site:
     """The site with only these parts of its operand (None: nothing is kept) and of its output."""
     cut = {depth: (start, stop) for depth, start, stop in piece.layers}
@@ -158,8 +165,8 @@ def _dense(eqn, values, scope) -> list[Draft] | str:
     origin = values[w].origin
     if not isinstance(origin, Joined):
         return [_dense_site(eqn, (w, a), pieces_of(origin)[0], scope)]
-    if scope.branch is not None and any(piece.layers for piece in origin.pieces):
-        return "is stacked and taken apart by a scan inside of a branch of `cond`"
+    if _is_cut_around_a_branch(origin, scope):
+        return STACKED_AROUND_A_BRANCH
     drafts = [_dense_site(eqn, (w, a), piece, scope) for piece in origin.pieces]
     return [dataclasses.replace(draft, view=None) for draft in drafts]
 
@@ -377,8 +384,8 @@ def _elementwise(eqn, values, scope) -> list[Draft] | Provenance | Joined | Mult
 
 def _vector_sites(eqn, scope, origin, kind, reads) -> list[Draft] | str:
     """Parameters that multiply, or are added to, every position of an activation."""
-    if scope.branch is not None and any(piece.layers for piece in pieces_of(origin)):
-        return "is stacked and taken apart by a scan inside of a branch of `cond`"
+    if _is_cut_around_a_branch(origin, scope):
+        return STACKED_AROUND_A_BRANCH
     return [_vector_site(eqn, scope, piece, kind, reads) for piece in pieces_of(origin)]
 
 

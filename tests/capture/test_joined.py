@@ -229,9 +229,20 @@ def test_what_is_joined_and_cannot_be_followed():
     assert "(test_joined.py:" in sites.uncovered["c"]
 
 
-def test_a_stack_taken_apart_in_a_branch():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_stack_taken_apart_in_a_branch(sign):
     def apply(p, x):
-        return lax.cond(x[0, 0, 0] > 0, lambda x: scanned(p, x), jnp.sin, x)
+        return lax.cond(sign * x[0, 0, 0] > 0, lambda x: scanned(p, x), jnp.sin, x)
+
+    check_capture(apply, SQUARE, X)
+
+
+def test_a_stack_taken_apart_around_a_branch():
+    def apply(p, x):
+        def step(h, w):
+            return lax.cond(h[0, 0, 0] > 0, lambda h: jnp.tanh(h @ w), jnp.sin, h), None
+
+        return lax.scan(step, x, stacked(p))[0]
 
     sites = check_capture(apply, SQUARE, X, uncovered=tuple("abc"))
-    assert "inside of a branch of `cond`" in sites.uncovered["a"]
+    assert "scanned with a `cond` that reads it" in sites.uncovered["a"]
