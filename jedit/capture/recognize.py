@@ -38,6 +38,8 @@ def recognize(
     if not any(v.origin is not None for v in values):
         return None
     name = eqn.primitive.name
+    if name in versions.CUSTOM_RULE:
+        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else CUSTOM_RULE
     if name in REASONS:
         return REASONS[name]
     if name in ("add", "add_any", "sub", "mul", "div"):
@@ -61,11 +63,20 @@ def recognize(
     return None
 
 
+CUSTOM_RULE = "enters a function with a custom derivative rule"
+LOOP_WITH_A_RULE = (
+    "enters a `while` loop with a custom derivative rule; a bounded one is covered (Equinox's kind "
+    "'bounded', Diffrax's DirectAdjoint)"
+)
 REASONS = {
-    **dict.fromkeys(versions.CUSTOM_RULE, "enters a function with a custom derivative rule"),
     **dict.fromkeys(versions.RAGGED, "enters `ragged_dot`: its rows are known only at run time"),
     "while": "enters a `while` loop, which has no reverse mode",
 }
+
+
+def _holds_a_loop(eqn) -> bool:
+    inner = [inside for closed in versions.inner_jaxprs(eqn) for inside in closed.jaxpr.eqns]
+    return eqn.primitive.name == "while" or any(map(_holds_a_loop, inner))
 
 
 def ints(values) -> tuple[int, ...]:
@@ -364,7 +375,7 @@ def _elementwise(eqn, values, scope) -> list[Draft] | Provenance | Joined | Mult
             return _vector_sites(eqn, scope, origin, "scale", None)
         drafts = _vector_sites(eqn, scope, origin, "bias", None)
         is_negated = name == "sub" and k == 0  # b - y negates y
-        if isinstance(origin, Provenance) and not is_negated:
+        if isinstance(drafts, list) and isinstance(origin, Provenance) and not is_negated:
             _offer_as_bias(drafts[0], other.view, origin)
         return drafts
     if name in ("add", "add_any", "sub"):

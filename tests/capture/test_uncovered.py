@@ -2,6 +2,7 @@
 
 import inspect
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,6 +182,23 @@ def test_a_gradient_free_use_beside_a_site_does_no_harm():
         return h @ params["v"]
 
     check_capture(apply, W, X)
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "bounded"])
+def test_loops_of_equinox_as_diffrax_has_them(kind):
+    def apply(params, x):
+        def body(carry):
+            return carry[0] + 1, jnp.tanh(carry[1] @ params["w"])
+
+        start = (jnp.asarray(0), x)
+        loop = eqxi.while_loop(lambda c: c[0] < 3, body, start, max_steps=4, kind=kind)
+        return loop[1] @ params["v"]
+
+    is_covered = kind == "bounded"
+    sites = check_capture(apply, W, X, uncovered=() if is_covered else ("w",))
+    if not is_covered:
+        reason = "enters a `while` loop with a custom derivative rule; a bounded one is covered"
+        assert sites.uncovered["w"].startswith(reason)
 
 
 def quantized(w):
