@@ -215,6 +215,8 @@ class Walker:
                 record = self.record(key)
                 kept.append(Kept(record, draft.reads, factor))
             draft.site = dataclasses.replace(draft.site, record=record, probe=probe)
+            if factor:  # what is kept is the product, of the output's shape
+                draft.site = dataclasses.replace(draft.site, input_shape=draft.site.output_shape)
         for k, value in enumerate(values):
             if k in reads:
                 self.refuse(value.origin, "is used as an activation", scope, eqn)

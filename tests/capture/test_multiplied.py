@@ -35,6 +35,11 @@ def twice(p, x):
     return (p["g"] * MEAN / VARIANCE) * x + p["b"].astype(x.dtype) * VARIANCE
 
 
+def narrow(p, x):
+    inverse = 1 / VARIANCE
+    return x.mean(-1, keepdims=True) * (p["g"] * inverse) + jnp.vdot(x, x) * (p["b"] * inverse)
+
+
 def by_leaf(p, x):
     return x * (p["g"] * lax.rsqrt(jnp.exp(p["variance"]))) + p["b"]
 
@@ -48,7 +53,7 @@ def in_a_scan(p, x):
     return lax.scan(jax.checkpoint(step), x, (gains, jnp.asarray(VARIANCE).reshape(1, 4)))[0]
 
 
-@pytest.mark.parametrize("norm", [plain, divided, laid_out, twice, by_leaf, in_a_scan])
+@pytest.mark.parametrize("norm", [plain, divided, laid_out, twice, narrow, by_leaf, in_a_scan])
 def test_gains_in_eval_mode(norm):
     def apply(params, x):
         return jnp.tanh(norm(params, x @ params["w"])) @ params["w"]
@@ -56,7 +61,10 @@ def test_gains_in_eval_mode(norm):
     params, uncovered = PARAMS, ()
     if norm is by_leaf:
         params, uncovered = {**PARAMS, "variance": VARIANCE}, ("variance",)
-    kinds = {"g": {"scale"}, "b": {"scale" if norm is twice else "bias"}}
+    kinds = {
+        "g": {"scale"},
+        "b": {"scale" if norm in (twice, narrow) else "bias"},
+    }
     check_capture(apply, params, X, kinds=kinds, uncovered=uncovered)
 
 
