@@ -27,6 +27,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.paths import parameter_paths
 from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
@@ -421,14 +422,14 @@ def _is_trained(params: PyTree, trainable: str | None) -> tuple[bool, ...]:
     Raises:
         ValueError: if nothing is.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    named = parameter_paths(params)
     chosen = tuple(
         jnp.issubdtype(leaf.dtype, jnp.floating)
         and (trainable is None or re.search(trainable, path) is not None)
-        for path, (_, leaf) in zip(paths, leaves, strict=True)
+        for path, leaf in named
     )
     if not any(chosen):
+        paths = [path for path, _ in named]
         raise ValueError(f"trainable={trainable!r} matches no real parameter; paths: {paths}")
     return chosen
 

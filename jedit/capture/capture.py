@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.capture.discover import parameter_paths, trace
+from jedit.capture.discover import trace
 from jedit.capture.interpreter import Records, evaluate
-from jedit.capture.sites import Site, Sites
+from jedit.capture.sites import Site, Sites, cut
+from jedit.paths import parameter_paths
 
 
 class Capture(NamedTuple):
@@ -60,26 +61,24 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
     """As `capture`, with the sites and the branch indicators."""
     program = trace(apply, params, inputs, select)
     sites, jaxpr = program.sites, program.jaxpr
-    taps = sorted({tap.probe for tap in program.plan.all_taps()})
     leaves = argument_leaves(params, inputs)
-    probe_of = dict(zip(sites, taps, strict=True))
 
     def tapped(probes):
         records = Records()
         outs = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, program.plan, probes, records)
         return outs[0], records.tree
 
-    probes = {
-        probe_of[name]: jnp.zeros(site.output_shape, site.output_dtype)
-        for name, site in sites.items()
-    }
-    outputs, vjp, (kept, ran, _) = jax.vjp(tapped, probes, has_aux=True)
+    outputs, vjp, (kept, ran, _) = jax.vjp(tapped, program.plan.probes(), has_aux=True)
 
     def pullback(cotangent: Array) -> dict[str, Array]:
         gradients = vjp(cotangent)[0]
-        return {name: gradients[probe] for name, probe in probe_of.items()}
+        return {n: cut(gradients[site.probe], site.window_out) for n, site in sites.items()}
 
-    activations = {n: kept[site.record] for n, site in sites.items() if site.record is not None}
+    activations = {
+        name: cut(kept[site.record], site.window_in)
+        for name, site in sites.items()
+        if site.record is not None
+    }
     return Capture(sites, outputs, activations, ran, pullback)
 
 

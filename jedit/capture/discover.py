@@ -3,18 +3,19 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
+from jedit.capture.drafts import Scope
 from jedit.capture.interpreter import Plan
+from jedit.capture.liveness import Flow
 from jedit.capture.provenance import Provenance
-from jedit.capture.recognize import Scope
 from jedit.capture.sites import Site, Sites
 from jedit.capture.walker import Value, Walker
+from jedit.paths import parameter_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,6 @@ class Program:
     sites: Sites
     plan: Plan
     num_branches: int
-
-
-def parameter_paths(params: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in flattening order."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves]
 
 
 def find_sites(
@@ -49,7 +44,7 @@ def find_sites(
         printed, they are the coverage table.
 
     Raises `ValueError` when `apply` does not return one array, a parameter is not real floating
-    point, a pattern matches no parameter, or the inputs' leading axes disagree.
+    point, two have one path, a pattern matches no parameter, or the inputs' leading axes disagree.
     """
     return trace(apply, params, inputs, select).sites
 
@@ -83,11 +78,11 @@ def trace(apply, params, inputs, select=None) -> Program:
             values.append(Value(("in", i), on_params=True, origin=origin))
         else:
             values.append(Value(("in", i), on_data=i >= len(named), on_params=i < len(named)))
-    outs, plan = walker.walk(jaxpr.jaxpr, jaxpr.consts, values, Scope(), [True])
+    outs, plan = walker.walk(jaxpr.jaxpr, jaxpr.consts, values, Scope(), [Flow.GRADIENT])
     for value in outs:
         walker.refuse(value.origin, "is returned by apply as it is", Scope())
     drafts = walker.resolve(selected)
-    plan = plan.restricted({draft.tap for draft in drafts})
+    plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}
     return Program(jaxpr, Sites(sites, uncovered), plan, walker.num_branches)

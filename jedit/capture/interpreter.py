@@ -15,17 +15,39 @@ from jedit.capture import versions
 from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
 
 
-@dataclasses.dataclass(frozen=True)
-class Tap:
-    """At an equation: put `probe` on the output; `kept` is (record, operand to keep) or None."""
+class Step(NamedTuple):
+    """How a parameter's constant multiplier went on: through an equation, or times an operand.
+
+    Attributes:
+        eqn: the equation.
+        operand: which of its operands multiplies, or divides; None for a relayout.
+    """
+
+    eqn: Any
+    operand: int | None
+
+
+class Kept(NamedTuple):
+    """What a tap keeps, under a record: an operand, a multiplier, or the product of the two."""
+
+    record: int
+    operand: int | None
+    factor: tuple[Step, ...] = ()
+
+
+class Tap(NamedTuple):
+    """At an equation: put a probe of this shape and dtype on the output, and keep something."""
 
     probe: int
-    kept: tuple[int, int] | None
+    kept: tuple[Kept, ...]
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Replacement(NamedTuple):
-    """A probe that puts `value` in the place of the output wherever `mask` holds."""
+    """A probe that is added, and puts `value` in the place of the output where `mask` holds."""
 
+    added: Any
     mask: Any
     value: Any
 
@@ -50,6 +72,10 @@ class Plan:
             {i: plans for i, plans in inner.items() if any(plans)},
             self.branch,
         )
+
+    def probes(self) -> dict[int, Any]:
+        """Zeros for every probe."""
+        return {tap.probe: jnp.zeros(tap.shape, tap.dtype) for tap in self.all_taps()}
 
     def all_taps(self) -> list[Tap]:
         """Every tap, inner ones included."""
@@ -100,17 +126,33 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
         else:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
-            if tap.kept is not None and tap.kept[0] not in records.known:
-                records.activations.setdefault(tap.kept[0], ins[tap.kept[1]])
+            for kept in tap.kept:
+                if kept.record not in {*records.known, *records.activations}:
+                    records.activations[kept.record] = _kept(kept, ins, read)
             probe = probes[tap.probe]
             if isinstance(probe, Replacement):
-                outs[0] = jnp.where(probe.mask, probe.value, outs[0])
+                outs[0] = jnp.where(probe.mask, probe.value, outs[0] + probe.added)
             else:
                 outs[0] = outs[0] + probe
             if records.is_watching:
                 records.outputs[tap.probe] = outs[0]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _kept(kept: Kept, ins: list, read: Callable) -> Any:
+    """What is to be kept of an equation's operands."""
+    factor = None
+    for eqn, operand in kept.factor:
+        if operand is None:
+            factor = rebind(eqn, [factor])[0]
+            continue
+        by = jnp.broadcast_to(read(eqn.invars[operand]), eqn.outvars[0].aval.shape)
+        by = 1 / by if eqn.primitive.name == "div" else by
+        factor = by if factor is None else factor * by
+    if kept.operand is None:
+        return factor
+    return ins[kept.operand] if factor is None else ins[kept.operand] * factor
 
 
 def _enter(eqn, ins, plans, probes, records) -> list:

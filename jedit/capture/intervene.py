@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from jedit.capture.capture import argument_leaves
 from jedit.capture.discover import trace
 from jedit.capture.interpreter import Records, Replacement, evaluate
+from jedit.capture.sites import cut
 
 
 class Intervention(NamedTuple):
@@ -60,26 +61,36 @@ def intervene(
         raise ValueError(f"{unknown} are no sites of this function; its sites are: {known}")
     if both := sorted(set(add) & set(replace)):
         raise ValueError(f"{both} stand in add and in replace; a site is changed in one way")
-    taps = sorted({tap.probe for tap in program.plan.all_taps()})
-    probe_of = dict(zip(program.sites, taps, strict=True))
-    probes = {}
+    probes = program.plan.probes()
     for name, site in program.sites.items():
-        shape, dtype = site.output_shape, site.output_dtype
+        window = tuple(slice(start, stop) for start, stop in site.window_out or ())
+        shape, probe = site.output_shape, probes[site.probe]
         if name in replace:
-            mask, value = replace[name]
-            value = jnp.broadcast_to(jnp.asarray(value).astype(dtype), shape)
-            probe = Replacement(jnp.broadcast_to(mask, shape), value)
-        else:
-            probe = jnp.broadcast_to(jnp.asarray(add.get(name, 0)).astype(dtype), shape)
-        probes[probe_of[name]] = probe
+            mask, value = (jnp.broadcast_to(jnp.asarray(x), shape) for x in replace[name])
+            if not isinstance(probe, Replacement):
+                probe = Replacement(probe, jnp.zeros(probe.shape, bool), jnp.zeros_like(probe))
+            probe = probe._replace(
+                mask=probe.mask.at[window].set(mask),
+                value=probe.value.at[window].set(value.astype(site.output_dtype)),
+            )
+        elif name in add:
+            added = jnp.broadcast_to(jnp.asarray(add[name]).astype(site.output_dtype), shape)
+            if isinstance(probe, Replacement):
+                probe = probe._replace(added=probe.added.at[window].add(added))
+            else:
+                probe = probe.at[window].add(added)
+        probes[site.probe] = probe
     records = Records(is_watching=True)
     jaxpr = program.jaxpr
     leaves = argument_leaves(params, inputs)
     outs = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, program.plan, probes, records)
     activations = {
-        name: records.activations[site.record]
+        name: cut(records.activations[site.record], site.window_in)
         for name, site in program.sites.items()
         if site.record is not None
     }
-    outputs = {name: records.outputs[probe] for name, probe in probe_of.items()}
+    outputs = {
+        name: cut(records.outputs[site.probe], site.window_out)
+        for name, site in program.sites.items()
+    }
     return Intervention(outs[0], activations, outputs)

@@ -60,6 +60,11 @@ class Provenance:
         return cls(path, shape, (), shape, tuple(range(len(shape))), shape)
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The leaf, as one of several might be."""
+        return (self.path,)
+
+    @property
     def is_broadcast(self) -> bool:
         """Whether some axis was expanded, so that the value no longer is a weight to contract."""
         return any(c is None and n != 1 for c, n in zip(self.view, self.shape, strict=True))

@@ -1,175 +1,82 @@
-"""What one equation does to a parameter: a site, a constant factor, or a reason to refuse."""
+"""What one equation does to a parameter: sites, a constant factor, or a reason to refuse."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from jedit.capture.provenance import Provenance, axis_groups, simplified
+from jedit.capture import versions
+from jedit.capture.drafts import Draft, Offer, Scope, View
+from jedit.capture.interpreter import Step
+from jedit.capture.joined import Box, Joined, Piece, joined, pieces_of
+from jedit.capture.provenance import Provenance, simplified
 from jedit.capture.sites import Axes, Patches, Site, Weight
 from jedit.capture.source import source_line
 
-
-@dataclasses.dataclass(frozen=True)
-class Scope:
-    """Where an equation stands: the scans and the `cond` branch around it, and the call's line."""
-
-    lengths: tuple[int, ...] = ()
-    key: Any = ()
-    branch: int | None = None
-    source: str = ""
-
-    def scan(self, length: int, key: Any) -> "Scope":
-        """Inside a scan's body."""
-        return Scope((*self.lengths, length), key, self.branch, self.source)
-
-    def branched(self, key: Any, branch: int) -> "Scope":
-        """Inside a branch."""
-        return Scope(self.lengths, key, branch, self.source)
-
-    def called_from(self, eqn) -> "Scope":
-        """Inside a call: equations without a line of their own take the call's."""
-        return dataclasses.replace(self, source=source_line(eqn, self.source))
+STACKED_AROUND_A_BRANCH = "is stacked when called, and scanned with a `cond` that reads it"
+BY_ARRAY = "is multiplied by an array that does not depend on the inputs"
 
 
-@dataclasses.dataclass(eq=False)
-class Draft:
-    """A site in the making.
+class Multiplied(NamedTuple):
+    """The parameter times an array that does not depend on the inputs."""
 
-    Attributes:
-        site: the site so far.
-        reads: index of the operand that is its activation, None for a bias.
-        parameters: indices of the operands that are the parameter.
-        view: how its output was relaid since, while it may still meet its bias.
-        offer: for a bias, how it would stand in the site to whose output it is added.
-        tap: index of its probe in the plan.
-    """
-
-    site: Site
-    reads: int | None
-    parameters: tuple[int, ...]
-    view: "View | None" = None
-    offer: "Offer | None" = None
-    tap: int = -1
+    origin: Provenance
+    step: Step
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Offer:
-    """A bias as the last row of the matrix of the site `host`."""
-
-    host: Draft
-    path: str
-    shape: tuple[int, ...]
-    ops: tuple
-    scale: float
-
-    @property
-    def row(self) -> tuple:
-        """Equal for two offers that would make the same matrix of one host."""
-        return (self.path, self.ops, self.scale)
-
-    def to_site(self) -> Site:
-        """The host's site with that row."""
-        site = self.host.site
-        weight = dataclasses.replace(
-            site.weight, bias_path=self.path, bias_shape=self.shape, bias_ops=self.ops
-        )
-        return dataclasses.replace(site, weight=weight, bias_scale=self.scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A site's output after relayouts: each axis's stride among the features, None for positions.
-
-    The stride is counted in the weight's own order of features (batch dimensions, then the rest);
-    a bias is in that order exactly when the strides are those of a row-major array.
-    """
-
-    draft: Draft
-    strides: tuple[int | None, ...]
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of_output(cls, draft: Draft, shape: tuple[int, ...], features: Sequence[int]) -> "View":
-        """A site's output, of which the axes `features` are the weight's, in its order."""
-        strides: list[int | None] = [None] * len(shape)
-        for k, i in enumerate(features):
-            strides[i] = math.prod(shape[f] for f in features[k + 1 :])
-        return cls(draft, tuple(strides), shape)
-
-    def after(self, name: str, eqn) -> "View | None":
-        """The view after a relayout; None where features and positions would be mixed."""
-        shape = eqn.outvars[0].aval.shape
-        if name == "transpose":
-            strides = tuple(self.strides[i] for i in eqn.params["permutation"])
-        elif name in ("reshape", "squeeze", "expand_dims"):
-            is_plain = name != "reshape" or eqn.params["dimensions"] is None
-            strides = _regroup(self.strides, self.shape, shape) if is_plain else None
-        elif name in ("convert_element_type", "reduce_precision"):
-            strides = self.strides
-        else:
-            strides = None
-        return None if strides is None else View(self.draft, strides, shape)
-
-    def accepts(self, bias: Provenance) -> bool:
-        """Whether the bias varies along exactly the feature axes, in the weight's own order."""
-        if bias.shape != self.shape:
-            return False
-        expected = 1
-        for n, stride, core in reversed(
-            list(zip(self.shape, self.strides, bias.view, strict=True))
-        ):
-            if n == 1:
-                continue
-            if (stride is None) != (core is None) or stride not in (None, expected):
-                return False
-            expected *= 1 if stride is None else n
-        return True
-
-
-def _regroup(strides, old, new) -> tuple | None:
-    """Strides after a reshape; None where features meet positions or features out of order."""
-    out: list[int | None] = []
-    for before, after in axis_groups(old, new):
-        axes = [i for i in before if old[i] != 1]
-        if all(strides[i] is None for i in axes):
-            out += [None] * len(after)
-            continue
-        if any(strides[i] is None for i in axes):
-            return None
-        if any(strides[i] != strides[j] * old[j] for i, j in itertools.pairwise(axes)):
-            return None
-        last = strides[axes[-1]]
-        out += [last * math.prod(new[k] for k in after if k > j) for j in after]
-    return tuple(out)
-
-
-def recognize(eqn, values, scope: Scope) -> "Draft | Provenance | str | None":
+def recognize(
+    eqn, values, scope: Scope
+) -> "list[Draft] | Provenance | Joined | Multiplied | str | None":
     """Decide what an equation with parameters among its operands is.
 
     Returns:
-        A `Draft` for a site, a `Provenance` when the result is still the parameter, a sentence when
-        the parameter cannot be followed, None when no operand is a parameter.
+        Drafts of its sites, one for each leaf; a `Provenance` (or several of them joined) when the
+        result is still the parameter, maybe multiplied; a sentence when the parameter cannot be
+        followed; None when no operand is a parameter, or nothing is known of such an equation.
     """
     if not any(v.origin is not None for v in values):
         return None
     name = eqn.primitive.name
-    if name == "dot_general":
-        return _dense(eqn, values, scope)
-    if name == "conv_general_dilated":
-        return _conv(eqn, values, scope)
-    if name == "gather":
-        return _embedding(eqn, values, scope)
+    if name in versions.CUSTOM_RULE:
+        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else CUSTOM_RULE
+    if name in REASONS:
+        return REASONS[name]
     if name in ("add", "add_any", "sub", "mul", "div"):
         return _elementwise(eqn, values, scope)
     if name == "neg":
         return values[0].origin.scaled(-1.0)
+    if any(v.factor for v in values):
+        return BY_ARRAY
+    if name == "dot_general":
+        return _dense(eqn, values, scope)
+    if name in ("concatenate", "stack"):
+        return _concatenate(eqn, values, scope)
+    if any(isinstance(v.origin, Joined) for v in values):
+        return f"is joined with other parameters before it enters `{name}`"
+    if name == "conv_general_dilated":
+        return _conv(eqn, values, scope)
+    if name == "gather":
+        return _embedding(eqn, values, scope)
     if name == "dynamic_slice":
         return _dynamic_slice(eqn, values)
     return None
+
+
+CUSTOM_RULE = "enters a function with a custom derivative rule"
+LOOP_WITH_A_RULE = (
+    "enters a `while` loop with a custom derivative rule; a bounded one is covered (Equinox's kind "
+    "'bounded', Diffrax's DirectAdjoint)"
+)
+REASONS = {
+    **dict.fromkeys(versions.RAGGED, "enters `ragged_dot`: its rows are known only at run time"),
+    "while": "enters a `while` loop, which has no reverse mode",
+}
+
+
+def _holds_a_loop(eqn) -> bool:
+    inner = [inside for closed in versions.inner_jaxprs(eqn) for inside in closed.jaxpr.eqns]
+    return eqn.primitive.name == "while" or any(map(_holds_a_loop, inner))
 
 
 def ints(values) -> tuple[int, ...]:
@@ -183,14 +90,16 @@ def _scan_axes(origin: Provenance, scope: Scope) -> tuple[list[int], list[int]]:
     return layers, [d for d in range(len(scope.lengths)) if d not in origin.layer_depths]
 
 
-def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, operand, **more) -> Site:
+def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more) -> Site:
+    """A site that sees all of its operand (of this shape, None where none is kept) and output."""
     _, uses = _scan_axes(origin, scope)
-    shape = () if operand is None else (*scope.lengths, *operand.aval.shape)
+    shape = () if shape_in is None else (*scope.lengths, *shape_in)
     return Site(
         name=origin.path,
         kind=kind,
         weight=weight,
         record=None,
+        probe=-1,
         axes_in=axes_in,
         axes_out=axes_out,
         scale=origin.scale,
@@ -203,6 +112,32 @@ def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, operand, **more) 
         source=source_line(eqn, scope.source),
         **more,
     )
+
+
+def _is_cut_around_a_branch(origin: Provenance | Joined, scope: Scope) -> bool:
+    """Whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
+    depths = [depth for piece in pieces_of(origin) for depth, _, _ in piece.layers]
+    return scope.branch is not None and any(depth < scope.num_outer for depth in depths)
+
+
+def _windowed(site: Site, scope: Scope, piece: Piece, box_in: Box | None, box_out: Box) -> Site:
+    """The site with only these parts of its operand (None: nothing is kept) and of its output."""
+    cut = {depth: (start, stop) for depth, start, stop in piece.layers}
+
+    def window(box: Box, whole: tuple[int, ...]):
+        scans = tuple(cut.get(d, (0, n)) for d, n in enumerate(scope.lengths))
+        wanted = (*scans, *box)
+        is_all = not cut and wanted == tuple((0, n) for n in whole)
+        return tuple(stop - start for start, stop in wanted), None if is_all else wanted
+
+    output_shape, window_out = window(box_out, site.output_shape)
+    site = dataclasses.replace(site, output_shape=output_shape, window_out=window_out)
+    if box_in is not None:
+        input_shape, window_in = window(box_in, site.input_shape)
+        site = dataclasses.replace(site, input_shape=input_shape, window_in=window_in)
+    if site.weight.layers == 1 and (site.window_in or site.window_out):  # stacked only here
+        site = dataclasses.replace(site, weight=dataclasses.replace(site.weight, is_stacked=False))
+    return site
 
 
 def _matrix_weight(origin, scope, ops, extra_layers, d_in, d_out) -> Weight:
@@ -233,24 +168,37 @@ def _which_is_weight(values) -> tuple[int, int] | str:
     return weight, 1 - weight
 
 
-def _dense(eqn, values, scope) -> Draft | str:
+def _dense(eqn, values, scope) -> list[Draft] | str:
     which = _which_is_weight(values)
     if isinstance(which, str):
         return which
     w, a = which
+    origin = values[w].origin
+    if not isinstance(origin, Joined):
+        return [_dense_site(eqn, (w, a), pieces_of(origin)[0], scope)]
+    if _is_cut_around_a_branch(origin, scope):
+        return STACKED_AROUND_A_BRANCH
+    drafts = [_dense_site(eqn, (w, a), piece, scope) for piece in origin.pieces]
+    return [dataclasses.replace(draft, view=None) for draft in drafts]
+
+
+def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draft:
+    """The site of one leaf, the whole of the weight or one of several that were joined."""
+    w, a = which
     contract, batch = eqn.params["dimension_numbers"]
     wc, ac, wb, ab = ints(contract[w]), ints(contract[a]), ints(batch[w]), ints(batch[a])
-    w_shape, a_shape = eqn.invars[w].aval.shape, eqn.invars[a].aval.shape
+    origin = piece.origin.materialized()
+    w_shape, a_shape = origin.shape, eqn.invars[a].aval.shape
     w_free = tuple(i for i in range(len(w_shape)) if i not in (*wc, *wb))
     a_free = tuple(i for i in range(len(a_shape)) if i not in (*ac, *ab))
-    origin = values[w].origin.materialized()
-    layers, uses = _scan_axes(origin, scope)
+    inside = scope.within(piece.layers)
+    layers, uses = _scan_axes(origin, inside)
     n, nb = len(scope.lengths), len(wb)
     extra = tuple(w_shape[i] for i in wb)
     d_in = math.prod(w_shape[i] for i in wc)
     d_out = math.prod(w_shape[i] for i in w_free)
     ops = (("transpose", (*wb, *wc, *w_free)), ("reshape", (math.prod(extra), d_in, d_out)))
-    weight = _matrix_weight(origin, scope, ops, extra, d_in, d_out)
+    weight = _matrix_weight(origin, inside, ops, extra, d_in, d_out)
     axes_in = Axes(
         (*layers, *(n + i for i in ab), *(n + i for i in a_free), *uses, *(n + i for i in ac)),
         len(layers) + nb,
@@ -266,13 +214,37 @@ def _dense(eqn, values, scope) -> Draft | str:
         len(layers) + nb,
         len(a_free) + len(uses),
     )
-    site = _site(eqn, scope, origin, "dense", weight, axes_in, axes_out, eqn.invars[a])
-    draft = Draft(site, a, (w,))
+    box_in = [(0, size) for size in a_shape]
+    box_out = [(0, size) for size in eqn.outvars[0].aval.shape]
+    for axis, k in (*zip(ac, wc, strict=True), *zip(ab, wb, strict=True)):
+        box_in[axis] = piece.box[k]
+    for axis, k in (*enumerate(wb), *zip(features, w_free, strict=True)):
+        box_out[axis] = piece.box[k]
+    site = _site(eqn, inside, origin, "dense", weight, axes_in, axes_out, a_shape)
+    site = _windowed(site, scope, piece, tuple(box_in), tuple(box_out))
+    draft = Draft(site, a)
     draft.view = View.of_output(draft, eqn.outvars[0].aval.shape, (*range(nb), *features))
     return draft
 
 
-def _conv(eqn, values, scope) -> Draft | str:
+def _concatenate(eqn, values, scope) -> list[Draft] | Joined | str:
+    """Parameters that join an activation are added to nothing; among themselves they are joined."""
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    origins = [value.origin for value in values]
+    axis = int(eqn.params["axis" if eqn.primitive.name == "stack" else "dimension"])
+    if eqn.primitive.name == "stack":
+        shapes = [(*shape[:axis], 1, *shape[axis:]) for shape in shapes]
+        pairs = zip(origins, shapes, strict=True)
+        origins = [None if origin is None else origin.reshaped(shape) for origin, shape in pairs]
+        if any(new is None and v.origin for new, v in zip(origins, values, strict=True)):
+            return "is stacked after a broadcast"
+    whole = joined(origins, shapes, axis)
+    if not any(v.on_data and v.origin is None for v in values):
+        return whole
+    return _vector_sites(eqn, scope, whole, "bias", None)
+
+
+def _conv(eqn, values, scope) -> list[Draft] | str:
     which = _which_is_weight(values)
     if isinstance(which, str):
         return which
@@ -307,13 +279,14 @@ def _conv(eqn, values, scope) -> Draft | str:
         groups=groups,
         scan_axes=kinds,
     )
-    site = _site(eqn, scope, origin, "conv", weight, patches, patches, eqn.invars[0])
-    draft = Draft(site, 0, (1,))
+    shape_in = eqn.invars[0].aval.shape
+    site = _site(eqn, scope, origin, "conv", weight, patches, patches, shape_in)
+    draft = Draft(site, 0)
     draft.view = View.of_output(draft, eqn.outvars[0].aval.shape, numbers.out_spec[1:2])
-    return draft
+    return [draft]
 
 
-def _embedding(eqn, values, scope) -> Draft | str:
+def _embedding(eqn, values, scope) -> list[Draft] | str:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     table, indices = eqn.invars
     origin = values[0].origin
@@ -324,13 +297,18 @@ def _embedding(eqn, values, scope) -> Draft | str:
     origin = origin.materialized()
     shape = table.aval.shape
     batch = ints(numbers.operand_batching_dims)
-    rows = ints(numbers.collapsed_slice_dims)
+    mapped = ints(numbers.start_index_map)
+    mode = str(eqn.params["mode"]).rsplit(".", maxsplit=1)[-1]
+    # Whole axes may be indexed as well (`vmap` of `table[i]`): clipped, that index is always zero.
+    rows = tuple(i for i in mapped if sizes[i] != shape[i])
+    if not rows:  # a table of one row
+        rows = tuple(i for i in mapped if i in numbers.collapsed_slice_dims) or mapped[:1]
     features = tuple(i for i in range(len(shape)) if i not in (*rows, *batch))
     is_lookup = (
         len(rows) == 1
-        and tuple(numbers.start_index_map) == rows
+        and sizes[rows[0]] == 1
         and all(sizes[i] == shape[i] for i in features)
-        and indices.aval.shape[-1] == 1
+        and (len(mapped) == 1 or mode == "CLIP")
     )
     if not is_lookup:
         return "is indexed by something other than whole rows"
@@ -357,11 +335,10 @@ def _embedding(eqn, values, scope) -> Draft | str:
         len(layers) + len(batch),
         len(index_free) + len(uses),
     )
-    mode = str(eqn.params["mode"]).rsplit(".", maxsplit=1)[-1]
-    site = _site(
-        eqn, scope, origin, "embedding", weight, axes_in, axes_out, indices, index_mode=mode
-    )
-    return Draft(site, 1, (0,))
+    shape_in = indices.aval.shape
+    site = _site(eqn, scope, origin, "embedding", weight, axes_in, axes_out, shape_in)
+    column = mapped.index(rows[0])
+    return [Draft(dataclasses.replace(site, index_mode=mode, index_column=column), 1)]
 
 
 def _dynamic_slice(eqn, values) -> Provenance | str:
@@ -375,10 +352,10 @@ def _dynamic_slice(eqn, values) -> Provenance | str:
     return origin.sliced(start, limit, None) or "is sliced after a broadcast"
 
 
-def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
+def _elementwise(eqn, values, scope) -> list[Draft] | Provenance | Joined | Multiplied | str | None:
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
     if all(v.origin is not None for v in values):
-        is_same = values[0].origin.path == values[1].origin.path
+        is_same = values[0].origin.paths == values[1].origin.paths
         return f"enters `{name}` with {'itself' if is_same else 'another parameter'}"
     k = 0 if values[0].origin is not None else 1
     other, origin = values[1 - k], values[k].origin
@@ -392,15 +369,22 @@ def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
         if name == "div":
             return "divides, or is divided by, an activation"
         if name == "mul":
-            return _vector_site(eqn, scope, origin, "scale", 1 - k)
-        draft = _vector_site(eqn, scope, origin.scaled(sign), "bias", None)
-        if not (name == "sub" and k == 0):  # b - y negates y
-            _offer_as_bias(draft, other.view, origin.scaled(sign))
-        return draft
+            return _vector_sites(eqn, scope, origin, "scale", 1 - k)
+        origin = origin.scaled(sign)
+        if values[k].factor:  # times an array, then added: that array is what it scales
+            return _vector_sites(eqn, scope, origin, "scale", None)
+        drafts = _vector_sites(eqn, scope, origin, "bias", None)
+        is_negated = name == "sub" and k == 0  # b - y negates y
+        if isinstance(drafts, list) and isinstance(origin, Provenance) and not is_negated:
+            _offer_as_bias(drafts[0], other.view, origin)
+        return drafts
     if name in ("add", "add_any", "sub"):
         return origin.scaled(sign)
     if other.constant is None:
-        return "is multiplied by an array that does not depend on the inputs"
+        is_divisor = name == "div" and k == 1
+        if is_divisor or not isinstance(origin, Provenance):
+            return "is a divisor" if is_divisor else BY_ARRAY
+        return Multiplied(origin, Step(eqn, 1 - k))
     factor = float(other.constant)
     if name == "mul":
         return origin.scaled(factor)
@@ -409,10 +393,18 @@ def _elementwise(eqn, values, scope) -> Draft | Provenance | str:
     return origin.scaled(1.0 / factor)
 
 
-def _vector_site(eqn, scope, origin, kind, reads) -> Draft:
-    """A parameter that multiplies, or is added to, every position of an activation."""
-    shape = eqn.outvars[0].aval.shape
-    layers, uses = _scan_axes(origin, scope)
+def _vector_sites(eqn, scope, origin, kind, reads) -> list[Draft] | str:
+    """Parameters that multiply, or are added to, every position of an activation."""
+    if _is_cut_around_a_branch(origin, scope):
+        return STACKED_AROUND_A_BRANCH
+    return [_vector_site(eqn, scope, piece, kind, reads) for piece in pieces_of(origin)]
+
+
+def _vector_site(eqn, scope, piece: Piece, kind, reads) -> Draft:
+    """The site of one leaf; its output, and what it reads, have the box's shape."""
+    origin, inside = piece.origin, scope.within(piece.layers)
+    shape = origin.shape
+    layers, uses = _scan_axes(origin, inside)
     n = len(scope.lengths)
     # An axis of length one is a position: whether it was broadcast must not depend on the batch.
     features = [i for i, core in enumerate(origin.view) if core is not None and shape[i] != 1]
@@ -424,11 +416,17 @@ def _vector_site(eqn, scope, origin, kind, reads) -> Draft:
     )
     d_out = math.prod(shape[i] for i in features)
     base = dataclasses.replace(origin, ops=origin.feature_ops())
-    weight = _matrix_weight(base, scope, (("reshape", (1, d_out)),), (), 1, d_out)
-    operand = None if reads is None else eqn.invars[reads]
-    axes_in = None if reads is None else axes
-    site = _site(eqn, scope, origin, kind, weight, axes_in, axes, operand)
-    return Draft(site, reads, tuple(i for i in (0, 1) if i != reads))
+    weight = _matrix_weight(base, inside, (("reshape", (1, d_out)),), (), 1, d_out)
+    is_scale = kind == "scale"
+    shape_in = None
+    if is_scale:
+        shape_in = eqn.outvars[0].aval.shape if reads is None else eqn.invars[reads].aval.shape
+    site = _site(eqn, inside, origin, kind, weight, axes if is_scale else None, axes, shape_in)
+    box_in = None
+    if shape_in is not None:  # it may have axes of length one, or no axes
+        parts = zip(shape_in, piece.box, strict=bool(shape_in))
+        box_in = tuple((0, 1) if size == 1 else part for size, part in parts)
+    return Draft(_windowed(site, scope, piece, box_in, piece.box), reads)
 
 
 def _offer_as_bias(draft: Draft, view: View | None, origin: Provenance) -> None:

@@ -168,6 +168,13 @@ class Patches:
         return self._split(*self._merge(array, self.out_spec))
 
 
+def cut(array: Array, window: tuple[tuple[int, int], ...] | None) -> Array:
+    """A window of an array, all of it for None."""
+    if window is None:
+        return array
+    return jax.lax.slice(array, [start for start, _ in window], [stop for _, stop in window])
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """One equation in which an activation meets a parameter.
@@ -177,22 +184,28 @@ class Site:
         kind: "dense", "conv", "embedding", "scale" or "bias".
         weight: where its matrix lives in the parameters.
         record: which captured activation it reads; sites with the same `record` share one array.
+        probe: which probe stands at its equation's output; sites of one equation share it.
         axes_in: canonical form of the activation (`Patches` for a convolution, None for a bias).
         axes_out: canonical form of the output gradient.
         scale: constant factor between the parameter and the operand.
         bias_scale: the same for the bias: the value of A's homogeneous coordinate.
         input_shape: the activation's shape, scans in front (empty for a bias).
-        output_shape: the output's, hence the probe's.
+        output_shape: the output's.
         num_uses: how often the equation runs with the same weight in one call.
         branch: index of the indicator that its `cond` branch ran, or None.
         source: file and line of the equation.
         index_mode: for an embedding, what its gather does with indices out of range.
+        index_column: for an embedding, which column of the indices chooses the row.
+        window_in: by axis, which part of what is captured is this site's (several parameters joined
+            to one operand), (start, stop); None for all of it.
+        window_out: the same for its equation's output.
     """
 
     name: str
     kind: str
     weight: Weight
     record: int | None
+    probe: int
     axes_in: Axes | Patches | None
     axes_out: Axes | Patches
     scale: float
@@ -204,6 +217,9 @@ class Site:
     branch: int | None
     source: str
     index_mode: str = ""
+    index_column: int = 0
+    window_in: tuple[tuple[int, int], ...] | None = None
+    window_out: tuple[tuple[int, int], ...] | None = None
 
     @property
     def path(self) -> str:
@@ -220,7 +236,7 @@ class Site:
             activation = jnp.broadcast_to(activation, self.output_shape)
         assert self.axes_in is not None, f"{self.name!r} is a bias: nothing enters it"
         canonical = self.axes_in.canonical(activation)
-        return canonical[..., 0] if self.kind == "embedding" else canonical
+        return canonical[..., self.index_column] if self.kind == "embedding" else canonical
 
     def canonical_gradients(self, gradient: Array) -> Array:
         """(layers, positions..., d_out)."""
@@ -231,7 +247,8 @@ class Site:
     @property
     def shared_input(self) -> tuple:
         """Equal for two sites exactly when their canonical inputs are the same array."""
-        return (self.record, self.axes_in, self.kind == "embedding")
+        column = self.index_column if self.kind == "embedding" else None
+        return (self.record, self.axes_in, self.window_in, column)
 
     def row(self) -> tuple[str, ...]:
         """This site's line in the coverage table."""

@@ -11,6 +11,7 @@ REMAT = ("remat", "remat2", "checkpoint")
 INLINED = (*CALL, *REMAT)
 CUSTOM_RULE = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
 NO_GRADIENT = ("stop_gradient",)
+RAGGED = ("ragged_dot", "ragged_dot_general")
 CAST = ("convert_element_type", "reduce_precision")
 IDENTITY = (
     "copy",

@@ -14,29 +14,39 @@ import numpy as np
 from jax.extend import core as jex_core
 
 from jedit.capture import versions
-from jedit.capture.interpreter import Plan, Tap
-from jedit.capture.liveness import live_equations, use_counts
+from jedit.capture.drafts import Draft, Scope, View
+from jedit.capture.interpreter import Kept, Plan, Step, Tap
+from jedit.capture.joined import Joined
+from jedit.capture.liveness import Flow, carry_flows, flows, use_counts
 from jedit.capture.provenance import Provenance
-from jedit.capture.recognize import Draft, Scope, View, ints, recognize
+from jedit.capture.recognize import BY_ARRAY, Multiplied, ints, recognize
 from jedit.capture.source import source_line
 from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
 
-REASONS = {
-    **dict.fromkeys(versions.CUSTOM_RULE, "enters a function with a custom derivative rule"),
-    "while": "enters a `while` loop, which has no reverse mode",
-}
+COMPLEX = "meets complex numbers; only real arithmetic is covered"
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known about one variable: its number (equal numbers, equal arrays) and its origin."""
+    """What is known about one variable.
+
+    Attributes:
+        number: equal numbers, equal arrays.
+        on_data: whether it depends on the inputs.
+        on_params: whether it depends on parameters.
+        origin: the parameter that it is, or several of them joined.
+        constant: the number that it is, where that is known.
+        view: how it is the output of a site.
+        factor: what the parameter was multiplied with, an array, in this very jaxpr.
+    """
 
     number: Any
     on_data: bool = False
     on_params: bool = False
-    origin: Provenance | None = None
+    origin: Provenance | Joined | None = None
     constant: np.ndarray | None = None
     view: View | None = None
+    factor: tuple[Step, ...] = ()
 
 
 class Walker:
@@ -49,6 +59,7 @@ class Walker:
         self.num_branches = 0
         self._records: dict[Any, int] = {}
         self._fresh = 0
+        self._num_probes = 0
 
     def fresh(self) -> tuple:
         """A number that no other value has."""
@@ -59,11 +70,12 @@ class Walker:
         """The record of the activation with that number."""
         return self._records.setdefault(number, len(self._records))
 
-    def refuse(self, origin: Provenance | None, reason: str, scope: Scope, eqn=None) -> None:
+    def refuse(self, origin: Provenance | Joined | None, reason, scope: Scope, eqn=None) -> None:
         """Note why a parameter cannot be covered, and in which line; the first reason stays."""
-        if origin is not None and origin.path not in self.refused:
-            where = scope.source if eqn is None else source_line(eqn, scope.source)
-            self.refused[origin.path] = reason + (f" ({where})" if where else "")
+        for path in () if origin is None else origin.paths:
+            if path not in self.refused:
+                where = scope.source if eqn is None else source_line(eqn, scope.source)
+                self.refused[path] = reason + (f" ({where})" if where else "")
 
     def resolve(self, selected: list[str]) -> list[Draft]:
         """Settle which biases belong to which weights, and drop what is not wholly covered."""
@@ -101,12 +113,12 @@ class Walker:
         return kept
 
     def walk(
-        self, jaxpr, consts, invals: list[Value], scope: Scope, live_out: list[bool]
+        self, jaxpr, consts, invals: list[Value], scope: Scope, out_flows: list[Flow]
     ) -> tuple[list[Value], Plan]:
         """Follow values through one jaxpr; returns its outputs' values and the plan for it."""
         env: dict[Any, Value] = {}
-        live, _ = live_equations(jaxpr, live_out)
-        uses = use_counts(jaxpr, live, live_out)
+        found, needed = flows(jaxpr, out_flows)
+        uses = use_counts(jaxpr, found, out_flows)
 
         def read(atom) -> Value:
             if isinstance(atom, jex_core.Literal):
@@ -119,68 +131,100 @@ class Walker:
             env[variable] = Value(self.fresh(), constant=_known_scalar(const))
         plan = Plan()
         for i, eqn in enumerate(jaxpr.eqns):
-            if not live[i]:
+            if found[i] == Flow.DEAD:
                 continue
             values = [read(atom) for atom in eqn.invars]
+            if found[i] == Flow.VALUE:
+                values = self._stopped(values)
             values = _without_shared_views(values, eqn.invars, uses)
-            outs = self._equation(i, eqn, values, scope, plan, uses)
+            wanted = [needed.get(v, Flow.DEAD) for v in eqn.outvars]
+            outs = self._equation(i, eqn, values, scope, plan, wanted)
             for variable, value in zip(eqn.outvars, outs, strict=True):
                 env[variable] = value
         outs = [read(atom) for atom in jaxpr.outvars]
         return _without_shared_views(outs, jaxpr.outvars, uses), plan
 
-    def _equation(self, i, eqn, values, scope, plan, uses) -> list[Value]:
+    def _stopped(self, values: list[Value]) -> list[Value]:
+        """What enters where no gradient flows: parameters there are numbers like others."""
+        for value in values:
+            self.stopped.update(() if value.origin is None else value.origin.paths)
+        return [dataclasses.replace(v, origin=None, view=None, factor=()) for v in values]
+
+    def _without_factors(self, values: list[Value], scope: Scope) -> list[Value]:
+        """What was multiplied by an array is not followed into, or out of, another jaxpr."""
+        for value in values:
+            if value.factor:
+                self.refuse(value.origin, BY_ARRAY, scope, value.factor[0].eqn)
+        return [dataclasses.replace(v, origin=None, factor=()) if v.factor else v for v in values]
+
+    def _equation(self, i, eqn, values, scope, plan, wanted) -> list[Value]:
         name = eqn.primitive.name
         if inner_jaxprs(eqn):
+            values = self._without_factors(values, scope)
             scope = scope.called_from(eqn)
-        live_out = [uses.get(v, 0) > 0 for v in eqn.outvars]
         if name in versions.INLINED:
             jaxpr = inner_jaxprs(eqn)[0]
-            outs, inner = self.walk(jaxpr.jaxpr, jaxpr.consts, values, scope, live_out)
+            outs, inner = self.walk(jaxpr.jaxpr, jaxpr.consts, values, scope, wanted)
             if inner:
                 plan.inner[i] = (inner,)
-            return outs
+            return self._without_factors(outs, scope)
         if name == "scan":
-            return self._scan(i, eqn, values, scope, plan, live_out)
+            return self._scan(i, eqn, values, scope, plan, wanted)
         if name == "cond":
-            return self._cond(i, eqn, values, scope, plan, live_out)
+            return self._cond(i, eqn, values, scope, plan, wanted)
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
         constant = self._fold(eqn, values)
-        entering = {v.origin.path for v in values if v.origin is not None}
-        is_flat = not any(_is_floating(v) for v in eqn.outvars)
-        if name in versions.NO_GRADIENT or (entering and is_flat):
-            self.stopped.update(entering)
-            return [Value(self.fresh(), on_data, on_params, constant=constant) for _ in eqn.outvars]
+        unknown = [Value(self.fresh(), on_data, on_params, constant=constant) for _ in eqn.outvars]
         if name in versions.IDENTITY and len(values) == len(eqn.outvars):
             return list(values)
-        if name == "split":
+        if any(_is_complex(v) for v in eqn.outvars) and not inner_jaxprs(eqn):
+            for value in values:
+                self.refuse(value.origin, COMPLEX, scope, eqn)
+            return unknown
+        if name in ("split", "unstack"):
             return self._split(eqn, values[0], scope)
         folded = self._structure(eqn, values)
         if folded is not None:
             return [folded]
         found = recognize(eqn, values, scope)
-        if isinstance(found, Draft):
-            reads, kept = found.reads, None
-            if reads is not None:
-                kept = self.record((scope.key, values[reads].number)), reads
-                found.site = dataclasses.replace(found.site, record=kept[0])
-            found.tap = len(self.drafts)
-            self.drafts.append(found)
-            plan.taps.setdefault(i, []).append(Tap(found.tap, kept))
-            for k, value in enumerate(values):
-                if k not in found.parameters and k != reads:
-                    self.refuse(value.origin, f"enters `{name}`", scope, eqn)
-                if k == reads:
-                    self.refuse(value.origin, "is used as an activation", scope, eqn)
-            out = Value(self.fresh(), on_data, True, view=found.view)
-            return [out]
-        if isinstance(found, Provenance):
-            return [Value(self.fresh(), on_data, on_params, origin=found)]
+        if isinstance(found, list):
+            self._tap(i, eqn, values, scope, plan, found)
+            return [Value(self.fresh(), on_data, True, view=found[0].view if found else None)]
+        factor = next((v.factor for v in values if v.origin is not None), ())
+        if isinstance(found, Multiplied):
+            found, factor = found.origin, (*factor, found.step)
+        if isinstance(found, Provenance | Joined):
+            return [Value(self.fresh(), on_data, on_params, origin=found, factor=factor)]
         for value in values:
-            reason = REASONS.get(name) or (found if isinstance(found, str) else f"enters `{name}`")
-            self.refuse(value.origin, reason, scope, eqn)
-        return [Value(self.fresh(), on_data, on_params, constant=constant) for _ in eqn.outvars]
+            at = value.factor[0].eqn if value.factor and found == BY_ARRAY else eqn
+            self.refuse(value.origin, found or f"enters `{name}`", scope, at)
+        return unknown
+
+    def _tap(self, i, eqn, values, scope, plan, drafts: list[Draft]) -> None:
+        """Take in the sites of one equation: a probe, and what they read of its operands."""
+        probe, reads = self._num_probes, {draft.reads for draft in drafts}
+        self._num_probes += 1
+        kept = []
+        for draft in drafts:
+            factor = next((v.factor for v in values if v.origin is not None), ())
+            record = None
+            if draft.site.kind != "bias":
+                number = () if draft.reads is None else values[draft.reads].number
+                key = (scope.key, number) if not factor else self.fresh()
+                record = self.record(key)
+                kept.append(Kept(record, draft.reads, factor))
+            draft.site = dataclasses.replace(draft.site, record=record, probe=probe)
+            if factor:  # what is kept is the product, of the output's shape
+                draft.site = dataclasses.replace(draft.site, input_shape=draft.site.output_shape)
+        for k, value in enumerate(values):
+            if k in reads:
+                self.refuse(value.origin, "is used as an activation", scope, eqn)
+        self.drafts += drafts
+        out = eqn.outvars[0].aval
+        shape = (*scope.lengths, *out.shape)
+        tap = Tap(probe, tuple(dict.fromkeys(kept)), shape, str(out.dtype))
+        plan.taps.setdefault(i, []).append(tap)
 
     def _structure(self, eqn, values) -> Value | None:
         """A relayout or a cast of one value: same number for equal inputs, origin and view kept."""
@@ -207,6 +251,12 @@ class Walker:
             dims = ints(params["broadcast_dimensions"])
             arguments = (shape, dims)
             origin = origin and origin.broadcast(shape, dims)
+        elif name == "tile":
+            arguments = (ints(params["reps"]),)
+            sizes = zip(eqn.invars[0].aval.shape, arguments[0], strict=True)
+            if any(n != 1 and rep != 1 for n, rep in sizes):
+                origin = None
+            origin = origin and origin.broadcast(shape, tuple(range(len(shape))))
         elif name == "slice":
             strides = params["strides"] and ints(params["strides"])
             arguments = (ints(params["start_indices"]), ints(params["limit_indices"]), strides)
@@ -215,27 +265,35 @@ class Walker:
             return None
         if value.origin is not None and origin is None:
             return None
+        if origin is not None and not origin.paths:
+            origin = None  # a slice of joined parameters beside all of them
         view = value.view and value.view.after(name, eqn)
+        factor = (*value.factor, Step(eqn, None)) if value.factor else ()
         # a known scalar stays known when it is broadcast: all entries are equal
         constant = value.constant
         if constant is not None and name in versions.CAST:
             constant = constant.astype(eqn.outvars[0].aval.dtype)
-        return Value(
-            (name, arguments, value.number), value.on_data, value.on_params, origin, constant, view
-        )
+        number = (name, arguments, value.number)
+        return Value(number, value.on_data, value.on_params, origin, constant, view, factor)
 
     def _split(self, eqn, value: Value, scope: Scope) -> list[Value]:
-        """Several slices along one axis, as `slice` would cut them."""
+        """Several slices along one axis, as `slice` (and `squeeze`) would cut them."""
+        [value] = self._without_factors([value], scope)
         axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
         outs, end = [], 0
-        for size in eqn.params["sizes"]:
+        for out, size in zip(eqn.outvars, eqn.params.get("sizes", (1,) * shape[axis]), strict=True):
             begin, end = end, end + size
             start = tuple(begin if i == axis else 0 for i in range(len(shape)))
             limit = tuple(end if i == axis else n for i, n in enumerate(shape))
             origin = value.origin and value.origin.sliced(start, limit, None)
+            origin = origin and origin.reshaped(out.aval.shape)
             if origin is None:
                 self.refuse(value.origin, "is split after a broadcast", scope, eqn)
+            elif not origin.paths:
+                origin = None
             number = ("slice", (start, limit, None), value.number)
+            if out.aval.ndim < len(shape):
+                number = ("squeeze", (out.aval.shape, None), number)
             outs.append(Value(number, value.on_data, value.on_params, origin, value.constant))
         return outs
 
@@ -251,13 +309,13 @@ class Walker:
         with jax.ensure_compile_time_eval():
             return _known_scalar(rebind(eqn, [v.constant for v in values])[0])
 
-    def _scan(self, i, eqn, values, scope, plan, live_out) -> list[Value]:
+    def _scan(self, i, eqn, values, scope, plan, wanted) -> list[Value]:
         body = eqn.params["jaxpr"]
         num_consts, num_carry = scan_layout(eqn)
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
         inside = scope.scan(eqn.params["length"], self.fresh())
-        carried_live = _carry_liveness(body.jaxpr, num_consts, num_carry, live_out)
+        carried = carry_flows(body.jaxpr, num_consts, num_carry, wanted)
         invals = []
         unchanged = [
             body.jaxpr.outvars[k] is body.jaxpr.invars[num_consts + k] for k in range(num_carry)
@@ -269,15 +327,15 @@ class Walker:
                 number, constant = (inside.key, value.number, "slice"), value.constant
                 new = Value(number, value.on_data, value.on_params, origin, constant)
             elif carry >= 0 and not unchanged[carry]:
-                if carried_live[carry]:
+                if carried[carry] == Flow.GRADIENT:
                     self.refuse(value.origin, "is changed by a loop that carries it", scope)
                 new = Value(self.fresh(), on_data, on_params)
             else:
                 number = (inside.key, value.number)
                 new = dataclasses.replace(value, number=number, view=None)
             invals.append(new)
-        inner_live = [*carried_live, *live_out[num_carry:]]
-        outs, inner = self.walk(body.jaxpr, body.consts, invals, inside, inner_live)
+        inner_flows = [*carried, *wanted[num_carry:]]
+        outs, inner = self.walk(body.jaxpr, body.consts, invals, inside, inner_flows)
         if inner:
             plan.inner[i] = (inner,)
         results = []
@@ -285,12 +343,12 @@ class Walker:
             if k < num_carry and unchanged[k]:
                 results.append(values[num_consts + k])
                 continue
-            if inner_live[k]:
+            if inner_flows[k] == Flow.GRADIENT:
                 self.refuse(out.origin, "is returned by a loop's body", scope)
             results.append(Value(self.fresh(), on_data, on_params))
         return results
 
-    def _cond(self, i, eqn, values, scope, plan, live_out) -> list[Value]:
+    def _cond(self, i, eqn, values, scope, plan, wanted) -> list[Value]:
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
         self.refuse(values[0].origin, "decides a branch of `cond`", scope)
@@ -301,11 +359,12 @@ class Walker:
             invals = [
                 dataclasses.replace(v, number=(inside.key, v.number), view=None) for v in values[1:]
             ]
-            outs, inner = self.walk(branch.jaxpr, branch.consts, invals, inside, live_out)
+            outs, inner = self.walk(branch.jaxpr, branch.consts, invals, inside, wanted)
             inner.branch = inside.branch
             plans.append(inner)
-            for out in outs:
-                self.refuse(out.origin, "is returned by a branch of `cond`", scope)
+            for out, flow in zip(outs, wanted, strict=True):
+                if flow == Flow.GRADIENT:
+                    self.refuse(out.origin, "is returned by a branch of `cond`", scope)
         if any(plans):
             plan.inner[i] = tuple(plans)
         return [Value(self.fresh(), on_data, on_params) for _ in eqn.outvars]
@@ -328,20 +387,9 @@ def _known_scalar(value) -> np.ndarray | None:
     return np.asarray(value) if is_number else None
 
 
-def _is_floating(variable) -> bool:
-    return jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int32), jnp.inexact)
+def _is_complex(variable) -> bool:
+    return jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int32), jnp.complexfloating)
 
 
 def _same_dtype(a, b) -> bool:
     return a.aval.dtype == b.aval.dtype
-
-
-def _carry_liveness(body, num_consts: int, num_carry: int, live_out: list[bool]) -> list[bool]:
-    """Which carries matter: those used after the loop, or by what is used."""
-    carried = list(live_out[:num_carry])
-    while True:
-        _, live_in = live_equations(body, [*carried, *live_out[num_carry:]])
-        grown = [a or b for a, b in zip(carried, live_in[num_consts:][:num_carry], strict=True)]
-        if grown == carried:
-            return carried
-        carried = grown

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
+from jedit.paths import parameter_paths
 
 MAX_SETTING = 1000  # characters of a text among the settings
 PACKAGES = ("jedit", "jax", "jaxlib", "orbax-checkpoint", "optax", "numpy")
@@ -65,10 +66,7 @@ class Entry:
 
 def params_hash(params: PyTree) -> str:
     """SHA-256 over path, dtype, shape and bytes of every parameter, in the order of their paths."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = dict(parameter_paths(params))
     digest = hashlib.sha256()
     for path in sorted(leaves):
         leaf = leaves[path]

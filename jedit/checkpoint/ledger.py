@@ -69,6 +69,7 @@ from jedit.checkpoint.sealed import (
 )
 from jedit.checkpoint.structure import edit_from_json, edit_to_json
 from jedit.edits import Edit, apply_edit
+from jedit.paths import parameter_paths
 
 BASE, ENTRIES, HEAD, SECRET, LOCK = "base", "entries", "head.json", "secret", "lock"
 BASE_KIND, ENTRY_KIND = "ledger", "ledger entry"
@@ -123,11 +124,7 @@ class Ledger:
         if folder.exists() or folder.is_symlink():
             raise ValueError(f"{folder}: is there already; open it with Ledger(folder)")
         check_room(folder.parent, 0)
-        leaves = jax.tree_util.tree_leaves_with_path(base_params)
-        shapes = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf)
-            for path, leaf in leaves
-        }
+        shapes = {path: describe(leaf) for path, leaf in parameter_paths(base_params)}
         content = {
             "hash": params_hash(base_params),
             "params": shapes,

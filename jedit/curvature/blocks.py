@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.capture.discover import parameter_paths
 from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
+from jedit.paths import parameter_paths
 from jedit.sharding import sharding_of
 
 

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Weight
-from jedit.capture.discover import parameter_paths
+from jedit.paths import parameter_paths
 from jedit.sharding import Axes, axes_of, sharding_of, spec_of
 
 

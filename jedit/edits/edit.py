@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
+from jedit.paths import parameter_paths
 from jedit.sharding import sharding_of
 
 Scalar = float | int | Array
@@ -170,12 +171,8 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
 
 
 def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    if len(set(paths)) < len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise ValueError(f"several parameters share one path: {twice}; rename them")
-    return paths, [leaf for _, leaf in leaves], treedef
+    named = parameter_paths(params)
+    return [path for path, _ in named], [x for _, x in named], jax.tree.structure(params)
 
 
 def _wide(*arrays: Block) -> Any:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
+from jedit.paths import parameter_paths
 
 SELECTIONS = ("energy", "rank", "eigenvalue")
 
@@ -170,10 +171,7 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
     """
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = dict(parameter_paths(tree))
     if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
         known = ", ".join(list(leaves)[:6])
         raise ValueError(

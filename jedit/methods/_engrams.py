@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
@@ -11,6 +10,7 @@ from jaxtyping import Array, PyTree
 from jedit.curvature import Curvature
 from jedit.curvature.structure import Kronecker
 from jedit.edits import Edit
+from jedit.paths import parameter_paths
 
 STRENGTHS = ("adaptive", "whole")
 Parts = Curvature | Sequence[Curvature]
@@ -64,10 +64,7 @@ def take_out(
         raise ValueError(
             "target and rest must be curvatures of the same sites, with a Kronecker block at least"
         )
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    leaves = dict(parameter_paths(params))
     found, relative = {}, {}
     for name, block in blocks.items():
         dtype = targets[0].factors[block.input].matrix.dtype

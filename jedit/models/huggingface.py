@@ -27,6 +27,7 @@ from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.decoding import Stepper
 from jedit.models.functional import Apply, to_pure, to_pure_method
+from jedit.paths import parameter_paths
 from jedit.typing import PackedTokens, wide_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -279,8 +280,7 @@ def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _dotted(params: PyTree) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+    return dict(parameter_paths(params, "."))
 
 
 def _expected(kind: Architecture) -> dict[str, jax.ShapeDtypeStruct]:

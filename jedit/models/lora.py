@@ -23,6 +23,7 @@ from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
 from jedit.models.functional import Apply
+from jedit.paths import parameter_paths
 from jedit.typing import wide_dtype
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -193,16 +194,22 @@ def with_lora(
 
     Raises:
         ValueError: a rank below 1; nothing to adapt; a selected parameter that does anything but
-            stand in products, or that two products read by different axes.
+            stand in products, or that two products read by different axes; two parameters of one
+            path, or one whose path goes on where another's ends.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    leaves = dict(_named(params))
+    leaves = dict(parameter_paths(params))
     matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
     names = [path for path in matrices if select is None or re.search(select, path)]
     walk = _Walk({}, scale)
     jax.eval_shape(lambda p, x: _evaluate(walk, apply, p, x, names), params, inputs)
     uses = _checked(walk, names, select)
+    if inside := [(p, q) for p in uses for q in uses if q.startswith(f"{p}/")]:
+        raise ValueError(
+            f"the adapters of {inside[0][1]!r} would stand inside those of {inside[0][0]!r}, a "
+            "parameter itself; rename one of them"
+        )
     lora: dict[str, Any] = {}
     for path, (use, _) in uses.items():
         d_in, d_out = (math.prod(sizes) for sizes in use.sizes)
@@ -232,17 +239,14 @@ def with_lora(
 
 def _evaluate(walk: _Walk, apply: Apply, params: PyTree, inputs: Any, names: list[str]) -> Any:
     closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
-    marks: list = [_Mark(path, ()) if path in names else None for path, _ in _named(params)]
+    marks: list = [
+        _Mark(path, ()) if path in names else None for path, _ in parameter_paths(params)
+    ]
     leaves = jax.tree.leaves((params, inputs))
     marks += [None] * (len(leaves) - len(marks))
     outs, found = walk.run(closed.jaxpr, closed.consts, leaves, marks)
     walk.refused |= {mark.path: "the outputs" for mark in found if mark}
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
-
-
-def _named(params: PyTree) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
 
 
 def _at(tree: Any, path: str) -> Any:

@@ -20,6 +20,7 @@ from jedit.models import (
     load_stepper,
     mixed_precision,
 )
+from jedit.paths import parameter_paths
 from jedit.recipes import checkpoint
 from jedit.recipes.question_answer import SELECT, Model
 from jedit.recipes.tofu_evaluation import LanguageModel
@@ -153,8 +154,7 @@ def from_folders(
 
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf.shape for p, leaf in leaves}
+    return {path: leaf.shape for path, leaf in parameter_paths(params)}
 
 
 def _in_order(params: PyTree, pattern: str) -> tuple[str, ...]:

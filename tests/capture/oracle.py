@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedit.capture import capture, find_sites, weight_gradients
-from jedit.capture.discover import parameter_paths
+from jedit.paths import parameter_paths
 
 # Sums over a batch in another order: 1e-10 in float64, and what float32 allows.
 TOLERANCE = 1e-10 if jax.config.jax_enable_x64 else 5e-5

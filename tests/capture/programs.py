@@ -165,6 +165,59 @@ class Builder:
         )
         return lambda p, h: h + read(p[e], p["ids"])
 
+    def leaf_mapped_lookup(self):
+        e = self.param(VOCAB, WIDTH)
+        return lambda p, h: h + jax.vmap(jax.vmap(lambda i: p[e][i]))(p["ids"])
+
+    def leaf_joined(self):
+        """Several leaves in one product: as its columns, its heads, its rows or its batch."""
+        kind = self.choose("columns", "heads", "rows", "batch", "vectors")
+        if kind == "vectors":
+            d, e = self.param(2), self.param(2)
+            join = jnp.concatenate
+            return lambda p, h: h * join([p[d], jnp.ones(2)]) + join([p[d], p[e]])
+        b, c = self.param(WIDTH, 2), self.param(2, WIDTH)
+        if kind == "rows":
+            return lambda p, h: h @ jnp.concatenate([p[c], p[b].T])
+        if kind == "columns":
+            return lambda p, h: h @ jnp.concatenate([2 * p[b], p[c].T], axis=1)
+        if kind == "heads":
+            cut = (WIDTH, 2, 2)
+            return lambda p, h: jnp.einsum(
+                "btd,dhk->bthk", h, jnp.concatenate([p[b], p[c].T], axis=1).reshape(cut)
+            ).reshape(h.shape)
+        batch = "bti,kij->btkj"
+        return lambda p, h: jnp.einsum(batch, h, jnp.stack([p[b], p[c].T / 3])).reshape(h.shape)
+
+    def leaf_stacked(self):
+        first, second = self.param(WIDTH, WIDTH), self.param(WIDTH, WIDTH)
+        options = self.choose({}, {"reverse": True}, {"unroll": 2})
+
+        def run(p, h):
+            stacked = jnp.stack([p[first], p[second], p[first]])
+            return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, stacked, **options)[0]
+
+        return run
+
+    def leaf_prompt(self):
+        prompt, w = self.param(2, WIDTH), self.param(WIDTH, WIDTH)
+
+        def run(p, h):
+            before = jnp.broadcast_to(p[prompt], (len(h), 2, WIDTH))
+            longer = jnp.sin(jnp.concatenate([before, h], axis=1)) @ p[w]
+            return longer[:, 2:] * jnp.tanh(longer[:, :2].sum(1, keepdims=True))
+
+        return run
+
+    def leaf_rounded(self):
+        w = self.param(WIDTH, WIDTH)
+        return lambda p, h: h @ (p[w] + lax.stop_gradient(jnp.round(p[w]) - p[w]))
+
+    def leaf_normalised_in_eval_mode(self):
+        g, b = self.param(WIDTH), self.param(WIDTH)
+        variance = np.array([0.5, 2.0, 1.5, 0.7])
+        return lambda p, h: h * (p[g] * lax.rsqrt(variance + 1e-3)) + p[b]
+
     def leaf_tied(self):
         e = self.param(VOCAB, WIDTH)
         return lambda p, h: jax.nn.softmax(h @ p[e].T) @ p[e]

@@ -1,5 +1,6 @@
 """Embedding sites: tables read by integer indices, in range or not."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +100,65 @@ def test_vmapped_over_examples_and_over_tables():
     check_capture(jax.vmap(model, in_axes=(None, 0)), params, IDS % 5, kinds=EMBEDDING)
     stacked = {"e": normal(2, 5, 3), "w": normal(2, 3, 3)}
     sites = check_capture(jax.vmap(model), stacked, IDS % 5, kinds=EMBEDDING)
+    assert sites["e"].weight.layers == 2
+
+
+MAPPED = {
+    "rows": lambda e: jax.vmap(lambda i: e[i]),
+    "columns": lambda e: jax.vmap(lambda i: e.T[:, i]),
+    "entries": lambda e: (
+        lambda ids: jax.vmap(jax.vmap(lambda column, i: column[i], (1, None)), (None, 0))(e, ids)
+    ),
+    "entries, tokens first": lambda e: (
+        lambda ids: jax.vmap(jax.vmap(lambda column, i: column[i], (None, 0)), (1, None), 1)(e, ids)
+    ),
+    "one row of one": lambda e: jax.vmap(lambda i: e[:1][i] + e[:, :1][i]),
+    "fill": lambda e: jax.vmap(lambda i: e.at[i].get(mode="fill", fill_value=0)),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_a_lookup_of_one_token_mapped_over_tokens(name):
+    def apply(params, ids):
+        h = jax.vmap(MAPPED[name](params["e"]))(ids)
+        return jnp.tanh(h) @ params["e"].T
+
+    kinds = {"e": {"embedding", "dense"}}
+    check_capture(apply, {"e": normal(5, 3)}, BEYOND, kinds=kinds)
+
+
+class Tied(eqx.Module):
+    embedding: eqx.nn.Embedding
+    linear: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.embedding = eqx.nn.Embedding(5, 3, key=key)
+        self.linear = eqx.nn.Linear(3, 3, key=key)
+
+    def __call__(self, ids):
+        h = jax.vmap(lambda i: jnp.tanh(self.linear(self.embedding(i))))(ids)
+        return h @ self.embedding.weight.T
+
+
+def test_equinox_as_it_comes():
+    params, static = eqx.partition(Tied(jax.random.key(0)), eqx.is_array)
+    params = jax.tree.map(lambda x: normal(*x.shape), params)
+    sites = check_capture(
+        lambda p, ids: jax.vmap(eqx.combine(p, static))(ids),
+        params,
+        IDS % 5,
+        kinds={"embedding/weight": {"embedding", "dense"}},
+    )
+    assert sites["embedding/weight"].weight.d_in == 5
+    assert "2 x" not in str(sites)
+
+
+def test_tables_and_tokens_mapped_together():
+    def apply(params, ids):
+        one = jax.vmap(lambda e, i: e[i], (None, 0))
+        return jnp.sin(jax.vmap(one)(params["e"], ids))
+
+    sites = check_capture(apply, {"e": normal(2, 5, 3)}, IDS % 5, kinds=EMBEDDING)
     assert sites["e"].weight.layers == 2
 
 

@@ -234,7 +234,7 @@ def test_a_program_that_closes_over_traced_values_and_keys():
         )(params)
 
     ours, expected = jax.jit(run)(MLP, X, jnp.asarray(0.7, X.dtype))
-    assert set(ours) == {"v", "w"}  # b is scaled by what is known only at run time
+    assert set(ours) == {"b", "v", "w"}
     for path, value in ours.items():
         assert_close(value, expected[path], TOLERANCE, path)
 

@@ -2,6 +2,7 @@
 
 import inspect
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,13 +99,25 @@ REASONS = {
     "division": (lambda p, x: x / jnp.exp(p["w"][0]) + x / p["w"][1], "enters `exp`"),
     "divisor": (lambda p, x: x / p["w"][0], "divides, or is divided by, an activation"),
     "concatenation": (
-        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], axis=1),
-        "enters `concatenate`",
+        lambda p, x: jnp.concatenate([p["w"], p["v"]])[x[..., 0].astype(jnp.int32)],
+        "is joined with other parameters before it enters `gather`",
     ),
     "sum": (lambda p, x: x * jnp.sum(p["w"]), "enters `reduce_sum`"),
     "broadcast first": (
         lambda p, x: jnp.einsum("bij,bjk->bik", x, jnp.broadcast_to(p["w"], (2, 4, 4))),
         "is broadcast before it is contracted",
+    ),
+    "ragged": (
+        lambda p, x: lax.ragged_dot(x[0], p["w"].reshape(2, 4, 2), jnp.array([1, 2])),
+        "enters `ragged_dot`: its rows are known only at run time",
+    ),
+    "complex activation": (lambda p, x: jnp.abs(jnp.exp(1j * x) @ p["w"]), "complex numbers"),
+    "complex bias": (lambda p, x: jnp.abs(x @ p["v"] + 1j * p["w"][0]), "complex numbers"),
+    "complex weight": (lambda p, x: (x @ lax.complex(p["w"], p["w"])).imag, "complex numbers"),
+    "complex gain": (lambda p, x: jnp.fft.fft(x * p["v"][0]).real @ p["w"] ** 2, "enters `"),
+    "complex table": (
+        lambda p, x: jnp.abs(p["w"].astype(complex)[x[..., 0].astype(jnp.int32)]),
+        "complex numbers",
     ),
     "unused": (lambda p, x: x + 0 * x @ p["v"], "is not used by apply"),
     "dead code": (lambda p, x: (x @ p["w"], x)[1], "is not used by apply"),
@@ -169,6 +182,70 @@ def test_a_gradient_free_use_beside_a_site_does_no_harm():
         return h @ params["v"]
 
     check_capture(apply, W, X)
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "bounded"])
+def test_loops_of_equinox_as_diffrax_has_them(kind):
+    def apply(params, x):
+        def body(carry):
+            return carry[0] + 1, jnp.tanh(carry[1] @ params["w"])
+
+        start = (jnp.asarray(0), x)
+        loop = eqxi.while_loop(lambda c: c[0] < 3, body, start, max_steps=4, kind=kind)
+        return loop[1] @ params["v"]
+
+    is_covered = kind == "bounded"
+    sites = check_capture(apply, W, X, uncovered=() if is_covered else ("w",))
+    if not is_covered:
+        reason = "enters a `while` loop with a custom derivative rule; a bounded one is covered"
+        assert sites.uncovered["w"].startswith(reason)
+
+
+def quantized(w):
+    scale = jnp.max(jnp.abs(w)) / 3
+    return jnp.round(w / scale) * scale
+
+
+def test_straight_through_estimators_by_stop_gradient():
+    def apply(params, x):
+        w, v = params["w"], params["v"]
+        h = jnp.tanh(x @ (w + lax.stop_gradient(quantized(w) - w)))
+        h = h + lax.stop_gradient(jax.jit(quantized)(h) - h)
+        return h @ (lax.stop_gradient(jax.jit(quantized)(v)) + (v - lax.stop_gradient(v)))
+
+    check_capture(apply, W, X, kinds={"w": {"dense"}, "v": {"dense"}})
+    check_capture(jax.jit(jax.checkpoint(apply)), W, X)
+
+
+def test_what_stops_in_a_scan_and_in_a_branch():
+    def apply(params, x):
+        def step(carry, w):
+            h, norm = carry
+            h = jnp.tanh(h @ (w + lax.stop_gradient(jnp.sign(w) - w)))
+            return (h, norm + lax.stop_gradient(jnp.sum(jnp.exp(w)))), None
+
+        (h, norm), _ = lax.scan(step, (x, jnp.zeros((), x.dtype)), params["w"][None])
+        is_large = lax.stop_gradient(norm) > 1
+        return lax.cond(is_large, lambda h: h @ params["v"], lambda h: h, h)
+
+    check_capture(apply, W, X)
+
+
+def test_the_magnitude_of_a_complex_output_keeps_its_real_weight():
+    def apply(params, x):
+        return jnp.abs(x @ params["v"] + 1j * params["w"][0])
+
+    sites = check_capture(apply, W, X, uncovered=("w",))
+    start = inspect.getsourcelines(apply)[1]
+    assert sites.uncovered["w"].endswith(f"is covered (test_uncovered.py:{start + 1})")
+
+
+def test_a_custom_rule_is_named_also_where_no_gradient_flows_back():
+    def apply(params, x):
+        return x @ params["v"] + lax.stop_gradient(custom_norm(x, params["w"][0]))
+
+    sites = check_capture(apply, W, X, uncovered=("w",))
+    assert "no gradient flows" in sites.uncovered["w"]
 
 
 def test_the_line_is_that_of_the_users_program():
