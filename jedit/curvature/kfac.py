@@ -139,10 +139,10 @@ def kfac(
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
             sites = done.captured.sites
-            blocks = group_sites(sites, done.lead)
+            blocks = group_sites(sites, done.alignments)
             members = [m for b in blocks if not b.is_diagonal for m in b.members]
             for member in members:
-                check_sharing(sharing, sites[member.site], done.lead)
+                check_sharing(sharing, sites[member.site], done.alignments[member.site])
             return KfacState(
                 {m.group: zero_input_sums(sites[m.site], done.dtype, max_dim) for m in members},
                 {m.site: zero_output_sums(sites[m.site], done.dtype, max_dim) for m in members},
