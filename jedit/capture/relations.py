@@ -111,7 +111,7 @@ def _shapes(eqn) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
 
 def _equal(pairs: Iterable[tuple[int, int]], old, new) -> Pairs:
     """Pairs of axes of one length: an axis that was broadcast, or cut, is another one."""
-    return tuple((a, b) for a, b in pairs if old[a] == new[b])
+    return tuple((int(a), int(b)) for a, b in pairs if old[a] == new[b])
 
 
 def _same(shape, skipped: Iterable[int] = ()) -> Relation:
@@ -122,7 +122,7 @@ def _elementwise(eqn) -> Relations:
     ins, outs = _shapes(eqn)
     if len(outs) == len(ins) > 1:  # an identity of several arrays
         return {(k, k): _same(shape) for k, shape in enumerate(ins)}
-    return {(k, 0): _same(shape) for k, shape in enumerate(ins) if shape == outs[0]}
+    return _all_outputs(eqn, ())  # an axis of one entry may be broadcast
 
 
 def _all_outputs(eqn, skipped: Iterable[int]) -> Relations:
@@ -139,12 +139,12 @@ def _reshape(eqn) -> Relations:
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     order = eqn.params["dimensions"]  # a transpose before it
     order = range(len(old)) if order is None else order
-    pairs = tuple((a, b) for b, a in enumerate(order))
+    pairs = tuple((int(a), b) for b, a in enumerate(order))
     return {(0, 0): Relation(pairs, reshaped=(tuple(old[a] for a in order), new))}
 
 
 def _transpose(eqn) -> Relations:
-    return {(0, 0): Relation(tuple((a, b) for b, a in enumerate(eqn.params["permutation"])))}
+    return {(0, 0): Relation(tuple((int(a), b) for b, a in enumerate(eqn.params["permutation"])))}
 
 
 def _broadcast(eqn) -> Relations:
@@ -223,7 +223,7 @@ def _conv(eqn) -> Relations:
     (left, right), (out,) = _shapes(eqn)
     found = {}
     if params["batch_group_count"] == 1:
-        batch = ((numbers.lhs_spec[0], numbers.out_spec[0]),)
+        batch = ((int(numbers.lhs_spec[0]), int(numbers.out_spec[0])),)
         space = [
             (a, b)
             for a, b, stride, dilation in zip(
@@ -309,6 +309,7 @@ def _gather(eqn, counted: Mapping[int, int]) -> Relations:
     for column, a in enumerate(numbers.start_index_map):
         if a in numbers.collapsed_slice_dims and column in counted:
             pairs += _equal([(a, place[counted[column]])], operand, out)
+    pairs = [(int(a), int(b)) for a, b in pairs]
     return {(0, 0): Relation(tuple(pairs)), (1, 0): Relation(tuple(place.items()))}
 
 
@@ -326,11 +327,10 @@ def _scatter(eqn) -> Relations:
     batch = (numbers.scatter_indices_batching_dims, numbers.operand_batching_dims)
     from_indices = tuple(zip(*batch, strict=True))
     from_updates += [(places[i], a) for i, a in from_indices]
-    return {
-        (0, 0): _same(operand),
-        (1, 0): Relation(from_indices),
-        (2, 0): Relation(tuple(from_updates)),
-    }
+    related = (
+        tuple((int(i), int(a)) for i, a in pairs) for pairs in (from_indices, from_updates)
+    )
+    return {(0, 0): _same(operand), **{(k, 0): Relation(r) for k, r in enumerate(related, 1)}}
 
 
 _RULES: dict[str, Callable[..., Relations]] = {
