@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.capture import run_capture
 from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
+from jedit.curvature.alignment import align
 from jedit.curvature.likelihoods import Categorical
 from jedit.curvature.structure import Diagonal
 from jedit.typing import Batch
@@ -154,3 +156,106 @@ def test_the_diagonal_is_that_of_the_gradients(tolerance):
 
 def _paths(tree):
     return [(a, b) for a, inner in tree.items() for b in inner]
+
+
+def shared(params, x):
+    """Tokens that are sorted and put back, and a lookup that all examples share."""
+    x = x + jnp.broadcast_to(params["table"][jnp.arange(T)][None], x.shape)
+    tokens = x.reshape(-1, D)
+    order = jnp.argsort(tokens[:, 0])
+    routed = jnp.tanh(tokens[order] @ params["expert"])
+    back = jnp.zeros_like(routed).at[order].set(routed)
+    return back.reshape(x.shape) @ params["head"]
+
+
+@functools.cache
+def shared_problem():
+    params, batch = problem()
+    names = dict(zip(("table", "expert", "head"), LAYOUTS, strict=False))
+    return {k: params[name]["w"] for k, name in names.items()}, batch._replace(valid=None)
+
+
+def take(batch, index):
+    return jax.tree.map(lambda x: x[np.array(index)], batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "fisher"), [(kfac, "exact"), (diagonal, "exact"), (diagonal, "empirical")]
+)
+def test_what_examples_share_flows_back_one_by_one(make, fisher, tolerance):
+    params, batch = shared_problem()
+    estimator = make(shared, Categorical(), fisher=fisher)
+    update = jax.jit(estimator.update)
+    found = []
+    for parts in ([range(N)], [[2, 0, 3, 1]], [range(2), range(2, N)]):
+        state = estimator.init(params, batch)
+        for part in parts:
+            state = update(state, params, take(batch, part), jax.random.key(0))
+        found.append(numbers(estimator.finalize(state)))
+    tolerance.check(found[1], found[0])
+    tolerance.check(found[2], found[0])
+    if make is diagonal:
+        gradients, number = gradients_of(fisher, params, batch)
+        expected = jax.tree.map(lambda g: np.square(g).sum(0) / number, gradients)
+        tolerance.check({name: found[0][name][0] for name in params}, expected)
+
+
+def gradients_of(fisher, params, batch):
+    """Gradients whose squares sum to M times the diagonal, by `jax.jacrev` and `jax.grad`."""
+    rows, number = score_rows(shared, Categorical(), params, batch)
+    if fisher == "exact":
+        return rows_as_trees(rows, params), number
+
+    def loss(params, n):
+        nll = Categorical().nll(shared(params, batch.inputs), batch.targets)
+        return jnp.sum(jnp.where(batch.mask[n], nll[n], 0))
+
+    per_example = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))
+    return per_example(params, jnp.arange(N)), number
+
+
+def test_what_examples_share_is_refused_by_name():
+    params, batch = shared_problem()
+    names = "table, expert"
+    with pytest.raises(ValueError, match=f"positions of {names} cannot be matched"):
+        kfac(shared, Categorical()).init(params, batch._replace(valid=jnp.asarray(VALID)))
+    with pytest.raises(ValueError, match=r"reduce.* table \(test_layouts.py:\d+\) has no axis"):
+        kfac(shared, Categorical(), sharing="reduce").init(params, batch)
+
+
+def test_padding_changes_nothing():
+    """Bit for bit, in every layout."""
+    params, batch = problem()
+    estimator = kfac(laid_out, Categorical())
+    update, start = jax.jit(estimator.update), estimator.init(params, batch)
+    garbage = jnp.where(batch.valid[..., None] == 1, batch.inputs, 1e4 + batch.inputs)
+    sums = [
+        update(start, params, batch._replace(inputs=x), jax.random.key(0))
+        for x in (batch.inputs, garbage)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *sums)
+
+
+def test_outputs_that_lead_with_time_are_refused():
+    """With as many steps as examples, no length would tell."""
+    params, batch = problem()
+    with pytest.raises(ValueError, match=r"4 examples are axis 1 of the outputs .* leading axis"):
+        kfac(lambda p, x: laid_out(p, x).swapaxes(0, 1), Categorical()).init(params, batch)
+
+
+def test_a_token_picked_of_every_example():
+    """`x[arange(n), last]` leaves examples apart, so that they need not flow back one by one."""
+    params, batch = problem()
+
+    def last(params, x):
+        number = jnp.sum(x[..., 0] > 0, axis=1)
+        return time_first(params["time_first"], x)[jnp.arange(len(x)), number - 1]
+
+    def alignments(params, x):
+        captured = run_capture(last, params, x)
+        for alignment in align(captured, (N,)).values():
+            assert alignment.example == (1, 1, N)
+            assert alignment.is_maskable
+        return captured.outputs
+
+    jax.eval_shape(alignments, params, batch.inputs)
