@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.capture.dependence import Dependence, dependence
-from jedit.capture.discover import parameter_paths, trace
+from jedit.capture.discover import Program, parameter_paths, trace
 from jedit.capture.interpreter import Records, evaluate
 from jedit.capture.sites import Site, Sites
 
@@ -23,7 +22,7 @@ class Capture(NamedTuple):
             same array. Sites of kind "bias" have none.
         ran: per branch of a `cond` that holds sites, 1 where it ran and 0 where it did not.
         pullback: maps a cotangent of the outputs to the gradients at the sites' outputs.
-        belonging: maps the outputs' leading axes to whose the entries of every site's output are.
+        program: what was traced.
     """
 
     sites: Sites
@@ -31,7 +30,7 @@ class Capture(NamedTuple):
     activations: dict[str, Array]
     ran: dict[int, Array]
     pullback: Callable[[Array], dict[str, Array]]
-    belonging: Callable[[Sequence[int]], Dependence]
+    program: Program
 
 
 def capture(
@@ -82,12 +81,8 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
         gradients = vjp(cotangent)[0]
         return {name: gradients[probe] for name, probe in probe_of.items()}
 
-    def belonging(lead: Sequence[int]) -> Dependence:
-        found, examples = dependence(jaxpr, program.plan, len(jax.tree.leaves(params)), lead)
-        return Dependence({name: found[probe] for name, probe in probe_of.items()}, examples)
-
     activations = {n: kept[site.record] for n, site in sites.items() if site.record is not None}
-    return Capture(sites, outputs, activations, ran, pullback, belonging)
+    return Capture(sites, outputs, activations, ran, pullback, program)
 
 
 def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:

@@ -16,16 +16,20 @@ In a scan, all arrays of the body have the loop's axis in front.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex_core
 
 from jedit.capture import versions
+from jedit.capture.discover import Program
 from jedit.capture.interpreter import Plan
 from jedit.capture.relations import Place, Relations, relate
 from jedit.capture.versions import inner_jaxprs, scan_layout
 
 SEVERAL = "several"
+RELAYOUTS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", *versions.CAST)
 Reach = Place | str | None  # None: no output is influenced
 Label = tuple[int, Place]  # the outputs' axis, and where its index stands
 
@@ -55,40 +59,36 @@ class Dependence(NamedTuple):
     outputs: frozenset[Place]
 
 
-def dependence(
-    jaxpr: jex_core.ClosedJaxpr, plan: Plan, num_params: int, lead: Sequence[int]
-) -> tuple[dict[int, Belonging], frozenset[Place]]:
+def dependence(program: Program, lead: Sequence[int]) -> Dependence:
     """Follow examples and positions through a traced `apply(params, inputs)`.
 
     Args:
-        jaxpr: the trace, of one output; its inputs behind the parameters lead with the examples.
-        plan: where the sites are.
-        num_params: how many of its inputs are parameters.
+        program: the trace; the inputs lead with the examples.
         lead: the leading axes of the output: examples, and positions.
 
     Returns:
-        By probe, whose the entries of a site's output are; and where the inputs' examples stand in
-        the outputs, empty if that is not known.
+        Where they stand.
     """
-    frame = _Frame(jaxpr.jaxpr, jaxpr.consts, plan, 0, keeps_integers=False)
-    inputs = [v for v in jaxpr.jaxpr.invars[num_params:] if v.aval.shape]
+    jaxpr = program.jaxpr
+    frame = _Frame(jaxpr.jaxpr, jaxpr.consts, program.plan, 0, keeps_integers=False)
     output = jaxpr.jaxpr.outvars[0]
-    for v in inputs:
-        frame.add(v, [(0, Place(0, 1, v.aval.shape[0]))])
+    for v in jaxpr.jaxpr.invars[program.num_params :]:
+        if v.aval.shape:
+            frame.add(v, [(0, Place(0, 1, v.aval.shape[0]))])
     frame.settle()
-    found = frozenset(place for _, place in frame.of(output))
+    outputs = frozenset(place for _, place in frame.of(output))
     frame.pull([Place(0, 1, lead[0])])
     frame.add(output, [(i, Place(i, 1, n)) for i, n in enumerate(lead)])
     frame.settle()
     reached, labelled = frame.at_probes()
-    sites = {
-        probe: Belonging(
+    found = [
+        Belonging(
             reached.get(probe),
-            tuple(frozenset(p for k, p in labels if k == i) for i in range(len(lead))),
+            tuple(frozenset(p for k, p in labelled[probe] if k == i) for i in range(len(lead))),
         )
-        for probe, labels in labelled.items()
-    }
-    return sites, found
+        for probe in sorted(labelled)
+    ]
+    return Dependence(dict(zip(program.sites, found, strict=True)), outputs)
 
 
 class _Frame:
@@ -336,9 +336,8 @@ class _Counting:
         self.joined: dict = {}  # variables with columns that count, and along which axis
         self.never: set = set()  # variables that are false throughout
         for variable, const in zip(jaxpr.constvars, consts, strict=True):
-            if np.ndim(const) == 1 and jnp.issubdtype(const.dtype, jnp.integer):
-                if np.array_equal(np.asarray(const), np.arange(len(const))):
-                    self.along[variable] = 0
+            if variable.aval.ndim == 1 and _is_count(const):
+                self.along[variable] = 0
 
     def columns(self, eqn) -> dict[int, int]:
         """Of a gather's indices."""
@@ -360,7 +359,7 @@ class _Counting:
         name, out = eqn.primitive.name, eqn.outvars[0]
         ins = [None if isinstance(v, jex_core.Literal) else v for v in eqn.invars]
         if name == "iota":
-            self.along[out] = eqn.params["dimension"]
+            self.along[out] = int(eqn.params["dimension"])
         elif name == "concatenate" and eqn.params["dimension"] == len(out.aval.shape) - 1:
             found, start = {}, 0
             for atom in eqn.invars:
@@ -372,11 +371,16 @@ class _Counting:
                 self.never.add(out)
         elif name == "select_n" and ins[0] in self.never and ins[1] in self.along:
             self.along[out] = self.along[ins[1]]
-        elif name in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", *versions.CAST):
-            if ins[0] in self.along:
-                axis = self.along[ins[0]]
-                length = ins[0].aval.shape[axis]
-                relation = relate(eqn, {})[0, 0]
-                place = relation.to_output(Place(axis, 1, length))
-                if place is not None and (place.inner, out.aval.shape[place.axis]) == (1, length):
-                    self.along[out] = place.axis
+        elif name in RELAYOUTS and ins[0] in self.along:
+            axis = self.along[ins[0]]
+            length = ins[0].aval.shape[axis]
+            place = relate(eqn, {})[0, 0].to_output(Place(axis, 1, length))
+            if place is not None and (place.inner, out.aval.shape[place.axis]) == (1, length):
+                self.along[out] = place.axis
+
+
+def _is_count(const) -> bool:
+    """Whether a constant is 0, 1, 2, ..."""
+    if isinstance(const, jax.core.Tracer) or not jnp.issubdtype(const.dtype, jnp.integer):
+        return False
+    return np.array_equal(np.asarray(const), np.arange(len(const)))

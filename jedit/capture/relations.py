@@ -16,20 +16,100 @@ from jedit.capture import versions
 Pairs = tuple[tuple[int, int], ...]
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp complex conj convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1
-    floor ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min
-    mul ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
-    sub tan tanh xor""".split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bessel_i0e",
+        "bessel_i1e",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "complex",
+        "conj",
+        "convert_element_type",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "igamma",
+        "igammac",
+        "imag",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "population_count",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    ]
 )
 REDUCTIONS = frozenset(
-    """argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
-    reduce_xor""".split()
+    [
+        "argmax",
+        "argmin",
+        "reduce_and",
+        "reduce_max",
+        "reduce_min",
+        "reduce_or",
+        "reduce_prod",
+        "reduce_sum",
+        "reduce_xor",
+    ]
 )
-CUMULATIVE = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
-WINDOWS = frozenset("reduce_window reduce_window_max reduce_window_min reduce_window_sum".split())
-MATRICES = frozenset("cholesky eigh lu qr svd triangular_solve".split())
+CUMULATIVE = frozenset(["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"])
+WINDOWS = frozenset(
+    ["reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"]
+)
+MATRICES = frozenset(["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve"])
 
 
 class Place(NamedTuple):
@@ -115,6 +195,7 @@ def _equal(pairs: Iterable[tuple[int, int]], old, new) -> Pairs:
 
 
 def _same(shape, skipped: Iterable[int] = ()) -> Relation:
+    skipped = set(skipped)
     return Relation(tuple((i, i) for i in range(len(shape)) if i not in skipped))
 
 
@@ -127,9 +208,9 @@ def _elementwise(eqn) -> Relations:
 
 def _all_outputs(eqn, skipped: Iterable[int]) -> Relations:
     """Every output has the operands' axes where the lengths still agree, but for some."""
-    ins, outs = _shapes(eqn)
+    (ins, outs), skipped = _shapes(eqn), set(skipped)
     return {
-        (k, j): Relation(_equal(_same(old, tuple(skipped)).pairs, old, new))
+        (k, j): Relation(_equal(_same(old, skipped).pairs, old, new))
         for (k, old), (j, new) in itertools.product(enumerate(ins), enumerate(outs))
         if len(old) == len(new)
     }
@@ -154,28 +235,29 @@ def _broadcast(eqn) -> Relations:
 
 def _squeeze(eqn) -> Relations:
     rank = len(eqn.invars[0].aval.shape)
-    gone = {d % rank for d in eqn.params["dimensions"]}
+    gone = {int(d) % rank for d in eqn.params["dimensions"]}
     return {(0, 0): Relation(tuple((a, b) for b, a in _numbered(rank, gone)))}
 
 
 def _expand_dims(eqn) -> Relations:
     rank = len(eqn.outvars[0].aval.shape)
-    new = {d % rank for d in eqn.params["dimensions"]}
+    new = {int(d) % rank for d in eqn.params["dimensions"]}
     return {(0, 0): Relation(tuple(_numbered(rank, new)))}
 
 
 def _numbered(rank: int, without: Iterable[int]) -> Iterable[tuple[int, int]]:
+    without = set(without)
     return enumerate(i for i in range(rank) if i not in without)
 
 
 def _reduce(eqn) -> Relations:
-    kept = list(_numbered(len(eqn.invars[0].aval.shape), eqn.params["axes"]))
+    kept = list(_numbered(len(eqn.invars[0].aval.shape), map(int, eqn.params["axes"])))
     relation = Relation(tuple((a, b) for b, a in kept))
     return {(k, j): relation for k in range(len(eqn.invars)) for j in range(len(eqn.outvars))}
 
 
 def _cumulative(eqn) -> Relations:
-    axis = eqn.params["axis"]
+    axis = int(eqn.params["axis"])
     return {(0, 0): _same(eqn.invars[0].aval.shape, (axis,))._replace(near=((axis, axis),))}
 
 
@@ -252,11 +334,11 @@ def _update_slice(eqn) -> Relations:
 
 
 def _split(eqn) -> Relations:
-    return _all_outputs(eqn, (eqn.params["axis"],))
+    return _all_outputs(eqn, (int(eqn.params["axis"]),))
 
 
 def _concatenate(eqn) -> Relations:
-    return _all_outputs(eqn, (eqn.params["dimension"],))
+    return _all_outputs(eqn, (int(eqn.params["dimension"]),))
 
 
 def _pad(eqn) -> Relations:
@@ -265,16 +347,16 @@ def _pad(eqn) -> Relations:
 
 
 def _rev(eqn) -> Relations:
-    return {(0, 0): _same(eqn.invars[0].aval.shape, eqn.params["dimensions"])}
+    return {(0, 0): _same(eqn.invars[0].aval.shape, map(int, eqn.params["dimensions"]))}
 
 
 def _sort(eqn) -> Relations:
-    return _all_outputs(eqn, (eqn.params["dimension"],))
+    return _all_outputs(eqn, (int(eqn.params["dimension"]),))
 
 
 def _top_k(eqn) -> Relations:
     axis = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1))
-    return _all_outputs(eqn, (axis % len(eqn.invars[0].aval.shape),))
+    return _all_outputs(eqn, (int(axis) % len(eqn.invars[0].aval.shape),))
 
 
 def _fft(eqn) -> Relations:
@@ -297,7 +379,7 @@ def _gather(eqn, counted: Mapping[int, int]) -> Relations:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (operand, indices), (out,) = _shapes(eqn)
     places = [i for i in range(len(out)) if i not in numbers.offset_dims]
-    place = dict(zip(range(len(indices) - 1), places, strict=True))
+    place = dict(enumerate(places))
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     windows = [i for i in range(len(operand)) if i not in gone]
     pairs = [(a, b) for a, b in zip(windows, numbers.offset_dims, strict=True)]
@@ -327,9 +409,7 @@ def _scatter(eqn) -> Relations:
     batch = (numbers.scatter_indices_batching_dims, numbers.operand_batching_dims)
     from_indices = tuple(zip(*batch, strict=True))
     from_updates += [(places[i], a) for i, a in from_indices]
-    related = (
-        tuple((int(i), int(a)) for i, a in pairs) for pairs in (from_indices, from_updates)
-    )
+    related = (tuple((int(i), int(a)) for i, a in pairs) for pairs in (from_indices, from_updates))
     return {(0, 0): _same(operand), **{(k, 0): Relation(r) for k, r in enumerate(related, 1)}}
 
 

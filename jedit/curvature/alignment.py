@@ -1,15 +1,15 @@
-"""How a site's positions correspond to the examples and to the outputs that a batch's masks speak of.
+"""How a site's positions correspond to the examples and outputs that a batch's masks speak of.
 
 `mask` and `valid` have the outputs' leading shape, (examples,) or (examples, positions, ...). Where
-these axes are in a site is read off the program by what depends on what (`capture.dependence`), never
-off lengths: a batch may have as many examples as positions, a model may put time first, or merge
-both axes in either order. What further axes a site has (heads, the pixels of a convolution) belongs
-to the same output.
+these axes are in a site is read off the program by what depends on what (`capture.dependence`),
+never off lengths: a batch may have as many examples as positions, a model may put time first, or
+merge both axes in either order. What further axes a site has (heads, the pixels of a convolution)
+belongs to the same output.
 
 Two things are decided here. Whose gradient is whose: an entry of a site's output that influences
-several examples (a lookup of positions that all examples share, tokens that were sorted, a mean over
-the batch) belongs to none, and the site's gradients must not be taken apart. And what is padding:
-all leading axes of the outputs must be found among the site's positions.
+several examples (a lookup of positions that all examples share, tokens that were sorted, a mean
+over the batch) belongs to none, and the site's gradients must not be taken apart. And what is
+padding: all leading axes of the outputs must be found among the site's positions.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jedit.capture import Capture, Site
-from jedit.capture.dependence import Belonging
+from jedit.capture import Site
+from jedit.capture.dependence import Belonging, dependence
+from jedit.capture.discover import Program
 from jedit.capture.relations import Place
 
 
@@ -61,6 +62,37 @@ class Alignment:
         output's, and that is zero at a padded position already.
         """
         return self.is_bias or bool(self._choices(self.axes))
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the positions, flattened, are the examples in order, and in each its outputs'.
+
+        Or what else an example has, where its outputs are one.
+        """
+        total, number = math.prod(self.positions), self.lead[0]
+        if number > 1 and (self.example is None or self._stride(self.example) * number != total):
+            return False
+        if total == number or len(self.lead) == 1:
+            return True
+        choices = self._choices(self.axes) if total == math.prod(self.lead) else []
+        strides = [math.prod(self.lead[i + 1 :]) for i in range(len(self.lead))]
+        return any(
+            all(p is None or self._stride(p) == n for p, n in zip(choice, strides, strict=True))
+            for choice in choices
+        )
+
+    def leads_with_outputs(self, skipped: int = 0) -> bool:
+        """Whether the site's output begins with the outputs' leading axes, as they are.
+
+        Args:
+            skipped: how many axes in front are those of scans.
+        """
+        lead = enumerate(zip(self.lead, self.labels, strict=True))
+        return all(n == 1 or Place(skipped + i, 1, n) in places for i, (n, places) in lead)
+
+    def _stride(self, place: Place) -> int:
+        """How far apart its neighbours are among the positions, flattened."""
+        return place.inner * math.prod(self.positions[self.axes.index(place.axis) + 1 :])
 
     def by_example(self, x: Array) -> Array:
         """(layers, positions..., rest...) as (layers, examples, positions, rest...).
@@ -109,11 +141,11 @@ class Alignment:
         return choices if all(_order(choice) is not None for choice in choices) else []
 
 
-def align(captured: Capture, lead: tuple[int, ...]) -> dict[str, Alignment]:
-    """The alignment of every site of a capture.
+def align(program: Program, lead: tuple[int, ...]) -> dict[str, Alignment]:
+    """The alignment of every site of a traced function.
 
     Args:
-        captured: the capture.
+        program: the trace.
         lead: the outputs' leading shape, (examples, ...).
 
     Returns:
@@ -122,14 +154,15 @@ def align(captured: Capture, lead: tuple[int, ...]) -> dict[str, Alignment]:
     Raises:
         ValueError: the examples of the inputs are not the outputs' leading axis.
     """
-    found = captured.belonging(lead)
+    found = dependence(program, lead)
     if lead[0] > 1 and found.outputs and Place(0, 1, lead[0]) not in found.outputs:
         axes = ", ".join(str(place.axis) for place in sorted(found.outputs))
+        (shape,) = (v.aval.shape for v in program.jaxpr.jaxpr.outvars)
         raise ValueError(
-            f"the inputs' {lead[0]} examples are axis {axes} of the outputs {captured.outputs.shape}, "
-            "not their leading axis; apply must return outputs (examples, ..., classes or features)"
+            f"the inputs' {lead[0]} examples are axis {axes} of the outputs {shape}, not their "
+            "leading axis; apply must return outputs (examples, ..., classes or features)"
         )
-    return {name: _align(site, found.sites[name], lead) for name, site in captured.sites.items()}
+    return {name: _align(site, found.sites[name], lead) for name, site in program.sites.items()}
 
 
 def _align(site: Site, belonging: Belonging, lead: tuple[int, ...]) -> Alignment:
@@ -175,7 +208,10 @@ def _placed_once(valid: Array, choice: tuple[Place | None, ...], shape: tuple[in
     valid = valid.reshape([n for n, place in zip(valid.shape, choice, strict=True) if place])
     standing = [i for i, place in enumerate(choice) if place is not None]
     valid = jnp.transpose(valid, [standing.index(i) for i in order])
-    full, thin = [], []  # every axis in its factors: their sizes, and those that `valid` varies along
+    full, thin = (
+        [],
+        [],
+    )  # every axis in its factors: their sizes, and those that `valid` varies along
     for axis, length in enumerate(shape):
         left = length
         for place in (choice[i] for i in order):

@@ -212,7 +212,7 @@ def run_pass(
         raise ValueError(f"no parameter can be captured:\n{sites}")
     lead = labels.likelihood.lead_shape(outputs)
     _check_examples(batch, lead)
-    alignments = align(captured, lead)
+    alignments = align(captured.program, lead)
     counted = counted_outputs(batch, lead)
     # Squares of sums over examples would hold cross terms, which sampled labels have none of, being
     # independent. So where a site cannot tell examples apart, they flow back one by one.

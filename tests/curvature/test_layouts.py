@@ -1,8 +1,8 @@
 """Where the examples are, when lengths say nothing: as many examples as positions and features.
 
-The same function is written in many layouts, and once plainly: whatever is estimated must agree. What
-cannot be told (tokens sorted and put back, a table that all examples share) flows back one by one, and
-a batch in one piece, in halves and in another order must agree; or it is refused by name.
+The same function is written in many layouts, and once plainly: whatever is estimated must agree.
+What cannot be told (tokens sorted and put back, a table that all examples share) flows back one by
+one, and a batch in one piece, in halves and in another order must agree; or it is refused by name.
 """
 
 import functools
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.capture import run_capture
+from jedit.capture.discover import trace
 from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.alignment import align
 from jedit.curvature.likelihoods import Categorical
@@ -251,11 +251,6 @@ def test_a_token_picked_of_every_example():
         number = jnp.sum(x[..., 0] > 0, axis=1)
         return time_first(params["time_first"], x)[jnp.arange(len(x)), number - 1]
 
-    def alignments(params, x):
-        captured = run_capture(last, params, x)
-        for alignment in align(captured, (N,)).values():
-            assert alignment.example == (1, 1, N)
-            assert alignment.is_maskable
-        return captured.outputs
-
-    jax.eval_shape(alignments, params, batch.inputs)
+    for alignment in align(trace(last, params, batch.inputs), (N,)).values():
+        assert alignment.example == (1, 1, N)
+        assert alignment.is_maskable
