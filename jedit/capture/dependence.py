@@ -16,10 +16,9 @@ In a scan, all arrays of the body have the loop's axis in front.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jex_core
 
 from jedit.capture import versions
@@ -381,6 +380,6 @@ class _Counting:
 
 def _is_count(const) -> bool:
     """Whether a constant is 0, 1, 2, ..."""
-    if isinstance(const, jax.core.Tracer) or not jnp.issubdtype(const.dtype, jnp.integer):
+    if isinstance(const, Tracer) or not jnp.issubdtype(const.dtype, jnp.integer):
         return False
     return np.array_equal(np.asarray(const), np.arange(len(const)))
