@@ -212,8 +212,9 @@ class _Frame:
 
     def _inward(self, reach: Reach) -> Reach:
         """Of an array that has no axis for the loop, as its body sees it."""
-        is_behind = isinstance(reach, Place) and reach.axis >= self.depth
-        return _moved(reach, 1) if is_behind else reach
+        if not isinstance(reach, Place) or reach.axis < self.depth:
+            return reach
+        return _moved(reach, 1)
 
     def _outward(self, reach: Reach) -> Reach:
         """The inverse; what belongs to one iteration's example reaches several outside."""
@@ -372,7 +373,7 @@ class _Counting:
             self.along[out] = self.along[ins[1]]
         elif name in RELAYOUTS and ins[0] in self.along:
             axis = self.along[ins[0]]
-            length = ins[0].aval.shape[axis]
+            length = eqn.invars[0].aval.shape[axis]
             place = relate(eqn, {})[0, 0].to_output(Place(axis, 1, length))
             if place is not None and (place.inner, out.aval.shape[place.axis]) == (1, length):
                 self.along[out] = place.axis

@@ -184,13 +184,12 @@ def _align(site: Site, belonging: Belonging, lead: tuple[int, ...]) -> Alignment
 
 def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
     """The leading axes that stand somewhere, outermost first; None where two are entangled."""
-    order = [i for i, place in enumerate(choice) if place is not None]
-    order.sort(key=lambda i: (choice[i].axis, -choice[i].inner))
-    for i, j in itertools.pairwise(order):
-        one, other = choice[i], choice[j]
+    found = [(place, i) for i, place in enumerate(choice) if place is not None]
+    found.sort(key=lambda one: (one[0].axis, -one[0].inner))
+    for (one, _), (other, _) in itertools.pairwise(found):
         if one.axis == other.axis and one.inner % (other.inner * other.size):
             return None
-    return order
+    return [i for _, i in found]
 
 
 def _placed(valid: Array, choices, shape: tuple[int, ...]) -> Array:
