@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.capture.discover import trace
+from jedit.capture.discover import Program, trace
 from jedit.capture.interpreter import Records, evaluate
 from jedit.capture.sites import Site, Sites, cut
 from jedit.paths import parameter_paths
@@ -23,6 +23,7 @@ class Capture(NamedTuple):
             same array. Sites of kind "bias" have none.
         ran: per branch of a `cond` that holds sites, 1 where it ran and 0 where it did not.
         pullback: maps a cotangent of the outputs to the gradients at the sites' outputs.
+        program: what was traced.
     """
 
     sites: Sites
@@ -30,6 +31,7 @@ class Capture(NamedTuple):
     activations: dict[str, Array]
     ran: dict[int, Array]
     pullback: Callable[[Array], dict[str, Array]]
+    program: Program
 
 
 def capture(
@@ -79,7 +81,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
         for name, site in sites.items()
         if site.record is not None
     }
-    return Capture(sites, outputs, activations, ran, pullback)
+    return Capture(sites, outputs, activations, ran, pullback, program)
 
 
 def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:

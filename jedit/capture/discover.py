@@ -26,6 +26,7 @@ class Program:
     sites: Sites
     plan: Plan
     num_branches: int
+    num_params: int
 
 
 def find_sites(
@@ -85,7 +86,7 @@ def trace(apply, params, inputs, select=None) -> Program:
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}
-    return Program(jaxpr, Sites(sites, uncovered), plan, walker.num_branches)
+    return Program(jaxpr, Sites(sites, uncovered), plan, walker.num_branches, len(named))
 
 
 def _selected(paths: list[str], select: str | Sequence[str] | None) -> list[str]:

@@ -108,6 +108,11 @@ class Axes:
     num_layers: int
     num_positions: int
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The array's axes that become positions, in their order."""
+        return self.permutation[self.num_layers : self.num_layers + self.num_positions]
+
     def canonical(self, array: Array) -> Array:
         """(layers, positions..., features)."""
         array = jnp.transpose(array, self.permutation)
@@ -133,6 +138,13 @@ class Patches:
     rhs_dilation: tuple[int, ...]
     groups: int
     scan_axes: tuple[str, ...]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The output's axes that become positions, in their order."""
+        n = len(self.scan_axes)
+        space = (n + i for i in (self.out_spec[0], *self.out_spec[2:]))
+        return (*space, *(i for i, kind in enumerate(self.scan_axes) if kind == "use"))
 
     def _merge(self, array: Array, spec: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
         n = len(self.scan_axes)

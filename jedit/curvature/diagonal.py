@@ -104,7 +104,7 @@ def squares_estimator(
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
-            blocks = group_sites(done.captured.sites, done.lead)
+            blocks = group_sites(done.captured.sites, done.alignments)
             squares = {b.name: zero_squares(b, done.dtype) for b in blocks}
             return SquaresState(squares, first, first, blocks, labels.draws)
 

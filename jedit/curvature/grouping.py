@@ -7,12 +7,13 @@ slice of its own (layers stacked in one leaf), which then has its own block.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from jedit.capture import Site, Sites, Weight
-from jedit.curvature.alignment import is_maskable
+from jedit.curvature.alignment import Alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,18 @@ class Block:
 def padding_hint(names: list[str]) -> str:
     """What to say of sites whose padding cannot be told from data."""
     return (
-        f"the positions of {', '.join(names)} cannot be matched with the outputs' leading shape, "
+        f"the positions of {', '.join(names)} cannot be matched with the outputs' leading axes, "
         "and some batch has padding (a zero in `valid`); leave the parameter out by `select`, or "
         "give batches without padding"
     )
 
 
-def group_sites(sites: Sites, lead: tuple[int, ...]) -> tuple[Block, ...]:
+def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Block, ...]:
     """The blocks of all sites, in their order.
 
     Args:
         sites: as captured.
-        lead: the outputs' leading shape.
+        alignments: by site.
 
     Returns:
         The blocks.
@@ -94,7 +95,7 @@ def group_sites(sites: Sites, lead: tuple[int, ...]) -> tuple[Block, ...]:
             is_flipped,
             site.scale,
             site.bias_scale,
-            is_maskable(site, lead),
+            alignments[name].is_maskable,
         )
         if home is None:
             blocks[name] = Block(name, site.weight, (member,))

@@ -115,8 +115,10 @@ def kfac(
         select: regular expression, or several, on parameter paths; None: all that can be captured.
         fisher: labels "sampled" from the model (the Gauss-Newton matrix of the output KL), "exact"
             (all classes of every position: as many backward passes), or "empirical" (given
-            targets). A site without an axis of examples, e.g. a lookup of positions, has exact and
-            empirical labels flow back example by example, at that many times the cost.
+            targets). A site whose entries influence several examples, e.g. a lookup of positions,
+            has exact and empirical labels flow back example by example, at that many times the
+            cost; there sampled ones, which do not, differ by noise of mean zero with the batches'
+            cut.
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
         max_dim: longest axis that gets a dense factor; longer ones (vocabularies) a diagonal one.
@@ -139,10 +141,10 @@ def kfac(
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
             sites = done.captured.sites
-            blocks = group_sites(sites, done.lead)
+            blocks = group_sites(sites, done.alignments)
             members = [m for b in blocks if not b.is_diagonal for m in b.members]
             for member in members:
-                check_sharing(sharing, sites[member.site], done.lead)
+                check_sharing(sharing, sites[member.site], done.alignments[member.site])
             return KfacState(
                 {m.group: zero_input_sums(sites[m.site], done.dtype, max_dim) for m in members},
                 {m.site: zero_output_sums(sites[m.site], done.dtype, max_dim) for m in members},

@@ -10,7 +10,7 @@ K-FAC, EK-FAC and the diagonal differ only in what they sum; what they sum over 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
-from jedit.curvature.alignment import align_site, by_example, is_maskable, spread
+from jedit.curvature.alignment import Alignment, align
 from jedit.curvature.likelihoods import Likelihood
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch, wide_dtype
@@ -65,20 +65,24 @@ class Pass:
 
     Attributes:
         captured: the capture.
+        alignments: by site, where its examples and outputs are.
         lead: the outputs' leading shape, (examples, ...).
         valid: which positions are data, (lead) booleans; None when all are.
         counted: which outputs count in the loss, (lead) booleans.
         dtype: in which sums accumulate, float32 or wider.
         num_pullbacks: how often gradients flow back.
+        is_one_by_one: whether each time those of one example do.
         cotangent: from the pullback's number to a cotangent of the outputs.
     """
 
     captured: Capture
+    alignments: Mapping[str, Alignment]
     lead: tuple[int, ...]
     valid: Array | None
     counted: Array
     dtype: jnp.dtype
     num_pullbacks: int
+    is_one_by_one: bool
     cotangent: Callable[[int | Array], Array]
 
     @property
@@ -93,10 +97,8 @@ class Pass:
         takes a device's fast path. What is not such a product has to widen them to `dtype` first.
         """
         a = site.canonical_inputs(self.captured.activations[site.name])
-        num_features = 0 if site.kind == "embedding" else 1
-        positions = a.shape[1 : a.ndim - num_features]
-        v = self._valid(site, positions)
-        a = by_example(a, positions, self.lead)
+        v = self._valid(site)
+        a = self.alignments[site.name].by_example(a)
         if site.kind == "embedding":
             return a, v
         return self._only_valid(self._as_computed(a), v), v
@@ -108,13 +110,24 @@ class Pass:
         zero for the sake of positions that hold no numbers, where zero times that is not zero.
         """
         raw = self._as_computed(pulled[site.name])
-        if self.valid is not None and raw.shape[: len(self.lead)] == self.lead:
+        alignment = self.alignments[site.name]
+        valid = None if self.valid is None else alignment.at_output(self.valid)
+        if valid is not None:
             # Before positions become features, as those of a table that is added to all examples.
-            rest = (1,) * (raw.ndim - len(self.lead))
-            raw = jnp.where(self.valid.reshape(*self.lead, *rest), raw, jnp.zeros((), raw.dtype))
-        g = site.canonical_gradients(raw)
-        positions = g.shape[1:-1]
-        return self._only_valid(by_example(g, positions, self.lead), self._valid(site, positions))
+            raw = jnp.where(valid, raw, jnp.zeros((), raw.dtype))
+        return self._only_valid(
+            alignment.by_example(site.canonical_gradients(raw)), self._ran(site)
+        )
+
+    def one_group(self, sites: Sequence[Site]) -> bool:
+        """Whether the examples of these sites are one group, whose gradient is squared as a whole.
+
+        Either there is but one that has a gradient, or some site cannot tell them apart: labels of
+        different examples being independent, cross terms then have mean zero.
+        """
+        return self.is_one_by_one or any(
+            self.alignments[site.name].example is None for site in sites
+        )
 
     def poison(self, site: Site) -> Array:
         """Zero; not a number where there is padding that cannot be told from data in this site.
@@ -122,7 +135,7 @@ class Pass:
         Added to what is summed, it makes `finalize` name the block: no silently polluted moment.
         """
         zero = jnp.zeros((), self.dtype)
-        if self.valid is None or is_maskable(site, self.lead):
+        if self.valid is None or self.alignments[site.name].is_maskable:
             return zero
         return jnp.where(jnp.all(self.valid), zero, jnp.nan)
 
@@ -145,16 +158,22 @@ class Pass:
     def _only_valid(x: Array, v: Array | None) -> Array:
         return x if v is None else jnp.where(v[..., None], x, jnp.zeros((), x.dtype))
 
-    def _valid(self, site: Site, positions: tuple[int, ...]) -> Array | None:
+    def _valid(self, site: Site) -> Array | None:
         """(layers or 1, examples, positions) booleans; None when every position is data."""
-        valid = None if self.valid is None else spread(self.valid, positions)
+        valid = None if self.valid is None else self.alignments[site.name].spread(self.valid)
+        ran = self._ran(site)
+        if valid is None or ran is None:
+            return ran if valid is None else valid
+        return valid & ran
+
+    def _ran(self, site: Site) -> Array | None:
+        """The same, of whether the site's branch of a `cond` ran; None where it is in none."""
         if site.branch is None:
-            return valid
+            return None
         ran = self.captured.ran[site.branch] > 0  # (scans...)
         rest = len(site.output_shape) - ran.ndim
         ran = jnp.broadcast_to(ran.reshape(*ran.shape, *(1,) * rest), site.output_shape)
-        ran = by_example(site.canonical_gradients(ran)[..., 0], positions, self.lead)
-        return ran if valid is None else valid & ran
+        return self.alignments[site.name].by_example(site.canonical_gradients(ran)[..., 0])
 
 
 def run_pass(
@@ -193,14 +212,31 @@ def run_pass(
         raise ValueError(f"no parameter can be captured:\n{sites}")
     lead = labels.likelihood.lead_shape(outputs)
     _check_examples(batch, lead)
+    alignments = align(captured.program, lead)
     counted = counted_outputs(batch, lead)
-    number, cotangent = _cotangents(labels, captured, batch, key, first_example, lead)
+    # Squares of sums over examples would hold cross terms, which sampled labels have none of, being
+    # independent. So where a site cannot tell examples apart, they flow back one by one.
+    is_merged = any(alignment.is_merged for alignment in alignments.values())
+    is_one_by_one = is_merged and labels.fisher != "sampled"
+    number, cotangent = _cotangents(
+        labels, captured.outputs, batch, key, first_example, lead, is_one_by_one
+    )
 
     def masked(k):
         return jnp.where(counted[..., None], cotangent(k), jnp.zeros((), outputs.dtype))
 
     valid = None if batch.valid is None else batch.valid.astype(bool)
-    return Pass(captured, lead, valid, counted, wide_dtype(outputs.dtype), number, masked)
+    return Pass(
+        captured=captured,
+        alignments=alignments,
+        lead=lead,
+        valid=valid,
+        counted=counted,
+        dtype=wide_dtype(outputs.dtype),
+        num_pullbacks=number,
+        is_one_by_one=is_one_by_one,
+        cotangent=masked,
+    )
 
 
 def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
@@ -223,14 +259,14 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
 
 
 def _cotangents(
-    labels: Labels, captured: Capture, batch: Batch, key, first_example, lead: tuple[int, ...]
+    labels: Labels, outputs: Array, batch: Batch, key, first_example, lead, is_one_by_one: bool
 ) -> tuple[int, Callable[[int | Array], Array]]:
     """How many pullbacks, and the cotangent of each.
 
     Raises:
         ValueError: empirical labels without targets.
     """
-    likelihood, outputs = labels.likelihood, captured.outputs
+    likelihood = labels.likelihood
     if labels.fisher == "sampled":
         ids = first_example + jnp.arange(lead[0], dtype=jnp.int32)
 
@@ -239,13 +275,10 @@ def _cotangents(
             return likelihood.sampled_cotangent(outputs, noise)
 
         return labels.samples, draw
-    # Squares of sums over examples would hold cross terms, which sampled labels have none of, being
-    # independent. So where a site cannot tell examples apart, they flow back one by one.
-    is_merged = any(align_site(site, lead) == "none" for site in captured.sites.values())
     if labels.fisher == "exact":
-        # One output at a time, for the same reason.
+        # One output at a time, so that there are no cross terms between them.
         columns = likelihood.num_columns(outputs)
-        shape = lead if is_merged else (1, *lead[1:])
+        shape = lead if is_one_by_one else (1, *lead[1:])
 
         def column(k):
             is_here = jnp.arange(math.prod(shape)).reshape(*shape, 1) == k // columns
@@ -259,9 +292,9 @@ def _cotangents(
 
     def given(k):
         cotangent = likelihood.empirical_cotangent(outputs, targets)
-        if not is_merged:
+        if not is_one_by_one:
             return cotangent
         is_here = jnp.arange(lead[0]).reshape(-1, *(1,) * len(lead)) == k
         return jnp.where(is_here, cotangent, jnp.zeros((), outputs.dtype))
 
-    return (lead[0] if is_merged else 1), given
+    return (lead[0] if is_one_by_one else 1), given

@@ -47,6 +47,8 @@ def add_squared_gradients(
     sites = done.captured.sites
     parts = [example_factors(done, sites[m.site], m, pulled, bases) for m in block.members]
     total = total + sum(done.poison(sites[m.site]) for m in block.members)
+    if done.one_group([sites[m.site] for m in block.members]):
+        parts = jax.tree.map(lambda x: x.reshape(len(x), 1, -1, *x.shape[3:]), parts)
     a, g = parts[0]
     if len(parts) == 1 and g is not None and a.ndim == 4 and not block.members[0].is_flipped:
         return squared_gradient_sum(total, a, g)

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jedit.capture import Site
 from jedit.capture.capture import scatter_rows
-from jedit.curvature.alignment import align_site
+from jedit.curvature.alignment import Alignment
 from jedit.curvature.kernels import moment as add_moment
 from jedit.curvature.scores import Pass
 
@@ -53,16 +53,17 @@ def zero_output_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> Array:
     return jnp.zeros((layers, d) if d > max_dim else (layers, d, d), dtype)
 
 
-def check_sharing(sharing: str, site: Site, lead: tuple[int, ...]) -> None:
+def check_sharing(sharing: str, site: Site, alignment: Alignment) -> None:
     """Refuse to reduce over the positions of examples that cannot be told apart.
 
     Raises:
         ValueError: the site has no axis of examples.
     """
-    if sharing == "reduce" and align_site(site, lead) == "none":
+    number = alignment.lead[0]
+    if sharing == "reduce" and alignment.example is None and number > 1:
         raise ValueError(
             f'sharing="reduce" averages over the positions of each example, but {site.name} '
-            f"({site.source}) has no axis of the batch's {lead[0]} examples; leave the parameter "
+            f"({site.source}) has no axis of the batch's {number} examples; leave the parameter "
             'out by `select`, or use "expand"'
         )
 

@@ -23,8 +23,10 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from jedit.capture import Site, Weight, find_sites, intervene
+from jedit.capture import Site, Weight, intervene
 from jedit.capture.capture import parameter_leaves
+from jedit.capture.discover import trace
+from jedit.curvature.alignment import align
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker
 from jedit.edits import Edit, apply_edit
 from jedit.typing import Batch, wide_dtype
@@ -249,7 +251,8 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
         raise ValueError(
             f"subject has shape {subject.shape}, expected one position a row, ({num_rows},)"
         )
-    sites = find_sites(apply, params, associations.batch.inputs)
+    program = trace(apply, params, associations.batch.inputs)
+    sites = program.sites
     uses = [site for site in sites.values() if site.path == path]
     if len(uses) != 1 or uses[0].kind != "dense" or uses[0].weight.layers > 1:
         kinds = [site.kind for site in uses] or sites.uncovered.get(path, "no such parameter")
@@ -260,6 +263,13 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
         raise ValueError(
             f"{path!r} is used {site.num_uses} times at each of {positions} positions, in a scan "
             "for instance; a key is that of a single use"
+        )
+    lead = program.jaxpr.jaxpr.outvars[0].aval.shape[:-1]
+    if not align(program, lead)[site.name].is_in_order:
+        raise ValueError(
+            f"the positions of {path!r} ({site.source}) are not those of the outputs {lead}, one "
+            "row after the other, so that a subject's cannot be found; edit another layer, or lay "
+            "activations out as (rows, positions, features)"
         )
     return site
 

@@ -284,7 +284,7 @@ def _all_blocks(
     """Directions d for one request, block by block."""
     zero = jnp.zeros((), done.dtype)
     total = _Blocks({}, zero, zero, zero, zero, zero)
-    for block in group_sites(done.captured.sites, done.lead):
+    for block in group_sites(done.captured.sites, done.alignments):
         held = curvature.blocks[block.name]
         thin = None
         if all(m.kind in THIN_KINDS for m in block.members):

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jedit.capture import intervene
+from jedit.capture.discover import trace
+from jedit.curvature.alignment import align
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
 from jedit.typing import Batch
@@ -90,7 +92,7 @@ def causal_trace(
 
     Raises:
         ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
-            no site.
+            no site, or one whose output does not lead with (batch, seq).
     """
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     if not names or min(window, samples, chunk) < 1:
@@ -122,6 +124,14 @@ def _trace(
     if unknown := [name for name in (embedding, *names) if name not in clean.site_outputs]:
         known = ", ".join(list(clean.site_outputs)[:12])
         raise ValueError(f"{unknown} are no sites of this function; its sites are: {known}")
+    alignments = align(trace(apply, params, batch.inputs), clean.outputs.shape[:-1])
+    for name in (embedding, *names):
+        if not alignments[name].leads_with_outputs(int(is_stacked and name != embedding)):
+            shape = clean.site_outputs[name].shape
+            raise ValueError(
+                f"the output {shape} of the site {name!r} does not begin with the axes (batch, seq)"
+                f" of the outputs {clean.outputs.shape}, so a token's place in it is unknown"
+            )
     outputs = {name: clean.site_outputs[name] for name in names}
     num_layers = len(outputs[names[0]]) if is_stacked else len(names)
     embedded = clean.site_outputs[embedding]

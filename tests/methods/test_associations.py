@@ -439,6 +439,19 @@ def test_a_weight_that_a_scan_uses_at_every_position_is_refused(key):
         memit(deep, params, curvature, facts, None, layers="w")
 
 
+def test_positions_in_another_order_than_the_outputs_are_refused(key):
+    """Time first, with as many rows as positions: a subject's key would be another row's."""
+
+    def time_first(params, x):
+        return (x.swapaxes(0, 1) @ params["w"]).swapaxes(0, 1)
+
+    params, batch = {"w": jnp.eye(4)}, Batch(jnp.ones((4, 4, 4)))
+    curvature = estimate(kfac(time_first, Categorical()), params, [batch], key=key)
+    facts = Associations(batch, jnp.asarray([0, 2, 1, 0]))
+    with pytest.raises(ValueError, match=r"positions of 'w' \(.*\) are not those of the outputs"):
+        memit(time_first, params, curvature, facts, None, layers="w")
+
+
 def test_a_subject_outside_the_row_is_named(params, facts, key):
     curvature = fit(params, key)
     far = facts._replace(subject=jnp.asarray([1, SEQ, -1]))

@@ -191,3 +191,22 @@ def test_mistakes_get_a_sentence(scene, key):
             causal_trace(apply, params, batch, **options, **mistake)
     with pytest.raises(ValueError, match=r"\['layers/9'\] are no sites of this function"):
         causal_trace(apply, params, batch, layers=["layers/9", "layers/0"], **options)
+    with pytest.raises(ValueError, match=r"site 'layers/0' does not begin with the axes"):
+        causal_trace(time_first, params, square(batch), layers=NAMES, **squared(options))
+
+
+def time_first(params, tokens):
+    """As `apply`, the layers with time in front."""
+    h = params["embed"][tokens].swapaxes(0, 1)
+    for i in range(NUM_LAYERS):
+        h = h + jnp.tanh(jnp.cumsum(h, axis=0) @ params["layers"][str(i)])
+    return h.swapaxes(0, 1) @ params["head"]
+
+
+def square(batch):
+    """As many examples as positions, so that lengths tell nothing."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+
+
+def squared(options):
+    return {**options, "subject": jnp.concatenate([options["subject"]] * 2)}
