@@ -48,6 +48,7 @@ from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs, wide
+from jedit.sharding import kept, places_of
 from jedit.typing import Batch, wide_dtype
 
 
@@ -154,7 +155,7 @@ def kfade(
             along = functools.partial(price, move, start=change)
             alpha = largest_step_within(along, start, allowed)
             del along
-        change = _ahead(change, move, alpha)
+        change = _ahead(change, move, alpha, places_of(part_of(params, change)))
         del move
         true_kl = price(change)
         rows.append(
@@ -283,5 +284,9 @@ def _cosine(apply, likelihood, paths, params, change, gradient, batch):
     return jnp.where(norms > 0, _dot(gradient, other) / jnp.where(norms > 0, norms, 1), 0)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _ahead(change, move, alpha, places):
+    return kept(ahead(change, move, alpha), places)  # as the parameters lie
+
+
 _quadratic = jax.jit(quadratic_form)
-_ahead = jax.jit(ahead)
