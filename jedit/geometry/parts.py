@@ -65,7 +65,7 @@ def moved(params: PyTree, move: Mapping[str, Array], alpha: float | Array = 1.0)
 def _sum(param: Array, change: Array) -> Array:
     dtype = max(wide_dtype(param.dtype), change.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
     total = (param.astype(dtype) + change.astype(dtype)).astype(param.dtype)
-    # XLA leaves out a cast there and back, and with it what the narrow dtype rounds away.
+    # XLA is free to leave out a cast there and back, and with it what the narrow dtype rounds away.
     return total if dtype == param.dtype else jax.lax.optimization_barrier(total)
 
 

@@ -6,15 +6,17 @@ from importlib import import_module
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
-from jedit.geometry import RetainKl, scale_to_kl_budget, trust_region
+from jedit.geometry import RetainKl, null_space, scale_to_kl_budget, trust_region
 from jedit.geometry.parts import moved
 from jedit.methods import kfade
 from jedit.objectives import ga
+from jedit.transforms import project_to_null_space, scale_by_curvature
 from jedit.typing import Batch
 
 DEEP, WIDE = 6, 96
@@ -173,3 +175,27 @@ def test_outputs_that_are_not_kept_are_computed_again_to_the_same_numbers(scene)
         change, 0.2, start={"b": change["b"]}
     )
     assert kept(change, 0.0) < 1e-9 < kept(change)
+
+
+@pytest.mark.parametrize("transform", ["scale_by_curvature", "project_to_null_space"])
+def test_a_training_step_computes_no_gradient_of_what_a_transform_freezes(scene, transform):
+    """Counted in the compiled step, whose dead code is gone."""
+    params, forget, _, curvature = scene
+    made = {
+        "scale_by_curvature": lambda: scale_by_curvature(curvature),
+        "project_to_null_space": lambda: project_to_null_space(
+            null_space(curvature, threshold=0.2)
+        ),
+    }[transform]()
+
+    def flops(update):
+        def step(params, state):
+            gradient = jax.grad(lambda p: ga(p, forget, apply=deep)[0])(params)
+            return optax.apply_updates(params, update(gradient, state, params)[0])
+
+        compiled = jax.jit(step).lower(params, made.init(params)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    square = 2 * 8 * WIDE**2  # of one weight gradient
+    whole = flops(lambda gradient, state, _: made.update(gradient, state))
+    assert whole - flops(made.update) > 0.9 * DEEP * square
