@@ -16,7 +16,7 @@ lengths.
 Gradients, steps and the edit are of the parameters that the curvature covers and of no others. Δ is
 summed in float32 or wider and rounded once, to θ₀'s dtype, where a model is computed: at
 round(θ₀ + Δ), which is what `apply_edit` returns. Beside θ₀ and the curvature the method holds
-three times Δ, or Δ twice and one forward and backward pass.
+three times Δ and what one forward and backward pass needs; or twice Δ and twice a block.
 
 Differences. The paper takes one or a few steps of a stated length with absolute damping 1e-8 and
 labels as given [notes]. Ours [derived]: labels sampled from the model, since F is the
@@ -140,9 +140,7 @@ def kfade(
         metric = curvature(moved(params, change)) if callable(curvature) else curvature
         covered = part_of(params, metric.covered)
         jax.eval_shape(quadratic_form, metric, covered)  # refuses another model's curvature
-        change = (
-            jax.tree.map(lambda x: jnp.zeros_like(x, dtype=wide_dtype(x.dtype)), covered) | change
-        )
+        change = {path: _wide_zeros(x) for path, x in covered.items()} | change
         where = (tuple(covered), params, change)
         value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)
         norm = float(_norm(gradient))
@@ -190,6 +188,7 @@ def _objective_gradient(objective, where, forget, counts, retain):
     for i, batch in enumerate(forget):
         share = counts[i] / max(sum(counts), 1)
         total = _add_gradient(objective, *where, batch, retain[i % len(retain)], share, total)
+    assert total is not None  # there is a batch
     value, gradient = total
     return float(value), gradient
 
