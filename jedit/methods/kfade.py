@@ -216,7 +216,8 @@ def _block_by_block(curvature, gradient, damping):
     for paths in group_paths(needs, 1):
         number = {path: str(i) for i, path in enumerate(paths)}
         part = {number[path]: gradient.pop(path) for path in paths}
-        found = _direction(_renumbered(curvature, number), part, damping)
+        # Dispatch is asynchronous: unless one waits, the temporaries of several blocks coexist.
+        found = jax.block_until_ready(_direction(_renumbered(curvature, number), part, damping))
         move |= {path: found[i] for path, i in number.items()}
     return move
 
