@@ -30,11 +30,11 @@ from jaxtyping import Array, PyTree
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
-from jedit.edits import Edit, apply_edit
-from jedit.geometry.trust_region import moved
+from jedit.edits import Edit, dense
+from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import by_example
+from jedit.outputs import by_example, wide
 from jedit.typing import Batch
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
@@ -326,11 +326,10 @@ def _edit(
     stack, info = batch_unlearn(apply, params, one, curvature, step=1.0, damping=damping, rank=rank)
     edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
     largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
-    params, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
-    return params, float(loss), float(alpha**2 * unit)
+    part, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
+    return with_part(params, part), float(loss), float(alpha**2 * unit)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _restore(
     apply: Apply,
     params: PyTree,
@@ -341,18 +340,34 @@ def _restore(
     budget: float | Array,
 ) -> tuple[PyTree, Array]:
     """A step down the rows' loss in the metric, and the loss before it."""
+    part, before = _lower_loss(apply, params, curvature, batch, damping, budget)
+    return with_part(params, part), before
 
-    def loss(params: PyTree) -> Array:
-        return masked_mean(*counted_nll(params, batch, apply=apply))
 
-    before, gradient = jax.value_and_grad(loss)(params)
-    step = solve(curvature, jax.tree.map(jnp.negative, gradient), damping=damping, relative=True)
+@functools.partial(jax.jit, static_argnums=0)
+def _lower_loss(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    batch: Batch,
+    damping: float | Array,
+    budget: float | Array,
+) -> tuple[Part, Array]:
+    """The covered parameters after such a step, and the loss before it."""
+    start = part_of(params, curvature.covered)
+
+    def loss(part: Part) -> Array:
+        return masked_mean(*counted_nll(with_part(params, part), batch, apply=apply))
+
+    before, gradient = jax.value_and_grad(loss)(start)
+    down = jax.tree.map(lambda g: -wide(g), gradient)
+    step = solve(curvature, down, damping=damping, relative=True)
     quadratic = quadratic_form(curvature, step)
     largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
     alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)
-    losses = jax.lax.map(lambda alpha: loss(moved(params, step, alpha)), alphas)
+    losses = jax.lax.map(lambda alpha: loss(moved(start, step, alpha)), alphas)
     alpha = jnp.where(jnp.min(losses) < before, alphas[jnp.argmin(losses)], 0)
-    return moved(params, step, alpha), before
+    return moved(start, step, alpha), before
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -364,21 +379,25 @@ def _row_losses(apply: Apply, params: PyTree, batch: Batch) -> Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _raise_loss(
     apply: Apply, params: PyTree, edit: Edit, batch: Batch, largest: Array, enough: Array
-) -> tuple[PyTree, Array, Array]:
-    """Go along the edit until the rows' mean loss is enough, or else to where it is highest."""
+) -> tuple[Part, Array, Array]:
+    """Go along the edit until the rows' mean loss is enough, or else to where it is highest.
+
+    Returns the parameters that the edit names, as they are there.
+    """
     _, counted = counted_nll(params, batch, apply=apply)
     # Thin blocks are multiplied out once, and not at every rung.
-    whole = apply_edit(jax.tree.map(jnp.zeros_like, params), edit)
+    whole = {path: wide(dense(block)) for path, block in edit.blocks.items()}
+    start = part_of(params, whole)
 
     def loss(alpha: Array) -> Array:
-        found = _row_losses(apply, moved(params, whole, alpha), batch)
+        found = _row_losses(apply, with_part(params, moved(start, whole, alpha)), batch)
         return masked_mean(found, jnp.any(by_example(batch, counted), axis=1))
 
     alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
     losses = jax.lax.map(loss, alphas)
     reached = losses >= enough
     rung = jnp.where(jnp.any(reached), jnp.argmax(reached), jnp.argmax(losses))
-    return moved(params, whole, alphas[rung]), alphas[rung], losses[rung]
+    return moved(start, whole, alphas[rung]), alphas[rung], losses[rung]
 
 
 @jax.jit

@@ -71,9 +71,10 @@ class Factor:
         if self.basis is None:
             return x
         basis = fetched(self.basis)
-        q = jnp.swapaxes(basis, 1, 2) if back else basis
-        spec = "lia,lij->laj" if axis == 1 else "lja,lij->lia"
-        return jnp.einsum(spec, q, x, precision=HIGHEST)
+        # Contracted as it lies: a transposed basis would be a copy of it.
+        q = "lai" if back else "lia"
+        spec = f"{q},lij->laj" if axis == 1 else f"{q},lji->lja"
+        return jnp.einsum(spec, basis, x, precision=HIGHEST)
 
 
 @pytree("weight", "input", "output", "sharding")

@@ -113,6 +113,9 @@ def revert_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
 def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Edit:
     """Return the edit that turns `before` into `after`.
 
+    It is what did happen: rounding before it, as in bfloat16 weights that were trained, is in it
+    and `cast_report` finds nothing lost. Train float32 weights where small steps shall add up.
+
     Args:
         before: params.
         after: params of the same structure.
@@ -149,7 +152,8 @@ def edit_norms(edit: Edit) -> dict[str, Array]:
 def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, CastLoss]:
     """Say, per path, what `apply_edit` with these arguments loses to the parameter's dtype.
 
-    A bfloat16 weight has 8 bits: it swallows whatever is below 1/512 of itself.
+    A bfloat16 weight has 8 bits: it swallows whatever is below 1/512 of itself. The methods that
+    return an edit make it in float32 or wider, so that nothing of it is lost before.
     """
     paths, leaves, _ = _flatten(params)
     _check_paths(edit, paths, leaves)

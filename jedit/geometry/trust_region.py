@@ -4,11 +4,14 @@
 
 and then the truth: a few evaluations of the KL itself, by bracketing and false position. On a
 memorised model the quadratic is wrong by orders of magnitude; hence both numbers are returned.
+
+The truth is that of the parameters as they will be, rounded to their own dtype. Beside θ₀ an
+evaluation holds what moves, once more, and the outputs of one batch.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,11 +20,13 @@ from jaxtyping import Array, PyTree
 
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
+from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
 from jedit.outputs import counted_outputs, wide
 from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
 MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule
+KEPT_BYTES = 2**28  # of θ₀'s outputs, on all retain rows; arbitrary
 
 
 class TrustRegionInfo(NamedTuple):
@@ -56,36 +61,45 @@ def scale_to_kl_budget(
         apply: `apply(params, inputs) -> outputs`.
         likelihood: what the outputs mean.
         params: θ₀.
-        step: d, a change of params, of any length but zero.
+        step: d, a change of params, of any length but zero: a tree like params, or some of its
+            leaves by path. Leaves that are zero throughout, as `solve` makes those that no
+            curvature covers, cost no memory in the search.
         retain: rows on which the KL is measured, one batch or several.
         budget: ε, nats per counted output.
         curvature: gives the first guess; None: the matrix-free Gauss-Newton product does.
 
     Returns:
-        α d, and what was found; α is at most 1e6, for steps that cost nothing at any length.
+        α d in float32 or wider, and what was found; α is at most 1e6, for steps that cost nothing
+        at any length.
 
     Raises:
-        ValueError: a budget that is not positive, or retain batches that count no output.
+        ValueError: a budget that is not positive, retain batches that count no output, or a step
+            that is not shaped like params.
     """
     if budget <= 0:
         raise ValueError(f"budget must be positive, got {budget}")
     price = RetainKl(apply, likelihood, params, retain)
+    nonzero = _is_nonzero(step)
+    move = {path: d for path, d in leaves_by_path(step).items() if nonzero[path]}
+    with_part(params, move)  # refuses another shape
     if curvature is None:
-        quadratic = price.predicted(step)
+        quadratic = price.predicted(move)
     else:
         quadratic = 0.5 * float(quadratic_form(curvature, step))
     start = math.sqrt(budget / max(quadratic, budget * 1e-12))
     start = min(start, MAX_SCALE)
-    scale = largest_step_within(
-        lambda alpha: price(params, step, alpha), start, budget, limit=MAX_SCALE
-    )
-    scaled = jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), step)
-    true_kl = price(params, scaled, 1.0)
-    return scaled, TrustRegionInfo(scale, price.predicted(scaled), true_kl)
+    scale = largest_step_within(functools.partial(price, move), start, budget, limit=MAX_SCALE)
+    move = ahead({}, move, scale)
+    scaled = with_part(jax.tree.map(wide, step), move)
+    return scaled, TrustRegionInfo(scale, price.predicted(move), price(move))
 
 
 class RetainKl:
-    """The price of a change: KL(θ₀ ‖ θ) on the retain batches. θ₀'s outputs are computed once.
+    """The price of a change: KL(θ₀ ‖ θ) on the retain batches.
+
+    θ₀'s outputs are kept if those of all batches are `kept_bytes` at most. Beyond that they are
+    computed anew for each batch and each evaluation, by the same program: the numbers are the
+    same, to the bit, and an evaluation costs two forward passes instead of one.
 
     Attributes:
         batches: the retain batches.
@@ -97,38 +111,61 @@ class RetainKl:
         likelihood: Likelihood,
         params: PyTree,
         retain: Batch | Sequence[Batch],
+        *,
+        kept_bytes: int = KEPT_BYTES,
     ):
-        """Compute θ₀'s outputs.
+        """Compute θ₀'s outputs, where they are to be kept.
 
         Args:
             apply: `apply(params, inputs) -> outputs`.
             likelihood: what they mean.
             params: θ₀.
             retain: one batch, or several.
+            kept_bytes: how many bytes of outputs are kept, on the device. 256 MiB, arbitrary: the
+                logits of 2,000 tokens at a vocabulary of 32,000.
 
         Raises:
             ValueError: they count no output.
         """
         self.batches = [retain] if isinstance(retain, Batch) else list(retain)
         self._apply, self._likelihood, self._params = apply, likelihood, params
-        self._base = [_outputs(apply, params, batch) for batch in self.batches]
         self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]
         if not sum(self._counts):
             raise ValueError(
                 f"the {len(self.batches)} retain batches count no output, so no KL can be measured"
             )
+        sizes = [_num_bytes(apply, params, batch) for batch in self.batches]
+        self._base = None
+        if sum(sizes) <= kept_bytes:
+            self._base = [_outputs(apply, params, batch) for batch in self.batches]
 
-    def __call__(self, start: PyTree, move: PyTree, alpha: float) -> float:
-        """True KL at start + alpha·move, nats per counted output."""
-        pairs = zip(self._base, self.batches, strict=True)
-        return self._mean(
-            _moved_kl(self._apply, self._likelihood, start, move, alpha, base, batch)
-            for base, batch in pairs
-        )
+    def __call__(
+        self,
+        move: Mapping[str, Array],
+        alpha: float = 1.0,
+        *,
+        start: Mapping[str, Array] | None = None,
+    ) -> float:
+        """True KL at θ₀ + start + alpha·move, rounded to θ₀'s dtypes; nats per counted output.
 
-    def predicted(self, change: PyTree) -> float:
-        """Second-order KL of a change from θ₀."""
-        change = jax.tree.map(lambda d, p: d.astype(p.dtype), change, self._params)
+        Args:
+            move: changes by path; parameters that it leaves out stay.
+            alpha: how far.
+            start: the change that the move begins at, by path; None: none.
+        """
+
+        def kl(i: int):
+            if self._base is None:
+                base = _outputs(self._apply, self._params, self.batches[i])
+            else:
+                base = self._base[i]
+            where = (self._params, start or {}, move, alpha)
+            return _moved_kl(self._apply, self._likelihood, *where, base, self.batches[i])
+
+        return self._mean(kl(i) for i in range(len(self.batches)))
+
+    def predicted(self, change: Mapping[str, Array]) -> float:
+        """Second-order KL of a change from θ₀, by path."""
         return self._mean(
             _predicted_kl(self._apply, self._likelihood, self._params, batch, change)
             for batch in self.batches
@@ -149,16 +186,9 @@ def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: 
     return int(jnp.sum(counted_outputs(batch, lead)))
 
 
-@jax.jit
-def moved(params: PyTree, move: PyTree, alpha: float | Array) -> PyTree:
-    """Return params + alpha·move, in the params' own dtypes."""
-    return jax.tree.map(
-        lambda p, d: (wide(p) + jnp.asarray(alpha, wide(p).dtype) * d.astype(wide(p).dtype)).astype(
-            p.dtype
-        ),
-        params,
-        move,
-    )
+def _num_bytes(apply: Callable, params: PyTree, batch: Batch) -> int:
+    shape = jax.eval_shape(apply, params, batch.inputs)
+    return math.prod(shape.shape) * shape.dtype.itemsize
 
 
 @functools.partial(jax.jit, static_argnames="apply")
@@ -167,15 +197,29 @@ def _outputs(apply, params, batch):
 
 
 @functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
-def _moved_kl(apply, likelihood, params, move, alpha, base, batch):
-    """Mean KL of the original outputs from those at params + alpha·move, over counted outputs."""
-    outputs = apply(moved(params, move, alpha), batch.inputs)
+def _moved_kl(apply, likelihood, params, start, move, alpha, base, batch):
+    """Mean KL of the original outputs from those of the moved params, over counted outputs."""
+    outputs = apply(moved(params, ahead(start, move, alpha)), batch.inputs)
     counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
     return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
 
 
-_predicted_kl = jax.jit(quadratic_kl, static_argnames=("apply", "likelihood"))
+@functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
+def _predicted_kl(apply, likelihood, params, batch, change):
+    """As `quadratic_kl`, of the parameters that change: no others have tangents."""
+    part = part_of(params, change)
+    tangents = {path: change[path].astype(p.dtype) for path, p in part.items()}
+
+    def partial_apply(part, inputs):
+        return apply(with_part(params, part), inputs)
+
+    return quadratic_kl(partial_apply, likelihood, part, batch, tangents)
+
+
+@jax.jit
+def _is_nonzero(step: PyTree):
+    return {path: jnp.any(d != 0) for path, d in leaves_by_path(step).items()}
 
 
 def largest_step_within(

@@ -36,6 +36,7 @@ from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
+from jedit.outputs import wide
 from jedit.sharding import refuse_explicit, row_sharding
 from jedit.typing import Batch
 
@@ -215,9 +216,9 @@ def _batch_unlearn(
         loss = jnp.sum(jnp.where(done.counted, nll, 0)).astype(done.dtype) / number
         pulled = {}
         for k in range(done.num_pullbacks):
-            found = done.captured.pullback(done.cotangent(k))
+            found = jax.tree.map(wide, done.captured.pullback(done.cotangent(k)))
             pulled = {n: pulled[n] + g if n in pulled else g for n, g in found.items()}
-        pulled = {name: (g / number).astype(g.dtype) for name, g in pulled.items()}
+        pulled = {name: g / number.astype(g.dtype) for name, g in pulled.items()}
         blocks = _all_blocks(done, pulled, curvature, inverses, damping, exact, rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         alpha = jnp.sqrt(2 * size / quadratic) if is_budget else size

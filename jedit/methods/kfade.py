@@ -13,6 +13,11 @@ given. With `budget` α is the largest for which the *true* KL(θ₀ ‖ θ) on 
 within ε (k/K)² after step k of K: KL is quadratic in the distance, so K aligned steps have equal
 lengths.
 
+Gradients, steps and the edit are of the parameters that the curvature covers and of no others. Δ is
+summed in float32 or wider and rounded once, to θ₀'s dtype, where a model is computed: at
+round(θ₀ + Δ), which is what `apply_edit` returns. Beside θ₀ and the curvature the method holds
+three times Δ and what one forward and backward pass needs; or twice Δ and twice a block.
+
 Differences. The paper takes one or a few steps of a stated length with absolute damping 1e-8 and
 labels as given [notes]. Ours [derived]: labels sampled from the model, since F is the
 Gauss-Newton matrix of an output KL; damping relative to the block, because an absolute one has no
@@ -23,9 +28,10 @@ vanishes as p -> 1. As λ -> ∞ the method is gradient ascent, each matrix at a
 mean eigenvalue; with G = I it is preconditioning by the inputs alone.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,14 +39,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.curvature import Curvature, quadratic_form, solve
+from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
+from jedit.curvature.groups import Need, group_paths
 from jedit.curvature.likelihoods import Categorical, Likelihood
-from jedit.edits import Edit, edit_between
+from jedit.edits import Edit
 from jedit.geometry import RetainKl, largest_step_within
-from jedit.geometry.trust_region import moved, num_counted
+from jedit.geometry.parts import ahead, moved, part_of, with_part
+from jedit.geometry.trust_region import num_counted
 from jedit.objectives import ga
-from jedit.outputs import counted_outputs
-from jedit.typing import Batch
+from jedit.outputs import counted_outputs, wide
+from jedit.sharding import kept, places_of
+from jedit.typing import Batch, wide_dtype
 
 
 class KfadeInfo(NamedTuple):
@@ -50,7 +59,8 @@ class KfadeInfo(NamedTuple):
         step_size: α.
         curvature_kl: ½ ΔᵀFΔ of the whole change so far, by the curvature at its own temperature.
         predicted_kl: ½ ΔᵀGΔ, G the matrix-free Gauss-Newton matrix of the retain outputs at θ₀.
-        true_kl: KL(θ₀ ‖ θ) on the retain rows, nats per unmasked output.
+        true_kl: KL(θ₀ ‖ θ) on the retain rows, nats per unmasked output; θ = round(θ₀ + Δ) as
+            the parameters' dtype holds it, while the other two are of Δ itself.
         objective: value of the objective before the step.
         gradient_norm: ‖g‖ over the covered parameters.
         retain_cosine: cosine of g with the gradient of the retain loss (NaN without targets).
@@ -106,7 +116,8 @@ def kfade(
             loop: each new function object compiles again.
 
     Returns:
-        The edit, and what each step predicted and did.
+        The edit, of the covered parameters alone, in float32 or wider; `cast_report` says what of
+        it a narrower parameter takes. And what each step predicted and did.
 
     Raises:
         ValueError: not exactly one of `budget` and `step`, or one that is not positive.
@@ -123,20 +134,28 @@ def kfade(
     price = RetainKl(apply, likelihood, params, retain)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
     rows = []
-    current, alpha = params, step
+    change: dict[str, Array] = {}
+    alpha = step
     for k in range(steps):
-        metric = curvature(current) if callable(curvature) else curvature
-        value, gradient = _objective_gradient(objective, current, forget, counts, price.batches)
-        move, norm = _direction(metric, gradient, damping)
-        cosine = _retain_cosine(apply, metric, current, gradient, price.batches, likelihood)
+        metric = curvature(moved(params, change)) if callable(curvature) else curvature
+        covered = part_of(params, metric.covered)
+        jax.eval_shape(quadratic_form, metric, covered)  # refuses another model's curvature
+        change = {path: _wide_zeros(x) for path, x in covered.items()} | change
+        where = (tuple(covered), params, change)
+        value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)
+        norm = float(_norm(gradient))
+        cosine = _retain_cosine(apply, likelihood, where, gradient, price.batches)
+        move = _block_by_block(metric, gradient, damping)
         allowed = math.inf
         if budget is not None:
             allowed = budget * ((k + 1) / steps) ** 2
             start = alpha or math.sqrt(2 * allowed / max(float(_quadratic(metric, move)), 1e-30))
-            alpha = largest_step_within(functools.partial(price, current, move), start, allowed)
-        current = moved(current, move, alpha)
-        change = jax.tree.map(jnp.subtract, current, params)
-        true_kl = price(params, change, 1.0)
+            along = functools.partial(price, move, start=change)
+            alpha = largest_step_within(along, start, allowed)
+            del along
+        change = _ahead(change, move, alpha, places_of(part_of(params, change)))
+        del move
+        true_kl = price(change)
         rows.append(
             dict(
                 step_size=alpha,
@@ -144,13 +163,17 @@ def kfade(
                 predicted_kl=price.predicted(change),
                 true_kl=true_kl,
                 objective=value,
-                gradient_norm=float(norm),
+                gradient_norm=norm,
                 retain_cosine=cosine,
                 within_budget=true_kl <= allowed * (1 + 1e-3),
             )
         )
     info = KfadeInfo(*(np.asarray([row[field] for row in rows]) for field in KfadeInfo._fields))
-    return edit_between(params, current), info
+    return Edit({path: change[path] for path in part_of(params, change)}), info
+
+
+def _wide_zeros(x: Array) -> Array:
+    return jnp.zeros_like(x, dtype=wide_dtype(x.dtype))
 
 
 @functools.cache
@@ -159,76 +182,111 @@ def _gradient_ascent(apply: Callable) -> Callable:
     return functools.partial(ga, apply=apply)
 
 
-@functools.partial(jax.jit, static_argnames="objective")
-def _value_and_gradient(objective, params, forget, retain):
-    (value, _), gradient = jax.value_and_grad(objective, has_aux=True)(params, forget, retain)
-    return value, gradient
-
-
-def _objective_gradient(objective, params, forget, counts, retain):
+def _objective_gradient(objective, where, forget, counts, retain):
     """Mean of the objective and of its gradient over the forget batches, by counted outputs."""
-
-    def weighted(i: int):
-        total = _value_and_gradient(objective, params, forget[i], retain[i % len(retain)])
+    total = None
+    for i, batch in enumerate(forget):
         share = counts[i] / max(sum(counts), 1)
-        return jax.tree.map(lambda x: x * jnp.asarray(share, x.dtype), total)
-
-    value, gradient = functools.reduce(
-        lambda total, i: jax.tree.map(jnp.add, total, weighted(i)),
-        range(1, len(forget)),
-        weighted(0),
-    )
+        total = _add_gradient(objective, *where, batch, retain[i % len(retain)], share, total)
+    assert total is not None  # there is a batch
+    value, gradient = total
     return float(value), gradient
 
 
-@jax.jit
-def _direction(curvature, gradient, damping):
-    move = direction(curvature, gradient, damping)
-    return move, _norm(curvature, gradient)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
+def _add_gradient(objective, paths, params, change, forget, retain, share, total):
+    """Share of one batch's value and gradient in these parameters, added to those before."""
+    current = moved(params, change)
+
+    def lowered(part):
+        return objective(with_part(current, part), forget, retain)
+
+    (value, _), gradient = jax.value_and_grad(lowered, has_aux=True)(part_of(current, paths))
+    one = jax.tree.map(lambda x: wide(x) * jnp.asarray(share, wide(x).dtype), (value, gradient))
+    return one if total is None else jax.tree.map(jnp.add, total, one)
 
 
-def _norm(curvature, tree):
-    return jnp.sqrt(_covered_dot(curvature, tree, tree))
+def _block_by_block(curvature, gradient, damping):
+    """The direction, with one block's temporaries at a time; `gradient` is used up.
+
+    Blocks go in under numbers instead of their names, so that equal ones share a program.
+    """
+    move = {}
+    needs = (Need(block.weight.paths, {n: 1}) for n, block in curvature.blocks.items())
+    for paths in group_paths(needs, 1):
+        number = {path: str(i) for i, path in enumerate(paths)}
+        part = {number[path]: gradient.pop(path) for path in paths}
+        # Dispatch is asynchronous: unless one waits, the temporaries of several blocks coexist.
+        found = jax.block_until_ready(_direction(_renumbered(curvature, number), part, damping))
+        move |= {path: found[i] for path, i in number.items()}
+    return move
 
 
-def _covered_dot(curvature, x, y):
-    """Inner product over the parameters that the curvature covers."""
-    kept = set(curvature.covered)
-    pairs = jax.tree_util.tree_map_with_path(
-        lambda path, a, b: (
-            jnp.vdot(a, b).astype(jnp.float32)
-            if jax.tree_util.keystr(path, simple=True, separator="/") in kept
-            else jnp.zeros((), jnp.float32)
-        ),
-        x,
-        y,
+def _renumbered(curvature: Curvature, number: Mapping[str, str]) -> Curvature:
+    """The blocks of these paths, under their numbers; a block's own ones alone have them."""
+    held = [b for b in curvature.blocks.values() if b.weight.path in number]
+    names = [n for b in held if isinstance(b, Kronecker) for n in (b.input, b.output)]
+    factor = {name: str(i) for i, name in enumerate(dict.fromkeys(names))}
+
+    def renumbered(block):
+        bias = block.weight.bias_path
+        weight = dataclasses.replace(
+            block.weight,
+            path=number[block.weight.path],
+            bias_path=None if bias is None else number[bias],
+        )
+        if not isinstance(block, Kronecker):
+            return dataclasses.replace(block, weight=weight)
+        ends = {"input": factor[block.input], "output": factor[block.output]}
+        return dataclasses.replace(block, weight=weight, **ends)
+
+    return Curvature(
+        {str(i): renumbered(block) for i, block in enumerate(held)},
+        {i: curvature.factors[name] for name, i in factor.items()},
+        curvature.num_outputs,
     )
-    return sum(jax.tree.leaves(pairs))
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
-def _retain_gradient(apply, likelihood, params, batch):
-    def loss(params):
-        outputs = apply(params, batch.inputs)
+@functools.partial(jax.jit, donate_argnums=1)
+def _direction(curvature, gradient, damping):
+    return direction(curvature, gradient, damping)
+
+
+@jax.jit
+def _norm(tree):
+    return jnp.sqrt(_dot(tree, tree))
+
+
+def _dot(x, y):
+    parts = jax.tree.map(lambda a, b: jnp.vdot(a, b).astype(jnp.float32), x, y)
+    return sum(jax.tree.leaves(parts), jnp.zeros((), jnp.float32))
+
+
+def _retain_cosine(apply, likelihood, where, gradient, retain) -> float:
+    """Cosine of the ascent gradient with the retain loss's, on the first retain batch."""
+    if retain[0].targets is None:
+        return math.nan
+    return -float(_cosine(apply, likelihood, *where, gradient, retain[0]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _cosine(apply, likelihood, paths, params, change, gradient, batch):
+    current = moved(params, change)
+
+    def loss(part):
+        outputs = apply(with_part(current, part), batch.inputs)
         counted = counted_outputs(batch, likelihood.lead_shape(outputs))
         nll = jnp.where(counted, likelihood.nll(outputs, batch.targets), 0)
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 
-    return jax.grad(loss)(params)
+    other = jax.tree.map(wide, jax.grad(loss)(part_of(current, paths)))
+    norms = jnp.sqrt(_dot(gradient, gradient)) * jnp.sqrt(_dot(other, other))
+    return jnp.where(norms > 0, _dot(gradient, other) / jnp.where(norms > 0, norms, 1), 0)
 
 
-@jax.jit
-def _cosine(curvature, x, y):
-    norms = _norm(curvature, x) * _norm(curvature, y)
-    return jnp.where(norms > 0, _covered_dot(curvature, x, y) / jnp.where(norms > 0, norms, 1), 0)
-
-
-def _retain_cosine(apply, curvature, params, gradient, retain, likelihood) -> float:
-    """Cosine of the ascent gradient with the retain loss's, on the first retain batch."""
-    if retain[0].targets is None:
-        return math.nan
-    retain_gradient = _retain_gradient(apply, likelihood, params, retain[0])
-    return -float(_cosine(curvature, gradient, retain_gradient))
+@functools.partial(jax.jit, static_argnums=3)
+def _ahead(change, move, alpha, places):
+    return kept(ahead(change, move, alpha), places)  # as the parameters lie
 
 
 _quadratic = jax.jit(quadratic_form)

@@ -1,8 +1,12 @@
 """Updates that lie on the devices as they came."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
+
+from jedit.geometry.parts import leaves_by_path, part_of, with_part
 
 
 def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:
@@ -10,4 +14,14 @@ def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:
 
     Reading the reference entry by entry is what lets its sharding reach the result in any JAX.
     """
-    return jax.tree.map(lambda x, y: jnp.where(jnp.isnan(y), y, x), tree, reference)
+    return jax.tree.map(lambda x, y: jnp.where(jnp.isnan(y), y.astype(x.dtype), x), tree, reference)
+
+
+def without_frozen(updates: PyTree, params: PyTree | None, covered: Iterable[str]) -> PyTree:
+    """What an update whose other parameters are frozen is to be sharded like.
+
+    Frozen ones are read off the params, if they are given: an update of zero that reads its
+    gradient makes XLA compute that.
+    """
+    frozen = leaves_by_path(updates).keys() - set(covered)
+    return with_part(updates, part_of(params, frozen))

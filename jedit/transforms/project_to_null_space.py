@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jedit.geometry import Projector, project
-from jedit.transforms._sharding import sharded_like
+from jedit.transforms._sharding import sharded_like, without_frozen
 
 
 class ProjectToNullSpaceState(NamedTuple):
@@ -29,7 +29,8 @@ def project_to_null_space(
             default), or pass as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `project`.
+        The transform; a call of `update` costs one `project`. Given params, an update of "zero"
+        reads no gradient, so that a compiled step does not compute those of frozen parameters.
 
     Raises:
         ValueError: at `update`, the updates lack a parameter of the projector.
@@ -40,8 +41,12 @@ def project_to_null_space(
         return ProjectToNullSpaceState(projector)
 
     def update(updates, state, params=None, **extra_args) -> Any:
-        del params, extra_args
+        del extra_args
         projected = project(state.projector, updates, uncovered=uncovered)
-        return sharded_like(projected, updates), state
+        like = updates
+        if uncovered == "zero":
+            covered = [path for _, weight, _ in state.projector.blocks for path in weight.paths]
+            like = without_frozen(updates, params, covered)
+        return sharded_like(projected, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)

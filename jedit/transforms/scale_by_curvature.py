@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array
 
 from jedit.curvature import Curvature, solve
-from jedit.transforms._sharding import sharded_like
+from jedit.transforms._sharding import sharded_like, without_frozen
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -39,7 +39,8 @@ def scale_by_curvature(
             default), or pass as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `solve`.
+        The transform; a call of `update` costs one `solve`. Given params, an update of "zero" reads
+        no gradient, so that a compiled step does not compute those of frozen parameters.
 
     Raises:
         ValueError: at `update`, the updates are not shaped like the curvature's parameters.
@@ -50,11 +51,14 @@ def scale_by_curvature(
         return ScaleByCurvatureState(curvature)
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         solved = solve(
             state.curvature, updates, damping=damping, relative=relative, uncovered=uncovered
         )
-        return sharded_like(solved, updates), state
+        like = updates
+        if uncovered == "zero":
+            like = without_frozen(updates, params, state.curvature.covered)
+        return sharded_like(solved, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
