@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
@@ -148,10 +149,11 @@ def continual(
     Raises:
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
-    positive = {"enough": enough, "budget": budget, "tries": tries, "request_size": request_size}
-    positive |= {"chunk": chunk, "every": every, "max_age": max_age, "probe": probe}
-    if wrong := {name: value for name, value in positive.items() if not value > 0}:
-        raise ValueError(f"must be positive, got {wrong}")
+    check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
+    check_numbers(COUNT, every=every, probe=probe)
+    check_numbers(COUNT_OR_ZERO, relearn=relearn)
     if data.targets is None:
         raise ValueError("the data need targets: a request is to raise their loss")
     ones = np.ones(np.shape(data.targets), np.float32)

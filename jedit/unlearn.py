@@ -27,6 +27,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
 from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
@@ -165,6 +166,8 @@ def fit(
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"give steps or epochs, one of them; got {steps=}, {epochs=}")
+    check_numbers(NOT_NEGATIVE, epochs=epochs)
+    check_numbers(COUNT, batch_size=batch_size)
     if epochs is not None:
         num_rows = _num_rows(data)
         steps = math.ceil(epochs * num_rows / min(batch_size, num_rows))
@@ -198,11 +201,8 @@ def _train(
     callback: Callable | None = None,
     checkpoint: Resumable | None = None,
 ) -> tuple[PyTree, History]:
-    if steps < 0 or batch_size < 1 or (every is not None and every < 1):
-        raise ValueError(
-            "steps must be at least 0, batch_size and every at least 1, got "
-            f"{steps=}, {batch_size=}, {every=}"
-        )
+    check_numbers(COUNT_OR_ZERO, steps=steps)
+    check_numbers(COUNT, batch_size=batch_size, every=every)
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
     params, is_trained = start.params, _is_trained(start.params, trainable)
     begin = int(start.step)  # an array, after a checkpoint

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
 from jedit.sharding import kept, places_of, refuse_explicit
@@ -95,6 +96,7 @@ def estimate(
             with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    check_numbers(COUNT, group_bytes=group_bytes)
     refuse_explicit(params)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.assemble import assemble
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.estimator import Estimator
@@ -132,6 +133,7 @@ def kfac(
     """
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
+    check_numbers(COUNT, max_dim=max_dim)
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):

@@ -24,6 +24,7 @@ from jax import lax
 from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
+from jedit.checks import POSITIVE, check_numbers
 from jedit.outputs import kl_terms, wide
 
 
@@ -103,8 +104,8 @@ class Categorical(Likelihood):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that is not positive."""
-        _check_positive("temperature", self.temperature)
+        """Refuse a temperature that is not positive and finite."""
+        check_numbers(POSITIVE, temperature=self.temperature)
 
     def nll(self, outputs: Array, targets: Int[Array, "..."]) -> Array:
         """Return logsumexp(z / T) - z_y / T."""
@@ -170,8 +171,8 @@ class Gaussian(Likelihood):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a scale that is not positive."""
-        _check_positive("scale", self.scale)
+        """Refuse a scale that is not positive and finite."""
+        check_numbers(POSITIVE, scale=self.scale)
 
     def nll(self, outputs: Array, targets: Float[Array, "..."]) -> Array:
         """Return ½‖(z - y) / scale‖² plus the normalising constant, summed over the features."""
@@ -224,8 +225,8 @@ class Bernoulli(Likelihood):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that is not positive."""
-        _check_positive("temperature", self.temperature)
+        """Refuse a temperature that is not positive and finite."""
+        check_numbers(POSITIVE, temperature=self.temperature)
 
     def nll(self, outputs: Array, targets: Array) -> Array:
         """Return the sum over features of -y log p - (1 - y) log(1 - p)."""
@@ -337,11 +338,6 @@ def _first_above(weights: Array, level: Array) -> tuple[Array, Array]:
     first = jnp.where(first < size, first, last)
     before = jnp.take_along_axis(running - weights, first[..., None], axis=-1)[..., 0]
     return first, jnp.maximum(level - before, 0)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _check_shape(array: Array, expected: tuple[int, ...], what: str) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.alignment import align_site, by_example, is_maskable, spread
 from jedit.curvature.likelihoods import Likelihood
 from jedit.outputs import counted_outputs
@@ -50,8 +51,7 @@ class Labels:
         """
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        check_numbers(COUNT, samples=self.samples)
 
     @property
     def draws(self) -> int:

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import FINITE, check_numbers
 from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
 from jedit.sharding import sharding_of
 
@@ -55,6 +56,7 @@ class Edit:
 
     def __mul__(self, scale: Scalar) -> "Edit":
         """Return the edit `scale` times as large, in the blocks' own dtypes."""
+        check_numbers(FINITE, scale=scale)
 
         def times(delta: Block) -> Block:
             dtype = _wide(delta)
@@ -95,6 +97,7 @@ def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
         ValueError: if the edit names a path that params lack or that is not real, or if a block has
             another shape than its parameter.
     """
+    check_numbers(FINITE, scale=scale)
     paths, leaves, treedef = _flatten(params)
     _check_paths(edit, paths, leaves)
     edited = [
@@ -150,6 +153,7 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
 
     A bfloat16 weight has 8 bits: it swallows whatever is below 1/512 of itself.
     """
+    check_numbers(FINITE, scale=scale)
     paths, leaves, _ = _flatten(params)
     _check_paths(edit, paths, leaves)
     report = {}

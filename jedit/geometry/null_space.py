@@ -23,9 +23,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
 
-SELECTIONS = ("energy", "rank", "eigenvalue")
+THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
+SELECTIONS = tuple(THRESHOLDS)
 
 
 class NullSpaceReport(NamedTuple):
@@ -114,11 +116,8 @@ def null_space(
     """
     if by not in SELECTIONS:
         raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
-    if threshold < 0 or (by == "energy" and threshold > 1) or relaxation < 0:
-        raise ValueError(
-            "threshold must not be negative, nor above 1 by energy, and relaxation not negative; "
-            f"got {threshold=}, {relaxation=}, {by=}"
-        )
+    check_numbers(THRESHOLDS[by], threshold=threshold)
+    check_numbers(NOT_NEGATIVE, relaxation=relaxation)
     blocks = tuple(
         (name, block.weight, block.input)
         for name, block in curvature.blocks.items()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.checks import POSITIVE, check_numbers
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
 from jedit.outputs import counted_outputs, wide
@@ -67,8 +68,7 @@ def scale_to_kl_budget(
     Raises:
         ValueError: a budget that is not positive, or retain batches that count no output.
     """
-    if budget <= 0:
-        raise ValueError(f"budget must be positive, got {budget}")
+    check_numbers(POSITIVE, budget=budget)
     price = RetainKl(apply, likelihood, params, retain)
     if curvature is None:
         quadratic = price.predicted(step)

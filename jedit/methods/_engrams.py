@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import POSITIVE, check_numbers
 from jedit.curvature import Curvature
 from jedit.curvature.structure import Kronecker
 from jedit.edits import Edit
@@ -51,6 +52,7 @@ def take_out(
     """
     if strength not in STRENGTHS:
         raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
+    check_numbers(POSITIVE, scale=scale)
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
     if not targets or not rests:
         raise ValueError("target and rest must hold a curvature each, or several; one is empty")

@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jedit.capture import Site, intervene
+from jedit.checks import COUNT_OR_ZERO, FINITE, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
 from jedit.outputs import counted_outputs
@@ -85,6 +86,10 @@ def target_values(
     Raises:
         ValueError: no targets, no dense site of the layer, or another number of essence rows.
     """
+    check_numbers(COUNT_OR_ZERO, steps=steps)
+    check_numbers(POSITIVE, learning_rate=learning_rate, max_norm=max_norm)
+    check_numbers(NOT_NEGATIVE, weight_decay=weight_decay, kl_weight=kl_weight)
+    check_numbers(FINITE, stop=stop)
     if associations.batch.targets is None:
         raise ValueError("associations.batch.targets are the new answers; got None")
     rows = [

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.groups import exactly
@@ -108,8 +109,9 @@ def batch_unlearn(
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, rank=rank, chunk=chunk)
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     size = budget if step is None else step
@@ -147,6 +149,7 @@ def interactions(
         damping: λ over each block's mean eigenvalue.
         exact: as for `batch_unlearn`.
     """
+    check_numbers(NOT_NEGATIVE, damping=damping)
     return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
 
 
@@ -160,6 +163,7 @@ def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) ->
     Returns:
         c, (R,); 1 for a request that overlaps with no other.
     """
+    check_numbers(NOT_NEGATIVE, ridge=ridge)
     scale = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(scale > 0, scale, 1)
     unit = gram / scale[:, None] / scale[None]

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.curvature import Curvature, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.edits import Edit, edit_between
@@ -113,10 +114,9 @@ def kfade(
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    if not all(value > 0 for value in (budget, step) if value is not None):
-        raise ValueError(f"budget and step must be positive, got {budget=}, {step=}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(COUNT, steps=steps)
+    check_numbers(NOT_NEGATIVE, damping=damping)
     if objective is None:
         objective = _gradient_ascent(apply)
     forget = [forget] if isinstance(forget, Batch) else list(forget)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jedit.checks import NOT_NEGATIVE, SHARE, check_numbers
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import random_label, retain_nll, sequence_nll
 from jedit.transforms import mask_to_salient
@@ -63,6 +64,8 @@ def salun(
     Raises:
         ValueError: a fraction outside 0 to 1, or forget rows without labels.
     """
+    check_numbers(SHARE, fraction=fraction)
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     objective = functools.partial(
         random_label, apply=apply, gamma=gamma, alpha=alpha, retain_objective=retain_objective
     )

@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
+from jedit.checks import COUNT, FINITE, check_numbers
 from jedit.models.functional import Apply
 from jedit.typing import wide_dtype
 
@@ -195,8 +196,8 @@ def with_lora(
         ValueError: a rank below 1; nothing to adapt; a selected parameter that does anything but
             stand in products, or that two products read by different axes.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    check_numbers(COUNT, rank=rank)
+    check_numbers(FINITE, scale=scale)
     leaves = dict(_named(params))
     matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
     names = [path for path in matrices if select is None or re.search(select, path)]

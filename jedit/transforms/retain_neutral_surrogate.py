@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.geometry import (
     RetainOrthogonalInfo,
     retain_neutral_perturbation,
@@ -61,10 +62,10 @@ def retain_neutral_surrogate(
         ValueError: an unknown `outer`, or a radius that is not positive; at `update`, no params or
             an extra argument missing.
     """
-    if outer not in OUTERS or radius <= 0:
-        raise ValueError(
-            f"outer must be one of {', '.join(OUTERS)} and radius positive; got {outer=}, {radius=}"
-        )
+    check_numbers(POSITIVE, radius=radius)
+    check_numbers(NOT_NEGATIVE, strength=strength)
+    if outer not in OUTERS:
+        raise ValueError(f"outer must be one of {', '.join(OUTERS)}, got {outer!r}")
 
     def init(params) -> Any:
         dtypes = [wide_dtype(p.dtype) for p in jax.tree.leaves(params)]
