@@ -5,7 +5,7 @@ is traced passes, since its value is not known; so does None, which stands for "
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,8 +77,14 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
             (allowed, is_above & (wide <= allowed.most)),
         ):
             if not holds.all():
-                got = repr(given) if value.ndim == 0 else _first(value, holds)
+                got = repr(given) if value.ndim == 0 else example(value, holds)
                 raise ValueError(f"{name} must {required}, got {got}")
+
+
+def example(values: np.ndarray, holds: np.ndarray) -> str:
+    """The first value for which something does not hold, and where it stands."""
+    place = tuple(int(i) for i in np.argwhere(~holds)[0])
+    return f"{values[place]} at {list(place)}"
 
 
 def is_known(value: Any) -> bool:
@@ -131,6 +137,40 @@ def rows_not_finite(tree: PyTree) -> list[int]:
     return sorted(rows)
 
 
+def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
+    """Why something that was computed from parameters and rows is not finite, as a sentence."""
+    if paths := not_finite(params):
+        return f"the parameters {paths[:4]} are not finite themselves"
+    for name, rows in sets.items():
+        if numbers := rows_not_finite(rows):
+            return f"rows {numbers[:8]} of {name} hold numbers that are not finite"
+    return (
+        "parameters and rows are finite, so it is computed beyond the range of its dtype, or the "
+        "steps before were too large"
+    )
+
+
+def loop_failure(
+    losses: Any, first: int, reached: PyTree, start: PyTree, sets: Mapping[str, PyTree]
+) -> str:
+    """Where a training loop left the finite numbers, and why, as a sentence.
+
+    Args:
+        losses: of the steps taken last.
+        first: the number of the first of them.
+        reached: the parameters after them.
+        start: those that the loop began with.
+        sets: the rows, by name.
+    """
+    values = np.asarray(losses)
+    wrong = np.flatnonzero(~np.isfinite(values))
+    if len(wrong):
+        what = f"the loss of step {first + int(wrong[0])} is {values[wrong[0]]}"
+    else:
+        what = f"step {first + len(values) - 1} left {not_finite(reached)[:4]} not finite"
+    return f"{what}, so the loop stopped and returns no parameters: {culprit(start, sets)}"
+
+
 def _is_finite(leaf: Any) -> bool:
     if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)):
         return True
@@ -145,8 +185,3 @@ def _is_finite(leaf: Any) -> bool:
 @jax.jit
 def _all_finite(leaf: Any) -> Any:
     return jnp.all(jnp.isfinite(leaf))
-
-
-def _first(values: np.ndarray, holds: np.ndarray) -> str:
-    place = tuple(int(i) for i in np.argwhere(~holds)[0])
-    return f"{values[place]} at {list(place)}"

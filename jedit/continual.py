@@ -19,6 +19,7 @@ which depend on the row's number alone.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
@@ -35,7 +36,7 @@ from jedit.edits import Edit, apply_edit
 from jedit.geometry.trust_region import moved
 from jedit.methods import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import by_example
+from jedit.outputs import by_example, check_contents
 from jedit.typing import Batch
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
@@ -154,6 +155,7 @@ def continual(
     check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
     check_numbers(COUNT, every=every, probe=probe)
     check_numbers(COUNT_OR_ZERO, relearn=relearn)
+    check_contents(data, "data", limits=(0, math.inf))
     if data.targets is None:
         raise ValueError("the data need targets: a request is to raise their loss")
     ones = np.ones(np.shape(data.targets), np.float32)
@@ -277,6 +279,12 @@ class _Stream(NamedTuple):
         new = asked[~state.gone[asked]]
         losses = _row_losses(self.apply, state.params, self.sums.rows(new, self.request_size))
         losses = np.asarray(losses)[: len(new)]
+        if not np.isfinite(losses).all():
+            wrong = new[~np.isfinite(losses)][:8].tolist()
+            raise FloatingPointError(
+                f"the losses of rows {wrong} are not finite, so it cannot be told what is left to "
+                f"be forgotten: {culprit(state.params, {'data': self.sums.data})}"
+            )
         left = losses < self.enough
         params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
         if left.any():

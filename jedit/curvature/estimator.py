@@ -33,12 +33,15 @@ class Estimator(NamedTuple):
             sums). Raises `FloatingPointError` naming the block whose sums are not finite.
         groups: `groups(params, batch, group_bytes) -> (estimator, ...)`, of some parameters each,
             whose sums take so many bytes on a device; None: it cannot be parted.
+        check: `check(params, batch, name)` refuses a batch whose masks or labels are none; None:
+            it is taken as it is.
     """
 
     init: Callable[..., Any]
     update: Callable[[Any, PyTree, Batch, Array], Any]
     finalize: Callable[..., Curvature]
     groups: Callable[..., tuple["Estimator", ...]] | None = None
+    check: Callable[[PyTree, Batch, str], None] | None = None
 
 
 def add_batch(
@@ -90,10 +93,10 @@ def estimate(
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one; parameters on a mesh whose
-            axes are explicit; the checkpoint is of
-            another call; or `group_bytes` with a checkpoint, with batches that come only once, or
-            with an estimator that cannot be parted.
+        ValueError: no batch, none that counts an output, or what the estimator finds wrong with
+            one; parameters on a mesh whose axes are explicit; the checkpoint is of another call; or
+            `group_bytes` with a checkpoint, with batches that come only once, or with an estimator
+            that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
@@ -122,6 +125,8 @@ def estimate(
             if checkpoint is not None:
                 checkpoint.see(batch)
             if number > done:
+                if estimator.check is not None:
+                    estimator.check(params, batch, f"batch {number}")
                 state = add_batch(update, state, params, batch, key)
                 if checkpoint is not None and number % checkpoint.every == 0:
                     checkpoint.save(number, state)

@@ -11,6 +11,7 @@ that has the two partial traces of the sum over its sites (`assemble.merge`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -36,7 +37,7 @@ from jedit.curvature.placement import (
 )
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, pytree
+from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
 from jedit.curvature.sums import (
     SHARINGS,
     InputSums,
@@ -219,11 +220,13 @@ def kfac(
             for paths in group_paths(needs, group_bytes)
         )
 
-    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups)
+    check = functools.partial(labels.check, apply)
+    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups, check)
 
 
 def _finalize(state: KfacState, dtype=None) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
+    check_counted(state.num_outputs)
     moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws

@@ -78,6 +78,11 @@ class Likelihood(abc.ABC):
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return KL(p || q) in nats, of the lead shape; p is read off the first argument."""
 
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float] | None:
+        """Return the lowest and the highest label; None: any number is one."""
+        del outputs
+        return None
+
     def num_columns(self, outputs: Array) -> int:
         """Return how many columns `exact_cotangent` has."""
         return outputs.shape[-1]
@@ -106,6 +111,10 @@ class Categorical(Likelihood):
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
         check_numbers(POSITIVE, temperature=self.temperature)
+
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float]:
+        """Return the first class and the last."""
+        return 0, outputs.shape[-1] - 1
 
     def nll(self, outputs: Array, targets: Int[Array, "..."]) -> Array:
         """Return logsumexp(z / T) - z_y / T."""
@@ -227,6 +236,11 @@ class Bernoulli(Likelihood):
     def __post_init__(self) -> None:
         """Refuse a temperature that is not positive and finite."""
         check_numbers(POSITIVE, temperature=self.temperature)
+
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float]:
+        """Return no and yes; what lies between is a probability of yes."""
+        del outputs
+        return 0, 1
 
     def nll(self, outputs: Array, targets: Array) -> Array:
         """Return the sum over features of -y log p - (1 - y) log(1 - p)."""

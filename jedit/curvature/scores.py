@@ -21,7 +21,7 @@ from jedit.capture import Capture, Site, run_capture
 from jedit.checks import COUNT, check_numbers
 from jedit.curvature.alignment import align_site, by_example, is_maskable, spread
 from jedit.curvature.likelihoods import Likelihood
-from jedit.outputs import counted_outputs
+from jedit.outputs import check_contents, counted_outputs
 from jedit.typing import Batch, wide_dtype
 
 FISHERS = ("sampled", "exact", "empirical")
@@ -52,6 +52,17 @@ class Labels:
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
         check_numbers(COUNT, samples=self.samples)
+
+    def check(self, apply: Callable, params: PyTree, batch: Batch, name: str) -> None:
+        """Refuse masks that are none and, where they are used, labels that are none.
+
+        Raises:
+            ValueError: as `check_contents`; a batch that counts nothing passes.
+        """
+        limits = None
+        if self.fisher == "empirical" and batch.targets is not None:
+            limits = self.likelihood.label_limits(jax.eval_shape(apply, params, batch.inputs))
+        check_contents(batch, name, limits=limits, must_count=False)
 
     @property
     def draws(self) -> int:

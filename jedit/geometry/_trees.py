@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.typing import wide_dtype
+
 
 def total(scalars: PyTree) -> Array:
     """Return the sum of a tree's leaves, which have one shape."""
@@ -39,7 +41,7 @@ def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
     Returns:
         Scalars, int32; 2ⁿ and 2⁻ⁿ are normal numbers of every leaf's dtype.
     """
-    dtype = jnp.result_type(*(x.dtype for x in jax.tree.leaves(tree)))
+    dtype = wide_dtype(jnp.result_type(*(x.dtype for x in jax.tree.leaves(tree))))
     largest = jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0).astype(dtype), tree)
     if not by_leaf:
         whole = functools.reduce(jnp.maximum, jax.tree.leaves(largest))
@@ -58,6 +60,6 @@ def shifted(tree: PyTree, by: PyTree) -> PyTree:
     """Multiply each leaf by 2ⁿ, n the scalar of `exponents` that stands at its place in `by`."""
 
     def shift(x: Array, n: Array) -> Array:
-        return x * jnp.ldexp(jnp.ones((), x.dtype), n)
+        return x * jnp.ldexp(jnp.ones((), wide_dtype(x.dtype)), n).astype(x.dtype)
 
     return jax.tree.map(shift, tree, by)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
-from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
+from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
 
 THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
 SELECTIONS = tuple(THRESHOLDS)
@@ -68,6 +68,8 @@ class Projector:
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
+            most = jnp.max(a, axis=1, keepdims=True)
+            a = a / jnp.where(most > 0, most, 1)  # squares of small ones leave the dtype
             total = jnp.sum(a, axis=1)
             norm = jnp.sqrt(jnp.sum(a * a, axis=1))
             is_dead = total == 0
@@ -125,6 +127,7 @@ def null_space(
     )
     if not blocks:
         raise ValueError("the curvature has no Kronecker block, so no moment of inputs")
+    check_counted(curvature.num_outputs)
     factors = {factor: curvature.factors[factor] for _, _, factor in blocks}
     return Projector(
         {name: f.basis for name, f in factors.items()},

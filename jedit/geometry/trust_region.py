@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.checks import POSITIVE, check_numbers
+from jedit.checks import POSITIVE, check_finite, check_numbers
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
-from jedit.outputs import counted_outputs, wide
+from jedit.geometry._trees import exponents, shifted
+from jedit.outputs import check_contents, counted_outputs, wide
 from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
@@ -63,13 +64,20 @@ def scale_to_kl_budget(
         curvature: gives the first guess; None: the matrix-free Gauss-Newton product does.
 
     Returns:
-        α d, and what was found; α is at most 1e6, for steps that cost nothing at any length.
+        α d, and what was found; no entry of α d is above about 1e6, for steps that cost nothing at
+        any length.
 
     Raises:
         ValueError: a budget that is not positive, or retain batches that count no output.
     """
     check_numbers(POSITIVE, budget=budget)
     price = RetainKl(apply, likelihood, params, retain)
+    for number, batch in enumerate(price.batches):
+        check_contents(batch, f"batch {number} of retain", must_count=False)
+    check_finite("the step", step)
+    # Of entries of about one: squares of a short step, or of a long one, leave the dtype.
+    exponent = exponents(step)
+    step = shifted(step, jax.tree.map(jnp.negative, exponent))
     if curvature is None:
         quadratic = price.predicted(step)
     else:
@@ -81,7 +89,8 @@ def scale_to_kl_budget(
     )
     scaled = jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), step)
     true_kl = price(params, scaled, 1.0)
-    return scaled, TrustRegionInfo(scale, price.predicted(scaled), true_kl)
+    alpha = math.ldexp(scale, -int(jax.tree.leaves(exponent)[0]))
+    return scaled, TrustRegionInfo(alpha, price.predicted(scaled), true_kl)
 
 
 class RetainKl:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.checks import POSITIVE, check_numbers
+from jedit.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature
-from jedit.curvature.structure import Kronecker
+from jedit.curvature.structure import Kronecker, check_counted
 from jedit.edits import Edit
 
 STRENGTHS = ("count", "adaptive", "whole")
@@ -47,8 +47,9 @@ def take_out(
         The edit, and norms.
 
     Raises:
-        ValueError: an unknown strength, nothing in a group, curvatures of different sites, no
-            Kronecker block, or a parameter that is used at several sites.
+        ValueError: an unknown strength, nothing in a group, curvatures of different sites or of no
+            outputs, no Kronecker block, or a parameter that is used at several sites.
+        FloatingPointError: parameters, or the edit, are not finite.
     """
     if strength not in STRENGTHS:
         raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
@@ -66,6 +67,9 @@ def take_out(
         raise ValueError(
             "target and rest must be curvatures of the same sites, with a Kronecker block at least"
         )
+    for name, group in (("target", targets), ("rest", rests)):
+        for curvature in group:
+            check_counted(curvature.num_outputs, f"a curvature of {name}")
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -83,6 +87,7 @@ def take_out(
         taken = -scale * strengths[name][:, None, None] * found[name]
         for path, part in block.weight.scatter(taken).items():
             changes[path] = changes[path] + part if path in changes else part
+    check_finite("the engram", changes, lambda: culprit(params, {}))
     return Edit(changes), EngramInfo(relative, strengths)
 
 

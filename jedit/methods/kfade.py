@@ -33,12 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Likelihood
+from jedit.curvature.structure import check_counted
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.trust_region import moved, num_counted
+from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch
@@ -110,7 +112,9 @@ def kfade(
         The edit, and what each step predicted and did.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, or one that is not positive.
+        ValueError: not exactly one of `budget` and `step`, or a number out of its range; rows or a
+            curvature that count no output; masks or labels that are none.
+        FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
@@ -121,12 +125,17 @@ def kfade(
         objective = _gradient_ascent(apply)
     forget = [forget] if isinstance(forget, Batch) else list(forget)
     price = RetainKl(apply, likelihood, params, retain)
+    check_rows(apply, likelihood, params, forget=forget, retain=price.batches)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
+    sets = {"forget": forget, "retain": price.batches}
+    why = functools.partial(culprit, params, sets)
     rows = []
     current, alpha = params, step
     for k in range(steps):
         metric = curvature(current) if callable(curvature) else curvature
+        check_counted(metric.num_outputs)
         value, gradient = _objective_gradient(objective, current, forget, counts, price.batches)
+        stop_if_not_finite(f"step {k}", value, gradient, current, sets)
         move, norm = _direction(metric, gradient, damping)
         cosine = _retain_cosine(apply, metric, current, gradient, price.batches, likelihood)
         allowed = math.inf
@@ -137,6 +146,8 @@ def kfade(
         current = moved(current, move, alpha)
         change = jax.tree.map(jnp.subtract, current, params)
         true_kl = price(params, change, 1.0)
+        check_finite(f"step {k}: the retain KL", true_kl, why)
+        check_finite(f"step {k}: the edit", change, why)
         rows.append(
             dict(
                 step_size=alpha,

@@ -47,7 +47,10 @@ def gradient_norm_scores(
     if order not in ORDERS:
         raise ValueError(f"order must be 1, 2 or infinity, got {order}")
     norms, _ = rows_of_sums(
-        [RowSums(*_norms(apply, order, params, batch)) for batch in each_batch(batches)]
+        [
+            RowSums(*_norms(apply, order, params, batch))
+            for batch in each_batch(batches, apply, params)
+        ]
     )
     return norms
 
@@ -61,11 +64,14 @@ def _norms(apply: Apply, order: float, params: PyTree, batch: Batch) -> tuple[Ar
 
         gradient, count = jax.grad(loss, has_aux=True)(params)
         sizes = [jnp.abs(wide(leaf)) for leaf in jax.tree.leaves(gradient)]
+        largest = jnp.max(jnp.stack([jnp.max(size) for size in sizes]))
         if order == 1.0:
             return sum((jnp.sum(size) for size in sizes[1:]), jnp.sum(sizes[0])), count
         if order == 2.0:
-            squares = [jnp.sum(size**2) for size in sizes]
-            return jnp.sqrt(sum(squares[1:], squares[0])), count
-        return jnp.max(jnp.stack([jnp.max(size) for size in sizes])), count
+            # Of what the largest is one: the squares of a well known row's gradient vanish.
+            unit = jnp.where(largest > 0, largest, 1)
+            squares = [jnp.sum((size / unit) ** 2) for size in sizes]
+            return unit * jnp.sqrt(sum(squares[1:], squares[0])), count
+        return largest, count
 
     return jax.lax.map(norm, batch)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jedit.checks import NOT_NEGATIVE, Range, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.outputs import check_contents
 from jedit.typing import Batch
 
 
@@ -26,6 +27,7 @@ def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
     check_numbers(Range(2, is_whole=True), num_classes=num_classes)
     if batch.targets is None:
         raise ValueError("relabel needs a batch with targets, got None")
+    check_contents(batch, "the batch", limits=(0, num_classes - 1), must_count=False)
     shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, jnp.int32)
     old = jnp.maximum(batch.targets.astype(jnp.int32), 0)  # what does not count may hold anything
     new = jnp.mod(old + shift, num_classes)

@@ -63,7 +63,14 @@ def representation_deviation(
 
 def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Array, "*lead"]:
     """Cosine along the last axis; 0, with no gradient, where either vanishes."""
+    x, y = _about_one(x), _about_one(y)
     squares = jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1)
     is_there = squares > 0
     norms = jnp.sqrt(jnp.where(is_there, squares, 1))
     return jnp.where(is_there, jnp.sum(x * y, axis=-1) / norms, 0)
+
+
+def _about_one(x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+    """The rows with entries of one at most, which no cosine sees: squares of small ones vanish."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return x / jnp.where(largest > 0, largest, 1)

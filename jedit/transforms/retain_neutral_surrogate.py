@@ -16,6 +16,7 @@ from jedit.geometry import (
     retain_neutral_perturbation,
     retain_orthogonal,
 )
+from jedit.geometry._trees import exponents, shifted
 from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
@@ -91,8 +92,10 @@ def retain_neutral_surrogate(
         there = jax.tree.map(lambda p, d: p + d.astype(p.dtype), params, delta)
         gradient = grad_fn(there)
         if outer != "transport":
+            n = exponents(gradient)
+            unit = shifted(gradient, jax.tree.map(jnp.negative, n))
             along = _dot(gradient, delta) / radius
-            size = jnp.sqrt(_dot(gradient, gradient))
+            size = jnp.ldexp(jnp.sqrt(_dot(unit, unit)), jax.tree.leaves(n)[0])
             taken = jnp.maximum(along, 0) if outer == "amplify" else size
             taken = jnp.where(info.is_parallel, 0, strength * taken / radius)
             gradient = jax.tree.map(

@@ -1,5 +1,7 @@
 """The streaming basis against NumPy's QR, and the joint rule against its own formula."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,43 @@ def test_the_joint_rule_is_its_formula(gradients, scope, threshold, ratio, pull,
     np.testing.assert_allclose(
         flat(found), np.concatenate(expected), atol=1e3 * tolerance.contraction
     )
+
+
+def test_rounding_does_not_decide_which_directions_agree(gradients):
+    stream, forget, _ = gradients
+    stream = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in stream[:4]]
+    subspace = retain_subspace(4, scope="global")
+
+    @partial(jax.jit, static_argnames="threshold")
+    def direction(rows, threshold):
+        basis = subspace.value(run(subspace, rows))
+        return joint_direction(basis, forget, rows[0], scope="global", threshold=threshold)
+
+    def answer(scale, threshold=None):
+        rows = [jax.tree.map(lambda x: x * jnp.float32(scale), g) for g in stream]
+        return flat(direction(rows, threshold))
+
+    scales = 1 + 1e-6 * np.arange(1, 9)
+    found = [answer(scale) for scale in scales]
+    np.testing.assert_allclose(found, np.stack([answer(1.0)] * 8), atol=1e-4)
+    decided = [answer(scale, threshold=0.0) for scale in scales]
+    assert np.max(np.abs(decided - decided[0])) > 0.01  # as the docstring says
+    np.testing.assert_allclose(answer(1e-22), answer(1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("sketch", ["fifo", "frequent_directions"])
+@pytest.mark.parametrize("length", [1e-22, 1e22])
+def test_a_basis_does_not_depend_on_the_gradients_length(gradients, scope, sketch, length):
+    stream, forget, _ = gradients
+    narrow = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in stream[:3]]
+    subspace = retain_subspace(2, scope=scope, sketch=sketch)
+
+    def left(scale):
+        rows = [jax.tree.map(lambda x: x * jnp.float32(scale), g) for g in narrow]
+        return flat(project_out(subspace.value(run(subspace, rows)), forget, scope=scope))
+
+    np.testing.assert_allclose(left(length), left(1.0), atol=1e-4)
 
 
 def test_it_jits_and_vmaps_and_keeps_dtypes(gradients, tolerance):
