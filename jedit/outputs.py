@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool
 from jedit.checks import example, is_known
 from jedit.typing import Batch, PackedTokens, wide_dtype
 
+Limits = tuple[float | int, float | int]  # the lowest label and the highest
+
 
 def counted_outputs(batch: Batch, lead_shape: tuple[int, ...]) -> Bool[Array, "*lead"]:
     """Return which outputs count: those in `mask` that are also `valid`.
@@ -39,7 +41,7 @@ def check_contents(
     batch: Batch,
     name: str,
     *,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
     must_count: bool = True,
 ) -> bool:
     """Refuse a batch that means nothing, as far as it is known: what is traced passes.

@@ -118,6 +118,8 @@ def estimate(
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
         for number, batch in enumerate(batches, 1):
+            if estimator.check is not None:
+                estimator.check(params, batch, f"batch {number}")
             if state is None:
                 state = estimator.init(params, batch)
                 if checkpoint is not None:
@@ -125,8 +127,6 @@ def estimate(
             if checkpoint is not None:
                 checkpoint.see(batch)
             if number > done:
-                if estimator.check is not None:
-                    estimator.check(params, batch, f"batch {number}")
                 state = add_batch(update, state, params, batch, key)
                 if checkpoint is not None and number % checkpoint.every == 0:
                     checkpoint.save(number, state)

@@ -25,7 +25,7 @@ from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
 from jedit.checks import POSITIVE, check_numbers
-from jedit.outputs import kl_terms, wide
+from jedit.outputs import Limits, kl_terms, wide
 
 
 class Likelihood(abc.ABC):
@@ -78,7 +78,7 @@ class Likelihood(abc.ABC):
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return KL(p || q) in nats, of the lead shape; p is read off the first argument."""
 
-    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float] | None:
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits | None:
         """Return the lowest and the highest label; None: any number is one."""
         del outputs
         return None
@@ -112,7 +112,7 @@ class Categorical(Likelihood):
         """Refuse a temperature that is not positive and finite."""
         check_numbers(POSITIVE, temperature=self.temperature)
 
-    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float]:
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits:
         """Return the first class and the last."""
         return 0, outputs.shape[-1] - 1
 
@@ -237,7 +237,7 @@ class Bernoulli(Likelihood):
         """Refuse a temperature that is not positive and finite."""
         check_numbers(POSITIVE, temperature=self.temperature)
 
-    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[float, float]:
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits:
         """Return no and yes; what lies between is a probability of yes."""
         del outputs
         return 0, 1

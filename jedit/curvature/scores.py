@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
@@ -57,8 +58,10 @@ class Labels:
         """Refuse masks that are none and, where they are used, labels that are none.
 
         Raises:
-            ValueError: as `check_contents`; a batch that counts nothing passes.
+            ValueError: as `check_contents`, or no rows; a batch that counts nothing passes.
         """
+        if any(0 in np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch.inputs)):
+            raise ValueError(f"{name} has no rows: the curvature is of no outputs then")
         limits = None
         if self.fisher == "empirical" and batch.targets is not None:
             limits = self.likelihood.label_limits(jax.eval_shape(apply, params, batch.inputs))

@@ -26,7 +26,7 @@ def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
     """
     check_numbers(Range(2, is_whole=True), num_classes=num_classes)
     if batch.targets is None:
-        raise ValueError("relabel needs a batch with targets, got None")
+        raise ValueError("relabel needs targets, got a batch without")
     check_contents(batch, "the batch", limits=(0, num_classes - 1), must_count=False)
     shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, jnp.int32)
     old = jnp.maximum(batch.targets.astype(jnp.int32), 0)  # what does not count may hold anything
