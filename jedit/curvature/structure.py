@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import with_sharding_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -112,7 +113,7 @@ def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
     Raises:
         ValueError: nothing was counted.
     """
-    if is_known(num_outputs) and not int(num_outputs) > 0:
+    if is_known(num_outputs) and not np.all(np.asarray(num_outputs) > 0):
         raise ValueError(
             f"{name} is of no outputs: its batches have no rows, or mask and valid leave out all"
         )

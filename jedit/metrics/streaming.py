@@ -13,15 +13,25 @@ from jedit.outputs import by_example, check_contents
 from jedit.typing import Batch, PackedTokens
 
 
-def each_batch(batches: Iterable[Batch] | Batch, apply: Apply, params: PyTree) -> Iterator[Batch]:
+def each_batch(
+    batches: Iterable[Batch] | Batch, apply: Apply | None = None, params: PyTree = None
+) -> Iterator[Batch]:
     """Yield the batches; one batch by itself is a tuple, and would iterate over its fields.
+
+    Args:
+        batches: the batches, or the one.
+        apply: of which the targets are to be labels; None: they are not looked at.
+        params: for it.
+
+    Yields:
+        Each batch, once it was looked at.
 
     Raises:
         ValueError: a mask of anything but 0 and 1, or a label that is no class of the outputs.
     """
     for number, batch in enumerate([batches] if isinstance(batches, Batch) else batches):
         limits = None
-        if batch.targets is not None:
+        if apply is not None and batch.targets is not None:
             limits = (0, jax.eval_shape(apply, params, batch.inputs).shape[-1] - 1)
         check_contents(batch, f"batch {number}", limits=limits, must_count=False)
         yield batch
