@@ -54,13 +54,17 @@ def _batch_unlearn(params, forget, retain, curvature):
 
 def _unlearn(params, forget, retain, curvature):
     del curvature
-    return unlearn(GRADDIFF, SGD, params, forget, retain, steps=2, batch_size=8, key=KEY)
+    return unlearn(
+        GRADDIFF, SGD, params, forget, retain, steps=2, batch_size=8, key=jax.random.key(0)
+    )
 
 
 def _continual(params, forget, retain, curvature):
     del retain, curvature
     estimator = kfac(network, Categorical())
-    stream = jedit.continual(network, estimator, forget, enough=3.0, budget=0.1, key=KEY, chunk=4)
+    stream = jedit.continual(
+        network, estimator, forget, enough=3.0, budget=0.1, key=jax.random.key(0), chunk=4
+    )
     return stream.forget(stream.init(params), [0, 1])
 
 
@@ -70,7 +74,6 @@ def _salun(params, forget, retain, curvature):
 
 
 GRADDIFF, SGD = partial(objectives.graddiff, apply=network), optax.sgd(0.1)
-KEY = jax.random.key(0)
 METHODS = {"kfade": _kfade, "batch_unlearn": _batch_unlearn, "unlearn": _unlearn, "salun": _salun}
 
 
@@ -101,9 +104,14 @@ def test_a_curvature_of_no_outputs_is_refused(scene, make):
     params, forget, retain, curvature = scene
     for empty in (nothing(retain, "mask"), jax.tree.map(lambda x: x[:0], retain)):
         with pytest.raises(ValueError, match="the curvature is of no outputs"):
-            estimate(make(network, Categorical()), params, [empty], key=KEY)
+            estimate(make(network, Categorical()), params, [empty], key=jax.random.key(0))
     # A batch may be padding alone.
-    estimate(make(network, Categorical()), params, [retain, nothing(retain, "valid")], key=KEY)
+    estimate(
+        make(network, Categorical()),
+        params,
+        [retain, nothing(retain, "valid")],
+        key=jax.random.key(0),
+    )
     none = dataclasses.replace(curvature, num_outputs=jnp.zeros((), jnp.int32))
     for use in (
         lambda: _kfade(params, forget, retain, none),
@@ -140,23 +148,25 @@ def test_labels_are_looked_at_wherever_they_are_used(scene):
     params, forget, retain, _ = scene
     wrong = retain._replace(targets=retain.targets.at[3].set(-100))
     for make in (kfac, diagonal):
-        estimate(make(network, Categorical()), params, [wrong], key=KEY)  # sampled: not used
+        estimate(
+            make(network, Categorical()), params, [wrong], key=jax.random.key(0)
+        )  # sampled: not used
         estimator = make(network, Categorical(), fisher="empirical")
         with pytest.raises(ValueError, match=r"batch 1: labels that count .* got -100 at \[3\]"):
-            estimate(estimator, params, [wrong], key=KEY)
+            estimate(estimator, params, [wrong], key=jax.random.key(0))
     for use in (
         lambda: metrics.nll(network, params, wrong),
         lambda: metrics.accuracy(network, params, [retain, wrong]),
         lambda: metrics.min_k_scores(network, params, wrong),
         lambda: _unlearn(params, forget, wrong, None),
-        lambda: relabel(wrong, CLASSES, key=KEY),
+        lambda: relabel(wrong, CLASSES, key=jax.random.key(0)),
     ):
         with pytest.raises(ValueError, match=r"labels that count .* got -100 at \[3\]"):
             use()
     answers = retain._replace(targets=jnp.full((8, 3), 1.5))
     estimator = kfac(network, Bernoulli(), fisher="empirical")
     with pytest.raises(ValueError, match="labels that count must be from 0 to 1; got 1.5"):
-        estimate(estimator, params, [answers], key=KEY)
+        estimate(estimator, params, [answers], key=jax.random.key(0))
 
 
 CULPRITS = {
@@ -192,12 +202,12 @@ def test_the_step_at_which_a_loop_leaves_the_numbers_is_named(scene):
         return -jnp.exp(jnp.sum(params["w"])) * jnp.mean(rows.inputs) ** 2, {}
 
     start, called = {"w": jnp.full((3,), 2.0)}, []
-    run = partial(fit, falls, SGD, start, forget, key=KEY)
-    _, history = run(steps=1)
+    run = partial(fit, falls, SGD, start, forget)
+    _, history = run(steps=1, key=jax.random.key(0))
     assert np.isfinite(history["loss"]).all()
     for options in ({}, {"every": 1, "callback": lambda _, history: called.append(history)}):
         with pytest.raises(FloatingPointError, match="the loss of step .* the steps before were t"):
-            run(steps=200, **options)
+            run(steps=200, key=jax.random.key(0), **options)
     assert called
     assert all(np.isfinite(history["loss"]).all() for history in called)
 
@@ -206,7 +216,7 @@ def test_the_step_at_which_a_loop_leaves_the_numbers_is_named(scene):
         return jnp.sqrt(jnp.sum(params["w"] ** 2)), {}
 
     with pytest.raises(FloatingPointError, match=r"step 0 left \['w'\] not finite"):
-        fit(kinked, SGD, {"w": jnp.zeros(3)}, forget, steps=1, key=KEY)
+        fit(kinked, SGD, {"w": jnp.zeros(3)}, forget, steps=1, key=jax.random.key(0))
 
 
 def test_edits_and_values_that_are_not_finite_are_refused(scene):
@@ -232,7 +242,13 @@ def test_edits_and_values_that_are_not_finite_are_refused(scene):
 def test_a_stream_does_not_take_nan_for_forgotten(scene):
     params, forget, retain, curvature = scene
     stream = jedit.continual(
-        network, kfac(network, Categorical()), forget, enough=3.0, budget=0.1, key=KEY, chunk=4
+        network,
+        kfac(network, Categorical()),
+        forget,
+        enough=3.0,
+        budget=0.1,
+        key=jax.random.key(0),
+        chunk=4,
     )
     state = stream.init(params)._replace(params=jax.tree.map(lambda p: p * NAN, params))
     with pytest.raises(FloatingPointError, match=r"losses of rows \[0\].*the parameters \['v'"):
