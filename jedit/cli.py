@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jedit
+from jedit.checks import COUNT, POSITIVE, Range, check_numbers
 
 if TYPE_CHECKING:
     from jedit.recipes.gpu_bench import BenchOptions
@@ -400,18 +401,22 @@ def _load(options: Tofu, model: Path, preset: "Preset", stages: "_Stages") -> "S
 
 
 def _check_numbers(options: RunFile) -> None:
-    positive = ("width", "layers", "heads", "batch_size", "learning_rate", "budget", "temperature")
-    for name in positive:
-        if not getattr(options, name) > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive.")
-    if not options.epochs or min(options.epochs) < 1:
-        raise UsageError("--epochs must be at least 1.")
+    numbers = {
+        POSITIVE: ("learning_rate", "budget", "temperature"),
+        COUNT: ("width", "layers", "heads", "batch_size", "epochs"),
+        Range(258, is_whole=True): ("vocab",),  # the bytes and two special tokens
+        Range(8, is_whole=True): ("max_len",),
+    }
+    try:
+        for allowed, names in numbers.items():
+            for name in names:
+                check_numbers(allowed, **{f"--{name.replace('_', '-')}": getattr(options, name)})
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    if not options.epochs:
+        raise UsageError("--epochs must be at least one number.")
     if options.width % options.heads:
         raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}.")
-    if options.vocab < 258:
-        raise UsageError("--vocab must be at least 258: the bytes and two special tokens.")
-    if options.max_len < 8:
-        raise UsageError("--max-len must be at least 8.")
 
 
 def _check_out(out: Path) -> None:

@@ -19,6 +19,7 @@ which depend on the row's number alone.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
@@ -34,7 +36,7 @@ from jedit.edits import Edit, dense
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import by_example, wide
+from jedit.outputs import by_example, check_contents, wide
 from jedit.typing import Batch
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
@@ -148,10 +150,12 @@ def continual(
     Raises:
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
-    positive = {"enough": enough, "budget": budget, "tries": tries, "request_size": request_size}
-    positive |= {"chunk": chunk, "every": every, "max_age": max_age, "probe": probe}
-    if wrong := {name: value for name, value in positive.items() if not value > 0}:
-        raise ValueError(f"must be positive, got {wrong}")
+    check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
+    check_numbers(COUNT, every=every, probe=probe)
+    check_numbers(COUNT_OR_ZERO, relearn=relearn)
+    check_contents(data, "data", limits=(0, math.inf))
     if data.targets is None:
         raise ValueError("the data need targets: a request is to raise their loss")
     ones = np.ones(np.shape(data.targets), np.float32)
@@ -275,6 +279,12 @@ class _Stream(NamedTuple):
         new = asked[~state.gone[asked]]
         losses = _row_losses(self.apply, state.params, self.sums.rows(new, self.request_size))
         losses = np.asarray(losses)[: len(new)]
+        if not np.isfinite(losses).all():
+            wrong = new[~np.isfinite(losses)][:8].tolist()
+            raise FloatingPointError(
+                f"the losses of rows {wrong} are not finite, so it cannot be told what is left to "
+                f"be forgotten: {culprit(state.params, {'data': self.sums.data})}"
+            )
         left = losses < self.enough
         params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
         if left.any():

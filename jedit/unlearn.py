@@ -27,6 +27,14 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.checks import (
+    COUNT,
+    COUNT_OR_ZERO,
+    NOT_NEGATIVE,
+    check_numbers,
+    loop_failure,
+)
+from jedit.outputs import check_sets
 from jedit.paths import parameter_paths
 from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
@@ -109,14 +117,18 @@ def unlearn(
         holds, at the params before the step's update.
 
     Raises:
-        ValueError: negative steps, sets without rows, or nothing to train; the checkpoint is of
-            another call, or its `every` is no multiple of `every`.
+        ValueError: negative steps, sets without rows or that count no output, masks that are none,
+            or nothing to train; the checkpoint is of another call, or its `every` is no multiple of
+            `every`.
+        FloatingPointError: a loss, or a parameter after the last step or before a callback, is not
+            finite: it says at which step, and whether parameters or rows were so from the start.
     """
     return _train(
         objective,
         optimizer,
         params,
         (forget, retain),
+        ("forget", "retain"),
         steps=steps,
         key=key,
         batch_size=batch_size,
@@ -162,10 +174,13 @@ def fit(
         As `unlearn`.
 
     Raises:
-        ValueError: if not exactly one of `steps` and `epochs` is given.
+        ValueError: if not exactly one of `steps` and `epochs` is given; and as `unlearn`.
+        FloatingPointError: as `unlearn`.
     """
     if (steps is None) == (epochs is None):
         raise ValueError(f"give steps or epochs, one of them; got {steps=}, {epochs=}")
+    check_numbers(NOT_NEGATIVE, epochs=epochs)
+    check_numbers(COUNT, batch_size=batch_size)
     if epochs is not None:
         num_rows = _num_rows(data)
         steps = math.ceil(epochs * num_rows / min(batch_size, num_rows))
@@ -174,6 +189,7 @@ def fit(
         optimizer,
         params,
         (data,),
+        ("data",),
         steps=steps or 0,
         key=key,
         batch_size=batch_size,
@@ -188,6 +204,7 @@ def _train(
     optimizer: optax.GradientTransformation,
     params: PyTree,
     sets: tuple[PyTree | None, ...],
+    names: tuple[str, ...],
     *,
     steps: int,
     key: Array,
@@ -199,11 +216,8 @@ def _train(
     callback: Callable | None = None,
     checkpoint: Resumable | None = None,
 ) -> tuple[PyTree, History]:
-    if steps < 0 or batch_size < 1 or (every is not None and every < 1):
-        raise ValueError(
-            "steps must be at least 0, batch_size and every at least 1, got "
-            f"{steps=}, {batch_size=}, {every=}"
-        )
+    check_numbers(COUNT_OR_ZERO, steps=steps)
+    check_numbers(COUNT, batch_size=batch_size, every=every)
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
     params, is_trained = start.params, _is_trained(start.params, trainable)
     begin = int(start.step)  # an array, after a checkpoint
@@ -214,6 +228,8 @@ def _train(
         state = optimizer.init(_split(params, is_trained))
     # The compiled call overwrites what it is given, and somebody else may hold these.
     trained, state = jax.tree.map(jnp.copy, (_split(params, is_trained), state))
+    named = dict(zip(names, sets, strict=True))
+    check_sets(named)
     sets = jax.tree.map(jnp.asarray, sets)
     places = places_of((trained, state))
     over = tuple(row_sharding(rows) for rows in sets)
@@ -238,7 +254,7 @@ def _train(
             if first == last and histories:
                 break  # all was done before
             before = None if callback is None else jax.tree.map(jnp.copy, trained)
-            trained, state, history = _advance(
+            trained, state, history, is_finite = _advance(
                 (objective, optimizer, update_args),
                 is_trained,
                 (places, over),
@@ -249,6 +265,11 @@ def _train(
                 sets,
                 dict(objective_args or {}),
             )
+            if not isinstance(is_finite, Tracer) and not bool(is_finite):
+                merged = _merge(trained, params, is_trained)
+                raise FloatingPointError(
+                    loop_failure(history["loss"], first, merged, params, named)
+                )
             histories.append(history)
             if callback is not None and last > first:
                 merged = _merge(trained, params, is_trained)
@@ -279,12 +300,13 @@ def _advance(functions, is_trained, where, trained, state, params, streams, sets
     is_cpu = jax.default_backend() == "cpu"
     if steps < 2 or not is_cpu or not _has_convolution(_steps.trace(*given).jaxpr.jaxpr):
         return _steps(*given)
-    histories = []
+    histories, flags = [], []
     for i in range(steps):
         row = jax.tree.map(lambda numbers, i=i: numbers[i : i + 1], streams)
-        trained, state, one = _steps(*fixed, trained, state, params, row, *rest)
+        trained, state, one, is_finite = _steps(*fixed, trained, state, params, row, *rest)
         histories.append(one)
-    return trained, state, _joined(histories)
+        flags.append(is_finite)
+    return trained, state, _joined(histories), np.all(jax.device_get(flags))
 
 
 def _has_convolution(jaxpr) -> bool:
@@ -319,8 +341,8 @@ def _take_steps(
     streams: tuple[Array | None, ...],
     sets: tuple[PyTree | None, ...],
     objective_args: dict[str, Any],
-) -> tuple[PyTree, PyTree, History]:
-    """As many steps as the streams have rows.
+) -> tuple[PyTree, PyTree, History, Array]:
+    """As many steps as the streams have rows, and whether losses and parameters are finite.
 
     `where` holds the shardings of what is trained, and those of the sets' rows.
     """
@@ -357,10 +379,17 @@ def _take_steps(
 
     if len(jax.tree.leaves(streams)[0]) == 1:
         (trained, state), one = step((trained, state), jax.tree.map(lambda x: x[0], streams))
-        return trained, state, jax.tree.map(lambda x: x[None], one)
+        history = jax.tree.map(lambda x: x[None], one)
+        return trained, state, history, _are_finite(history["loss"], trained)
     (trained, state), history = lax.scan(step, (trained, state), streams)
     trained, state = kept((trained, state), places)  # what leaves a scan is placed anew
-    return trained, state, history
+    # Looked at once a call: a loss that is not finite, or at the end a parameter.
+    return trained, state, history, _are_finite(history["loss"], trained)
+
+
+def _are_finite(losses: Array, trained: PyTree) -> Array:
+    found = [jnp.all(jnp.isfinite(x)) for x in (losses, *jax.tree.leaves(trained))]
+    return jnp.all(jnp.stack(found))
 
 
 _steps = jax.jit(_take_steps, static_argnums=(0, 1, 2), donate_argnums=(3, 4))

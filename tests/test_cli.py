@@ -201,8 +201,11 @@ def test_forgetting_all_but_one_row(folder, capsys):
         ("--heads", "3", "not a multiple"),
         ("--epochs", "0", "--epochs must be at least 1"),
         ("--vocab", "100", "--vocab must be at least 258"),
-        ("--layers", "0", "--layers must be positive"),
+        ("--layers", "0", "--layers must be at least 1, got 0"),
         ("--max-len", "2", "--max-len must be at least 8"),
+        ("--budget", "nan", "--budget must be a finite number, got nan"),
+        ("--temperature", "-1", "--temperature must be positive, got -1.0"),
+        ("--learning-rate", "inf", "--learning-rate must be a finite number, got inf"),
     ],
 )
 def test_a_size_that_makes_no_model(folder, capsys, option, value, sentence):

@@ -443,10 +443,10 @@ def test_mistakes_get_a_sentence(problem, key):
         run(forget, retain, steps=1, trainable="attention")
     with pytest.raises(ValueError, match="must lead with its rows"):
         run(forget._replace(targets=forget.targets[:3]), retain, steps=1)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="forget counts no output: it has no rows"):
         run(jax.tree.map(lambda x: x[:0], forget), retain, steps=1)
     for mistake in ({"steps": -1}, {"steps": 1, "batch_size": 0}, {"steps": 1, "every": 0}):
-        with pytest.raises(ValueError, match="steps must be at least 0"):
+        with pytest.raises(ValueError, match="(steps|batch_size|every) must be at least [01]"):
             run(forget, retain, **mistake)
     for both in ({}, {"steps": 1, "epochs": 1}):
         with pytest.raises(ValueError, match="steps or epochs, one of them"):

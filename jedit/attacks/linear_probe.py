@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jedit.checks import POSITIVE, check_numbers
+
 
 class ProbeScores(NamedTuple):
     """What a probe reads out.
@@ -51,6 +53,7 @@ def linear_probe(
         ValueError: shapes that do not fit, states that are not finite, or one class alone.
         ImportError: scikit-learn is not installed.
     """
+    check_numbers(POSITIVE, strength=strength)
     fitted, asked = (np.asarray(x, np.float64) for x in (states, test_states))
     classes, expected = np.asarray(labels), np.asarray(test_labels)
     for name, x, y in (("states", fitted, classes), ("test_states", asked, expected)):

@@ -37,6 +37,7 @@ from jedit.checkpoint.sealed import (
     shown,
     sync,
 )
+from jedit.checks import COUNT, check_numbers
 
 KIND = "job"
 STEP = re.compile(r"step-(\d{9})")
@@ -63,8 +64,7 @@ class Checkpoint:
         Raises:
             ValueError: `every` below one.
         """
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        check_numbers(COUNT, every=every)
         self.folder, self.every = Path(folder), every
         self._stack: contextlib.ExitStack | None = None
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
 from jedit.paths import parameter_paths
 from jedit.sharding import sharding_of
@@ -34,6 +35,7 @@ def apply_spectral(
     """
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = dict(parameter_paths(tree))
     _check_tree(curvature, leaves)
     total: dict[str, Array] = {}
@@ -106,7 +108,8 @@ def solve(
         A pytree like `tree`, in its dtypes.
 
     Raises:
-        ValueError: the tree lacks a covered parameter, or has it in another shape.
+        ValueError: the tree lacks a covered parameter, or has it in another shape; or a damping
+            that is negative or not finite.
     """
 
     def invert(values):
@@ -142,6 +145,7 @@ def power(
     uncovered: str = "zero",
 ) -> PyTree:
     """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
+    check_numbers(FINITE, exponent=exponent)
 
     def raised(values):
         is_zero = values == 0
@@ -156,6 +160,7 @@ def quadratic_form(
     curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
 ) -> Array:
     """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
+    check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = dict(parameter_paths(tree))
     _check_tree(curvature, leaves)
     parts = []
@@ -170,6 +175,7 @@ def quadratic_form(
 
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
+    check_numbers(NOT_NEGATIVE, damping=damping)
     parts = []
     for name in curvature.blocks:
         values = eigenvalues(curvature, name)

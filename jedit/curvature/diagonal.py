@@ -7,6 +7,7 @@ eigenbases for Q it is EK-FAC's spectrum, so one estimator serves both (`squares
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -22,7 +23,7 @@ from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.placement import best_split, leaf_shardings, matrix_sharding, undivided, zeros
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, pytree
+from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
 from jedit.typing import Batch
 
 
@@ -140,6 +141,7 @@ def squares_estimator(
 
     def finalize(state, dtype=None):
         del dtype  # nothing is decomposed
+        check_counted(state.num_outputs)
         number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
         means = {b.name: mean_squares(state.squares[b.name], number, b) for b in state.blocks}
         return finish(state.blocks, means, state.num_outputs)
@@ -153,7 +155,8 @@ def squares_estimator(
             for paths in group_paths(needs, group_bytes)
         )
 
-    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups)
+    check = functools.partial(labels.check, apply)
+    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups, check)
 
 
 def zero_squares(block: Block, dtype: jnp.dtype) -> Array:

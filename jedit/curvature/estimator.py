@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
 from jedit.sharding import kept, places_of, refuse_explicit
@@ -32,12 +33,15 @@ class Estimator(NamedTuple):
             sums). Raises `FloatingPointError` naming the block whose sums are not finite.
         groups: `groups(params, batch, group_bytes) -> (estimator, ...)`, of some parameters each,
             whose sums take so many bytes on a device; None: it cannot be parted.
+        check: `check(params, batch, name)` refuses a batch whose masks or labels are none; None:
+            it is taken as it is.
     """
 
     init: Callable[..., Any]
     update: Callable[[Any, PyTree, Batch, Array], Any]
     finalize: Callable[..., Curvature]
     groups: Callable[..., tuple["Estimator", ...]] | None = None
+    check: Callable[[PyTree, Batch, str], None] | None = None
 
 
 def add_batch(
@@ -89,12 +93,13 @@ def estimate(
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one; parameters on a mesh whose
-            axes are explicit; the checkpoint is of
-            another call; or `group_bytes` with a checkpoint, with batches that come only once, or
-            with an estimator that cannot be parted.
+        ValueError: no batch, none that counts an output, or what the estimator finds wrong with
+            one; parameters on a mesh whose axes are explicit; the checkpoint is of another call; or
+            `group_bytes` with a checkpoint, with batches that come only once, or with an estimator
+            that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    check_numbers(COUNT, group_bytes=group_bytes)
     refuse_explicit(params)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
@@ -113,6 +118,8 @@ def estimate(
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
         for number, batch in enumerate(batches, 1):
+            if estimator.check is not None:
+                estimator.check(params, batch, f"batch {number}")
             if state is None:
                 state = estimator.init(params, batch)
                 if checkpoint is not None:

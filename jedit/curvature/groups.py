@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
+from jedit.checks import COUNT, check_numbers
+
 
 class Need(NamedTuple):
     """What one block needs.
@@ -39,8 +41,7 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
     Raises:
         ValueError: a limit below one.
     """
-    if group_bytes < 1:
-        raise ValueError(f"group_bytes must be at least 1, got {group_bytes}")
+    check_numbers(COUNT, group_bytes=group_bytes)
     units: list[Need] = []
     for need in needs:
         mine = [u for u in units if set(u.paths) & set(need.paths) or set(u.sums) & set(need.sums)]

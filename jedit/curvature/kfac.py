@@ -11,6 +11,7 @@ that has the two partial traces of the sum over its sites (`assemble.merge`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.assemble import assemble
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.estimator import Estimator
@@ -35,7 +37,7 @@ from jedit.curvature.placement import (
 )
 from jedit.curvature.scores import Labels, run_pass
 from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, pytree
+from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
 from jedit.curvature.sums import (
     SHARINGS,
     InputSums,
@@ -134,6 +136,7 @@ def kfac(
     """
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
+    check_numbers(COUNT, max_dim=max_dim)
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):
@@ -219,11 +222,13 @@ def kfac(
             for paths in group_paths(needs, group_bytes)
         )
 
-    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups)
+    check = functools.partial(labels.check, apply)
+    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups, check)
 
 
 def _finalize(state: KfacState, dtype=None) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
+    check_counted(state.num_outputs)
     moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws

@@ -24,7 +24,8 @@ from jax import lax
 from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
-from jedit.outputs import kl_terms, wide
+from jedit.checks import POSITIVE, check_numbers
+from jedit.outputs import Limits, kl_terms, wide
 
 
 class Likelihood(abc.ABC):
@@ -77,6 +78,11 @@ class Likelihood(abc.ABC):
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return KL(p || q) in nats, of the lead shape; p is read off the first argument."""
 
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits | None:
+        """Return the lowest and the highest label; None: any number is one."""
+        del outputs
+        return None
+
     def num_columns(self, outputs: Array) -> int:
         """Return how many columns `exact_cotangent` has."""
         return outputs.shape[-1]
@@ -103,8 +109,12 @@ class Categorical(Likelihood):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that is not positive."""
-        _check_positive("temperature", self.temperature)
+        """Refuse a temperature that is not positive and finite."""
+        check_numbers(POSITIVE, temperature=self.temperature)
+
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits:
+        """Return the first class and the last."""
+        return 0, outputs.shape[-1] - 1
 
     def nll(self, outputs: Array, targets: Int[Array, "..."]) -> Array:
         """Return logsumexp(z / T) - z_y / T."""
@@ -170,8 +180,8 @@ class Gaussian(Likelihood):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a scale that is not positive."""
-        _check_positive("scale", self.scale)
+        """Refuse a scale that is not positive and finite."""
+        check_numbers(POSITIVE, scale=self.scale)
 
     def nll(self, outputs: Array, targets: Float[Array, "..."]) -> Array:
         """Return ½‖(z - y) / scale‖² plus the normalising constant, summed over the features."""
@@ -224,8 +234,13 @@ class Bernoulli(Likelihood):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a temperature that is not positive."""
-        _check_positive("temperature", self.temperature)
+        """Refuse a temperature that is not positive and finite."""
+        check_numbers(POSITIVE, temperature=self.temperature)
+
+    def label_limits(self, outputs: Array | jax.ShapeDtypeStruct) -> Limits:
+        """Return no and yes; what lies between is a probability of yes."""
+        del outputs
+        return 0, 1
 
     def nll(self, outputs: Array, targets: Array) -> Array:
         """Return the sum over features of -y log p - (1 - y) log(1 - p)."""
@@ -337,11 +352,6 @@ def _first_above(weights: Array, level: Array) -> tuple[Array, Array]:
     first = jnp.where(first < size, first, last)
     before = jnp.take_along_axis(running - weights, first[..., None], axis=-1)[..., 0]
     return first, jnp.maximum(level - before, 0)
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _check_shape(array: Array, expected: tuple[int, ...], what: str) -> None:

@@ -15,12 +15,14 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.capture import Capture, Site, run_capture
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.alignment import Alignment, align
 from jedit.curvature.likelihoods import Likelihood
-from jedit.outputs import counted_outputs
+from jedit.outputs import check_contents, counted_outputs
 from jedit.typing import Batch, wide_dtype
 
 FISHERS = ("sampled", "exact", "empirical")
@@ -50,8 +52,20 @@ class Labels:
         """
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
-        if self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        check_numbers(COUNT, samples=self.samples)
+
+    def check(self, apply: Callable, params: PyTree, batch: Batch, name: str) -> None:
+        """Refuse masks that are none and, where they are used, labels that are none.
+
+        Raises:
+            ValueError: as `check_contents`, or no rows; a batch that counts nothing passes.
+        """
+        if any(0 in np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch.inputs)):
+            raise ValueError(f"{name} has no rows: the curvature is of no outputs then")
+        limits = None
+        if self.fisher == "empirical" and batch.targets is not None:
+            limits = self.likelihood.label_limits(jax.eval_shape(apply, params, batch.inputs))
+        check_contents(batch, name, limits=limits, must_count=False)
 
     @property
     def draws(self) -> int:

@@ -11,11 +11,13 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import with_sharding_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.capture import Weight
+from jedit.checks import is_known
 from jedit.curvature.placement import along, best_split, num_pieces, without
 from jedit.sharding import fetched
 
@@ -104,6 +106,18 @@ class Diagonal:
 
     weight: Weight
     values: Array
+
+
+def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
+    """Refuse a mean over no output: it protects nothing, and names nothing to be forgotten.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    if is_known(num_outputs) and not np.all(np.asarray(num_outputs) > 0):
+        raise ValueError(
+            f"{name} is of no outputs: its batches have no rows, or mask and valid leave out all"
+        )
 
 
 @pytree()

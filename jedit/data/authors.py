@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jedit.checks import Range, check_numbers
 from jedit.data import author_values as values
 from jedit.data.author_templates import TEMPLATES
 
@@ -91,13 +92,8 @@ def generate_authors(seed: int, num_authors: int, facts_per_author: int) -> list
     Raises:
         ValueError: a number is out of its range.
     """
-    if not 1 <= num_authors <= MAX_AUTHORS:
-        raise ValueError(f"num_authors must be from 1 to {MAX_AUTHORS}, got {num_authors}.")
-    if not 1 <= facts_per_author <= len(ATTRIBUTES):
-        raise ValueError(
-            f"facts_per_author must be from 1 to {len(ATTRIBUTES)}, the number of attributes, got "
-            f"{facts_per_author}."
-        )
+    check_numbers(Range(1, MAX_AUTHORS, is_whole=True), num_authors=num_authors)
+    check_numbers(Range(1, len(ATTRIBUTES), is_whole=True), facts_per_author=facts_per_author)
     rng = np.random.default_rng(seed)
     facts = []
     for author in _make_authors(rng, num_authors):

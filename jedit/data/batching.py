@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jedit.checks import COUNT, check_numbers
 from jedit.data.text import Encoded
 from jedit.typing import Batch
 
@@ -38,8 +39,7 @@ def batches(
     Raises:
         ValueError: `size` is not positive, or leaves no batch.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+    check_numbers(COUNT, size=size)
     targets = np.asarray(examples.targets)
     ones = np.ones(targets.shape, np.float32)
     mask, valid = (ones if x is None else x for x in (examples.mask, examples.valid))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
+from jedit.checks import COUNT, POSITIVE_SHARE, check_numbers
 from jedit.typing import Batch
 
 
@@ -66,7 +67,8 @@ def split_digits(
     Raises:
         ValueError: the fraction does not lie between 0 and 1.
     """
-    if not 0 < test_fraction < 1:
+    check_numbers(POSITIVE_SHARE, test_fraction=test_fraction)
+    if test_fraction == 1:
         raise ValueError(f"test_fraction must lie between 0 and 1, got {test_fraction}.")
     rng = np.random.default_rng(seed)
     train, test = [], []
@@ -118,8 +120,9 @@ def forget_cluster(
     Raises:
         ValueError: there is no such class, or it has no more than `size` samples.
     """
+    check_numbers(COUNT, size=size)
     members = np.flatnonzero(digits.labels == _checked(digits, label))
-    if not 1 <= size < len(members):
+    if size >= len(members):
         raise ValueError(
             f"size must be less than the {len(members)} samples of class {label}, got {size}."
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jedit.checks import COUNT, check_numbers
 from jedit.data.text import Encoded
 from jedit.typing import Batch, PackedTokens
 
@@ -76,6 +77,7 @@ def pack(rows: Batch | Encoded, length: int) -> Packing:
         ValueError: the inputs are no (n, width) integers, or another array does not fit them;
             `valid` is not ones and then zeros; a row is longer than `length`; no row has a token.
     """
+    check_numbers(COUNT, length=length)
     tokens = _tokens_of(rows)
     sizes = _sizes_of(rows, tokens.shape)
     if sizes.max(initial=0) > length:

@@ -16,12 +16,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from jedit.checks import COUNT, COUNT_OR_ZERO, check_numbers
+
 
 def pair_uniformly(
     num_forget: int, num_retain: int, *, epoch: int, key: Key[Array, ""]
 ) -> Int[np.ndarray, "num_forget 1"]:
     """Return one retain row for each forget row, drawn with replacement."""
-    _check(num_forget, num_retain)
+    check_numbers(COUNT, num_forget=num_forget, num_retain=num_retain)
+    check_numbers(COUNT_OR_ZERO, epoch=epoch)
     drawn = jax.random.randint(jax.random.fold_in(key, epoch), (num_forget, 1), 0, num_retain)
     return np.asarray(drawn)
 
@@ -30,7 +33,8 @@ def pair_in_turn(
     num_forget: int, num_retain: int, *, epoch: int
 ) -> Int[np.ndarray, "num_forget 1"]:
     """Return one retain row for each forget row, each retain row once before any comes again."""
-    _check(num_forget, num_retain)
+    check_numbers(COUNT, num_forget=num_forget, num_retain=num_retain)
+    check_numbers(COUNT_OR_ZERO, epoch=epoch)
     return ((epoch * num_forget + np.arange(num_forget)) % num_retain)[:, None]
 
 
@@ -51,6 +55,7 @@ def pair_by_entity(
     Raises:
         ValueError: an entity has no neighbour in one of the sets.
     """
+    check_numbers(COUNT_OR_ZERO, epoch=epoch)
     seen: dict[str, int] = {}
     found = np.zeros((len(entities), len(neighbors)), int)
     for i, entity in enumerate(entities):
@@ -62,8 +67,3 @@ def pair_by_entity(
             found[i, k] = rows[(epoch + j) % len(rows)]
         seen[entity] += 1
     return found
-
-
-def _check(num_forget: int, num_retain: int) -> None:
-    if num_forget < 1 or num_retain < 1:
-        raise ValueError(f"both sets need rows, got {num_forget} and {num_retain}.")

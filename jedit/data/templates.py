@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jedit.data.text import Encoded, Prompts, as_encoded
+from jedit.checks import check_numbers
+from jedit.data.text import LENGTH, Encoded, Prompts, as_encoded
 
 
 class Rendered(NamedTuple):
@@ -118,6 +119,7 @@ def encode_rendered(
     Raises:
         ValueError: no rows, one longer than `max_len`, or one without a token to predict.
     """
+    check_numbers(LENGTH, max_len=max_len)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     found, names = [], []
     for i, row in enumerate(rows):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from jedit.checks import COUNT, Range, check_numbers
 from jedit.data.authors import Fact
 from jedit.data.jsonl import QaRow
 from jedit.typing import Batch
@@ -23,6 +24,8 @@ else:
     Tokenizer = Any  # the library proper works without the package
 
 PAD, END = "<pad>", "<eos>"
+VOCABULARY = Range(256 + 2, is_whole=True)  # the bytes, and the two special tokens
+LENGTH = Range(2, is_whole=True)  # an input and a target
 
 Row = QaRow | Fact
 
@@ -72,12 +75,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: the vocabulary has no room for the bytes.
     """
+    check_numbers(VOCABULARY, vocab_size=vocab_size)
     tokenizers = _tokenizers()
-    smallest = 256 + 2
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size must be at least {smallest} (bytes, {PAD}, {END}), got {vocab_size}."
-        )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -156,6 +155,7 @@ def encode_pairs(
     Raises:
         ValueError: no pairs, or one longer than `max_len`.
     """
+    check_numbers(LENGTH, max_len=max_len)
     end = _special(tokenizer, END)
     questions = [encoded.ids for encoded in tokenizer.encode_batch([q for q, _ in pairs])]
     answers = [encoded.ids for encoded in tokenizer.encode_batch([f" {a}" for _, a in pairs])]
@@ -234,6 +234,7 @@ def encode_prompts(
     Raises:
         ValueError: no questions, or one longer than `max_len`.
     """
+    check_numbers(COUNT, max_len=max_len)
     if not questions:
         raise ValueError("there are no questions to encode.")
     rows = [encoded.ids for encoded in tokenizer.encode_batch(list(questions))]

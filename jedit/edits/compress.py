@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jedit.checks import COUNT, check_numbers
 from jedit.curvature.structure import Weight
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank
@@ -51,8 +52,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
     Raises:
         ValueError: a rank below one.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_numbers(COUNT, rank=rank)
     blocks: dict[str, Block] = {}
     errors = {}
     for path, block in edit.blocks.items():
@@ -93,6 +93,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
             return x
         return jnp.matmul(jnp.swapaxes(right, -1, -2), x, precision=HIGHEST)
 
+    check_numbers(COUNT, rank=rank)
     d_out = (left if right is None else right).shape[-1]
     columns = min(2 * rank + 2, left.shape[-2], d_out)
     start = jax.random.normal(jax.random.key(SEED), (d_out, columns), left.dtype)

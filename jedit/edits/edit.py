@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import FINITE, check_finite, check_numbers
 from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
 from jedit.paths import parameter_paths
 from jedit.sharding import sharding_of
@@ -56,6 +57,7 @@ class Edit:
 
     def __mul__(self, scale: Scalar) -> "Edit":
         """Return the edit `scale` times as large, in the blocks' own dtypes."""
+        check_numbers(FINITE, scale=scale)
 
         def times(delta: Block) -> Block:
             dtype = _wide(delta)
@@ -94,8 +96,11 @@ def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
 
     Raises:
         ValueError: if the edit names a path that params lack or that is not real, or if a block has
-            another shape than its parameter.
+            another shape than its parameter; or `scale` is not finite.
+        FloatingPointError: if a block holds NaN or infinity.
     """
+    check_numbers(FINITE, scale=scale)
+    check_finite("the edit", edit.blocks, "nothing was applied")
     paths, leaves, treedef = _flatten(params)
     _check_paths(edit, paths, leaves)
     edited = [
@@ -155,6 +160,7 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
     A bfloat16 weight has 8 bits: it swallows whatever is below 1/512 of itself. The methods that
     return an edit make it in float32 or wider, so that nothing of it is lost before.
     """
+    check_numbers(FINITE, scale=scale)
     paths, leaves, _ = _flatten(params)
     _check_paths(edit, paths, leaves)
     report = {}
@@ -216,7 +222,9 @@ def _sharded_sum(leaf: Array, delta: Block, scale: Scalar, place: NamedSharding)
 
 
 def _norm(x: Array) -> Array:
-    return jnp.sqrt(jnp.sum(x * x))
+    largest = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # small squares are zero
+    return unit * jnp.sqrt(jnp.sum(jnp.square(x / unit)))
 
 
 def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:

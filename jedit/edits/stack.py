@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+from jedit.checks import FINITE, check_numbers
 from jedit.curvature.placement import even, leaf_shardings, matrix_sharding
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank, as_parameter
@@ -33,6 +34,7 @@ def sum_edits(edits: Edit, mask: Array | None = None, *, like: PyTree | None = N
         shape = None if mask is None else mask.shape
         raise ValueError(f"the edits' leading axes are {sorted(lengths)}, the mask is {shape}")
 
+    check_numbers(FINITE, mask=mask)
     weights = jnp.ones(next(iter(lengths))) if mask is None else mask
     if like is None:
         return Edit({path: _total(block, weights) for path, block in edits.blocks.items()})

@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
+from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
 from jedit.paths import parameter_paths
 
-SELECTIONS = ("energy", "rank", "eigenvalue")
+THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
+SELECTIONS = tuple(THRESHOLDS)
 
 
 class NullSpaceReport(NamedTuple):
@@ -67,6 +69,8 @@ class Projector:
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
+            most = jnp.max(a, axis=1, keepdims=True)
+            a = a / jnp.where(most > 0, most, 1)  # squares of small ones leave the dtype
             total = jnp.sum(a, axis=1)
             norm = jnp.sqrt(jnp.sum(a * a, axis=1))
             is_dead = total == 0
@@ -115,11 +119,8 @@ def null_space(
     """
     if by not in SELECTIONS:
         raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
-    if threshold < 0 or (by == "energy" and threshold > 1) or relaxation < 0:
-        raise ValueError(
-            "threshold must not be negative, nor above 1 by energy, and relaxation not negative; "
-            f"got {threshold=}, {relaxation=}, {by=}"
-        )
+    check_numbers(THRESHOLDS[by], threshold=threshold)
+    check_numbers(NOT_NEGATIVE, relaxation=relaxation)
     blocks = tuple(
         (name, block.weight, block.input)
         for name, block in curvature.blocks.items()
@@ -127,6 +128,7 @@ def null_space(
     )
     if not blocks:
         raise ValueError("the curvature has no Kronecker block, so no moment of inputs")
+    check_counted(curvature.num_outputs)
     factors = {factor: curvature.factors[factor] for _, _, factor in blocks}
     return Projector(
         {name: f.basis for name, f in factors.items()},

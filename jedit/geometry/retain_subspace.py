@@ -5,15 +5,17 @@
     z_⊥  = z_f - QᵀQ z_f     `project_out`: the best among moves that leave, to first order, the
                              retain loss alone, when steps are measured in that metric
     a, b = Q z_f, Q z_r      tangent parts of forget and retain gradients
-    z    = z_⊥ + s Qᵀ(a ∘ [ab > τ]) + β QᵀQ z_r      `joint_direction`; s so that the second term
-                             is no longer than κ ‖z_⊥‖
+    z    = z_⊥ + s Qᵀ(a ∘ [ab > τ ‖z_f‖ ‖z_r‖]) + β QᵀQ z_r      `joint_direction`; s so that
+                             the second term is no longer than κ ‖z_⊥‖
     g    = W⁻¹ z
 
 Both gradients are of losses to be lowered, so a_i b_i > 0 says that direction i serves both.
 [author's derivation]. Differences. The basis holds raw gradients and is whitened anew at each use,
 because the metric of an optimizer moves. Beside the first-in first-out window there is a
 frequent-directions sketch (Liberty 2013), whose rows are not gradients but keep the most of them.
-With scope "leaf" every parameter has a basis of its own [derived].
+With scope "leaf" every parameter has a basis of its own [derived]. τ is relative, and by default
+above rounding: a retain gradient that is in the basis has no part along most of its rows, and at
+τ = 0 the signs of what rounding leaves there decide which parts of the forget gradient stay.
 """
 
 from collections.abc import Callable
@@ -23,12 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, power
-from jedit.geometry._trees import cast_like, everywhere, total
+from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
 from jedit.geometry.surrogate import SCOPES
 from jedit.typing import wide_dtype
 
 SKETCHES = ("fifo", "frequent_directions")
+RELATIVE = 1e3  # times a dtype's rounding: what is smaller, next to what it came from, is nothing
 
 
 class Whitening(NamedTuple):
@@ -48,6 +52,7 @@ EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
 
 def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
     """Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ the bias-corrected second moment."""
+    check_numbers(NOT_NEGATIVE, eps=eps)
     roots = jax.tree.map(lambda v: jnp.sqrt(jnp.sqrt(v) + eps), second_moment)
     return Whitening(
         lambda tree: jax.tree.map(jnp.divide, tree, roots),
@@ -57,6 +62,7 @@ def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
     """A curvature's metric: z = (F + λ)^-1/2 g, λ relative; what it does not cover stays as is."""
+    check_numbers(NOT_NEGATIVE, damping=damping)
     options = {"damping": damping, "relative": True, "uncovered": "identity"}
     return Whitening(
         lambda tree: power(curvature, tree, -0.5, **options),
@@ -107,10 +113,10 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
     Raises:
         ValueError: rank below one, unknown scope or sketch.
     """
-    if rank < 1 or scope not in SCOPES or sketch not in SKETCHES:
+    check_numbers(COUNT, rank=rank)
+    if scope not in SCOPES or sketch not in SKETCHES:
         raise ValueError(
-            f"rank must be at least 1, scope one of {SCOPES}, sketch one of {SKETCHES}; got "
-            f"{rank=}, {scope=}, {sketch=}"
+            f"scope must be one of {SCOPES}, sketch one of {SKETCHES}; got {scope=}, {sketch=}"
         )
 
     def init(params: PyTree) -> SubspaceState:
@@ -155,18 +161,23 @@ def joint_direction(
     forget: PyTree,
     retain: PyTree,
     *,
-    threshold: float = 0.0,
+    threshold: float | None = None,
     ratio: float = 1.0,
     pull: float = 0.0,
     scope: str = "leaf",
 ) -> PyTree:
     """GU's sign-aware rule: what is off the subspace, and of what is in it the parts that agree.
 
+    The parts are those along the basis's own rows. Gram-Schmidt makes them one after the other, so
+    that the same gradients in another order span the same subspace and have other parts.
+
     Args:
         basis: orthonormal rows.
         forget: z_f, whitened, of a loss to be lowered.
         retain: z_r, likewise.
-        threshold: τ.
+        threshold: τ, in units of ‖z_f‖ ‖z_r‖; None: 1000 times the dtype's rounding, 1e-4 in
+            float32, as in the rule by which a row of the basis counts as dependent. Zero leaves it
+            to rounding which directions agree.
         ratio: κ.
         pull: β.
         scope: as the basis was made with.
@@ -174,9 +185,19 @@ def joint_direction(
     Returns:
         The direction z, in `forget`'s dtypes.
     """
+    check_numbers(NOT_NEGATIVE, threshold=threshold, ratio=ratio, pull=pull)
+    forget_wide, retain_wide = (
+        jax.tree.map(lambda z, q: z.astype(q.dtype), tree, basis) for tree in (forget, retain)
+    )
     a, b = _coefficients(basis, forget, scope), _coefficients(basis, retain, scope)
     off = _off(basis, forget, scope)
-    agreeing = jax.tree.map(lambda a, b: jnp.where(a * b > threshold, a, 0), a, b)
+
+    def agree(a, b, n_f, n_r):
+        level = RELATIVE * jnp.finfo(a.dtype).eps if threshold is None else threshold
+        share = a / jnp.where(n_f > 0, n_f, 1) * (b / jnp.where(n_r > 0, n_r, 1))
+        return jnp.where(share > level, a, 0)
+
+    agreeing = jax.tree.map(agree, a, b, _norms(forget_wide, scope), _norms(retain_wide, scope))
     inside = _combine(basis, agreeing)
     norm_off, norm_in = _norms(off, scope), _norms(inside, scope)
 
@@ -221,9 +242,11 @@ def _off(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
 
 
 def _norms(tree: PyTree, scope: str) -> PyTree:
-    squares = jax.tree.map(lambda x: jnp.sum(x * x), tree)
+    by = exponents(tree, by_leaf=scope == "leaf")
+    unit = shifted(tree, jax.tree.map(jnp.negative, by))
+    squares = jax.tree.map(lambda x: jnp.sum(x * x), unit)
     squares = squares if scope == "leaf" else everywhere(squares)
-    return jax.tree.map(jnp.sqrt, squares)
+    return jax.tree.map(lambda square, n: jnp.ldexp(jnp.sqrt(square), n), squares, by)
 
 
 def _orthonormal(rows: PyTree, scope: str) -> PyTree:
@@ -239,7 +262,7 @@ def _orthonormal(rows: PyTree, scope: str) -> PyTree:
 
         def put(q, z, old, now, size):
             eps = jnp.finfo(q.dtype).eps
-            is_new = now > jnp.maximum(1e3 * eps * old, eps * size)
+            is_new = now > jnp.maximum(RELATIVE * eps * old, eps * size)
             unit = jnp.where(is_new, z / jnp.where(is_new, now, 1), 0)
             return jax.lax.dynamic_update_index_in_dim(q, unit, k, 0)
 
@@ -251,6 +274,9 @@ def _orthonormal(rows: PyTree, scope: str) -> PyTree:
 def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
     """Frequent directions: r + 1 rows, of whose squared singular values the least is taken off."""
     stacked = jax.tree.map(lambda r, g: jnp.concatenate([r, g[None]]), rows, grads)
+    # The maps do not depend on how long the rows are together, and their squares may not be held.
+    by = exponents(stacked, by_leaf=scope == "leaf")
+    unit = shifted(stacked, jax.tree.map(jnp.negative, by))
     grams = jax.tree.map(
         lambda x: jnp.einsum(
             "rn,sn->rs",
@@ -258,7 +284,7 @@ def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
             x.reshape(x.shape[0], -1),
             precision=jax.lax.Precision.HIGHEST,
         ),
-        stacked,
+        unit,
     )
     if scope == "global":
         # One decomposition for all leaves.

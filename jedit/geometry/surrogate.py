@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.geometry._trees import cast_like, everywhere, total
+from jedit.checks import POSITIVE, check_numbers
+from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
 from jedit.typing import wide_dtype
 
 SCOPES = ("global", "leaf")
@@ -37,6 +38,9 @@ class RetainOrthogonalInfo(NamedTuple):
         forget_gain: g_fᵀ of the direction or perturbation returned: first order.
         retain_change: g_rᵀ of it; zero but for rounding.
         is_parallel: nothing but rounding is left of g_f off g_r, and the direction is zero.
+
+    Gradients may be of any length; the two products of theirs are infinite, or zero, where they
+    leave the dtype.
     """
 
     cos: Float[Array, ""]
@@ -69,8 +73,8 @@ def retain_orthogonal(
     Raises:
         ValueError: an unknown scope, or trees of different structure.
     """
-    direction, norm, info = _direction(forget_grads, retain_grads, scope, metric)
-    del norm
+    direction, found, info = _direction(forget_grads, retain_grads, scope, metric)
+    direction = jax.tree.map(lambda q: jnp.ldexp(q, found.length), direction)
     return cast_like(direction, forget_grads), info
 
 
@@ -95,19 +99,48 @@ def retain_neutral_perturbation(
         δ, zero if the gradients are parallel, and the info.
 
     Raises:
-        ValueError: as `retain_orthogonal`.
+        ValueError: as `retain_orthogonal`, or a radius that is not positive and finite.
     """
-    direction, norm, info = _direction(forget_grads, retain_grads, scope, metric)
+    check_numbers(POSITIVE, radius=radius)
+    direction, found, info = _direction(forget_grads, retain_grads, scope, metric)
+    norm = found.norm
     scale = jnp.where(info.is_parallel, 0, radius / jnp.where(norm > 0, norm, 1))
-    delta = jax.tree.map(lambda q: q * scale.astype(q.dtype), direction)
+    delta = jax.tree.map(
+        lambda q: jnp.ldexp(q * scale.astype(q.dtype), found.metric // 2), direction
+    )
+    change = found.retain_change * scale
     info = info._replace(
-        forget_gain=info.forget_gain * scale, retain_change=info.retain_change * scale
+        forget_gain=jnp.ldexp(norm * norm * scale, found.forget + found.metric // 2),
+        retain_change=jnp.ldexp(change, found.retain + found.metric // 2),
     )
     return cast_like(delta, forget_grads), info
 
 
+class _Scaled(NamedTuple):
+    """What was found of gradients brought to entries of about one, and by which powers of two.
+
+    Attributes:
+        norm: ‖q'‖ in the metric, of the direction q' = 2^-length q.
+        retain_change: r'ᵀq', r' = 2^-retain g_r.
+        forget: n of g_f.
+        retain: n of g_r.
+        metric: n of what the metric makes of 2^-forget g_f; even.
+    """
+
+    norm: Array
+    retain_change: Array
+    forget: Array
+    retain: Array
+    metric: Array
+
+    @property
+    def length(self) -> Array:
+        """The n of the direction."""
+        return self.forget + self.metric
+
+
 def _direction(forget, retain, scope, metric):
-    """Return q in float32 or wider, ‖q‖ in the metric, and the info of q.
+    """Return q' in float32 or wider, how it was scaled, and the info of q.
 
     Raises:
         ValueError: an unknown scope, or trees of different structure.
@@ -120,44 +153,63 @@ def _direction(forget, retain, scope, metric):
             f"{jax.tree.structure(forget)} and {jax.tree.structure(retain)}"
         )
     metric = metric or (lambda tree: tree)
-    forget, retain = _widened(forget), _widened(retain)
-    up_f, up_r = metric(forget), metric(retain)
-    products = jax.tree.map(jnp.vdot, forget, up_r)
-    norms_r = jax.tree.map(jnp.vdot, retain, up_r)
-    norm_f, norm_r = total(jax.tree.map(jnp.vdot, forget, up_f)), total(norms_r)
-    if scope == "global":
-        products, norms_r = everywhere(products), everywhere(norms_r)
+    (forget, n_f), (retain, n_r) = (_unit(_widened(tree)) for tree in (forget, retain))
+    (up_f, m_f), (up_r, m_r) = (_unit(metric(tree)) for tree in (forget, retain))
+    norm_f, norm_r = (
+        total(jax.tree.map(jnp.vdot, *pair)) for pair in ((forget, up_f), (retain, up_r))
+    )
+    size_f, size_r = (jnp.sqrt(jnp.maximum(norm, 0)) for norm in (norm_f, norm_r))
+    size = size_f * size_r
+    cos = total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(size > 0, size, 1)
+    cos = jnp.clip(jnp.ldexp(cos, (m_r - m_f) // 2), -1, 1)
+    # A constraint does not depend on the length of its gradient, which may be another in each leaf.
+    by_leaf = scope == "leaf"
+    n, m = (exponents(tree, by_leaf=by_leaf) for tree in (retain, up_r))
+    along, up = (
+        shifted(tree, jax.tree.map(jnp.negative, by)) for tree, by in ((retain, n), (up_r, m))
+    )
+    back = jax.tree.map(lambda n, m: m - n + m_r - m_f, n, m)
+    norms = _products(along, up, by_leaf)
 
-    def off(tree, along, products):
-        return jax.tree.map(
-            lambda x, r, p, n: x - jnp.where(n > 0, p / jnp.where(n > 0, n, 1), 0) * r,
-            tree,
-            along,
-            products,
-            norms_r,
+    def off(gradient, direction, products):
+        """Both less their part along g_r; c is the coefficient."""
+        c = jax.tree.map(
+            lambda p, n: jnp.where(n > 0, p / jnp.where(n > 0, n, 1), 0), products, norms
+        )
+        return (
+            jax.tree.map(lambda x, c, r: x - c * r, gradient, c, along),
+            jax.tree.map(lambda x, c, r, n: x - jnp.ldexp(c, n) * r, direction, c, up, back),
         )
 
     # The gradient that is left, and its direction; once more, for what cancellation has left.
-    gradient, direction = off(forget, retain, products), off(up_f, up_r, products)
-    left = jax.tree.map(jnp.vdot, retain, direction)
-    left = everywhere(left) if scope == "global" else left
-    gradient, direction = off(gradient, retain, left), off(direction, up_r, left)
+    gradient, direction = off(forget, up_f, _products(forget, up, by_leaf))
+    left = jax.tree.map(lambda p, n: jnp.ldexp(p, -n), _products(along, direction, by_leaf), back)
+    gradient, direction = off(gradient, direction, left)
     # g_fᵀq is ‖q‖², q being M-orthogonal to M⁻¹g_r; out of two small factors, it keeps its digits.
-    gain = total(jax.tree.map(jnp.vdot, gradient, direction))
-    norm = jnp.sqrt(jnp.maximum(gain, 0))
-    size_f = jnp.sqrt(jnp.maximum(norm_f, 0))
+    norm = jnp.sqrt(jnp.maximum(total(jax.tree.map(jnp.vdot, gradient, direction)), 0))
     is_parallel = norm <= 100 * jnp.finfo(norm.dtype).eps * size_f
-    scale = size_f * jnp.sqrt(jnp.maximum(norm_r, 0))
-    cos = total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(scale > 0, scale, 1)
     direction = jax.tree.map(lambda q: jnp.where(is_parallel, 0, q), direction)
+    change = total(jax.tree.map(jnp.vdot, retain, direction))
+    found = _Scaled(norm, change, n_f, n_r, m_f)
     info = RetainOrthogonalInfo(
-        jnp.clip(cos, -1, 1),
+        cos,
         jnp.where(is_parallel, 0, jnp.minimum(norm / jnp.where(size_f > 0, size_f, 1), 1)),
-        jnp.where(is_parallel, 0, gain),
-        total(jax.tree.map(jnp.vdot, retain, direction)),
+        jnp.where(is_parallel, 0, jnp.ldexp(norm * norm, 2 * n_f + m_f)),
+        jnp.ldexp(change, n_r + found.length),
         is_parallel,
     )
-    return direction, norm, info
+    return direction, found, info
+
+
+def _unit(tree: PyTree) -> tuple[PyTree, Array]:
+    """The tree with entries of about one at most, and the n of the power of two it was over."""
+    by = exponents(tree)
+    return shifted(tree, jax.tree.map(jnp.negative, by)), jax.tree.leaves(by)[0]
+
+
+def _products(x: PyTree, y: PyTree, by_leaf: bool) -> PyTree:
+    products = jax.tree.map(jnp.vdot, x, y)
+    return products if by_leaf else everywhere(products)
 
 
 def _widened(tree: PyTree) -> PyTree:

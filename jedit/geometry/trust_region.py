@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
+from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
-from jedit.outputs import counted_outputs, wide
+from jedit.outputs import check_contents, counted_outputs, wide
 from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
@@ -69,19 +71,26 @@ def scale_to_kl_budget(
         curvature: gives the first guess; None: the matrix-free Gauss-Newton product does.
 
     Returns:
-        α d in float32 or wider, and what was found; α is at most 1e6, for steps that cost nothing
-        at any length.
+        α d in float32 or wider, and what was found; no entry of α d is above about 1e6, for steps
+        that cost nothing at any length.
 
     Raises:
         ValueError: a budget that is not positive, retain batches that count no output, or a step
             that is not shaped like params.
     """
-    if budget <= 0:
-        raise ValueError(f"budget must be positive, got {budget}")
+    check_numbers(POSITIVE, budget=budget)
     price = RetainKl(apply, likelihood, params, retain)
+    for number, batch in enumerate(price.batches):
+        check_contents(batch, f"batch {number} of retain", must_count=False)
+    check_finite("the step", step)
     nonzero = _is_nonzero(step)
     move = {path: d for path, d in leaves_by_path(step).items() if nonzero[path]}
     with_part(params, move)  # refuses another shape
+    # Of entries of about one: squares of a short step, or of a long one, leave the dtype.
+    shift = exponents(move) if move else {}
+    move = shifted(move, jax.tree.map(jnp.negative, shift))
+    exponent = int(next(iter(shift.values()), 0))
+    step = with_part(step, move)
     if curvature is None:
         quadratic = price.predicted(move)
     else:
@@ -91,7 +100,8 @@ def scale_to_kl_budget(
     scale = largest_step_within(functools.partial(price, move), start, budget, limit=MAX_SCALE)
     move = ahead({}, move, scale)
     scaled = with_part(jax.tree.map(wide, step), move)
-    return scaled, TrustRegionInfo(scale, price.predicted(move), price(move))
+    alpha = math.ldexp(scale, -exponent)
+    return scaled, TrustRegionInfo(alpha, price.predicted(move), price(move))
 
 
 class RetainKl:
@@ -127,6 +137,7 @@ class RetainKl:
         Raises:
             ValueError: they count no output.
         """
+        check_numbers(COUNT_OR_ZERO, kept_bytes=kept_bytes)
         self.batches = [retain] if isinstance(retain, Batch) else list(retain)
         self._apply, self._likelihood, self._params = apply, likelihood, params
         self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jedit.capture import Site, Weight, intervene
 from jedit.capture.capture import parameter_leaves
 from jedit.capture.discover import trace
+from jedit.checks import check_finite, culprit
 from jedit.curvature.alignment import align
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker
 from jedit.edits import Edit, apply_edit
@@ -116,14 +117,18 @@ def write(
         The edit, in float32 or wider, and what was found.
 
     Raises:
-        ValueError: several layers and no `hidden`, targets not of the values' shape, or a state of
-            other layers.
+        ValueError: several layers and no `hidden`, no rows, targets not of the values' shape, or a
+            state of other layers.
+        FloatingPointError: an edit is not finite: its Cholesky factor is none, or what went in is.
     """
     if len(weights) > 1 and hidden is None and targets is not None:
         raise ValueError(
             f"{len(weights)} layers share one target, so `hidden` is needed: "
             "hidden(params, inputs) -> (n, seq, d), the residual stream behind the last of them"
         )
+    if not len(jax.tree.leaves(associations.batch.inputs)[0]):
+        raise ValueError("there are no associations to write: the batch has no rows")
+    sets = {"the associations": associations.batch.inputs, "the targets": targets}
     check_subject(apply, params, associations)
     hidden = hidden if targets is not None else None
     edit, keys, residuals = Edit({}), {}, []
@@ -136,6 +141,7 @@ def write(
         share = 1 if targets is None else len(weights) - i
         moment = None if state is None else _moment(state, path, weight.rows)
         delta = solve(path, K, moment, missing / share)
+        check_finite(f"the edit of {path!r}", delta, lambda: culprit(params, sets))
         edit = edit + Edit(weight.scatter(delta[None]))
         keys[path] = K
         residuals.append(missing)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature
-from jedit.curvature.structure import Kronecker
+from jedit.curvature.structure import Kronecker, check_counted
 from jedit.edits import Edit
 from jedit.paths import parameter_paths
 
@@ -46,11 +47,13 @@ def take_out(
         The edit, and norms.
 
     Raises:
-        ValueError: an unknown strength, nothing in a group, curvatures of different sites, no
-            Kronecker block, or a parameter that is used at several sites.
+        ValueError: an unknown strength, nothing in a group, curvatures of different sites or of no
+            outputs, no Kronecker block, or a parameter that is used at several sites.
+        FloatingPointError: parameters, or the edit, are not finite.
     """
     if strength not in STRENGTHS:
         raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
+    check_numbers(POSITIVE, scale=scale)
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
     if not targets or not rests:
         raise ValueError("target and rest must hold a curvature each, or several; one is empty")
@@ -64,6 +67,9 @@ def take_out(
         raise ValueError(
             "target and rest must be curvatures of the same sites, with a Kronecker block at least"
         )
+    for name, group in (("target", targets), ("rest", rests)):
+        for curvature in group:
+            check_counted(curvature.num_outputs, f"a curvature of {name}")
     leaves = dict(parameter_paths(params))
     found, relative = {}, {}
     for name, block in blocks.items():
@@ -79,6 +85,7 @@ def take_out(
         taken = -scale * strengths[name][:, None, None] * found[name]
         for path, part in block.weight.scatter(taken).items():
             changes[path] = changes[path] + part if path in changes else part
+    check_finite("the engram", changes, lambda: culprit(params, {}))
     return Edit(changes), EngramInfo(relative, strengths)
 
 

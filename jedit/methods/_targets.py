@@ -17,6 +17,7 @@ prefixes; here a fact is one row. Rows do not see one another: one program searc
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,9 +27,18 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jedit.capture import Site, intervene
+from jedit.checks import (
+    COUNT_OR_ZERO,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_numbers,
+    culprit,
+    rows_not_finite,
+)
 from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
-from jedit.outputs import counted_outputs
+from jedit.outputs import check_contents, counted_outputs
 from jedit.typing import Batch
 
 
@@ -85,8 +95,14 @@ def target_values(
         v* in float32 or wider, and what was found. A step costs one forward and one backward pass.
 
     Raises:
-        ValueError: no targets, no dense site of the layer, or another number of essence rows.
+        ValueError: no targets, no dense site of the layer, another number of essence rows, or
+            numbers out of their range.
+        FloatingPointError: values are not finite; their facts are named.
     """
+    check_numbers(COUNT_OR_ZERO, steps=steps)
+    check_numbers(POSITIVE, learning_rate=learning_rate, max_norm=max_norm)
+    check_numbers(NOT_NEGATIVE, weight_decay=weight_decay, kl_weight=kl_weight)
+    check_numbers(FINITE, stop=stop)
     if associations.batch.targets is None:
         raise ValueError("associations.batch.targets are the new answers; got None")
     rows = [
@@ -95,7 +111,8 @@ def target_values(
     if len(set(rows)) > 1:
         raise ValueError(f"essence has {rows[1]} rows, expected one a fact, {rows[0]}")
     check_subject(apply, params, associations)
-    return _search(
+    check_contents(associations.batch, "associations.batch", limits=(0, math.inf))
+    values, info = _search(
         (apply, layer, hidden, steps),
         params,
         associations,
@@ -106,6 +123,10 @@ def target_values(
         max_norm,
         stop,
     )
+    if numbers := rows_not_finite(values):
+        why = culprit(params, {"the associations": associations.batch.inputs})
+        raise FloatingPointError(f"the values of facts {numbers[:8]} are not finite: {why}")
+    return values, info
 
 
 @functools.partial(jax.jit, static_argnums=0)

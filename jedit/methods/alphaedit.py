@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import POSITIVE, check_numbers
 from jedit.edits import Edit
 from jedit.geometry import Projector
 from jedit.methods._associations import (
@@ -83,8 +84,7 @@ def alphaedit(
     Raises:
         ValueError: ℓ not positive, or layers, targets or state that do not fit.
     """
-    if ridge <= 0:
-        raise ValueError(f"ridge must be positive, got {ridge}")
+    check_numbers(POSITIVE, ridge=ridge)
     factors = {name: factor for name, _, factor in projector.blocks}
 
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:

@@ -27,15 +27,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_numbers,
+    culprit,
+    rows_not_finite,
+)
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.groups import exactly
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
-from jedit.curvature.structure import off_axes
+from jedit.curvature.structure import check_counted, off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
+from jedit.geometry._trees import exponents, shifted
+from jedit.methods._entrance import check_requests
 from jedit.outputs import wide
 from jedit.sharding import refuse_explicit, row_sharding
 from jedit.typing import Batch
@@ -105,21 +115,26 @@ def batch_unlearn(
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, a rank below one, requests without
-            targets, or a mesh with explicit axes.
+        ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
+            without targets or that count no output, masks or labels that are none, a curvature of
+            no outputs, or a mesh with explicit axes.
+        FloatingPointError: an edit is not finite; its request is named.
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, rank=rank, chunk=chunk)
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
+    check_requests(apply, likelihood, params, requests)
+    check_counted(curvature.num_outputs)
     size = budget if step is None else step
     refuse_explicit((params, requests))
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
-    return _batch_unlearn(
+    edits, info = _batch_unlearn(
         apply,
         params,
         requests,
@@ -133,6 +148,13 @@ def batch_unlearn(
         chunk=chunk,
         over=over,
     )
+    # What is not finite in an edit is not finite in its sums either.
+    if numbers := rows_not_finite(info):
+        raise FloatingPointError(
+            f"the edits of requests {numbers[:8]} are not finite: "
+            + culprit(params, {"requests": requests})
+        )
+    return edits, info
 
 
 def interactions(
@@ -149,6 +171,7 @@ def interactions(
         damping: λ over each block's mean eigenvalue; 0.0, none.
         exact: as for `batch_unlearn`; False there too.
     """
+    check_numbers(NOT_NEGATIVE, damping=damping)
     return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
 
 
@@ -163,6 +186,7 @@ def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) ->
     Returns:
         c, (R,); 1 for a request that overlaps with no other.
     """
+    check_numbers(NOT_NEGATIVE, ridge=ridge)
     scale = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(scale > 0, scale, 1)
     unit = gram / scale[:, None] / scale[None]
@@ -219,17 +243,22 @@ def _batch_unlearn(
             found = jax.tree.map(wide, done.captured.pullback(done.cotangent(k)))
             pulled = {n: pulled[n] + g if n in pulled else g for n, g in found.items()}
         pulled = {name: g / number.astype(g.dtype) for name, g in pulled.items()}
+        # By a power of two to entries of about one: a request that is known well has small ones,
+        # and their squares would be zero.
+        n = exponents(pulled)
+        pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
+        n = next(iter(n.values()))
         blocks = _all_blocks(done, pulled, curvature, inverses, damping, exact, rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
-        alpha = jnp.sqrt(2 * size / quadratic) if is_budget else size
+        alpha = jnp.sqrt(2 * size / quadratic) if is_budget else jnp.ldexp(size, n)
         alpha = jnp.where(blocks.quadratic > 0, alpha, 0).astype(done.dtype)
         edit = Edit(blocks.edit) * alpha
         whole = jnp.where(blocks.norm2 > 0, blocks.norm2, 1)
         info = BatchInfo(
             loss,
-            jnp.sqrt(blocks.gradient_norm2),
-            alpha,
-            alpha * blocks.gain,
+            jnp.ldexp(jnp.sqrt(blocks.gradient_norm2), n),
+            jnp.ldexp(alpha, -n),
+            jnp.ldexp(alpha * blocks.gain, n),
             0.5 * alpha**2 * blocks.quadratic,
             jnp.sqrt(blocks.cut2 / whole),
         )

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jedit.capture import intervene
 from jedit.capture.discover import trace
+from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature.alignment import align
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
@@ -94,12 +95,11 @@ def causal_trace(
         ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
             no site, or one whose output does not lead with (batch, seq).
     """
+    check_numbers(COUNT, window=window, samples=samples, chunk=chunk)
+    check_numbers(NOT_NEGATIVE, noise=noise)
     names = (layers,) if isinstance(layers, str) else tuple(layers)
-    if not names or min(window, samples, chunk) < 1:
-        raise ValueError(
-            "causal_trace needs a layer, and window, samples and chunk of at least 1; got "
-            f"{layers=}, {window=}, {samples=}, {chunk=}"
-        )
+    if not names:
+        raise ValueError(f"causal_trace needs a layer at least, got {layers=}")
     return _trace(
         apply,
         embedding,

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._engrams import EngramInfo, Parts, input_sums, is_kept, take_out
@@ -118,8 +119,7 @@ def curvature_engram(
         ValueError: negative damping, an unknown strength, curvatures of different sites, no
             Kronecker block, or a parameter used at several sites.
     """
-    if damping < 0:
-        raise ValueError(f"damping must not be negative, got {damping}")
+    check_numbers(NOT_NEGATIVE, damping=damping)
 
     def piece(targets, rests, name, weight):
         (s, g), (s_rest, g_rest) = (_merged(group, name) for group in (targets, rests))

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import optax
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import retain_nll
 from jedit.transforms import orthogonalize_to_retain
@@ -54,6 +55,8 @@ def gu(
     Raises:
         ValueError: an unknown scope, or a rank or refresh below one.
     """
+    if not callable(learning_rate):  # a schedule is
+        check_numbers(NOT_NEGATIVE, learning_rate=learning_rate)
     held = functools.partial(retain_objective, apply=apply)
 
     def update_args(params, forget, retain):

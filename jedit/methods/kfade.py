@@ -39,13 +39,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
 from jedit.curvature.groups import Need, group_paths
 from jedit.curvature.likelihoods import Categorical, Likelihood
+from jedit.curvature.structure import check_counted
 from jedit.edits import Edit
 from jedit.geometry import RetainKl, largest_step_within
+from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
+from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs, wide
 from jedit.sharding import kept, places_of
@@ -120,42 +124,51 @@ def kfade(
         it a narrower parameter takes. And what each step predicted and did.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, or one that is not positive.
+        ValueError: not exactly one of `budget` and `step`, or a number out of its range; rows or a
+            curvature that count no output; masks or labels that are none.
+        FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    if not all(value > 0 for value in (budget, step) if value is not None):
-        raise ValueError(f"budget and step must be positive, got {budget=}, {step=}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(COUNT, steps=steps)
+    check_numbers(NOT_NEGATIVE, damping=damping)
     if objective is None:
         objective = _gradient_ascent(apply)
     forget = [forget] if isinstance(forget, Batch) else list(forget)
     price = RetainKl(apply, likelihood, params, retain)
+    check_rows(apply, likelihood, params, forget=forget, retain=price.batches)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
+    sets = {"forget": forget, "retain": price.batches}
+    why = functools.partial(culprit, params, sets)
     rows = []
     change: dict[str, Array] = {}
     alpha = step
     for k in range(steps):
         metric = curvature(moved(params, change)) if callable(curvature) else curvature
+        check_counted(metric.num_outputs)
         covered = part_of(params, metric.covered)
         jax.eval_shape(quadratic_form, metric, covered)  # refuses another model's curvature
         change = {path: _wide_zeros(x) for path, x in covered.items()} | change
         where = (tuple(covered), params, change)
         value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)
+        stop_if_not_finite(f"step {k}", value, gradient, params, sets)
         norm = float(_norm(gradient))
         cosine = _retain_cosine(apply, likelihood, where, gradient, price.batches)
-        move = _block_by_block(metric, gradient, damping)
+        move, n = _at_unit(_block_by_block(metric, gradient, damping))
+        unit = 2.0 ** -int(n)
         allowed = math.inf
         if budget is not None:
             allowed = budget * ((k + 1) / steps) ** 2
-            start = alpha or math.sqrt(2 * allowed / max(float(_quadratic(metric, move)), 1e-30))
+            start = alpha / unit if alpha else _first_guess(allowed, _quadratic(metric, move))
             along = functools.partial(price, move, start=change)
-            alpha = largest_step_within(along, start, allowed)
+            alpha = unit * largest_step_within(along, start, allowed)
             del along
-        change = _ahead(change, move, alpha, places_of(part_of(params, change)))
+        change = _ahead(change, move, alpha / unit, places_of(part_of(params, change)))
         del move
         true_kl = price(change)
+        check_finite(f"step {k}: the retain KL", true_kl, why)
+        check_finite(f"step {k}: the edit", change, why)
         rows.append(
             dict(
                 step_size=alpha,
@@ -206,6 +219,16 @@ def _add_gradient(objective, paths, params, change, forget, retain, share, total
     return one if total is None else jax.tree.map(jnp.add, total, one)
 
 
+def _at_unit(part: dict[str, Array]) -> tuple[dict[str, Array], Array]:
+    """(x / 2ⁿ, n), the entries about one: a well known row's are so small that squares vanish."""
+    shift = exponents(part)
+    return shifted(part, jax.tree.map(jnp.negative, shift)), next(iter(shift.values()))
+
+
+def _first_guess(allowed: float, quadratic: Array) -> float:
+    return math.sqrt(2 * allowed / max(float(quadratic), 1e-30))
+
+
 def _block_by_block(curvature, gradient, damping):
     """The direction, with one block's temporaries at a time; `gradient` is used up.
 
@@ -254,7 +277,9 @@ def _direction(curvature, gradient, damping):
 
 @jax.jit
 def _norm(tree):
-    return jnp.sqrt(_dot(tree, tree))
+    unit, n = _at_unit(tree)
+    root = jnp.sqrt(_dot(unit, unit))
+    return root * jnp.ldexp(jnp.ones((), root.dtype), n)
 
 
 def _dot(x, y):
@@ -280,6 +305,9 @@ def _cosine(apply, likelihood, paths, params, change, gradient, batch):
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 
     other = jax.tree.map(wide, jax.grad(loss)(part_of(current, paths)))
+    gradient, other = (
+        shifted(g, jax.tree.map(jnp.negative, exponents(g))) for g in (gradient, other)
+    )
     norms = jnp.sqrt(_dot(gradient, gradient)) * jnp.sqrt(_dot(other, other))
     return jnp.where(norms > 0, _dot(gradient, other) / jnp.where(norms > 0, norms, 1), 0)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import optax
 
+from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import retain_nll
 from jedit.transforms import add_l1_gradient
@@ -46,10 +47,8 @@ def l1_sparse(
     Raises:
         ValueError: a negative strength, or no steps.
     """
-    if strength < 0 or steps < 1:
-        raise ValueError(
-            f"strength must not be negative and steps at least 1, got {strength=}, {steps=}"
-        )
+    check_numbers(NOT_NEGATIVE, strength=strength)
+    check_numbers(COUNT, steps=steps)
     objective = functools.partial(retain_objective, apply=apply)
     penalty = add_l1_gradient(optax.linear_schedule(strength, 0.0, steps))
     chain = optax.chain(penalty, optimizer)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.methods._associations import (
@@ -84,11 +85,8 @@ def memit(
     Raises:
         ValueError: λ not positive, ε negative, or layers, targets or state that do not fit.
     """
-    if preservation <= 0 or damping < 0:
-        raise ValueError(
-            "preservation must be positive and damping not negative, got "
-            f"{preservation=}, {damping=}"
-        )
+    check_numbers(POSITIVE, preservation=preservation)
+    check_numbers(NOT_NEGATIVE, damping=damping)
     moments = input_moments(curvature)
 
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:

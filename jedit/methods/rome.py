@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
@@ -75,8 +76,7 @@ def rome(
     Raises:
         ValueError: ε negative, or a layer or targets that do not fit.
     """
-    if damping < 0:
-        raise ValueError(f"damping must not be negative, got {damping}")
+    check_numbers(NOT_NEGATIVE, damping=damping)
     moments = input_moments(curvature)
 
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:

@@ -24,6 +24,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jedit.checks import NOT_NEGATIVE, SHARE, check_numbers
+from jedit.curvature.likelihoods import Categorical
+from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import random_label, retain_nll, sequence_nll
 from jedit.transforms import mask_to_salient
@@ -64,12 +67,15 @@ def salun(
     Raises:
         ValueError: a fraction outside 0 to 1, or forget rows without labels.
     """
+    check_numbers(SHARE, fraction=fraction)
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     objective = functools.partial(
         random_label, apply=apply, gamma=gamma, alpha=alpha, retain_objective=retain_objective
     )
-    saliency = _summed_gradient(
-        apply, params, [forget] if isinstance(forget, Batch) else list(forget)
-    )
+    forget = [forget] if isinstance(forget, Batch) else list(forget)
+    check_rows(apply, Categorical(), params, forget=forget)
+    saliency = _summed_gradient(apply, params, forget)
+    stop_if_not_finite("the saliency", 0.0, saliency, params, {"forget": forget})
     chain = optax.chain(optimizer, mask_to_salient(saliency, fraction))
     return TrainingMethod(objective, chain)
 

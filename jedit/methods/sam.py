@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import ga, retain_nll
 from jedit.transforms import retain_neutral_surrogate
@@ -60,6 +61,7 @@ def sam(
     Raises:
         ValueError: a radius that is not positive.
     """
+    check_numbers(NOT_NEGATIVE, alpha=alpha)
     forgotten = functools.partial(forget_objective, apply=apply)
     held = functools.partial(retain_objective, apply=apply)
 

@@ -54,7 +54,10 @@ def gradient_norm_scores(
     if order not in ORDERS:
         raise ValueError(f"order must be 1, 2 or infinity, got {order}")
     norms, _ = rows_of_sums(
-        [RowSums(*_norms(apply, order, by_tensor, params, batch)) for batch in each_batch(batches)]
+        [
+            RowSums(*_norms(apply, order, by_tensor, params, batch))
+            for batch in each_batch(batches, apply, params)
+        ]
     )
     return norms
 
@@ -69,8 +72,13 @@ def _norms(
             return masked_mean(by_example(row, nll), by_example(row, counted)), jnp.sum(counted)
 
         gradient, count = jax.grad(loss, has_aux=True)(params)
-        leaves = [wide(leaf).ravel() for leaf in jax.tree.leaves(gradient)]
-        norms = jnp.stack([jnp.linalg.norm(leaf, ord=order) for leaf in leaves])
-        return (jnp.mean(norms) if by_tensor else jnp.linalg.norm(norms, ord=order)), count
+        sizes = [jnp.abs(wide(leaf)).ravel() for leaf in jax.tree.leaves(gradient)]
+        largest = jnp.max(jnp.stack([jnp.max(size, initial=0) for size in sizes]))
+        # Of what the largest is one: the squares of a well known row's gradient vanish.
+        unit = jnp.where(largest > 0, largest, 1)
+        norms = unit * jnp.stack([jnp.linalg.norm(size / unit, ord=order) for size in sizes])
+        if by_tensor:
+            return jnp.mean(norms), count
+        return unit * jnp.linalg.norm(norms / unit, ord=order), count
 
     return jax.lax.map(norm, batch)

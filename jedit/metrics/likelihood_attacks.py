@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
+from jedit.checks import POSITIVE_SHARE, check_numbers
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.outputs import by_example
@@ -93,8 +94,8 @@ def min_k_scores(
     Raises:
         ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
-    _check_share(share)
-    parts = [_token_log_p(apply, params, batch) for batch in each_batch(batches)]
+    check_numbers(POSITIVE_SHARE, share=share)
+    parts = [_token_log_p(apply, params, batch) for batch in each_batch(batches, apply, params)]
     return _means_of_lowest(parts, share)
 
 
@@ -108,14 +109,9 @@ def min_k_plus_plus_scores(
     Raises:
         ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
-    _check_share(share)
-    parts = [_token_z(apply, params, batch) for batch in each_batch(batches)]
+    check_numbers(POSITIVE_SHARE, share=share)
+    parts = [_token_z(apply, params, batch) for batch in each_batch(batches, apply, params)]
     return _means_of_lowest(parts, share)
-
-
-def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
 
 
 def _means_of_lowest(parts: list[tuple[Array, Array]], share: float) -> Float[np.ndarray, " n"]:

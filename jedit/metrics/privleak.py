@@ -20,6 +20,8 @@ round: their PrivLeak has another sign and another denominator.)
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jedit.checks import SHARE, check_numbers
+
 
 def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
     """Return the area under the attack's ROC curve; the two sets need not be equally large.
@@ -54,9 +56,7 @@ def privleak(auc: float, retrained_auc: float) -> float:
         ValueError: if one is not from 0 to 1, or the retrained model's is 1: against a model to
             which the forget rows still look trained on nothing can be compared.
     """
-    for name, value in (("auc", auc), ("retrained_auc", retrained_auc)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    check_numbers(SHARE, auc=auc, retrained_auc=retrained_auc)
     if retrained_auc == 1:
         raise ValueError("retrained_auc must be below 1: PrivLeak divides by 1 - retrained_auc")
     return float(100 * (retrained_auc - auc) / (1 - retrained_auc))

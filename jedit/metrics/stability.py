@@ -34,6 +34,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jedit.checks import FINITE, Range, check_numbers
+
 
 def minimum_accuracy(scores: ArrayLike) -> float:
     """Return min-ACC.
@@ -57,6 +59,7 @@ def worst_case_accuracy(scores: ArrayLike, newest: float) -> float:
     Raises:
         ValueError: as `minimum_accuracy`.
     """
+    check_numbers(FINITE, newest=newest)
     share = 1 / (_checked(scores).shape[1] + 1)
     return share * newest + (1 - share) * minimum_accuracy(scores)
 
@@ -71,9 +74,8 @@ def windowed_forgetting(scores: ArrayLike, window: int) -> float:
     Raises:
         ValueError: as `minimum_accuracy`, or a window below 2.
     """
+    check_numbers(Range(2, is_whole=True), window=window)
     values = _checked(scores)
-    if window < 2:
-        raise ValueError(f"window must be at least 2, got {window}")
     falls = [
         np.max(values[:-apart] - values[apart:], axis=0)
         for apart in range(1, min(window, len(values)))

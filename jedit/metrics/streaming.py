@@ -1,20 +1,40 @@
 """Sums over batches, as means that weigh every counted output alike and as rows in their order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from jedit.outputs import by_example
+from jedit.objectives.token_nll import Apply
+from jedit.outputs import by_example, check_contents
 from jedit.typing import Batch, PackedTokens
 
 
-def each_batch(batches: Iterable[Batch] | Batch) -> Iterable[Batch]:
-    """Return the batches; one batch by itself is a tuple, and would iterate over its fields."""
-    return [batches] if isinstance(batches, Batch) else batches
+def each_batch(
+    batches: Iterable[Batch] | Batch, apply: Apply | None = None, params: PyTree = None
+) -> Iterator[Batch]:
+    """Yield the batches; one batch by itself is a tuple, and would iterate over its fields.
+
+    Args:
+        batches: the batches, or the one.
+        apply: of which the targets are to be labels; None: they are not looked at.
+        params: for it.
+
+    Yields:
+        Each batch, once it was looked at.
+
+    Raises:
+        ValueError: a mask of anything but 0 and 1, or a label that is no class of the outputs.
+    """
+    for number, batch in enumerate([batches] if isinstance(batches, Batch) else batches):
+        limits = None
+        if apply is not None and batch.targets is not None:
+            limits = (0, jax.eval_shape(apply, params, batch.inputs).shape[-1] - 1)
+        check_contents(batch, f"batch {number}", limits=limits, must_count=False)
+        yield batch
 
 
 def mean_of_sums(sums: list[tuple[Array, Array]]) -> float:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from jedit.checks import COUNT, check_numbers
 from jedit.models.functional import Apply, to_pure
 
 
@@ -83,4 +84,6 @@ def cnn(
             f"image_shape {image_shape} cannot be halved {len(channels)} times, once per stage: "
             f"give a height and width divisible by {shrink}, or fewer channels."
         )
+    check_numbers(COUNT, image_shape=image_shape, num_classes=num_classes, hidden=hidden)
+    check_numbers(COUNT, channels=tuple(channels) or None)
     return to_pure(_Cnn(image_shape, num_classes, channels, hidden, dtype, nnx.Rngs(key)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.models.functional import Apply
 
 
@@ -87,8 +88,7 @@ def cached_decode(
 
 
 def _checked(prompt_tokens: Any, num_steps: int, prompt_lengths: Any) -> tuple[Array, Array]:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    check_numbers(COUNT, num_steps=num_steps)
     prompt_tokens = jnp.asarray(prompt_tokens)
     if prompt_tokens.ndim != 2 or prompt_tokens.shape[1] == 0:
         raise ValueError(f"prompt_tokens must be (batch, seq), got {prompt_tokens.shape}.")

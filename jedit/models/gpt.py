@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jedit.checks import COUNT, check_numbers
 from jedit.models.decoding import Stepper
 from jedit.models.functional import Apply, to_pure, to_pure_method
 from jedit.typing import PackedTokens
@@ -210,6 +211,8 @@ def gpt(
     Raises:
         ValueError: the heads do not divide the width.
     """
+    sizes = {"vocab": vocab, "width": width, "num_heads": num_heads, "max_len": max_len}
+    check_numbers(COUNT, **sizes, num_layers=num_layers)
     if width % num_heads:
         raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}.")
     rngs = nnx.Rngs(key)
@@ -222,6 +225,7 @@ def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
     For `cached_decode`; the parameters are those of `gpt`, and what they do not tell of it are the
     arguments here.
     """
+    check_numbers(COUNT, num_layers=num_layers, num_heads=num_heads)
 
     def init(params: PyTree, batch: int, num_positions: int) -> tuple[Cache, ...]:
         (max_len, width), dtype = params["positions"].shape, params["positions"].dtype

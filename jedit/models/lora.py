@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
+from jedit.checks import COUNT, FINITE, check_numbers
 from jedit.models.functional import Apply
 from jedit.paths import parameter_paths
 from jedit.typing import wide_dtype
@@ -197,8 +198,8 @@ def with_lora(
             stand in products, or that two products read by different axes; two parameters of one
             path, or one whose path goes on where another's ends.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    check_numbers(COUNT, rank=rank)
+    check_numbers(FINITE, scale=scale)
     leaves = dict(parameter_paths(params))
     matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
     names = [path for path in matrices if select is None or re.search(select, path)]

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from jedit.checks import COUNT, check_numbers
 from jedit.models.functional import Apply, to_pure
 
 
@@ -57,4 +58,5 @@ def mlp(
         raise ValueError(
             f"sizes must name at least an input and an output width, got {tuple(sizes)}."
         )
+    check_numbers(COUNT, sizes=tuple(sizes))
     return to_pure(_Mlp(sizes, activation, dtype, nnx.Rngs(key)))

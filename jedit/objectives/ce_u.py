@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
     Apply,
@@ -44,6 +45,7 @@ def ce_u(
     Raises:
         ValueError: the batch has not one target per output.
     """
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     logits, targets, counted = labelled_logits(params, forget, apply=apply)
     is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     fixed = jax.lax.stop_gradient(logits)

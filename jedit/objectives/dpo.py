@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 from jedit.outputs import by_example
@@ -34,6 +35,8 @@ def dpo(
 
     Costs four forward passes for the forget pairs, two of them of the reference.
     """
+    check_numbers(POSITIVE, beta=beta)
+    check_numbers(NOT_NEGATIVE, alpha=alpha)
     growth, is_whole = [], []
     for batch in forget:
         nll, counted = counted_nll(params, batch, apply=apply)

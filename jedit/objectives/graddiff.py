@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.ga import ga
 from jedit.objectives.retain import retain_nll
 from jedit.objectives.token_nll import Apply
@@ -26,6 +27,7 @@ def graddiff(
     reference_params: PyTree | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return -γ NLL_f + α R; `reference_params` is what `retain_kl` compares with."""
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     ascent, forget_aux = ga(params, forget, apply=apply)
     held, retain_aux = retain_objective(
         params, forget, retain, apply=apply, reference_params=reference_params

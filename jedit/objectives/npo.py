@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 from jedit.outputs import by_example
@@ -38,6 +39,8 @@ def npo(
 
     The retain term is there when `retain` is.
     """
+    check_numbers(POSITIVE, beta=beta)
+    check_numbers(NOT_NEGATIVE, alpha=alpha)
     reference_nll = jax.lax.stop_gradient(sequence_nll(reference_params, forget, apply=apply))
     loss, aux = npo_from_nll(params, forget, apply=apply, reference_nll=reference_nll, beta=beta)
     retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
@@ -59,6 +62,8 @@ def npo_from_nll(
     `sequence_nll(reference_params, forget, apply=apply)` computes them.  The retain term is
     `retain_nll`, and is there when `retain` is.
     """
+    check_numbers(POSITIVE, beta=beta)
+    check_numbers(NOT_NEGATIVE, alpha=alpha)
     nll, counted = counted_nll(params, forget, apply=apply)
     summed = jnp.sum(by_example(forget, nll), axis=-1)
     is_example = jnp.any(by_example(forget, counted), axis=-1)

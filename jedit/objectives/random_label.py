@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jedit.checks import NOT_NEGATIVE, Range, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.outputs import check_contents
 from jedit.typing import Batch
 
 
@@ -23,10 +25,10 @@ def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
     Raises:
         ValueError: the batch has no targets, or there is no other class.
     """
-    if batch.targets is None or num_classes < 2:
-        raise ValueError(
-            f"relabel needs targets and at least 2 classes, got {batch.targets=}, {num_classes=}"
-        )
+    check_numbers(Range(2, is_whole=True), num_classes=num_classes)
+    if batch.targets is None:
+        raise ValueError("relabel needs targets, got a batch without")
+    check_contents(batch, "the batch", limits=(0, num_classes - 1), must_count=False)
     shift = jax.random.randint(key, batch.targets.shape, 1, num_classes, jnp.int32)
     old = jnp.maximum(batch.targets.astype(jnp.int32), 0)  # what does not count may hold anything
     new = jnp.mod(old + shift, num_classes)
@@ -45,6 +47,7 @@ def random_label(
     reference_params: PyTree | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the mean NLL of the relabelled forget batch, and the retain term when there is one."""
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     relabelled_nll = masked_mean(*counted_nll(params, forget, apply=apply))
     aux = {"relabelled_nll": relabelled_nll}
     retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, masked_mean
 from jedit.outputs import counted_outputs, wide
@@ -46,6 +47,8 @@ def representation_deviation(
     The retain term is there when `retain` is. `random_direction` draws a direction; τ = 0.1 is
     arbitrary.
     """
+    check_numbers(FINITE, tilt=tilt)
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     reference = wide(jax.lax.stop_gradient(hidden(reference_params, forget.inputs)))
     if direction is not None:
         u = jax.lax.broadcast_in_dim(
@@ -60,7 +63,14 @@ def representation_deviation(
 
 def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Array, "*lead"]:
     """Cosine along the last axis; 0, with no gradient, where either vanishes."""
+    x, y = _about_one(x), _about_one(y)
     squares = jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1)
     is_there = squares > 0
     norms = jnp.sqrt(jnp.where(is_there, squares, 1))
     return jnp.where(is_there, jnp.sum(x * y, axis=-1) / norms, 0)
+
+
+def _about_one(x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+    """The rows with entries of one at most, which no cosine sees: squares of small ones vanish."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return x / jnp.where(largest > 0, largest, 1)

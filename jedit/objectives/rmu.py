@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jedit.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
 from jedit.objectives.token_nll import masked_mean
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch, wide_dtype
@@ -27,6 +28,7 @@ from jedit.typing import Batch, wide_dtype
 
 def random_direction(width: int, *, key: Key[Array, ""]) -> Float[Array, " width"]:
     """Return u: uniform in [0, 1) in every coordinate, then of norm one, as in RMU's code."""
+    check_numbers(COUNT, width=width)
     u = jax.random.uniform(key, (width,))
     return u / jnp.linalg.norm(u)
 
@@ -44,6 +46,8 @@ def rmu(
     alpha: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the RMU loss; `hidden(params, inputs)` is (batch, ..., width)."""
+    check_numbers(FINITE, steering=steering)
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
 
     def distance(batch: Batch, towards: Callable) -> Array:
         states = hidden(params, batch.inputs)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import FINITE, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.outputs import by_example
@@ -33,6 +34,9 @@ def simnpo(
     reference_params: PyTree | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the SimNPO loss; the retain term is there when `retain` is."""
+    check_numbers(POSITIVE, beta=beta)
+    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
+    check_numbers(FINITE, delta=delta)
     nll, counted = counted_nll(params, forget, apply=apply)
     nll, counted = (by_example(forget, x) for x in (nll, counted))
     lengths = jnp.sum(counted, axis=-1)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
     Apply,
@@ -48,6 +49,7 @@ def undial(
     Raises:
         ValueError: the batch has not one target per output.
     """
+    check_numbers(NOT_NEGATIVE, beta=beta, gamma=gamma, alpha=alpha)
     logits, targets, counted = labelled_logits(params, forget, apply=apply)
     teacher = wide(jax.lax.stop_gradient(apply(reference_params, forget.inputs)))
     is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)

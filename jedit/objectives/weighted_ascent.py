@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.typing import Batch
@@ -33,6 +34,7 @@ def wga(
     reference_params: PyTree | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the WGA loss; the retain term is there when `retain` is."""
+    check_numbers(NOT_NEGATIVE, beta=beta, gamma=gamma, alpha=alpha)
     loss, aux = _weighted(params, forget, apply, lambda p: p**beta)
     retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
     return add_retain(gamma * loss, aux, *retain_term)
@@ -52,6 +54,8 @@ def satimp(
     reference_params: PyTree | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the SatImp loss; the retain term is there when `retain` is."""
+    weights = {"beta_saturation": beta_saturation, "beta_importance": beta_importance}
+    check_numbers(NOT_NEGATIVE, **weights, gamma=gamma, alpha=alpha)
 
     def weight(p):
         return p**beta_saturation * (1 - p) ** beta_importance

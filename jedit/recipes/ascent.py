@@ -60,11 +60,20 @@ def ascend(
             update_args=method.update_args,
             objective_args={"reference_params": params},
         )
-        if i == 0:  # once for nothing: the clock must not see the compiler
-            jax.block_until_ready(run(steps=every))
         looked = _Looks(looks)
-        run(steps=looks[-1], every=every, callback=looked)
+        try:
+            if i == 0:  # once for nothing: the clock must not see the compiler
+                jax.block_until_ready(run(steps=every))
+                looked = _Looks(looks)
+            run(steps=looks[-1], every=every, callback=looked)
+        except FloatingPointError:  # the rate was too large
+            looked.fill(destroyed(params))
         yield looked.found
+
+
+def destroyed(params: PyTree) -> PyTree:
+    """What stands in a comparison for a model that a loop has driven beyond the finite numbers."""
+    return jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
 
 
 class _Looks:
@@ -81,3 +90,8 @@ class _Looks:
             params = jax.tree.map(jnp.copy, state.params)
             self.found.append((state.step, self._seconds, params))
         self._start = time.perf_counter()
+
+    def fill(self, params: PyTree) -> None:
+        """Take the same params at all looks that are still to come."""
+        seen = {step for step, *_ in self.found}
+        self.found += [(step, self._seconds, params) for step in self.looks if step not in seen]

@@ -24,6 +24,7 @@ from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods import TrainingMethod
 from jedit.objectives import ga, random_label, relabel, retain_nll
+from jedit.recipes.ascent import destroyed
 from jedit.recipes.vision import Method, Protocol, Setting, Task
 from jedit.typing import Batch
 from jedit.unlearn import LoopState, unlearn
@@ -66,8 +67,11 @@ def _trained(
         update_args=method.update_args,
         every=STRIDE,
     )
-    jax.block_until_ready(run(steps=STRIDE))  # compiles
-    (params, _), seconds = _timed(lambda: run(steps=_num_steps(task, protocol)))
+    try:
+        jax.block_until_ready(run(steps=STRIDE))  # compiles
+        (params, _), seconds = _timed(lambda: run(steps=_num_steps(task, protocol)))
+    except FloatingPointError:  # the rate was too large
+        return destroyed(task.params), math.nan
     return params, seconds
 
 

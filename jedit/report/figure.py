@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jedit.checks import COUNT, check_numbers
 from jedit.report.results import Comparison, Curve, Point
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def caption(comparison: Comparison) -> str:
 
 def save_png(figure: "Figure", target: Path | io.BytesIO, *, dpi: int = 130) -> None:
     """Write a figure as PNG, without a date in it."""
+    check_numbers(COUNT, dpi=dpi)
     figure.savefig(target, format="png", dpi=dpi, metadata={"Software": None})
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from jedit.checks import FINITE, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.report.evaluation_log import Evaluation
 
 SCHEMA = "jedit.results/1"
@@ -209,6 +210,7 @@ def best_quality(
     curves: Iterable[Curve], method: str, share: float, original: Point
 ) -> tuple[Curve, Point] | None:
     """A method's best point by `QUALITY_RULE`, with its curve; None if all are left out."""
+    check_numbers(SHARE, share=share)
     least = share * (original.model_utility or 0)
     pairs = [
         (curve, point)
@@ -236,6 +238,8 @@ def best_point(
     With a `forget_nll` it is the best by `OTHER_RULE`. The retrained model is looked at to choose,
     for every method alike; whoever has none has to choose otherwise.
     """
+    check_numbers(NOT_NEGATIVE, kl_budget=kl_budget)
+    check_numbers(FINITE, forget_nll=forget_nll)
 
     def distance(pair: tuple[Curve, Point]) -> float:
         point = pair[1]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
+
 
 class AddL1GradientState(NamedTuple):
     """Updates made, int32: t."""
@@ -30,8 +32,10 @@ def add_l1_gradient(
         The transform; `update` needs params.
 
     Raises:
-        ValueError: at `update`, params are missing.
+        ValueError: a strength that is negative or not finite; at `update`, params are missing.
     """
+    if not callable(strength):
+        check_numbers(NOT_NEGATIVE, strength=strength)
     schedule = strength if callable(strength) else optax.constant_schedule(strength)
 
     def init(params) -> Any:

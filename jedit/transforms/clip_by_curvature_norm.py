@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, quadratic_form
+from jedit.geometry._trees import exponents, shifted
 
 
 class ClipByCurvatureNormState(NamedTuple):
@@ -42,8 +44,10 @@ def clip_by_curvature_norm(
         The transform; a call of `update` costs one `quadratic_form`.
 
     Raises:
-        ValueError: at `update`, the updates are not shaped like the curvature's parameters.
+        ValueError: a `max_kl` that is negative or not finite; at `update`, the updates are not
+            shaped like the curvature's parameters.
     """
+    check_numbers(NOT_NEGATIVE, max_kl=max_kl)
 
     def predicted(curvature, updates):
         return 0.5 * quadratic_form(curvature, updates)
@@ -54,9 +58,13 @@ def clip_by_curvature_norm(
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args
-        kl = predicted(state.curvature, updates)
+        # Squares of updates leave the dtype long before updates do.
+        n = jax.tree.leaves(exponents(updates))[0]
+        unit = predicted(state.curvature, shifted(updates, jax.tree.map(lambda _: -n, updates)))
+        kl = jnp.ldexp(unit, 2 * n)
         is_over = kl > max_kl
-        factor = jnp.where(is_over, jnp.sqrt(max_kl / jnp.where(is_over, kl, 1)), 1)
+        factor = jnp.sqrt(max_kl / jnp.where(is_over, unit, 1))
+        factor = jnp.where(is_over, jnp.ldexp(factor, -n), 1)
         updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return updates, ClipByCurvatureNormState(state.curvature, kl)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.checks import SHARE, check_numbers
 from jedit.geometry.surrogate import SCOPES
 
 
@@ -33,10 +34,9 @@ def ignore_top_fraction(
     Raises:
         ValueError: a fraction outside 0 to 1, or an unknown scope.
     """
-    if not 0 <= fraction <= 1 or scope not in SCOPES:
-        raise ValueError(
-            f"fraction must lie in 0 to 1 and scope be one of {SCOPES}; got {fraction=}, {scope=}"
-        )
+    check_numbers(SHARE, fraction=fraction)
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
 
     def bound(magnitudes):
         size = magnitudes.shape[0]

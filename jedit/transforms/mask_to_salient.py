@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jedit.checks import SHARE, check_numbers
+
 
 class MaskToSalientState(NamedTuple):
     """Which entries may change: in the state, so that it is an argument of the jitted step."""
@@ -39,8 +41,7 @@ def mask_to_salient(
     Raises:
         ValueError: a fraction outside 0 to 1; at `init`, params of another structure or shape.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must lie in 0 to 1, got {fraction}")
+    check_numbers(SHARE, fraction=fraction)
 
     def init(params) -> Any:
         def magnitude(p, g):

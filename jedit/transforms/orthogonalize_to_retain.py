@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jedit.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature import Curvature
 from jedit.geometry import (
     EUCLIDEAN,
@@ -91,11 +92,11 @@ def orthogonalize_to_retain(
     Raises:
         ValueError: unknown options; at `update`, no retain gradient, or no params for its function.
     """
-    if refresh < 1 or (isinstance(metric, str) and metric not in METRICS):
-        raise ValueError(
-            f"refresh must be at least 1 and metric a curvature or one of {METRICS}; got "
-            f"{refresh=}, {metric=}"
-        )
+    check_numbers(COUNT, rank=rank, refresh=refresh)
+    check_numbers(SHARE, decay=decay)
+    check_numbers(NOT_NEGATIVE, eps=eps, damping=damping)
+    if isinstance(metric, str) and metric not in METRICS:
+        raise ValueError(f"metric must be a curvature or one of {METRICS}, got {metric!r}")
     subspace = retain_subspace(rank, scope=scope, sketch=sketch)
 
     def init(params) -> Any:

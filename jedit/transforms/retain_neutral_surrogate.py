@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.geometry import (
     RetainOrthogonalInfo,
     retain_neutral_perturbation,
     retain_orthogonal,
 )
+from jedit.geometry._trees import exponents, shifted
 from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
@@ -61,10 +63,10 @@ def retain_neutral_surrogate(
         ValueError: an unknown `outer`, or a radius that is not positive; at `update`, no params or
             an extra argument missing.
     """
-    if outer not in OUTERS or radius <= 0:
-        raise ValueError(
-            f"outer must be one of {', '.join(OUTERS)} and radius positive; got {outer=}, {radius=}"
-        )
+    check_numbers(POSITIVE, radius=radius)
+    check_numbers(NOT_NEGATIVE, strength=strength)
+    if outer not in OUTERS:
+        raise ValueError(f"outer must be one of {', '.join(OUTERS)}, got {outer!r}")
 
     def init(params) -> Any:
         dtypes = [wide_dtype(p.dtype) for p in jax.tree.leaves(params)]
@@ -90,8 +92,10 @@ def retain_neutral_surrogate(
         there = jax.tree.map(lambda p, d: p + d.astype(p.dtype), params, delta)
         gradient = grad_fn(there)
         if outer != "transport":
+            n = exponents(gradient)
+            unit = shifted(gradient, jax.tree.map(jnp.negative, n))
             along = _dot(gradient, delta) / radius
-            size = jnp.sqrt(_dot(gradient, gradient))
+            size = jnp.ldexp(jnp.sqrt(_dot(unit, unit)), jax.tree.leaves(n)[0])
             taken = jnp.maximum(along, 0) if outer == "amplify" else size
             taken = jnp.where(info.is_parallel, 0, strength * taken / radius)
             gradient = jax.tree.map(

@@ -6,6 +6,7 @@ import jax
 import optax
 from jaxtyping import Array
 
+from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, solve
 from jedit.transforms._sharding import sharded_like, without_frozen
 
@@ -43,8 +44,10 @@ def scale_by_curvature(
         no gradient, so that a compiled step does not compute those of frozen parameters.
 
     Raises:
-        ValueError: at `update`, the updates are not shaped like the curvature's parameters.
+        ValueError: a damping that is negative or not finite; at `update`, the updates are not
+            shaped like the curvature's parameters.
     """
+    check_numbers(NOT_NEGATIVE, damping=damping)
 
     def init(params) -> Any:
         del params

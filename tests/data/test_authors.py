@@ -132,7 +132,7 @@ def test_articles_and_pronouns_agree(facts):
     [
         ((0, 0, 3), "num_authors must be from 1 to 300, got 0"),
         ((0, 301, 3), "num_authors must be from 1 to 300, got 301"),
-        ((0, 3, 23), "facts_per_author must be from 1 to 22, the number of attributes, got 23"),
+        ((0, 3, 23), "facts_per_author must be from 1 to 22, got 23"),
     ],
 )
 def test_numbers_out_of_range(arguments, message):

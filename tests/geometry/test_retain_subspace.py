@@ -1,5 +1,7 @@
 """The streaming basis against NumPy's QR, and the joint rule against its own formula."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,7 +137,7 @@ def test_adams_metric_whitens_and_comes_back(gradients, tolerance):
 
 @pytest.mark.parametrize("scope", ["global", "leaf"])
 @pytest.mark.parametrize(
-    ("threshold", "ratio", "pull"), [(0.0, 1.0, 0.0), (0.05, 0.2, 0.3), (10.0, 1.0, 0.7)]
+    ("threshold", "ratio", "pull"), [(0.0, 1.0, 0.0), (0.01, 0.2, 0.3), (2.0, 1.0, 0.7)]
 )
 def test_the_joint_rule_is_its_formula(gradients, scope, threshold, ratio, pull, tolerance):
     stream, forget, retain = gradients
@@ -153,13 +155,50 @@ def test_the_joint_rule_is_its_formula(gradients, scope, threshold, ratio, pull,
     for q, z_f, z_r in zip(rows, parts(forget, scope), parts(retain, scope), strict=True):
         a, b = q @ z_f, q @ z_r
         off = z_f - q.T @ a
-        inside = q.T @ np.where(a * b > threshold, a, 0)
+        inside = q.T @ np.where(a * b > threshold * np.linalg.norm(z_f) * np.linalg.norm(z_r), a, 0)
         size = np.linalg.norm(inside)
         scale = min(1, ratio * np.linalg.norm(off) / size) if size else 1
         expected.append(off + scale * inside + pull * q.T @ b)
     np.testing.assert_allclose(
         flat(found), np.concatenate(expected), atol=1e3 * tolerance.contraction
     )
+
+
+def test_rounding_does_not_decide_which_directions_agree(gradients):
+    stream, forget, _ = gradients
+    stream = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in stream[:4]]
+    subspace = retain_subspace(4, scope="global")
+
+    @partial(jax.jit, static_argnames="threshold")
+    def direction(rows, threshold):
+        basis = subspace.value(run(subspace, rows))
+        return joint_direction(basis, forget, rows[0], scope="global", threshold=threshold)
+
+    def answer(scale, threshold=None):
+        rows = [jax.tree.map(lambda x: x * jnp.float32(scale), g) for g in stream]
+        return flat(direction(rows, threshold))
+
+    scales = 1 + 1e-6 * np.arange(1, 9)
+    found = [answer(scale) for scale in scales]
+    np.testing.assert_allclose(found, np.stack([answer(1.0)] * 8), atol=1e-4)
+    decided = [answer(scale, threshold=0.0) for scale in scales]
+    assert np.max(np.abs(decided - decided[0])) > 0.01  # as the docstring says
+    np.testing.assert_allclose(answer(1e-22), answer(1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("sketch", ["fifo", "frequent_directions"])
+@pytest.mark.parametrize("length", [1e-22, 1e22])
+def test_a_basis_does_not_depend_on_the_gradients_length(gradients, scope, sketch, length):
+    stream, forget, _ = gradients
+    narrow = [jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in stream[:3]]
+    subspace = retain_subspace(2, scope=scope, sketch=sketch)
+
+    def left(scale):
+        rows = [jax.tree.map(lambda x: x * jnp.float32(scale), g) for g in narrow]
+        return flat(project_out(subspace.value(run(subspace, rows)), forget, scope=scope))
+
+    np.testing.assert_allclose(left(length), left(1.0), atol=1e-4)
 
 
 def test_it_jits_and_vmaps_and_keeps_dtypes(gradients, tolerance):
@@ -194,5 +233,5 @@ def test_a_curvature_is_a_metric_too(key, tolerance):
 
 def test_mistakes_get_a_sentence():
     for mistake in ({"rank": 0}, {"rank": 2, "scope": "all"}, {"rank": 2, "sketch": "svd"}):
-        with pytest.raises(ValueError, match="rank must be at least 1"):
+        with pytest.raises(ValueError, match="rank must be at least 1|scope must be one of"):
             retain_subspace(**mistake)

@@ -154,3 +154,51 @@ def test_mistakes_get_a_sentence(gradients):
         retain_orthogonal(forget, retain, scope="layer")
     with pytest.raises(ValueError, match="differ in structure"):
         retain_orthogonal(forget, {"a": retain["a"]})
+
+
+def doubled(tree):
+    """An inverse metric that is not the identity."""
+    return {"a": 2 * tree["a"], "b": 1e-3 * tree["b"]}
+
+
+@pytest.mark.parametrize("metric", [None, doubled])
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize(
+    ("forget_length", "retain_length"),
+    [(1e-19, 1e-19), (1e-20, 1e-20), (1e20, 1e20), (1e25, 1e-25)],
+)
+def test_gradients_may_be_of_any_length_in_float32(
+    gradients, scope, metric, forget_length, retain_length
+):
+    lengths = (forget_length, retain_length)
+    whole = [
+        jax.tree.map(lambda x, s=s: np.asarray(x, np.float64) * s, tree)
+        for tree, s in zip(gradients, lengths, strict=True)
+    ]
+    narrow = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in whole]
+    f, r = whole
+    up_f, up_r = (doubled(x) if metric else x for x in whole)
+    expected = {}
+    for name in SHAPES:
+        inside = [name] if scope == "leaf" else SHAPES
+        product, norm = (sum(np.sum(x[n] * up_r[n]) for n in inside) for x in (f, r))
+        expected[name] = up_f[name] - product / norm * up_r[name]
+    q, info = jax.jit(partial(retain_orthogonal, scope=scope, metric=metric))(*narrow)
+    size = np.linalg.norm(flat(expected))
+    assert not info.is_parallel
+    np.testing.assert_allclose(flat(q), flat(expected), atol=1e-5 * size)
+    assert abs(flat(r) @ flat(q)) < 1e-6 * np.linalg.norm(flat(r)) * size
+    delta, info = retain_neutral_perturbation(*narrow, radius=0.5, scope=scope, metric=metric)
+    length = np.sqrt(flat(f) @ flat(expected))
+    np.testing.assert_allclose(flat(delta), 0.5 / length * flat(expected), rtol=0, atol=1e-5)
+    assert float(info.forget_gain) == pytest.approx(0.5 * length, rel=1e-4)
+    cosine = flat(f) @ flat(up_r) / np.sqrt(flat(f) @ flat(up_f)) / np.sqrt(flat(r) @ flat(up_r))
+    assert float(info.cos) == pytest.approx(cosine, abs=1e-5)
+
+
+def test_a_leaf_has_a_constraint_of_its_own_however_small_it_is(gradients):
+    forget, retain = (jax.tree.map(lambda x: x.astype(jnp.float32), g) for g in gradients)
+    short = retain | {"b": retain["b"] * 1e-25}
+    q, _ = retain_orthogonal(forget, retain, scope="leaf")
+    found, _ = retain_orthogonal(forget, short, scope="leaf")
+    np.testing.assert_allclose(flat(found), flat(q), atol=1e-5)

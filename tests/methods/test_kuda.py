@@ -153,5 +153,5 @@ def test_mistakes_get_a_sentence(scene):
     curvature = scene[3]
     with pytest.raises(ValueError, match=r"matches no parameter of the curvature; it covers w, v"):
         kuda(apply, hidden, curvature, optax.sgd(0.1), select="blocks/9")
-    with pytest.raises(ValueError, match="threshold must not be negative"):
+    with pytest.raises(ValueError, match="threshold must be from 0 to 1, got 2"):
         kuda(apply, hidden, curvature, optax.sgd(0.1), select="w", threshold=2.0)

@@ -102,5 +102,5 @@ def test_a_vanishing_forget_gradient_perturbs_nothing(scene, key, tolerance):
 
 
 def test_mistakes_get_a_sentence():
-    with pytest.raises(ValueError, match="radius positive"):
+    with pytest.raises(ValueError, match="radius must be positive"):
         sam(apply, optax.sgd(0.1), radius=0.0)

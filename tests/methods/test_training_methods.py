@@ -126,7 +126,7 @@ def test_mistakes_get_a_sentence(scene):
     del scene
     with pytest.raises(ValueError, match="outer must be one of"):
         rosu(apply, optax.sgd(0.1), radius=0.1, outer="pull")
-    with pytest.raises(ValueError, match="radius positive"):
+    with pytest.raises(ValueError, match="radius must be positive"):
         uam(apply, optax.sgd(0.1), radius=-1.0)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         gu(apply, objectives.ga, learning_rate=0.1, rank=0)

@@ -138,7 +138,7 @@ def test_equal_saliency_is_cut_to_the_number():
 
 def test_mistakes_get_a_sentence(scene):
     params, forget, _ = scene
-    with pytest.raises(ValueError, match="fraction must lie in 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match="fraction must be from 0 to 1, got 1.5"):
         salun(apply, optax.sgd(0.1), params, forget, fraction=1.5)
     with pytest.raises(ValueError, match=r"targets has shape None"):
         salun(apply, optax.sgd(0.1), params, forget._replace(targets=None))

@@ -135,7 +135,7 @@ def test_batches_of_one_shape_are_compiled_once(problem):
     for count, score in enumerate(SCORES, 1):
         for model in (params, params + 1):
             score(counting, model, split(data, 3))
-        assert num_traces == count
+        assert num_traces == 1 + count  # one for the number of classes
 
 
 def test_areas_by_hand():
@@ -169,7 +169,9 @@ def test_bad_input_gets_a_sentence(problem):
     params, data = problem
     for share in (0.0, 1.5, np.nan):
         for score in SCORES[:2]:
-            with pytest.raises(ValueError, match="share must be above 0 and at most 1, got"):
+            with pytest.raises(
+                ValueError, match="share must be (above 0 and at most 1|a finite number), got"
+            ):
                 score(apply, params, data, share=share)
     with pytest.raises(ValueError, match=r"order must be 1, 2 or infinity, got 3\.0"):
         metrics.gradient_norm_scores(apply, params, data, order=3.0)

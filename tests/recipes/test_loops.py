@@ -81,6 +81,14 @@ def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
     assert moved == pytest.approx([2 * rate for rate in rates], rel=1e-4)
 
 
+def test_a_rate_that_destroys_the_model_leaves_no_numbers(start, rows, key):
+    run = functools.partial(ascent.ascend, by_adam(quadratic), start, rows, rows, key=key)
+    good, bad = run(learning_rates=(0.1, np.inf), batch_size=2, looks=(2, 4))
+    assert [steps for steps, *_ in bad] == [2, 4]
+    assert all(np.isnan(leaf).all() for *_, p in bad for leaf in jax.tree.leaves(p))
+    assert all(np.isfinite(leaf).all() for *_, p in good for leaf in jax.tree.leaves(p))
+
+
 def one_hot_classifier(params, inputs):
     return inputs @ params
 

@@ -10,6 +10,7 @@ mean over the seeds: below 1, GU is the better. A run that has not arrived after
 left out.
 """
 
+import contextlib
 import functools
 import itertools
 
@@ -52,20 +53,23 @@ def arrival(found: Scene, made: TrainingMethod, target: float, longest: int, *, 
         forgotten = metrics.nll(found.apply, state.params, found.forget)
         price = metrics.output_kl(found.apply, found.params, state.params, found.heldout)
         path.append((forgotten, price))
-        return forgotten >= target or not np.isfinite(forgotten)
+        return forgotten >= target
 
-    unlearn(
-        made.objective,
-        made.optimizer,
-        found.params,
-        found.forget,
-        found.retain,
-        steps=longest,
-        key=key,
-        every=1,
-        update_args=made.update_args,
-        callback=look,
-    )
+    with contextlib.suppress(FloatingPointError):  # beyond the finite numbers it is not met
+        unlearn(
+            made.objective,
+            made.optimizer,
+            found.params,
+            found.forget,
+            found.retain,
+            steps=longest,
+            key=key,
+            every=1,
+            update_args=made.update_args,
+            callback=look,
+        )
+    if len(path) < 2:
+        return None
     (before, cheap), (after, dear) = path[-2:]
     if not after >= target:
         return None

@@ -1,0 +1,87 @@
+"""What methods refuse before they begin, and what stops them: rows that count nothing, and NaN."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jedit.checks import culprit, is_known, not_finite
+from jedit.curvature.likelihoods import Likelihood
+from jedit.outputs import check_contents
+from jedit.typing import Batch
+
+
+def check_rows(
+    apply: Callable,
+    likelihood: Likelihood,
+    params: PyTree,
+    **sets: Sequence[Batch],
+) -> None:
+    """Refuse sets of rows that count nothing, and masks and labels that are none.
+
+    Args:
+        apply: `apply(params, inputs) -> outputs`.
+        likelihood: says which labels there are.
+        params: of the model.
+        **sets: batches, by the name of the set.
+
+    Raises:
+        ValueError: as `check_contents`; of the batches of a set one may count nothing, but not all.
+    """
+    for name, batches in sets.items():
+        found = []
+        for number, batch in enumerate(batches):
+            limits = None
+            if batch.targets is not None:
+                limits = likelihood.label_limits(jax.eval_shape(apply, params, batch.inputs))
+            which = f"batch {number} of {name}" if len(batches) > 1 else name
+            found.append(check_contents(batch, which, limits=limits, must_count=False))
+        if not any(found):
+            raise ValueError(
+                f"{name} counts no output: it has no rows, or mask and valid leave out all. There "
+                f"is nothing to {name} then"
+            )
+
+
+def check_requests(
+    apply: Callable, likelihood: Likelihood, params: PyTree, requests: Batch
+) -> None:
+    """Refuse stacked requests that count nothing, one by one, and masks and labels that are none.
+
+    Raises:
+        ValueError: as `check_contents`.
+    """
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), requests.inputs)
+    limits = likelihood.label_limits(jax.eval_shape(apply, params, one))
+    check_contents(requests, "the stack of requests", limits=limits)
+    given = [x for x in (requests.mask, requests.valid) if x is not None]
+    if given and all(map(is_known, given)):
+        counted = np.logical_and.reduce([np.asarray(x) != 0 for x in given])
+        is_empty = ~counted.reshape(len(counted), -1).any(axis=1)
+        if is_empty.any():
+            raise ValueError(
+                f"requests {np.flatnonzero(is_empty)[:8].tolist()} count no output, so there is "
+                "nothing to forget: mask and valid leave out all"
+            )
+
+
+def stop_if_not_finite(
+    where: str, value: float, gradient: PyTree, params: PyTree, sets: Mapping[str, PyTree]
+) -> None:
+    """Stop a method whose objective, or its gradient, is not finite, and say why.
+
+    Args:
+        where: the step.
+        value: of the objective.
+        gradient: of it.
+        params: at which it was taken.
+        sets: the rows it was taken over, by name.
+
+    Raises:
+        FloatingPointError: one is not.
+    """
+    paths = not_finite(gradient)
+    if paths or not np.isfinite(value):
+        what = f"the gradient at {paths[:4]}" if np.isfinite(value) else f"the objective, {value},"
+        raise FloatingPointError(f"{where}: {what} is not finite: {culprit(params, sets)}")
