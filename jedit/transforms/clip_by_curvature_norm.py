@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jedit.curvature import Curvature, quadratic_form
+from jedit.curvature import Curvature, quadratic_form, trace
 
 
 class ClipByCurvatureNormState(NamedTuple):
@@ -49,7 +49,8 @@ def clip_by_curvature_norm(
         return 0.5 * quadratic_form(curvature, updates)
 
     def init(params) -> Any:
-        shape = jax.eval_shape(predicted, curvature, params)
+        del params  # Flax's nnx.Optimizer gives variables here, and their arrays at update
+        shape = jax.eval_shape(trace, curvature)  # of the same dtype
         return ClipByCurvatureNormState(curvature, jnp.zeros(shape.shape, shape.dtype))
 
     def update(updates, state, params=None, **extra_args) -> Any:

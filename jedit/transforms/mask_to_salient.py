@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
 class MaskToSalientState(NamedTuple):
@@ -29,7 +29,8 @@ def mask_to_salient(
         optax.chain(optax.adamw(1e-4), mask_to_salient(gradient))
 
     Args:
-        gradient: g, a tree like params; its magnitudes alone are used.
+        gradient: g, a tree like params, with arrays or Flax's variables at its leaves whichever of
+            them the optimizer sees; its magnitudes alone are used.
         fraction: share of all entries together that may change, 0 to 1, rounded to a whole number
             of them (SalUn: 0.5); of equal ones the first.
 
@@ -37,20 +38,23 @@ def mask_to_salient(
         The transform. `init` sorts once; the state costs one byte a parameter.
 
     Raises:
-        ValueError: a fraction outside 0 to 1; at `init`, params of another structure or shape.
+        ValueError: a fraction outside 0 to 1; at `init`, params that it lacks, or of another shape.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in 0 to 1, got {fraction}")
 
     def init(params) -> Any:
-        def magnitude(p, g):
+        known = _by_path(gradient)
+
+        def magnitude(path, p):
             if p is None:  # not trained
                 return None
+            g = _found(known, path)
             if p.shape != g.shape:
                 raise ValueError(f"the gradient has shape {g.shape} for params of {p.shape}")
             return jnp.abs(g).astype(jnp.float32)
 
-        sizes = jax.tree.map(magnitude, params, gradient, is_leaf=lambda p: p is None)
+        sizes = jax.tree_util.tree_map_with_path(magnitude, params, is_leaf=lambda p: p is None)
         return MaskToSalientState(_largest(sizes, fraction))
 
     def update(updates, state, params=None, **extra_args) -> Any:
@@ -58,6 +62,34 @@ def mask_to_salient(
         return jax.tree.map(lambda u, m: jnp.where(m, u, 0), updates, state.mask), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_path(tree: PyTree) -> dict[tuple[str, ...], Array]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {_names(path): leaf for path, leaf in found}
+
+
+def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _found(known: dict[tuple[str, ...], Array], path: jax.tree_util.KeyPath) -> Array:
+    """The leaf of this path; a Flax variable's array has one more key than the bare array.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = _names(path)
+    wrapped = [leaf for other, leaf in known.items() if other[:-1] == names]
+    for other in (names, names[:-1]):
+        if other in known:
+            return known[other]
+    if len(wrapped) == 1:
+        return wrapped[0]
+    raise ValueError(
+        f"the gradient has no leaf {'/'.join(names)!r}, which is trained; its leaves are "
+        f"{', '.join('/'.join(other) for other in list(known)[:6])}"
+    )
 
 
 def _largest(sizes: PyTree, fraction: float) -> PyTree:
