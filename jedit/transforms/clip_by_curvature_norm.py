@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array
 
 from jedit.curvature import Curvature, quadratic_form, trace
+from jedit.transforms._arrays import owned
 
 
 class ClipByCurvatureNormState(NamedTuple):
@@ -39,7 +40,8 @@ def clip_by_curvature_norm(
         max_kl: nats per unmasked output.
 
     Returns:
-        The transform; a call of `update` costs one `quadratic_form`.
+        The transform; its state holds a copy of the curvature, and a call of `update` costs one
+        `quadratic_form`.
 
     Raises:
         ValueError: at `update`, the updates are not shaped like the curvature's parameters.
@@ -51,7 +53,7 @@ def clip_by_curvature_norm(
     def init(params) -> Any:
         del params  # Flax's nnx.Optimizer gives variables here, and their arrays at update
         shape = jax.eval_shape(trace, curvature)  # of the same dtype
-        return ClipByCurvatureNormState(curvature, jnp.zeros(shape.shape, shape.dtype))
+        return ClipByCurvatureNormState(owned(curvature), jnp.zeros(shape.shape, shape.dtype))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args

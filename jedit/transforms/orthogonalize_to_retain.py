@@ -17,6 +17,7 @@ from jedit.geometry import (
     retain_subspace,
 )
 from jedit.geometry.retain_subspace import SubspaceState
+from jedit.transforms._arrays import owned
 from jedit.typing import wide_dtype
 
 METRICS = ("euclidean", "adam")
@@ -78,7 +79,7 @@ def orthogonalize_to_retain(
         scope: "leaf", a subspace for every parameter, or "global".
         metric: "euclidean", "adam" (h from a running mean of squared updates; what comes out is
             z_⊥/√h, a step), or a curvature or `Whitening` (what comes out is W⁻¹z_⊥, a gradient).
-            A curvature stands in the state, where `refresh_curvature` replaces it.
+            A curvature's copy stands in the state, where `refresh_curvature` replaces it.
         sketch: "fifo" or "frequent_directions".
         decay: of the running mean, Adam's b2.
         eps: Adam's.
@@ -106,7 +107,7 @@ def orthogonalize_to_retain(
             subspace.init(params),
             jax.tree.map(zeros, params),
             jnp.zeros((), jnp.int32),
-            metric if isinstance(metric, Curvature) else None,
+            owned(metric) if isinstance(metric, Curvature) else None,
         )
 
     def update(

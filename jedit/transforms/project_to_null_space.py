@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jedit.geometry import Projector, project
-from jedit.transforms._sharding import sharded_like
+from jedit.transforms._arrays import owned, sharded_like
 
 
 class ProjectToNullSpaceState(NamedTuple):
@@ -29,7 +29,8 @@ def project_to_null_space(
             pass as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `project`.
+        The transform; its state holds a copy of the projector, and a call of `update` costs one
+        `project`.
 
     Raises:
         ValueError: at `update`, the updates lack a parameter of the projector.
@@ -37,7 +38,7 @@ def project_to_null_space(
 
     def init(params) -> Any:
         del params
-        return ProjectToNullSpaceState(projector)
+        return ProjectToNullSpaceState(owned(projector))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args

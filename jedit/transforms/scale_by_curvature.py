@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array
 
 from jedit.curvature import Curvature, solve
-from jedit.transforms._sharding import sharded_like
+from jedit.transforms._arrays import owned, sharded_like
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -39,7 +39,8 @@ def scale_by_curvature(
             as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `solve`.
+        The transform; its state holds a copy of the curvature, and a call of `update` costs one
+        `solve`.
 
     Raises:
         ValueError: at `update`, the updates are not shaped like the curvature's parameters.
@@ -47,7 +48,7 @@ def scale_by_curvature(
 
     def init(params) -> Any:
         del params
-        return ScaleByCurvatureState(curvature)
+        return ScaleByCurvatureState(owned(curvature))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -74,5 +75,5 @@ def refresh_curvature(state, curvature: Curvature):
         return isinstance(node, Curvature)
 
     return jax.tree.map(
-        lambda node: curvature if is_curvature(node) else node, state, is_leaf=is_curvature
+        lambda node: owned(curvature) if is_curvature(node) else node, state, is_leaf=is_curvature
     )

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import optax
 from jaxtyping import PyTree
 
+from jedit.transforms._arrays import owned
+
 
 class WithUpdateArgsState(NamedTuple):
     """The inner transform's state, and the data that its arguments are made of.
 
     Attributes:
         inner: of the transform.
-        data: in the state, so that it is an argument of the jitted step and not a constant.
+        data: a copy in the state, so that it is an argument of the jitted step and not a constant.
     """
 
     inner: optax.OptState
@@ -49,7 +51,7 @@ def with_update_args(
     inner = optax.with_extra_args_support(transform)
 
     def init(params) -> Any:
-        return WithUpdateArgsState(inner.init(params), data)
+        return WithUpdateArgsState(inner.init(params), owned(data))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         if params is None:

@@ -1,5 +1,6 @@
 """One small network in four libraries, each with the training loop that its users write."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def _functional(apply, tree, named):
         params, traces, seen = tree(arrays), [], []
         state = transform.init(params)
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=1)  # as large models' loops do
         def step(params, state):
             traces.append(1)
             grads = gradient(apply, params)
@@ -89,31 +90,36 @@ class _Nnx(nnx.Module):
         return self.out(jnp.tanh(self.hidden(x)))
 
 
+def nnx_model(arrays):
+    """The module with these arrays, a tree of `flax_nnx`'s."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
+    leaves = jax.tree.leaves(arrays)
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+
 def flax_nnx() -> Loop:
     """`nnx.Optimizer`: init sees variables, update their arrays."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
 
     def apply(params, x):
         return nnx.merge(graph, params)(x)
 
     def tree(arrays):
         hidden = {"kernel": arrays["w"], "bias": arrays["b"]}
-        made = nnx.State({"hidden": hidden, "out": {"kernel": arrays["v"]}})
-        return nnx.as_pure(made)
+        return nnx.State({"hidden": hidden, "out": {"kernel": arrays["v"]}})
 
     def named(params):
         hidden = params["hidden"]
         return {"w": hidden["kernel"], "b": hidden["bias"], "v": params["out"]["kernel"]}
 
     def run(arrays, transform, extras, gradient, steps):
-        state = jax.tree.map(lambda _, x: x, abstract, _wrapped(abstract, tree(arrays)))
-        model, traces, seen = nnx.merge(graph, state), [], []
+        model, traces, seen = nnx_model(tree(arrays)), [], []
         optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
         @nnx.jit
         def step(model, optimizer):
             traces.append(1)
-            grads = nnx.grad(lambda m: gradient.loss(m))(model)
+            grads = nnx.grad(gradient.loss)(model)
             params = nnx.as_pure(nnx.state(model, nnx.Param))
             optimizer.update(model, grads, **extras(params))
 
@@ -124,12 +130,6 @@ def flax_nnx() -> Loop:
         return seen, len(traces)
 
     return Loop(apply, tree, named, run)
-
-
-def _wrapped(abstract, arrays):
-    """Arrays as the variables of an abstract state."""
-    structure = jax.tree.structure(abstract)
-    return jax.tree.unflatten(structure, jax.tree.leaves(arrays))
 
 
 class _Linen(nn.Module):
