@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 
 class MaskToSalientState(NamedTuple):
@@ -64,7 +64,7 @@ def mask_to_salient(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _by_path(tree: PyTree) -> dict[tuple[str, ...], Array]:
+def _by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
     found = jax.tree_util.tree_leaves_with_path(tree)
     return {_names(path): leaf for path, leaf in found}
 
@@ -73,7 +73,7 @@ def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _found(known: dict[tuple[str, ...], Array], path: jax.tree_util.KeyPath) -> Array:
+def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> Any:
     """The leaf of this path; a Flax variable's array has one more key than the bare array.
 
     Raises:
