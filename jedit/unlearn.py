@@ -27,7 +27,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
-from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
+from jedit.sharding import RowSharding, kept, on_auto_axes, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
 History = dict[str, Array]
@@ -47,6 +47,7 @@ class LoopState(NamedTuple):
     optimizer_state: PyTree
 
 
+@on_auto_axes
 def unlearn(
     objective: Callable,
     optimizer: optax.GradientTransformation,
@@ -128,6 +129,7 @@ def unlearn(
     )
 
 
+@on_auto_axes
 def fit(
     loss: Callable,
     optimizer: optax.GradientTransformation,

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.capture.discover import parameter_paths
 from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
-from jedit.sharding import sharding_of
+from jedit.sharding import on_auto_axes, sharding_of
 
 
 def apply_spectral(
@@ -84,6 +84,7 @@ def _check_tree(curvature: Curvature, leaves: Mapping[str, Array]) -> None:
                 )
 
 
+@on_auto_axes
 def solve(
     curvature: Curvature,
     tree: PyTree,
@@ -118,6 +119,7 @@ def solve(
     )
 
 
+@on_auto_axes
 def matvec(
     curvature: Curvature,
     tree: PyTree,
@@ -132,6 +134,7 @@ def matvec(
     )
 
 
+@on_auto_axes
 def power(
     curvature: Curvature,
     tree: PyTree,
@@ -152,6 +155,7 @@ def power(
     )
 
 
+@on_auto_axes
 def quadratic_form(
     curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
 ) -> Array:
@@ -168,6 +172,7 @@ def quadratic_form(
     return _sum(parts)
 
 
+@on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
     parts = []
@@ -183,6 +188,7 @@ def _sum(parts: list[Array]) -> Array:
     return sum((p.astype(dtype) for p in parts), jnp.zeros((), dtype))
 
 
+@on_auto_axes
 def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
     """(A, G) of a parameter; A's last coordinate is the bias, where the site has one.
 

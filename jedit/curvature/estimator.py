@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
-from jedit.sharding import kept, places_of, refuse_explicit
+from jedit.sharding import kept, on_auto, on_auto_axes, places_of
 from jedit.typing import Batch, Resumable
 
 
@@ -52,6 +52,7 @@ def _add_batch(update, state, params, batch, key, places):
     return kept(update(state, params, batch, key), places)
 
 
+@on_auto_axes
 def estimate(
     estimator: Estimator,
     params: PyTree,
@@ -89,13 +90,11 @@ def estimate(
         The curvature.
 
     Raises:
-        ValueError: no batch, or what the estimator finds wrong with one; parameters on a mesh whose
-            axes are explicit; the checkpoint is of
+        ValueError: no batch, or what the estimator finds wrong with one; the checkpoint is of
             another call; or `group_bytes` with a checkpoint, with batches that come only once, or
             with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
-    refuse_explicit(params)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
         parts = [
@@ -113,6 +112,7 @@ def estimate(
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
         for number, batch in enumerate(batches, 1):
+            batch = on_auto(batch)
             if state is None:
                 state = estimator.init(params, batch)
                 if checkpoint is not None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jedit.curvature.placement import even, whole
 from jedit.curvature.structure import Factor
-from jedit.sharding import axes_of, sharding_of, spec_of
+from jedit.sharding import axes_of, no_mesh, sharding_of, spec_of
 
 
 class Moment(NamedTuple):
@@ -212,4 +212,5 @@ def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):
     """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
-    return jnp.linalg.eigh(matrix.astype(dtype))
+    with no_mesh():  # the matrix is on one device alone
+        return jnp.linalg.eigh(matrix.astype(dtype))

@@ -36,7 +36,7 @@ from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
-from jedit.sharding import refuse_explicit, row_sharding
+from jedit.sharding import on_auto_axes, row_sharding
 from jedit.typing import Batch
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -63,6 +63,7 @@ class BatchInfo(NamedTuple):
     cut_off: Float[Array, " requests"]
 
 
+@on_auto_axes
 def batch_unlearn(
     apply: Callable,
     params: PyTree,
@@ -103,8 +104,8 @@ def batch_unlearn(
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, a rank below one, requests without
-            targets, or a mesh with explicit axes.
+        ValueError: not exactly one of `budget` and `step`, a rank below one, or requests
+            without targets.
     """
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
@@ -113,7 +114,6 @@ def batch_unlearn(
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     size = budget if step is None else step
-    refuse_explicit((params, requests))
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -133,6 +133,7 @@ def batch_unlearn(
     )
 
 
+@on_auto_axes
 def interactions(
     edits: Edit, curvature: Curvature, *, damping: float = 0.0, exact: bool = False
 ) -> Float[Array, "requests requests"]:
@@ -150,6 +151,7 @@ def interactions(
     return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
 
 
+@on_auto_axes
 def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
     """Weights c of `sum_edits` with which no overlap is counted twice.
 
