@@ -51,7 +51,8 @@ def on_auto_axes(function: Function) -> Function:
 
     Its body sees arrays and the context with Auto axes. What it returns lies on the explicit mesh
     again: as it came out, and under a trace as the argument that is shaped like it, or whole. So
-    does what a keyword argument `callback` is given.
+    does what a keyword argument `callback` is given. Where the caller works with Auto axes himself,
+    results stay so.
     """
 
     @functools.wraps(function)
@@ -66,6 +67,8 @@ def on_auto_axes(function: Function) -> Function:
         inside_args, inside_kwargs = on_auto((args, kwargs))
         with _within(_auto(mesh) if is_traced or context.axis_names else None):
             found = function(*inside_args, **inside_kwargs)
+        if _is_inside((args, kwargs), context):
+            return found
         return _on_explicit(found, mesh, [*args, args[:2]])
 
     return run  # type: ignore[return-value]
@@ -158,6 +161,13 @@ def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh |
         if sharding is not None and _is_explicit(sharding.mesh):
             return sharding.mesh
     return context if _is_explicit(context) else None
+
+
+def _is_inside(tree: PyTree, context: AbstractMesh) -> bool:
+    """Whether the caller is itself at work with Auto axes, and what is explicit came with it."""
+    shardings = [_typed_sharding(x) for x in jax.tree.leaves(tree)]
+    meshes = [context, *(s.mesh for s in shardings if s is not None)]
+    return any(mesh.axis_names and not _is_explicit(mesh) for mesh in meshes)
 
 
 def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:

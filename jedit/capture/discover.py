@@ -15,6 +15,7 @@ from jedit.capture.provenance import Provenance
 from jedit.capture.recognize import Scope
 from jedit.capture.sites import Site, Sites
 from jedit.capture.walker import Value, Walker
+from jedit.sharding import on_auto_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ def parameter_paths(params: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves]
 
 
+@on_auto_axes
 def find_sites(
     apply: Callable, params: PyTree, inputs: PyTree, select: str | Sequence[str] | None = None
 ) -> Sites:

@@ -109,7 +109,8 @@ def factorize_all(
         else:
             check_finite(moment.matrix, moment.block, moment.hint)
             spread[name] = (moment.matrix, sharding)
-    factors |= _factorize_spread(spread, dtype)
+    with no_mesh():  # what is on one device cannot be computed with in the context of several
+        factors |= _factorize_spread(spread, dtype)
     return {name: factors[name] for name in moments}
 
 
@@ -212,5 +213,4 @@ def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):
     """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
-    with no_mesh():  # the matrix is on one device alone
-        return jnp.linalg.eigh(matrix.astype(dtype))
+    return jnp.linalg.eigh(matrix.astype(dtype))

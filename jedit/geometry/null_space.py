@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
+from jedit.sharding import on_auto_axes
 
 SELECTIONS = ("energy", "rank", "eigenvalue")
 
@@ -94,6 +95,7 @@ class Projector:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+@on_auto_axes
 def null_space(
     curvature: Curvature, *, threshold: float | int, by: str = "energy", relaxation: float = 0.0
 ) -> Projector:
@@ -154,6 +156,7 @@ def _weights(
     return jnp.take_along_axis(w, jnp.argsort(order, axis=1), axis=1)
 
 
+@on_auto_axes
 def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> PyTree:
     """P T for every matrix of a tree shaped like params, bias included as its last row.
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.geometry._trees import cast_like, everywhere, total
+from jedit.sharding import on_auto_axes
 from jedit.typing import wide_dtype
 
 SCOPES = ("global", "leaf")
@@ -46,6 +47,7 @@ class RetainOrthogonalInfo(NamedTuple):
     is_parallel: Array
 
 
+@on_auto_axes
 def retain_orthogonal(
     forget_grads: PyTree,
     retain_grads: PyTree,
@@ -74,6 +76,7 @@ def retain_orthogonal(
     return cast_like(direction, forget_grads), info
 
 
+@on_auto_axes
 def retain_neutral_perturbation(
     forget_grads: PyTree,
     retain_grads: PyTree,

@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood
 from jedit.outputs import counted_outputs, wide
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
@@ -38,6 +39,7 @@ class TrustRegionInfo(NamedTuple):
     true_kl: float
 
 
+@on_auto_axes
 def scale_to_kl_budget(
     apply: Callable,
     likelihood: Likelihood,

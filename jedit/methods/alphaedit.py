@@ -34,6 +34,7 @@ from jedit.methods._associations import (
     regress,
     write,
 )
+from jedit.sharding import on_auto_axes
 
 
 @jax.jit
@@ -48,6 +49,7 @@ def solve(
     return regress(U0, K, M, R, ridge)
 
 
+@on_auto_axes
 def alphaedit(
     apply: Callable,
     params: PyTree,

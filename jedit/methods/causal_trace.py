@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jedit.capture import intervene
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
@@ -51,6 +52,7 @@ class CausalTrace(NamedTuple):
         return self.restored - self.corrupted[None]
 
 
+@on_auto_axes
 def causal_trace(
     apply: Apply,
     params: PyTree,

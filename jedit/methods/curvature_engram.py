@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._engrams import EngramInfo, Parts, input_sums, take_out
+from jedit.sharding import on_auto_axes
 
 
 class JointBasis(NamedTuple):
@@ -89,6 +90,7 @@ def solve(
     return _product(y.basis, _product(x.basis, kept).T).T
 
 
+@on_auto_axes
 def curvature_engram(
     params: PyTree,
     target: Parts,

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._engrams import EngramInfo, Parts, input_sums, take_out
+from jedit.sharding import on_auto_axes
 
 
 def solve(
@@ -44,6 +45,7 @@ def solve(
     return jnp.matmul(basis, inverse[:, None] * rotated, precision=HIGHEST)
 
 
+@on_auto_axes
 def engram(
     params: PyTree, target: Parts, rest: Parts, *, strength: str = "adaptive", scale: float = 1.0
 ) -> tuple[Edit, EngramInfo]:

@@ -40,6 +40,7 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.trust_region import moved, num_counted
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
@@ -73,6 +74,7 @@ def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) ->
     return jax.tree.map(jnp.negative, step)
 
 
+@on_auto_axes
 def kfade(
     apply: Callable,
     params: PyTree,

@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.outputs import by_example
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 SHARE = 0.4  # MUSE's and open-unlearning's; the two papers try 0.1 to 0.6 and 1
@@ -75,6 +76,7 @@ def reference_scores(loss: ArrayLike, reference_loss: ArrayLike) -> Float[np.nda
     return losses - references
 
 
+@on_auto_axes
 def min_k_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:
@@ -97,6 +99,7 @@ def min_k_scores(
     return _means_of_lowest(parts, share)
 
 
+@on_auto_axes
 def min_k_plus_plus_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:

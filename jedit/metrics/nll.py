@@ -24,14 +24,17 @@ from jedit.metrics.streaming import (
     sums_by_row,
 )
 from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def nll(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
     """Return the mean negative log-likelihood over all outputs that count, in all batches."""
     return mean_of_sums([_sum_and_count(apply, params, batch) for batch in each_batch(batches)])
 
 
+@on_auto_axes
 def answer_nll_per_row(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:
@@ -44,6 +47,7 @@ def answer_nll_per_row(
     return sums / counts
 
 
+@on_auto_axes
 def answer_nll_sum_per_row(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:

@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jedit.sharding import on_auto_axes
+
 
 class MaskToSalientState(NamedTuple):
     """Which entries may change: in the state, so that it is an argument of the jitted step."""
@@ -92,6 +94,7 @@ def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> An
     )
 
 
+@on_auto_axes
 def _largest(sizes: PyTree, fraction: float) -> PyTree:
     """Mark the largest entries of all leaves together."""
     leaves, treedef = jax.tree.flatten(sizes)

@@ -15,6 +15,7 @@ from jedit.geometry import (
     retain_neutral_perturbation,
     retain_orthogonal,
 )
+from jedit.sharding import on_auto_axes
 from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
@@ -103,6 +104,7 @@ def retain_neutral_surrogate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@on_auto_axes
 def _dot(x, y):
     parts = jax.tree.map(
         lambda a, b: jnp.vdot(a.astype(wide_dtype(a.dtype)), b.astype(wide_dtype(a.dtype))), x, y

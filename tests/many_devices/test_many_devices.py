@@ -64,8 +64,20 @@ def on_one(tmp_path_factory):
 @pytest.mark.float64
 @pytest.mark.parametrize(
     ("kind", "devices", "processes"),
-    [("fsdp", 8, 1), ("tensor", 8, 1), ("both", 4, 2), ("stages", 4, 2)],
-    ids=["FSDP", "tensor parallel", "both, two processes", "split layers, two processes"],
+    [
+        ("fsdp", 8, 1),
+        ("tensor", 8, 1),
+        ("both", 4, 2),
+        ("stages", 4, 2),
+        ("fsdp explicit", 8, 1),
+    ],
+    ids=[
+        "FSDP",
+        "tensor parallel",
+        "both, two processes",
+        "split layers, two processes",
+        "FSDP, explicit axes, in the context of their mesh",
+    ],
 )
 def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
     found = numbers(tmp_path, kind, devices, processes)
