@@ -89,6 +89,17 @@ def on_auto(tree: PyTree) -> PyTree:
     return jax.tree.map(moved, tree)
 
 
+def typed_like(x: Any, like: Any) -> Any:
+    """A traced array with the explicit axes of another of its shape; without such, as it is.
+
+    A model inside `jax.sharding.explicit_axes` is a stretch of explicit axes in jedit's programs.
+    """
+    sharding = _typed_sharding(like)
+    if not isinstance(like, Tracer) or sharding is None or not _is_explicit(sharding.mesh):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
 def no_mesh() -> contextlib.AbstractContextManager:
     """A context of no mesh, for what is computed on one of its devices alone."""
     if not jax.sharding.get_abstract_mesh().axis_names:

@@ -13,6 +13,7 @@ from jax.extend import core as jex_core
 
 from jedit.capture import versions
 from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
+from jedit.sharding import on_auto, typed_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +102,16 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
             if tap.kept is not None and tap.kept[0] not in records.known:
-                records.activations.setdefault(tap.kept[0], ins[tap.kept[1]])
+                records.activations.setdefault(tap.kept[0], on_auto(ins[tap.kept[1]]))
             probe = probes[tap.probe]
-            if isinstance(probe, Replacement):
-                outs[0] = jnp.where(probe.mask, probe.value, outs[0])
-            else:
-                outs[0] = outs[0] + probe
+            with eqn.ctx.manager:
+                if isinstance(probe, Replacement):
+                    mask, value = (typed_like(x, outs[0]) for x in probe)
+                    outs[0] = jnp.where(mask, value, outs[0])
+                else:
+                    outs[0] = outs[0] + typed_like(probe, outs[0])
             if records.is_watching:
-                records.outputs[tap.probe] = outs[0]
+                records.outputs[tap.probe] = on_auto(outs[0])
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
