@@ -68,7 +68,9 @@ def estimate(
 
     The loop compiles once for batches of one shape and moves nothing to the host between them.
     Where params lie on a mesh, every sum and factor lies as its parameter does, each device
-    decomposes some of the factors, and batches may be split over it by their rows.
+    decomposes some of the factors, and batches may be split over it by their rows. The mesh's axes
+    may be of either type; a model that itself needs explicit ones, as `out_sharding=` does, is
+    given as `jax.sharding.explicit_axes(apply, in_sharding=...)`, in `jax.set_mesh(mesh)`.
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
