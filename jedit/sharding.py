@@ -13,10 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -63,7 +64,7 @@ def on_auto_axes(function: Function) -> Function:
             return function(*args, **kwargs)
         if kwargs.get("callback") is not None:
             kwargs["callback"] = _called_outside(kwargs["callback"], mesh, context)
-        is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs)))
+        is_traced = any(isinstance(x, Tracer) for x in _leaves((args, kwargs)))
         inside_args, inside_kwargs = on_auto((args, kwargs))
         with _within(_auto(mesh) if is_traced or context.axis_names else None):
             found = function(*inside_args, **inside_kwargs)
@@ -86,7 +87,7 @@ def on_auto(tree: PyTree) -> PyTree:
             return _retyped(x, NamedSharding(auto, PartitionSpec(*(None,) * x.ndim)))
         return _renamed(x, auto)
 
-    return jax.tree.map(moved, tree)
+    return jax.tree.map(moved, tree, is_leaf=_is_iterator)
 
 
 def typed_like(x: Any, like: Any) -> Any:
@@ -121,7 +122,8 @@ def _on_explicit(tree: PyTree, mesh: Any, references: list) -> PyTree:
     """What was computed with Auto axes, on the mesh with explicit axes that it came from."""
 
     def shapes(tree):
-        return jax.tree.structure(tree), [np.shape(x) for x in jax.tree.leaves(tree)]
+        structure = jax.tree.structure(tree, is_leaf=_is_iterator)
+        return structure, [getattr(x, "shape", None) for x in _leaves(tree)]
 
     like = next((other for other in references if shapes(other) == shapes(tree)), tree)
 
@@ -150,7 +152,7 @@ def _renamed(x: Any, mesh: Any) -> Any:
     new = NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=new)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _renamed(jax.random.key_data(x), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     shards = [shard.data for shard in x.addressable_shards]
@@ -167,16 +169,25 @@ def _typed_sharding(x: Any) -> NamedSharding | None:
 
 def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh | None:
     """The first mesh with explicit axes that something lies on, or that of the context."""
-    for x in jax.tree.leaves(tree):
+    for x in _leaves(tree):
         sharding = _typed_sharding(x)
         if sharding is not None and _is_explicit(sharding.mesh):
             return sharding.mesh
     return context if _is_explicit(context) else None
 
 
+def _is_iterator(x: Any) -> bool:
+    """Batches that come one by one, say; JAX is to take them as they are."""
+    return isinstance(x, Iterator)
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_iterator)
+
+
 def _is_inside(tree: PyTree, context: AbstractMesh) -> bool:
     """Whether the caller is itself at work with Auto axes, and what is explicit came with it."""
-    shardings = [_typed_sharding(x) for x in jax.tree.leaves(tree)]
+    shardings = [_typed_sharding(x) for x in _leaves(tree)]
     meshes = [context, *(s.mesh for s in shardings if s is not None)]
     return any(mesh.axis_names and not _is_explicit(mesh) for mesh in meshes)
 
