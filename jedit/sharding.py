@@ -3,17 +3,27 @@
 Everything jedit computes is one program for one device or for a mesh: XLA splits the work after
 the shardings of what it is given. What is read here is handed to jitted functions as static
 arguments, so that what comes out lies as what went in.
+
+Inside jedit a mesh's axes are of the type Auto: XLA places what is in between. Arrays on a mesh
+with explicit axes, whose types say how they lie, come in as the same buffers on the same mesh with
+Auto axes, and what goes out is on theirs again (`on_auto_axes`).
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
+Function = TypeVar("Function", bound=Callable)
 Axes = tuple[str, ...]  # mesh axes that one dimension is split over
 
 
@@ -28,37 +38,172 @@ def spec_of(*split: Axes) -> PartitionSpec:
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """An array's sharding over several devices.
-
-    None when it is traced, or on one device, or on a mesh of explicit axes, where JAX itself says
-    what lies where.
-    """
+    """An array's sharding over several devices; None when it is traced, or on one device."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:
         return None
-    return None if _is_explicit(sharding) else sharding
+    return sharding
 
 
-def refuse_explicit(tree: PyTree) -> None:
-    """Refuse parameters on a mesh whose axes are explicit.
+def on_auto_axes(function: Function) -> Function:
+    """The function, for arguments on a mesh with explicit axes too, or in the context of one.
 
-    Raises:
-        ValueError: they are.
+    Its body sees arrays and the context with Auto axes. What it returns lies on the explicit mesh
+    again: as it came out, and under a trace as the argument that is shaped like it, or whole. So
+    does what a keyword argument `callback` is given. Where the caller works with Auto axes himself,
+    results stay so.
     """
-    for x in jax.tree.leaves(tree):
-        sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and _is_explicit(sharding):
-            raise ValueError(
-                "jedit computes on meshes whose axes are Auto, so that XLA places what is in "
-                f"between; got {sharding.mesh}. Make it by jax.make_mesh(shape, names, "
-                "axis_types=(jax.sharding.AxisType.Auto,) * len(names))"
-            )
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        context = jax.sharding.get_abstract_mesh()
+        mesh = _explicit_mesh((args, kwargs), context)
+        if mesh is None:
+            return function(*args, **kwargs)
+        if kwargs.get("callback") is not None:
+            kwargs["callback"] = _called_outside(kwargs["callback"], mesh, context)
+        is_traced = any(isinstance(x, Tracer) for x in _leaves((args, kwargs)))
+        inside_args, inside_kwargs = on_auto((args, kwargs))
+        with _within(_auto(mesh) if is_traced or context.axis_names else None):
+            found = function(*inside_args, **inside_kwargs)
+        if _is_inside((args, kwargs), context):
+            return found
+        return _on_explicit(found, mesh, [*args, args[:2]])
+
+    return run  # type: ignore[return-value]
 
 
-def _is_explicit(sharding: NamedSharding) -> bool:
-    return any(kind != AxisType.Auto for kind in sharding.mesh.axis_types)
+def on_auto(tree: PyTree) -> PyTree:
+    """A tree whose arrays on meshes with explicit axes lie on the same meshes with Auto axes."""
+
+    def moved(x: Any) -> Any:
+        sharding = _typed_sharding(x)
+        if sharding is None or not _is_explicit(sharding.mesh):
+            return x
+        auto = _auto(sharding.mesh)
+        if isinstance(x, Tracer):
+            return _retyped(x, NamedSharding(auto, PartitionSpec(*(None,) * x.ndim)))
+        return _renamed(x, auto)
+
+    return jax.tree.map(moved, tree, is_leaf=_is_iterator)
+
+
+def typed_like(x: Any, like: Any) -> Any:
+    """A traced array with the explicit axes of another of its shape; without such, as it is.
+
+    A model inside `jax.sharding.explicit_axes` is a stretch of explicit axes in jedit's programs.
+    """
+    sharding = _typed_sharding(like)
+    if not isinstance(like, Tracer) or sharding is None or not _is_explicit(sharding.mesh):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def no_mesh() -> contextlib.AbstractContextManager:
+    """A context of no mesh, for what is computed on one of its devices alone."""
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
+
+
+def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Callable:
+    """The callback, in the caller's context and on its mesh."""
+
+    def called(*given):
+        with _within(context if context.axis_names else None):
+            return callback(*_on_explicit(given, mesh, []))
+
+    return called
+
+
+def _on_explicit(tree: PyTree, mesh: Any, references: list) -> PyTree:
+    """What was computed with Auto axes, on the mesh with explicit axes that it came from."""
+
+    def shapes(tree):
+        structure = jax.tree.structure(tree, is_leaf=_is_iterator)
+        return structure, [getattr(x, "shape", None) for x in _leaves(tree)]
+
+    like = next((other for other in references if shapes(other) == shapes(tree)), tree)
+
+    def moved(x: Any, y: Any) -> Any:
+        if isinstance(x, Tracer):
+            given = _typed_sharding(y)
+            is_known = given is not None and _is_explicit(given.mesh)
+            spec = given.spec if given is not None and is_known else PartitionSpec()
+            return _retyped(x, NamedSharding(mesh.abstract_mesh, spec))
+        sharding = _typed_sharding(x)
+        if sharding is None or sharding.mesh.axis_names != mesh.axis_names:
+            return x
+        return _renamed(x, sharding.mesh.update(axis_types=mesh.axis_types))
+
+    return jax.tree.map(moved, tree, like)
+
+
+def _retyped(x: Tracer, sharding: NamedSharding) -> Any:
+    with _within(sharding.mesh.abstract_mesh):
+        return jax.sharding.reshard(x, sharding)
+
+
+def _renamed(x: Any, mesh: Any) -> Any:
+    """The same buffers on a mesh of the same devices."""
+    old = x.sharding
+    new = NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=new)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _renamed(jax.random.key_data(x), mesh)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, new, shards)
+
+
+def _typed_sharding(x: Any) -> NamedSharding | None:
+    """The sharding of an array, traced or not, or of a shape."""
+    if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return None
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh | None:
+    """The first mesh with explicit axes that something lies on, or that of the context."""
+    for x in _leaves(tree):
+        sharding = _typed_sharding(x)
+        if sharding is not None and _is_explicit(sharding.mesh):
+            return sharding.mesh
+    return context if _is_explicit(context) else None
+
+
+def _is_iterator(x: Any) -> bool:
+    """Batches that come one by one, say; JAX is to take them as they are."""
+    return isinstance(x, Iterator)
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_iterator)
+
+
+def _is_inside(tree: PyTree, context: AbstractMesh) -> bool:
+    """Whether the caller is itself at work with Auto axes, and what is explicit came with it."""
+    shardings = [_typed_sharding(x) for x in _leaves(tree)]
+    meshes = [context, *(s.mesh for s in shardings if s is not None)]
+    return any(mesh.axis_names and not _is_explicit(mesh) for mesh in meshes)
+
+
+def _is_explicit(mesh: Mesh | AbstractMesh) -> bool:
+    return any(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _auto(mesh: Mesh | AbstractMesh) -> Mesh | AbstractMesh:
+    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _within(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManager:
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 @dataclasses.dataclass(frozen=True)

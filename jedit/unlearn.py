@@ -27,16 +27,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
-from jedit.checks import (
-    COUNT,
-    COUNT_OR_ZERO,
-    NOT_NEGATIVE,
-    check_numbers,
-    loop_failure,
-)
+from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers, loop_failure
 from jedit.outputs import check_sets
 from jedit.paths import parameter_paths
-from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
+from jedit.sharding import RowSharding, kept, on_auto_axes, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
 History = dict[str, Array]
@@ -56,6 +50,7 @@ class LoopState(NamedTuple):
     optimizer_state: PyTree
 
 
+@on_auto_axes
 def unlearn(
     objective: Callable,
     optimizer: optax.GradientTransformation,
@@ -141,6 +136,7 @@ def unlearn(
     )
 
 
+@on_auto_axes
 def fit(
     loss: Callable,
     optimizer: optax.GradientTransformation,

@@ -16,6 +16,7 @@ from jedit.capture.provenance import Provenance
 from jedit.capture.sites import Site, Sites
 from jedit.capture.walker import Value, Walker
 from jedit.paths import parameter_paths
+from jedit.sharding import on_auto_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Program:
     num_params: int
 
 
+@on_auto_axes
 def find_sites(
     apply: Callable, params: PyTree, inputs: PyTree, select: str | Sequence[str] | None = None
 ) -> Sites:

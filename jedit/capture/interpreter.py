@@ -13,6 +13,7 @@ from jax.extend import core as jex_core
 
 from jedit.capture import versions
 from jedit.capture.versions import inner_jaxprs, rebind, scan_layout
+from jedit.sharding import on_auto, typed_like
 
 
 class Step(NamedTuple):
@@ -126,16 +127,18 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
         else:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
-            for kept in tap.kept:
-                if kept.record not in {*records.known, *records.activations}:
-                    records.activations[kept.record] = _kept(kept, ins, read)
             probe = probes[tap.probe]
-            if isinstance(probe, Replacement):
-                outs[0] = jnp.where(probe.mask, probe.value, outs[0] + probe.added)
-            else:
-                outs[0] = outs[0] + probe
+            with eqn.ctx.manager:
+                for kept in tap.kept:
+                    if kept.record not in {*records.known, *records.activations}:
+                        records.activations[kept.record] = on_auto(_kept(kept, ins, read))
+                if isinstance(probe, Replacement):
+                    added, mask, value = (typed_like(x, outs[0]) for x in probe)
+                    outs[0] = jnp.where(mask, value, outs[0] + added)
+                else:
+                    outs[0] = outs[0] + typed_like(probe, outs[0])
             if records.is_watching:
-                records.outputs[tap.probe] = outs[0]
+                records.outputs[tap.probe] = on_auto(outs[0])
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

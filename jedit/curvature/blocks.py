@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
 from jedit.paths import parameter_paths
-from jedit.sharding import sharding_of
+from jedit.sharding import on_auto_axes, sharding_of
 
 
 def apply_spectral(
@@ -86,6 +86,7 @@ def _check_tree(curvature: Curvature, leaves: Mapping[str, Array]) -> None:
                 )
 
 
+@on_auto_axes
 def solve(
     curvature: Curvature,
     tree: PyTree,
@@ -121,6 +122,7 @@ def solve(
     )
 
 
+@on_auto_axes
 def matvec(
     curvature: Curvature,
     tree: PyTree,
@@ -135,6 +137,7 @@ def matvec(
     )
 
 
+@on_auto_axes
 def power(
     curvature: Curvature,
     tree: PyTree,
@@ -156,6 +159,7 @@ def power(
     )
 
 
+@on_auto_axes
 def quadratic_form(
     curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
 ) -> Array:
@@ -173,6 +177,7 @@ def quadratic_form(
     return _sum(parts)
 
 
+@on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
     check_numbers(NOT_NEGATIVE, damping=damping)
@@ -189,6 +194,7 @@ def _sum(parts: list[Array]) -> Array:
     return sum((p.astype(dtype) for p in parts), jnp.zeros((), dtype))
 
 
+@on_auto_axes
 def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
     """(A, G) of a parameter; A's last coordinate is the bias, where the site has one.
 

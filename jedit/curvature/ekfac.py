@@ -16,6 +16,7 @@ from jedit.curvature.groups import exactly
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.scores import Labels
 from jedit.curvature.structure import Curvature, Diagonal, Kronecker
+from jedit.sharding import on_auto
 
 
 def ekfac(
@@ -42,6 +43,7 @@ def ekfac(
     Raises:
         ValueError: an unknown `fisher`, or a model without the curvature's parameters.
     """
+    kfac_curvature = on_auto(kfac_curvature)
     factors = kfac_curvature.factors
     bases = {
         name: (factors[block.input].basis, factors[block.output].basis)

@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 from jedit.checks import COUNT, check_numbers
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
-from jedit.sharding import kept, places_of, refuse_explicit
+from jedit.sharding import kept, on_auto, on_auto_axes, places_of
 from jedit.typing import Batch, Resumable
 
 
@@ -56,6 +56,7 @@ def _add_batch(update, state, params, batch, key, places):
     return kept(update(state, params, batch, key), places)
 
 
+@on_auto_axes
 def estimate(
     estimator: Estimator,
     params: PyTree,
@@ -71,7 +72,9 @@ def estimate(
 
     The loop compiles once for batches of one shape and moves nothing to the host between them.
     Where params lie on a mesh, every sum and factor lies as its parameter does, each device
-    decomposes some of the factors, and batches may be split over it by their rows.
+    decomposes some of the factors, and batches may be split over it by their rows. The mesh's axes
+    may be of either type; a model that itself needs explicit ones, as `out_sharding=` does, is
+    given as `jax.sharding.explicit_axes(apply, in_sharding=...)`, in `jax.set_mesh(mesh)`.
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
@@ -94,13 +97,11 @@ def estimate(
 
     Raises:
         ValueError: no batch, none that counts an output, or what the estimator finds wrong with
-            one; parameters on a mesh whose axes are explicit; the checkpoint is of another call; or
-            `group_bytes` with a checkpoint, with batches that come only once, or with an estimator
-            that cannot be parted.
+            one; the checkpoint is of another call; or `group_bytes` with a checkpoint, with
+            batches that come only once, or with an estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
-    refuse_explicit(params)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
         parts = [
@@ -120,6 +121,7 @@ def estimate(
         for number, batch in enumerate(batches, 1):
             if estimator.check is not None:
                 estimator.check(params, batch, f"batch {number}")
+            batch = on_auto(batch)
             if state is None:
                 state = estimator.init(params, batch)
                 if checkpoint is not None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jedit.curvature.placement import even, whole
 from jedit.curvature.structure import Factor
-from jedit.sharding import axes_of, sharding_of, spec_of
+from jedit.sharding import axes_of, no_mesh, sharding_of, spec_of
 
 
 class Moment(NamedTuple):
@@ -109,7 +109,8 @@ def factorize_all(
         else:
             check_finite(moment.matrix, moment.block, moment.hint)
             spread[name] = (moment.matrix, sharding)
-    factors |= _factorize_spread(spread, dtype)
+    with no_mesh():  # what is on one device cannot be computed with in the context of several
+        factors |= _factorize_spread(spread, dtype)
     return {name: factors[name] for name in moments}
 
 

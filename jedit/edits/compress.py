@@ -19,6 +19,7 @@ from jedit.checks import COUNT, check_numbers
 from jedit.curvature.structure import Weight
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank
+from jedit.sharding import on_auto_axes
 
 ITERATIONS = 2  # each is one product with the block and one with its transpose; arbitrary
 SMALL_ITERATIONS = 20  # on the Gram matrix of twice the rank's columns; arbitrary
@@ -39,6 +40,7 @@ class Truncation(NamedTuple):
     error: Array
 
 
+@on_auto_axes
 def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
     """Cut every matrix of an edit down to a rank; vectors and smaller matrices stay as they are.
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.checks import FINITE, check_finite, check_numbers
 from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
 from jedit.paths import parameter_paths
-from jedit.sharding import sharding_of
+from jedit.sharding import on_auto_axes, sharding_of
 
 Scalar = float | int | Array
 
@@ -88,6 +88,7 @@ class CastLoss(NamedTuple):
     swallowed: Float[Array, ""]
 
 
+@on_auto_axes
 def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
     """Return params with `scale` times the edit added.
 
@@ -149,11 +150,13 @@ def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Ed
     return Edit(blocks)
 
 
+@on_auto_axes
 def edit_norms(edit: Edit) -> dict[str, Array]:
     """Return the Frobenius norm of each block, in float32 or wider."""
     return {path: _norm(dense(x).astype(_wide(x))) for path, x in edit.blocks.items()}
 
 
+@on_auto_axes
 def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, CastLoss]:
     """Say, per path, what `apply_edit` with these arguments loses to the parameter's dtype.
 

@@ -11,9 +11,10 @@ from jedit.checks import FINITE, check_numbers
 from jedit.curvature.placement import even, leaf_shardings, matrix_sharding
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank, as_parameter
-from jedit.sharding import RowSharding, axes_of, row_sharding, spec_of
+from jedit.sharding import RowSharding, axes_of, on_auto_axes, row_sharding, spec_of
 
 
+@on_auto_axes
 def sum_edits(edits: Edit, mask: Array | None = None, *, like: PyTree | None = None) -> Edit:
     """Add up some of a stack of edits, or all, each as often as its weight says.
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
 from jedit.paths import parameter_paths
+from jedit.sharding import on_auto_axes
 
 THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
 SELECTIONS = tuple(THRESHOLDS)
@@ -99,6 +100,7 @@ class Projector:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+@on_auto_axes
 def null_space(
     curvature: Curvature, *, threshold: float | int, by: str = "energy", relaxation: float = 0.0
 ) -> Projector:
@@ -157,6 +159,7 @@ def _weights(
     return jnp.take_along_axis(w, jnp.argsort(order, axis=1), axis=1)
 
 
+@on_auto_axes
 def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> PyTree:
     """P T for every matrix of a tree shaped like params, bias included as its last row.
 

@@ -29,6 +29,7 @@ from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, power
 from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
 from jedit.geometry.surrogate import SCOPES
+from jedit.sharding import on_auto_axes
 from jedit.typing import wide_dtype
 
 SKETCHES = ("fifo", "frequent_directions")
@@ -55,9 +56,14 @@ def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
     check_numbers(NOT_NEGATIVE, eps=eps)
     roots = jax.tree.map(lambda v: jnp.sqrt(jnp.sqrt(v) + eps), second_moment)
     return Whitening(
-        lambda tree: jax.tree.map(jnp.divide, tree, roots),
-        lambda tree: jax.tree.map(jnp.multiply, tree, roots),
+        lambda tree: _leafwise(jnp.divide, tree, roots),
+        lambda tree: _leafwise(jnp.multiply, tree, roots),
     )
+
+
+@on_auto_axes
+def _leafwise(function: Callable, one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(function, one, other)
 
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
@@ -123,6 +129,7 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
         rows = jax.tree.map(lambda p: jnp.zeros((rank, *p.shape), wide_dtype(p.dtype)), params)
         return SubspaceState(rows, jnp.zeros((), jnp.int32))
 
+    @on_auto_axes
     def update(state: SubspaceState, grads: PyTree) -> SubspaceState:
         grads = jax.tree.map(lambda g, rows: g.astype(rows.dtype), grads, state.rows)
         if sketch == "fifo":
@@ -136,12 +143,14 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
             rows = _shrink(state.rows, grads, scope)
         return SubspaceState(rows, state.count + 1)
 
+    @on_auto_axes
     def value(state: SubspaceState, whitening: Whitening = EUCLIDEAN) -> PyTree:
         return _orthonormal(jax.vmap(whitening.whiten)(state.rows), scope)
 
     return RetainSubspace(init, update, value)
 
 
+@on_auto_axes
 def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
     """Return z - QᵀQ z.
 
@@ -156,6 +165,7 @@ def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
     return cast_like(_off(basis, tree, scope), tree)
 
 
+@on_auto_axes
 def joint_direction(
     basis: PyTree,
     forget: PyTree,

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.checks import POSITIVE, check_numbers
 from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
+from jedit.sharding import on_auto_axes
 from jedit.typing import wide_dtype
 
 SCOPES = ("global", "leaf")
@@ -50,6 +51,7 @@ class RetainOrthogonalInfo(NamedTuple):
     is_parallel: Array
 
 
+@on_auto_axes
 def retain_orthogonal(
     forget_grads: PyTree,
     retain_grads: PyTree,
@@ -78,6 +80,7 @@ def retain_orthogonal(
     return cast_like(direction, forget_grads), info
 
 
+@on_auto_axes
 def retain_neutral_perturbation(
     forget_grads: PyTree,
     retain_grads: PyTree,

@@ -24,6 +24,7 @@ from jedit.curvature.likelihoods import Likelihood
 from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
 from jedit.outputs import check_contents, counted_outputs, wide
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
@@ -45,6 +46,7 @@ class TrustRegionInfo(NamedTuple):
     true_kl: float
 
 
+@on_auto_axes
 def scale_to_kl_budget(
     apply: Callable,
     likelihood: Likelihood,

@@ -35,6 +35,7 @@ from jedit.methods._associations import (
     regress,
     write,
 )
+from jedit.sharding import on_auto_axes
 
 
 @jax.jit
@@ -49,6 +50,7 @@ def solve(
     return regress(U0, K, M, R, ridge)
 
 
+@on_auto_axes
 def alphaedit(
     apply: Callable,
     params: PyTree,

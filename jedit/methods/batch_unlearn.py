@@ -47,7 +47,7 @@ from jedit.edits.low_rank import added
 from jedit.geometry._trees import exponents, shifted
 from jedit.methods._entrance import check_requests
 from jedit.outputs import wide
-from jedit.sharding import refuse_explicit, row_sharding
+from jedit.sharding import on_auto_axes, row_sharding
 from jedit.typing import Batch
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -74,6 +74,7 @@ class BatchInfo(NamedTuple):
     cut_off: Float[Array, " requests"]
 
 
+@on_auto_axes
 def batch_unlearn(
     apply: Callable,
     params: PyTree,
@@ -116,8 +117,8 @@ def batch_unlearn(
 
     Raises:
         ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
-            without targets or that count no output, masks or labels that are none, a curvature of
-            no outputs, or a mesh with explicit axes.
+            without targets or that count no output, masks or labels that are none, or a curvature
+            of no outputs.
         FloatingPointError: an edit is not finite; its request is named.
     """
     if (budget is None) == (step is None):
@@ -130,7 +131,6 @@ def batch_unlearn(
     check_requests(apply, likelihood, params, requests)
     check_counted(curvature.num_outputs)
     size = budget if step is None else step
-    refuse_explicit((params, requests))
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -157,6 +157,7 @@ def batch_unlearn(
     return edits, info
 
 
+@on_auto_axes
 def interactions(
     edits: Edit, curvature: Curvature, *, damping: float = 0.0, exact: bool = False
 ) -> Float[Array, "requests requests"]:
@@ -175,6 +176,7 @@ def interactions(
     return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
 
 
+@on_auto_axes
 def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
     """Weights c of `sum_edits` with which no overlap is counted twice.
 

@@ -30,6 +30,7 @@ from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature.alignment import align
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
@@ -54,6 +55,7 @@ class CausalTrace(NamedTuple):
         return self.restored - self.corrupted[None]
 
 
+@on_auto_axes
 def causal_trace(
     apply: Apply,
     params: PyTree,

@@ -37,6 +37,7 @@ from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._engrams import EngramInfo, Parts, input_sums, is_kept, take_out
+from jedit.sharding import on_auto_axes
 
 
 class JointBasis(NamedTuple):
@@ -91,6 +92,7 @@ def solve(
     return _product(y.basis, _product(x.basis, kept).T).T
 
 
+@on_auto_axes
 def curvature_engram(
     params: PyTree,
     target: Parts,

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._engrams import EngramInfo, Parts, input_sums, is_kept, take_out
+from jedit.sharding import on_auto_axes
 
 
 def solve(
@@ -51,6 +52,7 @@ def solve(
     return jnp.matmul(basis, inverse[:, None] * rotated, precision=HIGHEST)
 
 
+@on_auto_axes
 def engram(
     params: PyTree, target: Parts, rest: Parts, *, strength: str = "adaptive", scale: float = 1.0
 ) -> tuple[Edit, EngramInfo]:

@@ -52,7 +52,7 @@ from jedit.geometry.trust_region import num_counted
 from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs, wide
-from jedit.sharding import kept, places_of
+from jedit.sharding import kept, on_auto_axes, places_of
 from jedit.typing import Batch, wide_dtype
 
 
@@ -87,6 +87,7 @@ def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) ->
     return jax.tree.map(jnp.negative, step)
 
 
+@on_auto_axes
 def kfade(
     apply: Callable,
     params: PyTree,

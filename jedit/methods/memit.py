@@ -34,6 +34,7 @@ from jedit.methods._associations import (
     regress,
     write,
 )
+from jedit.sharding import on_auto_axes
 
 
 @jax.jit
@@ -50,6 +51,7 @@ def solve(
     return regress(S, K, M, R, jnp.ones((), K.dtype))
 
 
+@on_auto_axes
 def memit(
     apply: Callable,
     params: PyTree,

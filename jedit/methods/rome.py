@@ -26,6 +26,7 @@ from jedit.curvature import Curvature
 from jedit.curvature.structure import HIGHEST
 from jedit.edits import Edit
 from jedit.methods._associations import AssociationInfo, Associations, chosen, input_moments, write
+from jedit.sharding import on_auto_axes
 
 
 @jax.jit
@@ -49,6 +50,7 @@ def solve(
     return jax.lax.scan(one, zero, (K, H, R))[0]
 
 
+@on_auto_axes
 def rome(
     apply: Callable,
     params: PyTree,

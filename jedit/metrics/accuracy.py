@@ -14,9 +14,11 @@ from jaxtyping import Array, PyTree
 from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import each_batch, mean_of_sums
 from jedit.objectives.token_nll import Apply
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def accuracy(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
     """Return the accuracy over all outputs that count, in all batches; a tie is its lower class."""
     return mean_of_sums(

@@ -21,9 +21,11 @@ from jaxtyping import Float, PyTree
 from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums, sums_by_row
 from jedit.objectives.token_nll import Apply
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def exact_memorization(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:

@@ -28,9 +28,11 @@ from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply
 from jedit.outputs import by_example
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def extraction_strength(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:

@@ -20,11 +20,13 @@ from jaxtyping import Array, Float, PyTree
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.outputs import by_example, wide
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 ORDERS = (1.0, 2.0, float("inf"))
 
 
+@on_auto_axes
 def gradient_norm_scores(
     apply: Apply,
     params: PyTree,

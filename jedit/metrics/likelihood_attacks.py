@@ -34,6 +34,7 @@ from jedit.checks import POSITIVE_SHARE, check_numbers
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.outputs import by_example
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 SHARE = 0.4
@@ -76,6 +77,7 @@ def reference_scores(loss: ArrayLike, reference_loss: ArrayLike) -> Float[np.nda
     return losses - references
 
 
+@on_auto_axes
 def min_k_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:
@@ -99,6 +101,7 @@ def min_k_scores(
     return _means_of_lowest(parts, share)
 
 
+@on_auto_axes
 def min_k_plus_plus_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:

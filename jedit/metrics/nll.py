@@ -24,9 +24,11 @@ from jedit.metrics.streaming import (
     sums_by_row,
 )
 from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def nll(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
     """Return the mean negative log-likelihood over all outputs that count, in all batches."""
     return mean_of_sums(
@@ -34,6 +36,7 @@ def nll(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float
     )
 
 
+@on_auto_axes
 def answer_nll_per_row(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:
@@ -48,6 +51,7 @@ def answer_nll_per_row(
     return sums / counts
 
 
+@on_auto_axes
 def answer_nll_sum_per_row(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:

@@ -17,9 +17,11 @@ from jaxtyping import Array, PyTree
 from jedit.metrics.streaming import each_batch, mean_of_sums
 from jedit.objectives.token_nll import Apply, token_kl
 from jedit.outputs import counted_outputs
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def output_kl(
     apply: Apply, original: PyTree, edited: PyTree, batches: Iterable[Batch] | Batch
 ) -> float:

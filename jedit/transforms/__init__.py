@@ -28,6 +28,7 @@ from jedit.transforms.scale_by_curvature import (
     refresh_curvature,
     scale_by_curvature,
 )
+from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
     "AddL1GradientState",
@@ -38,6 +39,7 @@ __all__ = [
     "ProjectToNullSpaceState",
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
+    "WithUpdateArgsState",
     "add_l1_gradient",
     "clip_by_curvature_norm",
     "ignore_top_fraction",
@@ -48,4 +50,5 @@ __all__ = [
     "refresh_curvature",
     "retain_neutral_surrogate",
     "scale_by_curvature",
+    "with_update_args",
 ]

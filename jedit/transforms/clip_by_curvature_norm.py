@@ -8,8 +8,9 @@ import optax
 from jaxtyping import Array
 
 from jedit.checks import NOT_NEGATIVE, check_numbers
-from jedit.curvature import Curvature, quadratic_form
+from jedit.curvature import Curvature, quadratic_form, trace
 from jedit.geometry._trees import exponents, shifted
+from jedit.transforms._arrays import owned
 
 
 class ClipByCurvatureNormState(NamedTuple):
@@ -41,7 +42,8 @@ def clip_by_curvature_norm(
         max_kl: nats per unmasked output.
 
     Returns:
-        The transform; a call of `update` costs one `quadratic_form`.
+        The transform; its state holds a copy of the curvature, and a call of `update` costs one
+        `quadratic_form`.
 
     Raises:
         ValueError: a `max_kl` that is negative or not finite; at `update`, the updates are not
@@ -53,8 +55,9 @@ def clip_by_curvature_norm(
         return 0.5 * quadratic_form(curvature, updates)
 
     def init(params) -> Any:
-        shape = jax.eval_shape(predicted, curvature, params)
-        return ClipByCurvatureNormState(curvature, jnp.zeros(shape.shape, shape.dtype))
+        del params  # Flax's nnx.Optimizer gives variables here, and their arrays at update
+        shape = jax.eval_shape(trace, curvature)  # of the same dtype
+        return ClipByCurvatureNormState(owned(curvature), jnp.zeros(shape.shape, shape.dtype))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del params, extra_args

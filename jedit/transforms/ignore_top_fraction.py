@@ -12,6 +12,7 @@ import optax
 
 from jedit.checks import SHARE, check_numbers
 from jedit.geometry.surrogate import SCOPES
+from jedit.sharding import on_auto_axes
 
 
 def ignore_top_fraction(
@@ -43,19 +44,22 @@ def ignore_top_fraction(
         kept = size - round(fraction * size)
         return jnp.sort(magnitudes)[kept - 1] if kept else -jnp.ones((), magnitudes.dtype)
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        del params, extra_args
+    @on_auto_axes
+    def without_top(updates):
         sizes = jax.tree.map(lambda u: jnp.abs(u).astype(jnp.float32).ravel(), updates)
         if scope == "global":
             limit = bound(jnp.concatenate(jax.tree.leaves(sizes)))
             limits = jax.tree.map(lambda _: limit, sizes)
         else:
             limits = jax.tree.map(bound, sizes)
-        kept = jax.tree.map(
+        return jax.tree.map(
             lambda u, limit: jnp.where(jnp.abs(u).astype(jnp.float32) <= limit, u, 0),
             updates,
             limits,
         )
-        return kept, state
+
+    def update(updates, state, params=None, **extra_args) -> Any:
+        del params, extra_args
+        return without_top(updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

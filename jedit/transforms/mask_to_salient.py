@@ -13,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from jedit.checks import SHARE, check_numbers
+from jedit.sharding import on_auto_axes
 
 
 class MaskToSalientState(NamedTuple):
@@ -31,7 +32,8 @@ def mask_to_salient(
         optax.chain(optax.adamw(1e-4), mask_to_salient(gradient))
 
     Args:
-        gradient: g, a tree like params; its magnitudes alone are used.
+        gradient: g, a tree like params, with arrays or Flax's variables at its leaves whichever of
+            them the optimizer sees; its magnitudes alone are used.
         fraction: share of all entries together that may change, 0 to 1, rounded to a whole number
             of them (SalUn: 0.5); of equal ones the first.
 
@@ -39,19 +41,22 @@ def mask_to_salient(
         The transform. `init` sorts once; the state costs one byte a parameter.
 
     Raises:
-        ValueError: a fraction outside 0 to 1; at `init`, params of another structure or shape.
+        ValueError: a fraction outside 0 to 1; at `init`, params that it lacks, or of another shape.
     """
     check_numbers(SHARE, fraction=fraction)
 
     def init(params) -> Any:
-        def magnitude(p, g):
+        known = _by_path(gradient)
+
+        def magnitude(path, p):
             if p is None:  # not trained
                 return None
+            g = _found(known, path)
             if p.shape != g.shape:
                 raise ValueError(f"the gradient has shape {g.shape} for params of {p.shape}")
             return jnp.abs(g).astype(jnp.float32)
 
-        sizes = jax.tree.map(magnitude, params, gradient, is_leaf=lambda p: p is None)
+        sizes = jax.tree_util.tree_map_with_path(magnitude, params, is_leaf=lambda p: p is None)
         return MaskToSalientState(_largest(sizes, fraction))
 
     def update(updates, state, params=None, **extra_args) -> Any:
@@ -61,6 +66,35 @@ def mask_to_salient(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {_names(path): leaf for path, leaf in found}
+
+
+def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> Any:
+    """The leaf of this path; a Flax variable's array has one more key than the bare array.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = _names(path)
+    wrapped = [leaf for other, leaf in known.items() if other[:-1] == names]
+    for other in (names, names[:-1]):
+        if other in known:
+            return known[other]
+    if len(wrapped) == 1:
+        return wrapped[0]
+    raise ValueError(
+        f"the gradient has no leaf {'/'.join(names)!r}, which is trained; its leaves are "
+        f"{', '.join('/'.join(other) for other in list(known)[:6])}"
+    )
+
+
+@on_auto_axes
 def _largest(sizes: PyTree, fraction: float) -> PyTree:
     """Mark the largest entries of all leaves together."""
     leaves, treedef = jax.tree.flatten(sizes)

@@ -18,6 +18,7 @@ from jedit.geometry import (
     retain_subspace,
 )
 from jedit.geometry.retain_subspace import SubspaceState
+from jedit.transforms._arrays import owned
 from jedit.typing import wide_dtype
 
 METRICS = ("euclidean", "adam")
@@ -79,7 +80,8 @@ def orthogonalize_to_retain(
         scope: "leaf", a subspace for every parameter (paper), or "global".
         metric: "euclidean" (the default), "adam" (h from a running mean of squared updates; what
             comes out is z_⊥/√h, a step), or a curvature or `Whitening` (what comes out is W⁻¹z_⊥, a
-            gradient). A curvature stands in the state, where `refresh_curvature` replaces it.
+            gradient). A curvature's copy stands in the state, where `refresh_curvature` replaces
+            it.
         sketch: "fifo" (paper) or "frequent_directions".
         decay: of the running mean, 0.999, Adam's b2.
         eps: 1e-8, Adam's.
@@ -107,7 +109,7 @@ def orthogonalize_to_retain(
             subspace.init(params),
             jax.tree.map(zeros, params),
             jnp.zeros((), jnp.int32),
-            metric if isinstance(metric, Curvature) else None,
+            owned(metric) if isinstance(metric, Curvature) else None,
         )
 
     def update(

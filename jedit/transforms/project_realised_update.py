@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.geometry import Projector, project
+from jedit.transforms._arrays import owned
 from jedit.typing import wide_dtype
 
 
@@ -45,7 +46,8 @@ def project_realised_update(
         uncovered: "zero" (the default) or "identity", as for `project_to_null_space`.
 
     Returns:
-        The transform; a call of `update` costs one `project`.
+        The transform; its state holds a copy of the projector, and a call of `update` costs one
+        `project`.
 
     Raises:
         ValueError: at `update`, params are missing or lack a parameter of the projector.
@@ -53,7 +55,7 @@ def project_realised_update(
 
     def init(params) -> Any:
         leak = jax.tree.map(lambda p: jnp.zeros(p.shape, wide_dtype(p.dtype)), params)
-        return ProjectRealisedUpdateState(projector, leak)
+        return ProjectRealisedUpdateState(owned(projector), leak)
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args

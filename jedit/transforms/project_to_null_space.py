@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jedit.geometry import Projector, project
-from jedit.transforms._sharding import sharded_like, without_frozen
+from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
 
 class ProjectToNullSpaceState(NamedTuple):
@@ -29,8 +29,9 @@ def project_to_null_space(
             default), or pass as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `project`. Given params, an update of "zero"
-        reads no gradient, so that a compiled step does not compute those of frozen parameters.
+        The transform; its state holds a copy of the projector, and a call of `update` costs one
+        `project`. Given params, an update of "zero" reads no gradient, so that a compiled step does
+        not compute those of frozen parameters.
 
     Raises:
         ValueError: at `update`, the updates lack a parameter of the projector.
@@ -38,7 +39,7 @@ def project_to_null_space(
 
     def init(params) -> Any:
         del params
-        return ProjectToNullSpaceState(projector)
+        return ProjectToNullSpaceState(owned(projector))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         del extra_args

@@ -17,6 +17,7 @@ from jedit.geometry import (
     retain_orthogonal,
 )
 from jedit.geometry._trees import exponents, shifted
+from jedit.sharding import on_auto_axes
 from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
@@ -107,6 +108,7 @@ def retain_neutral_surrogate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@on_auto_axes
 def _dot(x, y):
     parts = jax.tree.map(
         lambda a, b: jnp.vdot(a.astype(wide_dtype(a.dtype)), b.astype(wide_dtype(a.dtype))), x, y

@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, solve
-from jedit.transforms._sharding import sharded_like, without_frozen
+from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -40,8 +40,9 @@ def scale_by_curvature(
             default), or pass as they are by "identity".
 
     Returns:
-        The transform; a call of `update` costs one `solve`. Given params, an update of "zero" reads
-        no gradient, so that a compiled step does not compute those of frozen parameters.
+        The transform; its state holds a copy of the curvature, and a call of `update` costs one
+        `solve`. Given params, an update of "zero" reads no gradient, so that a compiled step does
+        not compute those of frozen parameters.
 
     Raises:
         ValueError: a damping that is negative or not finite; at `update`, the updates are not
@@ -51,7 +52,7 @@ def scale_by_curvature(
 
     def init(params) -> Any:
         del params
-        return ScaleByCurvatureState(curvature)
+        return ScaleByCurvatureState(owned(curvature))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -81,5 +82,5 @@ def refresh_curvature(state, curvature: Curvature):
         return isinstance(node, Curvature)
 
     return jax.tree.map(
-        lambda node: curvature if is_curvature(node) else node, state, is_leaf=is_curvature
+        lambda node: owned(curvature) if is_curvature(node) else node, state, is_leaf=is_curvature
     )

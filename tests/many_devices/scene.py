@@ -83,17 +83,20 @@ def mesh_of(kind):
     """The mesh, or None for one device."""
     if kind == "one":
         return None
+    kind, *types = kind.split()
     number = len(jax.devices())
     model = {"fsdp": 1, "tensor": number // 2, "stages": LAYERS, "both": number // 4}[kind]
     axes = (number // model, model)
-    return jax.make_mesh(axes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        axes, ("data", "model"), axis_types=(AxisType.Explicit if types else AxisType.Auto,) * 2
+    )
 
 
 def placed(kind, mesh):
     """(params, function that puts rows on the mesh)."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, initial()), lambda x: jax.tree.map(jnp.asarray, x)
-    specs = PARALLEL[kind]
+    specs = PARALLEL[kind.split()[0]]
 
     def put(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

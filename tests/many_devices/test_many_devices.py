@@ -4,6 +4,7 @@ Each runs in processes of its own, since JAX counts its devices when it starts; 
 checks there where everything lies, and that no compiled program makes a whole sharded weight.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -21,11 +22,16 @@ SQUARED = {"batch info/cut_off"}
 
 def start(path, kind, devices, *distributed):
     """One process of the program."""
+    return start_module("program", devices, str(path), kind, *distributed)
+
+
+def start_module(name, devices, *arguments):
+    """One process with so many devices."""
     flags = f"--xla_force_host_platform_device_count={devices} "
     if os.environ.get("JEDIT_TEST_FAST_COMPILE") == "1":
         flags += "--xla_backend_optimization_level=0"
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.many_devices.program", str(path), kind, *distributed],
+        [sys.executable, "-m", f"tests.many_devices.{name}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -64,8 +70,20 @@ def on_one(tmp_path_factory):
 @pytest.mark.float64
 @pytest.mark.parametrize(
     ("kind", "devices", "processes"),
-    [("fsdp", 8, 1), ("tensor", 8, 1), ("both", 4, 2), ("stages", 4, 2)],
-    ids=["FSDP", "tensor parallel", "both, two processes", "split layers, two processes"],
+    [
+        ("fsdp", 8, 1),
+        ("tensor", 8, 1),
+        ("both", 4, 2),
+        ("stages", 4, 2),
+        ("fsdp explicit", 8, 1),
+    ],
+    ids=[
+        "FSDP",
+        "tensor parallel",
+        "both, two processes",
+        "split layers, two processes",
+        "FSDP, explicit axes, in the context of their mesh",
+    ],
 )
 def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
     found = numbers(tmp_path, kind, devices, processes)
@@ -74,6 +92,14 @@ def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
         scale = np.max(np.abs(expected), initial=0) or 1
         atol = 1e-14 if name in SQUARED else 1e-12
         np.testing.assert_allclose(found[name] / scale, expected / scale, 0, atol, err_msg=name)
+
+
+def test_a_model_with_explicit_axes_of_its_own():
+    process = start_module("explicit_model", 8)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed[-4000:]
+    for name, difference in json.loads(printed.splitlines()[-1]).items():
+        assert difference < 1e-4, name
 
 
 def test_groups_change_nothing(on_one):

@@ -11,7 +11,7 @@ import sys
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.test_contract import TRANSFORMS, make_scene
@@ -48,24 +48,27 @@ def difference(x, y):
 
 
 def main():
-    """Compare every row on one device and on the mesh."""
+    """Compare every row on one device and on the mesh, its axes of either type."""
     _, params, curvature, _, _ = make_scene(jax.random.key(0))
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    alone = {row.name: run(row, params, curvature)[0][-1][0] for row in TRANSFORMS}
     specs = {"w": P("data", "model"), "b": P("model"), "v": P("model", None)}
-    shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    sharded = jax.device_put(params, shardings)
-    spread = jax.device_put(curvature, NamedSharding(mesh, P()))
     found = {}
-    for row in TRANSFORMS:
-        alone, _ = run(row, params, curvature)
-        together, programs = run(row, sharded, spread)
-        differences = jax.tree.map(difference, alone[-1][0], together[-1][0])
-        found[row.name] = {
-            "difference": max(jax.tree.leaves(differences)),
-            "updates": same_sharding(together[-1][0], sharded),
-            "state": same_sharding(together[-1][1], together[-2][1]),
-            "programs": programs,
-        }
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        sharded = jax.device_put(params, shardings)
+        spread = jax.device_put(curvature, NamedSharding(mesh, P()))
+        for row in TRANSFORMS:
+            # A program that makes a state of nothing but the curvature must know the mesh.
+            with jax.set_mesh(mesh):
+                together, programs = run(row, sharded, spread)
+            differences = jax.tree.map(difference, alone[row.name], together[-1][0])
+            found[f"{row.name}, {kind.name}"] = {
+                "difference": max(jax.tree.leaves(differences)),
+                "updates": same_sharding(together[-1][0], sharded),
+                "state": same_sharding(together[-1][1], together[-2][1]),
+                "programs": programs,
+            }
     sys.stdout.write(json.dumps(found))
 
 

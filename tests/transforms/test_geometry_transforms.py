@@ -238,7 +238,7 @@ def test_in_a_curvatures_metric_the_change_is_the_least_in_it(scene, tolerance):
     held = jax.grad(lambda p: loss(full(p), retain))(covered)
     transform = orthogonalize_to_retain(1, metric=curvature, scope="global", damping=0.3)
     state = transform.init(covered)
-    assert state.curvature is curvature
+    jax.tree.map(np.testing.assert_array_equal, state.curvature, curvature)
     out, _ = transform.update(update, state, retain_grads=held)
     solved = solve(curvature, held, damping=0.3, relative=True)
     dot = lambda a, b: flat(a) @ flat(b)  # noqa: E731

@@ -18,7 +18,8 @@ def test_sharded_updates_are_the_same_and_stay_sharded():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert list(found) == [row.name for row in TRANSFORMS]
+    kinds = ("Auto", "Explicit")
+    assert list(found) == [f"{row.name}, {kind}" for kind in kinds for row in TRANSFORMS]
     for name, seen in found.items():
         assert seen["difference"] < 1e-5, name
         assert seen["updates"], f"{name}: the updates are sharded in another way than they came"

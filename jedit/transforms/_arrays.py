@@ -1,4 +1,4 @@
-"""Updates that lie on the devices as they came."""
+"""States that own their arrays, and updates that lie on the devices as they came."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jedit.geometry.parts import leaves_by_path, part_of, with_part
+
+
+def owned(tree: PyTree) -> PyTree:
+    """A copy of each array, for an optimizer's state: a loop that donates it would delete others'.
+
+    Two transforms of a chain may hold the same curvature, and no array can be donated twice.
+    """
+    return jax.tree.map(jnp.copy, tree)
 
 
 def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:

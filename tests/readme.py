@@ -1,0 +1,49 @@
+"""The README's Python, run as it stands: python -m tests.readme [WHAT_IS_THERE ...].
+
+All snippets share one namespace, in their order, as a reader would run them. One that needs
+something says so in its first line, "# needs: ..."; it is left out unless an argument of the
+command stands in that line.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def snippets(text):
+    """(line, code, what it needs or "") of every Python snippet."""
+    for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        needs = re.match(r"# needs: (.*)", found[1])
+        yield text.count("\n", 0, found.start(1)) + 1, found[1], needs[1] if needs else ""
+
+
+def check_first(names):
+    """The first loop anyone copies has forgotten something, at the price it states, and stopped."""
+    import jedit
+
+    apply, params, edited = (names[n] for n in ("apply", "params", "edited"))
+    price = jedit.metrics.output_kl(apply, params, edited, names["retain"])
+    assert 0.01 < price <= 0.05, price
+    losses = [float(names["loss"](p, names["forget"])[0]) for p in (params, edited)]
+    assert losses[1] > losses[0] + 0.5, losses
+
+
+def main(there):
+    """Run them, and say how many."""
+    names, number, ran = {}, 0, 0
+    for line, code, needs in snippets(README.read_text(encoding="utf-8")):
+        number += 1
+        if needs and not any(thing in needs for thing in there):
+            continue
+        # Empty lines in front make a traceback name the README's own line.
+        exec(compile("\n" * (line - 1) + code, str(README), "exec"), names)
+        ran += 1
+        if number == 1:
+            check_first(names)
+    sys.stdout.write(f"\nran {ran} of {number}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,44 @@
+"""The README's snippets run in order, in one namespace, as they are written."""
+
+import os
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+from tests.readme import README, snippets
+
+
+def run_readme(folder, *there):
+    """All snippets that can be run where these things are; the last line it prints."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.readme", *there],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_snippets_run_as_written(tmp_path):
+    """All but those that need the extra llm, which tests/llm runs."""
+    assert run_readme(tmp_path, "eight devices") == "ran 6 of 7"
+    assert (tmp_path / "ledger").is_dir()
+
+
+def test_what_is_needed_is_said_in_one_way():
+    needs = [need for _, _, need in snippets(README.read_text(encoding="utf-8"))]
+    assert [bool(need) for need in needs] == [False, False, True, False, False, False, True]
+    found = list(
+        snippets("a\n```python\nx = 1\n```\n\n```python\n# needs: eight devices\ny\n```\n")
+    )
+    assert found == [(3, "x = 1\n", ""), (7, "# needs: eight devices\ny\n", "eight devices")]
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it():
+    assert "pip install 'jedit" not in README.read_text(encoding="utf-8")
