@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_batch, check_function, check_key, check_kind
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
@@ -148,6 +149,10 @@ def continual(
     Raises:
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
+    check_function(apply)
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_batch(data, "data")
+    check_key(key)
     positive = {"enough": enough, "budget": budget, "tries": tries, "request_size": request_size}
     positive |= {"chunk": chunk, "every": every, "max_age": max_age, "probe": probe}
     if wrong := {name: value for name, value in positive.items() if not value > 0}:

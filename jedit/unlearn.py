@@ -14,7 +14,6 @@ a mesh, so is every batch of them, and parameters stay where they were.
 import contextlib
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +26,14 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.arguments import (
+    check_checkpoint,
+    check_function,
+    check_key,
+    check_optimizer,
+    check_params,
+    matcher,
+)
 from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
@@ -108,6 +115,7 @@ def unlearn(
         holds, at the params before the step's update.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: negative steps, sets without rows, or nothing to train; the checkpoint is of
             another call, or its `every` is no multiple of `every`.
     """
@@ -161,6 +169,7 @@ def fit(
         As `unlearn`.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: if not exactly one of `steps` and `epochs` is given.
     """
     if (steps is None) == (epochs is None):
@@ -204,6 +213,13 @@ def _train(
             f"{steps=}, {batch_size=}, {every=}"
         )
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
+    check_function(objective, "objective", "(params, rows, ...)")
+    check_optimizer(optimizer)
+    check_params(start.params)
+    check_key(key)
+    check_checkpoint(checkpoint)
+    if all(rows is None for rows in sets):
+        raise ValueError("there are no rows to train on, got None")
     params, is_trained = start.params, _is_trained(start.params, trainable)
     begin = int(start.step)  # an array, after a checkpoint
     state = start.optimizer_state
@@ -423,9 +439,9 @@ def _is_trained(params: PyTree, trainable: str | None) -> tuple[bool, ...]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    is_found = matcher("" if trainable is None else trainable, "trainable")
     chosen = tuple(
-        jnp.issubdtype(leaf.dtype, jnp.floating)
-        and (trainable is None or re.search(trainable, path) is not None)
+        jnp.issubdtype(leaf.dtype, jnp.floating) and is_found(path)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
     )
     if not any(chosen):

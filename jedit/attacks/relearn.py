@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
+from jedit.arguments import check_batch, check_function
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.typing import Batch
 from jedit.unlearn import History, LoopState, fit
@@ -67,6 +68,8 @@ def relearn(
     Raises:
         ValueError: `looks` does not rise from at least 1.
     """
+    check_function(apply)
+    check_batch(rows, "rows")
     looks = tuple(looks)
     if not looks or looks[0] < 1 or any(a >= b for a, b in zip(looks, looks[1:], strict=False)):
         raise ValueError(f"looks must be rising numbers of steps from 1, got {looks}")

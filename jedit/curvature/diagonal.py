@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_function
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.placement import best_split, leaf_shardings, matrix_sharding, undivided, zeros
-from jedit.curvature.scores import Labels, run_pass
+from jedit.curvature.scores import Labels, check_pass, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
 from jedit.typing import Batch
@@ -99,8 +100,11 @@ def squares_estimator(
     Returns:
         The estimator.
     """
+    check_function(apply)
 
     def shapes(params, batch):
+        check_pass(params, batch)
+
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)

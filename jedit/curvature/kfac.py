@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_function
 from jedit.curvature.assemble import assemble
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.estimator import Estimator
@@ -33,7 +34,7 @@ from jedit.curvature.placement import (
     undivided,
     zeros,
 )
-from jedit.curvature.scores import Labels, run_pass
+from jedit.curvature.scores import Labels, check_pass, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
 from jedit.curvature.sums import (
@@ -128,13 +129,17 @@ def kfac(
         takes the factors' size.
 
     Raises:
+        TypeError: `apply` is no function, or `likelihood` no likelihood.
         ValueError: an unknown `fisher` or `sharing`.
     """
+    check_function(apply)
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):
+        check_pass(params, batch)
+
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)

@@ -7,9 +7,7 @@ others, and applied again to a model that was trained further.  Paths are
 `jax.tree_util.keystr(path, simple=True, separator="/")`.
 """
 
-import difflib
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind, check_params, matcher, nearest
 from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
 from jedit.sharding import sharding_of
 
@@ -129,8 +128,9 @@ def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Ed
         differing = sorted(set(paths) ^ set(other_paths))
         raise ValueError(f"before and after differ in structure; paths in one only: {differing}")
     blocks = {}
+    is_selected = matcher("" if select is None else select, "select")
     for path, old, new in zip(paths, leaves, other_leaves, strict=True):
-        if select is not None and not re.search(select, path):
+        if not is_selected(path):
             continue
         _check_shape(path, "before", old, "after", new)
         if jnp.issubdtype(old.dtype, jnp.floating):
@@ -170,6 +170,7 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
 
 
 def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
+    check_params(params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     if len(set(paths)) < len(paths):
@@ -219,11 +220,11 @@ def _norm(x: Array) -> Array:
 
 
 def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:
+    check_kind(edit, Edit, "edit", "of `edit_between` or a method")
     known = dict(zip(paths, leaves, strict=True))
     for path, delta in edit.blocks.items():
         if path not in known:
-            near = difflib.get_close_matches(path, paths, n=3, cutoff=0.0)
-            raise ValueError(f"the edit names {path!r}, which params lack; nearest: {near}")
+            raise ValueError(f"the edit names {path!r}, which params lack; {nearest(path, paths)}")
         _check_shape(path, "the edit", delta, "params", known[path])
         if not jnp.issubdtype(known[path].dtype, jnp.floating):
             raise ValueError(

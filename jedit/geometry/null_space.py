@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind, check_params, nearest
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
 
 SELECTIONS = ("energy", "rank", "eigenvalue")
@@ -112,6 +113,7 @@ def null_space(
         ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
             Kronecker block.
     """
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     if by not in SELECTIONS:
         raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
     if threshold < 0 or (by == "energy" and threshold > 1) or relaxation < 0:
@@ -170,14 +172,16 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
     """
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_kind(projector, Projector, "projector", "as `null_space` returns it")
+    check_params(tree, "the tree")
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
-        known = ", ".join(list(leaves)[:6])
         raise ValueError(
-            f"the tree has no leaves {missing}, which the projector is for; its leaves are {known}"
+            f"the tree has no leaves {missing}, which the projector is for; "
+            f"{nearest(missing[0], leaves)}"
         )
     total: dict[str, Array] = {}
     rest = dict(leaves)

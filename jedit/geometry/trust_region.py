@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import batch_list, check_function, check_params, refuse_tracers
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
-from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.outputs import counted_outputs, wide
 from jedit.typing import Batch
 
@@ -107,9 +108,14 @@ class RetainKl:
             retain: one batch, or several.
 
         Raises:
-            ValueError: they count no output.
+            TypeError: an argument that is something else.
+            ValueError: they count no output, there are none, or something is traced.
         """
-        self.batches = [retain] if isinstance(retain, Batch) else list(retain)
+        check_function(apply)
+        check_likelihood(likelihood)
+        check_params(params)
+        self.batches = batch_list(retain, "retain")
+        refuse_tracers("a retain KL", (params, self.batches), "measure it outside")
         self._apply, self._likelihood, self._params = apply, likelihood, params
         self._base = [_outputs(apply, params, batch) for batch in self.batches]
         self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import refuse_tracers
 from jedit.curvature import Curvature
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.structure import Kronecker
 from jedit.edits import Edit
 
@@ -46,6 +47,7 @@ def take_out(
         The edit, and norms.
 
     Raises:
+        TypeError: something else than parameters or curvatures.
         ValueError: an unknown strength, nothing in a group, curvatures of different sites, no
             Kronecker block, or a parameter that is used at several sites.
     """
@@ -54,6 +56,9 @@ def take_out(
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
     if not targets or not rests:
         raise ValueError("target and rest must hold a curvature each, or several; one is empty")
+    for curvature in (*targets, *rests):
+        leaves = check_covers(curvature, params)
+    refuse_tracers("an engram", (params, targets, rests), "take it outside")
     blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
     if merged := [name for name, block in blocks.items() if block.input == f"input of {name}"]:
         raise ValueError(
@@ -64,10 +69,6 @@ def take_out(
         raise ValueError(
             "target and rest must be curvatures of the same sites, with a Kronecker block at least"
         )
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
     found, relative = {}, {}
     for name, block in blocks.items():
         dtype = targets[0].factors[block.input].matrix.dtype

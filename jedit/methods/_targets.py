@@ -85,6 +85,7 @@ def target_values(
     Raises:
         ValueError: no targets, no dense site of the layer, or another number of essence rows.
     """
+    check_subject(apply, params, associations)
     if associations.batch.targets is None:
         raise ValueError("associations.batch.targets are the new answers; got None")
     rows = [
@@ -92,7 +93,6 @@ def target_values(
     ]
     if len(set(rows)) > 1:
         raise ValueError(f"essence has {rows[1]} rows, expected one a fact, {rows[0]}")
-    check_subject(apply, params, associations)
     return _search(
         (apply, layer, hidden, steps),
         params,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind
 from jedit.edits import Edit
 from jedit.geometry import Projector
 from jedit.methods._associations import (
@@ -85,6 +86,7 @@ def alphaedit(
     """
     if ridge <= 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
+    check_kind(projector, Projector, "projector", "as `null_space` returns it")
     factors = {name: factor for name, _, factor in projector.blocks}
 
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:

@@ -27,10 +27,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_batch, check_function, check_params
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.groups import exactly
-from jedit.curvature.likelihoods import Categorical, Likelihood
+from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import off_axes
@@ -103,9 +105,15 @@ def batch_unlearn(
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: not exactly one of `budget` and `step`, a rank below one, requests without
-            targets, or a mesh with explicit axes.
+            targets, a curvature of other parameters, or a mesh with explicit axes.
     """
+    check_function(apply)
+    check_params(params)
+    check_batch(requests, "requests")
+    check_covers(curvature, params)
+    check_likelihood(likelihood)
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
     if rank is not None and rank < 1:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jedit.arguments import check_batch, check_function, check_key, check_params, nearest
 from jedit.capture import intervene
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
@@ -92,6 +93,10 @@ def causal_trace(
         ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
             no site.
     """
+    check_function(apply)
+    check_params(params)
+    check_batch(batch, "batch")
+    check_key(key)
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     if not names or min(window, samples, chunk) < 1:
         raise ValueError(
@@ -120,8 +125,9 @@ def _trace(
     window, samples, chunk = sizes
     clean = intervene(apply, params, batch.inputs)
     if unknown := [name for name in (embedding, *names) if name not in clean.site_outputs]:
-        known = ", ".join(list(clean.site_outputs)[:12])
-        raise ValueError(f"{unknown} are no sites of this function; its sites are: {known}")
+        raise ValueError(
+            f"{unknown} are no sites of this function; {nearest(unknown[0], clean.site_outputs)}"
+        )
     outputs = {name: clean.site_outputs[name] for name in names}
     num_layers = len(outputs[names[0]]) if is_stacked else len(names)
     embedded = clean.site_outputs[embedding]

@@ -33,7 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import batch_list, check_function, check_params, refuse_tracers
 from jedit.curvature import Curvature, quadratic_form, solve
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
@@ -109,8 +111,16 @@ def kfade(
         The edit, and what each step predicted and did.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, or one that is not positive.
+        TypeError: an argument that is something else.
+        ValueError: not exactly one of `budget` and `step`, or one that is not positive; no batch; a
+            curvature of other parameters; or a call under `jax.jit` or another transformation.
     """
+    check_function(apply)
+    check_params(params)
+    forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
+    if not callable(curvature):
+        check_covers(curvature, params)
+    refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
     if not all(value > 0 for value in (budget, step) if value is not None):
@@ -119,13 +129,14 @@ def kfade(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if objective is None:
         objective = _gradient_ascent(apply)
-    forget = [forget] if isinstance(forget, Batch) else list(forget)
     price = RetainKl(apply, likelihood, params, retain)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
     rows = []
     current, alpha = params, step
     for k in range(steps):
         metric = curvature(current) if callable(curvature) else curvature
+        if callable(curvature):
+            check_covers(metric, params)
         value, gradient = _objective_gradient(objective, current, forget, counts, price.batches)
         move, norm = _direction(metric, gradient, damping)
         cosine = _retain_cosine(apply, metric, current, gradient, price.batches, likelihood)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jedit.arguments import batch_list, check_function, check_optimizer, check_params
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import random_label, retain_nll, sequence_nll
 from jedit.transforms import mask_to_salient
@@ -66,9 +67,10 @@ def salun(
     objective = functools.partial(
         random_label, apply=apply, gamma=gamma, alpha=alpha, retain_objective=retain_objective
     )
-    saliency = _summed_gradient(
-        apply, params, [forget] if isinstance(forget, Batch) else list(forget)
-    )
+    check_function(apply)
+    check_optimizer(optimizer)
+    check_params(params)
+    saliency = _summed_gradient(apply, params, batch_list(forget, "forget"))
     chain = optax.chain(optimizer, mask_to_salient(saliency, fraction))
     return TrainingMethod(objective, chain)
 

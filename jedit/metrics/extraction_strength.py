@@ -42,7 +42,9 @@ def extraction_strength(
     Raises:
         ValueError: if a batch is packed.
     """
-    runs, counts = rows_of_sums([_row_runs(apply, params, batch) for batch in each_batch(batches)])
+    runs, counts = rows_of_sums(
+        [_row_runs(apply, params, batch) for batch in each_batch(apply, params, batches)]
+    )
     return runs / counts
 
 

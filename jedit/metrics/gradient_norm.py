@@ -47,7 +47,10 @@ def gradient_norm_scores(
     if order not in ORDERS:
         raise ValueError(f"order must be 1, 2 or infinity, got {order}")
     norms, _ = rows_of_sums(
-        [RowSums(*_norms(apply, order, params, batch)) for batch in each_batch(batches)]
+        [
+            RowSums(*_norms(apply, order, params, batch))
+            for batch in each_batch(apply, params, batches)
+        ]
     )
     return norms
 

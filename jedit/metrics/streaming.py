@@ -1,20 +1,31 @@
 """Sums over batches, as means that weigh every counted output alike and as rows in their order."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from jedit.arguments import check_function, check_params, checked_batches, refuse_tracers
 from jedit.outputs import by_example
 from jedit.typing import Batch, PackedTokens
 
 
-def each_batch(batches: Iterable[Batch] | Batch) -> Iterable[Batch]:
-    """Return the batches; one batch by itself is a tuple, and would iterate over its fields."""
-    return [batches] if isinstance(batches, Batch) else batches
+def each_batch(
+    apply: Callable, params: PyTree, batches: Iterable[Batch] | Batch
+) -> Iterable[Batch]:
+    """Return a metric's batches, its arguments checked.
+
+    Raises:
+        TypeError: one of them is something else.
+        ValueError: the params are traced.
+    """
+    check_function(apply)
+    check_params(params)
+    refuse_tracers("a metric", params, "call it on the params that come out")
+    return checked_batches(batches)
 
 
 def mean_of_sums(sums: list[tuple[Array, Array]]) -> float:

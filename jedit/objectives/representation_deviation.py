@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_batch
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, masked_mean
 from jedit.outputs import counted_outputs, wide
@@ -46,6 +47,7 @@ def representation_deviation(
     The retain term is there when `retain` is. `random_direction` draws a direction; τ = 0.1 is
     arbitrary.
     """
+    check_batch(forget, "forget")
     reference = wide(jax.lax.stop_gradient(hidden(reference_params, forget.inputs)))
     if direction is not None:
         u = jax.lax.broadcast_in_dim(

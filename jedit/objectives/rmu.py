@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jedit.arguments import check_batch
 from jedit.objectives.token_nll import masked_mean
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch, wide_dtype
@@ -39,6 +40,7 @@ def rmu(
     """Return the RMU loss; `hidden(params, inputs)` is (batch, ..., width)."""
 
     def distance(batch: Batch, towards: Callable) -> Array:
+        check_batch(batch, "the objective's batch")
         states = hidden(params, batch.inputs)
         states = states.astype(wide_dtype(states.dtype))
         away = states - jax.lax.stop_gradient(towards(states))
