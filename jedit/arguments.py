@@ -171,8 +171,8 @@ def is_batch(value: Any) -> bool:
     return not isinstance(value, type) and all(hasattr(value, name) for name in Batch._fields)
 
 
-def check_batch(value: Any, name: str) -> Batch:
-    """Return a batch as it is.
+def check_batch(value: Any, name: str) -> None:
+    """Refuse what is no batch.
 
     Raises:
         TypeError: it is none, or its targets, mask or valid are no arrays.
@@ -189,7 +189,6 @@ def check_batch(value: Any, name: str) -> Batch:
                 f"{name}.{field} must be an array or None, got {described(held)}; make it one by "
                 "jax.numpy.asarray"
             )
-    return value
 
 
 def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> Iterable[Batch]:
@@ -232,7 +231,8 @@ class _Checked:
 
     def __iter__(self) -> Iterator[Batch]:
         for i, batch in enumerate(self.batches):
-            yield check_batch(batch, f"{self.name}[{i}]")
+            check_batch(batch, f"{self.name}[{i}]")
+            yield batch
 
 
 def check_labels(targets: Any, name: str) -> None:
