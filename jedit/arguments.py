@@ -1,6 +1,6 @@
 """Arguments of the wrong type or structure, refused with one sentence before anything is computed.
 
-A leaf: every folder may use it, and it knows of nothing but `Batch`. What an array's numbers may
+A leaf: every folder may use it, and it knows of no type but `Batch`. What an array's numbers may
 be is not asked here.
 """
 

@@ -31,6 +31,7 @@ from jedit.arguments import check_batch, check_function, check_key, check_kind
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
+from jedit.display import short_repr
 from jedit.edits import Edit, apply_edit
 from jedit.geometry.trust_region import moved
 from jedit.methods import batch_unlearn
@@ -60,6 +61,8 @@ class ContinualState(NamedTuple):
     sums: KfacState
     curvature: Curvature
     since: int
+
+    __repr__ = short_repr
 
 
 class RequestInfo(NamedTuple):

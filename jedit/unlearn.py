@@ -34,6 +34,7 @@ from jedit.arguments import (
     check_params,
     matcher,
 )
+from jedit.display import short_repr
 from jedit.sharding import RowSharding, kept, places_of, row_sharding, split_rows
 from jedit.typing import Batch, Resumable
 
@@ -52,6 +53,8 @@ class LoopState(NamedTuple):
     step: int
     params: PyTree
     optimizer_state: PyTree
+
+    __repr__ = short_repr
 
 
 def unlearn(

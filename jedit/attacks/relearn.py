@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Key, PyTree
 
 from jedit.arguments import check_batch, check_function
+from jedit.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.typing import Batch
 from jedit.unlearn import History, LoopState, fit
@@ -37,6 +38,8 @@ class Relearned(NamedTuple):
     steps: tuple[int, ...]
     values: tuple[Any, ...]
     params: PyTree
+
+    __repr__ = short_repr
 
 
 def relearn(

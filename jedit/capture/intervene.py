@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 from jedit.capture.capture import argument_leaves
 from jedit.capture.discover import trace
 from jedit.capture.interpreter import Records, Replacement, evaluate
+from jedit.display import short_repr
 
 
 class Intervention(NamedTuple):
@@ -23,6 +24,8 @@ class Intervention(NamedTuple):
     outputs: Array
     activations: dict[str, Array]
     site_outputs: dict[str, Array]
+
+    __repr__ = short_repr
 
 
 def intervene(

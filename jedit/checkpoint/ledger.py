@@ -105,6 +105,9 @@ class Ledger:
             path: described(x, f"{source}: {shown(path)}") for path, x in content["params"].items()
         }
 
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.folder)!r}, base {self.base[:16]})"
+
     @classmethod
     def create(cls, folder: str | Path, base_params: PyTree) -> "Ledger":
         """Begin a ledger of edits to a base, of which the hash and the shapes are kept.
@@ -350,8 +353,11 @@ class Ledger:
 
     def _append(self, fields: dict[str, Any], write: Any) -> Entry:
         with self._locked():
+            # Of a writer that was killed; another that lives waits for the lock.
             for left in (self.folder / ENTRIES).glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)  # of a writer that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            for left in self.folder.glob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
             entries = self.entries
             if fields["action"] == "revert":
                 number = fields["target"]

@@ -24,6 +24,7 @@ from jedit.curvature.placement import best_split, leaf_shardings, matrix_shardin
 from jedit.curvature.scores import Labels, check_pass, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, pytree
+from jedit.display import short_repr
 from jedit.typing import Batch
 
 
@@ -45,6 +46,8 @@ class SquaresState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
+
+    __repr__ = short_repr
 
     def places(self, params: PyTree) -> "SquaresState | None":
         """The shardings of all sums, after those of the parameters; None on one device."""

@@ -17,6 +17,7 @@ from jedit.arguments import (
 )
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
+from jedit.display import short_repr
 from jedit.sharding import kept, places_of, refuse_explicit
 from jedit.typing import Batch, Resumable
 
@@ -46,6 +47,8 @@ class Estimator(NamedTuple):
     update: Callable[[Any, PyTree, Batch, Array], Any]
     finalize: Callable[..., Curvature]
     groups: Callable[..., tuple["Estimator", ...]] | None = None
+
+    __repr__ = short_repr
 
 
 _OUTSIDE = (

@@ -46,6 +46,7 @@ from jedit.curvature.sums import (
     zero_input_sums,
     zero_output_sums,
 )
+from jedit.display import short_repr
 
 
 @pytree("blocks", "draws", "shardings")
@@ -73,6 +74,8 @@ class KfacState:
     blocks: tuple[Block, ...]
     draws: int
     shardings: tuple[NamedSharding | None, ...] = ()
+
+    __repr__ = short_repr
 
     def places(self, params: PyTree) -> "KfacState | None":
         """The shardings of all sums, after those of the parameters; None on one device."""

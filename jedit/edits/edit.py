@@ -19,7 +19,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jedit.arguments import check_kind, check_params, matcher, nearest
-from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
+from jedit.display import (
+    MAX_ROWS,
+    html_table,
+    is_concrete,
+    num_megabytes,
+    short,
+    short_repr,
+    text_table,
+)
+from jedit.edits.low_rank import HIGHEST, Block, LowRank, added, dense, scaled
 from jedit.sharding import sharding_of
 
 Scalar = float | int | Array
@@ -37,6 +46,31 @@ class Edit:
     """
 
     blocks: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self._heading()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), [self._heading()])
+
+    def _heading(self) -> str:
+        number = len(self.blocks)
+        plural = "" if number == 1 else "s"
+        return f"Edit of {number} parameter{plural}, {num_megabytes(self):.3g} MB"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("parameter", "shape", "kind", "norm", "MB")]
+        for path, block in list(self.blocks.items())[:MAX_ROWS]:
+            if not hasattr(block, "shape"):  # JAX puts other things in the place of arrays
+                rows.append((path, "-", short(block), "-", "-"))
+                continue
+            kind = f"rank {block.rank}" if isinstance(block, LowRank) else "dense"
+            shape = " x ".join(map(str, block.shape)) or "1"
+            size = f"{num_megabytes(block):.3g}"
+            rows.append((path, shape, f"{kind} {block.dtype}", _shown_norm(block), size))
+        if (rest := len(self.blocks) - MAX_ROWS) > 0:
+            rows.append((f"and {rest} more", "", "", "", ""))
+        return rows
 
     def __add__(self, other: "Edit") -> "Edit":
         """Return the edit that does both; ValueError if they disagree on a shape."""
@@ -82,6 +116,8 @@ class CastLoss(NamedTuple):
 
     rounded_away: Float[Array, ""]
     swallowed: Float[Array, ""]
+
+    __repr__ = short_repr
 
 
 def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
@@ -213,6 +249,22 @@ def _brought(delta: Block, place: NamedSharding) -> Block:
 def _sharded_sum(leaf: Array, delta: Block, scale: Scalar, place: NamedSharding) -> Array:
     """In one program, so that a thin block is multiplied out in pieces, each where it belongs."""
     return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
+
+
+def _shown_norm(block: Any) -> str:
+    """The norm of a block in a few digits, if its numbers are there to be looked at."""
+    if not all(map(is_concrete, jax.tree.leaves(block))):
+        return "-"
+    with jax.ensure_compile_time_eval():  # what is printed under jit is no part of the program
+        if not isinstance(block, LowRank):
+            return f"{float(_norm(jnp.asarray(block).astype(_wide(block)))):.3g}"
+        left, right = (x.astype(_wide(block)) for x in (block.left, block.right))
+        grams = (
+            jnp.einsum(spec, x, x, precision=HIGHEST)
+            for spec, x in (("...dr,...ds->...rs", left), ("...rd,...sd->...rs", right))
+        )
+        square = jnp.sum(functools.reduce(jnp.multiply, grams))
+        return f"{float(jnp.sqrt(jnp.maximum(square, 0))):.3g}"
 
 
 def _norm(x: Array) -> Array:

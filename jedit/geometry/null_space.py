@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.arguments import check_kind, check_params, nearest
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, pytree
+from jedit.display import is_concrete, short_repr, text_table
 
 SELECTIONS = ("energy", "rank", "eigenvalue")
 
@@ -43,6 +44,8 @@ class NullSpaceReport(NamedTuple):
     dimension: int
     energy: Array
     leakage: Array
+
+    __repr__ = short_repr
 
 
 @pytree("blocks")
@@ -79,6 +82,8 @@ class Projector:
         return found
 
     def __str__(self) -> str:
+        if not all(map(is_concrete, jax.tree.leaves(self))):
+            return short_repr(self)
         rows = [("parameter", "free of", "energy", "leakage")]
         for name, line in self.report().items():
             for k in range(len(line.rank)):
@@ -91,8 +96,10 @@ class Projector:
                         f"{float(line.leakage[k]):.2e}",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return text_table(rows)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 def null_space(

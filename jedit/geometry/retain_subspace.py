@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.curvature import Curvature, power
+from jedit.display import short_repr
 from jedit.geometry._trees import cast_like, everywhere, total
 from jedit.geometry.surrogate import SCOPES
 from jedit.typing import wide_dtype
@@ -41,6 +42,8 @@ class Whitening(NamedTuple):
 
     whiten: Callable[[PyTree], PyTree]
     unwhiten: Callable[[PyTree], PyTree]
+
+    __repr__ = short_repr
 
 
 EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
@@ -75,6 +78,8 @@ class SubspaceState(NamedTuple):
     rows: PyTree
     count: Array
 
+    __repr__ = short_repr
+
 
 class RetainSubspace(NamedTuple):
     """Three pure functions.
@@ -89,6 +94,8 @@ class RetainSubspace(NamedTuple):
     init: Callable
     update: Callable
     value: Callable
+
+    __repr__ = short_repr
 
 
 def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> RetainSubspace:

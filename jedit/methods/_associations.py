@@ -33,6 +33,7 @@ from jedit.arguments import (
 from jedit.capture import Site, Weight, find_sites, intervene
 from jedit.capture.capture import parameter_leaves
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker
+from jedit.display import short_repr
 from jedit.edits import Edit, apply_edit
 from jedit.typing import Batch, wide_dtype
 
@@ -48,6 +49,8 @@ class Associations(NamedTuple):
     batch: Batch
     subject: Int[Array, " n"] | None = None
 
+    __repr__ = short_repr
+
 
 class KeyState(NamedTuple):
     """The keys of all batches so far.
@@ -59,6 +62,8 @@ class KeyState(NamedTuple):
 
     moments: dict[str, Array]
     num_keys: Array
+
+    __repr__ = short_repr
 
 
 class AssociationInfo(NamedTuple):
@@ -73,6 +78,8 @@ class AssociationInfo(NamedTuple):
     residual: Array
     keys: dict[str, Array]
     state: KeyState
+
+    __repr__ = short_repr
 
 
 def regress(

@@ -11,6 +11,7 @@ from jedit.arguments import refuse_tracers
 from jedit.curvature import Curvature
 from jedit.curvature.blocks import check_covers
 from jedit.curvature.structure import Kronecker
+from jedit.display import short_repr
 from jedit.edits import Edit
 
 STRENGTHS = ("count", "adaptive", "whole")
@@ -27,6 +28,8 @@ class EngramInfo(NamedTuple):
 
     relative_norm: dict[str, Array]
     strength: dict[str, Array]
+
+    __repr__ = short_repr
 
 
 def take_out(

@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jedit.capture import Site, intervene
+from jedit.display import short_repr
 from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
 from jedit.outputs import counted_outputs
@@ -45,6 +46,8 @@ class TargetInfo(NamedTuple):
     nll: Array
     kl: Array
     relative_norm: Array
+
+    __repr__ = short_repr
 
 
 def target_values(

@@ -36,6 +36,7 @@ from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihoo
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import off_axes
+from jedit.display import short_repr
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
 from jedit.sharding import refuse_explicit, row_sharding
@@ -63,6 +64,8 @@ class BatchInfo(NamedTuple):
     predicted_gain: Float[Array, " requests"]
     predicted_kl: Float[Array, " requests"]
     cut_off: Float[Array, " requests"]
+
+    __repr__ = short_repr
 
 
 def batch_unlearn(

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from jedit.arguments import check_batch, check_function, check_key, check_params, nearest
 from jedit.capture import intervene
+from jedit.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
 from jedit.typing import Batch
@@ -45,6 +46,8 @@ class CausalTrace(NamedTuple):
     corrupted: Float[Array, " batch"]
     restored: Float[Array, "layers batch"]
     windows: Bool[Array, "layers layers"]
+
+    __repr__ = short_repr
 
     @property
     def indirect_effect(self) -> Float[Array, "layers batch"]:

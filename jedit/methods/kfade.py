@@ -37,6 +37,7 @@ from jedit.arguments import batch_list, check_function, check_params, refuse_tra
 from jedit.curvature import Curvature, quadratic_form, solve
 from jedit.curvature.blocks import check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
+from jedit.display import short_repr
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.trust_region import moved, num_counted
@@ -67,6 +68,8 @@ class KfadeInfo(NamedTuple):
     gradient_norm: np.ndarray
     retain_cosine: np.ndarray
     within_budget: np.ndarray
+
+    __repr__ = short_repr
 
 
 def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
