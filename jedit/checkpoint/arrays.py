@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class Writer:
         import orbax.checkpoint as ocp
 
         self._place: Path | None = None
-        logging.getLogger("absl").addFilter(_is_news)
+        self._filter = _EchoFilter(sys.unraisablehook)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         self._args = ocp.args
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
 
@@ -74,14 +76,9 @@ class Writer:
             self._checkpointer.wait_until_finished()
 
     def __enter__(self) -> "Writer":
-        self._hook = sys.unraisablehook
-
-        def quiet(unraisable: Any) -> None:
-            # Of every array that was still to be written when another one failed.
-            if str(unraisable.exc_value) != "Event loop is closed":
-                self._hook(unraisable)
-
-        sys.unraisablehook = self._quiet = quiet
+        if not isinstance(sys.unraisablehook, _EchoFilter):
+            sys.unraisablehook = _EchoFilter(sys.unraisablehook)
+        self._filter = sys.unraisablehook
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,8 +86,8 @@ class Writer:
             with self._disk_errors():
                 self._checkpointer.close()
         finally:
-            if sys.unraisablehook is self._quiet:
-                sys.unraisablehook = self._hook
+            if sys.unraisablehook is self._filter and not self._filter.is_needed:
+                sys.unraisablehook = self._filter.then
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -107,11 +104,27 @@ class Writer:
             yield
         except ValueError as error:
             found = OS_ERROR.search(str(error))
+            self._filter.is_needed = True
             if found is None:
                 raise
             code = int(found[1])
             where = None if self._place is None else str(self._place.parent.parent)
             raise OSError(code, f"{os.strerror(code)}, so that nothing was saved", where) from None
+
+
+class _EchoFilter:
+    """Drops what is printed for every array that was still to be written when another one failed.
+
+    Tensorstore's threads report those to orbax's event loop, which is closed by then. They may come
+    to it long after the error was raised, so that after one the filter stays.
+    """
+
+    def __init__(self, then: Callable[[Any], Any]):
+        self.then, self.is_needed = then, False
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.then(unraisable)
 
 
 def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
@@ -238,10 +251,13 @@ def _check_files(folder: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Orbax warns at each save in Zarr's layout that there was nothing to do for the other one.
 
-    And it logs what it raises as well, once for each of its threads.
+    And what it raises is logged as well, once for each of its threads and futures.
     """
+    text = str(record.msg)
+    if "exception was never retrieved" in text:
+        return "os_error_code=" not in text
     known = ("Skipping merge of OCDBT", "_SignalingThread.run() raised", "Handler Commit operation")
-    return not any(text in str(record.msg) for text in known)
+    return not any(part in text for part in known)
 
 
 def _zarr_dtype(dtype: Any) -> str:
