@@ -200,7 +200,7 @@ def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> 
         TypeError: it is neither a batch nor several.
     """
     if is_batch(batches):
-        return _Checked([batches], name)  # pyright: ignore[reportArgumentType]
+        return _Checked([batches], name)
     is_other = is_array(batches) or isinstance(batches, str | Mapping)
     is_pair = isinstance(batches, tuple) and any(map(is_array, batches))
     if is_other or is_pair or not isinstance(batches, Iterable):
@@ -226,7 +226,7 @@ def batch_list(batches: Iterable[Batch] | Batch, name: str) -> list[Batch]:
 
 
 class _Checked:
-    def __init__(self, batches: Iterable[Batch], name: str):
+    def __init__(self, batches: Iterable[Any], name: str):
         self.batches, self.name = batches, name
 
     def __iter__(self) -> Iterator[Batch]:

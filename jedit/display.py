@@ -19,14 +19,14 @@ MAX_ROWS = 24  # of a table of parameters
 MAX_TEXT = 60
 
 
-def short_repr(value: Any) -> str:
+def short_repr(self: Any) -> str:
     """The `repr` of a named tuple or dataclass: its fields, each in few characters."""
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
+    if dataclasses.is_dataclass(self):
+        names = [field.name for field in dataclasses.fields(self)]
     else:
-        names = value._fields
-    fields = (f"{name}={short(getattr(value, name))}" for name in names)
-    return f"{type(value).__name__}({', '.join(fields)})"
+        names = self._fields
+    fields = (f"{name}={short(getattr(self, name))}" for name in names)
+    return f"{type(self).__name__}({', '.join(fields)})"
 
 
 def short(value: Any) -> str:

@@ -72,6 +72,7 @@ def ekfac(
 
     def groups(params, batch, group_bytes):
         check_covers(kfac_curvature, params)
+        assert whole.groups is not None
         return whole.groups(params, batch, group_bytes)
 
     return Estimator(init, whole.update, whole.finalize, groups)
