@@ -131,7 +131,7 @@ def test_targets_are_arrays_of_integers(curvatures):
         lambda: metrics.nll(apply, PARAMS, real),
         lambda: jedit.unlearn(GA, SGD, PARAMS, real, steps=1, key=KEY),
     ):
-        with pytest.raises(TypeError, match=r"targets must be integers.* got float64"):
+        with pytest.raises(TypeError, match=r"targets must be integers.* got float"):
             call()
     with pytest.raises(TypeError, match=r"batches\[0\]\.targets must be an array.* got a list"):
         estimate(BATCH._replace(targets=[0] * 6))
@@ -292,7 +292,7 @@ def test_a_curvature_of_another_model(curvatures, tmp_path):
 
 
 def test_flax_variables_in_one_of_two_places():
-    graph, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
+    graph, state = nnx.split(nnx.Linear(3, 5, rngs=nnx.Rngs(0), param_dtype=X.dtype))
 
     def run(params, inputs):
         return nnx.merge(graph, params)(inputs)

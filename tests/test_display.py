@@ -23,10 +23,10 @@ def case():
     """(params, batch, curvature) of a small network, one of whose names is markup."""
     rng = np.random.default_rng(0)
     params = {
-        "<b>in</b>": {"kernel": jnp.asarray(rng.normal(size=(3, 40)))},
-        "out": {"kernel": jnp.asarray(rng.normal(size=(40, 5)))},
+        "<b>in</b>": {"kernel": jnp.asarray(rng.normal(size=(3, 40)), jnp.float32)},
+        "out": {"kernel": jnp.asarray(rng.normal(size=(40, 5)), jnp.float32)},
     }
-    batch = Batch(jnp.asarray(rng.normal(size=(6, 3))), jnp.arange(6) % 5)
+    batch = Batch(jnp.asarray(rng.normal(size=(6, 3)), jnp.float32), jnp.arange(6) % 5)
     estimator = jedit.kfac(apply, Categorical())
     return params, batch, jedit.estimate(estimator, params, batch, key=jax.random.key(0))
 
@@ -35,12 +35,12 @@ def test_an_edit_prints_its_parameters_norms_and_size(case):
     params, _, curvature = case
     weight = curvature.blocks["out/kernel"].weight
     rng = np.random.default_rng(1)
-    left, right = (jnp.asarray(rng.normal(size=s)) for s in ((1, 40, 2), (1, 2, 5)))
+    left, right = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, 40, 2), (1, 2, 5)))
     thin = jedit.LowRank(left, right, weight)
     half = params["<b>in</b>"]["kernel"].astype(jnp.bfloat16)
     edit = jedit.Edit({"<b>in</b>/kernel": half, "out/kernel": thin})
     heading, names, dense_row, thin_row = repr(edit).split("\n")
-    assert heading == "Edit of 2 parameters, 0.00096 MB"
+    assert heading == "Edit of 2 parameters, 0.0006 MB"
     assert names.split() == ["parameter", "shape", "kind", "norm", "MB"]
     norm = np.linalg.norm(np.asarray(half, np.float64))
     assert dense_row.split() == [
@@ -48,9 +48,9 @@ def test_an_edit_prints_its_parameters_norms_and_size(case):
     ]
     norm = np.linalg.norm(np.asarray(thin.dense()))
     assert thin_row.split()[1:] == [
-        *("40", "x", "5", "rank", "2", "float64"),
+        *("40", "x", "5", "rank", "2", "float32"),
         f"{norm:.3g}",
-        "0.00072",
+        "0.00036",
     ]
     assert "<td>&lt;b&gt;in&lt;/b&gt;/kernel</td>" in edit._repr_html_()
     many = jedit.Edit({f"w{i}": jnp.zeros(2) for i in range(100)})
@@ -74,7 +74,7 @@ def test_what_is_traced_prints_no_numbers(case):
 
     jaxpr = jax.make_jaxpr(run)(params, curvature, projector)
     assert not any(name in str(jaxpr) for name in ("sqrt", "reduce_sum", "dot_general"))
-    assert printed[0].split("\n")[2].split()[-2:] == ["-", "0.00096"]
+    assert printed[0].split("\n")[2].split()[-2:] == ["-", "0.00048"]
     assert printed[1] == repr(outside)
     assert printed[2] == repr(curvature)
     jax.vmap(lambda edit: printed.append(repr(edit)))(jedit.Edit({"w": jnp.zeros((2, 3))}))
@@ -127,7 +127,7 @@ def test_everything_else_is_short(case, tmp_path):
     assert "request=(1000 entries)" in repr(entry)
     assert "init=kfac.init" in repr(estimator)
     assert repr(batch) == (
-        "Batch(inputs=float64[6,3], targets=[0, 1, 2, 3, 4, 0], mask=None, valid=None)"
+        "Batch(inputs=float32[6,3], targets=[0, 1, 2, 3, 4, 0], mask=None, valid=None)"
     )
     assert repr(KfadeInfo(*[np.zeros(100)] * 8)).count("float64[100]") == 8
 
