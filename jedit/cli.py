@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jedit
 from jedit.checks import COUNT, POSITIVE, Range, check_numbers
+from jedit.recipes.command_line import UsageError, check_arguments, check_options, disk_sentence
 
 if TYPE_CHECKING:
     from jedit.recipes.gpu_bench import BenchOptions
@@ -110,10 +111,6 @@ class Tofu:
     """Of everything random."""
 
 
-class UsageError(Exception):
-    """What the user can mend; shown as one sentence, exit code 2."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -136,19 +133,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bench": (BenchOptions, _bench),
         "ledger": (LedgerOptions, _ledger),
     }
-    chosen = tyro.extras.subcommand_cli_from_dict(
-        {name: _as_is(options) for name, (options, _) in commands.items()},
-        prog="jedit",
-        description="Erase and rewrite what a trained network knows, and show what it cost. "
-        "(jedit --version prints the version.)",
-        args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
-    )
-    command = shlex.join(["jedit", *arguments])
-    run = dict(commands.values())[type(chosen)]
     try:
-        return run(chosen, command)
+        check_arguments(arguments)
+        chosen = tyro.extras.subcommand_cli_from_dict(
+            {name: _as_is(options) for name, (options, _) in commands.items()},
+            prog="jedit",
+            description="Erase and rewrite what a trained network knows, and show what it cost. "
+            "(jedit --version prints the version.)",
+            args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
+        )
+        check_options(chosen)
+        run = dict(commands.values())[type(chosen)]
+        return run(chosen, shlex.join(["jedit", *arguments]))
     except UsageError as error:
         return _fail(str(error))
+    except OSError as error:
+        return _fail(disk_sentence(error))
     except KeyboardInterrupt:
         return _fail("stopped; nothing was written", code=130)
 

@@ -28,10 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_batch, check_function, check_key, check_kind
 from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
+from jedit.display import short_repr
 from jedit.edits import Edit, dense
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import batch_unlearn
@@ -61,6 +63,8 @@ class ContinualState(NamedTuple):
     sums: KfacState
     curvature: Curvature
     since: int
+
+    __repr__ = short_repr
 
 
 class RequestInfo(NamedTuple):
@@ -150,6 +154,10 @@ def continual(
     Raises:
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
+    check_function(apply)
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_batch(data, "data")
+    check_key(key)
     check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)

@@ -1,4 +1,4 @@
-"""Types that every folder may use; this module imports nothing from jedit."""
+"""Types that every folder may use; of jedit this module imports how they are shown alone."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
+
+from jedit.display import short_repr
 
 
 class Batch(NamedTuple):
@@ -23,6 +25,8 @@ class Batch(NamedTuple):
     mask: Array | None = None
     valid: Array | None = None
 
+    __repr__ = short_repr
+
 
 class PackedTokens(NamedTuple):
     """Token sequences of several rows each, as `jedit.data.pack` makes them: inputs of a batch.
@@ -38,6 +42,8 @@ class PackedTokens(NamedTuple):
     tokens: Int[Array, "batch seq"]
     segments: Int[Array, "batch seq"]
     positions: Int[Array, "batch seq"]
+
+    __repr__ = short_repr
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:

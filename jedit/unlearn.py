@@ -14,7 +14,6 @@ a mesh, so is every batch of them, and parameters stay where they were.
 import contextlib
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +26,16 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key, PyTree
 
+from jedit.arguments import (
+    check_checkpoint,
+    check_function,
+    check_key,
+    check_optimizer,
+    check_params,
+    matcher,
+)
 from jedit.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers, loop_failure
+from jedit.display import short_repr
 from jedit.outputs import check_sets
 from jedit.paths import parameter_paths
 from jedit.sharding import RowSharding, kept, on_auto_axes, places_of, row_sharding, split_rows
@@ -48,6 +56,8 @@ class LoopState(NamedTuple):
     step: int
     params: PyTree
     optimizer_state: PyTree
+
+    __repr__ = short_repr
 
 
 @on_auto_axes
@@ -112,6 +122,7 @@ def unlearn(
         holds, at the params before the step's update.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: negative steps, sets without rows or that count no output, masks that are none,
             or nothing to train; the checkpoint is of another call, or its `every` is no multiple of
             `every`.
@@ -170,6 +181,7 @@ def fit(
         As `unlearn`.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: if not exactly one of `steps` and `epochs` is given; and as `unlearn`.
         FloatingPointError: as `unlearn`.
     """
@@ -215,6 +227,13 @@ def _train(
     check_numbers(COUNT_OR_ZERO, steps=steps)
     check_numbers(COUNT, batch_size=batch_size, every=every)
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
+    check_function(objective, "objective", "(params, rows, ...)")
+    check_optimizer(optimizer)
+    check_params(start.params)
+    check_key(key)
+    check_checkpoint(checkpoint)
+    if all(rows is None for rows in sets):
+        raise ValueError("there are no rows to train on, got None")
     params, is_trained = start.params, _is_trained(start.params, trainable)
     begin = int(start.step)  # an array, after a checkpoint
     state = start.optimizer_state
@@ -448,10 +467,9 @@ def _is_trained(params: PyTree, trainable: str | None) -> tuple[bool, ...]:
         ValueError: if nothing is.
     """
     named = parameter_paths(params)
+    is_found = matcher("" if trainable is None else trainable, "trainable")
     chosen = tuple(
-        jnp.issubdtype(leaf.dtype, jnp.floating)
-        and (trainable is None or re.search(trainable, path) is not None)
-        for path, leaf in named
+        jnp.issubdtype(leaf.dtype, jnp.floating) and is_found(path) for path, leaf in named
     )
     if not any(chosen):
         paths = [path for path, _ in named]

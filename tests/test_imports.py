@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 500
 
 # Leaves: everybody may import them, they import nobody but leaves.
-LEAVES = {"checks", "outputs", "paths", "sharding", "typing"}
+LEAVES = {"arguments", "checks", "display", "outputs", "paths", "sharding", "typing"}
 # These may import everything, and nobody imports them but the ones named with them.
 TOPS = {"cli": {"__main__"}, "recipes": {"cli"}, "__main__": set()}
 TABLE = {
@@ -30,6 +30,8 @@ TABLE = {
     "report": {"metrics"},
     "checks": set(),
     "typing": set(),
+    "arguments": set(),
+    "display": set(),
     "outputs": set(),
     "sharding": set(),
     "paths": set(),

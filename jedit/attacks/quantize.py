@@ -7,7 +7,6 @@ output channel (absolute maximum), by qwix; the result is dequantised, so that `
 as on any params.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
+
+from jedit.arguments import check_params, matcher
 
 BITS = {4: jnp.int4, 8: jnp.int8}
 
@@ -46,10 +47,12 @@ def quantize(
     """
     if bits not in BITS:
         raise ValueError(f"bits must be 4 or 8, got {bits}")
+    check_params(params)
+    is_selected = matcher("" if select is None else select, "select")
     qwix = _qwix()
 
     def is_rounded(name: str, leaf: Array) -> bool:
-        return leaf.ndim >= 2 and (select is None or re.search(select, name) is not None)
+        return leaf.ndim >= 2 and is_selected(name)
 
     def axes_of(name: str, leaf: Array) -> tuple[int, ...]:
         return (leaf.ndim - 1,) if channel_axes is None else channel_axes(name, leaf)

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
+from jedit.arguments import check_batch, check_function
 from jedit.checks import COUNT, check_numbers
+from jedit.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.typing import Batch
 from jedit.unlearn import History, LoopState, fit
@@ -37,6 +39,8 @@ class Relearned(NamedTuple):
     steps: tuple[int, ...]
     values: tuple[Any, ...]
     params: PyTree
+
+    __repr__ = short_repr
 
 
 def relearn(
@@ -68,6 +72,8 @@ def relearn(
     Raises:
         ValueError: `looks` does not rise from at least 1.
     """
+    check_function(apply)
+    check_batch(rows, "rows")
     check_numbers(COUNT, batch_size=batch_size)
     looks = tuple(looks)
     check_numbers(COUNT, looks=looks or None)

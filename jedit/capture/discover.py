@@ -1,7 +1,6 @@
 """Trace `apply`, check what came in, and name the sites that the walk finds."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
+from jedit.arguments import check_function, check_inputs, check_params, matcher
 from jedit.capture.drafts import Scope
 from jedit.capture.interpreter import Plan
 from jedit.capture.liveness import Flow
@@ -46,8 +46,9 @@ def find_sites(
         The sites, and in `.uncovered` the reason for each selected parameter that has none;
         printed, they are the coverage table.
 
-    Raises `ValueError` when `apply` does not return one array, a parameter is not real floating
-    point, two have one path, a pattern matches no parameter, or the inputs' leading axes disagree.
+    Raises `TypeError` for an argument that is something else, `ValueError` when `apply` does not
+    return one array, a parameter is not real floating point, two have one path, a pattern matches
+    no parameter or is none, or the inputs' leading axes disagree.
     """
     return trace(apply, params, inputs, select).sites
 
@@ -58,6 +59,9 @@ def trace(apply, params, inputs, select=None) -> Program:
     Raises:
         ValueError: see `find_sites`.
     """
+    check_function(apply)
+    check_params(params)
+    check_inputs(inputs)
     named = parameter_paths(params)
     selected = _selected([path for path, _ in named], select)
     _check_inputs(named, inputs)
@@ -94,14 +98,14 @@ def trace(apply, params, inputs, select=None) -> Program:
 def _selected(paths: list[str], select: str | Sequence[str] | None) -> list[str]:
     if select is None:
         return paths
-    patterns = [select] if isinstance(select, str) else list(select)
-    for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
+    is_selected = matcher(select, "select")
+    for pattern in [select] if isinstance(select, str) else select:
+        if not any(map(matcher(pattern, "select"), paths)):
             known = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
             raise ValueError(
                 f"select: {pattern!r} matches no parameter; the parameters are: {known}"
             )
-    return [path for path in paths if any(re.search(pattern, path) for pattern in patterns)]
+    return [path for path in paths if is_selected(path)]
 
 
 def _check_inputs(named, inputs) -> None:

@@ -10,6 +10,7 @@ from jedit.capture.capture import argument_leaves
 from jedit.capture.discover import trace
 from jedit.capture.interpreter import Records, Replacement, evaluate
 from jedit.capture.sites import cut
+from jedit.display import short_repr
 
 
 class Intervention(NamedTuple):
@@ -24,6 +25,8 @@ class Intervention(NamedTuple):
     outputs: Array
     activations: dict[str, Array]
     site_outputs: dict[str, Array]
+
+    __repr__ = short_repr
 
 
 def intervene(

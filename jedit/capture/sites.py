@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jedit.capture.provenance import Op, apply_ops, transpose_ops
+from jedit.display import html_table, text_table
 
 DIAGONAL_KINDS = ("scale", "bias")
 
@@ -303,15 +304,17 @@ class Sites(Mapping[str, Site]):
         return tuple(dict.fromkeys(p for site in self.values() for p in site.weight.paths))
 
     def __str__(self) -> str:
-        header = ("parameter", "kind", "matrix", "input", "output", "uses", "where")
-        rows = [header, *(site.row() for site in self.values())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = [text_table(self._rows())]
         if self.uncovered:
             lines += ["", "uncovered:", *(f"  {p}: {r}" for p, r in self.uncovered.items())]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        below = (f"uncovered: {path}: {reason}" for path, reason in self.uncovered.items())
+        return html_table(self._rows(), below)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        header = ("parameter", "kind", "matrix", "input", "output", "uses", "where")
+        return [header, *(site.row() for site in self.values())]

@@ -5,10 +5,13 @@ table could name files outside the folder. Zarr's has none: an array is a header
 that layout is written, no other is read, and the headers are checked before orbax sees them.
 """
 
+import contextlib
 import logging
 import math
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ OURS = re.compile(
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|array_metadatas/process_\d+"
     r"|\d+/(\.zarray|[\d.]+)"
 )
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 COMPRESSORS = {"zstd", "blosc", "zlib", "gzip"}
 
 
@@ -47,7 +51,10 @@ class Writer:
     def __init__(self):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").addFilter(_is_news)
+        self._place: Path | None = None
+        self._filter = _EchoFilter(sys.unraisablehook)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_news)
         self._args = ocp.args
         self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
 
@@ -55,18 +62,69 @@ class Writer:
         """Begin to write to `folder/arrays`; the arrays may not be overwritten before `wait`."""
         tree = {str(i): x for i, x in enumerate(arrays) if x.size}
         if tree:
-            place = (folder / ARRAYS).absolute()
-            self._checkpointer.save(place, args=self._args.PyTreeSave(tree))
+            self._place = (folder / ARRAYS).absolute()
+            with self._disk_errors():
+                self._checkpointer.save(self._place, args=self._args.PyTreeSave(tree))
 
     def wait(self) -> None:
-        """Return when all is written; raise what went wrong."""
-        self._checkpointer.wait_until_finished()
+        """Return when all is written.
+
+        Raises:
+            OSError: the disk is full, or refuses for another reason.
+        """
+        with self._disk_errors():
+            self._checkpointer.wait_until_finished()
 
     def __enter__(self) -> "Writer":
+        if not isinstance(sys.unraisablehook, _EchoFilter):
+            sys.unraisablehook = _EchoFilter(sys.unraisablehook)
+        self._filter = sys.unraisablehook
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        try:
+            with self._disk_errors():
+                self._checkpointer.close()
+        finally:
+            if sys.unraisablehook is self._filter and not self._filter.is_needed:
+                sys.unraisablehook = self._filter.then
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Say what the disk said: orbax has it in the text of a ValueError.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            OSError: in its place.
+            ValueError: another one.
+        """
+        try:
+            yield
+        except ValueError as error:
+            found = OS_ERROR.search(str(error))
+            self._filter.is_needed = True
+            if found is None:
+                raise
+            code = int(found[1])
+            where = None if self._place is None else str(self._place.parent.parent)
+            raise OSError(code, f"{os.strerror(code)}, so that nothing was saved", where) from None
+
+
+class _EchoFilter:
+    """Drops what is printed for every array that was still to be written when another one failed.
+
+    Tensorstore's threads report those to orbax's event loop, which is closed by then. They may come
+    to it long after the error was raised, so that after one the filter stays.
+    """
+
+    def __init__(self, then: Callable[[Any], Any]):
+        self.then, self.is_needed = then, False
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.then(unraisable)
 
 
 def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
@@ -191,8 +249,15 @@ def _check_files(folder: Path, stored: dict[str, jax.ShapeDtypeStruct]) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax warns at each save in Zarr's layout that there was nothing to do for the other one."""
-    return "Skipping merge of OCDBT" not in str(record.msg)
+    """Orbax warns at each save in Zarr's layout that there was nothing to do for the other one.
+
+    And what it raises is logged as well, once for each of its threads and futures.
+    """
+    text = str(record.msg)
+    if "exception was never retrieved" in text:
+        return "os_error_code=" not in text
+    known = ("Skipping merge of OCDBT", "_SignalingThread.run() raised", "Handler Commit operation")
+    return not any(part in text for part in known)
 
 
 def _zarr_dtype(dtype: Any) -> str:

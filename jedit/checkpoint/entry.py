@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
+from jedit.display import short_repr
 from jedit.paths import parameter_paths
 
 MAX_SETTING = 1000  # characters of a text among the settings
@@ -62,6 +63,8 @@ class Entry:
     versions: Mapping[str, str]
     previous: str
     seal: str
+
+    __repr__ = short_repr
 
 
 def params_hash(params: PyTree) -> str:

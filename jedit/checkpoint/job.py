@@ -68,6 +68,9 @@ class Checkpoint:
         self.folder, self.every = Path(folder), every
         self._stack: contextlib.ExitStack | None = None
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}, every={self.every})"
+
     def resume(
         self, job: str, given: PyTree, state: PyTree
     ) -> tuple[int, PyTree, dict[str, Array]]:

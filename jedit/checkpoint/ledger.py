@@ -38,6 +38,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from jedit.arguments import check_kind, nearest
 from jedit.checkpoint.arrays import describe, described, num_bytes, write_arrays
 from jedit.checkpoint.entry import (
     RECORD,
@@ -104,6 +105,9 @@ class Ledger:
         self._shapes = {
             path: described(x, f"{source}: {shown(path)}") for path, x in content["params"].items()
         }
+
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.folder)!r}, base {self.base[:16]})"
 
     @classmethod
     def create(cls, folder: str | Path, base_params: PyTree) -> "Ledger":
@@ -190,10 +194,12 @@ class Ledger:
             OSError: the folder cannot be written to, or has too little room.
             TimeoutError: another writer does not come to its end.
         """
+        check_kind(edit, Edit, "edit", "of `edit_between` or a method")
         for path, block in edit.blocks.items():
             spec = self._shapes.get(path)
             if spec is None or spec.shape != tuple(block.shape):
-                shape = "no such parameter" if spec is None else f"shape {spec.shape}"
+                unknown = f"no such parameter; {nearest(path, self._shapes)}"
+                shape = unknown if spec is None else f"shape {spec.shape}"
                 raise ValueError(f"{path}: the edit has shape {block.shape}, the base {shape}")
         if isinstance(request, str | bytes):
             raise ValueError("request must be a sequence of rows, got one text")
@@ -344,8 +350,11 @@ class Ledger:
 
     def _append(self, fields: dict[str, Any], write: Any) -> Entry:
         with self._locked():
+            # Of a writer that was killed; another that lives waits for the lock.
             for left in (self.folder / ENTRIES).glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)  # of a writer that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            for left in self.folder.glob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
             entries = self.entries
             if fields["action"] == "revert":
                 number = fields["target"]

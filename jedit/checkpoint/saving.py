@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jedit.arguments import check_kind
 from jedit.checkpoint.arrays import num_bytes, read_arrays, write_arrays
 from jedit.checkpoint.sealed import MANIFEST, check_room, read_sealed, write_sealed
 from jedit.checkpoint.structure import (
@@ -35,6 +36,7 @@ def save_edit(edit: Edit, folder: str | Path) -> None:
         ValueError: something is there, or an array has a dtype that is not kept.
         OSError: it cannot be written to, or has too little room.
     """
+    check_kind(edit, Edit, "edit", "of `edit_between` or a method")
     _save(edit, Path(folder), EDIT, edit_to_json, edit_from_json)
 
 
@@ -73,6 +75,7 @@ def save_curvature(curvature: Curvature, folder: str | Path) -> None:
         ValueError: as `save_edit`.
         OSError: as `save_edit`.
     """
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     _save(curvature, Path(folder), CURVATURE, curvature_to_json, curvature_from_json)
 
 

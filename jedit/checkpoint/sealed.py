@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -27,6 +28,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 FORMAT = "jedit 1"
 TEMPORARY = ".tmp-"
+ABANDONED = re.compile(r"\.tmp-[0-9a-f]{16}")
 MAX_BYTES = 2**24  # of a manifest; that of a model of 1,000 matrices has some 2**19
 MAX_DEPTH = 32
 PIECE = 2**20
@@ -269,16 +271,55 @@ def sync(path: Path) -> None:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder that only its owner may enter, gone afterwards unless it was renamed.
 
+    What other processes have left there, that were killed, goes first: it may hold what was to be
+    forgotten. A process that lives holds a lock on its folder.
+
     Yields:
         The folder.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    new = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-    new.mkdir(mode=0o700)
+    remove_abandoned(parent)
+    for _ in range(3):  # whoever cleans up at this moment may take it for one without an owner
+        new = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        new.mkdir(mode=0o700)
+        handle = _held(new)
+        if handle is not None and new.is_dir():
+            break
     try:
         yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the temporary folders of processes that were killed."""
+    for entry in list(os.scandir(parent)):
+        if ABANDONED.fullmatch(entry.name) is None or not entry.is_dir(follow_symlinks=False):
+            continue
+        handle = _held(Path(entry.path))
+        if handle is not None:
+            shutil.rmtree(entry.path, ignore_errors=True)
+            os.close(handle)
+
+
+def _held(folder: Path) -> int | None:
+    """A lock on a folder until it is closed, or the process ends; None: another has it."""
+    try:
+        import fcntl  # Unix has it
+    except ImportError:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another, or a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def check_room(folder: Path, num_bytes: int) -> None:

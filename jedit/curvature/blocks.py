@@ -7,12 +7,13 @@ In the eigenbasis of a block, with T the matrix of a tree's leaf (bias last),
 so `solve`, `matvec`, `power` are the same few lines with another f.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_kind, check_params, nearest
 from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.curvature.structure import Curvature, Kronecker, eigenvalues, gather, rotate
 from jedit.paths import parameter_paths
@@ -36,8 +37,7 @@ def apply_spectral(
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
     check_numbers(NOT_NEGATIVE, damping=damping)
-    leaves = dict(parameter_paths(tree))
-    _check_tree(curvature, leaves)
+    leaves = check_covers(curvature, tree)
     total: dict[str, Array] = {}
     rest = dict(leaves)
     for name, block in curvature.blocks.items():
@@ -69,7 +69,16 @@ def _damping(values: Array, damping, relative: bool) -> Array:
     return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
 
 
-def _check_tree(curvature: Curvature, leaves: Mapping[str, Array]) -> None:
+def check_covers(curvature: Curvature, tree: PyTree) -> dict[str, Array]:
+    """Return a tree's leaves by path; every parameter of the curvature must be among them.
+
+    Raises:
+        TypeError: something else than a curvature, or than a tree of arrays.
+        ValueError: the tree lacks a parameter, or has it in another shape.
+    """
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
+    check_params(tree, "the tree")
+    leaves = dict(parameter_paths(tree))
     for block in curvature.blocks.values():
         weight = block.weight
         shapes = {weight.path: weight.shape, weight.bias_path: weight.bias_shape}
@@ -77,13 +86,14 @@ def _check_tree(curvature: Curvature, leaves: Mapping[str, Array]) -> None:
             if path not in leaves:
                 raise ValueError(
                     f"the tree has no leaf {path!r}, which the curvature covers; it must be shaped "
-                    "like the params that the curvature was estimated at"
+                    f"like the params that the curvature was estimated at ({nearest(path, leaves)})"
                 )
             if leaves[path].shape != shapes[path]:
                 raise ValueError(
                     f"leaf {path!r} has shape {leaves[path].shape}, the curvature's parameter has "
                     f"{shapes[path]}"
                 )
+    return leaves
 
 
 @on_auto_axes
@@ -165,8 +175,7 @@ def quadratic_form(
 ) -> Array:
     """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
     check_numbers(NOT_NEGATIVE, damping=damping)
-    leaves = dict(parameter_paths(tree))
-    _check_tree(curvature, leaves)
+    leaves = check_covers(curvature, tree)
     parts = []
     for name, block in curvature.blocks.items():
         values = eigenvalues(curvature, name)
@@ -180,6 +189,7 @@ def quadratic_form(
 @on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_numbers(NOT_NEGATIVE, damping=damping)
     parts = []
     for name in curvature.blocks:
@@ -203,9 +213,12 @@ def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
     Raises:
         ValueError: no such block, or one that is diagonal.
     """
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     block = curvature.blocks.get(path)
     if not isinstance(block, Kronecker):
         known = [n for n, b in curvature.blocks.items() if isinstance(b, Kronecker)]
-        raise ValueError(f"{path!r} has no Kronecker block; those that have: {', '.join(known)}")
+        raise ValueError(
+            f"{path!r} has no Kronecker block; of those that have, {nearest(path, known)}"
+        )
     a, g = curvature.factors[block.input].matrix, curvature.factors[block.output].matrix
     return (a, g) if block.weight.is_stacked else (a[0], g[0])

@@ -15,15 +15,17 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_function
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.factorize import check_finite
 from jedit.curvature.grouping import Block, group_sites, padding_hint
 from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.placement import best_split, leaf_shardings, matrix_sharding, undivided, zeros
-from jedit.curvature.scores import Labels, run_pass
+from jedit.curvature.scores import Labels, check_pass, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
+from jedit.display import short_repr
 from jedit.typing import Batch
 
 
@@ -45,6 +47,8 @@ class SquaresState:
     next_example: Array
     blocks: tuple[Block, ...]
     draws: int
+
+    __repr__ = short_repr
 
     def places(self, params: PyTree) -> "SquaresState | None":
         """The shardings of all sums, after those of the parameters; None on one device."""
@@ -100,8 +104,11 @@ def squares_estimator(
     Returns:
         The estimator.
     """
+    check_function(apply)
 
     def shapes(params, batch):
+        check_pass(params, batch)
+
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)

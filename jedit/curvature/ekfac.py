@@ -10,6 +10,8 @@ that one damping means one thing for both.
 import dataclasses
 from collections.abc import Callable
 
+from jedit.arguments import check_kind
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.groups import exactly
@@ -41,8 +43,10 @@ def ekfac(
         the per-example gradients, d_in² + d_out² + d_in d_out multiply-adds a position and site.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: an unknown `fisher`, or a model without the curvature's parameters.
     """
+    check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)
     factors = kfac_curvature.factors
     bases = {
@@ -62,4 +66,15 @@ def ekfac(
         return Curvature(corrected, {n: f for n, f in factors.items() if n in used}, num_outputs)
 
     paths = exactly(kfac_curvature.covered)
-    return squares_estimator(apply, Labels(likelihood, fisher, samples), paths, bases, finish)
+    whole = squares_estimator(apply, Labels(likelihood, fisher, samples), paths, bases, finish)
+
+    def init(params, batch, first_example=0):
+        check_covers(kfac_curvature, params)
+        return whole.init(params, batch, first_example)
+
+    def groups(params, batch, group_bytes):
+        check_covers(kfac_curvature, params)
+        assert whole.groups is not None
+        return whole.groups(params, batch, group_bytes)
+
+    return Estimator(init, whole.update, whole.finalize, groups)

@@ -7,9 +7,18 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import (
+    check_checkpoint,
+    check_key,
+    check_kind,
+    check_params,
+    checked_batches,
+    refuse_tracers,
+)
 from jedit.checks import COUNT, check_numbers
 from jedit.curvature.host import to_host
 from jedit.curvature.structure import Curvature, joined
+from jedit.display import short_repr
 from jedit.sharding import kept, on_auto, on_auto_axes, places_of
 from jedit.typing import Batch, Resumable
 
@@ -43,6 +52,14 @@ class Estimator(NamedTuple):
     groups: Callable[..., tuple["Estimator", ...]] | None = None
     check: Callable[[PyTree, Batch, str], None] | None = None
 
+    __repr__ = short_repr
+
+
+_OUTSIDE = (
+    "call it outside. What may be traced are the estimator's `update`, and `solve` and its like of "
+    "the curvature that comes out"
+)
+
 
 def add_batch(
     update: jax.tree_util.Partial, state: Any, params: PyTree, batch: Batch, key: Array
@@ -60,7 +77,7 @@ def _add_batch(update, state, params, batch, key, places):
 def estimate(
     estimator: Estimator,
     params: PyTree,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Batch,
     *,
     key: Array,
     progress: bool = False,
@@ -79,7 +96,7 @@ def estimate(
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
         params: where to linearise.
-        batches: any iterable of `Batch`.
+        batches: a `Batch`, or any iterable of them.
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result
             does not depend on how examples are cut into batches.
         progress: show a progress bar (needs tqdm).
@@ -96,12 +113,20 @@ def estimate(
         The curvature.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: no batch, none that counts an output, or what the estimator finds wrong with
-            one; the checkpoint is of another call; or `group_bytes` with a checkpoint, with
-            batches that come only once, or with an estimator that cannot be parted.
+            one; a call under `jax.jit` or another transformation; the checkpoint is of another
+            call; or `group_bytes` with a checkpoint, with batches that come only once, or with an
+            estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_params(params)
+    check_key(key)
+    check_checkpoint(checkpoint)
     check_numbers(COUNT, group_bytes=group_bytes)
+    batches = checked_batches(batches)
+    refuse_tracers("estimate", (params, key), _OUTSIDE)
     if group_bytes is not None:
         estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
         parts = [
@@ -123,6 +148,7 @@ def estimate(
                 estimator.check(params, batch, f"batch {number}")
             batch = on_auto(batch)
             if state is None:
+                refuse_tracers("estimate", batch, _OUTSIDE)
                 state = estimator.init(params, batch)
                 if checkpoint is not None:
                     done, state, _ = checkpoint.resume("estimate", (params, key), state)

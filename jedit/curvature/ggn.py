@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.curvature.likelihoods import Likelihood
+from jedit.arguments import check_batch, check_function
+from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.outputs import counted_outputs, wide
 from jedit.typing import Batch
 
@@ -32,6 +33,7 @@ def ggn_vector_product(
     therefore have a forward-mode rule, which a function under `jax.custom_vjp` lacks.  Outputs left
     out by `mask` or `valid` contribute an exact zero.
     """
+    check_likelihood(likelihood)
     run = _forward(apply, batch)
     outputs, tangent = jax.jvp(run, (params,), (vector,))
     _, pull_back = jax.vjp(run, params)
@@ -58,6 +60,8 @@ def quadratic_kl(
 
 
 def _forward(apply: Callable, batch: Batch) -> Callable[[PyTree], Array]:
+    check_function(apply)
+    check_batch(batch, "batch")
     return lambda params: apply(params, batch.inputs)
 
 

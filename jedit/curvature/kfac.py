@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_function
 from jedit.checks import COUNT, check_numbers
 from jedit.curvature.assemble import assemble
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
@@ -35,7 +36,7 @@ from jedit.curvature.placement import (
     undivided,
     zeros,
 )
-from jedit.curvature.scores import Labels, run_pass
+from jedit.curvature.scores import Labels, check_pass, run_pass
 from jedit.curvature.squares import add_squared_gradients
 from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
 from jedit.curvature.sums import (
@@ -47,6 +48,7 @@ from jedit.curvature.sums import (
     zero_input_sums,
     zero_output_sums,
 )
+from jedit.display import short_repr
 
 
 @pytree("blocks", "draws", "shardings")
@@ -74,6 +76,8 @@ class KfacState:
     blocks: tuple[Block, ...]
     draws: int
     shardings: tuple[NamedSharding | None, ...] = ()
+
+    __repr__ = short_repr
 
     def places(self, params: PyTree) -> "KfacState | None":
         """The shardings of all sums, after those of the parameters; None on one device."""
@@ -132,14 +136,18 @@ def kfac(
         takes the factors' size.
 
     Raises:
+        TypeError: `apply` is no function, or `likelihood` no likelihood.
         ValueError: an unknown `fisher` or `sharing`.
     """
+    check_function(apply)
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
     check_numbers(COUNT, max_dim=max_dim)
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):
+        check_pass(params, batch)
+
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)

@@ -24,6 +24,7 @@ from jax import lax
 from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
+from jedit.arguments import check_kind, check_labels
 from jedit.checks import POSITIVE, check_numbers
 from jedit.outputs import Limits, kl_terms, wide
 
@@ -39,12 +40,17 @@ class Likelihood(abc.ABC):
         """Return the shape that masks and losses have: all axes of the outputs but the last.
 
         Raises:
-            ValueError: if the outputs are not real numbers with at least one axis.
+            ValueError: if the outputs are not real numbers with at least one axis, or the last of
+                them is empty.
         """
         if outputs.ndim == 0 or not jnp.issubdtype(outputs.dtype, jnp.floating):
             raise ValueError(
                 f"{type(self).__name__} needs real outputs with an event axis, (..., classes or "
                 f"features), got {outputs.dtype}{list(outputs.shape)}; z[..., None] adds the axis"
+            )
+        if outputs.shape[-1] == 0:
+            raise ValueError(
+                f"the outputs have shape {outputs.shape}: no classes or features on the last axis"
             )
         return outputs.shape[:-1]
 
@@ -119,6 +125,7 @@ class Categorical(Likelihood):
     def nll(self, outputs: Array, targets: Int[Array, "..."]) -> Array:
         """Return logsumexp(z / T) - z_y / T."""
         _check_shape(targets, self.lead_shape(outputs), "Categorical targets (one per output)")
+        check_labels(targets, "Categorical targets")
         logits = wide(outputs) / self.temperature
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
@@ -145,6 +152,7 @@ class Categorical(Likelihood):
     def empirical_cotangent(self, outputs: Array, targets: Int[Array, "..."]) -> Array:
         """Return (s(z) - e_y) / T."""
         _check_shape(targets, self.lead_shape(outputs), "Categorical targets (one per output)")
+        check_labels(targets, "Categorical targets")
         p = self._probabilities(outputs)
         return ((p - _one_hot(targets, p)) / self.temperature).astype(outputs.dtype)
 
@@ -293,6 +301,15 @@ class Bernoulli(Likelihood):
     def _yes_and_no(self, outputs: Array) -> tuple[Array, Array]:
         logits = wide(outputs) / self.temperature
         return jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits)
+
+
+def check_likelihood(likelihood: Likelihood) -> None:
+    """Refuse what is no likelihood, such as a class that was not called.
+
+    Raises:
+        TypeError: it is none.
+    """
+    check_kind(likelihood, Likelihood, "likelihood", "such as Categorical()")
 
 
 def _one_hot(labels: Array, like: Array) -> Array:

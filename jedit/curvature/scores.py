@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import check_batch, check_params
 from jedit.capture import Capture, Site, run_capture
 from jedit.checks import COUNT, check_numbers
 from jedit.curvature.alignment import Alignment, align
-from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.outputs import check_contents, counted_outputs
 from jedit.typing import Batch, wide_dtype
 
@@ -48,8 +49,10 @@ class Labels:
         """Refuse what is unknown.
 
         Raises:
+            TypeError: what is no likelihood.
             ValueError: an unknown `fisher`, or no draw.
         """
+        check_likelihood(self.likelihood)
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
         check_numbers(COUNT, samples=self.samples)
@@ -214,9 +217,11 @@ def run_pass(
         The pass.
 
     Raises:
-        ValueError: shapes of the batch disagree, a selected parameter cannot be captured, or
-            targets are missing.
+        TypeError: parameters or a batch that are something else.
+        ValueError: shapes of the batch disagree or are empty, a selected parameter cannot be
+            captured, or targets are missing.
     """
+    check_pass(params, batch)
     captured = run_capture(apply, params, batch.inputs, select)
     sites, outputs = captured.sites, captured.outputs
     if select is not None and sites.uncovered:
@@ -224,6 +229,12 @@ def run_pass(
         raise ValueError(f"select names parameters that cannot be captured:\n{rows}")
     if not sites:
         raise ValueError(f"no parameter can be captured:\n{sites}")
+    for site in sites.values():
+        if 0 in site.weight.shape:
+            raise ValueError(
+                f"parameter {site.path!r} has shape {site.weight.shape}, an axis of no length; "
+                "leave it out by `select`"
+            )
     lead = labels.likelihood.lead_shape(outputs)
     _check_examples(batch, lead)
     alignments = align(captured.program, lead)
@@ -253,6 +264,16 @@ def run_pass(
     )
 
 
+def check_pass(params: PyTree, batch: Batch) -> None:
+    """Refuse what cannot be traced, before JAX does so in words of its own.
+
+    Raises:
+        TypeError: parameters or a batch that are something else.
+    """
+    check_params(params)
+    check_batch(batch, "batch")
+
+
 def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
     """Refuse outputs or targets that do not lead with the inputs' examples.
 
@@ -265,6 +286,10 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
             f"the outputs' leading shape is {lead}, but the inputs lead with "
             f"{', '.join(map(str, sorted(lengths)))} examples; apply must return outputs "
             "(examples, ..., classes or features), not flattened"
+        )
+    if 0 in lead:
+        raise ValueError(
+            f"the batch is empty: the outputs' leading shape is {lead}, inputs and all"
         )
     if batch.targets is not None and batch.targets.shape[:1] != lead[:1]:
         raise ValueError(

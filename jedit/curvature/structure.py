@@ -19,6 +19,7 @@ from jaxtyping import Array
 from jedit.capture import Weight
 from jedit.checks import is_known
 from jedit.curvature.placement import along, best_split, num_pieces, without
+from jedit.display import html_table, short_repr, text_table
 from jedit.sharding import fetched
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -68,6 +69,8 @@ class Factor:
     basis: Array | None
     eigenvalues: Array
 
+    __repr__ = short_repr
+
     def rotate(self, x: Array, axis: int, *, back: bool = False) -> Array:
         """Qᵀ (or Q, back) along an axis of (layers, d_in, d_out)."""
         if self.basis is None:
@@ -98,6 +101,8 @@ class Kronecker:
     corrected: Array | None = None
     sharding: NamedSharding | None = None
 
+    __repr__ = short_repr
+
 
 @pytree("weight")
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Diagonal:
 
     weight: Weight
     values: Array
+
+    __repr__ = short_repr
 
 
 def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
@@ -141,6 +148,14 @@ class Curvature:
         return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
 
     def __str__(self) -> str:
+        return text_table(self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("block", "matrix", "A", "G", "eigenvalues")]
         for name, block in self.blocks.items():
             weight = block.weight
@@ -152,11 +167,7 @@ class Curvature:
                 a, g = ("dense" if basis is not None else "diagonal" for basis in bases)
                 kinds = (a, g, "products" if block.corrected is None else "corrected")
             rows.append((name + bias, f"{layers}{weight.rows} x {weight.d_out}", *kinds))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return rows
 
 
 def joined(curvatures: Sequence[Curvature]) -> Curvature:

@@ -17,6 +17,7 @@ from jedit.capture.capture import scatter_rows
 from jedit.curvature.alignment import Alignment
 from jedit.curvature.kernels import moment as add_moment
 from jedit.curvature.scores import Pass
+from jedit.display import short_repr
 
 SHARINGS = ("expand", "reduce")
 
@@ -34,6 +35,8 @@ class InputSums(NamedTuple):
     moment: Array
     total: Array
     count: Array
+
+    __repr__ = short_repr
 
 
 def zero_input_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> InputSums:

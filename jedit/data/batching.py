@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from jedit.arguments import check_batch
 from jedit.checks import COUNT, check_numbers
 from jedit.data.text import Encoded
 from jedit.typing import Batch
@@ -37,8 +38,12 @@ def batches(
         An iterator over batches of JAX arrays.
 
     Raises:
-        ValueError: `size` is not positive, or leaves no batch.
+        TypeError: the examples are something else.
+        ValueError: `size` is not positive, or leaves no batch, or there are no targets.
     """
+    check_batch(examples, "examples")
+    if examples.targets is None:
+        raise ValueError("examples.targets is None: rows are counted by their targets")
     check_numbers(COUNT, size=size)
     targets = np.asarray(examples.targets)
     ones = np.ones(targets.shape, np.float32)
@@ -94,12 +99,16 @@ def stack_requests(requests: Sequence[Batch | Encoded]) -> Batch:
         One batch whose leaves lead with R, (R, rows, ...), as wide as the largest set.
 
     Raises:
+        TypeError: one of them is something else.
         ValueError: there are none, or they disagree in the number of axes.
     """
     if not requests:
         raise ValueError("there are no requests to stack.")
     whole = []
-    for request in requests:
+    for i, request in enumerate(requests):
+        check_batch(request, f"requests[{i}]")
+        if request.targets is None:
+            raise ValueError(f"requests[{i}].targets is None: a request is to raise their loss")
         targets = np.asarray(request.targets)
         ones = np.ones(targets.shape, np.float32)
         mask, valid = (ones if x is None else np.asarray(x) for x in (request.mask, request.valid))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from jedit.data.jsonl import DataError, QaRow, read_rows
 
-_RANGE = re.compile(r"(\d*):(\d*)")
+_RANGE = re.compile(r"(\d{0,18}):(\d{0,18})")
 
 
 def select_rows(
@@ -121,7 +121,7 @@ def _by_number(data: Sequence[QaRow], ranges: str, role: str) -> list[QaRow]:
         match = _RANGE.fullmatch(part.strip())
         if match is None:
             raise DataError(
-                f"{role}: rows={ranges!s} is not of the form rows=START:STOP, as rows=0:40."
+                f"{role}: rows={ranges[:60]!s} is not of the form rows=START:STOP, as rows=0:40."
             )
         start, stop = int(match[1] or 0), int(match[2] or len(data))
         if not start < stop <= len(data):

@@ -7,9 +7,7 @@ others, and applied again to a model that was trained further.  Paths are
 `jax.tree_util.keystr(path, simple=True, separator="/")`.
 """
 
-import difflib
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,8 +18,18 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind, check_params, matcher, nearest
 from jedit.checks import FINITE, check_finite, check_numbers
-from jedit.edits.low_rank import Block, LowRank, added, dense, scaled
+from jedit.display import (
+    MAX_ROWS,
+    html_table,
+    is_concrete,
+    num_megabytes,
+    short,
+    short_repr,
+    text_table,
+)
+from jedit.edits.low_rank import HIGHEST, Block, LowRank, added, dense, scaled
 from jedit.paths import parameter_paths
 from jedit.sharding import on_auto_axes, sharding_of
 
@@ -40,6 +48,31 @@ class Edit:
     """
 
     blocks: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self._heading()}\n{text_table(self._rows())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), [self._heading()])
+
+    def _heading(self) -> str:
+        number = len(self.blocks)
+        plural = "" if number == 1 else "s"
+        return f"Edit of {number} parameter{plural}, {num_megabytes(self):.3g} MB"
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("parameter", "shape", "kind", "norm", "MB")]
+        for path, block in list(self.blocks.items())[:MAX_ROWS]:
+            if not hasattr(block, "shape"):  # JAX puts other things in the place of arrays
+                rows.append((path, "-", short(block), "-", "-"))
+                continue
+            kind = f"rank {block.rank}" if isinstance(block, LowRank) else "dense"
+            shape = " x ".join(map(str, block.shape)) or "1"
+            size = f"{num_megabytes(block):.3g}"
+            rows.append((path, shape, f"{kind} {block.dtype}", _shown_norm(block), size))
+        if (rest := len(self.blocks) - MAX_ROWS) > 0:
+            rows.append((f"and {rest} more", "", "", "", ""))
+        return rows
 
     def __add__(self, other: "Edit") -> "Edit":
         """Return the edit that does both; ValueError if they disagree on a shape."""
@@ -86,6 +119,8 @@ class CastLoss(NamedTuple):
 
     rounded_away: Float[Array, ""]
     swallowed: Float[Array, ""]
+
+    __repr__ = short_repr
 
 
 @on_auto_axes
@@ -139,8 +174,9 @@ def edit_between(before: PyTree, after: PyTree, select: str | None = None) -> Ed
         differing = sorted(set(paths) ^ set(other_paths))
         raise ValueError(f"before and after differ in structure; paths in one only: {differing}")
     blocks = {}
+    is_selected = matcher("" if select is None else select, "select")
     for path, old, new in zip(paths, leaves, other_leaves, strict=True):
-        if select is not None and not re.search(select, path):
+        if not is_selected(path):
             continue
         _check_shape(path, "before", old, "after", new)
         if jnp.issubdtype(old.dtype, jnp.floating):
@@ -184,6 +220,7 @@ def cast_report(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> dict[str, Ca
 
 
 def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
+    check_params(params)
     named = parameter_paths(params)
     return [path for path, _ in named], [x for _, x in named], jax.tree.structure(params)
 
@@ -224,6 +261,22 @@ def _sharded_sum(leaf: Array, delta: Block, scale: Scalar, place: NamedSharding)
     return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
 
 
+def _shown_norm(block: Any) -> str:
+    """The norm of a block in a few digits, if its numbers are there to be looked at."""
+    if not all(map(is_concrete, jax.tree.leaves(block))):
+        return "-"
+    with jax.ensure_compile_time_eval():  # what is printed under jit is no part of the program
+        if not isinstance(block, LowRank):
+            return f"{float(_norm(jnp.asarray(block).astype(_wide(block)))):.3g}"
+        left, right = (x.astype(_wide(block)) for x in (block.left, block.right))
+        grams = (
+            jnp.einsum(spec, x, x, precision=HIGHEST)
+            for spec, x in (("...dr,...ds->...rs", left), ("...rd,...sd->...rs", right))
+        )
+        square = jnp.sum(functools.reduce(jnp.multiply, grams))
+        return f"{float(jnp.sqrt(jnp.maximum(square, 0))):.3g}"
+
+
 def _norm(x: Array) -> Array:
     largest = jnp.max(jnp.abs(x), initial=0)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)  # small squares are zero
@@ -231,11 +284,11 @@ def _norm(x: Array) -> Array:
 
 
 def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:
+    check_kind(edit, Edit, "edit", "of `edit_between` or a method")
     known = dict(zip(paths, leaves, strict=True))
     for path, delta in edit.blocks.items():
         if path not in known:
-            near = difflib.get_close_matches(path, paths, n=3, cutoff=0.0)
-            raise ValueError(f"the edit names {path!r}, which params lack; nearest: {near}")
+            raise ValueError(f"the edit names {path!r}, which params lack; {nearest(path, paths)}")
         _check_shape(path, "the edit", delta, "params", known[path])
         if not jnp.issubdtype(known[path].dtype, jnp.floating):
             raise ValueError(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jedit.curvature.structure import Weight, pytree
+from jedit.display import short_repr
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -33,6 +34,8 @@ class LowRank:
     left: Array
     right: Array
     weight: Weight
+
+    __repr__ = short_repr
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind, check_params, nearest
 from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
+from jedit.display import is_concrete, short_repr, text_table
 from jedit.paths import parameter_paths
 from jedit.sharding import on_auto_axes
 
@@ -46,6 +48,8 @@ class NullSpaceReport(NamedTuple):
     dimension: int
     energy: Array
     leakage: Array
+
+    __repr__ = short_repr
 
 
 @pytree("blocks")
@@ -84,6 +88,8 @@ class Projector:
         return found
 
     def __str__(self) -> str:
+        if not all(map(is_concrete, jax.tree.leaves(self))):
+            return short_repr(self)
         rows = [("parameter", "free of", "energy", "leakage")]
         for name, line in self.report().items():
             for k in range(len(line.rank)):
@@ -96,8 +102,10 @@ class Projector:
                         f"{float(line.leakage[k]):.2e}",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return text_table(rows)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @on_auto_axes
@@ -119,6 +127,7 @@ def null_space(
         ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
             Kronecker block.
     """
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     if by not in SELECTIONS:
         raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
     check_numbers(THRESHOLDS[by], threshold=threshold)
@@ -176,11 +185,13 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
     """
     if uncovered not in ("zero", "identity"):
         raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_kind(projector, Projector, "projector", "as `null_space` returns it")
+    check_params(tree, "the tree")
     leaves = dict(parameter_paths(tree))
     if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
-        known = ", ".join(list(leaves)[:6])
         raise ValueError(
-            f"the tree has no leaves {missing}, which the projector is for; its leaves are {known}"
+            f"the tree has no leaves {missing}, which the projector is for; "
+            f"{nearest(missing[0], leaves)}"
         )
     total: dict[str, Array] = {}
     rest = dict(leaves)

@@ -27,6 +27,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, power
+from jedit.display import short_repr
 from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
 from jedit.geometry.surrogate import SCOPES
 from jedit.sharding import on_auto_axes
@@ -46,6 +47,8 @@ class Whitening(NamedTuple):
 
     whiten: Callable[[PyTree], PyTree]
     unwhiten: Callable[[PyTree], PyTree]
+
+    __repr__ = short_repr
 
 
 EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
@@ -87,6 +90,8 @@ class SubspaceState(NamedTuple):
     rows: PyTree
     count: Array
 
+    __repr__ = short_repr
+
 
 class RetainSubspace(NamedTuple):
     """Three pure functions.
@@ -101,6 +106,8 @@ class RetainSubspace(NamedTuple):
     init: Callable
     update: Callable
     value: Callable
+
+    __repr__ = short_repr
 
 
 def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> RetainSubspace:

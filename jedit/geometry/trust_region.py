@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import batch_list, check_function, check_params, refuse_tracers
 from jedit.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
-from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
 from jedit.outputs import check_contents, counted_outputs, wide
@@ -137,10 +138,15 @@ class RetainKl:
                 logits of 2,000 tokens at a vocabulary of 32,000.
 
         Raises:
-            ValueError: they count no output.
+            TypeError: an argument that is something else.
+            ValueError: they count no output, there are none, or something is traced.
         """
+        check_function(apply)
+        check_likelihood(likelihood)
+        check_params(params)
         check_numbers(COUNT_OR_ZERO, kept_bytes=kept_bytes)
-        self.batches = [retain] if isinstance(retain, Batch) else list(retain)
+        self.batches = batch_list(retain, "retain")
+        refuse_tracers("a retain KL", (params, self.batches), "measure it outside")
         self._apply, self._likelihood, self._params = apply, likelihood, params
         self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]
         if not sum(self._counts):

@@ -23,12 +23,14 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
+from jedit.arguments import check_batch, check_function, check_kind, check_params, nearest
 from jedit.capture import Site, Weight, intervene
 from jedit.capture.capture import parameter_leaves
 from jedit.capture.discover import trace
 from jedit.checks import check_finite, culprit
 from jedit.curvature.alignment import align
 from jedit.curvature.structure import HIGHEST, Curvature, Kronecker
+from jedit.display import short_repr
 from jedit.edits import Edit, apply_edit
 from jedit.typing import Batch, wide_dtype
 
@@ -44,6 +46,8 @@ class Associations(NamedTuple):
     batch: Batch
     subject: Int[Array, " n"] | None = None
 
+    __repr__ = short_repr
+
 
 class KeyState(NamedTuple):
     """The keys of all batches so far.
@@ -55,6 +59,8 @@ class KeyState(NamedTuple):
 
     moments: dict[str, Array]
     num_keys: Array
+
+    __repr__ = short_repr
 
 
 class AssociationInfo(NamedTuple):
@@ -69,6 +75,8 @@ class AssociationInfo(NamedTuple):
     residual: Array
     keys: dict[str, Array]
     state: KeyState
+
+    __repr__ = short_repr
 
 
 def regress(
@@ -187,6 +195,7 @@ class InputMoment(NamedTuple):
 
 def input_moments(curvature: Curvature) -> dict[str, InputMoment]:
     """The dense input moments of a curvature, by path."""
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     found = {}
     for name, block in curvature.blocks.items():
         factor = curvature.factors[block.input] if isinstance(block, Kronecker) else None
@@ -212,8 +221,10 @@ def chosen(layers: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[s
     if not paths or len(set(paths)) < len(paths):
         raise ValueError(f"layers must name parameters, by depth and each once; got {paths}")
     if unknown := [path for path in paths if path not in weights]:
-        known = ", ".join(weights)
-        raise ValueError(f"{unknown} have no dense input moment; those that have: {known}")
+        raise ValueError(
+            f"{unknown} have no dense input moment; of those that have, "
+            f"{nearest(unknown[0], weights)}"
+        )
     if stacked := [path for path in paths if weights[path].layers > 1]:
         raise ValueError(f"{stacked} are stacks of matrices; keys are those of a single one")
     return {path: weights[path] for path in paths}
@@ -223,8 +234,13 @@ def check_subject(apply: Callable, params: PyTree, associations: Associations) -
     """Refuse subjects that are no positions of the model's outputs, where they are known already.
 
     Raises:
+        TypeError: the arguments are something else.
         ValueError: which rows they are in.
     """
+    check_function(apply)
+    check_params(params)
+    check_kind(associations, Associations, "associations", "Associations(batch, subject)")
+    check_batch(associations.batch, "associations.batch")
     subject = associations.subject
     shape = jax.eval_shape(apply, params, associations.batch.inputs).shape
     if subject is None or len(shape) < 3 or isinstance(subject, Tracer):
@@ -261,7 +277,8 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
     sites = program.sites
     uses = [site for site in sites.values() if site.path == path]
     if len(uses) != 1 or uses[0].kind != "dense" or uses[0].weight.layers > 1:
-        kinds = [site.kind for site in uses] or sites.uncovered.get(path, "no such parameter")
+        unknown = f"no such parameter; {nearest(path, parameter_leaves(params))}"
+        kinds = [site.kind for site in uses] or sites.uncovered.get(path, unknown)
         raise ValueError(f"{path!r} must be the matrix of one dense site; its sites are: {kinds}")
     (site,) = uses
     positions = math.prod(site.output_shape) // (num_rows * site.num_uses * site.weight.d_out)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import refuse_tracers
 from jedit.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.structure import Kronecker, check_counted
+from jedit.display import short_repr
 from jedit.edits import Edit
-from jedit.paths import parameter_paths
 
 STRENGTHS = ("adaptive", "whole")
 Parts = Curvature | Sequence[Curvature]
@@ -27,6 +29,8 @@ class EngramInfo(NamedTuple):
 
     relative_norm: dict[str, Array]
     strength: dict[str, Array]
+
+    __repr__ = short_repr
 
 
 def take_out(
@@ -47,6 +51,7 @@ def take_out(
         The edit, and norms.
 
     Raises:
+        TypeError: something else than parameters or curvatures.
         ValueError: an unknown strength, nothing in a group, curvatures of different sites or of no
             outputs, no Kronecker block, or a parameter that is used at several sites.
         FloatingPointError: parameters, or the edit, are not finite.
@@ -57,6 +62,9 @@ def take_out(
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
     if not targets or not rests:
         raise ValueError("target and rest must hold a curvature each, or several; one is empty")
+    for curvature in (*targets, *rests):
+        leaves = check_covers(curvature, params)
+    refuse_tracers("an engram", (params, targets, rests), "take it outside")
     blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
     if merged := [name for name, block in blocks.items() if block.input == f"input of {name}"]:
         raise ValueError(
@@ -70,7 +78,6 @@ def take_out(
     for name, group in (("target", targets), ("rest", rests)):
         for curvature in group:
             check_counted(curvature.num_outputs, f"a curvature of {name}")
-    leaves = dict(parameter_paths(params))
     found, relative = {}, {}
     for name, block in blocks.items():
         dtype = targets[0].factors[block.input].matrix.dtype

@@ -36,6 +36,7 @@ from jedit.checks import (
     culprit,
     rows_not_finite,
 )
+from jedit.display import short_repr
 from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
 from jedit.outputs import check_contents, counted_outputs
@@ -56,6 +57,8 @@ class TargetInfo(NamedTuple):
     nll: Array
     kl: Array
     relative_norm: Array
+
+    __repr__ = short_repr
 
 
 def target_values(
@@ -99,6 +102,7 @@ def target_values(
             numbers out of their range.
         FloatingPointError: values are not finite; their facts are named.
     """
+    check_subject(apply, params, associations)
     check_numbers(COUNT_OR_ZERO, steps=steps)
     check_numbers(POSITIVE, learning_rate=learning_rate, max_norm=max_norm)
     check_numbers(NOT_NEGATIVE, weight_decay=weight_decay, kl_weight=kl_weight)
@@ -110,7 +114,6 @@ def target_values(
     ]
     if len(set(rows)) > 1:
         raise ValueError(f"essence has {rows[1]} rows, expected one a fact, {rows[0]}")
-    check_subject(apply, params, associations)
     check_contents(associations.batch, "associations.batch", limits=(0, math.inf))
     values, info = _search(
         (apply, layer, hidden, steps),

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import optax
 
+from jedit.display import short_repr
+
 
 class TrainingMethod(NamedTuple):
     """An objective, the optimizer that makes the method of it, and what that wants at each step.
@@ -25,3 +27,5 @@ class TrainingMethod(NamedTuple):
     objective: Callable
     optimizer: optax.GradientTransformationExtraArgs
     update_args: Callable | None = None
+
+    __repr__ = short_repr

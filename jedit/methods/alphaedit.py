@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_kind
 from jedit.checks import POSITIVE, check_numbers
 from jedit.edits import Edit
 from jedit.geometry import Projector
@@ -87,6 +88,7 @@ def alphaedit(
         ValueError: ℓ not positive, or layers, targets or state that do not fit.
     """
     check_numbers(POSITIVE, ridge=ridge)
+    check_kind(projector, Projector, "projector", "as `null_space` returns it")
     factors = {name: factor for name, _, factor in projector.blocks}
 
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:

@@ -27,21 +27,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.checks import (
-    COUNT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    check_numbers,
-    culprit,
-    rows_not_finite,
-)
+from jedit.arguments import check_batch, check_function, check_params
+from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers, culprit, rows_not_finite
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.grouping import Block, group_sites
 from jedit.curvature.groups import exactly
-from jedit.curvature.likelihoods import Categorical, Likelihood
+from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.scores import Labels, Pass, run_pass
 from jedit.curvature.squares import example_factors, example_gradient
 from jedit.curvature.structure import check_counted, off_axes
+from jedit.display import short_repr
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
 from jedit.geometry._trees import exponents, shifted
@@ -72,6 +68,8 @@ class BatchInfo(NamedTuple):
     predicted_gain: Float[Array, " requests"]
     predicted_kl: Float[Array, " requests"]
     cut_off: Float[Array, " requests"]
+
+    __repr__ = short_repr
 
 
 @on_auto_axes
@@ -116,11 +114,17 @@ def batch_unlearn(
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
             without targets or that count no output, masks or labels that are none, or a curvature
-            of no outputs.
+            of no outputs or of other parameters.
         FloatingPointError: an edit is not finite; its request is named.
     """
+    check_function(apply)
+    check_params(params)
+    check_batch(requests, "requests")
+    check_covers(curvature, params)
+    check_likelihood(likelihood)
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
     check_numbers(POSITIVE, budget=budget, step=step)

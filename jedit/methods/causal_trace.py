@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from jedit.arguments import check_batch, check_function, check_key, check_params, nearest
 from jedit.capture import intervene
 from jedit.capture.discover import trace
 from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.curvature.alignment import align
+from jedit.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.outputs import wide
 from jedit.sharding import on_auto_axes
@@ -48,6 +50,8 @@ class CausalTrace(NamedTuple):
     corrupted: Float[Array, " batch"]
     restored: Float[Array, "layers batch"]
     windows: Bool[Array, "layers layers"]
+
+    __repr__ = short_repr
 
     @property
     def indirect_effect(self) -> Float[Array, "layers batch"]:
@@ -97,6 +101,10 @@ def causal_trace(
         ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
             no site, or one whose output does not lead with (batch, seq).
     """
+    check_function(apply)
+    check_params(params)
+    check_batch(batch, "batch")
+    check_key(key)
     check_numbers(COUNT, window=window, samples=samples, chunk=chunk)
     check_numbers(NOT_NEGATIVE, noise=noise)
     names = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -124,8 +132,9 @@ def _trace(
     window, samples, chunk = sizes
     clean = intervene(apply, params, batch.inputs)
     if unknown := [name for name in (embedding, *names) if name not in clean.site_outputs]:
-        known = ", ".join(list(clean.site_outputs)[:12])
-        raise ValueError(f"{unknown} are no sites of this function; its sites are: {known}")
+        raise ValueError(
+            f"{unknown} are no sites of this function; {nearest(unknown[0], clean.site_outputs)}"
+        )
     alignments = align(trace(apply, params, batch.inputs), clean.outputs.shape[:-1])
     for name in (embedding, *names):
         if not alignments[name].leads_with_outputs(int(is_stacked and name != embedding)):

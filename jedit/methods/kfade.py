@@ -39,11 +39,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jedit.arguments import batch_list, check_function, check_params, refuse_tracers
 from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
+from jedit.curvature.blocks import check_covers
 from jedit.curvature.groups import Need, group_paths
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.structure import check_counted
+from jedit.display import short_repr
 from jedit.edits import Edit
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry._trees import exponents, shifted
@@ -79,6 +82,8 @@ class KfadeInfo(NamedTuple):
     gradient_norm: np.ndarray
     retain_cosine: np.ndarray
     within_budget: np.ndarray
+
+    __repr__ = short_repr
 
 
 def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
@@ -125,10 +130,18 @@ def kfade(
         it a narrower parameter takes. And what each step predicted and did.
 
     Raises:
-        ValueError: not exactly one of `budget` and `step`, or a number out of its range; rows or a
-            curvature that count no output; masks or labels that are none.
+        TypeError: an argument that is something else.
+        ValueError: not exactly one of `budget` and `step`, or a number out of its range; no batch;
+            rows or a curvature that count no output; a curvature of other parameters; masks or
+            labels that are none; or a call under `jax.jit` or another transformation.
         FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
+    check_function(apply)
+    check_params(params)
+    forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
+    if not callable(curvature):
+        check_covers(curvature, params)
+    refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
     check_numbers(POSITIVE, budget=budget, step=step)
@@ -136,7 +149,6 @@ def kfade(
     check_numbers(NOT_NEGATIVE, damping=damping)
     if objective is None:
         objective = _gradient_ascent(apply)
-    forget = [forget] if isinstance(forget, Batch) else list(forget)
     price = RetainKl(apply, likelihood, params, retain)
     check_rows(apply, likelihood, params, forget=forget, retain=price.batches)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
@@ -147,9 +159,9 @@ def kfade(
     alpha = step
     for k in range(steps):
         metric = curvature(moved(params, change)) if callable(curvature) else curvature
+        check_covers(metric, params)
         check_counted(metric.num_outputs)
         covered = part_of(params, metric.covered)
-        jax.eval_shape(quadratic_form, metric, covered)  # refuses another model's curvature
         change = {path: _wide_zeros(x) for path, x in covered.items()} | change
         where = (tuple(covered), params, change)
         value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)

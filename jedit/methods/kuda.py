@@ -18,11 +18,11 @@ weight decay and the retain gradient then leave.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 
 import optax
 
+from jedit.arguments import check_kind, matcher
 from jedit.curvature import Curvature
 from jedit.geometry import null_space
 from jedit.methods._training import TrainingMethod
@@ -70,11 +70,10 @@ def kuda(
     Raises:
         ValueError: `select` matches no parameter of the curvature; and as `null_space`.
     """
-    patterns = [select] if isinstance(select, str) else list(select)
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
+    is_selected = matcher(select, "select")
     chosen = {
-        name: block
-        for name, block in curvature.blocks.items()
-        if any(re.search(pattern, block.weight.path) for pattern in patterns)
+        name: block for name, block in curvature.blocks.items() if is_selected(block.weight.path)
     }
     if not chosen:
         raise ValueError(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from jedit.arguments import batch_list, check_function, check_optimizer, check_params
 from jedit.checks import NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods._entrance import check_rows, stop_if_not_finite
@@ -72,7 +73,10 @@ def salun(
     objective = functools.partial(
         random_label, apply=apply, gamma=gamma, alpha=alpha, retain_objective=retain_objective
     )
-    forget = [forget] if isinstance(forget, Batch) else list(forget)
+    check_function(apply)
+    check_optimizer(optimizer)
+    check_params(params)
+    forget = batch_list(forget, "forget")
     check_rows(apply, Categorical(), params, forget=forget)
     saliency = _summed_gradient(apply, params, forget)
     stop_if_not_finite("the saliency", 0.0, saliency, params, {"forget": forget})

@@ -22,7 +22,7 @@ from jedit.typing import Batch
 def accuracy(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
     """Return the accuracy over all outputs that count, in all batches; a tie is its lower class."""
     return mean_of_sums(
-        [_hits(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_hits(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )
 
 

@@ -34,7 +34,7 @@ def exact_memorization(
     An example none of whose outputs counts, such as one that fills up the last batch, is left out.
     """
     hits, counts = rows_of_sums(
-        [_row_hits(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_row_hits(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )
     return hits / counts
 

@@ -45,7 +45,7 @@ def extraction_strength(
         ValueError: if a batch is packed.
     """
     runs, counts = rows_of_sums(
-        [_row_runs(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_row_runs(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )
     return runs / counts
 

@@ -58,7 +58,7 @@ def gradient_norm_scores(
     norms, _ = rows_of_sums(
         [
             RowSums(*_norms(apply, order, by_tensor, params, batch))
-            for batch in each_batch(batches, apply, params)
+            for batch in each_batch(apply, params, batches)
         ]
     )
     return norms

@@ -97,7 +97,7 @@ def min_k_scores(
         ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
     check_numbers(POSITIVE_SHARE, share=share)
-    parts = [_token_log_p(apply, params, batch) for batch in each_batch(batches, apply, params)]
+    parts = [_token_log_p(apply, params, batch) for batch in each_batch(apply, params, batches)]
     return _means_of_lowest(parts, share)
 
 
@@ -113,7 +113,7 @@ def min_k_plus_plus_scores(
         ValueError: if the share is not above 0 and at most 1, or a batch is packed.
     """
     check_numbers(POSITIVE_SHARE, share=share)
-    parts = [_token_z(apply, params, batch) for batch in each_batch(batches, apply, params)]
+    parts = [_token_z(apply, params, batch) for batch in each_batch(apply, params, batches)]
     return _means_of_lowest(parts, share)
 
 

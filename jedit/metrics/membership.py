@@ -66,7 +66,7 @@ def membership_scores(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     parts = jax.device_get(
-        [_scores(apply, kind, params, batch) for batch in each_batch(batches, apply, params)]
+        [_scores(apply, kind, params, batch) for batch in each_batch(apply, params, batches)]
     )
     return np.concatenate([np.zeros(0), *(scores[counted] for scores, counted in parts)])
 

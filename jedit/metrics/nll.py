@@ -32,7 +32,7 @@ from jedit.typing import Batch
 def nll(apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch) -> float:
     """Return the mean negative log-likelihood over all outputs that count, in all batches."""
     return mean_of_sums(
-        [_sum_and_count(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_sum_and_count(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )
 
 
@@ -46,7 +46,7 @@ def answer_nll_per_row(
     The examples of packed batches, all of one `pack`, are its rows, in their order there.
     """
     sums, counts = rows_of_sums(
-        [_row_sums(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_row_sums(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )
     return sums / counts
 
@@ -60,7 +60,7 @@ def answer_nll_sum_per_row(
     An example none of whose outputs counts is left out here too; packed batches as above.
     """
     return rows_of_sums(
-        [_row_sums(apply, params, batch) for batch in each_batch(batches, apply, params)]
+        [_row_sums(apply, params, batch) for batch in each_batch(apply, params, batches)]
     )[0]
 
 

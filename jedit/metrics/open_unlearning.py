@@ -74,7 +74,7 @@ def token_scores(
         ValueError: if a batch is packed, or has not one target per output.
     """
     rows = []
-    for batch in each_batch(batches):
+    for batch in each_batch(apply, params, batches):
         parts = jax.device_get(_tokens(apply, params, batch))
         for is_hit, log_p, z, counted in zip(*parts, strict=True):
             if counted.any():
@@ -94,7 +94,7 @@ def gradient_norms(
         ValueError: if a batch is packed, or has no targets.
     """
     found = []
-    for batch in each_batch(batches):
+    for batch in each_batch(apply, params, batches):
         shorter, lengths = _without_last(batch)
         norms = np.full(len(lengths), np.nan)
         norms[lengths > 1] = gradient_norm_scores(apply, params, shorter, by_tensor=True)

@@ -26,7 +26,12 @@ def output_kl(
     apply: Apply, original: PyTree, edited: PyTree, batches: Iterable[Batch] | Batch
 ) -> float:
     """Return the mean KL over all outputs that count, in all batches; targets are not needed."""
-    return mean_of_sums([_sum_kl(apply, original, edited, batch) for batch in each_batch(batches)])
+    return mean_of_sums(
+        [
+            _sum_kl(apply, original, edited, batch)
+            for batch in each_batch(apply, (original, edited), batches, has_labels=False)
+        ]
+    )
 
 
 @partial(jax.jit, static_argnums=0)

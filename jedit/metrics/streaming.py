@@ -8,30 +8,41 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from jedit.arguments import check_function, check_params, checked_batches, refuse_tracers
 from jedit.objectives.token_nll import Apply
 from jedit.outputs import by_example, check_contents
 from jedit.typing import Batch, PackedTokens
 
 
 def each_batch(
-    batches: Iterable[Batch] | Batch, apply: Apply | None = None, params: PyTree = None
+    apply: Apply,
+    params: PyTree,
+    batches: Iterable[Batch] | Batch,
+    *,
+    has_labels: bool = True,
 ) -> Iterator[Batch]:
-    """Yield the batches; one batch by itself is a tuple, and would iterate over its fields.
+    """Yield a metric's batches, once its arguments and they were looked at.
 
     Args:
+        apply: the model.
+        params: its parameters, or several.
         batches: the batches, or the one.
-        apply: of which the targets are to be labels; None: they are not looked at.
-        params: for it.
+        has_labels: whether the targets are to be classes of the outputs.
 
     Yields:
-        Each batch, once it was looked at.
+        Each batch.
 
     Raises:
-        ValueError: a mask of anything but 0 and 1, or a label that is no class of the outputs.
+        TypeError: one of the arguments is something else.
+        ValueError: the params are traced; a mask of anything but 0 and 1, or a label that is no
+            class of the outputs.
     """
-    for number, batch in enumerate([batches] if isinstance(batches, Batch) else batches):
+    check_function(apply)
+    check_params(params)
+    refuse_tracers("a metric", params, "call it on the params that come out")
+    for number, batch in enumerate(checked_batches(batches)):
         limits = None
-        if apply is not None and batch.targets is not None:
+        if has_labels and batch.targets is not None:
             limits = (0, jax.eval_shape(apply, params, batch.inputs).shape[-1] - 1)
         check_contents(batch, f"batch {number}", limits=limits, must_count=False)
         yield batch

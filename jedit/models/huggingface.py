@@ -13,6 +13,7 @@ but Qwen 2's, quantised weights.
 import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def load_model(
     softmax are computed in float32 in Llama and Qwen.
 
     Args:
-        folder: with config.json and safetensors files.
+        folder: with config.json and safetensors files: those that model.safetensors.index.json
+            names, or all where there is no index.
         dtype: of the parameters and the computation; None: the files', float32 if those differ.
 
     Returns:
@@ -64,8 +66,9 @@ def load_model(
         dicts of arrays; the configuration, of `transformers.AutoConfig`.
 
     Raises:
-        ValueError: an architecture, or a setting of it, that tunix does not compute; or tensors
-            that are missing, or of another shape or kind of number.
+        ValueError: an architecture, or a setting of it, that tunix does not compute; tensors that
+            are missing, stand twice, or are of another shape or kind of number; a file that is not
+            whole; or no such folder.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -75,16 +78,17 @@ def load_model(
     kind = architecture(config, wanted)
     _check_complete(kind, tensors, folder)
     loader = optional("tunix.models.safetensors_loader")
-    module = loader.load_and_create_model(
-        str(folder),
-        kind.model_class,
-        kind.config,
-        kind.key_mapping,
-        preprocess_fn=None if kind.preprocess is None else kind.preprocess(),
-        dtype=wanted,
-        # The fast way takes one dtype for all of a file.
-        mode="optimized" if len(stored) == 1 else "original",
-    )
+    with _only_weights(folder) as place:
+        module = loader.load_and_create_model(
+            str(place),
+            kind.model_class,
+            kind.config,
+            kind.key_mapping,
+            preprocess_fn=None if kind.preprocess is None else kind.preprocess(),
+            dtype=wanted,
+            # The fast way takes one dtype for all of a file.
+            mode="optimized" if len(stored) == 1 else "original",
+        )
     kind.finish(module)
     apply, params = to_pure(module, _causal)
     return _by_the_usual_rules(apply), params, config
@@ -180,7 +184,7 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
     num_bytes = 0
     for file in _weight_files(source):
         tensors = {}
-        with optional("safetensors").safe_open(file, framework="numpy") as opened:
+        with _opened(file) as opened:
             metadata = opened.metadata() or {"format": "pt"}
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 kept = name not in edited
@@ -207,6 +211,11 @@ def read_config(folder: str | Path) -> Any:
         ValueError: there is none, or of a family that `transformers` does not know.
     """
     path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{folder}: there is no such folder. Models are read from a folder on this machine; of "
+            f"a name on the hub `hf download {folder} --local-dir DIR` makes one."
+        )
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is no Hugging Face folder.")
     return optional("transformers").AutoConfig.from_pretrained(str(folder))
@@ -252,22 +261,79 @@ def _common(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> jnp.dtype:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: those of the index, else all there are.
+
+    Raises:
+        ValueError: there are none, or the index names one that is not there.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no safetensors file.")
-    return files
+    index = folder / INDEX
+    if not index.exists():
+        return files
+    try:
+        names = sorted(set(_read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: is no index of weights: {error!r}") from None
+    if missing := [name for name in names if folder / str(name) not in files]:
+        raise ValueError(f"{index}: names {missing[:6]}, which are no safetensors files beside it.")
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def _only_weights(folder: Path) -> Iterator[Path]:
+    """A folder of these files alone, since tunix reads whatever lies beside them.
+
+    Yields:
+        The folder.
+    """
+    files = _weight_files(folder)
+    if len(files) == len(list(folder.glob("*.safetensors"))):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for file in files:
+            (Path(made) / file.name).symlink_to(file.absolute())
+        yield Path(made)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Yields:
+        It, open.
+
+    Raises:
+        ValueError: it is none, or a part of one.
+    """
+    safetensors = optional("safetensors")
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            yield opened
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file}: is no whole safetensors file ({error}); copy or download it anew."
+        ) from None
 
 
 def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of a folder's tensors, without reading them.
 
     Raises:
-        ValueError: there are none, or they are no ordinary floats.
+        ValueError: there are none, one stands twice, or they are no ordinary floats.
     """
-    found = {}
+    found, places = {}, {}
     for file in _weight_files(folder):
-        with optional("safetensors").safe_open(file, framework="numpy") as opened:
+        with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
+                if name in found:
+                    raise ValueError(
+                        f"{folder}: {name} stands in {places[name]} and in {file.name}; take one "
+                        f"of the files away, or name the right ones in {INDEX}."
+                    )
+                places[name] = file.name
                 part = opened.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise ValueError(

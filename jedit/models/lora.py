@@ -11,7 +11,6 @@ A and B are matrices, of as many rows and columns as those axes multiply to.
 """
 
 import math
-import re
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
+from jedit.arguments import matcher
 from jedit.checks import COUNT, FINITE, check_numbers
 from jedit.models.functional import Apply
 from jedit.paths import parameter_paths
@@ -202,7 +202,7 @@ def with_lora(
     check_numbers(FINITE, scale=scale)
     leaves = dict(parameter_paths(params))
     matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
-    names = [path for path in matrices if select is None or re.search(select, path)]
+    names = list(filter(matcher("" if select is None else select, "select"), matrices))
     walk = _Walk({}, scale)
     jax.eval_shape(lambda p, x: _evaluate(walk, apply, p, x, names), params, inputs)
     uses = _checked(walk, names, select)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_batch
 from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, masked_mean
@@ -47,6 +48,7 @@ def representation_deviation(
     The retain term is there when `retain` is. `random_direction` draws a direction; τ = 0.1 is
     arbitrary.
     """
+    check_batch(forget, "forget")
     check_numbers(FINITE, tilt=tilt)
     check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
     reference = wide(jax.lax.stop_gradient(hidden(reference_params, forget.inputs)))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_batch
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, token_kl
 from jedit.outputs import counted_outputs
 from jedit.typing import Batch
@@ -45,6 +46,7 @@ def retain_kl(
     del forget
     if reference_params is None:
         raise ValueError("retain_kl needs reference_params, the params before unlearning; got None")
+    check_batch(retain, "retain")
     reference = jax.lax.stop_gradient(apply(reference_params, retain.inputs))
     divergence = token_kl(reference, apply(params, retain.inputs))
     loss = masked_mean(divergence, counted_outputs(retain, divergence.shape))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from jedit.arguments import check_batch
 from jedit.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
 from jedit.objectives.token_nll import masked_mean
 from jedit.outputs import counted_outputs
@@ -50,6 +51,7 @@ def rmu(
     check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
 
     def distance(batch: Batch, towards: Callable) -> Array:
+        check_batch(batch, "the objective's batch")
         states = hidden(params, batch.inputs)
         states = states.astype(wide_dtype(states.dtype))
         away = states - jax.lax.stop_gradient(towards(states))

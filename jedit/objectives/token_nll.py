@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jedit.arguments import check_batch, check_labels
 from jedit.outputs import by_example, counted_outputs, kl_terms, wide
 from jedit.typing import Batch
 
@@ -57,14 +58,17 @@ def labelled_logits(
     """Return logits in float32 or wider, targets (0 where they do not count), and which count.
 
     Raises:
+        TypeError: if it is no batch, or its targets are no integers.
         ValueError: if the batch has no targets, or not one per output.
     """
+    check_batch(batch, "the objective's batch")
     logits = wide(apply(params, batch.inputs))
     if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
         got = None if batch.targets is None else batch.targets.shape
         raise ValueError(
             f"batch.targets has shape {got}, expected one label per output, {logits.shape[:-1]}"
         )
+    check_labels(batch.targets, "batch.targets")
     counted = counted_outputs(batch, logits.shape[:-1])
     return logits, jnp.where(counted, batch.targets, 0), counted
 

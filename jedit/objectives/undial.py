@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.arguments import check_batch
 from jedit.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
@@ -51,6 +52,7 @@ def undial(
     """
     check_numbers(NOT_NEGATIVE, beta=beta, gamma=gamma, alpha=alpha)
     logits, targets, counted = labelled_logits(params, forget, apply=apply)
+    check_batch(forget, "forget")
     teacher = wide(jax.lax.stop_gradient(apply(reference_params, forget.inputs)))
     is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
     distribution = jax.nn.softmax(jnp.where(is_label, teacher - beta, teacher), axis=-1)

@@ -19,8 +19,11 @@ def check_destination(out: Path) -> None:
     """Refuse a destination that a report may not replace; call it before the work, not after.
 
     Raises:
-        ValueError: it is a file, or a folder with something in it that is no report.
+        ValueError: it is a file, a link to nothing, or a folder with something in it that is no
+            report.
     """
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"{out}: is a link to {os.readlink(out)}, which is not there")
     if not out.exists():
         for parent in out.absolute().parents:
             if parent.exists():

@@ -172,8 +172,11 @@ def test_what_is_not_supported(toy, fields, message):
 
 
 def test_no_folder_of_a_model(tmp_path, toy):
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match="no such folder"):
         load_model(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path / "empty")
     (toy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no safetensors file"):
         load_model(toy)
