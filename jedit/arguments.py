@@ -229,6 +229,9 @@ class _Checked:
     def __init__(self, batches: Iterable[Any], name: str):
         self.batches, self.name = batches, name
 
+    def __len__(self) -> int:
+        return len(self.batches)  # where they have one: a progress bar asks
+
     def __iter__(self) -> Iterator[Batch]:
         for i, batch in enumerate(self.batches):
             check_batch(batch, f"{self.name}[{i}]")

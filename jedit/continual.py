@@ -154,15 +154,15 @@ def continual(
     Raises:
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
-    check_function(apply)
-    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
-    check_batch(data, "data")
-    check_key(key)
     check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
     check_numbers(COUNT, every=every, probe=probe)
     check_numbers(COUNT_OR_ZERO, relearn=relearn)
+    check_function(apply)
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_batch(data, "data")
+    check_key(key)
     check_contents(data, "data", limits=(0, math.inf))
     if data.targets is None:
         raise ValueError("the data need targets: a request is to raise their loss")

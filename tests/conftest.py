@@ -35,12 +35,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-flags = [os.environ.get("XLA_FLAGS", "")]
+# What compiles fast, for this process and for those that a test starts.
+COMPILE_FLAGS = ""
 if IS_COMPILED_FAST:
-    flags.append("--xla_backend_optimization_level=0")
+    COMPILE_FLAGS = "--xla_backend_optimization_level=0"
     # XLA dies of a flag that it does not know, and newer ones have no other emitter.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        COMPILE_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+flags = [os.environ.get("XLA_FLAGS", ""), COMPILE_FLAGS]
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker's matrix products: several workers share the cores.
     flags.append("--xla_cpu_multi_thread_eigen=false")

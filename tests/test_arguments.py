@@ -256,7 +256,7 @@ def test_a_regular_expression_that_is_none():
 
 
 def test_axes_of_no_length():
-    with pytest.raises(ValueError, match="the batch is empty: the outputs' leading shape is"):
+    with pytest.raises(ValueError, match="batch 1 has no rows: the curvature is of no outputs"):
         estimate(Batch(X[:0], BATCH.targets[:0]))
     narrow = {"a": {"w": jnp.ones((3, 0)), "b": jnp.zeros(0)}, "o": {"w": jnp.ones((0, 5))}}
     for estimator in (kfac(), jedit.diagonal(apply, L)):

@@ -77,11 +77,13 @@ def _block():
 NEEDED = {
     "batch_unlearn": {"budget": 1.0},
     "fit": {"steps": 1},
+    "kfac": {"apply": len},
     "kfade": {"budget": 1.0},
+    "relearn": {"looks": (1,)},
     ("batch_unlearn", "step"): {"budget": None},
     ("fit", "epochs"): {"steps": None},
     ("kfade", "step"): {"budget": None},
-    "ekfac": {"kfac_curvature": types.SimpleNamespace(factors={}, blocks={}, covered=())},
+    "ekfac": {"apply": len, "kfac_curvature": jedit.Curvature({}, {}, np.ones(()))},
     "encode_rows": {"rows": []},
     "kuda": {"select": "w", "curvature": jedit.Curvature({"w": _block()}, {}, np.ones(()))},
 }

@@ -183,6 +183,7 @@ NO_ROW = {
     "target_values": "makes what rome and memit write",
     "token_kl": "is what objectives are made of",
     "token_nll": "is what objectives are made of",
+    "with_update_args": "gives another transform's arguments (test_training_loops)",
 }
 
 

@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.conftest import COMPILE_FLAGS, ROOT
 from tests.readme import README, snippets
 
 
 def run_readme(folder, *there):
     """All snippets that can be run where these things are; the last line it prints."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
     done = subprocess.run(

@@ -72,11 +72,10 @@ def relearn(
     Raises:
         ValueError: `looks` does not rise from at least 1.
     """
+    looks = tuple(looks)
+    check_numbers(COUNT, batch_size=batch_size, looks=looks or None)
     check_function(apply)
     check_batch(rows, "rows")
-    check_numbers(COUNT, batch_size=batch_size)
-    looks = tuple(looks)
-    check_numbers(COUNT, looks=looks or None)
     if not looks or any(a >= b for a, b in zip(looks, looks[1:], strict=False)):
         raise ValueError(f"looks must be rising numbers of steps from 1, got {looks}")
     values = [measure(params)]

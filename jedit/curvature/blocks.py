@@ -189,8 +189,8 @@ def quadratic_form(
 @on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
-    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_numbers(NOT_NEGATIVE, damping=damping)
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
     for name in curvature.blocks:
         values = eigenvalues(curvature, name)

@@ -120,11 +120,11 @@ def estimate(
             estimator that cannot be parted.
         FloatingPointError: a block's sums are not finite.
     """
+    check_numbers(COUNT, group_bytes=group_bytes)
     check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
     check_params(params)
     check_key(key)
     check_checkpoint(checkpoint)
-    check_numbers(COUNT, group_bytes=group_bytes)
     batches = checked_batches(batches)
     refuse_tracers("estimate", (params, key), _OUTSIDE)
     if group_bytes is not None:

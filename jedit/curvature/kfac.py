@@ -139,10 +139,10 @@ def kfac(
         TypeError: `apply` is no function, or `likelihood` no likelihood.
         ValueError: an unknown `fisher` or `sharing`.
     """
+    check_numbers(COUNT, max_dim=max_dim)
     check_function(apply)
     if sharing not in SHARINGS:
         raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
-    check_numbers(COUNT, max_dim=max_dim)
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):

@@ -52,10 +52,10 @@ class Labels:
             TypeError: what is no likelihood.
             ValueError: an unknown `fisher`, or no draw.
         """
+        check_numbers(COUNT, samples=self.samples)
         check_likelihood(self.likelihood)
         if self.fisher not in FISHERS:
             raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
-        check_numbers(COUNT, samples=self.samples)
 
     def check(self, apply: Callable, params: PyTree, batch: Batch, name: str) -> None:
         """Refuse masks that are none and, where they are used, labels that are none.

@@ -41,10 +41,10 @@ def batches(
         TypeError: the examples are something else.
         ValueError: `size` is not positive, or leaves no batch, or there are no targets.
     """
+    check_numbers(COUNT, size=size)
     check_batch(examples, "examples")
     if examples.targets is None:
         raise ValueError("examples.targets is None: rows are counted by their targets")
-    check_numbers(COUNT, size=size)
     targets = np.asarray(examples.targets)
     ones = np.ones(targets.shape, np.float32)
     mask, valid = (ones if x is None else x for x in (examples.mask, examples.valid))

@@ -136,9 +136,9 @@ def apply_edit(params: PyTree, edit: Edit, scale: Scalar = 1.0) -> PyTree:
         FloatingPointError: if a block holds NaN or infinity.
     """
     check_numbers(FINITE, scale=scale)
-    check_finite("the edit", edit.blocks, "nothing was applied")
     paths, leaves, treedef = _flatten(params)
     _check_paths(edit, paths, leaves)
+    check_finite("the edit", edit.blocks, "nothing was applied")
     edited = [
         _edited(leaf, edit.blocks[path], scale) if path in edit.blocks else leaf
         for path, leaf in zip(paths, leaves, strict=True)

@@ -127,11 +127,11 @@ def null_space(
         ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
             Kronecker block.
     """
-    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     if by not in SELECTIONS:
         raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
     check_numbers(THRESHOLDS[by], threshold=threshold)
     check_numbers(NOT_NEGATIVE, relaxation=relaxation)
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     blocks = tuple(
         (name, block.weight, block.input)
         for name, block in curvature.blocks.items()

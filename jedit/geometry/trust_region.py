@@ -141,10 +141,10 @@ class RetainKl:
             TypeError: an argument that is something else.
             ValueError: they count no output, there are none, or something is traced.
         """
+        check_numbers(COUNT_OR_ZERO, kept_bytes=kept_bytes)
         check_function(apply)
         check_likelihood(likelihood)
         check_params(params)
-        check_numbers(COUNT_OR_ZERO, kept_bytes=kept_bytes)
         self.batches = batch_list(retain, "retain")
         refuse_tracers("a retain KL", (params, self.batches), "measure it outside")
         self._apply, self._likelihood, self._params = apply, likelihood, params

@@ -102,11 +102,11 @@ def target_values(
             numbers out of their range.
         FloatingPointError: values are not finite; their facts are named.
     """
-    check_subject(apply, params, associations)
     check_numbers(COUNT_OR_ZERO, steps=steps)
     check_numbers(POSITIVE, learning_rate=learning_rate, max_norm=max_norm)
     check_numbers(NOT_NEGATIVE, weight_decay=weight_decay, kl_weight=kl_weight)
     check_numbers(FINITE, stop=stop)
+    check_subject(apply, params, associations)
     if associations.batch.targets is None:
         raise ValueError("associations.batch.targets are the new answers; got None")
     rows = [

@@ -120,6 +120,9 @@ def batch_unlearn(
             of no outputs or of other parameters.
         FloatingPointError: an edit is not finite; its request is named.
     """
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, rank=rank, chunk=chunk)
     check_function(apply)
     check_params(params)
     check_batch(requests, "requests")
@@ -127,9 +130,6 @@ def batch_unlearn(
     check_likelihood(likelihood)
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
-    check_numbers(POSITIVE, budget=budget, step=step)
-    check_numbers(NOT_NEGATIVE, damping=damping)
-    check_numbers(COUNT, rank=rank, chunk=chunk)
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     check_requests(apply, likelihood, params, requests)

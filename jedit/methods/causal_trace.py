@@ -101,12 +101,12 @@ def causal_trace(
         ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
             no site, or one whose output does not lead with (batch, seq).
     """
+    check_numbers(COUNT, window=window, samples=samples, chunk=chunk)
+    check_numbers(NOT_NEGATIVE, noise=noise)
     check_function(apply)
     check_params(params)
     check_batch(batch, "batch")
     check_key(key)
-    check_numbers(COUNT, window=window, samples=samples, chunk=chunk)
-    check_numbers(NOT_NEGATIVE, noise=noise)
     names = (layers,) if isinstance(layers, str) else tuple(layers)
     if not names:
         raise ValueError(f"causal_trace needs a layer at least, got {layers=}")

@@ -136,6 +136,9 @@ def kfade(
             labels that are none; or a call under `jax.jit` or another transformation.
         FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(COUNT, steps=steps)
+    check_numbers(NOT_NEGATIVE, damping=damping)
     check_function(apply)
     check_params(params)
     forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
@@ -144,9 +147,6 @@ def kfade(
     refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    check_numbers(POSITIVE, budget=budget, step=step)
-    check_numbers(COUNT, steps=steps)
-    check_numbers(NOT_NEGATIVE, damping=damping)
     if objective is None:
         objective = _gradient_ascent(apply)
     price = RetainKl(apply, likelihood, params, retain)

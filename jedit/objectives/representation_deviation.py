@@ -48,9 +48,9 @@ def representation_deviation(
     The retain term is there when `retain` is. `random_direction` draws a direction; τ = 0.1 is
     arbitrary.
     """
-    check_batch(forget, "forget")
     check_numbers(FINITE, tilt=tilt)
     check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
+    check_batch(forget, "forget")
     reference = wide(jax.lax.stop_gradient(hidden(reference_params, forget.inputs)))
     if direction is not None:
         u = jax.lax.broadcast_in_dim(

@@ -16,8 +16,7 @@ import pytest
 import jedit
 from jedit.checkpoint import DamagedError
 from tests.checkpoint.jobs import ESTIMATOR, NUM_KILLS, estimate, loop, to_bytes
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.conftest import COMPILE_FLAGS, ROOT
 
 
 class Stopped(Exception):
@@ -172,7 +171,7 @@ def test_killed_at_twenty_moments(tmp_path):
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": COMPILE_FLAGS,
         },
     )
     assert out.returncode == 0, out.stderr[-3000:]

@@ -226,5 +226,5 @@ def test_bad_trees_get_a_sentence(problem):
             call(curvature, flipped)
     with pytest.raises(ValueError, match="uncovered must be"):
         apply_spectral(curvature, tree, jnp.sqrt, uncovered="freeze")
-    with pytest.raises(ValueError, match="'gain' has no Kronecker block; those that have: "):
+    with pytest.raises(ValueError, match="'gain' has no Kronecker block; of those that"):
         factors(curvature, "gain")

@@ -251,12 +251,12 @@ def test_more_samples_are_averaged(key):
     np.testing.assert_allclose(trace(factor), trace(whole), rtol=0.2)
 
 
-def test_an_estimate_without_counted_outputs_is_zero(key):
+def test_an_estimate_without_counted_outputs_is_refused(key):
     program = BY_NAME["perceptron"]
     params, batch = make_problem(program, key)
     batch = batch._replace(mask=jnp.zeros(program.lead))
-    curvature = estimate(kfac(program.run, Categorical()), params, [batch], key=key)
-    assert trace(curvature) == 0
+    with pytest.raises(ValueError, match="the curvature is of no outputs"):
+        estimate(kfac(program.run, Categorical()), params, [batch], key=key)
 
 
 def test_one_damping_means_one_thing(key, tolerance):

@@ -38,7 +38,7 @@ def test_an_entitys_rows_meet_all_its_neighbours():
 
 
 def test_empty_sets_are_refused():
-    with pytest.raises(ValueError, match="got 0 and 3"):
+    with pytest.raises(ValueError, match="num_forget must be at least 1, got 0"):
         pair_in_turn(0, 3, epoch=0)
-    with pytest.raises(ValueError, match="got 3 and 0"):
+    with pytest.raises(ValueError, match="num_retain must be at least 1, got 0"):
         pair_uniformly(3, 0, epoch=0, key=jax.random.key(0))

@@ -9,12 +9,12 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import COMPILE_FLAGS, ROOT
+
 TIMEOUT = 900
 # Norms of what is cut off, roots of differences of nearly equal numbers.
 SQUARED = {"batch info/cut_off"}
@@ -27,9 +27,7 @@ def start(path, kind, devices, *distributed):
 
 def start_module(name, devices, *arguments):
     """One process with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} "
-    if os.environ.get("JEDIT_TEST_FAST_COMPILE") == "1":
-        flags += "--xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_FLAGS}"
     return subprocess.Popen(
         [sys.executable, "-m", f"tests.many_devices.{name}", *arguments],
         stdout=subprocess.PIPE,

@@ -401,7 +401,7 @@ def test_mistakes_get_a_sentence(params, facts, key):
         run(layers=BOTH)
     with pytest.raises(ValueError, match="by depth and each once"):
         run(layers=[ONE, ONE])
-    with pytest.raises(ValueError, match=r"\['head'\] have no dense input moment; those that"):
+    with pytest.raises(ValueError, match=r"\['head'\] have no dense input moment; of those that"):
         run(layers="head")
     with pytest.raises(ValueError, match=r"targets have shape \(2, 5\), the values are \(3, 5\)"):
         memit(network, params, curvature, facts, targets[:2], layers=ONE)
