@@ -30,7 +30,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 
 .DEFAULT_GOAL := help
 .PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz
-.PHONY: demo-newest lint format bench notebooks clean distclean
+.PHONY: more-newest demo-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,7 +40,7 @@ help:
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
-	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  make demo-newest"
+	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  more-newest, demo-newest"
 	@echo "make test-all     all of these, with what is exhaustive (hours)"
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
 	@echo "make environments what all of these need, beforehand"
@@ -108,14 +108,17 @@ test: .venv/.dev
 	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
 
 # Where the width of a number makes no difference, once is enough; recipes run in float32 in the demo.
-ANY_WIDTH := bench checkpoint many_devices recipes report test_cli.py test_imports.py
+ANY_WIDTH := bench checkpoint many_devices recipes report \
+  test_cli.py test_command_line.py test_defaults.py test_imports.py test_readme.py
+WIDTH_FLAGS = $(patsubst %,--ignore=tests/%,$(ANY_WIDTH) $(if $(JEDIT_TEST_ALL),,capture))
+MORE := $(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1
 
 test-more: .venv/.dev
-	$(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 .venv/bin/python $(PYTEST) \
-	  $(ANY_WIDTH:%=--ignore=tests/%)
+	$(MORE) .venv/bin/python $(PYTEST) $(WIDTH_FLAGS)
 
 test-all: export JEDIT_TEST_ALL = 1
-test-all: test test-more test-llm test-parity test-oldest test-newest fuzz notebooks
+test-all: SEED = 0:10000
+test-all: test test-more test-llm test-parity test-oldest test-newest more-newest fuzz notebooks
 
 # Every program is another: there is nothing to keep of what is compiled.
 fuzz: .venv/.dev
@@ -130,23 +133,21 @@ test-parity: .venv-parity/.done
 test-oldest: .venv-oldest/.done
 	$(call pytest_on,.venv-oldest,tests/capture)
 
-test-newest:
-	@if [ -z "$(NEWEST_PYTHON)" ]; then \
-	  echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
-	else $(MAKE) --no-print-directory run-newest NEWEST_PYTHON="$(NEWEST_PYTHON)"; fi
+# $(call on_newest,command): in the environment of the newest JAX; a sentence where there is none.
+define on_newest
+@if [ -z "$(NEWEST_PYTHON)" ]; then \
+  echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
+else $(MAKE) --no-print-directory .venv-newest/.done NEWEST_PYTHON="$(NEWEST_PYTHON)" && $(1); fi
+endef
 
-.PHONY: run-newest
-run-newest: .venv-newest/.done
-	$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST)
+test-newest:
+	$(call on_newest,$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST))
+
+more-newest:
+	$(call on_newest,$(MORE) .venv-newest/bin/python $(PYTEST) $(WIDTH_FLAGS))
 
 demo-newest:
-	@if [ -z "$(NEWEST_PYTHON)" ]; then \
-	  echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
-	else $(MAKE) --no-print-directory run-demo-newest NEWEST_PYTHON="$(NEWEST_PYTHON)"; fi
-
-.PHONY: run-demo-newest
-run-demo-newest: .venv-newest/.done
-	.venv-newest/bin/jedit demo $(DEMO_FLAGS)
+	$(call on_newest,.venv-newest/bin/jedit demo $(DEMO_FLAGS))
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -25,6 +25,7 @@ IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
 IS_EXHAUSTIVE = os.environ.get("JEDIT_TEST_ALL", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
+JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 MAX_MEMORY_MAPS = 25_000
 # Where keys are given to jedit; elsewhere tests draw their data, as they like.
 KEYS_CHECKED = ("attacks", "curvature", "data", "methods", "objectives", "transforms")
@@ -40,9 +41,14 @@ COMPILE_FLAGS = ""
 if IS_COMPILED_FAST:
     COMPILE_FLAGS = "--xla_backend_optimization_level=0"
     # XLA dies of a flag that it does not know, and newer ones have no other emitter.
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
+    if JAXLIB < (0, 11):
         COMPILE_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 flags = [os.environ.get("XLA_FLAGS", ""), COMPILE_FLAGS]
+# The interpreter of the kernels, which JAX has from 0.12 on, runs a cluster's six threads in XLA's
+# pool, where they wait for one another. That has as many as there are cores, or as this says when
+# JAX first computes, be it while tests are collected; with fewer they would wait for ever.
+if JAXLIB >= (0, 12):
+    os.environ.setdefault("NPROC", "8")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker's matrix products: several workers share the cores.
     flags.append("--xla_cpu_multi_thread_eigen=false")

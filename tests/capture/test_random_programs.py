@@ -9,7 +9,7 @@ from tests.capture import fuzz
 from tests.capture.oracle import check_capture
 from tests.capture.programs import INPUTS, programs
 
-EXAMPLES = int(os.environ.get("JEDIT_TEST_PROGRAMS", "200"))
+EXAMPLES = int(os.environ.get("JEDIT_TEST_PROGRAMS", "100"))
 
 
 @pytest.mark.float64  # rounding in a straight-through estimator: no tolerance but float64's is fair

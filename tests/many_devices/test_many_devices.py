@@ -68,19 +68,12 @@ def on_one(tmp_path_factory):
 @pytest.mark.float64
 @pytest.mark.parametrize(
     ("kind", "devices", "processes"),
-    [
-        ("fsdp", 8, 1),
-        ("tensor", 8, 1),
-        ("both", 4, 2),
-        ("stages", 4, 2),
-        ("fsdp explicit", 8, 1),
-    ],
-    ids=[
-        "FSDP",
-        "tensor parallel",
-        "both, two processes",
-        "split layers, two processes",
-        "FSDP, explicit axes, in the context of their mesh",
+    [  # The second has the axes of both that follow, and each kind of process and of mesh is there.
+        pytest.param("fsdp explicit", 8, 1, id="FSDP, explicit axes, in their mesh's context"),
+        pytest.param("both", 4, 2, id="both, two processes"),
+        pytest.param("fsdp", 8, 1, id="FSDP", marks=pytest.mark.exhaustive),
+        pytest.param("tensor", 8, 1, id="tensor parallel", marks=pytest.mark.exhaustive),
+        pytest.param("stages", 4, 2, id="split layers", marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
