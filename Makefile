@@ -30,7 +30,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 
 .DEFAULT_GOAL := help
 .PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz
-.PHONY: more-newest demo-newest lint format bench notebooks clean distclean
+.PHONY: newest-python more-newest demo-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,7 +41,7 @@ help:
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  capture on the oldest supported versions"
 	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  more-newest, demo-newest"
-	@echo "make test-all     all of these, with what is exhaustive (hours)"
+	@echo "make test-all     all tests, with what is exhaustive (hours)"
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
 	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
@@ -111,7 +111,8 @@ test: .venv/.dev
 ANY_WIDTH := bench checkpoint many_devices recipes report \
   test_cli.py test_command_line.py test_defaults.py test_imports.py test_readme.py
 WIDTH_FLAGS = $(patsubst %,--ignore=tests/%,$(ANY_WIDTH) $(if $(JEDIT_TEST_ALL),,capture))
-MORE := $(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1
+# Annotations are checked in float64.
+MORE := $(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 JEDIT_TEST_TYPECHECK=0
 
 test-more: .venv/.dev
 	$(MORE) .venv/bin/python $(PYTEST) $(WIDTH_FLAGS)
@@ -139,6 +140,9 @@ define on_newest
   echo "skipped: the newest JAX needs Python >= 3.12 and none was found; set NEWEST_PYTHON"; \
 else $(MAKE) --no-print-directory .venv-newest/.done NEWEST_PYTHON="$(NEWEST_PYTHON)" && $(1); fi
 endef
+
+newest-python:
+	@echo "$(NEWEST_PYTHON)"
 
 test-newest:
 	$(call on_newest,$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST))
@@ -175,4 +179,4 @@ clean:
 	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-llm .venv-parity .venv-oldest .venv-newest
+	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest

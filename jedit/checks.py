@@ -132,8 +132,9 @@ def rows_not_finite(tree: PyTree) -> list[int]:
     rows: set[int] = set()
     for leaf in jax.tree.leaves(tree):
         if is_known(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and leaf.ndim:
-            values = np.isfinite(np.asarray(leaf)).reshape(len(leaf), -1)
-            rows |= set(np.flatnonzero(~values.all(axis=1)).tolist())
+            values = np.isfinite(np.asarray(leaf))
+            is_whole = values.all(axis=tuple(range(1, values.ndim)))
+            rows |= set(np.flatnonzero(~is_whole).tolist())
     return sorted(rows)
 
 

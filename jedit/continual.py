@@ -207,6 +207,11 @@ class _Sums(NamedTuple):
     def num_rows(self) -> int:
         return len(jax.tree.leaves(self.data)[0])
 
+    def is_counted(self, numbers: np.ndarray) -> np.ndarray:
+        """Whether a row counts an output, for each of these."""
+        counted = np.asarray(self.data.mask * self.data.valid)[numbers] != 0
+        return counted.any(axis=tuple(range(1, counted.ndim)))
+
     def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:
         """Rows that count where `counts` says, filled up with some that do not."""
         filled, kept = np.zeros(size, int), np.zeros(size, np.float32)
@@ -293,7 +298,8 @@ class _Stream(NamedTuple):
                 f"the losses of rows {wrong} are not finite, so it cannot be told what is left to "
                 f"be forgotten: {culprit(state.params, {'data': self.sums.data})}"
             )
-        left = losses < self.enough
+        # A row that counts nothing has nothing to be forgotten.
+        left = (losses < self.enough) & self.sums.is_counted(new)
         params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
         if left.any():
             request = self.sums.rows(new[left], self.request_size)

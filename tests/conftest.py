@@ -85,6 +85,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jedit")
 
+# A collection goes through all the programs that JAX keeps; by default one comes every 700 objects.
+gc.set_threshold(50_000, 20, 50)
+
 HAS_LLM = importlib.util.find_spec("tunix") is not None
 HAS_PARITY = HAS_LLM and importlib.util.find_spec("torch") is not None
 collect_ignore = ([] if HAS_LLM else ["llm"]) + ([] if HAS_PARITY else ["parity"])

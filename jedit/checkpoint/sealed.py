@@ -283,8 +283,10 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         new = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         new.mkdir(mode=0o700)
         handle = _held(new)
-        if handle is not None and new.is_dir():
+        if new.is_dir():  # with or without a lock, where the file system has none
             break
+        if handle is not None:
+            os.close(handle)
     try:
         yield new
     finally:
@@ -312,7 +314,7 @@ def _held(folder: Path) -> int | None:
         return None
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:  # gone, or another user's
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

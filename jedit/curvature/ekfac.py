@@ -77,4 +77,4 @@ def ekfac(
         assert whole.groups is not None
         return whole.groups(params, batch, group_bytes)
 
-    return Estimator(init, whole.update, whole.finalize, groups)
+    return Estimator(init, whole.update, whole.finalize, groups, whole.check)

@@ -144,9 +144,9 @@ def estimate(
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
         for number, batch in enumerate(batches, 1):
+            batch = on_auto(batch)
             if estimator.check is not None:
                 estimator.check(params, batch, f"batch {number}")
-            batch = on_auto(batch)
             if state is None:
                 refuse_tracers("estimate", batch, _OUTSIDE)
                 state = estimator.init(params, batch)
@@ -186,4 +186,4 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("estimate got no batch: a curvature needs at least one")
-    return estimator.groups(params, first, group_bytes), batches
+    return estimator.groups(params, on_auto(first), group_bytes), batches

@@ -36,7 +36,7 @@ class Likelihood(abc.ABC):
     closed over.
     """
 
-    def lead_shape(self, outputs: Array) -> tuple[int, ...]:
+    def lead_shape(self, outputs: Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
         """Return the shape that masks and losses have: all axes of the outputs but the last.
 
         Raises:

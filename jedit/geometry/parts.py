@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.outputs import wide
+from jedit.paths import parameter_paths
 from jedit.typing import wide_dtype
 
 Part = dict[str, Array]
@@ -20,8 +21,7 @@ Part = dict[str, Array]
 
 def leaves_by_path(tree: PyTree) -> Part:
     """The tree's leaves by path, in their order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    return dict(parameter_paths(tree))
 
 
 def part_of(params: PyTree, paths: Iterable[str]) -> Part:

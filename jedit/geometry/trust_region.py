@@ -197,11 +197,7 @@ class RetainKl:
 
 def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: Batch) -> int:
     """How many outputs a batch counts."""
-
-    def leading(params, inputs):
-        return jnp.zeros(likelihood.lead_shape(apply(params, inputs)), bool)
-
-    lead = jax.eval_shape(leading, params, batch.inputs).shape
+    lead = likelihood.lead_shape(jax.eval_shape(apply, params, batch.inputs))
     return int(jnp.sum(counted_outputs(batch, lead)))
 
 

@@ -134,10 +134,10 @@ def write(
             f"{len(weights)} layers share one target, so `hidden` is needed: "
             "hidden(params, inputs) -> (n, seq, d), the residual stream behind the last of them"
         )
+    check_subject(apply, params, associations)
     if not len(jax.tree.leaves(associations.batch.inputs)[0]):
         raise ValueError("there are no associations to write: the batch has no rows")
     sets = {"the associations": associations.batch.inputs, "the targets": targets}
-    check_subject(apply, params, associations)
     hidden = hidden if targets is not None else None
     edit, keys, residuals = Edit({}), {}, []
     for i, (path, weight) in enumerate(weights.items()):

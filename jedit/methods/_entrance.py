@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from jedit.checks import culprit, is_known, not_finite
@@ -85,3 +86,24 @@ def stop_if_not_finite(
     if paths or not np.isfinite(value):
         what = f"the gradient at {paths[:4]}" if np.isfinite(value) else f"the objective, {value},"
         raise FloatingPointError(f"{where}: {what} is not finite: {culprit(params, sets)}")
+
+
+def refuse_zero_gradients(norms: ArrayLike, name: str) -> None:
+    """Refuse rows whose gradient is zero: their edit would be none, and seem a success.
+
+    Args:
+        norms: of the gradient, or of one for each request; traced ones pass.
+        name: of the rows, or of the requests.
+
+    Raises:
+        ValueError: one is zero.
+    """
+    if not is_known(norms):
+        return
+    still = np.flatnonzero(np.asarray(norms).reshape(-1) == 0)
+    if len(still):
+        which = f" {still[:8].tolist()}" if np.ndim(norms) else ""
+        raise ValueError(
+            f"the gradient of {name}{which} is zero in all that the curvature covers, so nothing "
+            "would be forgotten: the rows are predicted with certainty, or do not depend on it"
+        )

@@ -28,7 +28,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.arguments import check_batch, check_function, check_params
-from jedit.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers, culprit, rows_not_finite
+from jedit.checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_numbers,
+    culprit,
+    rows_not_finite,
+)
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
 from jedit.curvature.blocks import check_covers
 from jedit.curvature.grouping import Block, group_sites
@@ -41,7 +48,7 @@ from jedit.display import short_repr
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
 from jedit.geometry._trees import exponents, shifted
-from jedit.methods._entrance import check_requests
+from jedit.methods._entrance import check_requests, refuse_zero_gradients
 from jedit.outputs import wide
 from jedit.sharding import on_auto_axes, row_sharding
 from jedit.typing import Batch
@@ -117,7 +124,7 @@ def batch_unlearn(
         TypeError: an argument that is something else.
         ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
             without targets or that count no output, masks or labels that are none, or a curvature
-            of no outputs or of other parameters.
+            of no outputs or of other parameters; or a request whose gradient is zero.
         FloatingPointError: an edit is not finite; its request is named.
     """
     check_numbers(POSITIVE, budget=budget, step=step)
@@ -158,6 +165,7 @@ def batch_unlearn(
             f"the edits of requests {numbers[:8]} are not finite: "
             + culprit(params, {"requests": requests})
         )
+    refuse_zero_gradients(info.gradient_norm, "requests")
     return edits, info
 
 

@@ -52,7 +52,7 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
-from jedit.methods._entrance import check_rows, stop_if_not_finite
+from jedit.methods._entrance import check_rows, refuse_zero_gradients, stop_if_not_finite
 from jedit.objectives import ga
 from jedit.outputs import counted_outputs, wide
 from jedit.sharding import kept, on_auto_axes, places_of
@@ -133,7 +133,8 @@ def kfade(
         TypeError: an argument that is something else.
         ValueError: not exactly one of `budget` and `step`, or a number out of its range; no batch;
             rows or a curvature that count no output; a curvature of other parameters; masks or
-            labels that are none; or a call under `jax.jit` or another transformation.
+            labels that are none; a gradient that is zero from the start; or a call under `jax.jit`
+            or another transformation.
         FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
     check_numbers(POSITIVE, budget=budget, step=step)
@@ -167,16 +168,19 @@ def kfade(
         value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)
         stop_if_not_finite(f"step {k}", value, gradient, params, sets)
         norm = float(_norm(gradient))
+        if k == 0:
+            refuse_zero_gradients(norm, "forget")
         cosine = _retain_cosine(apply, likelihood, where, gradient, price.batches)
         move, n = _at_unit(_block_by_block(metric, gradient, damping))
         unit = 2.0 ** -int(n)
         allowed = math.inf
-        if budget is not None:
+        if budget is not None and norm:
             allowed = budget * ((k + 1) / steps) ** 2
             start = alpha / unit if alpha else _first_guess(allowed, _quadratic(metric, move))
             along = functools.partial(price, move, start=change)
             alpha = unit * largest_step_within(along, start, allowed)
             del along
+        alpha = alpha or 0.0  # later gradients may be zero, as of rows that are forgotten
         change = _ahead(change, move, alpha / unit, places_of(part_of(params, change)))
         del move
         true_kl = price(change)
@@ -184,7 +188,7 @@ def kfade(
         check_finite(f"step {k}: the edit", change, why)
         rows.append(
             dict(
-                step_size=alpha,
+                step_size=alpha if norm else 0.0,
                 curvature_kl=0.5 * float(_quadratic(metric, change)),
                 predicted_kl=price.predicted(change),
                 true_kl=true_kl,

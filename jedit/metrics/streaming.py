@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from jedit.arguments import check_function, check_params, checked_batches, refuse_tracers
 from jedit.objectives.token_nll import Apply
 from jedit.outputs import by_example, check_contents
+from jedit.sharding import on_auto
 from jedit.typing import Batch, PackedTokens
 
 
@@ -40,7 +41,7 @@ def each_batch(
     check_function(apply)
     check_params(params)
     refuse_tracers("a metric", params, "call it on the params that come out")
-    for number, batch in enumerate(checked_batches(batches)):
+    for number, batch in enumerate(map(on_auto, checked_batches(batches))):
         limits = None
         if has_labels and batch.targets is not None:
             limits = (0, jax.eval_shape(apply, params, batch.inputs).shape[-1] - 1)

@@ -278,3 +278,38 @@ def test_a_request_of_a_small_gradient_is_answered(scene):
 
 def _times(factor, params, x):
     return factor * network(params, x)
+
+
+def test_rows_predicted_with_certainty_are_refused():
+    """Their gradient is zero, and so would be the edit."""
+
+    def linear(params, x):
+        return x @ params["w"]
+
+    params, rows = {"w": 2000 * jnp.eye(4)}, jnp.eye(4)
+    sure = jedit.Batch(rows, jnp.arange(4))
+    estimator = jedit.kfac(linear, jedit.likelihoods.Categorical(temperature=1000.0))
+    curvature = jedit.estimate(estimator, params, [sure], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="the gradient of forget is zero in all"):
+        jedit.methods.kfade(linear, params, curvature, sure, sure, budget=0.05)
+    requests = jax.tree.map(lambda x: x[:, None], sure)
+    with pytest.raises(ValueError, match=r"gradient of requests \[0, 1, 2, 3\] is zero"):
+        jedit.batch_unlearn(linear, params, requests, curvature, budget=0.05)
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "diagonal", "ekfac"])
+def test_every_estimator_looks_at_masks(estimator):
+    def linear(params, x):
+        return x @ params["w"]
+
+    params, likelihood = {"w": jnp.eye(4)}, jedit.likelihoods.Categorical()
+    batch = jedit.Batch(jnp.eye(4), jnp.arange(4))
+    made = jedit.kfac(linear, likelihood)
+    if estimator == "ekfac":
+        curvature = jedit.estimate(made, params, batch, key=jax.random.key(0))
+        made = jedit.ekfac(linear, likelihood, curvature)
+    elif estimator == "diagonal":
+        made = jedit.diagonal(linear, likelihood)
+    with pytest.raises(ValueError, match="mask"):
+        half = batch._replace(mask=jnp.full(4, 0.5))
+        jedit.estimate(made, params, half, key=jax.random.key(0))
