@@ -131,6 +131,7 @@ test-llm: .venv-llm/.done
 test-parity: .venv-parity/.done
 	$(call pytest_on,.venv-parity,tests/parity)
 
+test-oldest: export JEDIT_TEST_TYPECHECK = all
 test-oldest: .venv-oldest/.done
 	$(call pytest_on,.venv-oldest,tests/capture)
 

@@ -3,9 +3,10 @@
 Environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as users have it;
 `JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice, in the tests that draw
 random numbers through jedit; `JEDIT_TEST_TYPECHECK=0` leaves the run-time check of shape
-annotations out. `JEDIT_TEST_FAST_COMPILE=1` compiles quickly what runs once: most of the suite's
-time is compilation, and two thirds of that go without LLVM's optimisation and XLA's slower emitter
-of fused kernels. `JEDIT_TEST_ALL=1` runs what is marked `exhaustive` too.
+annotations out, `all` takes capture's in, which walks over programs, thousands of calls for each,
+and costs a third of the suite's time. `JEDIT_TEST_FAST_COMPILE=1` compiles quickly what runs once:
+two thirds of the compiler's time go without LLVM's optimisation and XLA's slower emitter of fused
+kernels. `JEDIT_TEST_ALL=1` runs what is marked `exhaustive` too.
 
 Compiled programs are kept in `.jax_cache`, a folder that all runs share: a second run finds them
 there, and so does a worker that needs what another has compiled. `JAX_COMPILATION_CACHE_DIR` names
@@ -21,7 +22,7 @@ from pathlib import Path
 
 IS_X64 = os.environ.get("JEDIT_TEST_X64", "1") != "0"
 IS_KEY_REUSE_CHECKED = os.environ.get("JEDIT_TEST_KEY_REUSE", "0") == "1"
-IS_TYPECHECKED = os.environ.get("JEDIT_TEST_TYPECHECK", "1") != "0"
+TYPECHECK = os.environ.get("JEDIT_TEST_TYPECHECK", "1")
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
 IS_EXHAUSTIVE = os.environ.get("JEDIT_TEST_ALL", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,8 +69,11 @@ jax.config.update("jax_enable_x64", IS_X64)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-if IS_TYPECHECKED:
-    jaxtyping.install_import_hook(["jedit", "jedit_kernels"], "tests.typecheck.check")
+if TYPECHECK != "0":
+    rooms = {f"jedit.{path.stem}" for path in (ROOT / "jedit").iterdir() if path.stem[0] != "_"}
+    if TYPECHECK != "all":
+        rooms.remove("jedit.capture")
+    jaxtyping.install_import_hook(["jedit_kernels", *sorted(rooms)], "tests.typecheck.check")
 
 # Fixtures here are constants, so hypothesis may share them between examples; compiling is slow, so
 # it sets no deadline. In CI the examples are the same each time.
@@ -101,7 +105,7 @@ def pytest_report_header(config):
         + (", reused keys are errors where jedit draws" if IS_KEY_REUSE_CHECKED else "")
         + (", compiled without optimisation" if IS_COMPILED_FAST else "")
         + (", what is exhaustive too" if IS_EXHAUSTIVE else "")
-        + ("" if IS_TYPECHECKED else ", shape annotations unchecked")
+        + ("" if TYPECHECK != "0" else ", shape annotations unchecked")
     ]
     if not HAS_LLM:
         lines.append("tests/llm is left out: the extra llm is not installed (make test-llm)")

@@ -310,6 +310,6 @@ def test_every_estimator_looks_at_masks(estimator):
         made = jedit.ekfac(linear, likelihood, curvature)
     elif estimator == "diagonal":
         made = jedit.diagonal(linear, likelihood)
+    half = batch._replace(mask=jnp.full(4, 0.5))
     with pytest.raises(ValueError, match="mask"):
-        half = batch._replace(mask=jnp.full(4, 0.5))
         jedit.estimate(made, params, half, key=jax.random.key(0))
