@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.arguments import check_params, matcher
+from jedit.sharding import on_auto_axes
 
 BITS = {4: jnp.int4, 8: jnp.int8}
 
 
+@on_auto_axes
 def quantize(
     params: PyTree,
     *,

@@ -34,6 +34,7 @@ from jedit.metrics.likelihood_attacks import SHARE, standardized
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
 from jedit.outputs import by_example, counted_outputs
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 SMALL = 1e-10
@@ -55,6 +56,7 @@ class TokenScores(NamedTuple):
     min_k_plus_plus: Float[np.ndarray, " n"]
 
 
+@on_auto_axes
 def token_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> TokenScores:
@@ -83,6 +85,7 @@ def token_scores(
     return TokenScores(*np.array(rows, np.float64).reshape(-1, 4).T)
 
 
+@on_auto_axes
 def gradient_norms(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch
 ) -> Float[np.ndarray, " n"]:
