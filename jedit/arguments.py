@@ -226,7 +226,7 @@ def batch_list(batches: Iterable[Batch] | Batch, name: str) -> list[Batch]:
 
 
 class _Checked:
-    def __init__(self, batches: Iterable[Any], name: str):
+    def __init__(self, batches: Any, name: str):
         self.batches, self.name = batches, name
 
     def __len__(self) -> int:

@@ -209,7 +209,8 @@ class _Sums(NamedTuple):
 
     def is_counted(self, numbers: np.ndarray) -> np.ndarray:
         """Whether a row counts an output, for each of these."""
-        counted = np.asarray(self.data.mask * self.data.valid)[numbers] != 0
+        mask, valid = (np.asarray(x)[numbers] for x in (self.data.mask, self.data.valid))
+        counted = (mask != 0) & (valid != 0)
         return counted.any(axis=tuple(range(1, counted.ndim)))
 
     def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:

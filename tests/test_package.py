@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import jedit
+import jedit.data
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -121,10 +122,10 @@ def test_a_wrong_shape_is_caught(tmp_path, monkeypatch):
         "def product(x: Float[Array, 'n d'], w: Float[Array, 'd k']) -> Float[Array, 'n k']:\n"
         "    return x @ w\n"
     )
-    monkeypatch.setattr(jedit, "__path__", [*jedit.__path__, str(tmp_path)])
-    probe = importlib.import_module("jedit.probe")
-    monkeypatch.delitem(sys.modules, "jedit.probe")
-    monkeypatch.delattr(jedit, "probe")
+    monkeypatch.setattr(jedit.data, "__path__", [*jedit.data.__path__, str(tmp_path)])
+    probe = importlib.import_module("jedit.data.probe")
+    monkeypatch.delitem(sys.modules, "jedit.data.probe")
+    monkeypatch.delattr(jedit.data, "probe")
     assert probe.product(jnp.ones((2, 3)), jnp.ones((3, 4))).shape == (2, 4)
     with pytest.raises(jaxtyping.TypeCheckError):
         probe.product(jnp.ones((2, 3)), jnp.ones((4, 4)))
