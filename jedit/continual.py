@@ -39,6 +39,7 @@ from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import batch_unlearn
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 from jedit.outputs import by_example, check_contents, wide
+from jedit.sharding import on_auto_axes, sharding_of
 from jedit.typing import Batch
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
@@ -174,8 +175,10 @@ def continual(
     sums = _Sums(estimator, whole, key)
     stream = _Stream(apply, edit, restore, sums, enough, tries, relearn, request_size)
     return Continual(
-        functools.partial(_fresh, stream.sums, chunk),
-        functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe)),
+        on_auto_axes(functools.partial(_fresh, stream.sums, chunk)),
+        on_auto_axes(
+            functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe))
+        ),
     )
 
 
@@ -352,7 +355,13 @@ def _edit(
     edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
     largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
     part, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
-    return with_part(params, part), float(loss), float(alpha**2 * unit)
+    return _replaced(params, part), float(loss), float(alpha**2 * unit)
+
+
+def _replaced(params: PyTree, part: Part) -> PyTree:
+    """The params with the part in place, each array where the one lay that it replaces."""
+    places = {path: sharding_of(old) for path, old in part_of(params, part).items()}
+    return with_part(params, {n: jax.device_put(x, places[n]) for n, x in part.items()})
 
 
 def _restore(
@@ -366,7 +375,7 @@ def _restore(
 ) -> tuple[PyTree, Array]:
     """A step down the rows' loss in the metric, and the loss before it."""
     part, before = _lower_loss(apply, params, curvature, batch, damping, budget)
-    return with_part(params, part), before
+    return _replaced(params, part), before
 
 
 @functools.partial(jax.jit, static_argnums=0)

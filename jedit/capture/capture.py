@@ -11,6 +11,7 @@ from jedit.capture.discover import Program, trace
 from jedit.capture.interpreter import Records, evaluate
 from jedit.capture.sites import Site, Sites, cut
 from jedit.paths import parameter_paths
+from jedit.sharding import on_auto_axes
 
 
 class Capture(NamedTuple):
@@ -34,6 +35,7 @@ class Capture(NamedTuple):
     program: Program
 
 
+@on_auto_axes
 def capture(
     apply: Callable, params: PyTree, inputs: PyTree, select: str | Sequence[str] | None = None
 ) -> tuple[Array, dict[str, Array], Callable[[Array], dict[str, Array]]]:
@@ -56,7 +58,7 @@ def capture(
     A mistake raises `ValueError` before anything is computed, as in `find_sites`.
     """
     captured = run_capture(apply, params, inputs, select)
-    return captured.outputs, captured.activations, captured.pullback
+    return captured.outputs, captured.activations, on_auto_axes(captured.pullback)
 
 
 def run_capture(apply, params, inputs, select=None) -> Capture:

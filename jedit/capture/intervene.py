@@ -11,6 +11,7 @@ from jedit.capture.discover import trace
 from jedit.capture.interpreter import Records, Replacement, evaluate
 from jedit.capture.sites import cut
 from jedit.display import short_repr
+from jedit.sharding import on_auto_axes
 
 
 class Intervention(NamedTuple):
@@ -29,6 +30,7 @@ class Intervention(NamedTuple):
     __repr__ = short_repr
 
 
+@on_auto_axes
 def intervene(
     apply: Callable,
     params: PyTree,

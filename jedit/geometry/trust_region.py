@@ -118,6 +118,7 @@ class RetainKl:
         batches: the retain batches.
     """
 
+    @on_auto_axes
     def __init__(
         self,
         apply: Callable,
@@ -158,6 +159,7 @@ class RetainKl:
         if sum(sizes) <= kept_bytes:
             self._base = [_outputs(apply, params, batch) for batch in self.batches]
 
+    @on_auto_axes
     def __call__(
         self,
         move: Mapping[str, Array],
@@ -183,6 +185,7 @@ class RetainKl:
 
         return self._mean(kl(i) for i in range(len(self.batches)))
 
+    @on_auto_axes
     def predicted(self, change: Mapping[str, Array]) -> float:
         """Second-order KL of a change from θ₀, by path."""
         return self._mean(

@@ -10,9 +10,11 @@ from jaxtyping import PyTree
 from jedit.checks import culprit, is_known, not_finite
 from jedit.curvature.likelihoods import Likelihood
 from jedit.outputs import check_contents
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
+@on_auto_axes
 def check_rows(
     apply: Callable,
     likelihood: Likelihood,

@@ -40,6 +40,7 @@ from jedit.display import short_repr
 from jedit.methods._associations import Associations, at_subject, check_subject, site_of, value_at
 from jedit.objectives.token_nll import token_kl, token_nll
 from jedit.outputs import check_contents, counted_outputs
+from jedit.sharding import on_auto_axes
 from jedit.typing import Batch
 
 
@@ -61,6 +62,7 @@ class TargetInfo(NamedTuple):
     __repr__ = short_repr
 
 
+@on_auto_axes
 def target_values(
     apply: Callable,
     params: PyTree,

@@ -30,6 +30,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.methods._training import TrainingMethod
 from jedit.objectives import random_label, retain_nll, sequence_nll
+from jedit.sharding import on_auto_axes
 from jedit.transforms import mask_to_salient
 from jedit.typing import Batch, wide_dtype
 
@@ -84,6 +85,7 @@ def salun(
     return TrainingMethod(objective, chain)
 
 
+@on_auto_axes
 def _summed_gradient(apply: Callable, params: PyTree, batches: Sequence[Batch]) -> PyTree:
     """The gradient of the summed loss: the mean's, but for a factor that no mask sees."""
     gradients = [

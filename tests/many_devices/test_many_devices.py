@@ -85,8 +85,9 @@ def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
         np.testing.assert_allclose(found[name] / scale, expected / scale, 0, atol, err_msg=name)
 
 
-def test_a_model_with_explicit_axes_of_its_own():
-    process = start_module("explicit_model", 8)
+@pytest.mark.parametrize("module", ["explicit_model", "explicit_entrances"])
+def test_explicit_axes(module):
+    process = start_module(module, 8)
     printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, printed[-4000:]
     for name, difference in json.loads(printed.splitlines()[-1]).items():
