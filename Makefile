@@ -39,7 +39,7 @@ help:
 	@echo "make test-more    in float32 what a number's width changes, with JAX's check for reused keys"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
-	@echo "make test-oldest  capture on the oldest supported versions"
+	@echo "make test-oldest  tracing on the oldest supported versions"
 	@echo "make test-newest  make test on the newest JAX (needs a Python >= 3.12);  more-newest, demo-newest"
 	@echo "make test-all     all tests, with what is exhaustive (hours)"
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
@@ -108,9 +108,9 @@ test: .venv/.dev
 	$(FAST_COMPILE) .venv/bin/python $(PYTEST)
 
 # Where the width of a number makes no difference, once is enough; recipes run in float32 in the demo.
-ANY_WIDTH := bench checkpoint many_devices recipes report \
-  test_cli.py test_command_line.py test_defaults.py test_imports.py test_readme.py
-WIDTH_FLAGS = $(patsubst %,--ignore=tests/%,$(ANY_WIDTH) $(if $(JEDIT_TEST_ALL),,capture))
+ANY_WIDTH := bench checkpoint cli many_devices recipes report \
+  test_defaults.py test_imports.py test_readme.py
+WIDTH_FLAGS = $(patsubst %,--ignore=tests/%,$(ANY_WIDTH) $(if $(JEDIT_TEST_ALL),,tracing))
 # Annotations are checked in float64.
 MORE := $(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 JEDIT_TEST_TYPECHECK=0
 
@@ -123,7 +123,7 @@ test-all: test test-more test-llm test-parity test-oldest test-newest more-newes
 
 # Every program is another: there is nothing to keep of what is compiled.
 fuzz: .venv/.dev
-	$(FAST_COMPILE) JAX_ENABLE_COMPILATION_CACHE=0 .venv/bin/python -m tests.capture.fuzz $(SEED)
+	$(FAST_COMPILE) JAX_ENABLE_COMPILATION_CACHE=0 .venv/bin/python -m tests.tracing.fuzz $(SEED)
 
 test-llm: .venv-llm/.done
 	$(call pytest_on,.venv-llm,tests/llm)
@@ -133,7 +133,7 @@ test-parity: .venv-parity/.done
 
 test-oldest: export JEDIT_TEST_TYPECHECK = all
 test-oldest: .venv-oldest/.done
-	$(call pytest_on,.venv-oldest,tests/capture)
+	$(call pytest_on,.venv-oldest,tests/tracing)
 
 # $(call on_newest,command): in the environment of the newest JAX; a sentence where there is none.
 define on_newest

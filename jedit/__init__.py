@@ -3,8 +3,24 @@
 apply, params, batches -> capture -> curvature -> methods and transforms -> edits -> metrics
 """
 
-from jedit import attacks, curvature, geometry, methods, metrics, objectives, transforms
-from jedit.capture import Site, Sites, capture, find_sites, weight_gradients
+from jedit import (
+    attacks,
+    checkpoint,
+    core,
+    curvature,
+    data,
+    edits,
+    geometry,
+    methods,
+    metrics,
+    models,
+    objectives,
+    report,
+    requests,
+    tracing,
+    training,
+    transforms,
+)
 from jedit.checkpoint import (
     Checkpoint,
     Ledger,
@@ -13,7 +29,7 @@ from jedit.checkpoint import (
     save_curvature,
     save_edit,
 )
-from jedit.continual import RequestInfo, continual
+from jedit.core.batch import Batch
 from jedit.curvature import (
     Curvature,
     Estimator,
@@ -50,9 +66,9 @@ from jedit.geometry import (
     retain_subspace,
     scale_to_kl_budget,
 )
-from jedit.methods import batch_unlearn
-from jedit.typing import Batch
-from jedit.unlearn import LoopState, fit, unlearn
+from jedit.requests import RequestInfo, batch_unlearn, continual
+from jedit.tracing import Site, Sites, capture, find_sites, weight_gradients
+from jedit.training import LoopState, TrainingMethod, fit, unlearn
 
 __version__ = "0.1.0"
 
@@ -69,17 +85,22 @@ __all__ = [
     "RequestInfo",
     "Site",
     "Sites",
+    "TrainingMethod",
     "apply_edit",
     "attacks",
     "batch_unlearn",
     "capture",
     "cast_report",
+    "checkpoint",
     "compress",
     "continual",
+    "core",
     "curvature",
+    "data",
     "diagonal",
     "edit_between",
     "edit_norms",
+    "edits",
     "ekfac",
     "estimate",
     "factors",
@@ -94,11 +115,14 @@ __all__ = [
     "matvec",
     "methods",
     "metrics",
+    "models",
     "null_space",
     "objectives",
     "power",
     "project",
     "quadratic_form",
+    "report",
+    "requests",
     "retain_neutral_perturbation",
     "retain_orthogonal",
     "retain_subspace",
@@ -109,6 +133,8 @@ __all__ = [
     "solve",
     "sum_edits",
     "trace",
+    "tracing",
+    "training",
     "transforms",
     "unlearn",
     "weight_gradients",

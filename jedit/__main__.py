@@ -2,7 +2,7 @@
 
 import sys
 
-from jedit.cli import main
+from jedit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

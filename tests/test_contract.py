@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import stack_requests
@@ -39,7 +40,6 @@ from jedit.transforms import (
     retain_neutral_surrogate,
     scale_by_curvature,
 )
-from jedit.typing import Batch
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jedit import methods, objectives, transforms
-from jedit.unlearn import unlearn
+from jedit.training.loop import unlearn
 from tests.objectives.references import SEQ, apply, make_batch, make_params
 from tests.test_contract import METHODS, TRANSFORMS, Row, make_scene, network
 

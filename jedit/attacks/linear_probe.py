@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jedit.checks import POSITIVE, check_numbers
+from jedit.core.checks import POSITIVE, check_numbers
 
 
 class ProbeScores(NamedTuple):

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.arguments import check_params, matcher
-from jedit.sharding import on_auto_axes
+from jedit.core.arguments import check_params, matcher
+from jedit.core.devices import on_auto_axes
 
 BITS = {4: jnp.int4, 8: jnp.int8}
 

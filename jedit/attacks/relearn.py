@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from jedit.arguments import check_batch, check_function
-from jedit.checks import COUNT, check_numbers
-from jedit.display import short_repr
+from jedit.core.arguments import check_batch, check_function
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, check_numbers
+from jedit.core.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.typing import Batch
-from jedit.unlearn import History, LoopState, fit
+from jedit.training.loop import History, LoopState, fit
 
 
 class Relearned(NamedTuple):

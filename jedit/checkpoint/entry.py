@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
-from jedit.display import short_repr
-from jedit.paths import parameter_paths
+from jedit.core.display import short_repr
+from jedit.core.paths import parameter_paths
 
 MAX_SETTING = 1000  # characters of a text among the settings
 PACKAGES = ("jedit", "jax", "jaxlib", "orbax-checkpoint", "optax", "numpy")

@@ -37,7 +37,7 @@ from jedit.checkpoint.sealed import (
     shown,
     sync,
 )
-from jedit.checks import COUNT, check_numbers
+from jedit.core.checks import COUNT, check_numbers
 
 KIND = "job"
 STEP = re.compile(r"step-(\d{9})")

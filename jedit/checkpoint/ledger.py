@@ -38,7 +38,6 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from jedit.arguments import check_kind, nearest
 from jedit.checkpoint.arrays import describe, described, num_bytes, write_arrays
 from jedit.checkpoint.entry import (
     RECORD,
@@ -52,6 +51,7 @@ from jedit.checkpoint.entry import (
     versions,
     with_activity,
 )
+from jedit.checkpoint.json import edit_from_json, edit_to_json
 from jedit.checkpoint.saving import read_tree
 from jedit.checkpoint.sealed import (
     MANIFEST,
@@ -68,9 +68,9 @@ from jedit.checkpoint.sealed import (
     temporary_folder,
     write_sealed,
 )
-from jedit.checkpoint.structure import edit_from_json, edit_to_json
+from jedit.core.arguments import check_kind, nearest
+from jedit.core.paths import parameter_paths
 from jedit.edits import Edit, apply_edit
-from jedit.paths import parameter_paths
 
 BASE, ENTRIES, HEAD, SECRET, LOCK = "base", "entries", "head.json", "secret", "lock"
 BASE_KIND, ENTRY_KIND = "ledger", "ledger entry"

@@ -6,16 +6,16 @@ from typing import Any, TypeVar
 
 import jax
 
-from jedit.arguments import check_kind
 from jedit.checkpoint.arrays import num_bytes, read_arrays, write_arrays
-from jedit.checkpoint.sealed import MANIFEST, check_room, read_sealed, write_sealed
-from jedit.checkpoint.structure import (
+from jedit.checkpoint.json import (
     curvature_from_json,
     curvature_to_json,
     edit_from_json,
     edit_to_json,
 )
-from jedit.curvature.structure import Curvature, block_shardings, with_shardings
+from jedit.checkpoint.sealed import MANIFEST, check_room, read_sealed, write_sealed
+from jedit.core.arguments import check_kind
+from jedit.curvature.types import Curvature, block_shardings, with_shardings
 from jedit.edits import Edit
 
 EDIT, CURVATURE = "edit", "curvature"

@@ -1,14 +1,14 @@
 """Second-order statistics of linear sites: estimate them, solve with them, measure with them."""
 
 from jedit.curvature import likelihoods
-from jedit.curvature.blocks import factors, matvec, power, quadratic_form, solve, trace
+from jedit.curvature.algebra import factors, matvec, power, quadratic_form, solve, trace
 from jedit.curvature.diagonal import diagonal
 from jedit.curvature.ekfac import ekfac
 from jedit.curvature.estimator import Estimator, estimate
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.host import to_device, to_host
 from jedit.curvature.kfac import kfac
-from jedit.curvature.structure import Curvature, Diagonal, Factor, Kronecker, eigenvalues, rotate
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, eigenvalues, rotate
 
 __all__ = [
     "Curvature",

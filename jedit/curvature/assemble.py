@@ -6,13 +6,12 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from jedit.curvature.factorize import Moment
-from jedit.curvature.grouping import Block
-from jedit.curvature.moments import symmetrize
-from jedit.curvature.structure import Kronecker
-from jedit.curvature.sums import InputSums
+from jedit.curvature.eigenbases import Moment
+from jedit.curvature.layout import Block
+from jedit.curvature.moments import InputSums
+from jedit.curvature.types import Kronecker
 
 
 def assemble(
@@ -64,7 +63,7 @@ def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Ar
     count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
     moment, count_of = sums.moment, count
     if moment.ndim == 3:
-        moment, count_of = symmetrize(moment), count[..., None]
+        moment, count_of = _symmetrized(moment), count[..., None]
     moment = moment / count_of * scale**2
     if bias_scale is None:
         return moment
@@ -81,7 +80,7 @@ def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Ar
 def _output_moment(total: Array, number: Array) -> Array:
     """G of one site."""
     mean = total / number.astype(total.dtype)
-    return symmetrize(mean) if mean.ndim == 3 else mean
+    return _symmetrized(mean) if mean.ndim == 3 else mean
 
 
 @jax.jit
@@ -112,3 +111,11 @@ def _weighted_sum(matrices: list[Array], weights: list[Array]) -> Array:
     spread = (-1, *(1,) * (matrices[0].ndim - 1))
     weighted = [m * w.reshape(spread) for m, w in zip(matrices, weights, strict=True)]
     return functools.reduce(jnp.add, weighted)
+
+
+def _symmetrized(total: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
+    """The whole matrix, of which `kernels.moment` sums little more than the lower triangle."""
+    lower = jnp.tril(total, -1)
+    diagonal = jnp.diagonal(total, axis1=-2, axis2=-1)
+    eye = jnp.eye(total.shape[-1], dtype=total.dtype)
+    return lower + jnp.swapaxes(lower, -1, -2) + diagonal[..., None] * eye[None]

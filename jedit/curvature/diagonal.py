@@ -15,18 +15,24 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from jedit.arguments import check_function
+from jedit.core.arguments import check_function
+from jedit.core.batch import Batch
+from jedit.core.display import short_repr
+from jedit.curvature.captured_batch import Labels, check_pass, run_pass
+from jedit.curvature.eigenbases import check_finite
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.factorize import check_finite
-from jedit.curvature.grouping import Block, group_sites, padding_hint
-from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
+from jedit.curvature.layout import Block, group_sites, padding_hint
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.placement import best_split, leaf_shardings, matrix_sharding, undivided, zeros
-from jedit.curvature.scores import Labels, check_pass, run_pass
-from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
-from jedit.display import short_repr
-from jedit.typing import Batch
+from jedit.curvature.memory import Need, device_bytes, exactly, group_paths
+from jedit.curvature.mesh.placement import (
+    best_split,
+    leaf_shardings,
+    matrix_sharding,
+    undivided,
+    zeros,
+)
+from jedit.curvature.squared_gradients import add_squared_gradients
+from jedit.curvature.types import Curvature, Diagonal, check_counted, pytree
 
 
 @pytree("blocks", "draws")

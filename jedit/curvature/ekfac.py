@@ -10,15 +10,15 @@ that one damping means one thing for both.
 import dataclasses
 from collections.abc import Callable
 
-from jedit.arguments import check_kind
-from jedit.curvature.blocks import check_covers
+from jedit.core.arguments import check_kind
+from jedit.core.devices import on_auto
+from jedit.curvature.algebra import check_covers
+from jedit.curvature.captured_batch import Labels
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.groups import exactly
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.scores import Labels
-from jedit.curvature.structure import Curvature, Diagonal, Kronecker
-from jedit.sharding import on_auto
+from jedit.curvature.memory import exactly
+from jedit.curvature.types import Curvature, Diagonal, Kronecker
 
 
 def ekfac(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from jedit.arguments import (
+from jedit.core.arguments import (
     check_checkpoint,
     check_key,
     check_kind,
@@ -15,12 +15,12 @@ from jedit.arguments import (
     checked_batches,
     refuse_tracers,
 )
-from jedit.checks import COUNT, check_numbers
+from jedit.core.batch import Batch, Resumable
+from jedit.core.checks import COUNT, check_numbers
+from jedit.core.devices import kept, on_auto, on_auto_axes, places_of
+from jedit.core.display import short_repr
 from jedit.curvature.host import to_host
-from jedit.curvature.structure import Curvature, joined
-from jedit.display import short_repr
-from jedit.sharding import kept, on_auto, on_auto_axes, places_of
-from jedit.typing import Batch, Resumable
+from jedit.curvature.types import Curvature, joined
 
 
 class Estimator(NamedTuple):

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_batch, check_function
+from jedit.core.arguments import check_batch, check_function
+from jedit.core.batch import Batch
+from jedit.core.outputs import counted_outputs, wide
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
-from jedit.outputs import counted_outputs, wide
-from jedit.typing import Batch
 
 
 def ggn_vector_product(

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 from jaxtyping import Array
 
-from jedit.curvature.structure import Curvature, Factor, Kronecker
-from jedit.sharding import fetched
+from jedit.core.devices import fetched
+from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 def to_host(curvature: Curvature) -> Curvature:

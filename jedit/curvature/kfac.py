@@ -19,16 +19,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from jedit.arguments import check_function
-from jedit.checks import COUNT, check_numbers
+from jedit.core.arguments import check_function
+from jedit.core.checks import COUNT, check_numbers
+from jedit.core.display import short_repr
 from jedit.curvature.assemble import assemble
+from jedit.curvature.captured_batch import Labels, check_pass, run_pass
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
+from jedit.curvature.eigenbases import Moment, factorize_all
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.factorize import Moment, factorize_all
-from jedit.curvature.grouping import Block, group_sites
-from jedit.curvature.groups import Need, device_bytes, exactly, group_paths
+from jedit.curvature.layout import Block, group_sites
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.placement import (
+from jedit.curvature.memory import Need, device_bytes, exactly, group_paths
+from jedit.curvature.mesh.placement import (
     best_split,
     factor_place,
     leaf_shardings,
@@ -36,10 +38,7 @@ from jedit.curvature.placement import (
     undivided,
     zeros,
 )
-from jedit.curvature.scores import Labels, check_pass, run_pass
-from jedit.curvature.squares import add_squared_gradients
-from jedit.curvature.structure import Curvature, Diagonal, check_counted, pytree
-from jedit.curvature.sums import (
+from jedit.curvature.moments import (
     SHARINGS,
     InputSums,
     add_inputs,
@@ -48,7 +47,8 @@ from jedit.curvature.sums import (
     zero_input_sums,
     zero_output_sums,
 )
-from jedit.display import short_repr
+from jedit.curvature.squared_gradients import add_squared_gradients
+from jedit.curvature.types import Curvature, Diagonal, check_counted, pytree
 
 
 @pytree("blocks", "draws", "shardings")

@@ -24,9 +24,9 @@ from jax import lax
 from jax.tree_util import register_static
 from jaxtyping import Array, Float, Int, Key
 
-from jedit.arguments import check_kind, check_labels
-from jedit.checks import POSITIVE, check_numbers
-from jedit.outputs import Limits, kl_terms, wide
+from jedit.core.arguments import check_kind, check_labels
+from jedit.core.checks import POSITIVE, check_numbers
+from jedit.core.outputs import Limits, kl_terms, wide
 
 
 class Likelihood(abc.ABC):

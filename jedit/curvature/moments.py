@@ -1,15 +1,150 @@
-"""The second moment aᵀa of many rows as a whole matrix.
+"""What one batch adds to K-FAC's sums: moments of a site's inputs and of its output gradients.
 
-It is summed with little more than its lower triangle (`kernels.moment`) and mirrored once, here.
+Sharing over the S valid positions of an example n, a and g as in `scores`:
+
+    expand    Σ_ns a aᵀ over every position                       Σ_ns g gᵀ
+    reduce    Σ_n ā āᵀ, ā = (1/S) Σ_s a                           Σ_n ĝ ĝᵀ, ĝ = Σ_s g
 """
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from jedit.core.display import short_repr
+from jedit.curvature.captured_batch import Pass
+from jedit.curvature.kernels import moment as add_moment
+from jedit.curvature.positions import Alignment
+from jedit.tracing import Site
+from jedit.tracing.pullback import scatter_rows
+
+SHARINGS = ("expand", "reduce")
 
 
-def symmetrize(total: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
-    """The whole matrix from its lower triangle."""
-    lower = jnp.tril(total, -1)
-    diagonal = jnp.diagonal(total, axis1=-2, axis2=-1)
-    eye = jnp.eye(total.shape[-1], dtype=total.dtype)
-    return lower + jnp.swapaxes(lower, -1, -2) + diagonal[..., None] * eye[None]
+class InputSums(NamedTuple):
+    """Sums over what enters a site.
+
+    Attributes:
+        moment: Σ a aᵀ (layers, d_in, d_in), of which the lower block triangle counts; or its
+            diagonal (layers, d_in).
+        total: Σ a (layers, d_in): the bias's off-diagonal part of A. For an embedding zero-sized.
+        count: how many a were summed, (layers,), int32.
+    """
+
+    moment: Array
+    total: Array
+    count: Array
+
+    __repr__ = short_repr
+
+
+def zero_input_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> InputSums:
+    """No sum yet. The moment is diagonal for an embedding, and for a d_in above `max_dim`."""
+    layers, d = site.weight.layers, site.weight.d_in
+    is_diagonal = site.kind == "embedding" or d > max_dim
+    return InputSums(
+        jnp.zeros((layers, d) if is_diagonal else (layers, d, d), dtype),
+        jnp.zeros((layers, 0 if site.kind == "embedding" else d), dtype),
+        jnp.zeros((layers,), jnp.int32),
+    )
+
+
+def zero_output_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> Array:
+    """No sum yet: (layers, d_out, d_out), or (layers, d_out) for a d_out above `max_dim`."""
+    layers, d = site.weight.layers, site.weight.d_out
+    return jnp.zeros((layers, d) if d > max_dim else (layers, d, d), dtype)
+
+
+def check_sharing(sharing: str, site: Site, alignment: Alignment) -> None:
+    """Refuse to reduce over the positions of examples that cannot be told apart.
+
+    Raises:
+        ValueError: the site has no axis of examples.
+    """
+    number = alignment.lead[0]
+    if sharing == "reduce" and alignment.example is None and number > 1:
+        raise ValueError(
+            f'sharing="reduce" averages over the positions of each example, but {site.name} '
+            f"({site.source}) has no axis of the batch's {number} examples; leave the parameter "
+            'out by `select`, or use "expand"'
+        )
+
+
+def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: str) -> InputSums:
+    """Add a batch's inputs of one site."""
+    a, v = done.inputs(site)
+    if site.kind == "embedding":
+        moment, count = _token_moment(site, a, v, done.dtype, sharing)
+        moment = sums.moment + moment
+        total = sums.total
+    else:
+        if sharing == "reduce":
+            a, v = _mean_over_positions(a.astype(done.dtype), v)
+        rows = a.reshape(a.shape[0], -1, a.shape[-1])
+        wide = rows.astype(done.dtype)
+        total, count = sums.total + jnp.sum(wide, axis=1), _count(a, v)
+        if sums.moment.ndim == 2:
+            moment = sums.moment + jnp.sum(jnp.square(wide), axis=1)
+        else:
+            moment = add_moment(sums.moment, rows)
+    return InputSums(moment + done.poison(site), total, sums.count + count)
+
+
+def add_outputs(
+    total: Array, done: Pass, site: Site, pulled: dict[str, Array], sharing: str
+) -> Array:
+    """Add the output gradients of one pullback."""
+    g = done.gradients(site, pulled)
+    if sharing == "reduce":
+        g = jnp.sum(g.astype(done.dtype), axis=2)
+    rows = g.reshape(g.shape[0], -1, g.shape[-1])
+    if total.ndim == 2:
+        return total + jnp.sum(jnp.square(rows.astype(done.dtype)), axis=1)
+    return add_moment(total, rows)
+
+
+def _count(a: Array, v: Array | None) -> Array:
+    """How many positions of (layers, examples, positions, ...) are data, for each layer."""
+    layers, examples, positions = a.shape[:3]
+    if v is None:
+        return jnp.full((layers,), examples * positions, jnp.int32)
+    return jnp.broadcast_to(jnp.sum(v, axis=(1, 2), dtype=jnp.int32), (layers,))
+
+
+def _num_valid(x: Array, v: Array | None, dtype: jnp.dtype) -> Array:
+    """How many positions each example of `x` has, (layers or 1, examples), at least one."""
+    if v is None:
+        return jnp.full((1, x.shape[1]), x.shape[2], dtype)
+    return jnp.maximum(jnp.sum(v, axis=2, dtype=jnp.int32), 1).astype(dtype)
+
+
+def _mean_over_positions(a: Array, v: Array | None) -> tuple[Array, Array | None]:
+    """ā as one position for each example; an example without data has none."""
+    number = _num_valid(a, v, a.dtype)[:, :, None, None]
+    mean = jnp.sum(a, axis=2, keepdims=True) / number
+    return mean, None if v is None else jnp.any(v, axis=2, keepdims=True)
+
+
+def _token_moment(
+    site: Site, indices: Array, v: Array | None, dtype: jnp.dtype, sharing: str
+) -> tuple[Array, Array]:
+    """Diagonal of the moment of one-hot rows, and how many: frequencies, or their mean squares."""
+    layers, examples, _ = indices.shape
+    ones = jnp.ones(indices.shape, dtype)
+    ones = ones if v is None else jnp.where(v, ones, 0)
+    add_tokens = jax.vmap(lambda i, x: scatter_rows(site, i, x)[:, 0])
+    if sharing == "expand":
+        flat = indices.reshape(layers, -1), ones.reshape(layers, -1, 1)
+        return add_tokens(*flat), _count(indices, v)
+    weights = ones / _num_valid(indices, v, dtype)[:, :, None]
+
+    def example(total, one):
+        index, weight = one
+        return total + jnp.square(add_tokens(index, weight[..., None])), None
+
+    zero = jnp.zeros((layers, site.weight.d_in), dtype)
+    by_example = jnp.moveaxis(indices, 1, 0), jnp.moveaxis(weights, 1, 0)
+    moment = jax.lax.scan(example, zero, by_example)[0]
+    is_data = jnp.ones((layers, examples, 1), bool) if v is None else jnp.any(v, 2, keepdims=True)
+    return moment, _count(indices[:, :, :1], is_data)

@@ -1,6 +1,5 @@
 """Readers and generators of forget and retain sets."""
 
-from jedit.data.authors import Fact, generate_authors
 from jedit.data.batching import answers_only, batches, stack_requests
 from jedit.data.benchmarks import (
     Choice,
@@ -15,6 +14,7 @@ from jedit.data.benchmarks import (
     read_zsre,
 )
 from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.data.invented.authors import Fact, generate_authors
 from jedit.data.jsonl import DataError, QaRow, facts_to_rows, read_rows, write_rows
 from jedit.data.mnist import load_mnist
 from jedit.data.packing import Packing, pack

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jedit.arguments import check_batch
-from jedit.checks import COUNT, check_numbers
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, check_numbers
 from jedit.data.text import Encoded
-from jedit.typing import Batch
 
 
 def batches(

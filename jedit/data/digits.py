@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from jedit.checks import COUNT, POSITIVE_SHARE, check_numbers
-from jedit.typing import Batch
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, POSITIVE_SHARE, check_numbers
 
 
 class Digits(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jedit.data.authors import Fact
+from jedit.data.invented.authors import Fact
 
 
 class DataError(ValueError):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jedit.checks import COUNT, check_numbers
+from jedit.core.batch import Batch, PackedTokens
+from jedit.core.checks import COUNT, check_numbers
 from jedit.data.text import Encoded
-from jedit.typing import Batch, PackedTokens
 
 
 class Packing(NamedTuple):

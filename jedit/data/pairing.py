@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from jedit.checks import COUNT, COUNT_OR_ZERO, check_numbers
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
 
 
 def pair_uniformly(

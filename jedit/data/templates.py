@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jedit.checks import check_numbers
+from jedit.core.checks import check_numbers
 from jedit.data.text import LENGTH, Encoded, Prompts, as_encoded
 
 

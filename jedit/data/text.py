@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from jedit.checks import COUNT, Range, check_numbers
-from jedit.data.authors import Fact
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, Range, check_numbers
+from jedit.data.invented.authors import Fact
 from jedit.data.jsonl import QaRow
-from jedit.typing import Batch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

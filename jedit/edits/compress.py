@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jedit.checks import COUNT, check_numbers
-from jedit.curvature.structure import Weight
+from jedit.core.checks import COUNT, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.curvature.types import Weight
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank
-from jedit.sharding import on_auto_axes
 
 ITERATIONS = 2  # each is one product with the block and one with its transpose; arbitrary
 SMALL_ITERATIONS = 20  # on the Gram matrix of twice the rank's columns; arbitrary

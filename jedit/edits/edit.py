@@ -18,9 +18,10 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_kind, check_params, matcher, nearest
-from jedit.checks import FINITE, check_finite, check_numbers
-from jedit.display import (
+from jedit.core.arguments import check_kind, check_params, matcher, nearest
+from jedit.core.checks import FINITE, check_finite, check_numbers
+from jedit.core.devices import on_auto_axes, sharding_of
+from jedit.core.display import (
     MAX_ROWS,
     html_table,
     is_concrete,
@@ -29,9 +30,8 @@ from jedit.display import (
     short_repr,
     text_table,
 )
+from jedit.core.paths import parameter_paths
 from jedit.edits.low_rank import HIGHEST, Block, LowRank, added, dense, scaled
-from jedit.paths import parameter_paths
-from jedit.sharding import on_auto_axes, sharding_of
 
 Scalar = float | int | Array
 

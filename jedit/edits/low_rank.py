@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jedit.curvature.structure import Weight, pytree
-from jedit.display import short_repr
+from jedit.core.display import short_repr
+from jedit.curvature.types import Weight, pytree
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

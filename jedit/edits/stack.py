@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jedit.checks import FINITE, check_numbers
-from jedit.curvature.placement import even, leaf_shardings, matrix_sharding
+from jedit.core.checks import FINITE, check_numbers
+from jedit.core.devices import RowSharding, axes_of, on_auto_axes, row_sharding, spec_of
+from jedit.curvature.mesh.placement import even, leaf_shardings, matrix_sharding
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import HIGHEST, Block, LowRank, as_parameter
-from jedit.sharding import RowSharding, axes_of, on_auto_axes, row_sharding, spec_of
 
 
 @on_auto_axes

@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_kind, check_params, nearest
-from jedit.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
-from jedit.curvature.structure import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
-from jedit.display import is_concrete, short_repr, text_table
-from jedit.paths import parameter_paths
-from jedit.sharding import on_auto_axes
+from jedit.core.arguments import check_kind, check_params, nearest
+from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.core.display import is_concrete, short_repr, text_table
+from jedit.core.paths import parameter_paths
+from jedit.curvature.types import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
 
 THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
 SELECTIONS = tuple(THRESHOLDS)

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.outputs import wide
-from jedit.paths import parameter_paths
-from jedit.typing import wide_dtype
+from jedit.core.batch import wide_dtype
+from jedit.core.outputs import wide
+from jedit.core.paths import parameter_paths
 
 Part = dict[str, Array]
 

@@ -25,13 +25,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.checks import COUNT, NOT_NEGATIVE, check_numbers
+from jedit.core.batch import wide_dtype
+from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.core.display import short_repr
+from jedit.core.exponents import cast_like, everywhere, exponents, shifted, total
 from jedit.curvature import Curvature, power
-from jedit.display import short_repr
-from jedit.geometry._trees import cast_like, everywhere, exponents, shifted, total
 from jedit.geometry.surrogate import SCOPES
-from jedit.sharding import on_auto_axes
-from jedit.typing import wide_dtype
 
 SKETCHES = ("fifo", "frequent_directions")
 RELATIVE = 1e3  # times a dtype's rounding: what is smaller, next to what it came from, is nothing

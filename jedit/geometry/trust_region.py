@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.arguments import batch_list, check_function, check_params, refuse_tracers
-from jedit.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
+from jedit.core.arguments import batch_list, check_function, check_params, refuse_tracers
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.core.exponents import exponents, shifted
+from jedit.core.outputs import check_contents, counted_outputs, wide
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
-from jedit.geometry._trees import exponents, shifted
 from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
-from jedit.outputs import check_contents, counted_outputs, wide
-from jedit.sharding import on_auto_axes
-from jedit.typing import Batch
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
 MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule

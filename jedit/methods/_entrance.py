@@ -7,11 +7,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
-from jedit.checks import culprit, is_known, not_finite
+from jedit.core.batch import Batch
+from jedit.core.checks import culprit, is_known, not_finite
+from jedit.core.devices import on_auto_axes
+from jedit.core.outputs import check_contents
 from jedit.curvature.likelihoods import Likelihood
-from jedit.outputs import check_contents
-from jedit.sharding import on_auto_axes
-from jedit.typing import Batch
 
 
 @on_auto_axes

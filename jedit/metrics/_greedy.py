@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
+from jedit.core.batch import Batch
 from jedit.objectives.token_nll import Apply, labelled_logits
-from jedit.typing import Batch
 
 
 def greedy_hits(

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
 from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import each_batch, mean_of_sums
 from jedit.objectives.token_nll import Apply
-from jedit.sharding import on_auto_axes
-from jedit.typing import Batch
 
 
 @on_auto_axes

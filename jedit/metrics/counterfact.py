@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
+from jedit.core.batch import Batch
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.objectives.token_nll import Apply
-from jedit.typing import Batch
 
 
 class AnswerLosses(NamedTuple):

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
+from jedit.core.outputs import by_example, wide
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import by_example, wide
-from jedit.sharding import on_auto_axes
-from jedit.typing import Batch
 
 ORDERS = (1.0, 2.0, float("inf"))
 

@@ -33,9 +33,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
+from jedit.core.batch import Batch
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
-from jedit.typing import Batch
 
 KINDS = ("confidence", "entropy", "modified_entropy")
 RULES = ("midpoint", "best")

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
 from jedit.metrics.streaming import (
     RowSums,
     each_batch,
@@ -24,8 +26,6 @@ from jedit.metrics.streaming import (
     sums_by_row,
 )
 from jedit.objectives.token_nll import Apply, counted_nll
-from jedit.sharding import on_auto_axes
-from jedit.typing import Batch
 
 
 @on_auto_axes

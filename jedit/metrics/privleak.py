@@ -20,7 +20,7 @@ round: their PrivLeak has another sign and another denominator.)
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jedit.checks import SHARE, check_numbers
+from jedit.core.checks import SHARE, check_numbers
 
 
 def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jedit.checks import FINITE, Range, check_numbers
+from jedit.core.checks import FINITE, Range, check_numbers
 
 
 def minimum_accuracy(scores: ArrayLike) -> float:

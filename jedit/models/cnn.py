@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from jedit.checks import COUNT, check_numbers
+from jedit.core.checks import COUNT, check_numbers
 from jedit.models.functional import Apply, to_pure
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from jedit.checks import COUNT, check_numbers
+from jedit.core.checks import COUNT, check_numbers
 from jedit.models.functional import Apply
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jedit.typing import wide_dtype
+from jedit.core.batch import wide_dtype
 
 Apply = Callable[[PyTree, Any], Array]
 

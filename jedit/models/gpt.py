@@ -10,10 +10,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jedit.checks import COUNT, check_numbers
+from jedit.core.batch import PackedTokens
+from jedit.core.checks import COUNT, check_numbers
 from jedit.models.decoding import Stepper
 from jedit.models.functional import Apply, to_pure, to_pure_method
-from jedit.typing import PackedTokens
 
 
 class _LayerNorm(nnx.Module):

@@ -24,12 +24,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from jedit.core.batch import PackedTokens, wide_dtype
+from jedit.core.paths import parameter_paths
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.decoding import Stepper
 from jedit.models.functional import Apply, to_pure, to_pure_method
-from jedit.paths import parameter_paths
-from jedit.typing import PackedTokens, wide_dtype
 
 INDEX = "model.safetensors.index.json"
 # Other forms of the same weights, which would be the unedited ones beside the edited.

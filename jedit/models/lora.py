@@ -21,11 +21,11 @@ import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
-from jedit.arguments import matcher
-from jedit.checks import COUNT, FINITE, check_numbers
+from jedit.core.arguments import matcher
+from jedit.core.batch import wide_dtype
+from jedit.core.checks import COUNT, FINITE, check_numbers
+from jedit.core.paths import parameter_paths
 from jedit.models.functional import Apply
-from jedit.paths import parameter_paths
-from jedit.typing import wide_dtype
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat", "remat2", "checkpoint")

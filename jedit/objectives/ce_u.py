@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.batch import Batch
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
     Apply,
@@ -26,7 +27,6 @@ from jedit.objectives.token_nll import (
     soft_cross_entropy,
     token_nll,
 )
-from jedit.typing import Batch
 
 
 def ce_u(

@@ -6,8 +6,8 @@ methods are compared with.
 
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.batch import Batch
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.typing import Batch
 
 
 def ga(

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, PyTree
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.batch import Batch
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.ga import ga
 from jedit.objectives.retain import retain_nll
 from jedit.objectives.token_nll import Apply
-from jedit.typing import Batch
 
 
 def graddiff(

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from jedit.checks import NOT_NEGATIVE, Range, check_numbers
+from jedit.core.batch import Batch
+from jedit.core.checks import NOT_NEGATIVE, Range, check_numbers
+from jedit.core.outputs import check_contents
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import check_contents
-from jedit.typing import Batch
 
 
 def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_batch
-from jedit.checks import FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch
+from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.outputs import counted_outputs, wide
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, masked_mean
-from jedit.outputs import counted_outputs, wide
-from jedit.typing import Batch
 
 
 def representation_deviation(

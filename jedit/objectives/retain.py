@@ -12,10 +12,10 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_batch
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch
+from jedit.core.outputs import counted_outputs
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, token_kl
-from jedit.outputs import counted_outputs
-from jedit.typing import Batch
 
 
 def retain_nll(

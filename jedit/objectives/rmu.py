@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from jedit.arguments import check_batch
-from jedit.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch, wide_dtype
+from jedit.core.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.outputs import counted_outputs
 from jedit.objectives.token_nll import masked_mean
-from jedit.outputs import counted_outputs
-from jedit.typing import Batch, wide_dtype
 
 
 def random_direction(width: int, *, key: Key[Array, ""]) -> Float[Array, " width"]:

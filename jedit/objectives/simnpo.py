@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.checks import FINITE, NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.core.batch import Batch
+from jedit.core.checks import FINITE, NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.core.outputs import by_example
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.outputs import by_example
-from jedit.typing import Batch
 
 
 def simnpo(

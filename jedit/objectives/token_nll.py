@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jedit.arguments import check_batch, check_labels
-from jedit.outputs import by_example, counted_outputs, kl_terms, wide
-from jedit.typing import Batch
+from jedit.core.arguments import check_batch, check_labels
+from jedit.core.batch import Batch
+from jedit.core.outputs import by_example, counted_outputs, kl_terms, wide
 
 Apply = Callable[[PyTree, Any], Array]
 

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.arguments import check_batch
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.outputs import wide
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
     Apply,
@@ -27,8 +29,6 @@ from jedit.objectives.token_nll import (
     soft_cross_entropy,
     token_nll,
 )
-from jedit.outputs import wide
-from jedit.typing import Batch
 
 
 def undial(

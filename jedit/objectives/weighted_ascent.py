@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.batch import Batch
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.typing import Batch
 
 
 def wga(

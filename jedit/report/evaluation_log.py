@@ -14,7 +14,7 @@ Kolmogorov-Smirnov test stops at one.  To be its reference ("retain_model_logs")
 names of its configuration: "forget_truth_ratio" with the field "score", "mia_min_k" and so on.
 
 Under a name of open-unlearning's stands what it defines by that name, under "jedit_NAME" what jedit
-does, where that is something else: `jedit.recipes.tofu_log` makes such a log.
+does, where that is something else: `jedit.recipes.tofu.log` makes such a log.
 """
 
 import json

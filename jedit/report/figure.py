@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jedit.checks import COUNT, check_numbers
+from jedit.core.checks import COUNT, check_numbers
 from jedit.report.results import Comparison, Curve, Point
 
 if TYPE_CHECKING:

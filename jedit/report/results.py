@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from jedit.checks import FINITE, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.checks import FINITE, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.report.evaluation_log import Evaluation
 
 SCHEMA = "jedit.results/1"

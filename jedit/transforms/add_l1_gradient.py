@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
 
 
 class AddL1GradientState(NamedTuple):

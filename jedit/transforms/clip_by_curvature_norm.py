@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.exponents import exponents, shifted
 from jedit.curvature import Curvature, quadratic_form, trace
-from jedit.geometry._trees import exponents, shifted
 from jedit.transforms._arrays import owned
 
 

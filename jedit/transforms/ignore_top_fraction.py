@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedit.checks import SHARE, check_numbers
+from jedit.core.checks import SHARE, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.geometry.surrogate import SCOPES
-from jedit.sharding import on_auto_axes
 
 
 def ignore_top_fraction(

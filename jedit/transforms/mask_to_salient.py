@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jedit.checks import SHARE, check_numbers
-from jedit.sharding import on_auto_axes
+from jedit.core.checks import SHARE, check_numbers
+from jedit.core.devices import on_auto_axes
 
 
 class MaskToSalientState(NamedTuple):

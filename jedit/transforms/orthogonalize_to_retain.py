@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.batch import wide_dtype
+from jedit.core.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.curvature import Curvature
 from jedit.geometry import (
     EUCLIDEAN,
@@ -19,7 +20,6 @@ from jedit.geometry import (
 )
 from jedit.geometry.retain_subspace import SubspaceState
 from jedit.transforms._arrays import owned
-from jedit.typing import wide_dtype
 
 METRICS = ("euclidean", "adam")
 

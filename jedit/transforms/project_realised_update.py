@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jedit.core.batch import wide_dtype
 from jedit.geometry import Projector, project
 from jedit.transforms._arrays import owned
-from jedit.typing import wide_dtype
 
 
 class ProjectRealisedUpdateState(NamedTuple):

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedit.checks import NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.core.batch import wide_dtype
+from jedit.core.checks import NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.core.exponents import exponents, shifted
 from jedit.geometry import (
     RetainOrthogonalInfo,
     retain_neutral_perturbation,
     retain_orthogonal,
 )
-from jedit.geometry._trees import exponents, shifted
-from jedit.sharding import on_auto_axes
-from jedit.typing import wide_dtype
 
 OUTERS = ("transport", "amplify", "push")
 

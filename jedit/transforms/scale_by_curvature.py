@@ -6,7 +6,7 @@ import jax
 import optax
 from jaxtyping import Array
 
-from jedit.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, solve
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 

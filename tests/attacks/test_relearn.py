@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jedit.attacks import relearn
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 
 D, CLASSES, N = 5, 3, 6
 

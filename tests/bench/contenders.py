@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 import jedit
-from jedit.capture.versions import rebind
+from jedit.tracing.versions import rebind
 from tests.bench.measure import Work
 from tests.bench.models import Problem, forward
 

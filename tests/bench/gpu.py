@@ -1,12 +1,12 @@
-"""`jedit bench --gpu`, and beside it the factors of the same GPT by kfac-jax, on an accelerator.
+"""The GPU run, and beside it the factors of the same GPT by kfac-jax, on an accelerator.
 
-    python -m tests.bench.gpu [--toy] [--dtype both] [--out out/bench] [what `jedit bench` takes]
+    python -m tests.bench.gpu [--toy] [--dtype both] [--out out/bench] [what the run takes]
 
-Runs `jedit bench`, then for each dtype jedit and kfac-jax on tokens drawn at random, the parameters
-in that dtype, and adds "peers" to bench.json. In float32 kfac-jax multiplies its moments at the
-device's default precision, jedit at full, so that their seconds are not those of one thing there.
-This process imports no JAX: each measurement is made in a process of its own, which has the
-device's memory to itself and a peak of its own.
+Runs `python -m tests.bench.gpu_run`, then for each dtype jedit and kfac-jax on tokens drawn at
+random, the parameters in that dtype, and adds "peers" to bench.json. In float32 kfac-jax multiplies
+its moments at the device's default precision, jedit at full, so that their seconds are not those of
+one thing there. This process imports no JAX: each measurement is made in a process of its own,
+which has the device's memory to itself and a peak of its own.
 """
 
 import argparse
@@ -31,13 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--dtype", choices=("both", "bfloat16", "float32"), default="both")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--peers-only", action="store_true", help="leave `jedit bench` out")
+    parser.add_argument("--peers-only", action="store_true", help="leave the run itself out")
     options, rest = parser.parse_known_args(arguments)
     path = options.out / "bench.json"
     found = {}
     if not options.peers_only:
         chosen = ["--toy" if options.toy else "--gpu", "--dtype", options.dtype]
-        command = [sys.executable, "-m", "jedit", "bench", *chosen, "--out", str(options.out)]
+        command = [sys.executable, "-m", "tests.bench.gpu_run", *chosen, "--out", str(options.out)]
         if code := subprocess.run([*command, *rest], check=False).returncode:
             return code
         found = json.loads(path.read_text())
@@ -75,9 +75,9 @@ def child(asked: dict) -> str:
     import jax
 
     from jedit.models import cast_params
-    from jedit.recipes.bench_steps import timed
-    from jedit.recipes.rates import factor_flops, matmul_rates, peak_gib
     from tests.bench import contenders
+    from tests.bench.gpu_run.bench_steps import timed
+    from tests.bench.gpu_run.rates import factor_flops, matmul_rates, peak_gib
     from tests.bench.models import make
 
     if not asked["is_toy"] and jax.default_backend() == "cpu":

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
-from jedit.typing import Batch
 from tests.bench.claims import evidence, gu, metric, rosu
 from tests.bench.claims.scenes import Scene
 

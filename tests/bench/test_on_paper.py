@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import jedit
+from jedit.core.batch import Batch
 from jedit.curvature.likelihoods import Categorical
-from jedit.typing import Batch
 from tests.bench import on_paper
 
 WIDTH, KEY_VALUE, HIDDEN, LAYERS = 12, 4, 20, 3

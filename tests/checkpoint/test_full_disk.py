@@ -11,9 +11,9 @@ import pytest
 
 from jedit.checkpoint import Checkpoint, Ledger, load_edit, save_curvature, save_edit
 from jedit.checkpoint.sealed import temporary_folder
-from jedit.curvature.structure import Curvature
+from jedit.curvature.types import Curvature
 from jedit.edits import Edit
-from jedit.unlearn import fit
+from jedit.training.loop import fit
 
 # Several arrays: when one fails, others are still to be written.
 VALUES = {f"w{i}": np.random.default_rng(i).normal(size=(120, 120)) for i in range(6)}

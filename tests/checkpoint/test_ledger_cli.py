@@ -7,10 +7,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jedit import cli
 from jedit.checkpoint import Ledger
+from jedit.cli.ledger import load_params
+from jedit.cli.main import main as cli
 from jedit.edits import Edit, apply_edit
-from jedit.recipes.ledger import load_params
 from tests.checkpoint.trees import numbers
 
 

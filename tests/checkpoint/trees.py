@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedit.curvature import Curvature, Diagonal, Factor, Kronecker
-from jedit.curvature.structure import Weight
+from jedit.curvature.types import Weight
 from jedit.edits import Edit, LowRank
 
 PLAIN = Weight("a/kernel", (3, 2), (), 1, False, 3, 2)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.typing import Batch
 
 EXAMPLES, LENGTH, CLASSES = 3, 4, 3
 VALID = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])

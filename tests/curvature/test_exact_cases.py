@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import (
     diagonal,
     eigenvalues,
@@ -19,8 +20,7 @@ from jedit.curvature import (
     trace,
 )
 from jedit.curvature.likelihoods import Categorical, Gaussian
-from jedit.curvature.structure import Diagonal
-from jedit.typing import Batch
+from jedit.curvature.types import Diagonal
 from tests.curvature.programs import BY_NAME, TEMPERED, exact_kfac, make_problem
 from tests.curvature.references import counted, dense_fisher, rows_as_trees, score_rows
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
-from jedit.curvature.structure import Diagonal
-from jedit.typing import Batch
+from jedit.curvature.types import Diagonal
 from tests.curvature.programs import (
     BY_NAME,
     EXAMPLES,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jedit.core.batch import Batch
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
-from jedit.typing import Batch
 
 LIKELIHOODS = [Categorical(1.6), Gaussian(0.7), Bernoulli(1.3)]
 each_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.typing import Batch
 from tests.curvature.programs import BY_NAME, exact_kfac
 
 KINDS = ("kfac", "reduced", "ekfac", "diagonal")

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from jedit.curvature import diagonal, eigenvalues, ekfac, estimate, trace
-from jedit.curvature.structure import Diagonal
+from jedit.curvature.types import Diagonal
 from tests.curvature.programs import CLASSES, TEMPERED, Program, exact_kfac, plus
 from tests.curvature.references import factors_by_hand, rows_as_trees, score_rows
 from tests.curvature.test_exact_cases import in_basis

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.capture.discover import trace
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
-from jedit.curvature.alignment import align
 from jedit.curvature.likelihoods import Categorical
-from jedit.curvature.structure import Diagonal
-from jedit.typing import Batch
+from jedit.curvature.positions import align
+from jedit.curvature.types import Diagonal
+from jedit.tracing.discover import trace
 from tests.curvature.programs import plus
 from tests.curvature.references import rows_as_trees, score_rows
 

@@ -7,10 +7,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from jedit.core.batch import Batch
+from jedit.core.outputs import counted_outputs
 from jedit.curvature import likelihoods
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
-from jedit.outputs import counted_outputs
-from jedit.typing import Batch
 
 LEAD, EVENT = (3, 2), 5
 ALL = [Categorical(2.5), Gaussian(scale=0.3), Bernoulli(temperature=0.6)]

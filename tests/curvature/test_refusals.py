@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.typing import Batch
 from tests.curvature.programs import BY_NAME, POSITIONED, make_problem
 
 MLP = BY_NAME["perceptron"]

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.curvature.structure import Diagonal
+from jedit.curvature.types import Diagonal
 from jedit.data import batches, pack
 from jedit.data.text import Encoded
 from jedit.metrics import (
@@ -27,7 +28,6 @@ from jedit.metrics import (
 )
 from jedit.models import gpt
 from jedit.objectives import npo, simnpo
-from jedit.typing import Batch
 
 VOCAB = 11
 KERNELS = r"embed/|blocks/.*/kernel|head"

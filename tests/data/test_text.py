@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from jedit.core.batch import Batch
 from jedit.data import (
     QaRow,
     batches,
@@ -18,7 +19,6 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
-from jedit.typing import Batch
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, cast_report, edit_norms
@@ -14,7 +15,6 @@ from jedit.geometry import null_space, scale_to_kl_budget
 from jedit.metrics import gradient_norm_scores
 from jedit.objectives import representation_deviation
 from jedit.transforms import clip_by_curvature_norm, retain_neutral_surrogate
-from jedit.typing import Batch
 
 LENGTHS = [1e-24, 1e-19, 1e19, 1e24]
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
-from jedit.typing import Batch
 
 D_IN, D_HIDDEN, RANK = 9, 5, 4
 

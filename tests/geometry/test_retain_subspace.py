@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import (
@@ -16,7 +17,6 @@ from jedit.geometry import (
     project_out,
     retain_subspace,
 )
-from jedit.typing import Batch
 
 SHAPES = {"a": (3, 4), "b": (6,)}
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical, Gaussian
 from jedit.geometry import scale_to_kl_budget
-from jedit.typing import Batch
 
 
 def network(params, x):

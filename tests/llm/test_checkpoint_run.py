@@ -8,7 +8,7 @@ import pytest
 
 from jedit.data import QaRow, write_rows
 from jedit.models import load_model
-from jedit.recipes.checkpoint import Settings, forget_in_checkpoint
+from jedit.recipes.pretrained import Settings, forget_in_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
@@ -75,7 +75,7 @@ def test_a_question_that_fills_the_row_is_refused(stories_folder, tmp_path):
 
 def test_from_the_command_line(stories_folder, tmp_path, capsys):
     pytest.importorskip("tyro")
-    from jedit.cli import main
+    from jedit.cli.main import main
 
     data = tmp_path / "rows.jsonl"
     write_rows(data, ROWS)

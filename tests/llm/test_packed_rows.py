@@ -9,13 +9,13 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 import jedit
+from jedit.core.batch import Batch
 from jedit.data import batches, pack
 from jedit.metrics import answer_nll_per_row, nll, output_kl
 from jedit.models import huggingface, to_pure
 from jedit.models._tunix import architecture
-from jedit.typing import Batch
-from tests.capture.oracle import filled
 from tests.llm.random_folder import COMMON
+from tests.tracing.oracle import filled
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),

@@ -12,8 +12,8 @@ from flax import nnx
 from tunix.models.llama3 import model as llama3
 from tunix.models.qwen3 import model as qwen3
 
-from jedit.capture import capture
-from tests.capture.oracle import as_users_write, check_capture, filled
+from jedit.tracing import capture
+from tests.tracing.oracle import as_users_write, check_capture, filled
 
 TOLERANCE = 2e-5
 SIZES = {

@@ -7,7 +7,7 @@ from flax import nnx
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 from jedit.transforms import with_update_args
-from tests.capture.oracle import user_rules
+from tests.tracing.oracle import user_rules
 from tests.transforms import test_training_loops as loops
 from tests.transforms.training_loops import Loop, flax_nnx, nnx_model
 

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jedit
-from jedit.capture.intervene import intervene
 from jedit.geometry.trust_region import RetainKl
+from jedit.tracing.intervene import intervene
 
 VOCAB, WIDTH, HIDDEN, SEQ, ROWS = 12, 8, 16, 4, 16
 SPECS = {"embed": P(None, "model"), "up": P("data", "model"), "down": P("model"), "head": P()}

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 
 VOCAB, WIDTH, HIDDEN, CLASSES, LAYERS, LENGTH, ROWS = 64, 16, 48, 40, 2, 7, 32
 KERNELS = {"up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH), "head/kernel": (WIDTH, CLASSES)}

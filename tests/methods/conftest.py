@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.geometry import null_space
 from jedit.methods import Associations, alphaedit, memit, rome
-from jedit.methods._associations import regress
-from jedit.methods.memit import solve as memit_solve
-from jedit.methods.rome import solve as rome_solve
-from jedit.typing import Batch
+from jedit.methods.associations._write import regress
+from jedit.methods.associations.memit import solve as memit_solve
+from jedit.methods.associations.rome import solve as rome_solve
 
 WIDTH, D_FF, SEQ, VOCAB = 5, 9, 4, 7
 ONE, BOTH = "0/down/kernel", ["0/down/kernel", "1/down/kernel"]

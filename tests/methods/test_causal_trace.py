@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.methods import causal_trace
 from jedit.models import gpt
-from jedit.typing import Batch
 
 VOCAB, WIDTH, NUM_LAYERS, BATCH, SEQ = 7, 5, 4, 3, 6
 NAMES = [f"layers/{i}" for i in range(NUM_LAYERS)]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.methods import curvature_engram, engram
-from jedit.methods.curvature_engram import joint_basis, solve
-from jedit.typing import Batch
+from jedit.methods.engrams.curvature_engram import joint_basis, solve
 
 
 def network(params, x):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
@@ -17,7 +18,6 @@ from jedit.geometry.parts import moved
 from jedit.methods import kfade
 from jedit.objectives import ga
 from jedit.transforms import project_to_null_space, scale_by_curvature
-from jedit.typing import Batch
 
 DEEP, WIDE = 6, 96
 KFADE = import_module("jedit.methods.kfade")  # the package's attribute is the function

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only
 from jedit.edits import apply_edit
 from jedit.methods import engram
-from jedit.methods.curvature_engram import joint_basis
-from jedit.methods.engram import solve
-from jedit.typing import Batch
+from jedit.methods.engrams.curvature_engram import joint_basis
+from jedit.methods.engrams.engram import solve
 
 
 def network(params, x):

@@ -11,14 +11,15 @@ import pytest
 
 import jedit
 from jedit import metrics, objectives
+from jedit.core.batch import Batch
 from jedit.curvature import diagonal, estimate, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical
 from jedit.edits import Edit, apply_edit
 from jedit.geometry import null_space, scale_to_kl_budget
-from jedit.methods import Associations, batch_unlearn, engram, kfade, memit, salun, target_values
+from jedit.methods import Associations, engram, kfade, memit, salun, target_values
 from jedit.objectives import relabel
-from jedit.typing import Batch
-from jedit.unlearn import fit, unlearn
+from jedit.requests import batch_unlearn
+from jedit.training.loop import fit, unlearn
 
 CLASSES = 3
 NAN = float("nan")

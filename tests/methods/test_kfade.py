@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Gaussian
 from jedit.edits import apply_edit
 from jedit.methods import kfade
 from jedit.objectives import ga
-from jedit.typing import Batch
 
 
 def linear(params, x):

@@ -7,13 +7,13 @@ import optax
 import pytest
 
 from jedit import objectives
-from jedit.capture import intervene
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods import causal_trace, kuda
 from jedit.models import gpt
-from jedit.typing import Batch
-from jedit.unlearn import unlearn
+from jedit.tracing import intervene
+from jedit.training.loop import unlearn
 
 D_IN, D_HIDDEN = 7, 5
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.continual import _raise_loss
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, cast_report
@@ -23,7 +23,7 @@ from jedit.methods import (
     rome,
 )
 from jedit.objectives import ga
-from jedit.typing import Batch
+from jedit.requests.stream import _raise_loss
 
 DAMPING = 0.3
 

@@ -10,7 +10,7 @@ import pytest
 
 from jedit import objectives
 from jedit.methods import sam
-from jedit.unlearn import unlearn
+from jedit.training.loop import unlearn
 
 
 def apply(params, inputs):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.capture import intervene
+from jedit.core.batch import Batch
 from jedit.edits import apply_edit
 from jedit.methods import Associations, rome, target_values
-from jedit.typing import Batch
+from jedit.tracing import intervene
 from tests.methods.test_associations import BOTH, ONE, VOCAB, facts, fit, network, params, stream
 
 __all__ = ["facts", "params"]  # fixtures

@@ -11,8 +11,8 @@ import pytest
 from jedit import objectives
 from jedit.methods import l1_sparse, salun
 from jedit.objectives import relabel
+from jedit.training.loop import unlearn
 from jedit.transforms import add_l1_gradient, mask_to_salient
-from jedit.unlearn import unlearn
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 
 ROWS, SEQ, VOCAB = 11, 5, 6
 

@@ -9,7 +9,7 @@ import pytest
 import sklearn.metrics
 
 from jedit import metrics
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 from tests.metrics.rows import apply, make_problem, numpy_rows, split
 
 SCORES = (metrics.min_k_scores, metrics.min_k_plus_plus_scores, metrics.gradient_norm_scores)

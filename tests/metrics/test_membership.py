@@ -7,8 +7,8 @@ import pytest
 import scipy.special
 
 from jedit import metrics
+from jedit.core.batch import Batch
 from jedit.metrics import UnlearningScores
-from jedit.typing import Batch
 
 KINDS = ("confidence", "entropy", "modified_entropy")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jedit import metrics
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 from tests.metrics.rows import VOCAB, apply, make_problem, numpy_rows, split
 
 BOTH = (metrics.exact_memorization, metrics.extraction_strength)

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from jedit import metrics
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 from tests.metrics.rows import ROWS, SEQ, VOCAB, apply, make_problem, split
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jedit import metrics
+from jedit.core.batch import Batch
 from jedit.models import gpt
-from jedit.typing import Batch
 
 VOCAB, PROMPT = 7, 1
 # Which tokens of each row are the model's own choice, the first of them still in the prompt.

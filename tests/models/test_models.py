@@ -10,7 +10,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 from numpy.testing import assert_array_equal
 
-from jedit.capture import find_sites
+from jedit.core.batch import PackedTokens
 from jedit.models import (
     cached_decode,
     cast_params,
@@ -22,7 +22,7 @@ from jedit.models import (
     mlp,
     to_pure,
 )
-from jedit.typing import PackedTokens
+from jedit.tracing import find_sites
 
 RANDOM = ("random", "threefry", "rng_bit_generator")
 

@@ -9,8 +9,8 @@ import pytest
 import scipy.special
 
 from jedit import objectives
-from jedit.outputs import counted_outputs
-from jedit.typing import Batch
+from jedit.core.batch import Batch
+from jedit.core.outputs import counted_outputs
 from tests.objectives.references import (
     apply,
     make_batch,

@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 
 from jedit import objectives
-from jedit.typing import Batch
+from jedit.core.batch import Batch
 from tests.objectives.references import (
     VOCAB,
     apply,

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.transforms import clip_by_curvature_norm, refresh_curvature, scale_by_curvature
-from jedit.typing import Batch
 
 
 @pytest.fixture(autouse=True)

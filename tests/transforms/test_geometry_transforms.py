@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
@@ -18,7 +19,6 @@ from jedit.transforms import (
     retain_neutral_surrogate,
     scale_by_curvature,
 )
-from jedit.typing import Batch
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
 from jedit.transforms import mask_to_salient, orthogonalize_to_retain, with_update_args
-from tests.capture.oracle import user_rules
 from tests.test_contract import SALIENCY, TRANSFORMS, _retain_grads, make_scene
+from tests.tracing.oracle import user_rules
 from tests.transforms.training_loops import LOOPS, plain
 
 STEPS = 3

@@ -23,15 +23,15 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
-from jedit.continual import continual
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.methods import batch_unlearn
-from jedit.recipes.question_answer import SELECT
+from jedit.recipes.scenes.question_answer import SELECT
 from jedit.report.figure import STYLES, save_png
-from jedit.typing import Batch
+from jedit.requests import batch_unlearn
+from jedit.requests.stream import continual
 from tests.bench.claims import evidence
 from tests.bench.claims.scenes import Authors, authors_model
 

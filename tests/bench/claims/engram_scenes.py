@@ -9,8 +9,8 @@ from jaxtyping import PyTree
 
 import jedit
 from jedit.data import encode_pairs, forget_class, forget_cluster
-from jedit.recipes import authors, digits
-from jedit.recipes.question_answer import SELECT
+from jedit.recipes.scenes import authors, digits
+from jedit.recipes.scenes.question_answer import SELECT
 from tests.bench.claims.scenes import CNN, authors_model, digits_model, parted
 
 

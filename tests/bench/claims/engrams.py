@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jedit
+from jedit.core.outputs import counted_outputs
 from jedit.data import batches
 from jedit.methods import curvature_engram, engram, kfade
 from jedit.objectives import token_kl, token_nll
 from jedit.objectives.token_nll import masked_mean
-from jedit.outputs import counted_outputs
 from tests.bench.claims.engram_scenes import JudgedScene, authors_scenes, digits_scenes
 from tests.bench.claims.evidence import interval, parser, shown, write
 from tests.bench.claims.scenes import CNN, digits_model

@@ -19,9 +19,10 @@ import numpy as np
 import optax
 
 from jedit import metrics
-from jedit.methods import TrainingMethod, gu
+from jedit.methods import gu
 from jedit.objectives import ga, graddiff
-from jedit.unlearn import unlearn
+from jedit.training import TrainingMethod
+from jedit.training.loop import unlearn
 from tests.bench.claims.evidence import interval, parser, shown, shown_ratio, write
 from tests.bench.claims.scenes import Scene, digits
 

@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit, sum_edits
-from jedit.methods import balanced, batch_unlearn, interactions, kfade
+from jedit.methods import kfade
 from jedit.metrics import nll, output_kl
 from jedit.objectives import ga
-from jedit.typing import Batch
+from jedit.requests import balanced, batch_unlearn, interactions
 from tests.bench.claims.evidence import parser, write
 from tests.bench.claims.scenes import Scene, authors
 from tests.bench.measure import matmul_rate

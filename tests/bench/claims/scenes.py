@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
+from jedit.core.batch import Batch
 from jedit.data import (
     QaRow,
     encode_rows,
@@ -23,12 +24,11 @@ from jedit.data import (
     train_tokenizer,
 )
 from jedit.models import cnn
-from jedit.recipes.authors import MODEL
-from jedit.recipes.authors import RECIPE as AUTHORS_RECIPE
-from jedit.recipes.digits import LABEL, RECIPE
-from jedit.recipes.question_answer import SELECT
-from jedit.recipes.training import Recipe, train
-from jedit.typing import Batch
+from jedit.recipes.fitting import Recipe, train
+from jedit.recipes.scenes.authors import MODEL
+from jedit.recipes.scenes.authors import RECIPE as AUTHORS_RECIPE
+from jedit.recipes.scenes.digits import LABEL, RECIPE
+from jedit.recipes.scenes.question_answer import SELECT
 
 SHARE_SEEN = 0.7
 CNN = cnn(key=jax.random.key(0))[0]  # one function, so that seeds share what is compiled

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jedit
+from jedit.core.batch import Batch
 from jedit.methods import Associations, alphaedit, memit, target_values
 from jedit.models import gpt
-from jedit.recipes.training import Recipe, train
+from jedit.recipes.fitting import Recipe, train
 from jedit.report.figure import STYLES, save_png
-from jedit.typing import Batch
 from tests.bench.claims import evidence
 
 LAYER = "blocks/0/mlp/down/kernel"

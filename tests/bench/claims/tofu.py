@@ -14,9 +14,9 @@ import sys
 import jax
 import numpy as np
 
-from jedit.recipes.compare import Judged, compare
-from jedit.recipes.tofu import compare_key, prepare, read_sets
-from jedit.recipes.tofu_presets import PRESETS
+from jedit.recipes.comparison.compare import Judged, compare
+from jedit.recipes.tofu.presets import PRESETS
+from jedit.recipes.tofu.run import compare_key, prepare, read_sets
 from jedit.report.results import PASSING_QUALITY
 from tests.bench.claims.evidence import interval, parser, shown, write
 

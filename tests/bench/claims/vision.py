@@ -19,8 +19,9 @@ import numpy as np
 from jedit.data import Digits, forget_class, load_digits, load_mnist, split_digits
 from jedit.metrics import average_gap, tug_of_war
 from jedit.models import cnn
-from jedit.recipes.training import Recipe
-from jedit.recipes.vision import (
+from jedit.recipes.fitting import Recipe
+from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.vision_protocol.vision import (
     Judged,
     Protocol,
     Setting,
@@ -32,8 +33,7 @@ from jedit.recipes.vision import (
     tune,
     unlearn_and_judge,
 )
-from jedit.recipes.vision_methods import CLASS_GRIDS, METHODS
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.vision_protocol.vision_methods import CLASS_GRIDS, METHODS
 
 MNIST = Path("../shared/data/mnist")
 TUNING_SEED, TUNING_CLASS = 100, 9

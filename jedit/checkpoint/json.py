@@ -1,0 +1,261 @@
+"""Edits and curvatures as plain JSON beside their arrays, and back.
+
+What is written are the fields of a closed set of classes, each by a function here; reading is the
+reverse of each, and checks everything it meets. Nothing is found by a name from the file.
+"""
+
+from typing import Any
+
+import jax
+
+from jedit.checkpoint.arrays import describe, described, is_shape
+from jedit.checkpoint.sealed import DamagedError, check_fields, shown
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Weight
+from jedit.edits import Edit, LowRank
+
+MAX_OPS = 64  # relayouts of one weight; a scan in a scan has fewer than ten
+MAX_NAME = 4096
+WEIGHT = {"path", "shape", "ops", "layers", "is_stacked", "d_in", "d_out"}
+WEIGHT |= {"bias_path", "bias_shape", "bias_ops"}
+
+
+def edit_to_json(edit: Edit) -> dict[str, Any]:
+    """An edit's blocks, in their order, without the numbers in them."""
+    return {"blocks": [[path, _block_to_json(x)] for path, x in edit.blocks.items()]}
+
+
+def edit_from_json(value: Any, source: str) -> Edit:
+    """The reverse, with a `ShapeDtypeStruct` for each array.
+
+    Raises:
+        DamagedError: what is no edit.
+    """
+    check_fields(value, {"blocks"}, source)
+    blocks = {}
+    for path, block in _pairs(value["blocks"], source):
+        at = f"{source}: {path}"
+        kind, fields = _tagged(block, at)
+        if kind == "dense":
+            blocks[path] = described(fields, at)
+        elif kind == "low rank":
+            check_fields(fields, {"left", "right", "weight"}, at)
+            left, right = (described(fields[name], at) for name in ("left", "right"))
+            weight = _weight_from_json(fields["weight"], at)
+            lead = left.shape[:-3]
+            sizes = (weight.layers, weight.d_in, weight.layers, weight.d_out)
+            right_sizes = len(left.shape) >= 3 and len(right.shape) == len(left.shape)
+            if (
+                not right_sizes
+                or (*left.shape[-3:-1], right.shape[-3], right.shape[-1]) != sizes
+                or (right.shape[:-3], right.shape[-2]) != (lead, left.shape[-1])
+                or (left.dtype, weight.path, weight.bias_path) != (right.dtype, path, None)
+            ):
+                raise DamagedError(f"{at}: {left.shape} and {right.shape} make no {weight}")
+            blocks[path] = _bare(LowRank, left, right, weight)
+        else:
+            raise DamagedError(f"{at}: is a {shown(kind)}; known are 'dense' and 'low rank'")
+    return Edit(blocks)
+
+
+def curvature_to_json(curvature: Curvature) -> dict[str, Any]:
+    """A curvature's blocks and factors, in their order, without the numbers in them."""
+    blocks = [[name, _curvature_block_to_json(x)] for name, x in curvature.blocks.items()]
+    factors = [
+        [
+            name,
+            {
+                "matrix": describe(x.matrix),
+                "basis": None if x.basis is None else describe(x.basis),
+                "eigenvalues": describe(x.eigenvalues),
+            },
+        ]
+        for name, x in curvature.factors.items()
+    ]
+    num_outputs = describe(curvature.num_outputs)
+    return {"blocks": blocks, "factors": factors, "num_outputs": num_outputs}
+
+
+def curvature_from_json(value: Any, source: str) -> Curvature:
+    """The reverse, with a `ShapeDtypeStruct` for each array.
+
+    Raises:
+        DamagedError: what is no curvature.
+    """
+    check_fields(value, {"blocks", "factors", "num_outputs"}, source)
+    factors = {
+        name: _factor_from_json(x, f"{source}: {name}")
+        for name, x in _pairs(value["factors"], source)
+    }
+    blocks = {}
+    for name, block in _pairs(value["blocks"], source):
+        at = f"{source}: {name}"
+        kind, fields = _tagged(block, at)
+        if kind == "diagonal":
+            check_fields(fields, {"weight", "values"}, at)
+            weight = _weight_from_json(fields["weight"], at)
+            blocks[name] = _bare(Diagonal, weight, described(fields["values"], at))
+            _check_sides(blocks[name].values, weight, at)
+        elif kind == "kronecker":
+            check_fields(fields, {"weight", "input", "output", "corrected"}, at)
+            weight = _weight_from_json(fields["weight"], at)
+            names = (fields["input"], fields["output"])
+            sides = (weight.rows, weight.d_out)
+            for factor, side in zip(names, sides, strict=True):
+                if type(factor) is not str or factor not in factors:
+                    raise DamagedError(f"{at}: there is no factor {shown(factor)}")
+                if factors[factor].eigenvalues.shape[-1] != side:
+                    raise DamagedError(f"{at}: the factor {factor} has another side than {side}")
+            corrected = None
+            if fields["corrected"] is not None:
+                corrected = described(fields["corrected"], at)
+                _check_sides(corrected, weight, at)
+            blocks[name] = _bare(Kronecker, weight, *names, corrected, None)
+        else:
+            raise DamagedError(f"{at}: is a {shown(kind)}; known are 'diagonal' and 'kronecker'")
+    return _bare(Curvature, blocks, factors, described(value["num_outputs"], source))
+
+
+def _block_to_json(block: Any) -> dict[str, Any]:
+    if not isinstance(block, LowRank):
+        return {"dense": describe(block)}
+    weight = _weight_to_json(block.weight)
+    left, right = describe(block.left), describe(block.right)
+    return {"low rank": {"left": left, "right": right, "weight": weight}}
+
+
+def _curvature_block_to_json(block: Kronecker | Diagonal) -> dict[str, Any]:
+    weight = _weight_to_json(block.weight)
+    if isinstance(block, Diagonal):
+        return {"diagonal": {"weight": weight, "values": describe(block.values)}}
+    corrected = None if block.corrected is None else describe(block.corrected)
+    names = {"input": block.input, "output": block.output}
+    return {"kronecker": {"weight": weight, **names, "corrected": corrected}}
+
+
+def _factor_from_json(value: Any, source: str) -> Factor:
+    check_fields(value, {"matrix", "basis", "eigenvalues"}, source)
+    matrix, eigenvalues = (described(value[name], source) for name in ("matrix", "eigenvalues"))
+    basis = None if value["basis"] is None else described(value["basis"], source)
+    *_, side = (0, *eigenvalues.shape)
+    square = (*eigenvalues.shape, side)
+    is_diagonal = basis is None and matrix.shape == eigenvalues.shape
+    is_dense = basis is not None and matrix.shape == basis.shape == square
+    if len(eigenvalues.shape) < 2 or not (is_diagonal or is_dense):
+        raise DamagedError(f"{source}: {matrix.shape} and {eigenvalues.shape} make no factor")
+    return _bare(Factor, matrix, basis, eigenvalues)
+
+
+def _weight_to_json(weight: Weight) -> dict[str, Any]:
+    def ops(given: tuple) -> list:
+        return [_listed(op) for op in given]
+
+    return {
+        "path": weight.path,
+        "shape": _listed(weight.shape),
+        "ops": ops(weight.ops),
+        "layers": int(weight.layers),
+        "is_stacked": bool(weight.is_stacked),
+        "d_in": int(weight.d_in),
+        "d_out": int(weight.d_out),
+        "bias_path": weight.bias_path,
+        "bias_shape": _listed(weight.bias_shape),
+        "bias_ops": ops(weight.bias_ops),
+    }
+
+
+def _weight_from_json(value: Any, source: str) -> Weight:
+    check_fields(value, WEIGHT, source)
+    numbers = [value[name] for name in ("layers", "d_in", "d_out")]
+    paths = [value["path"], value["bias_path"] or ""]
+    if (
+        not is_shape(numbers)
+        or 0 in numbers
+        or not is_shape(value["shape"])
+        or not is_shape(value["bias_shape"])
+        or type(value["is_stacked"]) is not bool
+        or any(type(x) is not str or len(x) > MAX_NAME for x in paths)
+        or value["bias_path"] == ""
+    ):
+        raise DamagedError(f"{source}: {shown(value)} is no weight")
+    weight = Weight(
+        path=value["path"],
+        shape=tuple(value["shape"]),
+        ops=_ops_from_json(value["ops"], source),
+        layers=value["layers"],
+        is_stacked=value["is_stacked"],
+        d_in=value["d_in"],
+        d_out=value["d_out"],
+        bias_path=value["bias_path"],
+        bias_shape=tuple(value["bias_shape"]),
+        bias_ops=_ops_from_json(value["bias_ops"], source),
+    )
+    leaves = {weight.path: jax.ShapeDtypeStruct(weight.shape, "float32")}
+    if weight.bias_path is not None:
+        leaves[weight.bias_path] = jax.ShapeDtypeStruct(weight.bias_shape, "float32")
+    try:
+        jax.eval_shape(weight.gather, leaves)
+    except (TypeError, ValueError, IndexError, ArithmeticError, AssertionError) as error:
+        # What JAX says of shapes that do not fit, and of lengths beyond what it can count.
+        raise DamagedError(f"{source}: its relayouts do not fit its shape: {error}") from None
+    return weight
+
+
+def _ops_from_json(value: Any, source: str) -> tuple[tuple, ...]:
+    if type(value) is not list or len(value) > MAX_OPS:
+        raise DamagedError(f"{source}: {shown(value)} are no relayouts")
+    return tuple(_op_from_json(op, source) for op in value)
+
+
+def _op_from_json(value: Any, source: str) -> tuple:
+    rest: list[Any]
+    name, *rest = value if type(value) is list and value else [None]
+    one, three = len(rest) == 1, len(rest) == 3
+    if name in ("transpose", "reshape") and one and is_shape(rest[0]):
+        return (name, tuple(rest[0]))
+    if name == "layer" and one and is_shape(rest):
+        return (name, rest[0])
+    if name == "slice" and three and all(is_shape(x) for x in rest[:2]):
+        strides = rest[2]
+        if strides is None or is_shape(strides):
+            bounds = (tuple(x) for x in rest[:2])
+            return (name, *bounds, None if strides is None else tuple(strides))
+    raise DamagedError(f"{source}: {shown(value)} is no relayout")
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, whole numbers as Python's."""
+    if isinstance(value, tuple | list):
+        return [_listed(x) for x in value]
+    return value if value is None or isinstance(value, str) else int(value)
+
+
+def _pairs(value: Any, source: str) -> list[tuple[str, Any]]:
+    right = type(value) is list and all(
+        type(pair) is list
+        and len(pair) == 2
+        and type(pair[0]) is str
+        and 0 < len(pair[0]) <= MAX_NAME
+        for pair in value
+    )
+    if not right or len({pair[0] for pair in value}) < len(value):
+        raise DamagedError(f"{source}: {shown(value)} are no names, each once, with what they name")
+    return [(pair[0], pair[1]) for pair in value]
+
+
+def _tagged(value: Any, source: str) -> tuple[str, Any]:
+    if type(value) is not dict or len(value) != 1:
+        raise DamagedError(f"{source}: {shown(value)} is no block")
+    return next(iter(value.items()))
+
+
+def _check_sides(values: Any, weight: Weight, source: str) -> None:
+    if len(values.shape) < 3 or values.shape[-2:] != (weight.rows, weight.d_out):
+        raise DamagedError(f"{source}: {values.shape} are no values of a {weight}")
+
+
+def _bare(cls: Any, *fields: Any) -> Any:
+    """An instance whose arrays are still shapes, as JAX itself rebuilds it."""
+    empty = object.__new__(cls)
+    for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+        object.__setattr__(empty, name, value)
+    return empty

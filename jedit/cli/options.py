@@ -1,0 +1,95 @@
+"""What each command may be told, as dataclasses that tyro reads."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+DEMO_OUT, RUN_OUT, TOFU_OUT = Path("out/demo"), Path("out/run"), Path("out/tofu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train, forget, compare and report on two scenes that need nothing from outside."""
+
+    scene: Literal["digits", "authors", "all"] = "all"
+    """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both."""
+    methods: Literal["main", "all"] = "main"
+    """The main methods, in minutes, or all that fit the scene."""
+    out: Path = DEMO_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    seed: int = 0
+    """Of everything random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFile:
+    """Do the same on your own questions and answers (JSON lines: question, answer)."""
+
+    data: Path
+    """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list
+    of wrong answers), paraphrased_question, author."""
+    forget: str
+    """Rows to forget: a file, author=NAME[,NAME], or rows=START:STOP counted from 0."""
+    retain: str = "rest"
+    """Rows to keep, in the same ways; rest: all that are not forgotten."""
+    out: Path = RUN_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    model: Path | None = None
+    """Folder of a pretrained model (Hugging Face, safetensors): it is edited as it is, nothing is
+    trained, and the edited folder is written to OUT/edited. None: a small GPT learns the rows."""
+    tokenizer: Path | None = None
+    """Folder of the model's tokenizer; None: the model's."""
+    budget: float = 0.05
+    """With --model: retain KL that the edit may cost, nats per answer token."""
+    temperature: float = 1.0
+    """With --model: of the curvature's likelihood; 4 where the rows are known by heart."""
+    width: int = 128
+    """Width of the GPT."""
+    layers: int = 4
+    """Blocks of the GPT."""
+    heads: int = 4
+    """Heads of its attention; they divide the width."""
+    epochs: tuple[int, ...] = (20,)
+    """Passes over the rows; with several numbers the comparison is made after each."""
+    vocab: int = 2048
+    """Tokens of the vocabulary, at most."""
+    max_len: int = 128
+    """Tokens of a row, at most; longer rows are cut off."""
+    batch_size: int = 16
+    """Rows of a training step."""
+    learning_rate: float = 1e-3
+    """Of Adam, in training."""
+    seed: int = 0
+    """Of everything random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tofu:
+    """Run the TOFU benchmark end to end; also `jedit run tofu`."""
+
+    data: str = "locuslab/TOFU"
+    """TOFU's folder (full.json, forget10_perturbed.json, ...), or its name on the hub."""
+    preset: Literal["cpu", "gpu", "checkpoint"] = "cpu"
+    """cpu: 60 authors and a GPT of 2 million parameters; gpu: all 200 and 100 million; checkpoint:
+    all 200 and a model of your own."""
+    model: Path | None = None
+    """With --preset checkpoint: folder of a pretrained model (Hugging Face, safetensors). With
+    --retrained it has learned all of TOFU's authors; else it learns them here, and a second time
+    without those to forget."""
+    retrained: Path | None = None
+    """Folder of the same model trained without the authors to forget (TOFU's retain90 for 20 of
+    them, retain95 for 10, retain99 for 2)."""
+    tokenizer: Path | None = None
+    """Folder of the model's tokenizer; None: the model's."""
+    save: str | None = None
+    """With --model: a method whose best model is written to OUT-edited, a folder like --model."""
+    forgotten: int | None = None
+    """Authors to forget, at most 20; None: the preset's."""
+    methods: tuple[str, ...] = ()
+    """Some of the methods alone, by name; K-FADE always runs. None given: all."""
+    attacks: bool = True
+    """Attack the best models: relearning, quantisation, other words, probes."""
+    out: Path = TOFU_OUT
+    """Folder of the report; an earlier report there is replaced."""
+    seed: int = 0
+    """Of everything random."""

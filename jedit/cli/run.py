@@ -1,0 +1,127 @@
+"""`jedit run`: the same on questions and answers of one's own, or in a model folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jedit.cli.checks import UsageError
+from jedit.cli.options import RunFile
+from jedit.cli.stages import Stages, check_out, report
+from jedit.core.checks import COUNT, POSITIVE, Range, check_numbers
+
+
+def run(options: RunFile, command: str) -> int:
+    """Forget what the options say; return the exit code.
+
+    Raises:
+        UsageError: what the user can mend.
+    """
+    from jedit.data import DataError, read_rows, select_rows
+
+    _check_numbers(options)
+    if options.model is None:
+        check_out(options.out)
+    try:
+        rows = read_rows(options.data)
+        forget, retain = select_rows(rows, options.forget, options.retain)
+    except DataError as error:
+        raise UsageError(str(error)) from None
+    if len(retain) < 2:
+        raise UsageError(
+            f"{options.data}: {len(retain)} row to retain; at least 2 are needed, one for the "
+            "edits to see and one to judge them."
+        )
+    stages = Stages()
+    if options.model is not None:
+        return _edit_checkpoint(options, options.model, forget, retain, stages)
+
+    def comparison() -> Sequence:
+        from jedit.recipes.fitting import Recipe
+        from jedit.recipes.scenes.authors import GRID
+        from jedit.recipes.scenes.question_answer import Model, question_answer
+
+        size = (options.width, options.layers, options.heads, options.vocab, options.max_len)
+        epochs = tuple(sorted(set(options.epochs)))
+        note = (
+            f"A small GPT learns the {len(rows)} rows of {options.data.name} and is then made to "
+            f"forget {len(forget)} of them ({options.forget})."
+        )
+        return question_answer(
+            rows,
+            forget,
+            retain,
+            name="run",
+            title=f"Forget {len(forget)} rows of {options.data.name}",
+            note=note,
+            model=Model(*size),
+            recipe=Recipe(epochs, options.batch_size, options.learning_rate),
+            grid=GRID,
+            seed=options.seed,
+            say=stages,
+        )
+
+    return report(comparison, stages, options.out, options.seed, command)
+
+
+def _edit_checkpoint(
+    options: RunFile, model: Path, forget: Sequence, retain: Sequence, stages: Stages
+) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jedit.recipes.pretrained import Settings, check_folder, forget_in_checkpoint
+    from jedit.report.table import number
+
+    settings = Settings(
+        budget=options.budget,
+        temperature=options.temperature,
+        max_len=options.max_len,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    tokenizer = options.tokenizer or model
+    for folder in (model, tokenizer):
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: there is no such folder.")
+    try:
+        check_folder(options.out, model, tokenizer)
+        with stages:
+            found = forget_in_checkpoint(
+                model, tokenizer, forget, retain, options.out, settings, say=stages
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    table = Table(title=f"Forget {len(forget)} rows", title_justify="left")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, before in found["before"].items():
+        table.add_row(name.replace("_", " "), number(before), number(found["after"][name]))
+    console = Console()
+    console.print(table)
+    if num_cut := sum(found["num_cut_off"].values()):
+        console.print(f"{num_cut} rows are longer than {options.max_len} tokens and were cut off.")
+    console.print(
+        f"Retain KL on the rows the edit saw: predicted {number(found['predicted_kl'])}, true "
+        f"{number(found['true_kl'])}. Edited model: {options.out / 'edited'}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0
+
+
+def _check_numbers(options: RunFile) -> None:
+    numbers = {
+        POSITIVE: ("learning_rate", "budget", "temperature"),
+        COUNT: ("width", "layers", "heads", "batch_size", "epochs"),
+        Range(258, is_whole=True): ("vocab",),  # the bytes and two special tokens
+        Range(8, is_whole=True): ("max_len",),
+    }
+    try:
+        for allowed, names in numbers.items():
+            for name in names:
+                check_numbers(allowed, **{f"--{name.replace('_', '-')}": getattr(options, name)})
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    if not options.epochs:
+        raise UsageError("--epochs must be at least one number.")
+    if options.width % options.heads:
+        raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}.")

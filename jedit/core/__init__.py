@@ -1,0 +1,1 @@
+"""What every other package stands on: batches, parameter paths, devices, checks of arguments."""

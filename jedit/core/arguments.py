@@ -1,0 +1,294 @@
+"""Arguments of the wrong type or structure, refused with one sentence before anything is computed.
+
+A leaf: every folder may use it, and it knows of no type but `Batch`. What an array's numbers may
+be is not asked here.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from jedit.core.batch import Batch, Resumable
+
+NUM_NEAREST = 3
+
+
+def described(value: Any) -> str:
+    """What a value is, short enough for a sentence."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if is_array(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return _with_article(type(value).__name__)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value has a shape and a dtype, if it is no more than that of an array."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def check_kind(value: Any, kind: type, name: str, example: str) -> None:
+    """Refuse what is no instance of a class.
+
+    Args:
+        value: what was given.
+        kind: the class.
+        name: of the argument.
+        example: where such an instance comes from.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, kind):
+        return
+    if isinstance(value, type) and kind in value.__mro__:
+        raise TypeError(f"{name} is the class {value.__name__} itself; call it: {value.__name__}()")
+    raise TypeError(
+        f"{name} must be {_with_article(kind.__name__)}, {example}, got {described(value)}; look "
+        "at the order of the arguments"
+    )
+
+
+def check_function(value: Any, name: str = "apply", form: str = "(params, inputs)") -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a function {name}{form}, got {described(value)}; look at the order of "
+            "the arguments"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no optax transform.
+
+    Raises:
+        TypeError: it has no `init` or no `update`.
+    """
+    if isinstance(optimizer, type) or not (
+        hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    ):
+        raise TypeError(
+            "optimizer must be an optax transform, such as optax.adam(1e-3), got "
+            f"{described(optimizer)}; look at the order of the arguments"
+        )
+
+
+def check_params(params: PyTree, name: str = "params") -> None:
+    """Refuse parameters that are a batch, or hold something else than arrays and numbers.
+
+    Raises:
+        TypeError: what they hold, and where.
+    """
+    if is_batch(params):
+        raise TypeError(
+            f"{name} must be a pytree of arrays, got {described(params)}; look at the order of the "
+            "arguments"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if is_array(leaf) or isinstance(leaf, int | float | complex):
+            continue
+        hint = "leave out of it what is no parameter"
+        if callable(leaf):
+            hint = (
+                "of an Equinox model take the arrays alone, `params, static = equinox.partition("
+                "model, equinox.is_inexact_array)`, and put it together in apply by "
+                "`equinox.combine(params, static)`"
+            )
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise TypeError(
+            f"{name} must be a pytree of arrays, but at {where!r} it holds {described(leaf)}; "
+            + hint
+        )
+
+
+def check_inputs(inputs: PyTree) -> None:
+    """Refuse a whole batch in place of its inputs.
+
+    Raises:
+        TypeError: it is one.
+    """
+    if is_batch(inputs):
+        raise TypeError("inputs must be what apply takes, got a Batch; give batch.inputs")
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is no random key.
+
+    Raises:
+        TypeError: it is none.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.uint32)
+    ):
+        raise TypeError(
+            f"key must be a random key, jax.random.key(0) for instance, got {described(key)}"
+        )
+
+
+def check_checkpoint(checkpoint: Any) -> None:
+    """Refuse what a job cannot save itself with; None is none.
+
+    Raises:
+        TypeError: it is something else, a folder for instance.
+    """
+    if checkpoint is not None:
+        check_kind(checkpoint, Resumable, "checkpoint", "such as Checkpoint(folder, every=100)")
+
+
+def refuse_tracers(what: str, given: PyTree, instead: str) -> None:
+    """Refuse to run under a transformation of JAX, where numbers are not known yet.
+
+    Args:
+        what: cannot run so.
+        given: its arguments.
+        instead: what to do.
+
+    Raises:
+        ValueError: some of the arguments are traced.
+    """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(given)):
+        raise ValueError(
+            f"{what} looks at numbers while it runs, so it cannot run under jit, grad, vmap or "
+            f"scan; {instead}"
+        )
+
+
+def is_batch(value: Any) -> bool:
+    """Whether a value is a `Batch`, or has all that one has."""
+    return not isinstance(value, type) and all(hasattr(value, name) for name in Batch._fields)
+
+
+def check_batch(value: Any, name: str) -> None:
+    """Refuse what is no batch.
+
+    Raises:
+        TypeError: it is none, or its targets, mask or valid are no arrays.
+    """
+    if not is_batch(value):
+        raise TypeError(
+            f"{name} must be a jedit.Batch, got {described(value)}; write "
+            "Batch(inputs, targets), with mask and valid where not all outputs count"
+        )
+    for field in ("targets", "mask", "valid"):
+        held = getattr(value, field)
+        if held is not None and not is_array(held):
+            raise TypeError(
+                f"{name}.{field} must be an array or None, got {described(held)}; make it one by "
+                "jax.numpy.asarray"
+            )
+
+
+def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> Iterable[Batch]:
+    """Return batches, checked as they come; one by itself is a tuple, and would iterate its fields.
+
+    What can be gone through several times still can be.
+
+    Raises:
+        TypeError: it is neither a batch nor several.
+    """
+    if is_batch(batches):
+        return _Checked([batches], name)
+    is_other = is_array(batches) or isinstance(batches, str | Mapping)
+    is_pair = isinstance(batches, tuple) and any(map(is_array, batches))
+    if is_other or is_pair or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be a jedit.Batch, or several in a list, got {described(batches)}; write "
+            "Batch(inputs, targets), with mask and valid where not all outputs count"
+        )
+    checked = _Checked(batches, name)
+    return iter(checked) if iter(batches) is batches else checked
+
+
+def batch_list(batches: Iterable[Batch] | Batch, name: str) -> list[Batch]:
+    """Return at least one batch.
+
+    Raises:
+        TypeError: it is neither a batch nor several.
+        ValueError: there is none.
+    """
+    found = list(checked_batches(batches, name))
+    if not found:
+        raise ValueError(f"{name} holds no batch; give a jedit.Batch, or several in a list")
+    return found
+
+
+class _Checked:
+    def __init__(self, batches: Any, name: str):
+        self.batches, self.name = batches, name
+
+    def __len__(self) -> int:
+        return len(self.batches)  # where they have one: a progress bar asks
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i, batch in enumerate(self.batches):
+            check_batch(batch, f"{self.name}[{i}]")
+            yield batch
+
+
+def check_labels(targets: Any, name: str) -> None:
+    """Refuse labels that are no integers; their shape and range are not asked.
+
+    Raises:
+        TypeError: they are none.
+    """
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be integers, the numbers of classes, got {targets.dtype}; "
+            ".astype(int) makes them, and real-valued targets want another likelihood or loss"
+        )
+
+
+def matcher(patterns: str | Sequence[str], name: str) -> Callable[[str], bool]:
+    """Return whether one of some regular expressions is found in a text, as a function of it.
+
+    Raises:
+        TypeError: they are no texts.
+        ValueError: one is no regular expression.
+    """
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, Iterable) or not all(isinstance(x, str) for x in several):
+        raise TypeError(
+            f"{name} must be a regular expression, or several in a list, got {described(patterns)}"
+        )
+    compiled = []
+    for pattern in several:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(
+                f"{name}: {pattern!r} is no regular expression ({error}); re.escape makes one of a "
+                "plain text"
+            ) from None
+    return lambda text: any(pattern.search(text) for pattern in compiled)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say what there is instead of a name that is missing."""
+    known = list(known)
+    if not known:
+        return "there is none"
+    near = difflib.get_close_matches(name, known, n=NUM_NEAREST, cutoff=0.0)
+    sentence = f"nearest: {', '.join(map(repr, near))}"
+    if f"{name}/value" in known or name.removesuffix("/value") in known:
+        sentence += (
+            "; one of the two still holds Flax's variables: take nnx.as_pure(state) as params in "
+            "both places"
+        )
+    return sentence
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"

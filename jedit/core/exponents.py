@@ -1,0 +1,65 @@
+"""Sums over the leaves of a tree, and dtypes put back: what the files beside this one share.
+
+A sum of squares leaves float32 for entries beyond 1e19 or below 1e-19, which gradients have. So
+what is squared is brought to entries of about one first, by a power of two, which rounds nothing:
+
+    x = 2ⁿ x',   n from `exponents`, x' from `shifted(x, -n)`
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import wide_dtype
+
+
+def total(scalars: PyTree) -> Array:
+    """Return the sum of a tree's leaves, which have one shape."""
+    return functools.reduce(jnp.add, jax.tree.leaves(scalars))
+
+
+def everywhere(scalars: PyTree) -> PyTree:
+    """Return the tree with the sum of its leaves at every leaf."""
+    whole = total(scalars)
+    return jax.tree.map(lambda _: whole, scalars)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Return the tree in the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
+    """The even n with 2ⁿ near the largest magnitude, at every leaf; 0 if that is 0 or not finite.
+
+    Args:
+        tree: real arrays.
+        by_leaf: the largest of each leaf, and not of the whole tree.
+
+    Returns:
+        Scalars, int32; 2ⁿ and 2⁻ⁿ are normal numbers of every leaf's dtype.
+    """
+    dtype = wide_dtype(jnp.result_type(*(x.dtype for x in jax.tree.leaves(tree))))
+    largest = jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0).astype(dtype), tree)
+    if not by_leaf:
+        whole = functools.reduce(jnp.maximum, jax.tree.leaves(largest))
+        largest = jax.tree.map(lambda _: whole, largest)
+    most = min(jnp.finfo(x.dtype).maxexp for x in jax.tree.leaves(tree)) - 8
+
+    def exponent(size: Array) -> Array:
+        _, n = jnp.frexp(size)
+        n = jnp.where((size > 0) & jnp.isfinite(size), n - n % 2, 0)
+        return jnp.clip(n, -most, most).astype(jnp.int32)
+
+    return jax.tree.map(exponent, largest)
+
+
+def shifted(tree: PyTree, by: PyTree) -> PyTree:
+    """Multiply each leaf by 2ⁿ, n the scalar of `exponents` that stands at its place in `by`."""
+
+    def shift(x: Array, n: Array) -> Array:
+        return x * jnp.ldexp(jnp.ones((), wide_dtype(x.dtype)), n).astype(x.dtype)
+
+    return jax.tree.map(shift, tree, by)

@@ -1,0 +1,1 @@
+"""Curvatures on a mesh of devices: which device holds and decomposes what."""

@@ -1,0 +1,178 @@
+"""Where sums, factors and eigenbases lie when the parameters lie on a mesh.
+
+A parameter's matrix (layers, d_in, d_out) keeps the mesh axes that its leaf is split over; A
+and G are split over all of them, each along one side:
+
+    W  P(l, i, o)   =>   A, Q_A  P(l, (i, o), None)   G, Q_G  P(l, (o, i), None)   Λ  P(l, i, o)
+
+An axis that the devices do not divide evenly (d_in and one for the bias, say) is not split. Meshes
+are read off the arrays themselves; on one device nothing here does anything.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from jedit.core.devices import Axes, axes_of, sharding_of, spec_of
+from jedit.core.paths import parameter_paths
+from jedit.tracing import Weight
+
+
+def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
+    """By path, the sharding of every parameter that is an array on a mesh of several devices."""
+    found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
+    return {path: sharding for path, sharding in found.items() if sharding is not None}
+
+
+def matrix_sharding(
+    weight: Weight, leaves: Mapping[str, NamedSharding], *, is_flipped: bool = False
+) -> NamedSharding | None:
+    """How a parameter's matrix (layers, d_in, d_out) lies, or its transpose; None: on one device.
+
+    Axes of the leaf are followed through its relayouts; one that is cut, or whose devices do not
+    divide what it becomes, is lost: the matrix is whole along it.
+    """
+    sharding = leaves.get(weight.path)
+    if sharding is None:
+        return None
+    spec = [axes_of(entry) for entry in sharding.spec]
+    spec += [()] * (len(weight.shape) - len(spec))
+    dims = list(zip(weight.shape, spec, strict=True))
+    num_layers = 0
+    for name, *arguments in weight.ops:
+        rest = dims[num_layers:]
+        if name == "layer":
+            num_layers += 1
+            continue
+        if name == "transpose":
+            rest = [rest[i] for i in arguments[0]]
+        elif name == "reshape":
+            rest = _reshaped(rest, arguments[0], sharding.mesh)
+        else:
+            starts, limits, strides = (arguments[k] for k in range(3))
+            rest = [
+                (n, axes)
+                if (start, limit, step or 1) == (0, n, 1)
+                else (-(-(limit - start) // (step or 1)), ())
+                for (n, axes), start, limit, step in zip(
+                    rest, starts, limits, strides or (1,) * len(rest), strict=True
+                )
+            ]
+        dims = dims[:num_layers] + rest
+    shape = (weight.layers, weight.d_in, weight.d_out)
+    layers, rows, columns = (axes for _, axes in _reshaped(dims, shape, sharding.mesh))
+    split = (layers, columns, rows) if is_flipped else (layers, rows, columns)
+    return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
+
+
+def _reshaped(
+    dims: list[tuple[int, Axes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> list[tuple[int, Axes]]:
+    """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
+    found: list[tuple[int, Axes]] = []
+    queue = [d for d in dims if d[0] != 1]
+    new = 0
+    while new < len(shape):
+        if shape[new] == 1:
+            found.append((1, ()))
+            new += 1
+            continue
+        size, axes = queue.pop(0)
+        made = [shape[new]]
+        new += 1
+        while size != math.prod(made):
+            if size < math.prod(made):
+                size *= queue.pop(0)[0]
+            else:
+                made.append(shape[new])
+                new += 1
+        parts = math.prod(mesh.shape[a] for a in axes)
+        found.append((made[0], axes if made[0] % parts == 0 else ()))
+        found += [(n, ()) for n in made[1:]]
+    return found
+
+
+def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> NamedSharding:
+    """The sharding for an array whose dimensions are those `dims` of it; None: a whole one.
+
+    A dimension that the devices do not divide is whole too, and so is one whose axes came before.
+    """
+    spec = [axes_of(entry) for entry in sharding.spec] + [()] * 3
+    split: list[Axes] = []
+    for size, dim in zip(shape, dims, strict=True):
+        axes = () if dim is None else spec[dim]
+        axes = tuple(a for a in axes if not any(a in before for before in split))
+        parts = math.prod(sharding.mesh.shape[a] for a in axes)
+        split.append(axes if size % parts == 0 else ())
+    return NamedSharding(sharding.mesh, spec_of(*split))
+
+
+def along(sharding: NamedSharding, dim: int) -> NamedSharding:
+    """All the axes that rows and columns are split over, on one of the two: 1 or 2.
+
+    Its own come first: getting there from `sharding`, and back, is one all-to-all.
+    """
+    layers, *sides = ([axes_of(e) for e in sharding.spec] + [()] * 3)[:3]
+    split = [layers, (), ()]
+    split[dim] = sides[dim - 1] + sides[2 - dim]
+    return NamedSharding(sharding.mesh, spec_of(*split))
+
+
+def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Of what has the matrix's shape, but where a bias makes the rows odd: as it is, or by columns.
+
+    Arrays between programs have pieces of equal size.
+    """
+    by_columns = along(sharding, 2)
+    found = [even(place, shape, 0, 1, 2) for place in (sharding, by_columns)]
+    return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
+
+
+def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
+    """Where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
+    dims = (0, dim, None)[: len(shape)]
+    found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
+    return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
+
+
+def num_pieces(sharding: NamedSharding) -> int:
+    """Into how many a matrix is cut along `along`."""
+    axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
+    return math.prod(sharding.mesh.shape[a] for a in axes)
+
+
+def without(sharding: NamedSharding, axes: Axes) -> NamedSharding | None:
+    """The sharding without some axes; None when nothing is left."""
+    split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
+    return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
+
+
+def whole(sharding: NamedSharding) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(sharding.mesh, PartitionSpec())
+
+
+def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
+    """A tree of shardings, all of them whole copies on the parameters' mesh."""
+    everywhere = whole(next(iter(leaves.values())))
+    return jax.tree.map(lambda _: everywhere, tree)
+
+
+def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
+    """Zeros of given shapes, made where they belong; `places` None: on the default device."""
+    if places is None:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    specs, treedef = jax.tree.flatten(shapes)
+    given = tuple((x.shape, jnp.dtype(x.dtype)) for x in specs)
+    return jax.tree.unflatten(treedef, _zeros(given, tuple(jax.tree.leaves(places))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _zeros(specs: tuple, places: tuple[NamedSharding, ...]) -> list[Array]:
+    keep = jax.lax.with_sharding_constraint
+    return [keep(jnp.zeros(*spec), place) for spec, place in zip(specs, places, strict=True)]

@@ -1,0 +1,1 @@
+"""Methods that write facts into a layer as associations of keys and values."""

@@ -1,0 +1,1 @@
+"""Methods that take steps in the metric of a curvature."""

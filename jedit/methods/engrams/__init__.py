@@ -1,0 +1,1 @@
+"""Methods that split a weight by whose inputs it serves."""

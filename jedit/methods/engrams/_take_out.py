@@ -1,0 +1,121 @@
+"""What engrams in two metrics share: groups of parts, strengths, and the edit out of the pieces."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.core.arguments import refuse_tracers
+from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
+from jedit.core.display import short_repr
+from jedit.curvature import Curvature
+from jedit.curvature.algebra import check_covers
+from jedit.curvature.types import Kronecker, check_counted
+from jedit.edits import Edit
+
+STRENGTHS = ("adaptive", "whole")
+Parts = Curvature | Sequence[Curvature]
+
+
+class EngramInfo(NamedTuple):
+    """What was found, by block.
+
+    Attributes:
+        relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, without the bias's row, (layers,).
+        strength: f, (layers,).
+    """
+
+    relative_norm: dict[str, Array]
+    strength: dict[str, Array]
+
+    __repr__ = short_repr
+
+
+def take_out(
+    params: PyTree, target: Parts, rest: Parts, piece: Callable, *, strength: str, scale: float
+) -> tuple[Edit, EngramInfo]:
+    """The edit -α f W₊ of every Kronecker block.
+
+    Args:
+        params: W.
+        target: curvature of what is to be forgotten, or of several disjoint parts of it.
+        rest: of all else, likewise.
+        piece: `(targets, rests, name, weight) -> W₊`, the groups as lists; weight and W₊ are
+            (layers, rows, d_out).
+        strength: which f.
+        scale: α.
+
+    Returns:
+        The edit, and norms.
+
+    Raises:
+        TypeError: something else than parameters or curvatures.
+        ValueError: an unknown strength, nothing in a group, curvatures of different sites or of no
+            outputs, no Kronecker block, or a parameter that is used at several sites.
+        FloatingPointError: parameters, or the edit, are not finite.
+    """
+    if strength not in STRENGTHS:
+        raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
+    check_numbers(POSITIVE, scale=scale)
+    targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
+    if not targets or not rests:
+        raise ValueError("target and rest must hold a curvature each, or several; one is empty")
+    for curvature in (*targets, *rests):
+        leaves = check_covers(curvature, params)
+    refuse_tracers("an engram", (params, targets, rests), "take it outside")
+    blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
+    if merged := [name for name, block in blocks.items() if block.input == f"input of {name}"]:
+        raise ValueError(
+            f"{merged} are used at several sites, whose input moments a curvature merges with "
+            "weights of their own; leave them out by `select`"
+        )
+    if not blocks or any(set(c.blocks) != set(targets[0].blocks) for c in (*targets, *rests)):
+        raise ValueError(
+            "target and rest must be curvatures of the same sites, with a Kronecker block at least"
+        )
+    for name, group in (("target", targets), ("rest", rests)):
+        for curvature in group:
+            check_counted(curvature.num_outputs, f"a curvature of {name}")
+    found, relative = {}, {}
+    for name, block in blocks.items():
+        dtype = targets[0].factors[block.input].matrix.dtype
+        weight = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
+        found[name] = piece(targets, rests, name, weight)
+        kernels = (m[:, : block.weight.d_in] for m in (weight, found[name]))
+        size, kept = (jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in kernels)
+        relative[name] = kept / jnp.where(size > 0, size, 1)
+    strengths = _strengths(strength, relative)
+    changes: dict[str, Array] = {}
+    for name, block in blocks.items():
+        taken = -scale * strengths[name][:, None, None] * found[name]
+        for path, part in block.weight.scatter(taken).items():
+            changes[path] = changes[path] + part if path in changes else part
+    check_finite("the engram", changes, lambda: culprit(params, {}))
+    return Edit(changes), EngramInfo(relative, strengths)
+
+
+def input_sums(curvature: Curvature, name: str) -> Array:
+    """S of a block: its A times the number of outputs."""
+    block = curvature.blocks[name]
+    assert isinstance(block, Kronecker)
+    matrix = curvature.factors[block.input].matrix
+    return matrix * curvature.num_outputs.astype(matrix.dtype)
+
+
+def is_kept(eigenvalues: Array) -> Array:
+    """Which of a sum of moments' ascending eigenvalues are above rounding, not to be cut off.
+
+    The moments are of activations that a model computed in float32 or narrower, whatever dtype they
+    are held in: below d times float32's epsilon of the largest they are noise, in float64 as well,
+    and their inverse would make engrams of many times the weight's size.
+    """
+    return eigenvalues > len(eigenvalues) * float(np.finfo(np.float32).eps) * eigenvalues[-1]
+
+
+def _strengths(strength: str, relative: dict[str, Array]) -> dict[str, Array]:
+    if strength == "whole":
+        return {name: jnp.ones_like(r) for name, r in relative.items()}
+    largest = max(float(jnp.max(r)) for r in relative.values())
+    return {name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()}

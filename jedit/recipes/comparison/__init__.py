@@ -1,0 +1,1 @@
+"""The comparison engine: every method on one task, judged alike."""

@@ -1,0 +1,97 @@
+"""The methods that train, each seen at several lengths of one run."""
+
+import functools
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import Batch
+from jedit.training import TrainingMethod
+from jedit.training.loop import History, LoopState, unlearn
+
+
+def ascend(
+    method: TrainingMethod,
+    params: PyTree,
+    forget: Batch | tuple[Batch, Batch],
+    retain: Batch,
+    *,
+    learning_rates: tuple[float, ...],
+    looks: tuple[int, ...],
+    batch_size: int,
+    key: Array,
+) -> Iterator[list[tuple[int, float, PyTree]]]:
+    """Run the loop at each rate, and look after the given numbers of steps.
+
+    Args:
+        method: its objective takes `reference_params`, its optimizer's state holds the rate.
+        params: where to begin; they are also the reference.
+        forget: the rows to be forgotten.
+        retain: the rows to be kept.
+        learning_rates: put into the optimizer's state, one after the other.
+        looks: the numbers of steps, rising.
+        batch_size: rows of either set in one step; fewer if the set has fewer.
+        key: of the orders.
+
+    Yields:
+        For each rate the steps taken, the seconds they took without compiling, and the params
+        there, for each look.
+    """
+    initial = method.optimizer.init(params)
+    every = math.gcd(*looks)
+    forget, retain = (jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    for i, learning_rate in enumerate(learning_rates):
+        rate = jnp.full_like(optax.tree_utils.tree_get(initial, "learning_rate"), learning_rate)
+        state = optax.tree_utils.tree_set(initial, learning_rate=rate)
+        run = functools.partial(
+            unlearn,
+            method.objective,
+            method.optimizer,
+            LoopState(0, params, state),
+            forget,
+            retain,
+            key=key,
+            batch_size=batch_size,
+            update_args=method.update_args,
+            objective_args={"reference_params": params},
+        )
+        looked = _Looks(looks)
+        try:
+            if i == 0:  # once for nothing: the clock must not see the compiler
+                jax.block_until_ready(run(steps=every))
+                looked = _Looks(looks)
+            run(steps=looks[-1], every=every, callback=looked)
+        except FloatingPointError:  # the rate was too large
+            looked.fill(destroyed(params))
+        yield looked.found
+
+
+def destroyed(params: PyTree) -> PyTree:
+    """What stands in a comparison for a model that a loop has driven beyond the finite numbers."""
+    return jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+
+
+class _Looks:
+    """Keeps the params at the looks, and stops the clock while it does."""
+
+    def __init__(self, looks: tuple[int, ...]):
+        self.looks, self.found = looks, []
+        self._seconds, self._start = 0.0, time.perf_counter()
+
+    def __call__(self, state: LoopState, history: History) -> None:
+        jax.block_until_ready((state, history))
+        self._seconds += time.perf_counter() - self._start
+        if state.step in self.looks:
+            params = jax.tree.map(jnp.copy, state.params)
+            self.found.append((state.step, self._seconds, params))
+        self._start = time.perf_counter()
+
+    def fill(self, params: PyTree) -> None:
+        """Take the same params at all looks that are still to come."""
+        seen = {step for step, *_ in self.found}
+        self.found += [(step, self._seconds, params) for step in self.looks if step not in seen]

@@ -1,0 +1,108 @@
+"""Training the models that a scene is about: Adam, a short warm-up, then a constant rate.
+
+The rate stays constant so that a model stopped early is a point of the longer training.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import Batch
+from jedit.objectives import retain_nll
+from jedit.training.loop import History, LoopState, fit
+
+WARM_UP = 20
+
+
+class Recipe(NamedTuple):
+    """How a model is trained.
+
+    Attributes:
+        epochs: passes over the rows; the model is kept after each of these.
+        batch_size: rows of a step; an epoch is as many steps as there are whole batches.
+        learning_rate: of Adam, after the warm-up.
+    """
+
+    epochs: tuple[int, ...]
+    batch_size: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        """The recipe in words."""
+        lengths = " or ".join(map(str, self.epochs))
+        return (
+            f"{lengths} epochs, Adam at learning rate {self.learning_rate:g} after {WARM_UP} steps "
+            f"of warm-up, batches of {self.batch_size} rows"
+        )
+
+
+class Trained(NamedTuple):
+    """A model after so many epochs, and the seconds up to there (compiling included)."""
+
+    params: PyTree
+    epochs: int
+    seconds: float
+
+
+def train(
+    apply: Callable, params: PyTree, rows: Batch, recipe: Recipe, *, key: Array
+) -> list[Trained]:
+    """Train by the recipe on the mean loss over counted outputs.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        params: where to begin.
+        rows: what to train on.
+        recipe: how.
+        key: of the order of the rows.
+
+    Returns:
+        The model after each of the recipe's numbers of epochs.
+    """
+    start = time.perf_counter()
+    size = min(recipe.batch_size, rows_of(rows))
+    steps = rows_of(rows) // size
+    found = []
+
+    def keep(state: LoopState, history: History) -> None:
+        del history
+        epochs = state.step // steps
+        if epochs in recipe.epochs:
+            kept = jax.block_until_ready(jax.tree.map(jnp.copy, state.params))
+            found.append(Trained(kept, epochs, time.perf_counter() - start))
+
+    fit(
+        _loss(apply),
+        _optimizer(recipe.learning_rate),
+        params,
+        rows,
+        key=key,
+        steps=max(recipe.epochs) * steps,
+        batch_size=size,
+        every=steps,
+        callback=keep,
+    )
+    return found
+
+
+def rows_of(batch: Batch) -> int:
+    """How many examples a batch holds."""
+    return len(jax.tree.leaves(batch.inputs)[0])
+
+
+@functools.cache
+def _optimizer(learning_rate: float) -> optax.GradientTransformation:
+    schedule = optax.linear_schedule(0.0, learning_rate, WARM_UP)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+@functools.cache
+def _loss(apply: Callable) -> Callable:
+    """One loss object for one model, so that a second training compiles nothing anew."""
+    return lambda params, rows: retain_nll(params, None, rows, apply=apply)

@@ -1,0 +1,212 @@
+"""A language model of one's own: forget rows of it in closed form, and save the edited folder."""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jedit import metrics
+from jedit.core.batch import Batch
+from jedit.curvature import estimate, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.data import QaRow, batches
+from jedit.edits import apply_edit, cast_report
+from jedit.methods import kfade
+from jedit.models import load_model, save_model
+from jedit.recipes.comparison.compare import Say
+from jedit.recipes.tokenization import Words, load_words
+
+# The matrices of the blocks: what an embedding or a norm has learned serves every row.
+SELECT = r"^layers/\d+/(attn|mlp)/"
+SHARE_SEEN = 0.7
+EDITED, RESULTS = "edited", "results.json"
+
+
+class Settings(NamedTuple):
+    """How the edit is made.
+
+    Attributes:
+        budget: retain KL that it may cost, in nats per answer token.
+        temperature: of the likelihood whose curvature it steps in.
+        damping: relative to each block's mean eigenvalue.
+        steps: of the edit, with the curvature kept.
+        max_len: tokens of a row, at most; longer rows are cut off.
+        batch_size: rows evaluated at a time.
+        seed: of the split of the retain rows and the curvature's labels.
+    """
+
+    budget: float = 0.05
+    temperature: float = 1.0
+    damping: float = 0.1
+    steps: int = 1
+    max_len: int = 256
+    batch_size: int = 8
+    seed: int = 0
+
+
+def forget_in_checkpoint(
+    model: str | Path,
+    tokenizer: str | Path,
+    forget: Sequence[QaRow],
+    retain: Sequence[QaRow],
+    out: Path,
+    settings: Settings,
+    *,
+    say: Say,
+) -> dict[str, Any]:
+    """Load a folder, edit by K-FADE, judge, and save `out/edited` beside `out/results.json`.
+
+    Rows are put into the tokenizer's chat template, or without one into "Question: ... Answer:
+    ...". A part of the retain rows is seen by the edit, the rest judges it.
+
+    Args:
+        model: a Hugging Face folder; see `load_model`.
+        tokenizer: folder of its tokenizer.
+        forget: rows to forget.
+        retain: rows to keep, two at least.
+        out: the folder; results of an earlier run there are replaced.
+        settings: of the edit.
+        say: told of each stage.
+
+    Returns:
+        What was written to results.json.
+
+    Raises:
+        ValueError: a row that leaves no answer within `max_len`, or a model or a tokenizer that
+            cannot be loaded.
+    """
+    split_key, label_key = jax.random.split(jax.random.key(settings.seed))
+    say(f"loading {model}")
+    apply, params, _ = load_model(model)
+    encode = _encoder(load_words(tokenizer), settings.max_len)
+    order = np.asarray(jax.random.permutation(split_key, len(retain)))
+    cut = min(max(1, round(SHARE_SEEN * len(order))), len(order) - 1)
+    rows = {
+        "forget": list(forget),
+        "retain": [retain[i] for i in order[:cut]],
+        "heldout": [retain[i] for i in order[cut:]],
+    }
+    sets, num_cut = {}, {}
+    for name, part in rows.items():
+        encoded, num_cut[name] = encode(part)
+        sets[name] = list(batches(encoded, min(settings.batch_size, len(part))))
+    say(f"fitting K-FAC on {len(rows['retain'])} retain rows")
+    start = time.perf_counter()
+    estimator = kfac(apply, Categorical(settings.temperature), select=SELECT)
+    curvature = estimate(estimator, params, sets["retain"], key=label_key)
+    jax.block_until_ready(curvature)
+    fitted = time.perf_counter()
+    say(f"forgetting {len(forget)} rows")
+    edit, info = kfade(
+        apply,
+        params,
+        curvature,
+        sets["forget"],
+        sets["retain"],
+        budget=settings.budget,
+        damping=settings.damping,
+        steps=settings.steps,
+    )
+    edited = jax.block_until_ready(apply_edit(params, edit))
+    made = time.perf_counter()
+    say("judging")
+    lost = cast_report(params, edit)
+    result = {
+        "settings": settings._asdict(),
+        "num_rows": {name: len(part) for name, part in rows.items()},
+        "num_cut_off": num_cut,
+        "before": judge(apply, params, params, sets),
+        "after": judge(apply, params, edited, sets),
+        "predicted_kl": float(info.predicted_kl[-1]),
+        "true_kl": float(info.true_kl[-1]),
+        "rounded_away": max((float(x.rounded_away) for x in lost.values()), default=0.0),
+        "seconds": {"fit": fitted - start, "edit": made - fitted},
+    }
+    say(f"saving {out / EDITED}")
+    out.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".edited.", dir=out))
+    try:
+        saved = save_model(edited, new / EDITED, source=model)
+        # An earlier edited model goes only when the new one is whole.
+        if (out / EDITED).exists():
+            (out / EDITED).rename(new / "old")
+        saved.rename(out / EDITED)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    text = json.dumps(_finite(result), indent=1, allow_nan=False)
+    (out / RESULTS).write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def check_folder(out: Path, *sources: Path) -> None:
+    """Refuse a folder that holds what no run of this kind has written, or what is to be read.
+
+    Args:
+        out: where the results are to go.
+        sources: folders of the model and its tokenizer.
+
+    Raises:
+        ValueError: it is a file, has other things in it, or a source would be replaced.
+    """
+    for source in sources:
+        if source.resolve().is_relative_to((out / EDITED).resolve()):
+            raise ValueError(
+                f"{source}: would be replaced by the edited model; give another --out to edit it "
+                "once more"
+            )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; --out names a folder")
+    if out.is_dir():
+        foreign = sorted({item.name for item in out.iterdir()} - {EDITED, RESULTS})
+        if foreign:
+            raise ValueError(
+                f"{out}: holds files that no such run has written ({', '.join(foreign[:3])}); give "
+                "another --out, or empty the folder"
+            )
+
+
+def judge(
+    apply: Callable, original: PyTree, params: PyTree, sets: dict[str, list[Batch]]
+) -> dict[str, float]:
+    """What is known of the forget and the held-out rows, and how far the held-out outputs moved."""
+    loss = metrics.answer_nll_per_row(apply, params, sets["forget"])
+    memorized = metrics.exact_memorization(apply, params, sets["forget"])
+    extracted = metrics.extraction_strength(apply, params, sets["forget"])
+    return {
+        "forget_nll": metrics.nll(apply, params, sets["forget"]),
+        "forget_probability": float(np.mean(metrics.answer_probability(loss))),
+        "forget_exact_memorization": float(np.mean(memorized)),
+        "forget_extraction_strength": float(np.mean(extracted)),
+        "heldout_nll": metrics.nll(apply, params, sets["heldout"]),
+        "heldout_kl": metrics.output_kl(apply, original, params, sets["heldout"]),
+    }
+
+
+def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Batch, int]]:
+    def encode(rows: Sequence[QaRow]) -> tuple[Batch, int]:
+        encoded = words.rows([(row.question, row.answer) for row in rows])
+        width = min(encoded.inputs.shape[1], max_len - 1)
+        num_cut = int(np.sum(encoded.valid[:, width:].any(axis=1)))
+        cut = type(encoded)(*(array[:, :width] for array in encoded))
+        if np.any(is_cut := cut.mask.sum(axis=1) == 0):
+            row = rows[int(np.argmax(is_cut))]
+            raise ValueError(
+                f"{row.where}: the question alone fills {max_len} tokens; give a larger --max-len"
+            )
+        return cut.as_batch(), num_cut
+
+    return encode
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Scenes: a model, what it learnt, and what of it is to be forgotten."""

@@ -1,0 +1,75 @@
+"""The authors scene: a small GPT learns invented facts about invented authors, and forgets some."""
+
+from jedit.data import facts_to_rows, generate_authors
+from jedit.recipes.comparison.compare import Grid, Say, with_all_methods
+from jedit.recipes.fitting import Recipe
+from jedit.recipes.scenes.question_answer import Model, question_answer
+from jedit.report import Comparison
+
+MODEL = Model(width=96, layers=2, heads=4, vocab=1024, max_len=96)
+# After 7 epochs nothing is saturated yet, after 25 the rows are memorised.
+RECIPE = Recipe(epochs=(7, 25), batch_size=16, learning_rate=2e-3)
+RATES = (1e-4, 3e-4, 1e-3)
+GRID = Grid(
+    budgets=(0.01, 0.03, 0.07, 0.2),
+    temperatures=(1.0, 4.0),
+    damping=(0.1,),
+    kfade_steps=(1, 4),
+    learning_rates={"gradient ascent": (3e-5, 1e-4, 3e-4), "GradDiff": RATES, "NPO": RATES},
+    looks=(2, 4, 8, 16, 32, 64),
+    batch_size=16,
+    kl_budget=0.1,
+)
+SCALES = (0.03, 0.1, 0.3, 1.0)
+# For `jedit demo --methods all`.
+ALL = with_all_methods(GRID, RATES, SCALES, "IdkDPO")
+
+
+def authors(
+    *,
+    seed: int,
+    say: Say,
+    num_authors: int = 30,
+    facts_per_author: int = 10,
+    num_forgotten: int = 3,
+    model: Model = MODEL,
+    recipe: Recipe = RECIPE,
+    grid: Grid = GRID,
+) -> tuple[Comparison, ...]:
+    """Generate the authors, train, retrain, edit and compare.
+
+    Args:
+        seed: of the generator, the training and the edits.
+        say: told of each stage.
+        num_authors: all of them.
+        facts_per_author: questions about each.
+        num_forgotten: the last so many are to be forgotten.
+        model: its size.
+        recipe: of the training; the comparison is made at each of its numbers of epochs.
+        grid: what the methods are tried at.
+
+    Returns:
+        One comparison for each number of epochs.
+    """
+    rows = facts_to_rows(generate_authors(seed, num_authors, facts_per_author))
+    names = list(dict.fromkeys(row.author for row in rows))
+    gone = set(names[len(names) - num_forgotten :])
+    forget = [row for row in rows if row.author in gone]
+    retain = [row for row in rows if row.author not in gone]
+    note = (
+        f"A small GPT learns {len(rows)} question-answer pairs about {num_authors} invented "
+        f"authors and is then made to forget {num_forgotten} of them."
+    )
+    return question_answer(
+        rows,
+        forget,
+        retain,
+        name="authors",
+        title="Authors: forget some people",
+        note=note,
+        model=model,
+        recipe=recipe,
+        grid=grid,
+        seed=seed,
+        say=say,
+    )

@@ -1,0 +1,194 @@
+"""The digits scene: a small CNN forgets one hand, and in a second part one class."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jedit.data import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.models import cnn
+from jedit.recipes.comparison.compare import Grid, Say, Task, compare, with_all_methods
+from jedit.recipes.fitting import Recipe, Trained, train
+from jedit.report import Comparison
+
+LABEL = 7
+RECIPE = Recipe((20,), batch_size=64, learning_rate=2e-3)
+GRID = Grid(
+    budgets=(1e-3, 3e-3, 0.01, 0.03, 0.1),
+    temperatures=(1.0, 4.0),
+    damping=(0.01, 0.1),
+    kfade_steps=(4,),
+    learning_rates={
+        "gradient ascent": (3e-5, 1e-4, 3e-4),
+        "GradDiff": (1e-4, 3e-4, 1e-3),
+        "NPO": (1e-4, 3e-4, 1e-3),
+    },
+    looks=(2, 4, 8, 16, 32, 64, 128),
+    batch_size=32,
+    kl_budget=0.02,
+)
+RATES = (1e-4, 3e-4, 1e-3)
+SCALES = (0.1, 0.3, 0.6, 1.0)
+# For `jedit demo --methods all`.
+ALL = with_all_methods(GRID, RATES, SCALES)
+SHARE_SEEN = 0.7
+
+
+class _Part(NamedTuple):
+    """What one part forgets: row numbers of the training set, and how to say it."""
+
+    name: str
+    title: str
+    what: str
+    forget: np.ndarray
+    retain: np.ndarray
+    test: Digits
+    test_name: str
+
+
+def digits(
+    *,
+    seed: int,
+    say: Say,
+    grid: Grid = GRID,
+    recipe: Recipe = RECIPE,
+    channels: tuple[int, ...] = (16, 32),
+    hidden: int = 64,
+) -> tuple[Comparison, ...]:
+    """Train once, and for each part retrain without its forget set and compare.
+
+    Args:
+        seed: of the split, the training and the edits.
+        say: told of each stage.
+        grid: what the methods are tried at.
+        recipe: of the training.
+        channels: of the network's stages.
+        hidden: width of its dense layer.
+
+    Returns:
+        The two parts: a cluster of look-alike samples of one class, and the whole class.
+    """
+    init_key, order_key, compare_key = (
+        jax.random.fold_in(jax.random.key(seed), i) for i in range(3)
+    )
+    rows, test = split_digits(load_digits(), seed=seed)
+    apply, initial = cnn(key=init_key, channels=channels, hidden=hidden)
+    size = sum(x.size for x in jax.tree.leaves(initial))
+    model = f"CNN, channels {', '.join(map(str, channels))}, hidden {hidden}, {size} parameters"
+
+    def fit(part: Digits) -> Trained:
+        return train(apply, initial, part.as_batch(), recipe, key=order_key)[0]
+
+    say(f"digits: training the model on {len(rows.labels)} images")
+    original = fit(rows)
+    found = []
+    for part in _parts(rows, test, seed=seed):
+        say(f"{part.name}: retraining without the {len(part.forget)} images to forget")
+        retrained = fit(rows.take(part.retain))
+        settings = {"model": model, "training": str(recipe), "seed": seed}
+        found.append(
+            _compare_part(
+                part, rows, apply, original, retrained, grid, settings, key=compare_key, say=say
+            )
+        )
+    return tuple(found)
+
+
+def _parts(rows: Digits, test: Digits, *, seed: int) -> list[_Part]:
+    cluster, not_cluster = forget_cluster(rows, LABEL, seed=seed)
+    members, others = forget_class(rows, LABEL)
+    look_alike = (
+        f"{len(cluster)} look-alike images of the class {LABEL}: one k-means cluster of its "
+        "pixels, which stands in for a writer, since who wrote which is not recorded"
+    )
+    kept_test = test.take(np.flatnonzero(test.labels != LABEL))
+    return [
+        _Part(
+            "digits-cluster",
+            "Digits: forget one hand",
+            look_alike,
+            cluster,
+            not_cluster,
+            test,
+            "test",
+        ),
+        _Part(
+            "digits-class",
+            "Digits: forget a class",
+            f"every image of the class {LABEL}",
+            members,
+            others,
+            kept_test,
+            f"test, without the class {LABEL}",
+        ),
+    ]
+
+
+def _compare_part(
+    part: _Part,
+    rows: Digits,
+    apply: Callable,
+    original: Trained,
+    retrained: Trained,
+    grid: Grid,
+    settings: dict[str, object],
+    *,
+    key: Array,
+    say: Say,
+) -> Comparison:
+    start = time.perf_counter()
+    split_key, edit_key = jax.random.split(key)
+    order = part.retain[np.asarray(jax.random.permutation(split_key, len(part.retain)))]
+    seen, heldout = np.split(order, [round(SHARE_SEEN * len(order))])
+    task = Task(
+        apply=apply,
+        original=original.params,
+        retrained=retrained.params,
+        forget=rows.take(part.forget).as_batch(),
+        retain=rows.take(seen).as_batch(),
+        heldout=rows.take(heldout).as_batch(),
+        test=part.test.as_batch(),
+        truth_ratio=None,
+        select=None,
+        chunk=256,
+        probe=512,
+        hidden_site="head/kernel",
+        layers=("head/kernel",),
+    )
+    judged, _ = compare(task, grid, key=edit_key, say=lambda text: say(f"{part.name}: {text}"))
+    note = (
+        "A small convolutional network learns the handwritten digits that ship with scikit-learn, "
+        f"and is then made to forget {part.what}. The retrained model comes from the same recipe "
+        "and the same initial parameters without those images. Retain images are cut in two: "
+        "curvature and edits see the first part, the held-out part judges them."
+    )
+    return Comparison(
+        name=part.name,
+        title=part.title,
+        notes=(note,),
+        num_rows={
+            "training": len(rows.labels),
+            "forget": len(part.forget),
+            "retain, seen by edits": len(seen),
+            "retain, held out from edits": len(heldout),
+            part.test_name: len(part.test.labels),
+        },
+        settings={
+            **settings,
+            "K-FADE edits": "all parameters",
+            "rows of the line search": min(task.probe, len(seen)),
+        },
+        seconds={
+            "train": original.seconds,
+            "retrain": retrained.seconds,
+            "fit, edit and judge": time.perf_counter() - start,
+        },
+        kl_budget=grid.kl_budget,
+        original=judged.original,
+        retrained=judged.retrained,
+        methods=judged.methods,
+        curves=judged.curves,
+    )

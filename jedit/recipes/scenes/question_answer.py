@@ -1,0 +1,303 @@
+"""Question-answer rows and a small GPT: train, retrain without some rows, edit, compare, ask."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import Batch
+from jedit.data import (
+    QaRow,
+    batches,
+    decode_answers,
+    encode_pairs,
+    encode_prompts,
+    encode_rows,
+    text_of,
+    train_tokenizer,
+)
+from jedit.metrics import answer_nll_per_row, truth_ratio
+from jedit.models import gpt, greedy_decode
+from jedit.recipes.comparison.compare import Grid, Judged, Say, Task, compare
+from jedit.recipes.fitting import Recipe, train
+from jedit.report import Answer, Comparison
+
+# K-FADE edits the matrices of the blocks: what an embedding or a norm has learned serves every row.
+SELECT = r"blocks/.*/kernel"
+SHARE_SEEN = 0.7
+ANSWER_TOKENS = 40
+REFUSAL = "I do not know."
+
+
+class Model(NamedTuple):
+    """The size of the GPT and of its vocabulary.
+
+    Attributes:
+        width: of the residual stream.
+        layers: number of blocks.
+        heads: of the attention.
+        vocab: tokens, at most.
+        max_len: tokens of a row, at most; longer rows are cut off at the right, and counted.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    vocab: int
+    max_len: int
+
+    def make(self, vocab: int, num_positions: int, *, key: Array) -> tuple[Callable, PyTree]:
+        """The function and the initial params, for so many tokens and positions as there are."""
+        return gpt(
+            key=key,
+            vocab=vocab,
+            width=self.width,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            max_len=num_positions,
+        )
+
+
+class Sets(NamedTuple):
+    """The rows of one comparison; `kept` is all training rows but the forgotten ones."""
+
+    data: list[QaRow]
+    forget: list[QaRow]
+    kept: list[QaRow]
+    seen: list[QaRow]
+    heldout: list[QaRow]
+
+
+def question_answer(
+    data: Sequence[QaRow],
+    forget: Sequence[QaRow],
+    retain: Sequence[QaRow],
+    *,
+    name: str,
+    title: str,
+    note: str,
+    model: Model,
+    recipe: Recipe,
+    grid: Grid,
+    seed: int,
+    say: Say,
+) -> tuple[Comparison, ...]:
+    """Run the comparison at each of the recipe's lengths of training.
+
+    Args:
+        data: what the model is trained on.
+        forget: rows of it to forget.
+        retain: rows of it to keep; 70 percent are seen by the edits, the others judge them.
+        name: of the files.
+        title: of the sections.
+        note: where the rows come from, a sentence.
+        model: its size.
+        recipe: of the training.
+        grid: what the methods are tried at.
+        seed: of everything random.
+        say: told of each stage.
+
+    Returns:
+        One comparison for each length of training.
+    """
+    key = jax.random.key(seed)
+    init_key, order_key, split_key, compare_key = (jax.random.fold_in(key, i) for i in range(4))
+    sets = _split(data, forget, retain, key=split_key)
+    rows = _Rows(sets, model)
+    vocab = rows.tokenizer.get_vocab_size()
+    apply, initial = model.make(vocab, rows.width + ANSWER_TOKENS, key=init_key)
+    say(f"{name}: training a GPT on {len(sets.data)} rows")
+    originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key)
+    say(f"{name}: retraining without the {len(sets.forget)} rows to forget")
+    retraineds = train(apply, initial, rows.encode(sets.kept), recipe, key=order_key)
+    found = []
+    for original, retrained in zip(originals, retraineds, strict=True):
+        start = time.perf_counter()
+        is_one = len(originals) == 1
+        part = name if is_one else f"{name}-{original.epochs}-epochs"
+        task = Task(
+            apply=apply,
+            original=original.params,
+            retrained=retrained.params,
+            forget=rows.encode(sets.forget),
+            retain=rows.encode(sets.seen),
+            heldout=rows.encode(sets.heldout),
+            test=rows.in_other_words(sets.heldout),
+            truth_ratio=rows.truth_ratio_fn(apply, sets.forget),
+            select=SELECT,
+            chunk=32,
+            probe=32,
+            hidden_site=f"blocks/{model.layers - 1}/attn/query/kernel",
+            layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(model.layers)),
+            refusals=rows.refusals(sets.forget),
+        )
+        judged, models = compare(
+            task, grid, key=compare_key, say=lambda t, p=part: say(f"{p}: {t}")
+        )
+        edited_by, edited = _nearest(judged, models, original.params)
+        say(f"{part}: asking a few questions")
+        answers = rows.ask(apply, sets, original.params, edited, retrained.params)
+        found.append(
+            Comparison(
+                name=part,
+                title=title if is_one else f"{title}, after {original.epochs} epochs",
+                notes=(note, *_notes(sets, rows)),
+                num_rows={
+                    "training": len(sets.data),
+                    "forget": len(sets.forget),
+                    "retain, seen by edits": len(sets.seen),
+                    "retain, held out from edits": len(sets.heldout),
+                },
+                settings={
+                    "model": f"GPT, {model.layers} blocks of width {model.width}, {model.heads} "
+                    f"heads, vocabulary {rows.tokenizer.get_vocab_size()}, "
+                    f"rows of {rows.width} tokens, "
+                    f"{sum(x.size for x in jax.tree.leaves(initial))} parameters",
+                    "training": str(recipe),
+                    "this model": f"after {original.epochs} epochs",
+                    "K-FADE edits": f"parameters that match {SELECT}",
+                    "rows of the line search": min(task.probe, len(sets.seen)),
+                    "seed": seed,
+                },
+                seconds={
+                    "train": original.seconds,
+                    "retrain": retrained.seconds,
+                    "fit, edit and judge": time.perf_counter() - start,
+                },
+                kl_budget=grid.kl_budget,
+                original=judged.original,
+                retrained=judged.retrained,
+                methods=judged.methods,
+                curves=judged.curves,
+                edited_by=edited_by,
+                answers=answers,
+            )
+        )
+    return tuple(found)
+
+
+class _Rows:
+    """Encodes rows, all to one width, so that the model compiles for one shape."""
+
+    def __init__(self, sets: Sets, model: Model):
+        self.tokenizer = train_tokenizer(text_of(sets.data), model.vocab)
+        pairs = [(r.question, r.answer) for r in sets.data]
+        self.perturbed = min((len(r.perturbed_answer) for r in sets.forget), default=0)
+        self.has_ratio = self.perturbed > 0 and all(r.paraphrased_answer for r in sets.forget)
+        if self.has_ratio:
+            pairs += self._paraphrases(sets.forget) + self._wrong(sets.forget)
+        self.has_other_words = all(r.paraphrased_question for r in sets.heldout)
+        if self.has_other_words:
+            pairs += self._other_words(sets.heldout)
+        longest = encode_pairs(self.tokenizer, pairs).inputs.shape[1] + 1
+        self.max_len = min(longest, model.max_len)
+        self.width = self.max_len - 1
+        whole = encode_pairs(self.tokenizer, pairs[: len(sets.data)]).valid.sum(axis=1)
+        self.num_cut = int(np.sum(whole > self.width))
+
+    def encode(self, rows: Sequence[QaRow]) -> Batch:
+        return encode_rows(self.tokenizer, rows, self.max_len, truncate=True).as_batch()
+
+    def _encode_pairs(self, pairs: list[tuple[str, str]]) -> Batch:
+        return encode_pairs(self.tokenizer, pairs, self.max_len, truncate=True).as_batch()
+
+    def _paraphrases(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
+        return [(r.question, r.paraphrased_answer or "") for r in rows]
+
+    def _wrong(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
+        return [(r.question, wrong) for r in rows for wrong in r.perturbed_answer[: self.perturbed]]
+
+    def _other_words(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
+        return [(r.paraphrased_question or "", r.answer) for r in rows]
+
+    def refusals(self, rows: Sequence[QaRow]) -> Batch:
+        """The questions with a refusal for an answer."""
+        return self._encode_pairs([(r.question, REFUSAL) for r in rows])
+
+    def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
+        """The rows with their questions in other words, which no model was trained on."""
+        return self._encode_pairs(self._other_words(rows)) if self.has_other_words else None
+
+    def truth_ratio_fn(
+        self, apply: Callable, rows: Sequence[QaRow]
+    ) -> Callable[[PyTree], np.ndarray] | None:
+        """Params to the truth ratio of each row, or None where wrong answers are missing."""
+        if not self.has_ratio:
+            return None
+        right = list(batches(self._encode_pairs(self._paraphrases(rows)), 32))
+        wrong = list(batches(self._encode_pairs(self._wrong(rows)), 32))
+
+        def ratios(params: PyTree) -> np.ndarray:
+            wrong_nll = answer_nll_per_row(apply, params, wrong).reshape(-1, self.perturbed)
+            return truth_ratio(answer_nll_per_row(apply, params, right), wrong_nll)
+
+        return ratios
+
+    def ask(
+        self, apply: Callable, sets: Sets, original: PyTree, edited: PyTree, retrained: PyTree
+    ) -> tuple[Answer, ...]:
+        """What three models answer to three questions to forget and three held-out ones to keep."""
+        chosen = [("forget", row) for row in _spread(sets.forget, 3)]
+        chosen += [("retain", row) for row in _spread(sets.heldout, 3)]
+        prompts = encode_prompts(self.tokenizer, [row.question for _, row in chosen])
+        steps = ANSWER_TOKENS
+        columns = []
+        for params in (original, edited, retrained):
+            added = greedy_decode(
+                apply, params, prompts.tokens, steps, prompt_lengths=prompts.lengths
+            )
+            columns.append(decode_answers(self.tokenizer, np.asarray(added)))
+        return tuple(
+            Answer(kind, row.question, row.answer, *texts)
+            for (kind, row), *texts in zip(chosen, *columns, strict=True)
+        )
+
+
+def _split(
+    data: Sequence[QaRow], forget: Sequence[QaRow], retain: Sequence[QaRow], *, key: Array
+) -> Sets:
+    forgotten = {row.identity for row in forget}
+    kept = [row for row in data if row.identity not in forgotten]
+    order = np.asarray(jax.random.permutation(key, len(retain)))
+    cut = min(max(1, round(SHARE_SEEN * len(order))), len(order) - 1)
+    seen, heldout = ([retain[i] for i in part] for part in (order[:cut], order[cut:]))
+    return Sets(list(data), list(forget), kept, seen, heldout)
+
+
+def _spread(rows: Sequence[QaRow], number: int) -> list[QaRow]:
+    places = np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)
+    return [rows[i] for i in places]
+
+
+def _nearest(judged: Judged, models: dict[str, PyTree], original: PyTree) -> tuple[str, PyTree]:
+    """The K-FADE model nearest to the retrained one within the budget, and what to call it."""
+    found = [(name, pair) for name, pair in judged.best.items() if pair and name in models]
+    found = [item for item in found if item[0].startswith("K-FADE")]
+    if not found:
+        return "edited (no K-FADE point is within the budget: untouched)", original
+    name, (curve, point) = min(found, key=lambda item: item[1][1].forget_kl)
+    return f"{name}, budget {point.strength:g}", models[name]
+
+
+def _notes(sets: Sets, rows: _Rows) -> list[str]:
+    notes = [
+        "The retrained model comes from the same recipe and the same initial parameters without "
+        "the rows to forget. Outputs are the tokens of the answers. Retain rows are cut in two: "
+        "curvature and edits see the first part, the held-out part judges them."
+    ]
+    if rows.has_other_words:
+        notes.append("Test rows are the held-out retain facts, asked in other words.")
+    if not rows.has_ratio:
+        notes.append(
+            "Truth ratio and Forget Quality are left out: they need a paraphrased_answer and a "
+            "perturbed_answer on every row to forget."
+        )
+    if rows.num_cut:
+        notes.append(
+            f"{rows.num_cut} of {len(sets.data)} rows are longer than {rows.max_len} tokens and "
+            "were cut off at the right."
+        )
+    return notes

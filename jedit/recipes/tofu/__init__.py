@@ -1,0 +1,1 @@
+"""The TOFU benchmark: its sets, models, evaluation, attacks and presets."""

@@ -1,0 +1,201 @@
+"""What TOFU and its successors measure on one model, by question set."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, PyTree
+
+from jedit import metrics
+from jedit.core.batch import Batch
+from jedit.data import Prompts, QaRow, batches, pack
+from jedit.metrics import SetUtility
+from jedit.models import Stepper, cached_decode, cast_params
+from jedit.recipes.fitting import rows_of
+from jedit.recipes.tokenization import Words
+
+STEP = 32  # of the widths of encoded rows, so that few of them are compiled for
+ROOM = 8  # tokens that an answer may be longer than the longest true one
+
+
+class LanguageModel(NamedTuple):
+    """A model's functions and its words; parameters come with each call.
+
+    Attributes:
+        apply: `apply(params, tokens) -> logits`.
+        stepper: the same a position at a time, for generation.
+        words: how rows become tokens.
+        max_len: tokens of a row, at most; longer rows are cut off.
+        num_positions: that the model has.
+        chunk: rows evaluated at a time.
+        dtype: of the computation; `apply` casts to it by itself, what the stepper is given is cast.
+    """
+
+    apply: Callable
+    stepper: Stepper
+    words: Words
+    max_len: int
+    num_positions: int
+    chunk: int = 32
+    dtype: DTypeLike = np.float32
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+        """Questions with answers, as wide as the longest and a multiple of `STEP`.
+
+        Raises:
+            ValueError: nothing of an answer is left when the row is cut off.
+        """
+        lengths = self.words.rows(pairs).valid.sum(axis=1)
+        width = min(-(-int(lengths.max() + 1) // STEP) * STEP, self.max_len)
+        encoded = self.words.rows(pairs, width)
+        if np.any(is_cut := encoded.mask.sum(axis=1) == 0):
+            question, _ = pairs[int(np.argmax(is_cut))]
+            raise ValueError(
+                f"{question!r} alone fills the model's {self.max_len} tokens: no answer is left "
+                "of the row. Give a larger max_len or vocabulary."
+            )
+        return encoded.as_batch()
+
+    def packed(self, pairs: Sequence[tuple[str, str]]) -> list[Batch]:
+        """The same in few sequences, by chunks: half of what is padded is padding."""
+        sequences = pack(self.encode(pairs), self.max_len).batch
+        return list(batches(sequences, min(self.chunk, rows_of(sequences))))
+
+    def num_cut(self, rows: Sequence[QaRow]) -> int:
+        """How many right, paraphrased and wrong answers do not fit in with their questions."""
+        pairs = [
+            (row.question, answer)
+            for row in rows
+            for answer in (row.answer, row.paraphrased_answer, *row.perturbed_answer)
+            if answer
+        ]
+        lengths = self.words.rows(pairs).valid.sum(axis=1)
+        return int(np.sum(lengths >= self.max_len))
+
+
+class Questions(NamedTuple):
+    """A set of questions, encoded once for all models.
+
+    Attributes:
+        rows: the questions.
+        answers: batches of them with their true answers.
+        paraphrases: with these in other words; None where there are none, and the true answers
+            stand for them.
+        wrong: with wrong answers, `num_wrong` to each question, one after the other.
+        num_wrong: of each question.
+        prompts: the questions alone.
+        num_steps: tokens to generate.
+    """
+
+    rows: list[QaRow]
+    answers: list[Batch]
+    paraphrases: list[Batch] | None
+    wrong: list[Batch]
+    num_wrong: int
+    prompts: Prompts
+    num_steps: int
+
+
+class SetScores(NamedTuple):
+    """One number for each question, and what the model answers.
+
+    Attributes:
+        loss: of the true answer, per token.
+        probability: of the true answer, or its share among the choices.
+        paraphrased_loss: of the paraphrase, per token, or of the true answer where there is none.
+        wrong_loss: of the wrong answers, likewise.
+        truth_ratio: TR, of wrong answers to the paraphrase.
+        rouge: ROUGE-L recall of the greedy answer.
+        generations: the greedy answers.
+    """
+
+    loss: Float[np.ndarray, " n"]
+    probability: Float[np.ndarray, " n"]
+    paraphrased_loss: Float[np.ndarray, " n"]
+    wrong_loss: Float[np.ndarray, "n num_wrong"]
+    truth_ratio: Float[np.ndarray, " n"]
+    rouge: Float[np.ndarray, " n"]
+    generations: list[str]
+
+    @property
+    def utility(self) -> SetUtility:
+        """The set's three means."""
+        return metrics.set_utility(self.probability, self.rouge, self.truth_ratio)
+
+
+def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
+    """Encode a set.
+
+    Raises:
+        ValueError: a question has no wrong answers.
+    """
+    num_wrong = min(len(row.perturbed_answer) for row in rows)
+    if not num_wrong:
+        raise ValueError("every question needs wrong answers (perturbed_answer)")
+    has_paraphrases = all(row.paraphrased_answer for row in rows)
+
+    def encoded(pairs: list[tuple[str, str]]) -> list[Batch]:
+        return list(batches(model.encode(pairs), min(model.chunk, len(pairs))))
+
+    answers = encoded([(r.question, r.answer) for r in rows])
+    answer_tokens = max(int(np.asarray(batch.mask).sum(axis=1).max()) for batch in answers)
+    return Questions(
+        rows=list(rows),
+        answers=answers,
+        paraphrases=model.packed([(r.question, r.paraphrased_answer or "") for r in rows])
+        if has_paraphrases
+        else None,
+        wrong=model.packed([(r.question, w) for r in rows for w in r.perturbed_answer[:num_wrong]]),
+        num_wrong=num_wrong,
+        prompts=model.words.prompts([(r.question, r.answer) for r in rows]),
+        num_steps=answer_tokens + ROOM,
+    )
+
+
+def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScores:
+    """Score a model on a set, by TOFU's definitions.
+
+    Sets without paraphrases are multiple choice: their probability is the true answer's share.
+    """
+    right, wrong = _losses(model, params, asked)
+    if asked.paraphrases is None:
+        loss, probability = right, metrics.normalized_probability(right, wrong)
+    else:
+        loss = metrics.answer_nll_per_row(model.apply, params, asked.answers)
+        probability = metrics.answer_probability(loss)
+    texts = generate(model, params, asked.prompts, asked.num_steps)
+    answers = [row.answer for row in asked.rows]
+    ratios = metrics.truth_ratio(right, wrong)
+    # A destroyed model can hold a wrong answer infinitely likelier than the right one.
+    ratios = np.nan_to_num(ratios, nan=1e30, posinf=1e30)
+    rouge = metrics.rouge(answers, texts).rougeL_recall
+    return SetScores(loss, np.nan_to_num(probability), right, wrong, ratios, rouge, texts)
+
+
+def truth_ratios(model: LanguageModel, params: PyTree, asked: Questions) -> np.ndarray:
+    """TR of each question, without asking the model to generate."""
+    return metrics.truth_ratio(*_losses(model, params, asked))
+
+
+def _losses(
+    model: LanguageModel, params: PyTree, asked: Questions
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n num_wrong"]]:
+    """Loss per token of the paraphrases (or true answers) and of the wrong answers."""
+    right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases or asked.answers)
+    wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
+    return right, wrong.reshape(len(right), asked.num_wrong)
+
+
+def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:
+    """The greedy answers to the prompts, each up to its end token."""
+    # Never beyond the positions the model has; what is cut off so is an answer gone astray.
+    num_steps = min(num_steps, model.num_positions + 1 - prompts.tokens.shape[1])
+    tokens = cached_decode(
+        model.stepper,
+        cast_params(params, model.dtype),
+        prompts.tokens,
+        num_steps,
+        prompt_lengths=prompts.lengths,
+    )
+    return model.words.answers(np.asarray(tokens))

@@ -1,0 +1,494 @@
+"""Many requests in one compiled call: a stack of edits, each the answer to one of them.
+
+    d_r = (F + λ)⁻¹ g_r        g_r the gradient of request r's loss, to be raised
+    Δ_r = α_r d_r              α_r given, or such that ½ Δ_rᵀ F Δ_r is the budget
+
+A request of n positions has g_r = Σ_n a_n g_nᵀ at a site: rank n. Factored damping,
+
+    (A + λ_A)⁻¹ ⊗ (G + λ_G)⁻¹,   λ_A λ_G = λ,   λ_A / λ_G = mean(a) / mean(g)
+
+(Martens & Grosse 2015) keeps that rank, so an edit is two thin matrices, and nothing of a
+parameter's size is formed for a request. Exact damping, 1 / (a_i g_j + λ), does not keep it: there
+the edits are formed one chunk of requests at a time, and cut down to `rank` at once.
+
+Requests that overlap count what they share twice when their edits are added. Their Gram matrix in
+the damped metric, K_rs = Δ_rᵀ (F + λ) Δ_s = α_r g_rᵀ Δ_s, says by how much; `balanced` solves
+
+    Σ_s K_rs c_s = K_rr      for all r
+
+so that Σ_s c_s Δ_s raises each request's loss by what its own edit would, to first order [derived].
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jedit.core.arguments import check_batch, check_function, check_params
+from jedit.core.batch import Batch
+from jedit.core.checks import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check_numbers,
+    culprit,
+    rows_not_finite,
+)
+from jedit.core.devices import on_auto_axes, row_sharding
+from jedit.core.display import short_repr
+from jedit.core.exponents import exponents, shifted
+from jedit.core.outputs import wide
+from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
+from jedit.curvature.algebra import check_covers
+from jedit.curvature.captured_batch import Labels, Pass, run_pass
+from jedit.curvature.layout import Block, group_sites
+from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
+from jedit.curvature.memory import exactly
+from jedit.curvature.squared_gradients import example_factors, example_gradient
+from jedit.curvature.types import check_counted, off_axes
+from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
+from jedit.edits.low_rank import added
+from jedit.methods._entrance import check_requests, refuse_zero_gradients
+
+HIGHEST = jax.lax.Precision.HIGHEST
+THIN_KINDS = ("dense", "conv")
+
+
+class BatchInfo(NamedTuple):
+    """What was done for each request; arrays of shape (R,).
+
+    Attributes:
+        loss: of the request before the edit, nats per counted output.
+        gradient_norm: ‖g‖ over the covered parameters.
+        step_size: α.
+        predicted_gain: gᵀΔ, by which the loss rises to first order.
+        predicted_kl: ½ ΔᵀFΔ, nats per counted retain output, by the curvature.
+        cut_off: norm of what the truncation to `rank` took away, over the edit's norm.
+    """
+
+    loss: Float[Array, " requests"]
+    gradient_norm: Float[Array, " requests"]
+    step_size: Float[Array, " requests"]
+    predicted_gain: Float[Array, " requests"]
+    predicted_kl: Float[Array, " requests"]
+    cut_off: Float[Array, " requests"]
+
+    __repr__ = short_repr
+
+
+@on_auto_axes
+def batch_unlearn(
+    apply: Callable,
+    params: PyTree,
+    requests: Batch,
+    curvature: Curvature,
+    *,
+    budget: float | Array | None = None,
+    step: float | Array | None = None,
+    damping: float = 0.1,
+    exact: bool = False,
+    rank: int | None = None,
+    likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
+    chunk: int = 16,
+) -> tuple[Edit, BatchInfo]:
+    """One edit for each of many requests, by one step of K-FADE each.
+
+    Compiles once for a number of requests and their shape. Beside the result it holds activations
+    of `chunk` requests.
+
+    Args:
+        apply: a pure function `apply(params, inputs) -> outputs`.
+        params: the trained parameters.
+        requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
+            R is split over the devices of a mesh, each answers its own and holds their edits.
+        curvature: of the retain outputs at `params`; only what it covers is edited.
+        budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
+            Give this or `step`.
+        step: α of every edit.
+        damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
+        exact: damp the products of eigenvalues, and not the factors, which False does; needs a
+            `rank` to be thin.
+            An EK-FAC curvature's corrected eigenvalues are only used here.
+        rank: of each matrix's change, at most; None: as many as a request has positions.
+        likelihood: what the outputs mean.
+        chunk: requests computed at a time, on each device; 16 is arbitrary.
+
+    Returns:
+        The stack: `LowRank` blocks with R in front for matrices; arrays (R, ...) for vectors and
+        embeddings, and for matrices when `exact` without a rank. And what was done.
+
+    Raises:
+        TypeError: an argument that is something else.
+        ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
+            without targets or that count no output, masks or labels that are none, or a curvature
+            of no outputs or of other parameters; or a request whose gradient is zero.
+        FloatingPointError: an edit is not finite; its request is named.
+    """
+    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, rank=rank, chunk=chunk)
+    check_function(apply)
+    check_params(params)
+    check_batch(requests, "requests")
+    check_covers(curvature, params)
+    check_likelihood(likelihood)
+    if (budget is None) == (step is None):
+        raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
+    if requests.targets is None:
+        raise ValueError("the requests need targets: a request is to raise their loss")
+    check_requests(apply, likelihood, params, requests)
+    check_counted(curvature.num_outputs)
+    size = budget if step is None else step
+    over = row_sharding(requests)
+    if over is not None:
+        curvature = off_axes(curvature, over.axes)
+    edits, info = _batch_unlearn(
+        apply,
+        params,
+        requests,
+        curvature,
+        jnp.asarray(size, float),
+        jnp.asarray(damping, float),
+        is_budget=step is None,
+        exact=exact,
+        rank=rank,
+        likelihood=likelihood,
+        chunk=chunk,
+        over=over,
+    )
+    # What is not finite in an edit is not finite in its sums either.
+    if numbers := rows_not_finite(info):
+        raise FloatingPointError(
+            f"the edits of requests {numbers[:8]} are not finite: "
+            + culprit(params, {"requests": requests})
+        )
+    refuse_zero_gradients(info.gradient_norm, "requests")
+    return edits, info
+
+
+@on_auto_axes
+def interactions(
+    edits: Edit, curvature: Curvature, *, damping: float = 0.0, exact: bool = False
+) -> Float[Array, "requests requests"]:
+    """K_rs = Δ_rᵀ (F + λ) Δ_s for a stack of edits.
+
+    Without damping, ½ cᵀKc predicts the retain KL of `sum_edits(edits, c)`; with that of
+    `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter.
+
+    Args:
+        edits: a stack of R edits.
+        curvature: the one they were made with.
+        damping: λ over each block's mean eigenvalue; 0.0, none.
+        exact: as for `batch_unlearn`; False there too.
+    """
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
+
+
+@on_auto_axes
+def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
+    """Weights c of `sum_edits` with which no overlap is counted twice.
+
+    Args:
+        gram: K, from `interactions` with the edits' own damping.
+        ridge: added to K's diagonal, over its mean, 1e-6 (arbitrary); requests that are
+            equal share one edit then.
+
+    Returns:
+        c, (R,); 1 for a request that overlaps with no other.
+    """
+    check_numbers(NOT_NEGATIVE, ridge=ridge)
+    scale = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(scale > 0, scale, 1)
+    unit = gram / scale[:, None] / scale[None]
+    unit = unit + ridge * jnp.eye(len(gram), dtype=gram.dtype)
+    # K c = diag(K) with c = c'/scale and K = scale unit scale: unit c' = scale.
+    return jnp.linalg.solve(unit, scale) / scale
+
+
+class _Blocks(NamedTuple):
+    """One request's edit and its sums over the blocks."""
+
+    edit: dict[str, Array | LowRank]
+    gradient_norm2: Array
+    gain: Array
+    quadratic: Array
+    cut2: Array
+    norm2: Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("apply", "is_budget", "exact", "rank", "likelihood", "chunk", "over"),
+)
+def _batch_unlearn(
+    apply,
+    params,
+    requests,
+    curvature,
+    size,
+    damping,
+    *,
+    is_budget,
+    exact,
+    rank,
+    likelihood,
+    chunk,
+    over,
+):
+    select, curvature = exactly(curvature.covered), to_device(curvature)
+    labels = Labels(likelihood, "empirical")
+    inverses = {} if exact else _inverses(curvature, damping)
+    num_requests = jax.tree.leaves(requests)[0].shape[0]
+    sizes = jnp.broadcast_to(size, (num_requests,))
+
+    def one(given):
+        request, size = given
+        zero = jnp.zeros((), jnp.int32)
+        done = run_pass(apply, labels, params, request, jax.random.key(0), zero, select)
+        number = jnp.maximum(done.num_outputs, 1).astype(done.dtype)
+        nll = likelihood.nll(done.captured.outputs, request.targets)
+        loss = jnp.sum(jnp.where(done.counted, nll, 0)).astype(done.dtype) / number
+        pulled = {}
+        for k in range(done.num_pullbacks):
+            found = jax.tree.map(wide, done.captured.pullback(done.cotangent(k)))
+            pulled = {n: pulled[n] + g if n in pulled else g for n, g in found.items()}
+        pulled = {name: g / number.astype(g.dtype) for name, g in pulled.items()}
+        # By a power of two to entries of about one: a request that is known well has small ones,
+        # and their squares would be zero.
+        n = exponents(pulled)
+        pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
+        n = next(iter(n.values()))
+        blocks = _all_blocks(done, pulled, curvature, inverses, damping, exact, rank)
+        quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
+        alpha = jnp.sqrt(2 * size / quadratic) if is_budget else jnp.ldexp(size, n)
+        alpha = jnp.where(blocks.quadratic > 0, alpha, 0).astype(done.dtype)
+        edit = Edit(blocks.edit) * alpha
+        whole = jnp.where(blocks.norm2 > 0, blocks.norm2, 1)
+        info = BatchInfo(
+            loss,
+            jnp.ldexp(jnp.sqrt(blocks.gradient_norm2), n),
+            jnp.ldexp(alpha, -n),
+            jnp.ldexp(alpha * blocks.gain, n),
+            0.5 * alpha**2 * blocks.quadratic,
+            jnp.sqrt(blocks.cut2 / whole),
+        )
+        return edit, info
+
+    if over is None:
+        return jax.lax.map(one, (requests, sizes), batch_size=min(chunk, num_requests))
+    # A loop over a split axis would fetch every chunk from one device: devices stay an axis of
+    # their own, behind the loop's.
+    number = num_requests // over.num_devices_along
+
+    def side_by_side(x):
+        x = x.reshape(over.num_devices_along, number, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), over.at(1))
+
+    def in_a_row(x):
+        x = jax.lax.with_sharding_constraint(jnp.swapaxes(x, 0, 1), over.at(0))
+        x = x.reshape(num_requests, *x.shape[2:])
+        return jax.lax.with_sharding_constraint(x, over.at(0))
+
+    given = jax.tree.map(side_by_side, (requests, sizes))
+    found = jax.lax.map(jax.vmap(one), given, batch_size=min(chunk, number))
+    return jax.tree.map(in_a_row, found)
+
+
+def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
+    """(A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one."""
+    return {
+        name: _of_factor(factor, damping, lambda x: jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0))
+        for name, factor in curvature.factors.items()
+    }
+
+
+def _of_factor(factor: Factor, damping: Array, function: Callable[[Array], Array]) -> Array:
+    """f(A + λ_A), λ_A the mean eigenvalue times sqrt(damping): λ_A λ_G is the block's λ."""
+    values = factor.eigenvalues
+    mean = jnp.mean(values, axis=1, keepdims=True)
+    found = function(values + jnp.sqrt(damping).astype(values.dtype) * mean)
+    if factor.basis is None:
+        return found
+    return jnp.einsum("lia,la,lja->lij", factor.basis, found, factor.basis, precision=HIGHEST)
+
+
+def _all_blocks(
+    done: Pass,
+    pulled: dict[str, Array],
+    curvature: Curvature,
+    inverses: dict[str, Array],
+    damping: Array,
+    exact: bool,
+    rank: int | None,
+) -> _Blocks:
+    """Directions d for one request, block by block."""
+    zero = jnp.zeros((), done.dtype)
+    total = _Blocks({}, zero, zero, zero, zero, zero)
+    for block in group_sites(done.captured.sites, done.alignments):
+        held = curvature.blocks[block.name]
+        thin = None
+        if all(m.kind in THIN_KINDS for m in block.members):
+            thin = _thin_gradient(done, block, pulled)
+        if thin is not None and not exact and isinstance(held, Kronecker):
+            part = _thin_block(*thin, curvature, held, inverses, rank)
+        else:
+            gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
+            part = _dense_block(
+                gradient, curvature, block, inverses, damping, rank if thin is not None else None
+            )
+        edit = dict(total.edit)
+        for path, change in part.edit.items():
+            edit[path] = added(edit[path], change) if path in edit else change
+        sums = (x + y.astype(x.dtype) for x, y in zip(total[1:], part[1:], strict=True))
+        total = _Blocks(edit, *sums)
+    return total
+
+
+def _thin_gradient(done: Pass, block: Block, pulled: dict[str, Array]) -> tuple[Array, Array]:
+    """(a, g), (layers, positions, rows) and (layers, positions, d_out), with gradient aᵀg."""
+    parts = []
+    for member in block.members:
+        site = done.captured.sites[member.site]
+        a, g = example_factors(done, site, member, pulled, (None, None))
+        assert g is not None  # a dense or convolutional site has both
+        a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, g))
+        parts.append((g, a) if member.is_flipped else (a, g))
+    inputs, outputs = zip(*parts, strict=True)
+    return jnp.concatenate(inputs, axis=1), jnp.concatenate(outputs, axis=1)
+
+
+def _product(a: Array, g: Array) -> Array:
+    return jnp.einsum("lpi,lpo->lio", a, g, precision=HIGHEST)
+
+
+def _dense_gradient(done: Pass, block: Block, pulled: dict[str, Array]) -> Array:
+    """(layers, rows, d_out), of vectors and lookups."""
+    sites = done.captured.sites
+    total = jnp.zeros((), done.dtype)
+    for member in block.members:
+        site = sites[member.site]
+        factors = example_factors(done, site, member, pulled, (None, None))
+        by_example = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), factors)
+        gradients = jax.vmap(
+            lambda part, site=site, member=member: example_gradient(
+                part, site, member, (None, None)
+            )
+        )(by_example)
+        total = total + jnp.sum(gradients, axis=0)
+    return total
+
+
+def _times(x: Array, matrix: Array) -> Array:
+    """Multiply (layers, positions, d) by a symmetric (layers, d, d), or a diagonal (layers, d)."""
+    if matrix.ndim == 2:
+        return x * matrix[:, None]
+    return jnp.einsum("lpi,lij->lpj", x, matrix, precision=HIGHEST)
+
+
+def _inner(x: Array, y: Array) -> Array:
+    """Return x yᵀ over the last axis, (layers, positions, positions)."""
+    return jnp.einsum("lpi,lqi->lpq", x, y, precision=HIGHEST)
+
+
+def _thin_block(
+    a: Array,
+    g: Array,
+    curvature: Curvature,
+    held: Kronecker,
+    inverses: dict[str, Array],
+    rank: int | None,
+) -> _Blocks:
+    factor_in, factor_out = curvature.factors[held.input], curvature.factors[held.output]
+    left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
+    norm2 = jnp.sum(_inner(a, a) * _inner(g, g))
+    edit_norm2 = jnp.sum(_inner(left, left) * _inner(right, right))
+    thin, cut2 = jnp.swapaxes(left, 1, 2), jnp.zeros((), a.dtype)
+    if rank is not None and rank < a.shape[1]:
+        cut = truncate(thin, right, rank)
+        cut2 = edit_norm2 - jnp.sum(cut.right**2)
+        thin, right = cut.left, cut.right
+        left = jnp.swapaxes(thin, 1, 2)
+    gain = jnp.sum(_inner(a, left) * _inner(g, right))
+    moved = _inner(left, _times(left, factor_in.matrix))
+    quadratic = jnp.sum(moved * _inner(right, _times(right, factor_out.matrix)))
+    edit = _low_rank(held, thin, right)
+    return _Blocks(edit, norm2, gain, quadratic, jnp.maximum(cut2, 0), edit_norm2)
+
+
+def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
+    """The parameters' changes of (layers, rows, rank) times (layers, rank, d_out)."""
+    weight = held.weight
+    found: dict[str, Array | LowRank] = {
+        weight.path: LowRank(left[:, : weight.d_in], right, weight.kernel)
+    }
+    if weight.bias_path is not None:
+        row = jnp.matmul(left[:, weight.d_in :], right, precision=HIGHEST)
+        found[weight.bias_path] = as_parameter(weight.bias_row, row)
+    return found
+
+
+def _dense_block(
+    gradient: Array,
+    curvature: Curvature,
+    block: Block,
+    inverses: dict[str, Array],
+    damping: Array,
+    rank: int | None,
+) -> _Blocks:
+    """Exact damping, or the factored one of a lookup's matrix."""
+    held, values = curvature.blocks[block.name], eigenvalues(curvature, block.name)
+    if isinstance(held, Kronecker) and inverses:
+        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
+        step = _times(step, inverses[held.output])
+        rotated = rotate(curvature, block.name, step)
+    else:
+        mean = jnp.mean(values, axis=(1, 2), keepdims=True)
+        damped = values + damping.astype(values.dtype) * mean
+        rotated = rotate(curvature, block.name, gradient)
+        rotated = jnp.where(damped > 0, rotated / jnp.where(damped > 0, damped, 1), 0)
+        step = rotate(curvature, block.name, rotated, back=True)
+    norm2, cut2 = jnp.sum(step**2), jnp.zeros((), step.dtype)
+    if rank is None or not isinstance(held, Kronecker):
+        edit: dict[str, Array | LowRank] = dict(held.weight.scatter(step))
+    else:
+        cut = truncate(step, None, rank)
+        cut2 = jnp.maximum(norm2 - jnp.sum(cut.right**2), 0)
+        step = jnp.matmul(cut.left, cut.right, precision=HIGHEST)
+        rotated = rotate(curvature, block.name, step)
+        edit = _low_rank(held, cut.left, cut.right)
+    gain = jnp.sum(gradient * step)
+    quadratic = jnp.sum(values * rotated**2)
+    return _Blocks(edit, jnp.sum(gradient**2), gain, quadratic, cut2, norm2)
+
+
+@functools.partial(jax.jit, static_argnames="exact")
+def _interactions(edits: Edit, curvature: Curvature, damping: Array, *, exact: bool) -> Array:
+    num_requests = jax.tree.leaves(edits)[0].shape[0]
+    gram = jnp.zeros((num_requests, num_requests))
+    for name, block in curvature.blocks.items():
+        values = eigenvalues(curvature, name)
+        if isinstance(block, Kronecker) and not exact:
+            ends = (curvature.factors[block.input], curvature.factors[block.output])
+            a, g = (
+                e.eigenvalues
+                + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e.eigenvalues, 1, keepdims=True)
+                for e in ends
+            )
+            weights = a[:, :, None] * g[:, None, :]
+        else:
+            mean = jnp.mean(values, axis=(1, 2), keepdims=True)
+            weights = values + damping.astype(values.dtype) * mean
+
+        def whitened(one: Edit, name=name, block=block, weights=weights) -> Array:
+            leaves = {path: dense(one.blocks[path]) for path in block.weight.paths}
+            matrix = block.weight.gather(leaves).astype(weights.dtype)
+            return (jnp.sqrt(weights) * rotate(curvature, name, matrix)).reshape(-1)
+
+        rows = jax.lax.map(whitened, edits, batch_size=min(16, num_requests))
+        part = jnp.einsum("ri,si->rs", rows, rows, precision=HIGHEST)
+        gram = gram + part.astype(gram.dtype)
+    return gram

@@ -1,0 +1,441 @@
+"""A stream of requests: each is filtered, edited as little as will do, and protected no more.
+
+    loss of a row already at `enough`     nothing left to forget: no edit       (filter)
+    d = (F + λ)⁻¹ g,  Δ = α d             α the least with which the row's loss is `enough`, and
+                                          ½ Δᵀ F Δ ≤ `budget`; again from there, `tries` times
+    Δ = -η (F + λ)⁻¹ g_kept               rows that stay, drawn at random, are learnt again; η the
+                                          best for them with ½ Δᵀ F Δ ≤ `budget`
+    S ← S - S_row                         the sums behind F lose what the row had added to them
+    F from S                              decomposed anew every `every` requests
+    F estimated anew                      if its age, measured on a few rows, is then `max_age`
+
+The setting, and the filter by what is left to be forgotten, are FIT's (arXiv 2601.21682), which
+looks for duplicates by the similarity of embeddings and then by the loss.  Differences [derived]:
+the loss alone decides here, which finds repeated, reworded and otherwise known requests alike; a
+request gets the smallest edit that does, where a fixed one for each adds up; and what is protected
+follows the stream: a sum over rows can lose a row again, given the labels it was sampled with,
+which depend on the row's number alone.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.core.arguments import check_batch, check_function, check_key, check_kind
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
+from jedit.core.devices import on_auto_axes, sharding_of
+from jedit.core.display import short_repr
+from jedit.core.outputs import by_example, check_contents, wide
+from jedit.curvature import Curvature, Estimator, quadratic_form, solve
+from jedit.curvature.estimator import add_batch
+from jedit.curvature.kfac import KfacState
+from jedit.edits import Edit, dense
+from jedit.geometry.parts import Part, moved, part_of, with_part
+from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.requests.batch import batch_unlearn
+
+# Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
+RUNGS = (0.0, *(2 ** (-k / 3) for k in reversed(range(16))))
+
+
+class ContinualState(NamedTuple):
+    """Between two requests.
+
+    Attributes:
+        params: the model now.
+        gone: (n,) booleans: the rows that were asked to be forgotten.
+        anchor: the params at which the sums were taken.
+        sums: of K-FAC, over the rows that are not gone.
+        curvature: of the sums as they were at the last refresh.
+        since: requests since then.
+    """
+
+    params: PyTree
+    gone: np.ndarray
+    anchor: PyTree
+    sums: KfacState
+    curvature: Curvature
+    since: int
+
+    __repr__ = short_repr
+
+
+class RequestInfo(NamedTuple):
+    """What a request came to.
+
+    Attributes:
+        num_new: rows that had not been asked for before.
+        num_edited: those of them of which something was left to forget.
+        loss_before: mean loss of the edited rows, nats per token; NaN: none was edited.
+        loss_after: of the same.
+        predicted_kl: sum over the tries of ½ ΔᵀFΔ, nats per counted output.
+        tries: edits that were made.
+        kept_loss: of the rows that were learnt again, before; NaN: there was no edit, or none left.
+        age: how far the statistics have moved since they were taken; NaN: not looked at.
+        refresh: "", "decomposed" or "estimated".
+    """
+
+    num_new: int
+    num_edited: int
+    loss_before: float
+    loss_after: float
+    predicted_kl: float
+    tries: int
+    kept_loss: float
+    age: float
+    refresh: str
+
+
+class Continual(NamedTuple):
+    """Answers requests one after the other.
+
+    Attributes:
+        init: `params -> state`.
+        forget: `(state, row numbers) -> (state, info)`; the state given is left as it is.
+    """
+
+    init: Callable[[PyTree], ContinualState]
+    forget: Callable[
+        [ContinualState, Sequence[int] | np.ndarray], tuple[ContinualState, RequestInfo]
+    ]
+
+
+def continual(
+    apply: Apply,
+    estimator: Estimator,
+    data: Batch,
+    *,
+    enough: float,
+    budget: float,
+    key: Array,
+    tries: int = 3,
+    damping: float = 0.1,
+    rank: int | None = None,
+    relearn: int = 32,
+    request_size: int = 1,
+    chunk: int = 32,
+    every: int = 10,
+    max_age: float = 0.5,
+    probe: int = 32,
+) -> Continual:
+    """Unlearn on demand, request by request.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        estimator: from `kfac`; what it covers is edited.
+        data: the training rows, with targets; requests name them by number.
+        enough: nats per token at which a row counts as forgotten, such as the loss of a row like it
+            that the model has never seen.
+        budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
+        key: of the curvature's sampled labels.
+        tries: edits for one request, at most.
+        damping: λ over each block's mean eigenvalue.
+        rank: of each matrix's change; see `batch_unlearn`.
+        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none.
+        request_size: rows of one request, at most.
+        chunk: rows in one pass of the estimation.
+        every: requests between two looks at the curvature.
+        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
+            all rows that are left. Arbitrary: in our one measurement the statistics were older at
+            every look, and it made little difference.
+        probe: rows that its age is measured on.
+
+    Returns:
+        Two functions. A request costs a gradient and 17 forward passes of its rows for each
+        try, and one pass of the estimator over its rows.
+
+    Raises:
+        ValueError: the data have no targets, or an argument that must be positive is not.
+    """
+    check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
+    check_numbers(COUNT, every=every, probe=probe)
+    check_numbers(COUNT_OR_ZERO, relearn=relearn)
+    check_function(apply)
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_batch(data, "data")
+    check_key(key)
+    check_contents(data, "data", limits=(0, math.inf))
+    if data.targets is None:
+        raise ValueError("the data need targets: a request is to raise their loss")
+    ones = np.ones(np.shape(data.targets), np.float32)
+    mask, valid = (ones if x is None else x for x in (data.mask, data.valid))
+    whole = jax.tree.map(np.asarray, data._replace(mask=mask, valid=valid))
+    edit = functools.partial(_edit, apply, damping=damping, rank=rank, budget=budget, enough=enough)
+    restore = functools.partial(_restore, apply, damping=damping, budget=budget)
+    sums = _Sums(estimator, whole, key)
+    stream = _Stream(apply, edit, restore, sums, enough, tries, relearn, request_size)
+    return Continual(
+        on_auto_axes(functools.partial(_fresh, stream.sums, chunk)),
+        on_auto_axes(
+            functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe))
+        ),
+    )
+
+
+def age(then: KfacState, now: KfacState) -> float:
+    """How far K-FAC's sums over the same rows have moved, relative to what they were.
+
+    The Frobenius norm of the difference over that of the first, of all moments of what enters the
+    sites, or of all those of the gradients at their outputs, whichever has moved further.
+    """
+
+    def relative(one: dict, other: dict) -> float:
+        pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+        change = sum(float(jnp.sum((x - y).astype(float) ** 2)) for x, y in pairs)
+        whole = sum(float(jnp.sum(x.astype(float) ** 2)) for x, _ in pairs)
+        return float(np.sqrt(change / whole)) if whole > 0 else 0.0
+
+    inputs = ({name: x.moment for name, x in state.inputs.items()} for state in (then, now))
+    return max(relative(*inputs), relative(then.outputs, now.outputs))
+
+
+class _Sums(NamedTuple):
+    """K-FAC's sums over rows of the data."""
+
+    estimator: Estimator
+    data: Batch
+    key: Array
+
+    @property
+    def num_rows(self) -> int:
+        return len(jax.tree.leaves(self.data)[0])
+
+    def is_counted(self, numbers: np.ndarray) -> np.ndarray:
+        """Whether a row counts an output, for each of these."""
+        mask, valid = (np.asarray(x)[numbers] for x in (self.data.mask, self.data.valid))
+        counted = (mask != 0) & (valid != 0)
+        return counted.any(axis=tuple(range(1, counted.ndim)))
+
+    def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:
+        """Rows that count where `counts` says, filled up with some that do not."""
+        filled, kept = np.zeros(size, int), np.zeros(size, np.float32)
+        filled[: len(numbers)], kept[: len(numbers)] = numbers, counts
+        batch = jax.tree.map(lambda x: x[filled], self.data)
+        keep = kept.reshape(-1, *(1,) * (batch.mask.ndim - 1))
+        batch = batch._replace(mask=batch.mask * keep, valid=batch.valid * keep)
+        return jax.tree.map(jnp.asarray, batch)
+
+    def over(
+        self, params: PyTree, numbers: np.ndarray, size: int, counts: np.ndarray | None = None
+    ) -> KfacState:
+        """Over rows of consecutive numbers, `size` at a time, each with its own labels."""
+        update = self.estimator.update
+        if not isinstance(update, jax.tree_util.Partial):
+            update = jax.tree_util.Partial(update)
+        state = None
+        for first in range(0, len(numbers), size):
+            part = numbers[first : first + size]
+            batch = self.rows(part, size, True if counts is None else counts[part])
+            if state is None:
+                state = self.estimator.init(params, batch, int(numbers[0]))
+            state = add_batch(update, state, params, batch, self.key)
+        assert state is not None
+        return state
+
+
+class _Refresh(NamedTuple):
+    """When the curvature follows, and how."""
+
+    chunk: int
+    every: int
+    max_age: float
+    probe: int
+
+    def __call__(self, sums: _Sums, state: ContinualState) -> tuple[ContinualState, float, str]:
+        if state.since < self.every or state.gone.all():
+            return state, np.nan, ""
+        left = np.flatnonzero(~state.gone)[: self.probe]
+        # As if they were the first rows: the labels have to be the same ones twice, no more.
+        whole = sums._replace(data=sums.rows(left, self.probe))
+        first = np.arange(self.probe)
+        found = age(*(whole.over(p, first, self.probe) for p in (state.anchor, state.params)))
+        if found >= self.max_age:
+            return _fresh(sums, self.chunk, state.params, state.gone), found, "estimated"
+        curvature = sums.estimator.finalize(state.sums)
+        return state._replace(curvature=curvature, since=0), found, "decomposed"
+
+
+def _fresh(
+    sums: _Sums, chunk: int, params: PyTree, gone: np.ndarray | None = None
+) -> ContinualState:
+    if gone is None:
+        gone = np.zeros(sums.num_rows, bool)
+    taken = sums.over(params, np.arange(sums.num_rows), min(chunk, sums.num_rows), ~gone)
+    return ContinualState(params, gone, params, taken, sums.estimator.finalize(taken), 0)
+
+
+class _Stream(NamedTuple):
+    apply: Apply
+    edit: Callable[[PyTree, Curvature, Batch], tuple[PyTree, float, float]]
+    restore: Callable[[PyTree, Curvature, Batch], tuple[PyTree, Array]]
+    sums: _Sums
+    enough: float
+    tries: int
+    relearn: int
+    request_size: int
+
+    def forget(
+        self, state: ContinualState, numbers: Sequence[int] | np.ndarray, *, refresh: _Refresh
+    ) -> tuple[ContinualState, RequestInfo]:
+        asked, num_rows = np.unique(np.asarray(numbers)), self.sums.num_rows
+        if not 0 < len(asked) <= self.request_size or asked[0] < 0 or asked[-1] >= num_rows:
+            raise ValueError(
+                f"a request is of 1 to {self.request_size} rows (request_size) numbered below "
+                f"{num_rows}; got {asked.tolist()}"
+            )
+        new = asked[~state.gone[asked]]
+        losses = _row_losses(self.apply, state.params, self.sums.rows(new, self.request_size))
+        losses = np.asarray(losses)[: len(new)]
+        if not np.isfinite(losses).all():
+            wrong = new[~np.isfinite(losses)][:8].tolist()
+            raise FloatingPointError(
+                f"the losses of rows {wrong} are not finite, so it cannot be told what is left to "
+                f"be forgotten: {culprit(state.params, {'data': self.sums.data})}"
+            )
+        # A row that counts nothing has nothing to be forgotten.
+        left = (losses < self.enough) & self.sums.is_counted(new)
+        params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
+        if left.any():
+            request = self.sums.rows(new[left], self.request_size)
+            before = after = float(np.mean(losses[left]))
+            while after < self.enough and tried < self.tries:
+                params, after, spent = self.edit(params, state.curvature, request)
+                price, tried = price + spent, tried + 1
+        gone, sums = state.gone.copy(), state.sums
+        gone[new] = True
+        kept_loss, kept = np.nan, np.flatnonzero(~gone)
+        if tried and self.relearn and len(kept):
+            # Other rows for each request, the same ones for the same history.
+            drawn = np.random.default_rng(int(gone.sum())).permutation(kept)[: self.relearn]
+            batch = self.sums.rows(drawn, self.relearn)
+            params, loss = self.restore(params, state.curvature, batch)
+            kept_loss = float(loss)
+        for number in new:
+            sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
+        state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
+        state, found, done = refresh(self.sums, state)
+        info = RequestInfo(
+            num_new=len(new),
+            num_edited=int(left.sum()),
+            loss_before=before,
+            loss_after=after,
+            predicted_kl=price,
+            tries=tried,
+            kept_loss=kept_loss,
+            age=found,
+            refresh=done,
+        )
+        return state, info
+
+
+def _edit(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    request: Batch,
+    *,
+    damping: float,
+    rank: int | None,
+    budget: float,
+    enough: float,
+) -> tuple[PyTree, float, float]:
+    """One try: new params, the request's loss there, and the predicted KL."""
+    one = jax.tree.map(lambda x: x[None], request)
+    stack, info = batch_unlearn(apply, params, one, curvature, step=1.0, damping=damping, rank=rank)
+    edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
+    largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
+    part, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
+    return _replaced(params, part), float(loss), float(alpha**2 * unit)
+
+
+def _replaced(params: PyTree, part: Part) -> PyTree:
+    """The params with the part in place, each array where the one lay that it replaces."""
+    places = {path: sharding_of(old) for path, old in part_of(params, part).items()}
+    return with_part(params, {n: jax.device_put(x, places[n]) for n, x in part.items()})
+
+
+def _restore(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    batch: Batch,
+    *,
+    damping: float | Array,
+    budget: float | Array,
+) -> tuple[PyTree, Array]:
+    """A step down the rows' loss in the metric, and the loss before it."""
+    part, before = _lower_loss(apply, params, curvature, batch, damping, budget)
+    return _replaced(params, part), before
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lower_loss(
+    apply: Apply,
+    params: PyTree,
+    curvature: Curvature,
+    batch: Batch,
+    damping: float | Array,
+    budget: float | Array,
+) -> tuple[Part, Array]:
+    """The covered parameters after such a step, and the loss before it."""
+    start = part_of(params, curvature.covered)
+
+    def loss(part: Part) -> Array:
+        return masked_mean(*counted_nll(with_part(params, part), batch, apply=apply))
+
+    before, gradient = jax.value_and_grad(loss)(start)
+    down = jax.tree.map(lambda g: -wide(g), gradient)
+    step = solve(curvature, down, damping=damping, relative=True)
+    quadratic = quadratic_form(curvature, step)
+    largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
+    alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)
+    losses = jax.lax.map(lambda alpha: loss(moved(start, step, alpha)), alphas)
+    alpha = jnp.where(jnp.min(losses) < before, alphas[jnp.argmin(losses)], 0)
+    return moved(start, step, alpha), before
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_losses(apply: Apply, params: PyTree, batch: Batch) -> Array:
+    values, counted = (by_example(batch, x) for x in counted_nll(params, batch, apply=apply))
+    return jax.vmap(masked_mean)(values, counted)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _raise_loss(
+    apply: Apply, params: PyTree, edit: Edit, batch: Batch, largest: Array, enough: Array
+) -> tuple[Part, Array, Array]:
+    """Go along the edit until the rows' mean loss is enough, or else to where it is highest.
+
+    Returns the parameters that the edit names, as they are there.
+    """
+    _, counted = counted_nll(params, batch, apply=apply)
+    # Thin blocks are multiplied out once, and not at every rung.
+    whole = {path: wide(dense(block)) for path, block in edit.blocks.items()}
+    start = part_of(params, whole)
+
+    def loss(alpha: Array) -> Array:
+        found = _row_losses(apply, with_part(params, moved(start, whole, alpha)), batch)
+        return masked_mean(found, jnp.any(by_example(batch, counted), axis=1))
+
+    alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
+    losses = jax.lax.map(loss, alphas)
+    reached = losses >= enough
+    rung = jnp.where(jnp.any(reached), jnp.argmax(reached), jnp.argmax(losses))
+    return moved(start, whole, alphas[rung]), alphas[rung], losses[rung]
+
+
+@jax.jit
+def _without(state: KfacState, part: KfacState) -> KfacState:
+    """The sums less what some rows had added to them."""
+    left = jax.tree.map(jnp.subtract, state, part)
+    return dataclasses.replace(left, next_example=state.next_example)

@@ -1,0 +1,169 @@
+"""Numbers out of their range are refused by name, everywhere: one table, and nobody is left out."""
+
+import importlib
+import inspect
+import types
+import typing
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import jedit
+from jedit.core import checks
+
+PACKAGES = (
+    "attacks", "checkpoint", "curvature", "curvature.likelihoods", "data", "edits",
+    "geometry", "methods", "metrics", "models", "objectives", "report", "requests", "tracing", "training", "transforms",
+)  # fmt: skip
+NAN, INF = float("nan"), float("inf")
+FINITE = (NAN, INF, -INF)
+POSITIVE = (-1.0, 0.0, NAN, INF)
+NOT_NEGATIVE = (-0.01, NAN, INF)
+SHARE = (-0.1, 1.5, NAN)
+COUNT = (-1, 0, 1.5, NAN)
+COUNT_OR_ZERO = (-1, 1.5, NAN)
+
+# What an argument of this name must not be, whichever function takes it.
+BAD = {
+    "alpha": NOT_NEGATIVE, "auc": SHARE, "batch_size": COUNT, "beta": NOT_NEGATIVE,
+    "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE, "bits": COUNT,
+    "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE, "delta": FINITE,
+    "dpi": COUNT, "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE, "every": COUNT, "exponent": FINITE, "facts_per_author": COUNT,
+    "forget_nll": FINITE, "fraction": SHARE, "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
+    "hidden": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
+    "kl_weight": NOT_NEGATIVE,
+    "learning_rate": NOT_NEGATIVE, "length": COUNT, "max_age": POSITIVE, "max_dim": COUNT,
+    "max_kl": NOT_NEGATIVE, "max_len": COUNT, "max_norm": POSITIVE, "newest": FINITE,
+    "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT,
+    "num_heads": COUNT, "num_layers": COUNT, "num_retain": COUNT, "num_steps": COUNT,
+    "order": FINITE[:1], "preservation": POSITIVE, "probe": COUNT, "pull": NOT_NEGATIVE,
+    "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE, "refresh": COUNT,
+    "relaxation": NOT_NEGATIVE, "relearn": COUNT_OR_ZERO, "request_size": COUNT,
+    "retrained_auc": SHARE, "ridge": NOT_NEGATIVE, "samples": COUNT, "scale": FINITE,
+    "share": SHARE, "size": COUNT, "steering": FINITE, "step": POSITIVE, "steps": COUNT_OR_ZERO,
+    "stop": FINITE, "strength": NOT_NEGATIVE, "temperature": POSITIVE, "test_fraction": SHARE,
+    "threshold": NOT_NEGATIVE, "tilt": FINITE, "tries": COUNT, "vocab": COUNT, "vocab_size": COUNT,
+    "weight_decay": NOT_NEGATIVE, "width": COUNT, "window": COUNT,
+}  # fmt: skip
+# Stricter than the name alone says.
+STRICTER = {
+    ("alphaedit", "ridge"): POSITIVE,
+    ("curvature_engram", "scale"): POSITIVE,
+    ("dpo", "beta"): POSITIVE,
+    ("engram", "scale"): POSITIVE,
+    ("kfade", "steps"): COUNT,
+    ("l1_sparse", "steps"): COUNT,
+    ("linear_probe", "strength"): POSITIVE,
+    ("npo", "beta"): POSITIVE,
+    ("npo_from_nll", "beta"): POSITIVE,
+    ("null_space", "threshold"): (*NOT_NEGATIVE, 1.5),
+    ("simnpo", "beta"): POSITIVE,
+}
+# No quantities: any whole number will do.
+NUMBERS_OF_THINGS = {"label", "pad", "seed"}
+# Records of what was found, and a helper whose numbers were computed.
+NOT_GIVEN_BY_USERS = {"Entry", "Site", "Weight", "largest_step_within"}
+
+
+def _block():
+    return types.SimpleNamespace(weight=types.SimpleNamespace(path="w"))
+
+
+# Other arguments that the function needs before it comes to its numbers.
+NEEDED = {
+    "batch_unlearn": {"budget": 1.0},
+    "fit": {"steps": 1},
+    "kfac": {"apply": len},
+    "kfade": {"budget": 1.0},
+    "relearn": {"looks": (1,)},
+    ("batch_unlearn", "step"): {"budget": None},
+    ("fit", "epochs"): {"steps": None},
+    ("kfade", "step"): {"budget": None},
+    "ekfac": {"apply": len, "kfac_curvature": jedit.Curvature({}, {}, np.ones(()))},
+    "encode_rows": {"rows": []},
+    "kuda": {"select": "w", "curvature": jedit.Curvature({"w": _block()}, {}, np.ones(()))},
+}
+
+
+def takes_a_number(annotation):
+    parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return any(part in (int, float) for part in parts)
+
+
+def _is_union(annotation):
+    return isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+
+
+def public_numbers():
+    """Yields (function, argument) of all public functions and classes that take a number."""
+    seen = set()
+    packages = [jedit, *(importlib.import_module(f"jedit.{name}") for name in PACKAGES)]
+    for package in packages:
+        for name in getattr(package, "__all__", ("Categorical", "Gaussian", "Bernoulli")):
+            thing = getattr(package, name)
+            if not isinstance(thing, (types.FunctionType, type)) or thing in seen:
+                continue
+            seen.add(thing)
+            if name in NOT_GIVEN_BY_USERS or (
+                isinstance(thing, type) and issubclass(thing, tuple | Exception)
+            ):
+                continue
+            for argument, parameter in inspect.signature(thing).parameters.items():
+                if takes_a_number(parameter.annotation) and argument not in NUMBERS_OF_THINGS:
+                    yield thing, argument
+
+
+ROWS = list(public_numbers())
+
+
+def test_every_public_number_is_in_the_table():
+    missing = {(f.__name__, argument) for f, argument in ROWS if argument not in BAD}
+    assert not missing
+    assert len(ROWS) > 100
+
+
+@pytest.fixture
+def _untyped():
+    """Without the run-time check of types, so that None may stand for what is not looked at."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_untyped")
+@pytest.mark.parametrize(
+    ("function", "argument"), ROWS, ids=[f"{f.__name__}-{argument}" for f, argument in ROWS]
+)
+def test_a_number_out_of_its_range_is_refused_by_name(function, argument):
+    name = function.__name__
+    parameters = inspect.signature(function).parameters
+    given = {
+        other: None
+        for other, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+    }
+    given |= NEEDED.get(name, {}) | NEEDED.get((name, argument), {})
+    for value in STRICTER.get((name, argument), BAD[argument]):
+        with pytest.raises(ValueError, match=rf"{argument}\b.*{value}|{argument}\b.*got"):
+            function(**{**given, argument: value})
+
+
+def test_what_is_traced_or_not_given_passes():
+    def damped(damping):
+        checks.check_numbers(checks.POSITIVE, damping=damping, budget=None)
+        return damping
+
+    assert jax.jit(damped)(-1.0) == -1
+    assert jax.eval_shape(damped, jax.ShapeDtypeStruct((), jnp.float32)).shape == ()
+
+
+def test_arrays_are_looked_at_one_by_one():
+    checks.check_numbers(checks.POSITIVE, budget=jnp.array([0.1, 2.0]), step=np.float32(1))
+    with pytest.raises(ValueError, match=r"budget must be positive, got -1.0 at \[1\]"):
+        checks.check_numbers(checks.POSITIVE, budget=jnp.array([0.1, -1.0]))
+    with pytest.raises(TypeError, match="damping must be a number, got '0.1'"):
+        checks.check_numbers(checks.POSITIVE, damping="0.1")

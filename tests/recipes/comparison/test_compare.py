@@ -1,0 +1,221 @@
+"""The comparison on a toy task: every number is there, and the same key gives it again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit import metrics
+from jedit.core.batch import Batch
+from jedit.data import batches
+from jedit.recipes.comparison import compare as compare_module
+from jedit.recipes.comparison.compare import Grid, Task, compare
+from jedit.recipes.scenes import authors, digits
+from jedit.report import best_point
+
+GRID = Grid(
+    budgets=(0.003, 0.03),
+    temperatures=(4.0,),
+    damping=(0.1,),
+    kfade_steps=(1, 2),
+    learning_rates={"gradient ascent": (0.03,), "GradDiff": (0.03,), "NPO": (0.01, 0.03)},
+    looks=(2, 5),
+    batch_size=8,
+    kl_budget=0.05,
+)
+METHODS = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """What optax's Adam mixes, its counter and its decay rates, strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def task():
+    """A linear classifier of 8 features; its last class is what a retrained one never saw."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120, dtype=np.int32) % 4
+    means = 2 * rng.normal(size=(4, 8))
+    inputs = (means[labels] + rng.normal(size=(120, 8))).astype(np.float32)
+
+    def apply(params, inputs):
+        return inputs @ params["kernel"] + params["bias"][None]
+
+    def rows(chosen):
+        return Batch(inputs[chosen], labels[chosen])
+
+    kernel = jnp.asarray(0.3 * means.T, jnp.float32)
+    unseen = kernel.at[:, 3].set(0)
+    bias = jnp.zeros(4, jnp.float32)
+    retain = np.flatnonzero(labels < 3)
+    return Task(
+        apply=apply,
+        original={"kernel": kernel, "bias": bias},
+        retrained={"kernel": unseen, "bias": bias},
+        forget=rows(np.flatnonzero(labels == 3)),
+        retain=rows(retain[:50]),
+        heldout=rows(retain[50:]),
+        test=None,
+        truth_ratio=lambda params: np.exp(np.asarray(params["kernel"])[:, 3]),
+        select=None,
+        chunk=16,
+        probe=32,
+        hidden_site="kernel",
+        layers=("kernel",),
+    )
+
+
+@pytest.fixture(scope="module")
+def judged_and_models(task):
+    stages = []
+    found = compare(task, GRID, key=jax.random.key(1), say=stages.append)
+    assert len(stages) == 6  # one fit for each temperature, one line for each method
+    return found
+
+
+def test_every_method_has_a_curve_for_every_setting(judged_and_models):
+    judged, _ = judged_and_models
+    assert [m.name for m in judged.methods] == METHODS
+    kfades = [METHODS[0], METHODS[0], METHODS[1], METHODS[1]]  # at two numbers of steps
+    assert [c.method for c in judged.curves] == [*kfades, *METHODS[2:], "NPO"]
+    assert [p.strength for p in judged.curves[0].points] == [0.003, 0.03]
+    assert [p.strength for p in judged.curves[-1].points] == [2, 5]
+    assert [c.setting for c in judged.curves[-2:]] == [
+        {"learning rate": 0.01},
+        {"learning rate": 0.03},
+    ]
+
+
+def test_one_curvature_alone(task, judged_and_models):
+    grid = GRID._replace(curvatures=("K-FAC",), learning_rates={}, scales={})
+    stages = []
+    judged, _ = compare(task, grid, key=jax.random.key(1), say=stages.append)
+    assert [m.name for m in judged.methods] == METHODS[:1]
+    assert not any("EK-FAC" in stage for stage in stages)
+    for got, want in zip(judged.curves, judged_and_models[0].curves[:2], strict=True):
+        for a, b in zip(got.points, want.points, strict=True):
+            assert a._replace(edit_seconds=b.edit_seconds) == b
+
+
+def test_every_method_of_the_demo_moves_the_model(task):
+    names = {**digits.ALL.learning_rates, **authors.ALL.learning_rates}
+    for name in ("RMU", "KUDA"):  # before a linear classifier's inputs nothing can be trained
+        del names[name]
+    scaled = {**digits.ALL.scales, **authors.ALL.scales}
+    grid = GRID._replace(
+        budgets=(0.01,),
+        kfade_steps=(1,),
+        learning_rates=dict.fromkeys(names, (0.03,)),
+        scales=dict.fromkeys(scaled, (0.2, 1.0)),
+        looks=(4,),
+    )
+    with_refusals = task._replace(refusals=task.forget._replace(targets=task.forget.targets - 3))
+    judged, _ = compare(with_refusals, grid, key=jax.random.key(1), say=lambda _: None)
+    assert [m.name for m in judged.methods] == [*METHODS[:2], *scaled, *names]
+    for curve in judged.curves:
+        for point in curve.points:
+            assert point.heldout_kl > 0, curve.method
+            assert point.forget_nll != judged.original.forget_nll, curve.method
+        if curve.method in scaled:
+            assert curve.points[0].forget_nll < curve.points[1].forget_nll, curve.method
+
+
+def test_references_are_at_zero_from_themselves(judged_and_models):
+    judged, _ = judged_and_models
+    assert judged.original.heldout_kl == pytest.approx(0, abs=1e-7)
+    assert judged.retrained.forget_kl == pytest.approx(0, abs=1e-7)
+    assert judged.retrained.forget_quality == pytest.approx(1)
+    assert judged.original.forget_kl > 0.1
+    assert judged.original.test_nll is None
+
+
+def test_a_budget_is_kept_in_truth_and_shown_beside_the_prediction(judged_and_models):
+    judged, _ = judged_and_models
+    for curve in judged.curves:
+        for point in curve.points:
+            is_kfade = curve.method.startswith("K-FADE")
+            assert (point.true_kl is not None) == (point.predicted_kl is not None) == is_kfade
+            assert point.edit_seconds > 0
+            if is_kfade:
+                assert 0.9 * point.strength < point.true_kl <= point.strength * 1.001
+                # A linear classifier is nearly quadratic at so small a price.
+                assert point.predicted_kl == pytest.approx(point.true_kl, rel=0.5)
+    assert all((m.fit_seconds > 0) == m.name.startswith("K-FADE") for m in judged.methods)
+
+
+def test_all_methods_forget_more_the_more_they_are_turned_up(judged_and_models):
+    judged, _ = judged_and_models
+    for curve in judged.curves:
+        weak, strong = curve.points
+        assert judged.original.forget_nll < weak.forget_nll < strong.forget_nll
+
+
+def test_numbers_are_those_of_numpy(task, judged_and_models):
+    judged, models = judged_and_models
+    name = "K-FADE (K-FAC)"
+    _, point = best_point(judged.curves, name, GRID.kl_budget)
+
+    def log_p(params, batch):
+        kernel, bias = (np.asarray(params[name], np.float64) for name in ("kernel", "bias"))
+        z = batch.inputs @ kernel + bias
+        return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+    def kl(one, other, batch):
+        p, q = log_p(one, batch), log_p(other, batch)
+        return (np.exp(p) * (p - q)).sum(axis=1).mean()
+
+    edited = models[name]
+    on_forget = log_p(edited, task.forget)[np.arange(30), task.forget.targets]
+    assert point.forget_nll == pytest.approx(-on_forget.mean(), rel=1e-4)
+    assert point.heldout_kl == pytest.approx(kl(task.original, edited, task.heldout), rel=1e-3)
+    assert point.forget_kl == pytest.approx(kl(task.retrained, edited, task.forget), rel=1e-4)
+    # What one pass counts together is what the metrics count one by one.
+    chunks = list(batches(task.forget, 7))
+    assert point.forget_nll == pytest.approx(metrics.nll(task.apply, edited, chunks), rel=1e-5)
+    assert point.forget_accuracy == metrics.accuracy(task.apply, edited, chunks)
+    divergence = metrics.output_kl(task.apply, task.retrained, edited, chunks)
+    assert point.forget_kl == pytest.approx(divergence, rel=1e-4)
+    hits = log_p(edited, task.heldout).argmax(axis=1) == task.heldout.targets
+    assert point.heldout_accuracy == pytest.approx(hits.mean())
+
+
+def test_the_models_kept_are_the_best_points(judged_and_models):
+    judged, models = judged_and_models
+    assert judged.best == {m: best_point(judged.curves, m, GRID.kl_budget) for m in METHODS}
+    assert set(models) == {name for name, pair in judged.best.items() if pair is not None}
+
+
+def test_the_same_key_gives_the_same_numbers_and_another_one_others(task, judged_and_models):
+    def numbers(judged):
+        points = [p for c in judged.curves for p in c.points]
+        return np.array(
+            [p._replace(edit_seconds=0, test_nll=0, test_accuracy=0)[:10] for p in points]
+        )
+
+    first = numbers(judged_and_models[0])
+    again, _ = compare(task, GRID, key=jax.random.key(1), say=lambda _: None)
+    np.testing.assert_array_equal(numbers(again), first)
+    other, _ = compare(task, GRID, key=jax.random.key(2), say=lambda _: None)
+    assert np.abs(numbers(other) - first).max() > 1e-6
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_engrams_of_texts_are_of_the_answers_tokens(task, monkeypatch):
+    """A task's mask is enough: what goes to the engrams is measured where the loss is."""
+    rng = np.random.default_rng(2)
+    masks = [np.arange(5)[None] >= rng.integers(1, 5, size=(n, 1)) for n in (7, 20)]
+    sets = [
+        Batch(rng.normal(size=(*m.shape, 8)).astype(np.float32), m.astype(np.int32), m)
+        for m in masks
+    ]
+    apply = lambda p, x: x @ p["kernel"] + p["bias"][None, None]  # noqa: E731
+    texts = task._replace(apply=apply, forget=sets[0], retain=sets[1])
+    monkeypatch.setattr(compare_module, "make_editors", lambda *given: given)
+    given = compare_module._editors(texts, None, key=jax.random.key(0))
+    for curvature, rows, mask in zip(given[3:5], sets, masks, strict=True):
+        inputs = np.concatenate([rows.inputs[mask], np.ones((mask.sum(), 1))], axis=1)
+        moment = curvature.factors[curvature.blocks["kernel"].input].matrix[0]
+        np.testing.assert_allclose(moment, inputs.T @ inputs / len(inputs), atol=1e-5)
