@@ -24,7 +24,7 @@ class Stages:
         """Seconds since the start."""
         return time.perf_counter() - self.start
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> "Stages":
         self.status.start()
         return self
 
@@ -65,7 +65,7 @@ def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, c
         machine=machine(),
         comparisons=comparisons,
     )
-    page = writereport(run, out)
+    page = write_report(run, out)
     console.print(
         f"\n{stages.seconds:.0f} s, peak memory {run.peak_memory_gib:.1f} GiB. Report: {page} "
         f"(numbers: {out / 'results.json'})",
