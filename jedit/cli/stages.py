@@ -42,7 +42,7 @@ def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, c
     from rich.console import Console
 
     from jedit.recipes.environment import machine, versions
-    from jedit.report import Run, comparison_table, leaderboard_table
+    from jedit.report import Run, comparison_table, leaderboard_table, write_report
 
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     with stages:

@@ -16,7 +16,8 @@ from jedit.core import checks
 
 PACKAGES = (
     "attacks", "checkpoint", "curvature", "curvature.likelihoods", "data", "edits",
-    "geometry", "methods", "metrics", "models", "objectives", "report", "requests", "tracing", "training", "transforms",
+    "geometry", "methods", "metrics", "models", "objectives", "report", "requests",
+    "tracing", "training", "transforms",
 )  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 FINITE = (NAN, INF, -INF)
