@@ -68,7 +68,7 @@ from jedit.geometry import (
 )
 from jedit.requests import RequestInfo, batch_unlearn, continual
 from jedit.tracing import Site, Sites, capture, find_sites, weight_gradients
-from jedit.training import LoopState, TrainingMethod, fit, unlearn
+from jedit.training import LoopState, TrainingMethod, Watch, fit, run_method, unlearn
 
 __version__ = "0.1.0"
 
@@ -86,6 +86,7 @@ __all__ = [
     "Site",
     "Sites",
     "TrainingMethod",
+    "Watch",
     "apply_edit",
     "attacks",
     "batch_unlearn",
@@ -127,6 +128,7 @@ __all__ = [
     "retain_orthogonal",
     "retain_subspace",
     "revert_edit",
+    "run_method",
     "save_curvature",
     "save_edit",
     "scale_to_kl_budget",

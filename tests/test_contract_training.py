@@ -124,7 +124,7 @@ def _rmu(p, ref, f, r):
 
 
 def _npo_from_nll(p, ref, f, r):
-    reference_nll = objectives.sequence_nll(ref, f, apply=apply)
+    reference_nll = objectives.sequence_nll(apply, ref, f)
     return objectives.npo_from_nll(p, f, r, apply=apply, reference_nll=reference_nll)
 
 

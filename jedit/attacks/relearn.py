@@ -9,22 +9,24 @@ retrained model the same rows, optimizer, key and budget: what the edited model 
 retrained one's was hidden and not gone.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.arguments import check_batch, check_function
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.training.loop import History, LoopState, fit
+from jedit.training.loop import fit
+from jedit.training.rows import num_rows
+from jedit.training.watch import History, LoopState, Watch
 
 
 class Relearned(NamedTuple):
@@ -85,25 +87,26 @@ def relearn(
         if state.step in looks:
             values.append(measure(state.params))
 
+    rows = jax.tree.map(jnp.asarray, rows)
+    count = num_rows(rows)
     end, _ = fit(
-        _loss(apply),
+        _Loss(apply),
         optimizer,
         params,
-        jax.tree.map(jnp.asarray, rows),
-        steps=looks[-1],
+        rows,
+        epochs=looks[-1] * min(batch_size, count) / count,
         key=key,
         batch_size=batch_size,
-        every=math.gcd(*looks),
-        callback=look,
+        watch=Watch(look, math.gcd(*looks)),
     )
     return Relearned((0, *looks), tuple(values), end)
 
 
-@cache
-def _loss(apply: Apply) -> Callable:
-    """One function for each model, so that another attack on it compiles nothing."""
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The attacker's loss, equal for one model, so that another attack on it compiles nothing."""
 
-    def loss(params: PyTree, rows: Batch) -> tuple[Array, dict]:
-        return masked_mean(*counted_nll(params, rows, apply=apply)), {}
+    apply: Apply
 
-    return loss
+    def __call__(self, params: PyTree, rows: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return masked_mean(*counted_nll(self.apply, params, rows)), {}

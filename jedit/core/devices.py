@@ -52,8 +52,8 @@ def on_auto_axes(function: Function) -> Function:
 
     Its body sees arrays and the context with Auto axes. What it returns lies on the explicit mesh
     again: as it came out, and under a trace as the argument that is shaped like it, or whole. So
-    does what a keyword argument `callback` is given. Where the caller works with Auto axes himself,
-    results stay so.
+    does what the callback in a keyword argument `watch` is given. Where the caller works with Auto
+    axes himself, results stay so.
     """
 
     @functools.wraps(function)
@@ -62,8 +62,10 @@ def on_auto_axes(function: Function) -> Function:
         mesh = _explicit_mesh((args, kwargs), context)
         if mesh is None:
             return function(*args, **kwargs)
-        if kwargs.get("callback") is not None:
-            kwargs["callback"] = _called_outside(kwargs["callback"], mesh, context)
+        watch = kwargs.get("watch")
+        if watch is not None and watch.callback is not None:
+            callback = _called_outside(watch.callback, mesh, context)
+            kwargs["watch"] = watch._replace(callback=callback)
         is_traced = any(isinstance(x, Tracer) for x in _leaves((args, kwargs)))
         inside_args, inside_kwargs = on_auto((args, kwargs))
         with _within(_auto(mesh) if is_traced or context.axis_names else None):

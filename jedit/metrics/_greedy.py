@@ -15,5 +15,5 @@ def greedy_hits(
     Raises:
         ValueError: if the batch has no targets, or not one per output.
     """
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     return counted & (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets), counted

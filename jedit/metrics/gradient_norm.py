@@ -70,7 +70,7 @@ def _norms(
 ) -> tuple[Array, Array]:
     def norm(row: Batch) -> tuple[Array, Array]:
         def loss(params: PyTree) -> tuple[Array, Array]:
-            nll, counted = counted_nll(params, jax.tree.map(lambda x: x[None], row), apply=apply)
+            nll, counted = counted_nll(apply, params, jax.tree.map(lambda x: x[None], row))
             return masked_mean(by_example(row, nll), by_example(row, counted)), jnp.sum(counted)
 
         gradient, count = jax.grad(loss, has_aux=True)(params)

@@ -131,7 +131,7 @@ def _means_of_lowest(parts: list[tuple[Array, Array]], share: float) -> Float[np
 def _token_log_p(
     apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "batch t"], Bool[Array, "batch t"]]:
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return by_example(batch, picked), by_example(batch, counted)
@@ -141,7 +141,7 @@ def _token_log_p(
 def _token_z(
     apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "batch t"], Bool[Array, "batch t"]]:
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     return by_example(batch, standardized(logits, targets)[1]), by_example(batch, counted)
 
 

@@ -116,7 +116,7 @@ def membership_attack(
 def _scores(
     apply: Apply, kind: str, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     return _FORMULAS[kind](jax.nn.log_softmax(logits, axis=-1), targets), counted
 
 

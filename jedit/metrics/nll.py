@@ -66,11 +66,11 @@ def answer_nll_sum_per_row(
 
 @partial(jax.jit, static_argnums=0)
 def _sum_and_count(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array]:
-    values, counted = counted_nll(params, batch, apply=apply)
+    values, counted = counted_nll(apply, params, batch)
     return jnp.sum(values), jnp.sum(counted)
 
 
 @partial(jax.jit, static_argnums=0)
 def _row_sums(apply: Apply, params: PyTree, batch: Batch) -> RowSums:
-    values, counted = counted_nll(params, batch, apply=apply)
+    values, counted = counted_nll(apply, params, batch)
     return sums_by_row(batch, values, counted)

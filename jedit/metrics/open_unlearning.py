@@ -144,7 +144,7 @@ def _scores_of_row(is_hit, log_p, z, share: float) -> tuple[float, float, float,
 @partial(jax.jit, static_argnums=0)
 def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, Array, Array]:
     """Which tokens are the likeliest, log p, z of Min-K%++, and which count, (batch, t) each."""
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     is_hit = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
     found = (is_hit, *standardized(logits, targets), counted)
     return tuple(by_example(batch, x) for x in found)  # pyright: ignore[reportReturnType]

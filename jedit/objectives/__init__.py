@@ -1,42 +1,47 @@
-"""Forget and retain losses, one file each.
+"""Forget and retain losses: frozen, hashable values with one call.
 
-Each is `(params, forget, retain, *, apply, ...) -> (scalar, aux)`; `functools.partial`
-fixes `apply` and whatever else there is.
+    value(apply, params, forget, retain=None, reference=None) -> (scalar, aux)
+
+forget and retain are the rows of one step; reference are the params before unlearning, which a loop
+gives.  Equal values compile once.  `with_retain` puts a retain term on any of them:
+`with_retain(NPO(beta=0.04), RetainKL(), weight=2.0)`; gradient difference is `with_retain(GA())`.
 """
 
-from jedit.objectives.ce_u import ce_u
-from jedit.objectives.dpo import dpo
-from jedit.objectives.ga import ga
-from jedit.objectives.graddiff import graddiff
-from jedit.objectives.npo import npo, npo_from_nll
-from jedit.objectives.random_label import random_label, relabel
-from jedit.objectives.representation_deviation import representation_deviation
-from jedit.objectives.retain import retain_kl, retain_nll
-from jedit.objectives.rmu import random_direction, rmu
-from jedit.objectives.simnpo import simnpo
+from jedit.objectives.ce_u import CEU
+from jedit.objectives.dpo import DPO
+from jedit.objectives.ga import GA
+from jedit.objectives.held import RetainKL, RetainNLL, with_retain
+from jedit.objectives.hidden_states import random_direction
+from jedit.objectives.npo import NPO
+from jedit.objectives.objective import Objective
+from jedit.objectives.random_label import RandomLabel, relabel
+from jedit.objectives.representation_deviation import RepresentationDeviation
+from jedit.objectives.rmu import RMU, RetainStates
+from jedit.objectives.simnpo import SimNPO
 from jedit.objectives.token_nll import sequence_nll, token_kl, token_nll
-from jedit.objectives.undial import undial
-from jedit.objectives.weighted_ascent import satimp, wga
+from jedit.objectives.undial import UNDIAL
+from jedit.objectives.weighted_ascent import WGA, SatImp
 
 __all__ = [
-    "ce_u",
-    "dpo",
-    "ga",
-    "graddiff",
-    "npo",
-    "npo_from_nll",
+    "CEU",
+    "DPO",
+    "GA",
+    "NPO",
+    "RMU",
+    "UNDIAL",
+    "WGA",
+    "Objective",
+    "RandomLabel",
+    "RepresentationDeviation",
+    "RetainKL",
+    "RetainNLL",
+    "RetainStates",
+    "SatImp",
+    "SimNPO",
     "random_direction",
-    "random_label",
     "relabel",
-    "representation_deviation",
-    "retain_kl",
-    "retain_nll",
-    "rmu",
-    "satimp",
     "sequence_nll",
-    "simnpo",
     "token_kl",
     "token_nll",
-    "undial",
-    "wga",
+    "with_retain",
 ]

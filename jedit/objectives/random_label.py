@@ -1,21 +1,20 @@
 """Random labels: learn something else in place of what is to be forgotten.
 
-    loss = γ NLL_f(y') + α R,      y' != y drawn once for every forget output
+    loss = NLL_f(y'),      y' != y drawn once for every forget output
 
 The labels are data, so they are drawn by `relabel` before the loop, and not anew at each step.
-γ = 1 and α = 1 are arbitrary.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from jedit.core.batch import Batch
-from jedit.core.checks import NOT_NEGATIVE, Range, check_numbers
+from jedit.core.checks import Range, check_numbers
 from jedit.core.outputs import check_contents
-from jedit.objectives.retain import add_retain, retain_nll
+from jedit.objectives.objective import Value
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 
 
@@ -35,20 +34,18 @@ def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:
     return batch._replace(targets=new.astype(batch.targets.dtype))
 
 
-def random_label(
-    params: PyTree,
-    forget: Batch,
-    retain: Batch | None = None,
-    *,
-    apply: Apply,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-    retain_objective: Callable = retain_nll,
-    reference_params: PyTree | None = None,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the mean NLL of the relabelled forget batch, and the retain term when there is one."""
-    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
-    relabelled_nll = masked_mean(*counted_nll(params, forget, apply=apply))
-    aux = {"relabelled_nll": relabelled_nll}
-    retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
-    return add_retain(gamma * relabelled_nll, aux, *retain_term)
+@dataclasses.dataclass(frozen=True)
+class RandomLabel:
+    """Descent on forget rows that `relabel` has given other labels."""
+
+    def __call__(
+        self,
+        apply: Apply,
+        params: PyTree,
+        forget: Batch,
+        retain: Batch | None = None,
+        reference: PyTree | None = None,
+    ) -> Value:
+        """Return the mean NLL of the relabelled forget batch."""
+        relabelled_nll = masked_mean(*counted_nll(apply, params, forget))
+        return relabelled_nll, {"relabelled_nll": relabelled_nll}

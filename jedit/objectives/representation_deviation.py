@@ -1,21 +1,21 @@
 """Representation deviation: turn the forget tokens' hidden states away (KUDA, arXiv 2602.19275).
 
-    loss = γ mean cos(h(x_f), t) + α R,    t = h_ref(x_f) + τ ‖h_ref(x_f)‖ u
+    loss = mean cos(h(x_f), t),    t = h_ref(x_f) + τ ‖h_ref(x_f)‖ u
 
     h      hidden state, features on the last axis            `hidden`
-    h_ref  the same of the frozen params before unlearning    `reference_params`
-    u      fixed unit direction, τ how far t leans to it      `direction`, `tilt`
-    R      retain objective, on outputs                       `retain_objective`
+    h_ref  the same of the frozen params before unlearning    `reference`
+    u      fixed unit direction, τ how far t leans to it      `seed`, `tilt`
 
-The mean is over the forget positions that count. [steps: paper; exact symbols: derived]
+The mean is over the forget positions that count. KUDA adds a retain term on the outputs:
+`with_retain(RepresentationDeviation(hidden))`. [steps: paper; exact symbols: derived]
 
 Differences. At the reference params the cosine itself has its maximum, hence no gradient, and plain
 descent would wait for the retain term or for rounding to move it: t leans a little towards u, as
-RMU's target does altogether, which gives a first step and no more [derived]. Without a direction t
-is h_ref. τ = 0.1, γ = 1 and α = 1 are arbitrary.
+RMU's target does altogether, which gives a first step and no more [derived]. With τ = 0 t is h_ref.
+τ = 0.1 is arbitrary.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -23,44 +23,48 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Batch
-from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.checks import COUNT_OR_ZERO, FINITE, check_numbers
 from jedit.core.outputs import counted_outputs, wide
-from jedit.objectives.retain import add_retain, retain_nll
+from jedit.objectives.hidden_states import Hidden, direction_like
+from jedit.objectives.objective import REFERENCE, Value, needed
 from jedit.objectives.token_nll import Apply, masked_mean
 
 
-def representation_deviation(
-    params: PyTree,
-    forget: Batch,
-    retain: Batch | None = None,
-    *,
-    apply: Apply,
-    hidden: Callable[[PyTree, PyTree], Array],
-    reference_params: PyTree,
-    direction: Float[Array, " width"] | None = None,
-    tilt: float = 0.1,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-    retain_objective: Callable = retain_nll,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the loss; `hidden(params, inputs)` is (batch, ..., width).
+@dataclasses.dataclass(frozen=True)
+class RepresentationDeviation:
+    """The cosine of hidden states with what they were, to be lowered.
 
-    The retain term is there when `retain` is. `random_direction` draws a direction; τ = 0.1 is
-    arbitrary.
+    Attributes:
+        hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
+        seed: of the direction u; 0 is arbitrary.
+        tilt: τ; 0.1 is arbitrary.
     """
-    check_numbers(FINITE, tilt=tilt)
-    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
-    check_batch(forget, "forget")
-    reference = wide(jax.lax.stop_gradient(hidden(reference_params, forget.inputs)))
-    if direction is not None:
-        u = jax.lax.broadcast_in_dim(
-            direction.astype(reference.dtype), reference.shape, (reference.ndim - 1,)
-        )
-        reference = reference + tilt * jnp.linalg.norm(reference, axis=-1, keepdims=True) * u
-    cosine = _cosine(wide(hidden(params, forget.inputs)), reference)
-    mean = masked_mean(cosine, counted_outputs(forget, cosine.shape))
-    retain_term = (params, forget, retain, apply, reference_params, alpha, retain_objective)
-    return add_retain(gamma * mean, {"forget_cosine": mean}, *retain_term)
+
+    hidden: Hidden
+    seed: int = 0
+    tilt: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_numbers(FINITE, tilt=self.tilt)
+        check_numbers(COUNT_OR_ZERO, seed=self.seed)
+
+    def __call__(
+        self,
+        apply: Apply,
+        params: PyTree,
+        forget: Batch,
+        retain: Batch | None = None,
+        reference: PyTree | None = None,
+    ) -> Value:
+        """Return the mean cosine, which costs one more forward pass, of the reference."""
+        reference = needed(reference, self, REFERENCE)
+        check_batch(forget, "forget")
+        target = wide(jax.lax.stop_gradient(self.hidden(apply, reference, forget.inputs)))
+        norms = jnp.linalg.norm(target, axis=-1, keepdims=True)
+        target = target + self.tilt * norms * direction_like(target, self.seed)
+        cosine = _cosine(wide(self.hidden(apply, params, forget.inputs)), target)
+        mean = masked_mean(cosine, counted_outputs(forget, cosine.shape))
+        return mean, {"forget_cosine": mean}
 
 
 def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Array, "*lead"]:

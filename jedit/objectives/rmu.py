@@ -1,11 +1,15 @@
 """RMU, representation misdirection (Li et al., WMDP, arXiv 2403.03218).
 
-    loss = γ mean ‖h(x_f) - c u‖² + α mean ‖h(x_r) - h_ref(x_r)‖²
+    RMU            mean ‖h(x_f) - c u‖²
+    RetainStates   mean ‖h(x_r) - h_ref(x_r)‖²
 
 h is a hidden state (features on the last axis), u a fixed random direction, the means over the
-positions that count and over the features. c = 2, γ = 1 and α = 1 are those of
-open-unlearning [code]. A `hidden` function picks the layer: RMU trains the parameters up to it
-alone (`trainable=`).
+positions that count and over the features. c = 2 is open-unlearning's [code], and so is the sum of
+both terms with equal weights, which is the paper's objective:
+
+    with_retain(RMU(hidden), RetainStates(hidden))
+
+A `hidden` function picks the layer: RMU trains the parameters up to it alone (`trainable=`).
 
 Differences.  open-unlearning takes the mean of each row's positions first and then that of the
 rows, so that a short answer's tokens weigh more; ours takes one mean over all positions that count,
@@ -14,51 +18,86 @@ themselves, ours those that `mask` counts, where each is predicted, one to the l
 which nothing counts makes its loss NaN; ours leaves it out.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Batch, wide_dtype
-from jedit.core.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
+from jedit.core.checks import COUNT_OR_ZERO, FINITE, check_numbers
 from jedit.core.outputs import counted_outputs
-from jedit.objectives.token_nll import masked_mean
+from jedit.objectives.hidden_states import Hidden, direction_like
+from jedit.objectives.objective import REFERENCE, RETAIN, Value, needed
+from jedit.objectives.token_nll import Apply, masked_mean
 
 
-def random_direction(width: int, *, key: Key[Array, ""]) -> Float[Array, " width"]:
-    """Return u: uniform in [0, 1) in every coordinate, then of norm one, as in RMU's code."""
-    check_numbers(COUNT, width=width)
-    u = jax.random.uniform(key, (width,))
-    return u / jnp.linalg.norm(u)
+@dataclasses.dataclass(frozen=True)
+class RMU:
+    """Misdirection of the forget rows' hidden states.
 
+    Attributes:
+        hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
+        seed: of the direction u; 0 is arbitrary.
+        steering: c.
+    """
 
-def rmu(
-    params: PyTree,
-    forget: Batch,
-    retain: Batch,
-    *,
-    hidden: Callable[[PyTree, PyTree], Array],
-    reference_params: PyTree,
-    direction: Float[Array, " width"],
-    steering: float = 2.0,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the RMU loss; `hidden(params, inputs)` is (batch, ..., width)."""
-    check_numbers(FINITE, steering=steering)
-    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
+    hidden: Hidden
+    seed: int = 0
+    steering: float = 2.0
 
-    def distance(batch: Batch, towards: Callable) -> Array:
-        check_batch(batch, "the objective's batch")
-        states = hidden(params, batch.inputs)
+    def __post_init__(self) -> None:
+        check_numbers(FINITE, steering=self.steering)
+        check_numbers(COUNT_OR_ZERO, seed=self.seed)
+
+    def __call__(
+        self,
+        apply: Apply,
+        params: PyTree,
+        forget: Batch,
+        retain: Batch | None = None,
+        reference: PyTree | None = None,
+    ) -> Value:
+        """Return the mean square distance from c u."""
+        check_batch(forget, "forget")
+        states = self.hidden(apply, params, forget.inputs)
         states = states.astype(wide_dtype(states.dtype))
-        away = states - jax.lax.stop_gradient(towards(states))
-        return masked_mean(jnp.mean(away**2, axis=-1), counted_outputs(batch, states.shape[:-1]))
+        distance = _distance(states, self.steering * direction_like(states, self.seed), forget)
+        return distance, {"forget_distance": distance}
 
-    target = steering * direction
-    misdirected = distance(forget, lambda h: jnp.broadcast_to(target.astype(h.dtype), h.shape))
-    held = distance(retain, lambda h: hidden(reference_params, retain.inputs).astype(h.dtype))
-    aux = {"forget_distance": misdirected, "retain_distance": held}
-    return gamma * misdirected + alpha * held, aux
+
+@dataclasses.dataclass(frozen=True)
+class RetainStates:
+    """What RMU holds: the retain rows' hidden states, where they were before unlearning.
+
+    Attributes:
+        hidden: as of `RMU`.
+    """
+
+    hidden: Hidden
+
+    def __call__(
+        self,
+        apply: Apply,
+        params: PyTree,
+        forget: Batch | None,
+        retain: Batch | None = None,
+        reference: PyTree | None = None,
+    ) -> Value:
+        """Return the mean square distance from the reference's states."""
+        retain = needed(retain, self, RETAIN)
+        reference = needed(reference, self, REFERENCE)
+        check_batch(retain, "retain")
+        states = self.hidden(apply, params, retain.inputs)
+        states = states.astype(wide_dtype(states.dtype))
+        before = self.hidden(apply, reference, retain.inputs).astype(states.dtype)
+        distance = _distance(states, jax.lax.stop_gradient(before), retain)
+        return distance, {"retain_distance": distance}
+
+
+def _distance(
+    states: Float[Array, "*lead width"], target: Float[Array, "*lead width"], batch: Batch
+) -> Float[Array, ""]:
+    counted = counted_outputs(batch, states.shape[:-1])
+    return masked_mean(jnp.mean((states - target) ** 2, axis=-1), counted)

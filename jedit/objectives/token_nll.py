@@ -53,7 +53,7 @@ def masked_mean(values: Float[Array, "*lead"], counted: Bool[Array, "*lead"]) ->
 
 
 def labelled_logits(
-    params: PyTree, batch: Batch, *, apply: Apply
+    apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "*lead classes"], Int[Array, "*lead"], Bool[Array, "*lead"]]:
     """Return logits in float32 or wider, targets (0 where they do not count), and which count.
 
@@ -74,7 +74,7 @@ def labelled_logits(
 
 
 def counted_nll(
-    params: PyTree, batch: Batch, *, apply: Apply
+    apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
     """Return each output's negative log-likelihood, 0 where it does not count, and which count.
 
@@ -83,15 +83,15 @@ def counted_nll(
     Raises:
         ValueError: if the batch has no targets, or not one per output.
     """
-    logits, targets, counted = labelled_logits(params, batch, apply=apply)
+    logits, targets, counted = labelled_logits(apply, params, batch)
     return jnp.where(counted, token_nll(logits, targets), 0), counted
 
 
-def sequence_nll(params: PyTree, batch: Batch, *, apply: Apply) -> Float[Array, " batch"]:
+def sequence_nll(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " batch"]:
     """Return each example's negative log-likelihood, summed over its outputs that count.
 
     Raises:
         ValueError: if the batch is packed.
     """
-    nll, _ = counted_nll(params, batch, apply=apply)
+    nll, _ = counted_nll(apply, params, batch)
     return jnp.sum(by_example(batch, nll), axis=-1)

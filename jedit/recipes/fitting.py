@@ -3,6 +3,7 @@
 The rate stays constant so that a model stopped early is a point of the longer training.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.objectives import retain_nll
-from jedit.training.loop import History, LoopState, fit
+from jedit.objectives import RetainNLL
+from jedit.training import LoopState, Watch, fit
+from jedit.training.watch import History
 
 WARM_UP = 20
 
@@ -78,15 +80,14 @@ def train(
             found.append(Trained(kept, epochs, time.perf_counter() - start))
 
     fit(
-        _loss(apply),
+        _Loss(apply),
         _optimizer(recipe.learning_rate),
         params,
         rows,
+        epochs=max(recipe.epochs) * steps * size / rows_of(rows),  # whole batches alone
         key=key,
-        steps=max(recipe.epochs) * steps,
         batch_size=size,
-        every=steps,
-        callback=keep,
+        watch=Watch(keep, every=steps),
     )
     return found
 
@@ -102,7 +103,11 @@ def _optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-@functools.cache
-def _loss(apply: Callable) -> Callable:
-    """One loss object for one model, so that a second training compiles nothing anew."""
-    return lambda params, rows: retain_nll(params, None, rows, apply=apply)
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The loss of one model, equal by value, so that a second training compiles nothing anew."""
+
+    apply: Callable
+
+    def __call__(self, params: PyTree, rows: Batch) -> tuple[Array, dict[str, Array]]:
+        return RetainNLL()(self.apply, params, None, rows)

@@ -391,7 +391,7 @@ def _lower_loss(
     start = part_of(params, curvature.covered)
 
     def loss(part: Part) -> Array:
-        return masked_mean(*counted_nll(with_part(params, part), batch, apply=apply))
+        return masked_mean(*counted_nll(apply, with_part(params, part), batch))
 
     before, gradient = jax.value_and_grad(loss)(start)
     down = jax.tree.map(lambda g: -wide(g), gradient)
@@ -406,7 +406,7 @@ def _lower_loss(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _row_losses(apply: Apply, params: PyTree, batch: Batch) -> Array:
-    values, counted = (by_example(batch, x) for x in counted_nll(params, batch, apply=apply))
+    values, counted = (by_example(batch, x) for x in counted_nll(apply, params, batch))
     return jax.vmap(masked_mean)(values, counted)
 
 
@@ -418,7 +418,7 @@ def _raise_loss(
 
     Returns the parameters that the edit names, as they are there.
     """
-    _, counted = counted_nll(params, batch, apply=apply)
+    _, counted = counted_nll(apply, params, batch)
     # Thin blocks are multiplied out once, and not at every rung.
     whole = {path: wide(dense(block)) for path, block in edit.blocks.items()}
     start = part_of(params, whole)

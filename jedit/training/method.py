@@ -1,4 +1,4 @@
-"""What a method that trains hands to `jedit.unlearn`."""
+"""What a method that trains is: an objective, an optimizer, and how they are run."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,26 +6,34 @@ from typing import NamedTuple
 import optax
 
 from jedit.core.display import short_repr
+from jedit.objectives import Objective
 
 
 class TrainingMethod(NamedTuple):
-    """An objective, the optimizer that makes the method of it, and what that wants at each step.
+    """An objective and the optimizer that makes a method of it: what `unlearn` runs.
 
-        method = rosu(apply, optax.sgd(0.01), radius=0.05)
-        params, history = jedit.unlearn(
-            method.objective, method.optimizer, params, forget, retain,
-            update_args=method.update_args, steps=100, key=key,
-        )
+        method = TrainingMethod(with_retain(NPO()), optax.adam(1e-4))
+        params, history = jedit.unlearn(method, apply, params, forget, retain, steps=100, key=key)
 
     Attributes:
-        objective: `(params, forget, retain) -> (scalar, aux)`, lowered.
-        optimizer: its gradient's transform, learning rate included.
-        update_args: `(params, forget, retain) -> dict`, extra arguments of the optimizer's update;
-            None: there are none.
+        objective: `(apply, params, forget, retain, reference) -> (scalar, aux)`, lowered; those of
+            `jedit.objectives` are such values. forget and retain are the rows of one step,
+            reference the params before unlearning, aux a dict of scalars.
+        optimizer: any optax transform, learning rate included; its update also gets `value=`, the
+            objective's, and what `update_args` returns.
+        update_args: `(apply, params, forget, retain, reference) -> dict` of further keyword
+            arguments of the optimizer's update, computed at each step; a tree like params is cut as
+            they are, and a function of params still gets whole ones. None: there are none.
+        trainable: regular expression; a parameter in whose path it is not found stays bit-identical
+            and has neither gradient nor optimizer state: in the optimizer's trees, None stands
+            there. None: all real parameters are trained.
+        batch_size: rows of each set in a step, 32 (arbitrary); a smaller set is taken whole.
     """
 
-    objective: Callable
-    optimizer: optax.GradientTransformationExtraArgs
-    update_args: Callable | None = None
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    update_args: Callable[..., dict] | None = None
+    trainable: str | None = None
+    batch_size: int = 32
 
     __repr__ = short_repr

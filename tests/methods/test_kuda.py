@@ -6,20 +6,28 @@ import numpy as np
 import optax
 import pytest
 
-from jedit import objectives
 from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods import causal_trace, kuda
 from jedit.models import gpt
-from jedit.tracing import intervene
-from jedit.training.loop import unlearn
+from jedit.objectives import RepresentationDeviation, with_retain
+from jedit.tracing import Entering
+from jedit.training import unlearn
 
 D_IN, D_HIDDEN = 7, 5
 
 
 def hidden(params, x):
     return jnp.tanh(x @ params["w"] + params["b"][None])
+
+
+def states(apply, params, x):
+    del apply
+    return hidden(params, x)
+
+
+DEVIATION = with_retain(RepresentationDeviation(states, seed=3))
 
 
 def apply(params, x):
@@ -37,23 +45,11 @@ def scene(key):
         Batch(jnp.asarray(x), jnp.asarray(rng.integers(0, 3, len(x)))) for x in inputs
     )
     curvature = estimate(kfac(apply, Categorical()), params, [retain], key=key)
-    u = objectives.random_direction(D_HIDDEN, key=jax.random.key(3))
-    return params, forget, retain, curvature, u
+    return params, forget, retain, curvature
 
 
-def run(method, scene, key, steps, **frozen):
-    params, forget, retain, _, u = scene
-    return unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=steps,
-        key=key,
-        update_args=method.update_args,
-        objective_args={"reference_params": params, "direction": u} | frozen,
-    )
+def run(method, scene, key, steps):
+    return unlearn(method, apply, *scene[:3], steps=steps, key=key)
 
 
 def matrix(tree):
@@ -62,11 +58,12 @@ def matrix(tree):
 
 @pytest.mark.parametrize(("threshold", "relaxation"), [(0.1, 0.7), (0.3, 0.0)])
 def test_three_steps_are_the_ones_by_hand(scene, key, threshold, relaxation, tolerance):
-    params, forget, retain, curvature, u = scene
-    options = {"gamma": 2.0, "alpha": 0.3, "tilt": 0.5}
+    params, forget, retain, curvature = scene
+    deviation = RepresentationDeviation(states, seed=3, tilt=0.5)
+    objective = with_retain(deviation, weight=0.3, forget_weight=2.0)
     projection = {"threshold": threshold, "relaxation": relaxation}
     optimizer = optax.sgd(0.2, momentum=0.9)
-    method = kuda(apply, hidden, curvature, optimizer, select="^w$", **projection, **options)
+    method = kuda(curvature, objective, optimizer, select="^w$", **projection)
     moved, history = run(method, scene, key, 3)
 
     x = np.concatenate([np.asarray(retain.inputs, np.float64), np.ones((30, 1))], axis=1)
@@ -79,18 +76,7 @@ def test_three_steps_are_the_ones_by_hand(scene, key, threshold, relaxation, tol
     projector = (basis * weights) @ basis.T
     here, momentum = params, 0.0
     for _ in range(3):
-        gradient = jax.grad(
-            lambda p: objectives.representation_deviation(
-                p,
-                forget,
-                retain,
-                apply=apply,
-                hidden=hidden,
-                reference_params=params,
-                direction=u,
-                **options,
-            )[0]
-        )(here)
+        gradient = jax.grad(lambda p: objective(apply, p, forget, retain, params)[0])(here)
         momentum = 0.9 * momentum + matrix(gradient)
         new = matrix(here) - 0.2 * projector @ momentum
         here = {**here, "w": jnp.asarray(new[:-1]), "b": jnp.asarray(new[-1])}
@@ -102,10 +88,10 @@ def test_three_steps_are_the_ones_by_hand(scene, key, threshold, relaxation, tol
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_forget_states_turn_away_and_retained_inputs_see_nothing(scene, key, tolerance):
-    params, forget, retain, curvature, _ = scene
+    params, forget, retain, curvature = scene
     optimizer = optax.adamw(0.02, weight_decay=0.1)
     settings = {"select": ["^w$"], "threshold": 1e-6, "relaxation": 0.0}
-    method = kuda(apply, hidden, curvature, optimizer, **settings)
+    method = kuda(curvature, DEVIATION, optimizer, **settings)
     moved, history = run(method, scene, key, 100)
     assert history["forget_cosine"][0] > 0.9
     assert history["forget_cosine"][-1] < 0.5
@@ -126,23 +112,11 @@ def test_on_a_transformer_the_traced_layer_alone_moves(key):
     trace = causal_trace(model, params, forget, **names, window=1, samples=2, key=keys[2])
     found = int(jnp.argmax(jnp.mean(trace.indirect_effect, axis=1)))
 
-    def entering(params, tokens):
-        return intervene(model, params, tokens).activations["head/kernel"]
-
     curvature = estimate(kfac(model, Categorical(), select="mlp"), params, [retain], key=keys[3])
-    method = kuda(
-        model, entering, curvature, optax.sgd(0.5), select=rf"blocks/{found}/mlp/", threshold=0.1
-    )
-    moved, _ = unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=2,
-        key=keys[4],
-        objective_args={"reference_params": params, "direction": jnp.ones(8) / 8**0.5},
-    )
+    objective = with_retain(RepresentationDeviation(Entering("head/kernel")))
+    options = {"select": rf"blocks/{found}/mlp/", "threshold": 0.1}
+    method = kuda(curvature, objective, optax.sgd(0.5), **options)
+    moved, _ = unlearn(method, model, params, forget, retain, steps=2, key=keys[4])
     has_moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), moved, params)
     mlp = has_moved["blocks"][str(found)].pop("mlp")
     assert all(jax.tree.leaves(mlp))
@@ -152,6 +126,6 @@ def test_on_a_transformer_the_traced_layer_alone_moves(key):
 def test_mistakes_get_a_sentence(scene):
     curvature = scene[3]
     with pytest.raises(ValueError, match=r"matches no parameter of the curvature; it covers w, v"):
-        kuda(apply, hidden, curvature, optax.sgd(0.1), select="blocks/9")
+        kuda(curvature, DEVIATION, optax.sgd(0.1), select="blocks/9")
     with pytest.raises(ValueError, match="threshold must be from 0 to 1, got 2"):
-        kuda(apply, hidden, curvature, optax.sgd(0.1), select="w", threshold=2.0)
+        kuda(curvature, DEVIATION, optax.sgd(0.1), select="w", threshold=2.0)

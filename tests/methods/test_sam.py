@@ -1,16 +1,14 @@
 """Sharpness-aware unlearning in the training loop, against the same steps written out by hand."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jedit import objectives
 from jedit.methods import sam
-from jedit.training.loop import unlearn
+from jedit.objectives import GA, NPO, RetainKL, RetainNLL
+from jedit.training import LoopState, unlearn
 
 
 def apply(params, inputs):
@@ -37,32 +35,17 @@ def by_hand(loss, retained, params, steps, radius, alpha, is_trained=lambda _: T
 def test_three_steps_are_the_ones_by_hand(scene, key, radius, alpha, trainable, tolerance):
     params, forget, retain = scene
     reference = jax.tree.map(lambda p: 0.8 * p, params)
-    forgetting = partial(objectives.npo, reference_params=reference, beta=0.5)
-    method = sam(
-        apply,
-        optax.sgd(0.1, momentum=0.9),
-        radius=radius,
-        alpha=alpha,
-        forget_objective=forgetting,
-        retain_objective=partial(objectives.retain_kl, reference_params=reference),
-    )
-    moved, history = unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=3,
-        key=key,
-        update_args=method.update_args,
-        trainable=trainable,
-    )
+    terms = {"objective": NPO(beta=0.5), "held": RetainKL(), "weight": alpha}
+    method = sam(optax.sgd(0.1, momentum=0.9), radius=radius, **terms)
+    start = LoopState(0, params, None, reference)
+    method = method._replace(trainable=trainable)
+    moved, history = unlearn(method, apply, start, forget, retain, steps=3, key=key)
 
     def loss(p):
-        return forgetting(p, forget, apply=apply)[0]
+        return NPO(beta=0.5)(apply, p, forget, None, reference)[0]
 
     def retained(p):
-        return objectives.retain_kl(p, None, retain, apply=apply, reference_params=reference)[0]
+        return RetainKL()(apply, p, None, retain, reference)[0]
 
     is_trained = (lambda name: name == trainable) if trainable else (lambda _: True)
     expected = by_hand(loss, retained, params, 3, radius, alpha, is_trained)
@@ -74,11 +57,10 @@ def test_three_steps_are_the_ones_by_hand(scene, key, radius, alpha, trainable, 
 
 def test_the_default_ascends_the_forget_loss_from_where_it_is_lower(scene, key, tolerance):
     params, forget, retain = scene
-    method = sam(apply, optax.sgd(0.1), radius=0.2)
-    options = {"steps": 1, "key": key, "update_args": method.update_args}
-    moved, history = unlearn(method.objective, method.optimizer, params, forget, retain, **options)
-    ascent = lambda p: objectives.ga(p, forget, apply=apply)[0]  # noqa: E731
-    held = lambda p: objectives.retain_nll(p, None, retain, apply=apply)[0]  # noqa: E731
+    method = sam(optax.sgd(0.1), radius=0.2)
+    moved, history = unlearn(method, apply, params, forget, retain, steps=1, key=key)
+    ascent = lambda p: GA()(apply, p, forget)[0]  # noqa: E731
+    held = lambda p: RetainNLL()(apply, p, None, retain)[0]  # noqa: E731
     g = jax.grad(ascent)(params)
     norm = jnp.sqrt(sum(jnp.sum(x * x) for x in g.values()))
     there = jax.tree.map(lambda p, x: p + 0.2 * x / norm, params, g)
@@ -92,15 +74,14 @@ def test_the_default_ascends_the_forget_loss_from_where_it_is_lower(scene, key, 
 
 def test_a_vanishing_forget_gradient_perturbs_nothing(scene, key, tolerance):
     params, forget, retain = scene
-    nothing = lambda p, f, r, *, apply: (0.0 * jnp.sum(p["w"]), {})  # noqa: ARG005, E731
-    method = sam(apply, optax.sgd(0.1), radius=0.2, forget_objective=nothing)
-    options = {"steps": 1, "key": key, "update_args": method.update_args}
-    moved, _ = unlearn(method.objective, method.optimizer, params, forget, retain, **options)
-    held = lambda p: objectives.retain_nll(p, None, retain, apply=apply)[0]  # noqa: E731
+    nothing = lambda apply, p, *_: (0.0 * jnp.sum(p["w"]), {})  # noqa: ARG005, E731
+    method = sam(optax.sgd(0.1), radius=0.2, objective=nothing)
+    moved, _ = unlearn(method, apply, params, forget, retain, steps=1, key=key)
+    held = lambda p: RetainNLL()(apply, p, None, retain)[0]  # noqa: E731
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(held)(params))
     tolerance.check(moved, expected)
 
 
 def test_mistakes_get_a_sentence():
     with pytest.raises(ValueError, match="radius must be positive"):
-        sam(apply, optax.sgd(0.1), radius=0.0)
+        sam(optax.sgd(0.1), radius=0.0)

@@ -1,16 +1,14 @@
 """ROSU, UAM and GU in the training loop, against the same steps written out by hand."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jedit import objectives
 from jedit.methods import gu, rosu, uam
-from jedit.training.loop import unlearn
+from jedit.objectives import GA, RetainNLL
+from jedit.training import TrainingMethod, unlearn
 
 
 def apply(params, inputs):
@@ -18,7 +16,7 @@ def apply(params, inputs):
 
 
 def nll_gradient(params, batch):
-    loss = lambda p: objectives.retain_nll(p, None, batch, apply=apply)[0]  # noqa: E731
+    loss = lambda p: RetainNLL()(apply, p, None, batch)[0]  # noqa: E731
     return jax.grad(loss)(params)
 
 
@@ -39,17 +37,8 @@ def like(vector, tree):
 def test_three_steps_are_the_ones_by_hand(scene, key, constrained, tolerance):
     params, forget, retain = scene
     make = rosu if constrained else uam
-    method = make(apply, optax.sgd(0.1, momentum=0.9), radius=0.3)
-    actual, history = unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=3,
-        key=key,
-        update_args=method.update_args,
-    )
+    method = make(optax.sgd(0.1, momentum=0.9), radius=0.3)
+    actual, history = unlearn(method, apply, params, forget, retain, steps=3, key=key)
     theta, momentum = flat(params), 0.0
     for _ in range(3):
         here = like(theta, params)
@@ -67,33 +56,20 @@ def test_three_steps_are_the_ones_by_hand(scene, key, constrained, tolerance):
 def test_gu_does_not_move_the_retain_loss_to_first_order(scene, key, scope):
     """A tenth of the step, a hundredth of the change; without GU, a tenth."""
     params, forget, retain = scene
-    ascent = partial(objectives.ga, apply=apply)
     plain = optax.scale_by_rms(decay=0.999, bias_correction=True)
     changes = []
     for rate in (1e-2, 1e-3):
-        method = gu(apply, ascent, learning_rate=rate, scope=scope)
-        optimizers = {
-            "gu": (method.optimizer, method.update_args),
-            "plain": (optax.chain(plain, optax.scale_by_learning_rate(rate)), None),
-        }
+        method = gu(GA(), learning_rate=rate, scope=scope)
+        bare = optax.chain(plain, optax.scale_by_learning_rate(rate))
+        methods = {"gu": method, "plain": TrainingMethod(GA(), bare)}
         change = {}
-        for name, (optimizer, update_args) in optimizers.items():
-            moved, _ = unlearn(
-                method.objective,
-                optimizer,
-                params,
-                forget,
-                retain,
-                steps=1,
-                key=jax.random.clone(key),
-                update_args=update_args,
-            )
-            after, before = (
-                objectives.retain_nll(p, None, retain, apply=apply)[0] for p in (moved, params)
-            )
+        for name, one in methods.items():
+            sets = (params, forget, retain)
+            moved, _ = unlearn(one, apply, *sets, steps=1, key=jax.random.clone(key))
+            after, before = (RetainNLL()(apply, p, None, retain)[0] for p in (moved, params))
             change[name] = abs(float(after - before))
-            grown = objectives.ga(params, forget, apply=apply)[0]
-            assert objectives.ga(moved, forget, apply=apply)[0] < grown, name
+            grown = GA()(apply, params, forget)[0]
+            assert GA()(apply, moved, forget)[0] < grown, name
         changes.append(change)
     large, small = changes
     assert large["plain"] / small["plain"] == pytest.approx(10, rel=0.5)
@@ -103,17 +79,8 @@ def test_gu_does_not_move_the_retain_loss_to_first_order(scene, key, scope):
 def test_a_step_of_gu_is_adams_off_the_retain_gradient(scene, key, tolerance):
     """In the first step Adam's sqrt(v̂) is the gradient's magnitude."""
     params, forget, retain = scene
-    method = gu(apply, partial(objectives.ga, apply=apply), learning_rate=0.02, scope="global")
-    moved, _ = unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=1,
-        key=key,
-        update_args=method.update_args,
-    )
+    method = gu(GA(), learning_rate=0.02, scope="global")
+    moved, _ = unlearn(method, apply, params, forget, retain, steps=1, key=key)
     g, r = -flat(nll_gradient(params, forget)), flat(nll_gradient(params, retain))
     h = np.abs(g) + 1e-8
     z, z_r = g / np.sqrt(h), r / np.sqrt(h)
@@ -125,8 +92,8 @@ def test_a_step_of_gu_is_adams_off_the_retain_gradient(scene, key, tolerance):
 def test_mistakes_get_a_sentence(scene):
     del scene
     with pytest.raises(ValueError, match="outer must be one of"):
-        rosu(apply, optax.sgd(0.1), radius=0.1, outer="pull")
+        rosu(optax.sgd(0.1), radius=0.1, outer="pull")
     with pytest.raises(ValueError, match="radius must be positive"):
-        uam(apply, optax.sgd(0.1), radius=-1.0)
+        uam(optax.sgd(0.1), radius=-1.0)
     with pytest.raises(ValueError, match="rank must be at least 1"):
-        gu(apply, objectives.ga, learning_rate=0.1, rank=0)
+        gu(GA(), learning_rate=0.1, rank=0)

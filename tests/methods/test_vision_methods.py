@@ -1,17 +1,14 @@
 """SalUn and l1-sparse in the training loop: the same steps by hand, and what must not move."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jedit import objectives
 from jedit.methods import l1_sparse, salun
-from jedit.objectives import relabel
-from jedit.training.loop import unlearn
+from jedit.objectives import RandomLabel, RetainNLL, relabel, with_retain
+from jedit.training import TrainingMethod, unlearn
 from jedit.transforms import add_l1_gradient, mask_to_salient
 
 
@@ -37,16 +34,7 @@ def numpy_gradient(params, batch):
 
 
 def train(method, params, forget, retain, key, steps):
-    return unlearn(
-        method.objective,
-        method.optimizer,
-        params,
-        forget,
-        retain,
-        steps=steps,
-        key=key,
-        update_args=method.update_args,
-    )
+    return unlearn(method, apply, params, forget, retain, steps=steps, key=key)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.2])
@@ -54,7 +42,7 @@ def test_salun_moves_the_salient_parameters_alone(scene, key, fraction):
     """Bit by bit, after a hundred steps of AdamW with a weight decay that moves everything."""
     params, forget, retain = scene
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
-    method = salun(apply, optimizer, params, forget, fraction=fraction)
+    method = salun(apply, params, forget, optimizer, fraction=fraction)
     relabelled = relabel(forget, 3, key=jax.random.fold_in(key, 1))
     moved, history = train(method, params, relabelled, retain, key, 100)
     sizes = {name: np.abs(g) for name, g in numpy_gradient(params, forget).items()}
@@ -66,16 +54,17 @@ def test_salun_moves_the_salient_parameters_alone(scene, key, fraction):
     assert history["relabelled_nll"][-1] < 0.8 * history["relabelled_nll"][0]
     # Ahead of Adam a mask holds nothing still.
     wrong = optax.chain(mask_to_salient(numpy_gradient(params, forget), fraction), optimizer)
-    loose, _ = unlearn(
-        method.objective, wrong, params, relabelled, retain, steps=2, key=jax.random.clone(key)
-    )
+    method = method._replace(optimizer=wrong)
+    loose, _ = train(method, params, relabelled, retain, jax.random.clone(key), 2)
     assert all(np.all(np.asarray(loose[name] != params[name])) for name in params)
 
 
 def test_three_steps_of_salun_are_the_ones_by_hand(scene, key, tolerance):
     params, forget, retain = scene
     halves = [jax.tree.map(lambda x, i=i: x[i : i + 3], forget) for i in (0, 3)]
-    method = salun(apply, optax.sgd(0.1, momentum=0.9), params, halves, gamma=0.7, alpha=1.3)
+    objective = with_retain(RandomLabel(), weight=1.3, forget_weight=0.7)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    method = salun(apply, params, halves, optimizer, objective=objective)
     relabelled = relabel(forget, 3, key=jax.random.fold_in(key, 1))
     actual, _ = train(method, params, relabelled, retain, key, 3)
     sizes = {name: np.abs(g) for name, g in numpy_gradient(params, forget).items()}
@@ -95,7 +84,7 @@ def test_three_steps_of_salun_are_the_ones_by_hand(scene, key, tolerance):
 def test_three_steps_of_l1_sparse_are_the_ones_by_hand(scene, key, tolerance):
     params, forget, retain = scene
     params = {**params, "v": params["v"].at[0, 1].set(0)}
-    method = l1_sparse(apply, optax.sgd(0.1, momentum=0.9), strength=0.375, steps=2)
+    method = l1_sparse(optax.sgd(0.1, momentum=0.9), strength=0.375, steps=2)
     actual, history = train(method, params, forget, retain, key, 3)
     theta = {name: np.asarray(p, np.float64) for name, p in params.items()}
     momentum = dict.fromkeys(params, 0.0)
@@ -106,7 +95,7 @@ def test_three_steps_of_l1_sparse_are_the_ones_by_hand(scene, key, tolerance):
             momentum[name] = 0.9 * momentum[name] + penalised
             theta[name] = theta[name] - 0.1 * momentum[name]
     tolerance.check(actual, theta)
-    held = objectives.retain_nll(params, None, retain, apply=apply)[0]
+    held = RetainNLL()(apply, params, None, retain)[0]
     np.testing.assert_allclose(history["loss"][0], held, rtol=1e-6)
 
 
@@ -123,8 +112,8 @@ def test_a_mask_knows_what_is_not_trained(scene, key):
     """The share is of the trained parameters."""
     params, forget, retain = scene
     optimizer = optax.chain(optax.sgd(0.1), mask_to_salient(params, 0.4))
-    held = partial(objectives.retain_nll, apply=apply)
-    moved, _ = unlearn(held, optimizer, params, forget, retain, steps=2, key=key, trainable="^v$")
+    method = TrainingMethod(RetainNLL(), optimizer, trainable="^v$")
+    moved, _ = train(method, params, forget, retain, key, 2)
     np.testing.assert_array_equal(moved["w"], params["w"])
     assert np.sum(np.asarray(moved["v"] != params["v"])) == 6
 
@@ -139,13 +128,13 @@ def test_equal_saliency_is_cut_to_the_number():
 def test_mistakes_get_a_sentence(scene):
     params, forget, _ = scene
     with pytest.raises(ValueError, match="fraction must be from 0 to 1, got 1.5"):
-        salun(apply, optax.sgd(0.1), params, forget, fraction=1.5)
+        salun(apply, params, forget, optax.sgd(0.1), fraction=1.5)
     with pytest.raises(ValueError, match=r"targets has shape None"):
-        salun(apply, optax.sgd(0.1), params, forget._replace(targets=None))
+        salun(apply, params, forget._replace(targets=None), optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"gradient has shape \(4, 5\) for params of \(5, 4\)"):
         mask_to_salient(params).init({"w": params["w"].T, "v": params["v"]})
     with pytest.raises(ValueError, match="strength must not be negative"):
-        l1_sparse(apply, optax.sgd(0.1), strength=-1.0, steps=3)
+        l1_sparse(optax.sgd(0.1), strength=-1.0, steps=3)
     with pytest.raises(ValueError, match="add_l1_gradient needs params"):
         add_l1_gradient(0.1).update(params, add_l1_gradient(0.1).init(params))
 

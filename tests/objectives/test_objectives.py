@@ -86,7 +86,7 @@ def test_npo_from_precomputed_losses_is_the_same(problem, tolerance):
     expected = objectives.npo(
         params, forget, retain, apply=apply, reference_params=reference, beta=0.7, alpha=1.4
     )
-    reference_nll = objectives.sequence_nll(reference, forget, apply=apply)
+    reference_nll = objectives.sequence_nll(apply, reference, forget)
     tolerance.check(reference_nll, numpy_nll(reference, forget).sum(1))
     actual = objectives.npo_from_nll(
         params, forget, retain, apply=apply, reference_nll=reference_nll, beta=0.7, alpha=1.4
@@ -165,7 +165,7 @@ def test_a_classifier_has_one_output_per_example(problem, tolerance):
     nll = -scipy.special.log_softmax(logits, axis=-1)[[0, 3, 5], [1, 1, 6]]
     loss, _ = objectives.ga(params, forget, apply=apply)
     tolerance.check(loss, -np.mean(nll[[0, 2]]))
-    sums = objectives.sequence_nll(params, forget, apply=apply)
+    sums = objectives.sequence_nll(apply, params, forget)
     tolerance.check(sums, nll * np.array([1, 0, 1]))
     assert np.isfinite(objectives.npo(params, forget, apply=apply, reference_params=reference)[0])
 

@@ -285,7 +285,7 @@ def test_sets_may_carry_what_belongs_to_their_rows(problem, key, tolerance):
     """Precomputed reference losses travel with the forget rows."""
     params, forget, _ = problem
     reference = jax.tree.map(lambda p: 0.5 * p, params)
-    losses = objectives.sequence_nll(reference, forget, apply=apply)
+    losses = objectives.sequence_nll(apply, reference, forget)
 
     def from_losses(params, rows, _):
         batch, reference_nll = rows

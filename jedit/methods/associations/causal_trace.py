@@ -190,7 +190,7 @@ def _deviation(embedded: Array, subject: Array) -> Array:
 
 
 def _probability(logits: Array, batch: Batch) -> Float[Array, " batch"]:
-    nll, counted = counted_nll(None, batch, apply=lambda _, __: logits)
+    nll, counted = counted_nll(lambda _, __: logits, None, batch)
     nll, counted = (x.reshape(len(x), -1) for x in (nll, counted))
     number = jnp.maximum(jnp.sum(counted, axis=1), 1).astype(nll.dtype)
     return jnp.exp(-jnp.sum(nll, axis=1) / number)

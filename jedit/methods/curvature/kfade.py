@@ -56,7 +56,7 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
 from jedit.methods._entrance import check_rows, refuse_zero_gradients, stop_if_not_finite
-from jedit.objectives import ga
+from jedit.objectives import GA, Objective
 
 
 class KfadeInfo(NamedTuple):
@@ -105,7 +105,7 @@ def kfade(
     steps: int = 4,
     damping: float | Array = 1e-2,
     likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
-    objective: Callable | None = None,
+    objective: Objective = GA(),  # noqa: B008 - frozen and hashable
 ) -> tuple[Edit, KfadeInfo]:
     """Edit a model to forget, at a stated price in retain KL.
 
@@ -121,9 +121,7 @@ def kfade(
         steps: number of steps. Paper: a few; 4 is what our table was made with.
         damping: in units of each block's mean eigenvalue (ours; 0.01 to 0.1 were best).
         likelihood: what the outputs mean; its KL is what the budget is in.
-        objective: `objective(params, forget, retain) -> (scalar, aux)`, lowered; None: `ga`, the
-            negative forget loss. Bind other arguments with `functools.partial`, once, outside of a
-            loop: each new function object compiles again.
+        objective: what is lowered, with θ₀ for its reference; `GA()` is the negative forget loss.
 
     Returns:
         The edit, of the covered parameters alone, in float32 or wider; `cast_report` says what of
@@ -141,6 +139,7 @@ def kfade(
     check_numbers(COUNT, steps=steps)
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_function(apply)
+    check_function(objective, "objective", "(apply, params, forget, retain, reference)")
     check_params(params)
     forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
     if not callable(curvature):
@@ -148,8 +147,6 @@ def kfade(
     refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
     if (budget is None) == (step is None):
         raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    if objective is None:
-        objective = _gradient_ascent(apply)
     price = RetainKl(apply, likelihood, params, retain)
     check_rows(apply, likelihood, params, forget=forget, retain=price.batches)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
@@ -165,7 +162,9 @@ def kfade(
         covered = part_of(params, metric.covered)
         change = {path: _wide_zeros(x) for path, x in covered.items()} | change
         where = (tuple(covered), params, change)
-        value, gradient = _objective_gradient(objective, where, forget, counts, price.batches)
+        value, gradient = _objective_gradient(
+            objective, apply, where, forget, counts, price.batches
+        )
         stop_if_not_finite(f"step {k}", value, gradient, params, sets)
         norm = float(_norm(gradient))
         if k == 0:
@@ -206,30 +205,25 @@ def _wide_zeros(x: Array) -> Array:
     return jnp.zeros_like(x, dtype=wide_dtype(x.dtype))
 
 
-@functools.cache
-def _gradient_ascent(apply: Callable) -> Callable:
-    """One objective object for one model, so that repeated calls compile once."""
-    return functools.partial(ga, apply=apply)
-
-
-def _objective_gradient(objective, where, forget, counts, retain):
+def _objective_gradient(objective, apply, where, forget, counts, retain):
     """Mean of the objective and of its gradient over the forget batches, by counted outputs."""
     total = None
     for i, batch in enumerate(forget):
         share = counts[i] / max(sum(counts), 1)
-        total = _add_gradient(objective, *where, batch, retain[i % len(retain)], share, total)
+        rows = (batch, retain[i % len(retain)])
+        total = _add_gradient(objective, apply, *where, *rows, share, total)
     assert total is not None  # there is a batch
     value, gradient = total
     return float(value), gradient
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=7)
-def _add_gradient(objective, paths, params, change, forget, retain, share, total):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=8)
+def _add_gradient(objective, apply, paths, params, change, forget, retain, share, total):
     """Share of one batch's value and gradient in these parameters, added to those before."""
     current = moved(params, change)
 
     def lowered(part):
-        return objective(with_part(current, part), forget, retain)
+        return objective(apply, with_part(current, part), forget, retain, params)
 
     (value, _), gradient = jax.value_and_grad(lowered, has_aux=True)(part_of(current, paths))
     one = jax.tree.map(lambda x: wide(x) * jnp.asarray(share, wide(x).dtype), (value, gradient))

@@ -3,51 +3,49 @@
     z = g/√h,  z_⊥ = z - QQᵀz,  θ <- θ - η z_⊥/√h       `transforms.orthogonalize_to_retain`
 
     g   gradient of the objective                        `objective`
-    Q   orthonormal basis of whitened retain gradients   `retain_objective`, `rank`, `scope`
+    Q   orthonormal basis of whitened retain gradients   `held`, `rank`, `scope`
     h   sqrt(v̂) + ε, Adam's                              `transforms.orthogonalize_to_retain`
 
 so that to first order no step moves a retain loss that is in the basis [author's derivation].
 
 Differences. The basis holds raw gradients, whitened anew at each step; the first released code
-froze it once full. The default retain objective is the NLL, since the KL to the start has no
-gradient there; the paper's is the KL: give `retain_kl` with its `reference_params` bound. No
-momentum: it would leave the subspace. The author's own audit in 2026 says that the published
-numbers are not established by the corrected code, so none is a target here.
+froze it once full. The default of `held` is the NLL, since the KL to the start has no
+gradient there; the paper's is the KL: give `RetainKL()`. No momentum: it would leave the subspace.
+The author's own audit in 2026 says that the published numbers are not established by the corrected
+code, so none is a target here.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.objectives import retain_nll
+from jedit.objectives import Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import orthogonalize_to_retain
 
 
 def gu(
-    apply: Callable,
-    objective: Callable,
+    objective: Objective,
     *,
-    learning_rate: float,
+    learning_rate: float | optax.Schedule,
     rank: int = 8,
     scope: str = "leaf",
     refresh: int = 1,
-    retain_objective: Callable = retain_nll,
+    held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """GU around any objective.
 
     Args:
-        apply: `apply(params, inputs) -> logits`.
-        objective: `(params, forget, retain) -> (scalar, aux)`, lowered; `ga` with `apply` bound,
-            for instance.
+        objective: what is lowered; `GA()`, for instance.
         learning_rate: η.
         rank: retain gradients in the basis (paper: 8).
         scope: "leaf", a basis for every parameter (paper), or "global".
         refresh: steps between two new retain gradients; 1 is every step.
-        retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
+        held: the retain objective whose gradients span the subspace.
 
     Returns:
         What `jedit.unlearn` takes. A step costs two gradients, and 8 rank² flops a parameter.
@@ -57,16 +55,25 @@ def gu(
     """
     if not callable(learning_rate):  # a schedule is
         check_numbers(NOT_NEGATIVE, learning_rate=learning_rate)
-    held = functools.partial(retain_objective, apply=apply)
-
-    def update_args(params, forget, retain):
-        del params
-
-        def retain_grad_fn(params):
-            return jax.grad(held, has_aux=True)(params, forget, retain)[0]
-
-        return {"retain_grad_fn": retain_grad_fn}
-
     projection = orthogonalize_to_retain(rank, refresh=refresh, scope=scope, metric="adam")
     optimizer = optax.chain(projection, optax.scale_by_learning_rate(learning_rate))
-    return TrainingMethod(objective, optimizer, update_args)
+    return TrainingMethod(objective, optimizer, _RetainGradient(held))
+
+
+@dataclasses.dataclass(frozen=True)
+class _RetainGradient:
+    """The projection's argument: the gradient of what is held, as a function of the parameters."""
+
+    held: Objective
+
+    def __call__(
+        self, apply: Callable, params: PyTree, forget: PyTree, retain: PyTree, reference: PyTree
+    ) -> dict[str, Callable]:
+        del params  # the projection asks where it stands
+
+        def retain_grad_fn(params: PyTree) -> PyTree:
+            return jax.grad(lambda p: self.held(apply, p, forget, retain, reference), has_aux=True)(
+                params
+            )[0]
+
+        return {"retain_grad_fn": retain_grad_fn}

@@ -1,12 +1,12 @@
 """KUDA: turn the forget states away inside what the retain inputs hardly use (arXiv 2602.19275).
 
     1. `causal_trace` says which layers hold the knowledge               -> `select`
-    2. L = γ mean cos(h(x_f), h_ref(x_f)) + α R    `objectives.representation_deviation`
+    2. L = mean cos(h(x_f), h_ref(x_f)) + α R      `objectives.RepresentationDeviation`
     3. ΔW <- P ΔW,  P = U diag(w) Uᵀ               `geometry.null_space`, `relaxation`
 
     U, w  eigenbasis of the chosen layers' input moments over the retain set; w is 1 below the
           threshold and decays above                                     `curvature`, `threshold`
-    h     hidden state at or after the last of these layers              `hidden`
+    h     hidden state at or after the last of these layers              `objective`
 
 Exact symbols: derived. The three steps are the paper's; the power law of w, the retain term, the
 tilt of the objective's target and every default are ours.
@@ -17,51 +17,41 @@ weight decay and the retain gradient then leave.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import optax
 
-from jedit.core.arguments import check_kind, matcher
+from jedit.core.arguments import check_function, check_kind, matcher
 from jedit.curvature import Curvature
 from jedit.geometry import null_space
-from jedit.objectives import representation_deviation
+from jedit.objectives import Objective
 from jedit.training.method import TrainingMethod
 from jedit.transforms import project_realised_update
 
 
 def kuda(
-    apply: Callable,
-    hidden: Callable,
     curvature: Curvature,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
     select: str | Sequence[str],
     threshold: float = 0.02,
     relaxation: float = 1.0,
-    **options,
 ) -> TrainingMethod:
     """KUDA around any optimizer; all parameters but the selected ones stay.
 
-    The frozen model and the direction are arguments of the loop:
-
-        method = kuda(apply, hidden, curvature, optax.adam(1e-4), select=r"blocks/(3|4)/mlp/")
-        frozen = {"reference_params": params, "direction": random_direction(width, key=key)}
-        params, history = jedit.unlearn(
-            method.objective, method.optimizer, params, forget, retain,
-            update_args=method.update_args, objective_args=frozen, steps=100, key=key,
-        )
+        objective = with_retain(RepresentationDeviation(Entering("blocks/5/mlp/in/kernel")))
+        method = kuda(curvature, objective, optax.adam(1e-4), select=r"blocks/(3|4)/mlp/")
+        params, history = jedit.unlearn(method, apply, params, forget, retain, steps=100, key=key)
 
     Args:
-        apply: `apply(params, inputs) -> logits`.
-        hidden: `hidden(params, inputs) -> (batch, ..., width)`: of what enters a site of that name,
-            `capture.intervene(apply, params, inputs).activations[name]` is one.
         curvature: of the retain rows at the frozen params; only input moments are read.
+        objective: `with_retain(RepresentationDeviation(hidden))`, hidden at or after the last of
+            the layers; any other may stand in its place.
         optimizer: learning rate included; the projection comes behind it.
         select: regular expression, or several, searched in the parameter paths: the layers to edit.
         threshold: share of the retained inputs' energy that counts as unused; 0.02 is arbitrary.
         relaxation: 0 is the hard projector; 1, w = c/a above the cut, is arbitrary.
-        **options: of `representation_deviation`: gamma, alpha, tilt, retain_objective.
 
     Returns:
         What `jedit.unlearn` takes. A step costs one gradient, one forward pass of the frozen model
@@ -71,6 +61,7 @@ def kuda(
         ValueError: `select` matches no parameter of the curvature; and as `null_space`.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
+    check_function(objective, "objective", "(apply, params, forget, retain, reference)")
     is_selected = matcher(select, "select")
     chosen = {
         name: block for name, block in curvature.blocks.items() if is_selected(block.weight.path)
@@ -83,6 +74,5 @@ def kuda(
     projector = null_space(
         dataclasses.replace(curvature, blocks=chosen), threshold=threshold, relaxation=relaxation
     )
-    objective = functools.partial(representation_deviation, apply=apply, hidden=hidden, **options)
     chain = optax.chain(optimizer, project_realised_update(projector))
-    return TrainingMethod(objective, chain, lambda *_: {})
+    return TrainingMethod(objective, chain)

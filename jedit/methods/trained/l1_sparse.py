@@ -2,7 +2,7 @@
 
     minimise L_r(θ) + γ_t ‖θ‖₁,   γ_t = γ (1 - t/T)     `transforms.add_l1_gradient`
 
-    L_r   mean NLL of the retain rows                    `retain_objective`
+    L_r   mean NLL of the retain rows                    `held`
     γ     strength of the penalty at the first step      `strength`
     T     steps after which there is none                `steps`
 
@@ -13,33 +13,28 @@ penalty's subgradient is what is followed, so weights come near zero and are not
 of 0.2 is the default in the code and fits no model of ours: there is none here.
 """
 
-import functools
-from collections.abc import Callable
-
 import optax
 
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
-from jedit.objectives import retain_nll
+from jedit.objectives import Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import add_l1_gradient
 
 
 def l1_sparse(
-    apply: Callable,
     optimizer: optax.GradientTransformation,
     *,
     strength: float,
     steps: int,
-    retain_objective: Callable = retain_nll,
+    held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """l1-sparse around any optimizer.
 
     Args:
-        apply: `apply(params, inputs) -> logits`.
         optimizer: takes the penalised gradient.
         strength: γ.
         steps: T, the length of the run, or less.
-        retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
+        held: the retain objective.
 
     Returns:
         What `jedit.unlearn` takes; the loss in its history is L_r alone.
@@ -49,7 +44,5 @@ def l1_sparse(
     """
     check_numbers(NOT_NEGATIVE, strength=strength)
     check_numbers(COUNT, steps=steps)
-    objective = functools.partial(retain_objective, apply=apply)
     penalty = add_l1_gradient(optax.linear_schedule(strength, 0.0, steps))
-    chain = optax.chain(penalty, optimizer)
-    return TrainingMethod(objective, chain)
+    return TrainingMethod(held, optax.chain(penalty, optimizer))

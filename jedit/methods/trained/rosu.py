@@ -3,8 +3,8 @@
     δ = argmax g_fᵀδ  subject to  g_rᵀδ = 0, ‖δ‖ <= ρ      `geometry.surrogate`
     θ <- θ - η(∇L_r(θ + δ))                                `transforms.retain_neutral_surrogate`
 
-    g_f   gradient of the forget loss, which δ raises      `forget_loss`
-    g_r   gradient of the retain loss                      `retain_objective`
+    g_f   gradient of the forget loss, which δ raises      minus that of `GA()`
+    g_r   gradient of the retain loss                      `held`
     η     any optimizer                                    `optimizer`
 
 UAM, the parent, has no constraint: δ = ρ g_f/‖g_f‖.
@@ -15,38 +15,37 @@ Differences. The gradient at θ + δ is applied at θ, as in UAM's released code
 decay 5e-4, batches of 128.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import optax
+from jaxtyping import PyTree
 
-from jedit.objectives import ga, retain_nll
+from jedit.objectives import GA, Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import retain_neutral_surrogate
 
 
 def rosu(
-    apply: Callable,
     optimizer: optax.GradientTransformation,
     *,
     radius: float,
     outer: str = "transport",
     strength: float = 1.0,
     scope: str = "global",
-    retain_objective: Callable = retain_nll,
+    held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """ROSU around any optimizer.
 
     Args:
-        apply: `apply(params, inputs) -> logits`.
         optimizer: takes the surrogate's gradient.
         radius: ρ.
         outer: "transport" (as the parent method's code), "amplify" or "push", as of
             `retain_neutral_surrogate`.
         strength: γ of the latter two; 1 is arbitrary.
         scope: of the constraint: "global" (the stated problem), or "leaf", one for every parameter.
-        retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
+        held: the retain objective.
 
     Returns:
         What `jedit.unlearn` takes. A step costs three gradients.
@@ -55,31 +54,35 @@ def rosu(
         ValueError: an unknown `outer` or scope, or a radius that is not positive.
     """
     surrogate = retain_neutral_surrogate(radius, outer=outer, strength=strength, scope=scope)
-    return _around(apply, surrogate, optimizer, retain_objective)
+    return TrainingMethod(held, optax.chain(surrogate, optimizer), _Gradients(held))
 
 
 def uam(
-    apply: Callable,
     optimizer: optax.GradientTransformation,
     *,
     radius: float,
-    retain_objective: Callable = retain_nll,
+    held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """UAM: as `rosu`, with a perturbation that ascends the forget loss and minds nothing else."""
     surrogate = retain_neutral_surrogate(radius, constrained=False)
-    return _around(apply, surrogate, optimizer, retain_objective)
+    return TrainingMethod(held, optax.chain(surrogate, optimizer), _Gradients(held))
 
 
-def _around(apply, surrogate, optimizer, retain_objective) -> TrainingMethod:
-    objective = functools.partial(retain_objective, apply=apply)
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The surrogate's arguments: the gradient that δ follows, and the one that is taken there."""
 
-    def forget_loss(params, forget):
-        return -ga(params, forget, apply=apply)[0]
+    held: Objective
 
-    def update_args(params, forget, retain):
-        def grad_fn(params):
-            return jax.grad(objective, has_aux=True)(params, forget, retain)[0]
+    def __call__(
+        self, apply: Callable, params: PyTree, forget: PyTree, retain: PyTree, reference: PyTree
+    ) -> dict[str, PyTree | Callable]:
+        def forget_loss(params: PyTree):
+            return -GA()(apply, params, forget)[0]
 
-        return {"forget_grads": jax.grad(forget_loss)(params, forget), "grad_fn": grad_fn}
+        def grad_fn(params: PyTree) -> PyTree:
+            return jax.grad(lambda p: self.held(apply, p, forget, retain, reference), has_aux=True)(
+                params
+            )[0]
 
-    return TrainingMethod(objective, optax.chain(surrogate, optimizer), update_args)
+        return {"forget_grads": jax.grad(forget_loss)(params), "grad_fn": grad_fn}

@@ -1,19 +1,18 @@
 """SalUn: random labels, learnt by the parameters alone that forgetting concerns (arXiv 2310.12508).
 
     m = 1(|∇L_f(θ₀)| >= c)                              `transforms.mask_to_salient`
-    θ <- θ₀ + m ⊙ (θ - θ₀),  θ minimising γ L_f(y') + α L_r     `objectives.random_label`
+    θ <- θ₀ + m ⊙ (θ - θ₀),  θ minimising L_f(y') + L_r         `objective`
 
     L_f   mean NLL of the forget rows; with y' of their random labels     `forget`, `relabel`
-    L_r   mean NLL of the retain rows                                     `retain_objective`
+    L_r   mean NLL of the retain rows                                     `objective`
     c     such that the mask holds a given share of all parameters        `fraction`
-    γ, α  weights of the two                                              `gamma`, `alpha`
 
 Differences.  The released code masks the gradient and, since 2026, puts masked parameters and their
 momentum back after each step (before, weight decay moved them); ours masks the whole update.  With
 SGD, momentum and weight decay the two are one, and masked parameters stay bit-identical.  It passes
 first over the forget rows and then over the retain rows, each epoch; ours takes both in each step.
 It draws labels anew in each epoch, the right one among them; `relabel` draws once, y' != y, as the
-paper states.  The share of 0.5 is the paper's; γ = α = 1 are `random_label`'s.
+paper states.  The share of 0.5 is the paper's.
 """
 
 import functools
@@ -26,41 +25,37 @@ from jaxtyping import PyTree
 
 from jedit.core.arguments import batch_list, check_function, check_optimizer, check_params
 from jedit.core.batch import Batch, wide_dtype
-from jedit.core.checks import NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.checks import SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods._entrance import check_rows, stop_if_not_finite
-from jedit.objectives import random_label, retain_nll, sequence_nll
+from jedit.objectives import Objective, RandomLabel, sequence_nll, with_retain
 from jedit.training.method import TrainingMethod
 from jedit.transforms import mask_to_salient
 
 
 def salun(
     apply: Callable,
-    optimizer: optax.GradientTransformation,
     params: PyTree,
     forget: Batch | Sequence[Batch],
+    optimizer: optax.GradientTransformation,
     *,
     fraction: float = 0.5,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-    retain_objective: Callable = retain_nll,
+    objective: Objective = with_retain(RandomLabel()),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """SalUn around any optimizer.
 
-        method = salun(apply, optax.sgd(0.01, momentum=0.9), params, forget)
+        method = salun(apply, params, forget, optax.sgd(0.01, momentum=0.9))
         other = relabel(forget, 10, key=key)
-        unlearn(method.objective, method.optimizer, params, other, retain, ...)
+        params, history = jedit.unlearn(method, apply, params, other, retain, steps=100, key=key)
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        optimizer: what the mask stands behind.
         params: θ₀.
         forget: the forget rows with their right labels; one batch or several.
+        optimizer: what the mask stands behind.
         fraction: share of the parameters that may change (paper: 0.5).
-        gamma: γ; 1 is `random_label`'s.
-        alpha: α; 1 is `random_label`'s.
-        retain_objective: `(params, forget, retain, *, apply, reference_params) -> (scalar, aux)`.
+        objective: what the loop lowers.
 
     Returns:
         What `jedit.unlearn` takes, whose forget rows are to be the relabelled ones. Costs one
@@ -70,10 +65,6 @@ def salun(
         ValueError: a fraction outside 0 to 1, or forget rows without labels.
     """
     check_numbers(SHARE, fraction=fraction)
-    check_numbers(NOT_NEGATIVE, gamma=gamma, alpha=alpha)
-    objective = functools.partial(
-        random_label, apply=apply, gamma=gamma, alpha=alpha, retain_objective=retain_objective
-    )
     check_function(apply)
     check_optimizer(optimizer)
     check_params(params)
@@ -97,4 +88,4 @@ def _summed_gradient(apply: Callable, params: PyTree, batches: Sequence[Batch]) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(apply: Callable, params: PyTree, batch: Batch) -> PyTree:
-    return jax.grad(lambda p: jnp.sum(sequence_nll(p, batch, apply=apply)))(params)
+    return jax.grad(lambda p: jnp.sum(sequence_nll(apply, p, batch)))(params)

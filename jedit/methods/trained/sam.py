@@ -4,8 +4,8 @@
     δ = ρ g_f/‖g_f‖                                      to first order
     θ <- θ - η (∇L_f(θ + δ) + α ∇L_r(θ))
 
-    L_f   forget objective, lowered: δ undoes forgetting   `forget_objective`
-    L_r   retain objective, `α` its weight                 `retain_objective`, `alpha`
+    L_f   forget objective, lowered: δ undoes forgetting   `objective`
+    L_r   retain objective, `α` its weight                 `held`, `weight`
     g_f   ∇L_f(θ)
     ρ     radius; 0.01 is the released code's              `radius`
     η     any optimizer                                    `optimizer`
@@ -15,43 +15,40 @@ the retain loss from θ + δ with δ ahead in forgetting, here the forget loss i
 a relearner would have gone, so that what is reached is flat.
 
 Differences. δ runs over the parameters that are trained, all others stay. Any objective may be L_f,
-gradient ascent by default; the paper's is NPO: bind its `reference_params`. optax.contrib.sam is
-not used: it perturbs one loss as a whole, takes no further arguments of a chain and divides by a
-gradient of zero; `retain_neutral_surrogate` without its constraint is the same δ.
+gradient ascent by default; the paper's is NPO: give `NPO()`. optax.contrib.sam is not used: it
+perturbs one loss as a whole, takes no further arguments of a chain and divides by a gradient of
+zero; `retain_neutral_surrogate` without its constraint is the same δ.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
-from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.objectives import ga, retain_nll
+from jedit.objectives import GA, Objective, RetainNLL, with_retain
 from jedit.training.method import TrainingMethod
 from jedit.transforms import retain_neutral_surrogate
 
 
 def sam(
-    apply: Callable,
     optimizer: optax.GradientTransformation,
     *,
     radius: float = 0.01,
-    alpha: float = 1.0,
-    forget_objective: Callable = ga,
-    retain_objective: Callable = retain_nll,
+    objective: Objective = GA(),  # noqa: B008 - frozen and hashable
+    held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
+    weight: float = 1.0,
 ) -> TrainingMethod:
     """Sharpness-aware unlearning around any optimizer and any forget objective.
 
     Args:
-        apply: `apply(params, inputs) -> logits`.
         optimizer: takes the min-max gradient.
         radius: ρ (paper's code: 0.01).
-        alpha: weight of the retain objective; 1 is arbitrary.
-        forget_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`; it is given no
-            retain rows, so that a retain term of its own stays away.
-        retain_objective: `(params, forget, retain, *, apply) -> (scalar, aux)`.
+        objective: what forgets, without a retain term of its own.
+        held: the retain objective.
+        weight: of the retain objective; 1 is arbitrary.
 
     Returns:
         What `jedit.unlearn` takes; the angle and retain change in the optimizer's state are those
@@ -59,28 +56,33 @@ def sam(
         gradients before the compiler finds those that are alike.
 
     Raises:
-        ValueError: a radius that is not positive.
+        ValueError: a radius that is not positive, or a weight that is negative.
     """
-    check_numbers(NOT_NEGATIVE, alpha=alpha)
-    forgotten = functools.partial(forget_objective, apply=apply)
-    held = functools.partial(retain_objective, apply=apply)
-
-    def objective(params, forget, retain):
-        loss, aux = forgotten(params, forget, None)
-        retained, retain_aux = held(params, forget, retain)
-        return loss + alpha * retained, {**aux, **retain_aux}
-
-    def update_args(params, forget, retain):
-        def forget_grad(params):
-            return jax.grad(forgotten, has_aux=True)(params, forget, None)[0]
-
-        retain_grads = jax.grad(held, has_aux=True)(params, forget, retain)[0]
-
-        def grad_fn(params):
-            weighted = jax.tree.map(lambda g: alpha * g, retain_grads)
-            return jax.tree.map(jnp.add, forget_grad(params), weighted)
-
-        return {"forget_grads": forget_grad(params), "grad_fn": grad_fn}
-
+    whole = with_retain(objective, held, weight=weight)
     surrogate = retain_neutral_surrogate(radius, constrained=False)
-    return TrainingMethod(objective, optax.chain(surrogate, optimizer), update_args)
+    chain = optax.chain(surrogate, optimizer)
+    return TrainingMethod(whole, chain, _Gradients(objective, held, weight))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradients:
+    """The surrogate's arguments: δ follows the forget gradient, which alone is taken there."""
+
+    objective: Objective
+    held: Objective
+    weight: float
+
+    def __call__(
+        self, apply: Callable, params: PyTree, forget: PyTree, retain: PyTree, reference: PyTree
+    ) -> dict[str, PyTree | Callable]:
+        def gradient(objective: Objective, params: PyTree) -> PyTree:
+            return jax.grad(lambda p: objective(apply, p, forget, retain, reference), has_aux=True)(
+                params
+            )[0]
+
+        retained = jax.tree.map(lambda g: self.weight * g, gradient(self.held, params))
+
+        def grad_fn(params: PyTree) -> PyTree:
+            return jax.tree.map(jnp.add, gradient(self.objective, params), retained)
+
+        return {"forget_grads": gradient(self.objective, params), "grad_fn": grad_fn}

@@ -418,18 +418,16 @@ def _scaled_curve(
 def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str, Trainer]:
     inputs = jax.tree.map(lambda x: x[:1], task.forget.inputs)
     found = intervene(task.apply, task.original, inputs)
-    width = found.activations[task.hidden_site].shape[-1]
     projector = null_space(retained, threshold=NULL_SPACE)
-    made = trainers(task.apply, task.hidden_site, width, found.outputs.shape[-1])
+    made = trainers(task.hidden_site, found.outputs.shape[-1])
     sites = list(found.activations)
     earlier = [name for name in sites[: sites.index(task.hidden_site)] if name in retained.blocks]
     if earlier:
-        model = (task.apply, task.hidden_site, width)
-        made = made | {"KUDA": kuda_before(*model, retained, earlier)}
+        made = made | {"KUDA": kuda_before(retained, task.hidden_site, earlier)}
     return made | {
-        "null-space GradDiff": projected_ascent(task.apply, projector),
-        NATURAL: natural_npo(task.apply, tempered),
-        SOFT_NATURAL: natural_npo(task.apply, tempered, beta=SOFT),
+        "null-space GradDiff": projected_ascent(projector),
+        NATURAL: natural_npo(tempered),
+        SOFT_NATURAL: natural_npo(tempered, beta=SOFT),
     }
 
 
@@ -446,13 +444,13 @@ def _trained_curves(
     if trainer.prepare is not None:
         forget = trainer.prepare(forget, task.refusals)
     by_rate = ascend(
-        trainer.method,
+        trainer.method._replace(batch_size=grid.batch_size),
+        task.apply,
         task.original,
         forget,
         task.retain,
         learning_rates=rates,
         looks=grid.looks,
-        batch_size=grid.batch_size,
         key=key,
     )
     for rate, found in zip(rates, by_rate, strict=True):

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,31 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.training import TrainingMethod
-from jedit.training.loop import History, LoopState, unlearn
+from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.watch import History
 
 
 def ascend(
     method: TrainingMethod,
+    apply: Callable,
     params: PyTree,
     forget: Batch | tuple[Batch, Batch],
     retain: Batch,
     *,
     learning_rates: tuple[float, ...],
     looks: tuple[int, ...],
-    batch_size: int,
     key: Array,
 ) -> Iterator[list[tuple[int, float, PyTree]]]:
     """Run the loop at each rate, and look after the given numbers of steps.
 
     Args:
-        method: its objective takes `reference_params`, its optimizer's state holds the rate.
+        method: its optimizer's state holds the rate.
+        apply: `apply(params, inputs) -> outputs`.
         params: where to begin; they are also the reference.
         forget: the rows to be forgotten.
         retain: the rows to be kept.
         learning_rates: put into the optimizer's state, one after the other.
         looks: the numbers of steps, rising.
-        batch_size: rows of either set in one step; fewer if the set has fewer.
         key: of the orders.
 
     Yields:
@@ -50,22 +50,19 @@ def ascend(
         state = optax.tree_utils.tree_set(initial, learning_rate=rate)
         run = functools.partial(
             unlearn,
-            method.objective,
-            method.optimizer,
+            method,
+            apply,
             LoopState(0, params, state),
             forget,
             retain,
             key=key,
-            batch_size=batch_size,
-            update_args=method.update_args,
-            objective_args={"reference_params": params},
         )
         looked = _Looks(looks)
         try:
             if i == 0:  # once for nothing: the clock must not see the compiler
                 jax.block_until_ready(run(steps=every))
                 looked = _Looks(looks)
-            run(steps=looks[-1], every=every, callback=looked)
+            run(steps=looks[-1], watch=Watch(looked, every))
         except FloatingPointError:  # the rate was too large
             looked.fill(destroyed(params))
         yield looked.found

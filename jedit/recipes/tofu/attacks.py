@@ -25,8 +25,8 @@ from jedit.core.batch import Batch
 from jedit.data import QaRow
 from jedit.edits import apply_edit, edit_between
 from jedit.recipes.comparison.compare import Task
-from jedit.recipes.comparison.trained import entering
 from jedit.recipes.tofu.evaluation import LanguageModel, Questions
+from jedit.tracing import Entering
 
 RELEARN_STEPS = 20
 RELEARNING_RATE = 3e-4
@@ -108,7 +108,7 @@ def _probe(model: LanguageModel, params: PyTree, task: Task, rows: list[QaRow]) 
     """Whether a question's hidden state says which author it is about: half fit, half asked."""
     encoded = _encoded(model, rows)
     last = jnp.argmax(jnp.asarray(encoded.mask) > 0, axis=1)
-    hidden = _hidden(task.apply, task.hidden_site)(params, encoded.inputs)
+    hidden = _states(Entering(task.hidden_site), task.apply, params, encoded.inputs)
     states = np.asarray(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     authors = np.array([row.author for row in rows])
     fit, ask = slice(0, None, 2), slice(1, None, 2)
@@ -121,7 +121,4 @@ def _adam(rate: float) -> optax.GradientTransformation:
     return optax.adam(rate)
 
 
-@functools.cache
-def _hidden(apply: Callable, site: str) -> Callable:
-    """One compiled function for all models."""
-    return jax.jit(entering(apply, site))
+_states = jax.jit(lambda hidden, *given: hidden(*given), static_argnums=(0, 1))

@@ -1,0 +1,68 @@
+"""Which rows a step sees.
+
+Rows are drawn epoch by epoch: epoch e is a permutation of the set, made from `fold_in(key, e)`, and
+the epochs follow one another in one stream that is cut into batches.  So each row is seen equally
+often, to within one, and the rows of step s depend on the key and on s: not on the number of steps,
+not on where a run was broken off, not on the number of devices.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Key, PyTree
+
+
+def row_streams(
+    sets: tuple[PyTree | None, ...],
+    first: int,
+    steps: int,
+    batch_size: int,
+    keys: Key[Array, " sets"],
+) -> tuple[Int[Array, "steps size"] | None, ...]:
+    """Return the row numbers of `steps` steps from `first` on, for each set."""
+    return tuple(
+        None if rows is None else row_stream(num_rows(rows), first, steps, batch_size, set_key)
+        for rows, set_key in zip(sets, keys, strict=True)
+    )
+
+
+def row_stream(
+    count: int, first: int, steps: int, batch_size: int, key: Key[Array, ""]
+) -> Int[Array, "steps size"]:
+    """Return a piece of the stream of permutations, end to end, cut into batches."""
+    size = min(batch_size, count)
+    epoch, offset = divmod(first * size, count)
+    place = jnp.asarray([epoch, offset], jnp.int32)
+    return _piece(count, steps * size, place, key).reshape(steps, size)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _piece(count: int, length: int, place: Array, key: Array) -> Int[Array, " length"]:
+    """Return `length` numbers of the stream from an offset in an epoch on."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    # A piece reaches into one permutation more than would hold it.
+    epochs = place[0] + jnp.arange(-(-length // count) + 1, dtype=jnp.int32)
+
+    def permutation(epoch: Array) -> Array:
+        return jax.random.permutation(jax.random.fold_in(key, epoch), numbers)
+
+    stream = jax.vmap(permutation)(epochs).reshape(-1)
+    return lax.dynamic_slice(stream, (place[1],), (length,))
+
+
+def num_rows(rows: PyTree) -> int:
+    """Return the common leading size of all leaves.
+
+    Raises:
+        ValueError: if there is none, or it is 0.
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(rows)}
+    if len(sizes) != 1 or sizes == {0}:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(rows)]
+        raise ValueError(
+            f"the arrays of a set must lead with its rows, the same number and at least 1; got "
+            f"shapes {shapes}"
+        )
+    return sizes.pop()
