@@ -72,8 +72,8 @@ endef
 	@touch .venv/.demo .venv/.dev $@
 
 .venv-llm/.done: pyproject.toml
-	$(call make_venv,$(PYTHON),.venv-llm,core$(,) demo$(,) test and llm)
-	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[demo,test,llm]'
+	$(call make_venv,$(PYTHON),.venv-llm,core$(,) demo$(,) test$(,) llm and notebooks)
+	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[demo,test,llm,notebooks]'
 	@touch $@
 
 .venv-parity/.done: pyproject.toml
@@ -169,9 +169,12 @@ bench: .venv/.bench
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
 # Executed, and written as pages where the API reference links to them.
-notebooks: .venv/.dev
-	.venv/bin/jupyter nbconvert --execute --to html --output-dir out/docs/notebooks \
-	  --ExecutePreprocessor.timeout=600 notebooks/*.ipynb
+EXECUTE := bin/jupyter nbconvert --execute --to html --output-dir out/docs/notebooks \
+  --ExecutePreprocessor.timeout=600
+
+notebooks: .venv/.dev .venv-llm/.done
+	.venv-llm/$(EXECUTE) notebooks/00_*.ipynb
+	.venv/$(EXECUTE) $(filter-out notebooks/00_%,$(wildcard notebooks/*.ipynb))
 
 # The files of methods besides: a file's header is its method's derivation.
 METHODS = $(subst /,.,$(basename $(filter-out $(wildcard jedit/methods/*/_*.py), \
