@@ -1,0 +1,188 @@
+"""What a row of the catalogue is: a method's name, what it needs, and how it is made of that.
+
+Methods come in three kinds, by what makes them stronger: training goes on for more steps
+(`BySteps`), an edit is multiplied by a scale (`ByScale`), or a price in retain KL is spent
+(`ByBudget`).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import Batch
+from jedit.curvature import Curvature
+from jedit.edits import Edit
+from jedit.training import TrainingMethod
+
+# `(apply, params, *, forget, retain) -> (Edit, Info)`, which `jedit.run_method` runs.
+ClosedForm = Callable[..., tuple[Edit, Any]]
+
+
+class Need(enum.Enum):
+    """What a method needs beside a model, a forget set and a retain set; a field of `Material`."""
+
+    CURVATURE = "retain curvature"
+    TEMPERED = "retain curvature at a higher temperature"
+    CORRECTED = "EK-FAC of the retain rows"
+    TARGET_MOMENTS = "moments of the forget answers"
+    REST_MOMENTS = "moments of the retain answers"
+    HIDDEN_SITE = "a hidden site"
+    LAYERS = "layers to write into"
+    SUBJECTS = "a position in each forget row"
+    REFUSALS = "refusals"
+    NUM_CLASSES = "the number of classes"
+    STEPS = "the number of steps"
+
+    @property
+    def field(self) -> str:
+        """The field of `Material` that holds it."""
+        return self.name.lower()
+
+
+class Pace(enum.Enum):
+    """Which learning rates suit a method that trains: a grid has some for each pace."""
+
+    PLAIN_ASCENT = "nothing bounds or opposes the objective"
+    UNBOUNDED = "nothing bounds the objective from below; a retain term opposes it"
+    BOUNDED = "the objective is bounded from below"
+    ADAM_METRIC = "the step stands in Adam's metric, its length is the gradient's"
+    PREDICTED_KL = "the rate is the predicted retain KL of one step, nats per output"
+    DESCENT = "the retain loss alone is lowered"
+
+
+class Reach(enum.Enum):
+    """Which scales suit an edit that is multiplied by one."""
+
+    WHOLE = "1 is the whole edit"
+    FACTS = "1 fits the target values, more goes beyond them"
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a scene can give to a method; what it cannot give is None.
+
+    Attributes:
+        apply: `apply(params, inputs) -> outputs`.
+        params: the trained parameters.
+        forget: rows to be forgotten.
+        optimizer: what methods that train step by, its learning rate in its state, where it can be
+            set (`optax.inject_hyperparams`).
+        curvature: of the retain outputs, at temperature 1 or the lowest there is.
+        tempered: of the same at the highest temperature.
+        corrected: EK-FAC of the retain outputs.
+        target_moments: curvature of the forget rows, of a text at its answers' tokens alone.
+        rest_moments: of the retain rows, likewise.
+        hidden_site: name of a site; what enters it is the hidden state that some methods turn.
+        layers: paths of the matrices that facts are written into, by depth.
+        subjects: (n,) position in each forget row where a fact is met; None where outputs have no
+            positions, which `has_positions` says.
+        refusals: rows with refusals in place of the forget rows' answers.
+        num_classes: of the outputs.
+        steps: how many a method that trains will take, at most.
+        has_positions: whether the outputs of a row are several.
+    """
+
+    apply: Callable[[PyTree, PyTree], Array]
+    params: PyTree
+    forget: Batch
+    optimizer: optax.GradientTransformation | None = None
+    curvature: Curvature | None = None
+    tempered: Curvature | None = None
+    corrected: Curvature | None = None
+    target_moments: Curvature | None = None
+    rest_moments: Curvature | None = None
+    hidden_site: str | None = None
+    layers: tuple[str, ...] | None = None
+    subjects: Array | None = None
+    refusals: Batch | None = None
+    num_classes: int | None = None
+    steps: int | None = None
+    has_positions: bool = True
+
+    def gives(self, need: Need) -> bool:
+        """Whether it holds what is needed."""
+        if need is Need.SUBJECTS and not self.has_positions:
+            return True
+        return getattr(self, need.field) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        name: as it is shown and asked for.
+        description: what it does, one sentence.
+        when: when to use it, a clause for the README's table.
+        papers: arXiv numbers; empty where it is ours.
+        make: of `Material` and settings, the method.
+        needs: what the material must hold.
+        settings: keyword arguments of `make` with the values it is run at: the published ones.
+    """
+
+    name: str
+    description: str
+    when: str
+    papers: tuple[str, ...]
+    make: Callable[..., Any]
+    needs: frozenset[Need] = frozenset()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def missing(self, material: Material) -> tuple[Need, ...]:
+        """What the method needs and the material does not hold."""
+        return tuple(need for need in Need if need in self.needs and not material.gives(need))
+
+    def of(self, material: Material, **settings: Any) -> Any:
+        """Return the method, made of the material at its own settings or those given.
+
+        Raises:
+            ValueError: the material lacks something, or there is no such setting.
+        """
+        if lacking := self.missing(material):
+            fields = ", ".join(f"{need.field}= ({need.value})" for need in lacking)
+            raise ValueError(f"{self.name} needs {fields} of the material")
+        if unknown := sorted(set(settings) - set(self.settings)):
+            known = ", ".join(self.settings) or "none"
+            raise ValueError(f"{self.name} has no setting {', '.join(unknown)}; it has {known}")
+        return self.make(material, **{**self.settings, **settings})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BySteps(Row):
+    """A method that trains; its strength is the number of steps.
+
+    Attributes:
+        pace: which learning rates suit it.
+        prepare: of the material, the forget set that it trains on; None: the forget rows.
+    """
+
+    make: Callable[..., TrainingMethod]
+    pace: Pace
+    prepare: Callable[[Material], Batch | tuple[Batch, Batch]] | None = None
+
+    def forget_rows(self, material: Material) -> Batch | tuple[Batch, Batch]:
+        """Return the forget set that the method trains on."""
+        return material.forget if self.prepare is None else self.prepare(material)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByScale(Row):
+    """A method that makes one edit, which is multiplied by a scale: its strength.
+
+    Attributes:
+        reach: which scales suit it.
+    """
+
+    make: Callable[..., ClosedForm]
+    reach: Reach = Reach.WHOLE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByBudget(Row):
+    """A closed form that takes `budget=`, the true retain KL it may cost: its strength."""
+
+    make: Callable[..., ClosedForm]
