@@ -86,7 +86,7 @@ class Tofu:
     forgotten: int | None = None
     """Authors to forget, at most 20; None: the preset's."""
     methods: tuple[str, ...] = ()
-    """Some of the methods alone, by name; K-FADE always runs. None given: all."""
+    """Some of the methods alone, by name. None given: all."""
     attacks: bool = True
     """Attack the best models: relearning, quantisation, other words, probes."""
     out: Path = TOFU_OUT

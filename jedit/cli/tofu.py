@@ -28,20 +28,15 @@ def tofu_command(options: Tofu, command: str) -> int:
     if options.forgotten is not None:
         preset = preset._replace(forgotten=options.forgotten)
     if options.methods:
-        known = (*preset.grid.scales, *preset.grid.learning_rates)
+        known = preset.grid.methods
         if unknown := [name for name in options.methods if name not in known]:
             raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(known)}")
-        chosen = {
-            kind: {k: v for k, v in getattr(preset.grid, kind).items() if k in options.methods}
-            for kind in ("scales", "learning_rates")
-        }
-        preset = preset._replace(grid=preset.grid._replace(**chosen))
+        preset = preset._replace(grid=preset.grid._replace(methods=options.methods))
     _check_folders(options)
     saved: dict[str, Any] = {}
     edited = options.out.with_name(f"{options.out.name}-edited")
     if options.save is not None:
-        run = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", *preset.grid.scales)
-        run += tuple(preset.grid.learning_rates)
+        run = preset.grid.methods
         if options.save not in run:
             raise UsageError(f"--save {options.save}: is not run; these are: {', '.join(run)}")
         if edited.exists():

@@ -10,9 +10,11 @@ from jedit.methods.associations.causal_trace import CausalTrace, causal_trace
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import TargetInfo, target_values
+from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.curvature.kfade import KfadeInfo, kfade
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import EngramInfo, engram
+from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
@@ -21,6 +23,15 @@ from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 
 __all__ = [
+    "CATALOGUE",
+    "ByBudget",
+    "ByScale",
+    "BySteps",
+    "Material",
+    "Need",
+    "Pace",
+    "Reach",
+    "Row",
     "AssociationInfo",
     "Associations",
     "CausalTrace",

@@ -16,7 +16,7 @@ import jax
 import optax
 
 from jedit.core.batch import Batch
-from jedit.core.paths import exactly
+from jedit.curvature.memory import exactly
 from jedit.geometry import null_space
 from jedit.methods.associations._write import Associations
 from jedit.methods.associations.alphaedit import alphaedit
@@ -27,14 +27,14 @@ from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
 from jedit.methods.row import (
     ByBudget,
+    ByScale,
+    BySteps,
     ClosedForm,
     Material,
     Need,
     Pace,
     Reach,
     Row,
-    ByScale,
-    BySteps,
 )
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
@@ -71,7 +71,7 @@ GRADDIFF = with_retain(GA())
 
 def _kfade(curvature: Need):
     def make(material: Material, *, damping: float, steps: int) -> ClosedForm:
-        metric = getattr(material, curvature.field)
+        metric = material.take(curvature)
         return functools.partial(kfade, curvature=metric, damping=damping, steps=steps)
 
     return make
@@ -79,7 +79,7 @@ def _kfade(curvature: Need):
 
 def _engram(method):
     def make(material: Material) -> ClosedForm:
-        target, rest = material.target_moments, material.rest_moments
+        target, rest = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
 
         def edit(apply, params, *, forget, retain):
             del apply, forget, retain  # the moments hold what it needs of them
@@ -95,7 +95,8 @@ def _facts(material: Material, forget: Batch) -> Associations:
 
 
 def _alphaedit(material: Material, *, threshold: float) -> ClosedForm:
-    projector, layers = null_space(material.curvature, threshold=threshold), material.layers
+    projector = null_space(material.take(Need.CURVATURE), threshold=threshold)
+    layers = material.take(Need.LAYERS)
 
     def edit(apply, params, *, forget, retain):
         del retain
@@ -107,8 +108,8 @@ def _alphaedit(material: Material, *, threshold: float) -> ClosedForm:
 def _memit(material: Material) -> ClosedForm:
     def edit(apply, params, *, forget, retain):
         del retain
-        facts, layers = _facts(material, forget), material.layers
-        return memit(apply, params, material.curvature, facts, None, layers=layers)
+        facts, layers = _facts(material, forget), material.take(Need.LAYERS)
+        return memit(apply, params, material.take(Need.CURVATURE), facts, None, layers=layers)
 
     return edit
 
@@ -116,8 +117,8 @@ def _memit(material: Material) -> ClosedForm:
 def _rome(material: Material) -> ClosedForm:
     def edit(apply, params, *, forget, retain):
         del retain
-        facts, layer = _facts(material, forget), material.layers[-1]
-        return rome(apply, params, material.curvature, facts, None, layer=layer)
+        facts, layer = _facts(material, forget), material.take(Need.LAYERS)[-1]
+        return rome(apply, params, material.take(Need.CURVATURE), facts, None, layer=layer)
 
     return edit
 
@@ -137,7 +138,7 @@ def _random_label(material: Material, *, forget_weight: float) -> TrainingMethod
 
 def _relabelled(material: Material) -> Batch:
     forget = jax.tree.map(jax.numpy.asarray, material.forget)
-    return relabel(forget, material.num_classes, key=jax.random.key(SEED))
+    return relabel(forget, material.take(Need.NUM_CLASSES), key=jax.random.key(SEED))
 
 
 def _salun(material: Material, *, fraction: float, forget_weight: float) -> TrainingMethod:
@@ -147,7 +148,7 @@ def _salun(material: Material, *, fraction: float, forget_weight: float) -> Trai
 
 
 def _rmu(material: Material) -> TrainingMethod:
-    hidden = Entering(material.hidden_site)
+    hidden = Entering(material.take(Need.HIDDEN_SITE))
     return TrainingMethod(
         with_retain(RMU(hidden, seed=SEED), RetainStates(hidden)), material.optimizer
     )
@@ -157,31 +158,33 @@ def _gu(material: Material, *, scope: Any) -> TrainingMethod:
     del material  # its metric is an Adam of its own
     made = gu(GRADDIFF, learning_rate=1.0, scope=scope)
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
-    return made._replace(optimizer=optax.chain(made.optimizer, rate(learning_rate=0.0)))
+    return made._replace(optimizer=optax.chain(made.optimizer, rate(learning_rate=1e-4)))
 
 
-def _kuda(material: Material) -> TrainingMethod:
+def _kuda(material: Material, *, threshold: float) -> TrainingMethod:
+    site, curvature = material.take(Need.HIDDEN_SITE), material.take(Need.CURVATURE)
     sites = list(find_sites(material.apply, material.params, material.forget.inputs))
-    covered = material.curvature.blocks
-    earlier = [s for s in sites[: sites.index(material.hidden_site)] if s in covered]
+    earlier = [name for name in sites[: sites.index(site)] if name in curvature.blocks]
     if not earlier:
-        raise ValueError(f"KUDA trains what lies before {material.hidden_site}, and nothing does")
-    objective = with_retain(RepresentationDeviation(Entering(material.hidden_site), seed=SEED))
-    return kuda(material.curvature, objective, material.optimizer, select=exactly(earlier))
+        raise ValueError(f"KUDA trains what lies before {site}, and nothing does")
+    objective = with_retain(RepresentationDeviation(Entering(site), seed=SEED))
+    given = (curvature, objective, material.optimizer)
+    return kuda(*given, select=exactly(earlier), threshold=threshold)
 
 
 def _in_null_space(material: Material, *, threshold: float) -> TrainingMethod:
-    projection = project_to_null_space(null_space(material.curvature, threshold=threshold))
-    return TrainingMethod(GRADDIFF, optax.chain(material.optimizer, projection))
+    projector = null_space(material.take(Need.CURVATURE), threshold=threshold)
+    optimizer = optax.chain(material.optimizer, project_to_null_space(projector))
+    return TrainingMethod(GRADDIFF, optimizer)
 
 
 def _natural_npo(material: Material, *, beta: float, damping: float) -> TrainingMethod:
-    curvature = material.tempered
+    curvature = material.take(Need.TEMPERED)
     clip = optax.inject_hyperparams(
         lambda learning_rate: clip_by_curvature_norm(curvature, max_kl=learning_rate)
     )
     optimizer = optax.chain(
-        scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=0.0)
+        scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=3e-4)
     )
     return TrainingMethod(with_retain(NPO(beta=beta)), optimizer)
 
@@ -357,7 +360,7 @@ ROWS: tuple[Row, ...] = (
         papers=(TOFU, "2305.18290"),
         make=_lowered(with_retain(DPO())),
         needs=frozenset({Need.REFUSALS}),
-        prepare=lambda material: (material.forget, material.refusals),
+        prepare=lambda material: (material.forget, material.take(Need.REFUSALS)),
         pace=Pace.BOUNDED,
     ),
     BySteps(
@@ -401,6 +404,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2602.19275",),
         make=_kuda,
         needs=frozenset({Need.HIDDEN_SITE, Need.CURVATURE}),
+        settings={"threshold": 0.02},  # arbitrary
         pace=Pace.BOUNDED,
     ),
     BySteps(
@@ -480,7 +484,7 @@ ROWS: tuple[Row, ...] = (
         when="a baseline for classifiers",
         papers=("2304.04934",),
         make=lambda material, *, strength: l1_sparse(
-            material.optimizer, strength=strength, steps=material.steps
+            material.optimizer, strength=strength, steps=material.take(Need.STEPS)
         ),
         needs=frozenset({Need.STEPS}),
         settings={"strength": 1e-3},  # arbitrary; the code's 0.2 fits no model of ours

@@ -18,6 +18,11 @@ from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.training import TrainingMethod
 
+# The learning rate stands in the optimizer's state, so that a grid of them compiles once; 1e-5 is
+# open-unlearning's.
+ADAM = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
+    learning_rate=1e-5
+)
 # `(apply, params, *, forget, retain) -> (Edit, Info)`, which `jedit.run_method` runs.
 ClosedForm = Callable[..., tuple[Edit, Any]]
 
@@ -89,7 +94,7 @@ class Material:
     apply: Callable[[PyTree, PyTree], Array]
     params: PyTree
     forget: Batch
-    optimizer: optax.GradientTransformation | None = None
+    optimizer: optax.GradientTransformation = ADAM
     curvature: Curvature | None = None
     tempered: Curvature | None = None
     corrected: Curvature | None = None
@@ -108,6 +113,10 @@ class Material:
         if need is Need.SUBJECTS and not self.has_positions:
             return True
         return getattr(self, need.field) is not None
+
+    def take(self, need: Need) -> Any:
+        """Return what is needed, of which `Row.of` has seen that it is there."""
+        return getattr(self, need.field)
 
 
 @dataclasses.dataclass(frozen=True)

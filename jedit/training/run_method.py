@@ -1,6 +1,6 @@
 """One function for all methods: those that train, and those that are solved in closed form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key, PyTree
@@ -30,8 +30,8 @@ def run_method(
     method: TrainingMethod | Callable[..., tuple[Edit, Any]],
     apply: Callable[[PyTree, PyTree], Array],
     params: PyTree,
-    forget: Batch,
-    retain: Batch,
+    forget: Batch | Sequence[Batch],
+    retain: Batch | Sequence[Batch],
     *,
     steps: int | None = None,
     key: Key[Array, ""] | None = None,
@@ -52,8 +52,8 @@ def run_method(
         method: a `TrainingMethod`, or any `(apply, params, forget=, retain=) -> (Edit, Info)`.
         apply: `apply(params, inputs) -> outputs`.
         params: the trained parameters.
-        forget: what to forget.
-        retain: what to keep.
+        forget: what to forget; several batches where a closed form takes them.
+        retain: what to keep, likewise.
         steps: of a `TrainingMethod`, for which it is needed.
         key: likewise; decides the rows.
         watch: of a `TrainingMethod`, as of `unlearn`.

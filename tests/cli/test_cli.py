@@ -9,7 +9,8 @@ import pytest
 
 import jedit
 from jedit.cli.main import main
-from jedit.recipes.comparison.compare import Grid
+from jedit.methods.row import Pace
+from jedit.recipes.comparison.task import MAIN, Grid
 from jedit.recipes.scenes import authors as authors_scene
 from jedit.recipes.scenes import digits as digits_scene
 from jedit.recipes.scenes import question_answer as qa_scene
@@ -19,7 +20,8 @@ GRID = Grid(
     temperatures=(4.0,),
     damping=(0.1,),
     kfade_steps=(1,),
-    learning_rates={"gradient ascent": (1e-3,), "GradDiff": (1e-3,), "NPO": (1e-3,)},
+    methods=MAIN,
+    rates=dict.fromkeys(Pace, (1e-3,)),
     looks=(2,),
     batch_size=8,
     kl_budget=0.2,

@@ -14,8 +14,9 @@ from numpy.testing import assert_array_equal
 from jedit import metrics
 from jedit.cli.main import main
 from jedit.data import facts_to_rows, generate_authors
+from jedit.methods.row import Pace
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
-from jedit.recipes.comparison.compare import Grid
+from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.tofu.evaluation import encode_questions, generate
 from jedit.recipes.tofu.models import Pretrained, from_folders
@@ -39,11 +40,11 @@ TOY = Preset(
         temperatures=(1.0,),
         damping=(0.1,),
         kfade_steps=(1,),
-        learning_rates={"NPO": (1e-3,)},
+        methods=("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "NPO"),
+        rates=dict.fromkeys(Pace, (1e-3,)),
         looks=(2,),
         batch_size=4,
         kl_budget=1.0,
-        scales={},
         utility_share=0.0,
     ),
 )

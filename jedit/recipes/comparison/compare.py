@@ -5,11 +5,11 @@ The curvature is fitted, and what training methods hold on to is taken, from `re
 there is honest.
 """
 
+import dataclasses
 import functools
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,127 +18,22 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.core.outputs import counted_outputs
 from jedit.curvature import Curvature, Estimator, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
-from jedit.geometry import null_space
 from jedit.methods import kfade
-from jedit.metrics import forget_quality
-from jedit.objectives import token_kl, token_nll
-from jedit.recipes.comparison.closed_form import Editor, make_editors
-from jedit.recipes.comparison.trained import (
-    SOFT,
-    Trainer,
-    kuda_before,
-    natural_npo,
-    projected_ascent,
-    trainers,
-)
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Row
+from jedit.recipes.comparison.judge import Judge, probe_batch
+from jedit.recipes.comparison.task import Grid, Say, Task
 from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.fitting import rows_of
 from jedit.report import Curve, Method, Point, best_point, best_quality
 from jedit.tracing import intervene
+from jedit.training import run_method
 
-Say = Callable[[str], None]
-NULL_SPACE = 0.01  # share of the retained inputs' energy that is given up
-
-
-class Grid(NamedTuple):
-    """What every method is tried at; it is written into the report.
-
-    Attributes:
-        budgets: strengths of K-FADE, true retain KL in nats per output.
-        temperatures: of the likelihood whose curvature K-FADE steps in.
-        damping: of K-FADE, relative.
-        kfade_steps: numbers of steps of one edit.
-        scales: by method that gives one edit (`make_editors`), what the edit is multiplied by.
-        learning_rates: by method that trains (`trainers`), with Adam; those named are run.
-        looks: strengths of the methods that train, in optimizer steps.
-        batch_size: forget rows, and retain rows, of one such step.
-        kl_budget: the held-out retain KL under which a best point is chosen.
-        utility_share: None, or what a best point has to keep of the Model Utility; see
-            `QUALITY_RULE`.
-        curvatures: whose metric K-FADE steps in, each a method of its own.
-        lost_kl: the held-out retain KL beyond which Model Utility is not measured.
-    """
-
-    budgets: tuple[float, ...]
-    temperatures: tuple[float, ...]
-    damping: tuple[float, ...]
-    kfade_steps: tuple[int, ...]
-    learning_rates: dict[str, tuple[float, ...]]
-    looks: tuple[int, ...]
-    batch_size: int
-    kl_budget: float
-    scales: dict[str, tuple[float, ...]] = {}
-    utility_share: float | None = None
-    curvatures: tuple[str, ...] = ("K-FAC", "EK-FAC")
-    lost_kl: float = math.inf
-
-
-# At about the same learning rates; GU, in a metric of its own, at a third of them.
-BY_ADAM = ("SimNPO", "WGA", "SatImp", "UNDIAL", "CE-U", "random label", "RMU", "SAM", "UAM", "ROSU")
-BY_ADAM += ("ROSU (push)", "null-space GradDiff", "KUDA")
-BY_GU = ("GU (leaf)", "GU (global)")
-# These train in a metric or a null space of the retain rows' curvature.
-NATURAL, SOFT_NATURAL = "NPO (natural)", f"NPO (natural, beta {SOFT:g})"
-FITTED = (NATURAL, SOFT_NATURAL, "null-space GradDiff", "KUDA")
-
-
-def with_all_methods(
-    grid: Grid, rates: tuple[float, ...], scales: tuple[float, ...], *more: str
-) -> Grid:
-    """The grid with the methods that fit any scene, and those named besides."""
-    added = dict.fromkeys((*BY_ADAM, *more), rates) | dict.fromkeys(BY_GU, (3e-5, 1e-4, 3e-4))
-    return grid._replace(
-        scales=dict.fromkeys(("engram", "engram (output metric)"), scales)
-        | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.3, 1.0, 3.0)),
-        learning_rates=grid.learning_rates | added,
-    )
-
-
-class Task(NamedTuple):
-    """A model, what it was trained on, and what of it is to be forgotten.
-
-    Attributes:
-        apply: `apply(params, inputs) -> logits`.
-        original: the params of the model trained on everything.
-        retrained: the params of the one trained without the forget rows.
-        forget: rows to be forgotten.
-        retain: rows that curvature and edits see.
-        heldout: other retain rows of the training set.
-        test: rows no model was trained on, or None.
-        truth_ratio: params to the truth ratio of each forget row, or None.
-        select: regular expression: which parameters K-FADE edits; None: all that can be.
-        chunk: rows evaluated at a time.
-        probe: how many retain rows the line search measures on.
-        hidden_site: what enters this site is the hidden state of RMU.
-        layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
-        refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
-        utility: params to Model Utility, or None.
-        judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
-        pack: makes fewer sequences of the rows that judge a point; None: they stay as they are.
-    """
-
-    apply: Callable
-    original: PyTree
-    retrained: PyTree
-    forget: Batch
-    retain: Batch
-    heldout: Batch
-    test: Batch | None
-    truth_ratio: Callable[[PyTree], np.ndarray] | None
-    select: str | None
-    chunk: int
-    probe: int
-    hidden_site: str
-    layers: tuple[str, ...]
-    refusals: Batch | None = None
-    utility: Callable[[PyTree], float] | None = None
-    judged_rows: int | None = None
-    pack: Callable[[Batch], Batch] | None = None
+MOMENTS = {Need.TARGET_MOMENTS, Need.REST_MOMENTS}
 
 
 class Judged(NamedTuple):
@@ -151,6 +46,22 @@ class Judged(NamedTuple):
     best: dict[str, tuple[Curve, Point] | None]
 
 
+class Fitted(NamedTuple):
+    """The curvatures of the retain outputs.
+
+    Attributes:
+        plain: K-FAC by temperature.
+        corrected: EK-FAC by temperature; empty where no method needs it.
+        seconds: that one of the first takes, compiled.
+        corrected_seconds: that one of each takes together.
+    """
+
+    plain: dict[float, Curvature]
+    corrected: dict[float, Curvature]
+    seconds: float
+    corrected_seconds: float
+
+
 def compare(
     task: Task,
     grid: Grid,
@@ -159,23 +70,29 @@ def compare(
     say: Say,
     hold: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> tuple[Judged, dict[str, PyTree]]:
-    """Edit by every method, judge every point.
+    """Edit by every method of the grid, judge every point.
 
     Args:
         task: the model and the sets.
         grid: what to try.
         key: of the curvature's labels and of the baselines' batches.
         say: told of each stage, in a few words.
-        hold: what the params that are returned are made to; `jax.device_get` keeps them elsewhere.
+        hold: makes of the params that are returned what is kept of them; `jax.device_get` keeps
+            them in the host's memory.
 
     Returns:
         The numbers, and for each method with a point within budget the params of its best point.
+
+    Raises:
+        ValueError: a method that the catalogue does not have, or that needs what the task lacks.
     """
+    if unknown := [name for name in grid.methods if name not in CATALOGUE]:
+        raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(CATALOGUE)}")
     judge = Judge(task, grid.lost_kl)
     curvature_key, ascent_key = (jax.random.fold_in(key, i) for i in range(2))
     original = judge(task.original, 0.0, 0.0)
     retrained = judge(task.retrained, 0.0, 0.0)
-    found, models = [], {}
+    found, models, methods = [], {}, []
 
     def best_of(name: str) -> tuple[Curve, Point] | None:
         if grid.utility_share is None:
@@ -189,142 +106,104 @@ def compare(
         if best is not None and best[0] is curve:
             models[curve.method] = hold(params_of_points[curve.points.index(best[1])])
 
-    methods = []
-    fitted = _fit(task, grid, key=curvature_key, say=say)
-    for name in (f"K-FADE ({kind})" for kind in grid.curvatures):
-        curvatures, seconds = fitted[name]
-        settings = list(itertools.product(curvatures, grid.damping, grid.kfade_steps))
-        say(f"{name}: {len(grid.budgets) * len(settings)} edits")
-        for temperature, damping, steps in settings:
-            setting = {"temperature": temperature, "damping": damping, "steps": steps}
-            keep(*_kfade_curve(task, grid, judge, name, curvatures[temperature], setting))
-        methods.append(_kfade_method(name, grid, seconds))
-    plain, fit_seconds = fitted["K-FADE (K-FAC)"]
-    retained = plain[min(plain)]
-    editors = _editors(task, retained, key=curvature_key) if grid.scales else {}
-    for name, scales in grid.scales.items():
-        editor = editors[name]
-        say(f"{name}: {len(scales)} scales")
-        keep(*_scaled_curve(task, judge, name, editor, scales))
-        strength = "scale (of the edit)"
-        # Engrams want moments of their own: of the forget rows as well, and at answers alone.
-        methods.append(Method(name, editor.description, strength, {}, fit_seconds))
-    trained_by = _trainers(task, retained, plain[max(plain)])
-    for name, rates in grid.learning_rates.items():
-        trainer = trained_by[name]
-        say(f"{name}: {len(rates)} learning rates")
-        for curve, params in _trained_curves(task, grid, judge, name, trainer, rates, ascent_key):
+    rows = [CATALOGUE[name] for name in grid.methods]
+    fitted = _fit(task, grid, rows, key=curvature_key, say=say)
+    material = material_of(task, grid, fitted, rows, key=curvature_key)
+    for row in rows:
+        if isinstance(row, ByBudget):
+            curves, method = _by_budget(row, task, grid, judge, material, fitted)
+        elif isinstance(row, ByScale):
+            curves, method = _by_scale(row, task, grid, judge, material)
+        else:
+            assert isinstance(row, BySteps)
+            curves, method = _by_steps(row, task, grid, judge, material, key=ascent_key)
+        tried = np.prod([len(values) for values in method.grid.values()], dtype=int)
+        say(f"{row.name}: {tried} settings")
+        for curve, params in curves:
             keep(curve, params)
-        strength = f"steps (batches of {grid.batch_size} rows)"
-        fitting = fit_seconds if name in FITTED else 0.0
-        grid_of = {"learning rate": rates}
-        methods.append(Method(name, trainer.description, strength, grid_of, fitting))
+        methods.append(method._replace(fit_seconds=_fit_seconds(row, fitted)))
     best = {m.name: best_of(m.name) for m in methods}
     return Judged(original, retrained, tuple(methods), tuple(found), best), models
 
 
-def probe_batch(batch: Batch, num_rows: int | None) -> Batch:
-    """The first rows of a batch; None: all."""
-    return jax.tree.map(lambda x: x[:num_rows], batch)
+def material_of(
+    task: Task, grid: Grid, fitted: Fitted, rows: Sequence[Row], *, key: Array
+) -> Material:
+    """Return what a task can give to the methods, as far as one of these rows needs it."""
+    needed = frozenset().union(*(row.needs for row in rows))
+    one = intervene(task.apply, task.original, probe_batch(task.forget, 1).inputs)
+    plain = fitted.plain
+    moments = {}
+    if needed & MOMENTS:
+        # Engrams want moments of their own: of the forget rows as well, and at answers alone.
+        estimator = _kfac(task.apply, Categorical(), task.select)
+        for i, (need, batch) in enumerate(
+            ((Need.TARGET_MOMENTS, task.forget), (Need.REST_MOMENTS, task.retain)), start=2
+        ):
+            chunks = map(answers_only, batches(batch, min(task.chunk, rows_of(batch))))
+            rng = jax.random.fold_in(key, i)
+            moments[need.field] = estimate(estimator, task.original, chunks, key=rng)
+    return Material(
+        apply=task.apply,
+        params=task.original,
+        forget=task.forget,
+        curvature=plain[min(plain)] if plain else None,
+        tempered=plain[max(plain)] if plain else None,
+        hidden_site=task.hidden_site,
+        layers=task.layers,
+        subjects=_last_prompt_token(task.forget),
+        refusals=task.refusals,
+        num_classes=one.outputs.shape[-1],
+        steps=grid.looks[-1],
+        has_positions=one.outputs.ndim > 2,
+        **moments,
+    )
 
 
-class Judge:
-    """Measures any params on the task's sets.
-
-    What `jedit.metrics` gives one by one comes out of one forward pass here, a half of the time.
-    """
-
-    def __init__(self, task: Task, lost_kl: float):
-        self.task, self.lost_kl = task, lost_kl
-        names = ("forget", "retain", "heldout", "test")
-        self.sets = {
-            name: list(batches(_judged(task, name), task.chunk))
-            for name in names
-            if getattr(task, name) is not None
-        }
-        self.reference = (
-            None if task.truth_ratio is None else _finite(task.truth_ratio(task.retrained))
-        )
-
-    def __call__(
-        self, params: PyTree, strength: float, seconds: float, **predictions: float
-    ) -> Point:
-        """Judge params that an edit of this strength made in so many seconds."""
-        task, apply = self.task, self.task.apply
-        values: dict[str, float | None] = {}
-        references = {"heldout": task.original, "forget": task.retrained}
-        for name, chunks in self.sets.items():
-            reference = references.get(name)
-            sums = [_sums(apply, params, reference, chunk) for chunk in chunks]
-            totals = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-            loss, hits, divergence, count = totals.tolist()
-            values[f"{name}_nll"] = loss / count
-            values[f"{name}_accuracy"] = hits / count
-            if reference is not None:
-                values[f"{name}_kl"] = divergence / count
-        if task.truth_ratio is not None and self.reference is not None:
-            ratios = _finite(task.truth_ratio(params))
-            values["truth_ratio"] = float(np.mean(ratios))
-            values["forget_quality"] = forget_quality(ratios, self.reference)
-        # An edited model this far off has lost its utility; asking it costs the most.
-        is_lost = strength > 0 and (values["heldout_kl"] or 0) > self.lost_kl
-        if task.utility is not None and not is_lost:
-            values["model_utility"] = task.utility(params)
-        return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
+def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
+    """K-FADE on a task's batches, to be called with `budget=` and `steps=`."""
+    forget, retain = _searched(task)
+    return functools.partial(
+        kfade, task.apply, task.original, curvature, forget, retain, damping=damping
+    )
 
 
-def _judged(task: Task, name: str) -> Batch:
-    rows = getattr(task, name)
-    if name != "forget":
-        rows = probe_batch(rows, task.judged_rows)
-    return rows if task.pack is None else task.pack(rows)
+def _searched(task: Task) -> tuple[list[Batch], list[Batch]]:
+    """The forget rows, and the retain rows of a line search, in chunks."""
+    forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
+    retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
+    return forget, retain
 
 
-@functools.partial(jax.jit, static_argnames="apply")
-def _sums(apply: Callable, params: PyTree, reference: PyTree | None, batch: Batch) -> Array:
-    """Loss, hits, KL(reference || params) and number of counted outputs, from one forward pass."""
-    logits = apply(params, batch.inputs)
-    counted = counted_outputs(batch, logits.shape[:-1])
-    targets = jnp.asarray(batch.targets)
-    loss = token_nll(logits, targets)
-    hits = (jnp.argmax(logits, axis=-1) == targets).astype(loss.dtype)
-    divergence = jnp.zeros_like(loss)
-    if reference is not None:
-        divergence = token_kl(apply(reference, batch.inputs), logits)
-    rows = (loss, hits, divergence, jnp.ones_like(loss))
-    return jnp.stack([jnp.sum(jnp.where(counted, row, 0)) for row in rows])
-
-
-def _finite(ratios: np.ndarray) -> np.ndarray:
-    # To a destroyed model a wrong answer can be infinitely likelier than a right one; the test
-    # looks at ranks alone.
-    return np.nan_to_num(ratios, nan=1e30, posinf=1e30)
-
-
-def _fit(
-    task: Task, grid: Grid, *, key: Array, say: Say
-) -> dict[str, tuple[dict[float, Curvature], float]]:
-    """K-FAC and, if it is wanted, EK-FAC at each temperature, with the seconds that one takes."""
+def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -> Fitted:
+    """K-FAC, and EK-FAC where a method needs it, at each temperature, and what one takes."""
+    needed = frozenset().union(*(row.needs for row in rows))
     plain: dict[float, Curvature] = {}
     corrected: dict[float, Curvature] = {}
+    if not needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED}:
+        return Fitted(plain, corrected, 0.0, 0.0)
+    kinds = "K-FAC and EK-FAC" if Need.CORRECTED in needed else "K-FAC"
     seconds = np.zeros(2)
     chunks = list(batches(task.retain, task.chunk))
     for temperature in grid.temperatures:
-        kinds = " and ".join(dict.fromkeys(("K-FAC", *grid.curvatures)))
         say(f"fitting {kinds} on the retain rows, temperature {temperature:g}")
         likelihood = Categorical(temperature)
         estimator = _kfac(task.apply, likelihood, task.select)
         plain[temperature], first = _timed(estimator, task.original, chunks, key=key)
         second = 0.0
-        if "EK-FAC" in grid.curvatures:
+        if Need.CORRECTED in needed:
             estimator = ekfac(task.apply, likelihood, plain[temperature])
             ekfac_key = jax.random.fold_in(key, 1)
             corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
         seconds += np.array([first, first + second]) / len(grid.temperatures)
-    return {
-        "K-FADE (K-FAC)": (plain, float(seconds[0])),
-        "K-FADE (EK-FAC)": (corrected, float(seconds[1])),
-    }
+    return Fitted(plain, corrected, *seconds.tolist())
+
+
+def _fit_seconds(row: Row, fitted: Fitted) -> float:
+    """What a method needs once before any edit."""
+    if Need.CORRECTED in row.needs:
+        return fitted.corrected_seconds
+    return fitted.seconds if row.needs & {Need.CURVATURE, Need.TEMPERED, *MOMENTS} else 0.0
 
 
 def _timed(
@@ -343,116 +222,96 @@ def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estim
     return kfac(apply, likelihood, select=select)
 
 
-def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
-    """K-FADE on a task's batches, to be called with `budget=` and `steps=`."""
-    forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
-    retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
-    return functools.partial(
-        kfade, task.apply, task.original, curvature, forget, retain, damping=damping
-    )
+Curves = Iterator[tuple[Curve, list[PyTree]]]
 
 
-def _kfade_method(name: str, grid: Grid, seconds: float) -> Method:
-    kind = "EK-FAC" if "EK" in name else "K-FAC"
-    description = (
-        f"Ascends the forget loss in the {kind} metric of the retain outputs, in one or a few "
-        "steps whose length a line search on the true retain KL sets."
-    )
-    strength = "budget (true retain KL on the line search's rows, nats per output)"
+def _by_budget(
+    row: ByBudget, task: Task, grid: Grid, judge: Judge, material: Material, fitted: Fitted
+) -> tuple[Curves, Method]:
     tried = {
         "temperature": grid.temperatures,
         "damping": grid.damping,
         "steps": grid.kfade_steps,
     }
-    return Method(name, description, strength, tried, seconds)
+    forget, retain = _searched(task)
+
+    def curves() -> Curves:
+        for temperature, damping, steps in itertools.product(*tried.values()):
+            given = dataclasses.replace(
+                material,
+                curvature=fitted.plain[temperature],
+                corrected=fitted.corrected.get(temperature),
+            )
+            method = row.of(given, damping=damping, steps=steps)
+            setting = {"temperature": temperature, "damping": damping, "steps": steps}
+
+            def run(budget: float, method=method):
+                bound = functools.partial(method, budget=budget)
+                return run_method(bound, task.apply, task.original, forget, retain)
+
+            # Compiles, so that the seconds below are the edit's own.
+            run_once = functools.partial(row.of(given, damping=damping, steps=1))
+            run(grid.budgets[0], run_once)
+            points, models = [], []
+            for budget in grid.budgets:
+                start = time.perf_counter()
+                edit, info = run(budget)
+                params = jax.block_until_ready(apply_edit(task.original, edit))
+                seconds = time.perf_counter() - start
+                kls = (float(info.predicted_kl[-1]), float(info.true_kl[-1]))
+                points.append(judge(params, budget, seconds, predicted_kl=kls[0], true_kl=kls[1]))
+                models.append(params)
+            yield Curve(row.name, setting, tuple(points)), models
+
+    strength = "budget (true retain KL on the line search's rows, nats per output)"
+    return curves(), Method(row.name, row.description, strength, tried)
 
 
-def _kfade_curve(
-    task: Task,
-    grid: Grid,
-    judge: Judge,
-    name: str,
-    curvature: Curvature,
-    setting: dict[str, float],
-) -> tuple[Curve, list[PyTree]]:
-    run = kfade_on(task, curvature, setting["damping"])
-    run(budget=grid.budgets[0], steps=1)  # compiles, so that the seconds below are the edit's own
-    points, models = [], []
-    for budget in grid.budgets:
+def _by_scale(
+    row: ByScale, task: Task, grid: Grid, judge: Judge, material: Material
+) -> tuple[Curves, Method]:
+    scales = grid.scales[row.reach]
+
+    def curves() -> Curves:
+        method = row.of(material)
+        given = (method, task.apply, task.original, task.forget, task.retain)
+        jax.block_until_ready(run_method(*given)[0])  # the clock must not see the compiler
         start = time.perf_counter()
-        edit, info = run(budget=budget, steps=int(setting["steps"]))
-        params = jax.block_until_ready(apply_edit(task.original, edit))
+        edit = jax.block_until_ready(run_method(*given)[0])
         seconds = time.perf_counter() - start
-        predictions = {
-            "predicted_kl": float(info.predicted_kl[-1]),
-            "true_kl": float(info.true_kl[-1]),
-        }
-        points.append(judge(params, budget, seconds, **predictions))
-        models.append(params)
-    return Curve(name, setting, tuple(points)), models
+        models = [apply_edit(task.original, edit, scale) for scale in scales]
+        points = [judge(m, scale, seconds) for m, scale in zip(models, scales, strict=True)]
+        yield Curve(row.name, {}, tuple(points)), models
+
+    return curves(), Method(row.name, row.description, "scale (of the edit)", {})
 
 
-def _editors(task: Task, retained: Curvature, *, key: Array) -> dict[str, Editor]:
-    estimator = _kfac(task.apply, Categorical(), task.select)
-    target, rest = (
-        estimate(
-            estimator,
+def _by_steps(
+    row: BySteps, task: Task, grid: Grid, judge: Judge, material: Material, *, key: Array
+) -> tuple[Curves, Method]:
+    rates = grid.rates[row.pace]
+
+    def curves() -> Curves:
+        by_rate = ascend(
+            row.of(material)._replace(batch_size=grid.batch_size),
+            task.apply,
             task.original,
-            map(answers_only, batches(rows, min(task.chunk, rows_of(rows)))),
-            key=jax.random.fold_in(key, i),
+            row.forget_rows(material),
+            task.retain,
+            learning_rates=rates,
+            looks=grid.looks,
+            key=key,
         )
-        for i, rows in ((2, task.forget), (3, task.retain))
-    )
-    return make_editors(task.apply, task.original, task.forget, target, rest, retained, task.layers)
+        for rate, found in zip(rates, by_rate, strict=True):
+            points = tuple(judge(params, float(steps), seconds) for steps, seconds, params in found)
+            yield Curve(row.name, {"learning rate": rate}, points), [p for *_, p in found]
+
+    strength = f"steps (batches of {grid.batch_size} rows)"
+    return curves(), Method(row.name, row.description, strength, {"learning rate": rates})
 
 
-def _scaled_curve(
-    task: Task, judge: Judge, name: str, editor: Editor, scales: tuple[float, ...]
-) -> tuple[Curve, list[PyTree]]:
-    edit, seconds = editor.timed()
-    models = [apply_edit(task.original, edit, scale) for scale in scales]
-    points = [judge(m, scale, seconds) for m, scale in zip(models, scales, strict=True)]
-    return Curve(name, {}, tuple(points)), models
-
-
-def _trainers(task: Task, retained: Curvature, tempered: Curvature) -> dict[str, Trainer]:
-    inputs = jax.tree.map(lambda x: x[:1], task.forget.inputs)
-    found = intervene(task.apply, task.original, inputs)
-    projector = null_space(retained, threshold=NULL_SPACE)
-    made = trainers(task.hidden_site, found.outputs.shape[-1])
-    sites = list(found.activations)
-    earlier = [name for name in sites[: sites.index(task.hidden_site)] if name in retained.blocks]
-    if earlier:
-        made = made | {"KUDA": kuda_before(retained, task.hidden_site, earlier)}
-    return made | {
-        "null-space GradDiff": projected_ascent(projector),
-        NATURAL: natural_npo(tempered),
-        SOFT_NATURAL: natural_npo(tempered, beta=SOFT),
-    }
-
-
-def _trained_curves(
-    task: Task,
-    grid: Grid,
-    judge: Judge,
-    name: str,
-    trainer: Trainer,
-    rates: tuple[float, ...],
-    key: Array,
-) -> Iterator[tuple[Curve, list[PyTree]]]:
-    forget = task.forget
-    if trainer.prepare is not None:
-        forget = trainer.prepare(forget, task.refusals)
-    by_rate = ascend(
-        trainer.method._replace(batch_size=grid.batch_size),
-        task.apply,
-        task.original,
-        forget,
-        task.retain,
-        learning_rates=rates,
-        looks=grid.looks,
-        key=key,
-    )
-    for rate, found in zip(rates, by_rate, strict=True):
-        points = tuple(judge(params, float(steps), seconds) for steps, seconds, params in found)
-        yield Curve(name, {"learning rate": rate}, points), [params for *_, params in found]
+def _last_prompt_token(forget: Batch) -> Array | None:
+    """Where the first counted output is read off; None for outputs without positions."""
+    if forget.mask is None or forget.mask.ndim < 2:
+        return None
+    return jnp.argmax(jnp.asarray(forget.mask) > 0, axis=1).astype(jnp.int32)

@@ -1,7 +1,9 @@
 """The authors scene: a small GPT learns invented facts about invented authors, and forgets some."""
 
 from jedit.data import facts_to_rows, generate_authors
-from jedit.recipes.comparison.compare import Grid, Say, with_all_methods
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import Pace, Reach
+from jedit.recipes.comparison.task import MAIN, Grid, Say
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model, question_answer
 from jedit.report import Comparison
@@ -10,19 +12,21 @@ MODEL = Model(width=96, layers=2, heads=4, vocab=1024, max_len=96)
 # After 7 epochs nothing is saturated yet, after 25 the rows are memorised.
 RECIPE = Recipe(epochs=(7, 25), batch_size=16, learning_rate=2e-3)
 RATES = (1e-4, 3e-4, 1e-3)
+SLOW = dict.fromkeys((Pace.PLAIN_ASCENT, Pace.ADAM_METRIC), (3e-5, 1e-4, 3e-4))
 GRID = Grid(
+    methods=MAIN,
     budgets=(0.01, 0.03, 0.07, 0.2),
     temperatures=(1.0, 4.0),
     damping=(0.1,),
     kfade_steps=(1, 4),
-    learning_rates={"gradient ascent": (3e-5, 1e-4, 3e-4), "GradDiff": RATES, "NPO": RATES},
+    rates=dict.fromkeys(Pace, RATES) | SLOW | {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3)},
+    scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
     looks=(2, 4, 8, 16, 32, 64),
     batch_size=16,
     kl_budget=0.1,
 )
-SCALES = (0.03, 0.1, 0.3, 1.0)
 # For `jedit demo --methods all`.
-ALL = with_all_methods(GRID, RATES, SCALES, "IdkDPO")
+ALL = GRID._replace(methods=tuple(CATALOGUE))
 
 
 def authors(

@@ -9,31 +9,34 @@ import numpy as np
 from jaxtyping import Array
 
 from jedit.data import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
-from jedit.recipes.comparison.compare import Grid, Say, Task, compare, with_all_methods
+from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.task import MAIN, Grid, Say, Task
 from jedit.recipes.fitting import Recipe, Trained, train
 from jedit.report import Comparison
 
 LABEL = 7
 RECIPE = Recipe((20,), batch_size=64, learning_rate=2e-3)
+RATES = (1e-4, 3e-4, 1e-3)
+SLOW = dict.fromkeys((Pace.PLAIN_ASCENT, Pace.ADAM_METRIC), (3e-5, 1e-4, 3e-4))
 GRID = Grid(
+    methods=MAIN,
     budgets=(1e-3, 3e-3, 0.01, 0.03, 0.1),
     temperatures=(1.0, 4.0),
     damping=(0.01, 0.1),
     kfade_steps=(4,),
-    learning_rates={
-        "gradient ascent": (3e-5, 1e-4, 3e-4),
-        "GradDiff": (1e-4, 3e-4, 1e-3),
-        "NPO": (1e-4, 3e-4, 1e-3),
-    },
+    rates=dict.fromkeys(Pace, RATES) | SLOW | {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3)},
+    scales={Reach.WHOLE: (0.1, 0.3, 0.6, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
     looks=(2, 4, 8, 16, 32, 64, 128),
     batch_size=32,
     kl_budget=0.02,
 )
-RATES = (1e-4, 3e-4, 1e-3)
-SCALES = (0.1, 0.3, 0.6, 1.0)
-# For `jedit demo --methods all`.
-ALL = with_all_methods(GRID, RATES, SCALES)
+# For `jedit demo --methods all`: all but those that need what a classifier has not.
+ALL = GRID._replace(
+    methods=tuple(r.name for r in CATALOGUE.values() if Need.REFUSALS not in r.needs)
+)
 SHARE_SEEN = 0.7
 
 

@@ -19,9 +19,12 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import ByBudget
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, greedy_decode
-from jedit.recipes.comparison.compare import Grid, Judged, Say, Task, compare
+from jedit.recipes.comparison.compare import Judged, compare
+from jedit.recipes.comparison.task import Grid, Say, Task
 from jedit.recipes.fitting import Recipe, train
 from jedit.report import Answer, Comparison
 
@@ -275,7 +278,7 @@ def _spread(rows: Sequence[QaRow], number: int) -> list[QaRow]:
 def _nearest(judged: Judged, models: dict[str, PyTree], original: PyTree) -> tuple[str, PyTree]:
     """The K-FADE model nearest to the retrained one within the budget, and what to call it."""
     found = [(name, pair) for name, pair in judged.best.items() if pair and name in models]
-    found = [item for item in found if item[0].startswith("K-FADE")]
+    found = [item for item in found if isinstance(CATALOGUE[item[0]], ByBudget)]
     if not found:
         return "edited (no K-FADE point is within the budget: untouched)", original
     name, (curve, point) = min(found, key=lambda item: item[1][1].forget_kl)

@@ -24,7 +24,7 @@ from jedit.attacks import (
 from jedit.core.batch import Batch
 from jedit.data import QaRow
 from jedit.edits import apply_edit, edit_between
-from jedit.recipes.comparison.compare import Task
+from jedit.recipes.comparison.task import Task
 from jedit.recipes.tofu.evaluation import LanguageModel, Questions
 from jedit.tracing import Entering
 

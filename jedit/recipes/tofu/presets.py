@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from jedit.data.benchmarks import TOFU_AUTHORS
-from jedit.recipes.comparison.compare import BY_GU, SOFT_NATURAL, Grid, with_all_methods
-from jedit.recipes.comparison.trained import SOFT
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import Pace, Reach
+from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import RELEARNING_RATE
@@ -37,40 +38,36 @@ class Preset(NamedTuple):
 
 # Four points for each method: two settings at two strengths, or four strengths. What bounds its own
 # objective takes the larger rates; what does not, and GU in its own metric, is lost at them.
-BOUNDED, UNBOUNDED, BY_GU_RATES = (3e-4, 1e-3), (1e-4, 3e-4), (3e-5, 1e-4)
-PREDICTED_KL = (1.5e-4, 3e-4)  # of a natural step
-SOFT_NPO = f"NPO (beta {SOFT:g})"
-GRID = with_all_methods(
-    Grid(
-        budgets=(0.05, 0.1, 0.2, 0.4),
-        temperatures=(4.0,),
-        damping=(0.1,),
-        kfade_steps=(1,),
-        learning_rates=dict.fromkeys(("gradient ascent", "GradDiff", "NPO", SOFT_NPO), UNBOUNDED)
-        | {SOFT_NATURAL: PREDICTED_KL},
-        looks=(8, 24),
-        batch_size=16,
-        kl_budget=0.5,
-        utility_share=0.8,
-        lost_kl=1.0,  # no model that far off kept four fifths of its utility
-    ),
-    BOUNDED,
-    (0.2, 0.5, 1.0, 1.5),
-    "IdkDPO",
-)
-ASCENDING = ("WGA", "SAM", "UAM", "ROSU", "ROSU (push)", "null-space GradDiff")
-GRID = GRID._replace(
-    scales=GRID.scales | dict.fromkeys(("AlphaEdit", "MEMIT"), (0.3, 1.0, 2.0, 4.0)),
-    learning_rates=GRID.learning_rates
-    | dict.fromkeys(ASCENDING, UNBOUNDED)
-    | dict.fromkeys(BY_GU, BY_GU_RATES),
+RATES = {
+    Pace.PLAIN_ASCENT: (1e-4, 3e-4),
+    Pace.UNBOUNDED: (1e-4, 3e-4),
+    Pace.BOUNDED: (3e-4, 1e-3),
+    Pace.ADAM_METRIC: (3e-5, 1e-4),
+    Pace.PREDICTED_KL: (1.5e-4, 3e-4),
+}
+# Not ROME, whose facts are one at a time, nor what has classifiers in mind; and NPO by natural
+# steps at the beta alone that goes far enough.
+LEFT_OUT = {"ROME", "SalUn", "l1-sparse", "fine-tune", "NPO (natural)"}
+GRID = Grid(
+    methods=tuple(name for name in CATALOGUE if name not in LEFT_OUT),
+    budgets=(0.05, 0.1, 0.2, 0.4),
+    temperatures=(4.0,),
+    damping=(0.1,),
+    kfade_steps=(1,),
+    looks=(8, 24),
+    batch_size=16,
+    kl_budget=0.5,
+    rates=RATES,
+    scales={Reach.WHOLE: (0.2, 0.5, 1.0, 1.5), Reach.FACTS: (0.3, 1.0, 2.0, 4.0)},
+    utility_share=0.8,
+    lost_kl=1.0,  # no model that far off kept four fifths of its utility
 )
 # Pretrained models take rates some thirty times as small: open-unlearning trains TOFU's, and
-# unlearns, at 1e-5.
+# unlearns, at 1e-5. A predicted KL is the same for every model.
 FINE_TUNING = GRID._replace(
-    learning_rates={
-        name: rates if name == SOFT_NATURAL else tuple(rate / 30 for rate in rates)
-        for name, rates in GRID.learning_rates.items()
+    rates={
+        pace: rates if pace is Pace.PREDICTED_KL else tuple(rate / 30 for rate in rates)
+        for pace, rates in RATES.items()
     }
 )
 PRESETS = {

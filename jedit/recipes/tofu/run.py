@@ -23,7 +23,8 @@ from jedit.data import QaRow, facts_to_rows, generate_authors, pack, read_tofu
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.edits import cast_report, edit_between
 from jedit.models import cast_params
-from jedit.recipes.comparison.compare import Say, Task, compare
+from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.task import Say, Task
 from jedit.recipes.fitting import Trained, train
 from jedit.recipes.scenes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu.attacks import attack

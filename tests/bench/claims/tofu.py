@@ -54,11 +54,7 @@ def main() -> None:
     options.add_argument("--first", type=int, default=0, help="the first seed")
     given = options.parse_args()
     preset = PRESETS["cpu"]
-    grid = preset.grid._replace(
-        curvatures=("K-FAC",),
-        scales={k: v for k, v in preset.grid.scales.items() if k in given.methods},
-        learning_rates={k: v for k, v in preset.grid.learning_rates.items() if k in given.methods},
-    )
+    grid = preset.grid._replace(methods=tuple(given.methods))
     preset = preset._replace(grid=grid)
     sets = read_sets(given.data, preset)
     runs = []

@@ -19,7 +19,9 @@ from jedit.curvature.estimator import add_batch
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.recipes.comparison.compare import Judge, Task, kfade_on
+from jedit.recipes.comparison.compare import kfade_on
+from jedit.recipes.comparison.judge import Judge
+from jedit.recipes.comparison.task import Task
 from jedit.recipes.fitting import Recipe, rows_of, train
 from jedit.report import Point
 from tests.bench.gpu_run.rates import (

@@ -8,9 +8,11 @@ import pytest
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import batches
+from jedit.methods import CATALOGUE, ByBudget, ByScale, Pace, Reach
 from jedit.recipes.comparison import compare as compare_module
-from jedit.recipes.comparison.compare import Grid, Task, compare
-from jedit.recipes.scenes import authors, digits
+from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.task import MAIN, Grid, Task
+from jedit.recipes.scenes import authors
 from jedit.report import best_point
 
 GRID = Grid(
@@ -18,12 +20,13 @@ GRID = Grid(
     temperatures=(4.0,),
     damping=(0.1,),
     kfade_steps=(1, 2),
-    learning_rates={"gradient ascent": (0.03,), "GradDiff": (0.03,), "NPO": (0.01, 0.03)},
+    methods=MAIN,
+    rates={Pace.PLAIN_ASCENT: (0.03,), Pace.UNBOUNDED: (0.01, 0.03)},
     looks=(2, 5),
     batch_size=8,
     kl_budget=0.05,
 )
-METHODS = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO"]
+METHODS = list(MAIN)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,7 +93,7 @@ def test_every_method_has_a_curve_for_every_setting(judged_and_models):
 
 
 def test_one_curvature_alone(task, judged_and_models):
-    grid = GRID._replace(curvatures=("K-FAC",), learning_rates={}, scales={})
+    grid = GRID._replace(methods=METHODS[:1])
     stages = []
     judged, _ = compare(task, grid, key=jax.random.key(1), say=stages.append)
     assert [m.name for m in judged.methods] == METHODS[:1]
@@ -101,25 +104,24 @@ def test_one_curvature_alone(task, judged_and_models):
 
 
 def test_every_method_of_the_demo_moves_the_model(task):
-    names = {**digits.ALL.learning_rates, **authors.ALL.learning_rates}
-    for name in ("RMU", "KUDA"):  # before a linear classifier's inputs nothing can be trained
-        del names[name]
-    scaled = {**digits.ALL.scales, **authors.ALL.scales}
+    # Before a linear classifier's inputs nothing can be trained, and fine-tuning forgets nothing.
+    names = [n for n in authors.ALL.methods if n not in ("RMU", "KUDA", "fine-tune", "l1-sparse")]
     grid = GRID._replace(
+        methods=names,
         budgets=(0.01,),
         kfade_steps=(1,),
-        learning_rates=dict.fromkeys(names, (0.03,)),
-        scales=dict.fromkeys(scaled, (0.2, 1.0)),
+        rates=dict.fromkeys(Pace, (0.03,)),
+        scales=dict.fromkeys(Reach, (0.2, 1.0)),
         looks=(4,),
     )
     with_refusals = task._replace(refusals=task.forget._replace(targets=task.forget.targets - 3))
     judged, _ = compare(with_refusals, grid, key=jax.random.key(1), say=lambda _: None)
-    assert [m.name for m in judged.methods] == [*METHODS[:2], *scaled, *names]
+    assert [m.name for m in judged.methods] == names
     for curve in judged.curves:
         for point in curve.points:
             assert point.heldout_kl > 0, curve.method
             assert point.forget_nll != judged.original.forget_nll, curve.method
-        if curve.method in scaled:
+        if isinstance(CATALOGUE[curve.method], ByScale):
             assert curve.points[0].forget_nll < curve.points[1].forget_nll, curve.method
 
 
@@ -136,14 +138,16 @@ def test_a_budget_is_kept_in_truth_and_shown_beside_the_prediction(judged_and_mo
     judged, _ = judged_and_models
     for curve in judged.curves:
         for point in curve.points:
-            is_kfade = curve.method.startswith("K-FADE")
+            is_kfade = isinstance(CATALOGUE[curve.method], ByBudget)
             assert (point.true_kl is not None) == (point.predicted_kl is not None) == is_kfade
             assert point.edit_seconds > 0
             if is_kfade:
                 assert 0.9 * point.strength < point.true_kl <= point.strength * 1.001
                 # A linear classifier is nearly quadratic at so small a price.
                 assert point.predicted_kl == pytest.approx(point.true_kl, rel=0.5)
-    assert all((m.fit_seconds > 0) == m.name.startswith("K-FADE") for m in judged.methods)
+    assert all(
+        (m.fit_seconds > 0) == isinstance(CATALOGUE[m.name], ByBudget) for m in judged.methods
+    )
 
 
 def test_all_methods_forget_more_the_more_they_are_turned_up(judged_and_models):

@@ -8,8 +8,8 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.data import QaRow
+from jedit.methods.row import ADAM
 from jedit.recipes.comparison import trajectories as ascent
-from jedit.recipes.comparison.trained import ADAM
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.scenes import authors as authors_scene
 from jedit.recipes.scenes import question_answer

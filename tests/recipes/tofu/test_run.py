@@ -8,8 +8,9 @@ import pytest
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import QaRow, batches, read_tofu, train_tokenizer
+from jedit.methods.row import Pace, Reach
 from jedit.models import gpt, gpt_stepper
-from jedit.recipes.comparison.compare import Grid
+from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.evaluation import LanguageModel, encode_questions, generate, score_set
@@ -40,11 +41,12 @@ TOY = Preset(
         temperatures=(1.0,),
         damping=(0.1,),
         kfade_steps=(1,),
-        learning_rates={"NPO": (1e-3,), "NPO (natural)": (1e-3,)},
+        methods=("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)"),
+        rates=dict.fromkeys(Pace, (1e-3,)),
         looks=(2,),
         batch_size=8,
         kl_budget=1.0,
-        scales={"engram": (0.5,)},
+        scales={Reach.WHOLE: (0.5,)},
         utility_share=0.0,
     ),
 )

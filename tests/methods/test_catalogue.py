@@ -1,0 +1,111 @@
+"""The catalogue: every row runs on what it says it needs, and on no less."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit import methods
+from jedit.curvature import ekfac, estimate
+from jedit.curvature.likelihoods import Categorical
+from jedit.edits import Edit, apply_edit
+from jedit.methods import CATALOGUE, ByBudget, BySteps, Material, Need, catalogue
+from jedit.objectives import NPO, with_retain
+from jedit.training import TrainingMethod, run_method
+from tests.test_contract import ESTIMATOR, make_scene, network
+
+# Public methods that make no model forget: parts of others, looked for by name.
+PARTS = {"causal_trace", "target_values"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _standard_promotion():
+    """What optax's Adam mixes, its counter and its decay rates, strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A small classifier with everything that any method needs, and its retain rows."""
+    key = jax.random.key(0)
+    _, params, curvature, forget, retain = make_scene(key)
+    corrected = ekfac(network, Categorical(), curvature)
+    material = Material(
+        network,
+        params,
+        forget,
+        curvature=curvature,
+        tempered=curvature,
+        corrected=estimate(corrected, params, [retain], key=key),
+        target_moments=estimate(ESTIMATOR, params, [forget], key=key),
+        rest_moments=curvature,
+        hidden_site="v",
+        layers=("w",),
+        refusals=forget._replace(targets=(jnp.asarray(forget.targets) + 1) % 3),
+        num_classes=3,
+        steps=4,
+        has_positions=False,
+    )
+    return material, retain
+
+
+def ran(row, material, retain):
+    """The edit of the method, run as any is."""
+    # So small a scene has no direction that holds less than a hundredth.
+    method = row.of(material, **{"threshold": 0.4} if "threshold" in row.settings else {})
+    more = {}
+    if isinstance(row, BySteps):
+        more = {"steps": 4, "key": jax.random.key(1)}
+    elif isinstance(row, ByBudget):
+        made = method
+        method = lambda *given, **rows: made(*given, budget=0.01, **rows)  # noqa: E731
+    forget = row.forget_rows(material) if isinstance(row, BySteps) else material.forget
+    return run_method(method, network, material.params, forget, retain, **more)[0]
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_row_runs_on_what_it_needs_and_says_what_is_missing(scene, name):
+    material, retain = scene
+    row = CATALOGUE[name]
+    assert row.missing(material) == ()
+    kept = {f.name: getattr(material, f.name) for f in dataclasses.fields(Material)}
+    for need in Need:
+        if need not in row.needs:
+            kept[need.field] = None
+    least = Material(**kept)
+    edit = ran(row, least, retain)
+    assert isinstance(edit, Edit)
+    edited = apply_edit(material.params, edit)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(edited))
+    assert any(np.any(edited[n] != material.params[n]) for n in edited)
+    for need in row.needs - {Need.SUBJECTS}:
+        with pytest.raises(ValueError, match=rf"needs .*{need.field}= \({need.value}\)"):
+            row.of(dataclasses.replace(least, **{need.field: None}))
+    with pytest.raises(ValueError, match=r"has no setting nonsense"):
+        row.of(least, nonsense=1)
+
+
+def test_names_are_said_once_and_settings_are_read(scene):
+    assert all(name == row.name for name, row in CATALOGUE.items())
+    material, _ = scene
+    npo = CATALOGUE["NPO"]
+    assert npo.of(material).objective == npo.of(material).objective
+    assert npo.of(material, beta=0.7).objective == with_retain(NPO(beta=0.7))
+
+
+def test_every_public_method_has_a_row():
+    text = Path(catalogue.__file__).read_text()
+    public = {name for name in methods.__all__ if name.islower()} - PARTS
+    assert {name for name in public if not re.search(rf"\b{name}[(),]", text)} == set()
+
+
+def test_a_method_can_be_exchanged_by_its_name(scene):
+    material, retain = scene
+    edits = [ran(CATALOGUE[name], material, retain) for name in ("K-FADE (K-FAC)", "NPO", "engram")]
+    assert all(isinstance(edit, Edit) for edit in edits)
+    assert isinstance(CATALOGUE["NPO"].of(material), TrainingMethod)
