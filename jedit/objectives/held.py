@@ -34,7 +34,7 @@ class RetainNLL:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
@@ -56,7 +56,7 @@ class RetainKL:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
@@ -83,7 +83,7 @@ class WithRetain:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:

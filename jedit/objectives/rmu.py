@@ -81,7 +81,7 @@ class RetainStates:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
