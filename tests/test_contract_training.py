@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jedit import methods, objectives, transforms
+from jedit import methods, objectives, requests, transforms
 from jedit.objectives import GA, NPO, RepresentationDeviation, with_retain
 from jedit.training import TrainingMethod, run_method, unlearn
 from tests.objectives.references import SEQ, apply, make_batch, make_params
@@ -158,6 +158,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 
 NO_ROW = {
     "balanced": "makes weights of a stack of edits",
+    "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
     "interactions": "measures a stack of edits",
     "random_direction": "is what objectives are made of",
@@ -176,7 +177,7 @@ def test_every_public_function_has_a_row():
     rows |= set(OBJECTIVES)
     public = {
         name
-        for room in (methods, objectives, transforms)
+        for room in (methods, objectives, requests, transforms)
         for name in room.__all__
         if inspect.isfunction(getattr(room, name))
         or (room is objectives and inspect.isclass(getattr(room, name)))

@@ -111,7 +111,7 @@ def fit(
     params: PyTree | LoopState,
     data: Batch | PyTree,
     *,
-    epochs: float,
+    epochs: float | int,
     key: Key[Array, ""],
     batch_size: int = 32,
     watch: Watch | None = None,
