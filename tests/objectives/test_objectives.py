@@ -238,7 +238,7 @@ def test_a_missing_reference_gets_a_sentence(problem, objective):
 def test_missing_retain_rows_and_wrong_numbers_get_a_sentence(problem):
     params, reference, forget, _ = problem
     for held in (RetainNLL(), RetainKL()):
-        with pytest.raises(ValueError, match="needs `retain`, rows that are to be kept; got None"):
+        with pytest.raises(TypeError, match=r"retain must be a jedit\.Batch, got None"):
             with_retain(GA(), held)(apply, params, forget, None, reference)
     with pytest.raises(ValueError, match="beta must be positive"):
         NPO(beta=0.0)

@@ -514,7 +514,7 @@ def test_mistakes_get_a_sentence(problem, key):
             run(forget, retain, **mistake)
     with pytest.raises(TypeError, match="the objective is an argument of the compiler"):
         run(forget, retain, objective=with_retain(NPO(beta=jnp.asarray(0.1))))
-    with pytest.raises(ValueError, match="needs `retain`, rows that are to be kept; got None"):
+    with pytest.raises(TypeError, match=r"retain must be a jedit\.Batch, got None"):
         run(forget, None)
     with pytest.raises(ValueError, match="epochs must not be negative"):
         fit(retain_loss, optax.sgd(0.1), params, retain, key=key, epochs=-1)
