@@ -65,48 +65,29 @@ DEFAULTS = [
     Default("methods.rosu", "strength", 1.0, "1 is arbitrary", OURS),
     Default("methods.rosu", "scope", "global", '"global" (the stated problem)', "ROSU"),
     Default("methods.salun", "fraction", 0.5, "may change (paper: 0.5)", "SalUn"),
-    Default("methods.salun", "gamma", 1.0, "γ; 1 is `random_label`'s", OURS),
-    Default("methods.salun", "alpha", 1.0, "α; 1 is `random_label`'s", OURS),
     Default("methods.sam", "radius", 0.01, "ρ (paper's code: 0.01)", "SAM unlearning's code"),
-    Default("methods.sam", "alpha", 1.0, "1 is arbitrary", OURS),
+    Default("methods.sam", "weight", 1.0, "1 is arbitrary", OURS),
     Default("methods.target_values", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
     Default("methods.target_values", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
     Default("methods.target_values", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
     Default("methods.target_values", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
     Default("methods.target_values", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
     Default("methods.target_values", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
-    Default("objectives.ce_u", "gamma", 1.0, "γ = 1 and", "graddiff"),
-    Default("objectives.ce_u", "alpha", 1.0, "α = 1 are `graddiff`'s", "graddiff"),
-    Default("objectives.dpo", "beta", 0.1, "β = 0.1 and", FRAMEWORK),
-    Default("objectives.dpo", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
-    Default("objectives.graddiff", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
-    Default("objectives.graddiff", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
-    Default("objectives.npo", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
-    Default("objectives.npo", "alpha", 1.0, "α = 1 open-unlearning's", FRAMEWORK),
-    Default("objectives.npo_from_nll", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
-    Default("objectives.npo_from_nll", "alpha", 1.0, "α = 1 open-unlearning's", FRAMEWORK),
-    Default("objectives.random_label", "gamma", 1.0, "γ = 1 and", OURS),
-    Default("objectives.random_label", "alpha", 1.0, "α = 1 are arbitrary", OURS),
-    Default("objectives.representation_deviation", "tilt", 0.1, "τ = 0.1,", OURS),
-    Default("objectives.representation_deviation", "gamma", 1.0, "γ = 1 and", OURS),
-    Default("objectives.representation_deviation", "alpha", 1.0, "α = 1 are arbitrary", OURS),
-    Default("objectives.rmu", "steering", 2.0, "c = 2,", FRAMEWORK),
-    Default("objectives.rmu", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
-    Default("objectives.rmu", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
-    Default("objectives.satimp", "beta_saturation", 5.0, "β₁ = 5,", FRAMEWORK),
-    Default("objectives.satimp", "beta_importance", 1.0, "β₂ = 1,", FRAMEWORK),
-    Default("objectives.satimp", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
-    Default("objectives.satimp", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
-    Default("objectives.simnpo", "beta", 4.5, "β = 4.5,", FRAMEWORK),
-    Default("objectives.simnpo", "delta", 0.0, "δ = 0,", FRAMEWORK),
-    Default("objectives.simnpo", "gamma", 0.125, "γ = 0.125 and", FRAMEWORK),
-    Default("objectives.simnpo", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
-    Default("objectives.undial", "beta", 10.0, "β = 10 and", FRAMEWORK),
-    Default("objectives.undial", "gamma", 1.0, "γ = 1 are those of", FRAMEWORK),
-    Default("objectives.undial", "alpha", 1.0, "α = 1 is `graddiff`'s", "graddiff"),
-    Default("objectives.wga", "beta", 1.0, "β = 1,", FRAMEWORK),
-    Default("objectives.wga", "gamma", 1.0, "γ = 1 and", FRAMEWORK),
-    Default("objectives.wga", "alpha", 1.0, "α = 1 are those of", FRAMEWORK),
+    Default("objectives.DPO", "beta", 0.1, "β = 0.1 is open-unlearning's", FRAMEWORK),
+    Default("objectives.NPO", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
+    Default("objectives.RepresentationDeviation", "seed", 0, "u; 0 is arbitrary", OURS),
+    Default("objectives.RepresentationDeviation", "tilt", 0.1, "τ = 0.1 is arbitrary", OURS),
+    Default("objectives.RMU", "seed", 0, "u; 0 is arbitrary", OURS),
+    Default("objectives.RMU", "steering", 2.0, "c = 2 is open-unlearning's", FRAMEWORK),
+    Default("objectives.SatImp", "beta_saturation", 5.0, "β₁ = 5 and", FRAMEWORK),
+    Default("objectives.SatImp", "beta_importance", 1.0, "β₂ = 1 are those of", FRAMEWORK),
+    Default("objectives.SimNPO", "beta", 4.5, "β = 4.5,", FRAMEWORK),
+    Default("objectives.SimNPO", "delta", 0.0, "δ = 0 and", FRAMEWORK),
+    Default("objectives.SimNPO", "gamma", 0.125, "γ = 0.125 are those of", FRAMEWORK),
+    Default("objectives.UNDIAL", "beta", 10.0, "β = 10 is open-unlearning's", FRAMEWORK),
+    Default("objectives.WGA", "beta", 1.0, "β = 1,", FRAMEWORK),
+    Default("objectives.with_retain", "weight", 1.0, "α = 1, GradDiff's", FRAMEWORK),
+    Default("objectives.with_retain", "forget_weight", 1.0, "γ = 1, GradDiff's", FRAMEWORK),
     Default("transforms.ignore_top_fraction", "scope", "leaf", '"leaf", the share', "2504.09522"),
     Default("transforms.mask_to_salient", "fraction", 0.5, "(SalUn: 0.5)", "SalUn"),
     Default("transforms.orthogonalize_to_retain", "rank", 8, "kept (paper: 8)", "GU"),
@@ -135,10 +116,11 @@ DEFAULTS = [
 
 
 def functions(room):
-    """The public functions of a room, by name."""
+    """The public functions and objectives of a room, by name."""
     package = importlib.import_module(f"jedit.{room}")
     found = {name: getattr(package, name) for name in package.__all__}
-    return {name: f for name, f in found.items() if inspect.isfunction(f)}
+    is_value = lambda f: room == "objectives" and inspect.isclass(f)  # noqa: E731
+    return {name: f for name, f in found.items() if inspect.isfunction(f) or is_value(f)}
 
 
 def said_by(function):

@@ -1,7 +1,7 @@
 """Editing methods: one file, one paper.
 
 Those that edit return an `Edit` and what they found on the way; those that train return a
-`TrainingMethod`, which `jedit.unlearn` takes.
+`TrainingMethod`, which `jedit.unlearn` takes. `jedit.run_method` runs either and returns an edit.
 """
 
 from jedit.methods.associations._write import AssociationInfo, Associations, KeyState

@@ -176,7 +176,8 @@ def with_lora(
     """Put adapters beside parameters; at first they change nothing, to the bit.
 
     To train, edit or measure the adapters alone, select them by their paths:
-    `unlearn(..., trainable="^lora/")`, `kfac(..., select="^lora/")`, `find_sites(..., "^lora/")`.
+    `TrainingMethod(..., trainable="^lora/")`, `kfac(..., select="^lora/")`,
+    `find_sites(..., "^lora/")`.
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.

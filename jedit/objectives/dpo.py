@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from jedit.core.batch import Batch
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.outputs import by_example
-from jedit.objectives.objective import REFERENCE, Value, needed
+from jedit.objectives.objective import Value, needed
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 
 
@@ -45,7 +45,7 @@ class DPO:
 
         It costs four forward passes, two of them of the reference.
         """
-        reference = needed(reference, self, REFERENCE)
+        reference = needed(reference, self)
         growth, is_whole = [], []
         for batch in forget:
             nll, counted = counted_nll(apply, params, batch)

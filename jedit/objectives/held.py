@@ -18,11 +18,11 @@ import dataclasses
 import jax
 from jaxtyping import PyTree
 
-from jedit.core.arguments import check_batch, check_function
+from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.outputs import counted_outputs
-from jedit.objectives.objective import REFERENCE, RETAIN, Objective, Value, needed
+from jedit.objectives.objective import Objective, Value, kept_rows, needed
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, token_kl
 
 
@@ -34,12 +34,12 @@ class RetainNLL:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
         """Return the loss; the forget rows and the reference are not looked at."""
-        retain = needed(retain, self, RETAIN)
+        retain = kept_rows(retain)
         loss = masked_mean(*counted_nll(apply, params, retain))
         return loss, {"retain_nll": loss}
 
@@ -56,14 +56,13 @@ class RetainKL:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
         """Return the loss; the forget rows are not looked at."""
-        reference = needed(reference, self, REFERENCE)
-        retain = needed(retain, self, RETAIN)
-        check_batch(retain, "retain")
+        reference = needed(reference, self)
+        retain = kept_rows(retain)
         fixed = jax.lax.stop_gradient(apply(reference, retain.inputs))
         divergence = token_kl(fixed, apply(params, retain.inputs))
         loss = masked_mean(divergence, counted_outputs(retain, divergence.shape))
@@ -83,7 +82,7 @@ class WithRetain:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from jedit.core.batch import Batch
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.outputs import by_example
-from jedit.objectives.objective import REFERENCE, Value, needed
+from jedit.objectives.objective import Value, needed
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
 
 
@@ -43,7 +43,7 @@ class NPO:
         reference: PyTree | None = None,
     ) -> Value:
         """Return the NPO loss, which costs one more forward pass, of the reference."""
-        reference = needed(reference, self, REFERENCE)
+        reference = needed(reference, self)
         before = jax.lax.stop_gradient(sequence_nll(apply, reference, forget))
         nll, counted = counted_nll(apply, params, forget)
         summed = jnp.sum(by_example(forget, nll), axis=-1)

@@ -1,9 +1,12 @@
 """What all objectives have in common: one call, and what some of them cannot do without."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from jaxtyping import Array, Float
+
+from jedit.core.arguments import check_batch
+from jedit.core.batch import Batch
 
 Given = TypeVar("Given")
 
@@ -18,16 +21,23 @@ with these arguments is one; those of this folder are values: equal ones compile
 """
 
 
-def needed(given: Given | None, objective: object, what: str) -> Given:
-    """Return an argument that an objective cannot do without.
+def needed(reference: Given | None, objective: object) -> Given:
+    """Return the reference that an objective cannot do without.
 
     Raises:
         ValueError: it is None.
     """
-    if given is None:
-        raise ValueError(f"{type(objective).__name__} needs {what}; got None")
-    return given
+    if reference is None:
+        name = type(objective).__name__
+        raise ValueError(f"{name} needs `reference`, the params before unlearning; got None")
+    return reference
 
 
-REFERENCE = "`reference`, the params before unlearning"
-RETAIN = "`retain`, rows that are to be kept"
+def kept_rows(retain: Batch | None) -> Batch:
+    """Return the retain rows that an objective cannot do without.
+
+    Raises:
+        TypeError: there are none, or they are no batch.
+    """
+    check_batch(retain, "retain")
+    return cast(Batch, retain)

@@ -26,7 +26,7 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT_OR_ZERO, FINITE, check_numbers
 from jedit.core.outputs import counted_outputs, wide
 from jedit.objectives.hidden_states import Hidden, direction_like
-from jedit.objectives.objective import REFERENCE, Value, needed
+from jedit.objectives.objective import Value, needed
 from jedit.objectives.token_nll import Apply, masked_mean
 
 
@@ -57,7 +57,7 @@ class RepresentationDeviation:
         reference: PyTree | None = None,
     ) -> Value:
         """Return the mean cosine, which costs one more forward pass, of the reference."""
-        reference = needed(reference, self, REFERENCE)
+        reference = needed(reference, self)
         check_batch(forget, "forget")
         target = wide(jax.lax.stop_gradient(self.hidden(apply, reference, forget.inputs)))
         norms = jnp.linalg.norm(target, axis=-1, keepdims=True)

@@ -29,7 +29,7 @@ from jedit.core.batch import Batch, wide_dtype
 from jedit.core.checks import COUNT_OR_ZERO, FINITE, check_numbers
 from jedit.core.outputs import counted_outputs
 from jedit.objectives.hidden_states import Hidden, direction_like
-from jedit.objectives.objective import REFERENCE, RETAIN, Value, needed
+from jedit.objectives.objective import Value, kept_rows, needed
 from jedit.objectives.token_nll import Apply, masked_mean
 
 
@@ -81,14 +81,13 @@ class RetainStates:
         self,
         apply: Apply,
         params: PyTree,
-        forget: Batch | None,
+        forget: PyTree,
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
         """Return the mean square distance from the reference's states."""
-        retain = needed(retain, self, RETAIN)
-        reference = needed(reference, self, REFERENCE)
-        check_batch(retain, "retain")
+        retain = kept_rows(retain)
+        reference = needed(reference, self)
         states = self.hidden(apply, params, retain.inputs)
         states = states.astype(wide_dtype(states.dtype))
         before = self.hidden(apply, reference, retain.inputs).astype(states.dtype)

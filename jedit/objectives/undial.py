@@ -20,7 +20,7 @@ from jaxtyping import PyTree
 from jedit.core.batch import Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.outputs import wide
-from jedit.objectives.objective import REFERENCE, Value, needed
+from jedit.objectives.objective import Value, needed
 from jedit.objectives.token_nll import (
     Apply,
     labelled_logits,
@@ -56,7 +56,7 @@ class UNDIAL:
         Raises:
             ValueError: the batch has not one target per output.
         """
-        reference = needed(reference, self, REFERENCE)
+        reference = needed(reference, self)
         logits, targets, counted = labelled_logits(apply, params, forget)
         teacher = wide(jax.lax.stop_gradient(apply(reference, forget.inputs)))
         is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)

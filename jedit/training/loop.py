@@ -111,7 +111,7 @@ def fit(
     params: PyTree | LoopState,
     data: Batch | PyTree,
     *,
-    epochs: float,
+    epochs: float | int,
     key: Key[Array, ""],
     batch_size: int = 32,
     watch: Watch | None = None,
@@ -198,7 +198,9 @@ def _train(
     key: Array,
     watch: Watch | None,
 ) -> tuple[PyTree, History]:
-    callback, every, checkpoint = Watch() if watch is None else watch
+    watch = Watch() if watch is None else watch
+    check_kind(watch, Watch, "watch", "such as Watch(callback, every=10)")
+    callback, every, checkpoint = watch
     check_numbers(COUNT_OR_ZERO, steps=steps)
     check_numbers(COUNT, batch_size=how.batch_size, every=every)
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)

@@ -1,6 +1,6 @@
 """One function for all methods: those that train, and those that are solved in closed form."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key, PyTree
@@ -30,8 +30,8 @@ def run_method(
     method: TrainingMethod | Callable[..., tuple[Edit, Any]],
     apply: Callable[[PyTree, PyTree], Array],
     params: PyTree,
-    forget: Batch | Sequence[Batch],
-    retain: Batch | Sequence[Batch],
+    forget: Batch | PyTree,
+    retain: Batch | PyTree,
     *,
     steps: int | None = None,
     key: Key[Array, ""] | None = None,

@@ -15,7 +15,6 @@ The trained parameters are kept beside the output and used again.
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import re
 import time
@@ -38,16 +37,16 @@ from jedit.data import (
     train_tokenizer,
 )
 from jedit.models import gpt
-from jedit.objectives import npo, retain_nll
+from jedit.objectives import GA, NPO, RetainNLL, with_retain
 
 SELECT = r"blocks/.*/(attn|mlp)/"
 MAX_LEN = 80
 FLOOR = -4.0  # log-odds at which a forget token counts as forgotten; arbitrary
 
 
-def margin(params, forget, retain, *, apply):
+def margin(apply, params, forget, retain, reference):
     """Mean log-odds of the forget tokens, down to a floor; keeps its gradient as p -> 1."""
-    del retain
+    del retain, reference
     logits = apply(params, forget.inputs)
     is_label = jax.nn.one_hot(forget.targets, logits.shape[-1], dtype=bool)
     label = jnp.sum(jnp.where(is_label, logits, 0), axis=-1)
@@ -105,13 +104,12 @@ class Scene:
         if not file.exists():
             steps = options.epochs * (options.rows // 32)
             rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, steps, 1e-4)
-            loss = functools.partial(retain_nll, apply=self.apply)
             params, history = jedit.fit(
-                lambda params, rows: loss(params, None, rows),
+                lambda params, rows: RetainNLL()(self.apply, params, None, rows),
                 optax.adamw(rate, weight_decay=0.01),
                 initial,
                 data,
-                steps=steps,
+                epochs=steps * 32 / options.rows,
                 batch_size=32,
                 key=jax.random.key(1),
             )
@@ -152,28 +150,27 @@ def edits(scene, budget, select):
     corrected = jedit.estimate(
         jedit.ekfac(scene.apply, hot, tempered), scene.params, scene.fit, key=jax.random.key(2)
     )
-    log_odds = functools.partial(margin, apply=scene.apply)
-    preference = functools.partial(npo, apply=scene.apply, reference_params=scene.params)
-    rows = [("identity (plain ascent)", tempered, 1e9, 4, None)]
-    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, None)]
-    rows += [(name, c, d, 4, None) for name, c in curvatures.items() for d in (0.01, 0.1)]
+    ascent, preference = GA(), with_retain(NPO())
+    rows = [("identity (plain ascent)", tempered, 1e9, 4, ascent)]
+    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, ascent)]
+    rows += [(name, c, d, 4, ascent) for name, c in curvatures.items() for d in (0.01, 0.1)]
     rows += [
-        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, n, None)
+        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, n, ascent)
         for n in (1, 2)
         for d in (0.01, 0.1)
     ]
-    rows += [(f"{name}, 1 step", c, 0.01, 1, None) for name, c in curvatures.items()]
+    rows += [(f"{name}, 1 step", c, 0.01, 1, ascent) for name, c in curvatures.items()]
     rows += [
-        ("identity, 1 step", tempered, 1e9, 1, None),
-        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, 1, None),
-        ("temperature 4, 16 steps", tempered, 0.01, 16, None),
-        ("temperature 4, log-odds", tempered, 0.01, 4, log_odds),
-        ("temperature 4, EK-FAC", corrected, 0.01, 4, None),
-        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, 1, None),
-        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 4, None),
-        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 1, None),
-        ("temperature 4, refitted, 8 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 8, None),
-        ("temperature 4, refitted, 2 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 2, None),
+        ("identity, 1 step", tempered, 1e9, 1, ascent),
+        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, 1, ascent),
+        ("temperature 4, 16 steps", tempered, 0.01, 16, ascent),
+        ("temperature 4, log-odds", tempered, 0.01, 4, margin),
+        ("temperature 4, EK-FAC", corrected, 0.01, 4, ascent),
+        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, 1, ascent),
+        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 4, ascent),
+        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 1, ascent),
+        ("temperature 4, refitted, 8 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 8, ascent),
+        ("temperature 4, refitted, 2 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 2, ascent),
         ("temperature 4, NPO, 2 steps", tempered, 0.01, 2, preference),
         ("temperature 4, NPO, 4 steps", tempered, 0.01, 4, preference),
     ]
@@ -214,15 +211,13 @@ def negative_preferences(scene, tempered, select):
             continue
         start = time.perf_counter()
         params, _ = jedit.unlearn(
-            functools.partial(npo, apply=scene.apply),
-            optimizer,
+            jedit.TrainingMethod(with_retain(NPO()), optimizer, batch_size=32),
+            scene.apply,
             scene.params,
             scene.forget_rows,
             scene.retain_rows,
             steps=steps,
-            batch_size=32,
             key=jax.random.key(3),
-            objective_args={"reference_params": scene.params},
         )
         jax.block_until_ready(params)
         yield name, damping, params, None, time.perf_counter() - start

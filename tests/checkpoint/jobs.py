@@ -32,7 +32,7 @@ def loss_fn(params, rows):
     return loss, {"half": loss / 2}
 
 
-def loop(checkpoint, steps=24, seed=0, **changed):
+def loop(checkpoint, steps=24, seed=0, every=None, callback=None, **changed):
     """`fit` by Adam with a decaying rate; a weakly typed number stands in its state."""
     numbers = np.random.default_rng(seed)
     data = {"x": jnp.asarray(numbers.normal(size=(10, 3)), "float32")}
@@ -43,8 +43,8 @@ def loop(checkpoint, steps=24, seed=0, **changed):
             optimizer(),
             {"w": jnp.zeros((3, 2), "float32"), "frozen": jnp.arange(2)},
             data,
-            **{"key": jax.random.key(seed), "steps": steps, "batch_size": 4, **changed},
-            checkpoint=checkpoint,
+            **{"key": jax.random.key(seed), "epochs": steps * 4 / 10, "batch_size": 4, **changed},
+            watch=jedit.Watch(callback, every, checkpoint),
         )
 
 

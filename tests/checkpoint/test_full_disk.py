@@ -13,7 +13,7 @@ from jedit.checkpoint import Checkpoint, Ledger, load_edit, save_curvature, save
 from jedit.checkpoint.sealed import temporary_folder
 from jedit.curvature.types import Curvature
 from jedit.edits import Edit
-from jedit.training.loop import fit
+from jedit.training import Watch, fit
 
 # Several arrays: when one fails, others are still to be written.
 VALUES = {f"w{i}": np.random.default_rng(i).normal(size=(120, 120)) for i in range(6)}
@@ -44,7 +44,15 @@ def train(folder):
 
     job = Checkpoint(folder / "job", every=1)
     key = jax.random.key(0)
-    fit(loss, optax.sgd(1e-3), dict(EDIT.blocks), ROWS, steps=3, key=key, checkpoint=job)
+    fit(
+        loss,
+        optax.sgd(1e-3),
+        dict(EDIT.blocks),
+        ROWS,
+        epochs=3,
+        key=key,
+        watch=Watch(checkpoint=job),
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Arguments of the wrong type or structure: one sentence at every entrance, before any compute."""
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,8 @@ from jedit.data import batches as cut
 from jedit.data import stack_requests
 from jedit.methods import Associations, causal_trace, engram, kfade, memit, salun, target_values
 from jedit.models.lora import with_lora
-from jedit.objectives import ga, graddiff, retain_kl
+from jedit.objectives import GA, RetainKL, RetainNLL, with_retain
+from jedit.training import TrainingMethod, Watch
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 KEY, L = jax.random.key(0), Categorical()
@@ -36,8 +35,18 @@ def apply(params, inputs):
     return jnp.tanh(inputs @ params["a"]["w"] + params["a"]["b"][None]) @ out
 
 
-GA = functools.partial(ga, apply=apply)
-GRADDIFF = functools.partial(graddiff, apply=apply)
+ASCENT = TrainingMethod(GA(), SGD)
+
+
+def unlearn(params=PARAMS, forget=BATCH, retain=None, method=ASCENT, key=KEY):
+    return jedit.unlearn(method, apply, params, forget, retain, steps=1, key=key)
+
+
+def fit(data=BATCH, watch=None):
+    def loss(params, rows):
+        return RetainNLL()(apply, params, None, rows)
+
+    return jedit.fit(loss, SGD, PARAMS, data, epochs=1, key=KEY, watch=watch)
 
 
 def kfac(**options):
@@ -70,7 +79,7 @@ def batch_entrances(curvature):
         "kfade forget": lambda x: kfade(apply, PARAMS, curvature, x, BATCH, step=0.1, steps=1),
         "kfade retain": lambda x: kfade(apply, PARAMS, curvature, BATCH, x, step=0.1, steps=1),
         "scale": lambda x: jedit.scale_to_kl_budget(apply, L, PARAMS, PARAMS, x, **budget),
-        "salun": lambda x: salun(apply, SGD, PARAMS, x),
+        "salun": lambda x: salun(apply, PARAMS, x, SGD),
         "nll": lambda x: metrics.nll(apply, PARAMS, x),
         "accuracy": lambda x: metrics.accuracy(apply, PARAMS, x),
         "output_kl": lambda x: metrics.output_kl(apply, PARAMS, PARAMS, x),
@@ -83,11 +92,11 @@ def batch_entrances(curvature):
     options = {"embedding": "e", "layers": "l", "subject": X}
     single = {
         "batch_unlearn": lambda x: jedit.batch_unlearn(apply, PARAMS, x, curvature, step=0.1),
-        "unlearn": lambda x: jedit.unlearn(GA, SGD, PARAMS, x, BATCH, steps=1, key=KEY),
+        "unlearn": lambda x: unlearn(forget=x, retain=BATCH),
         "continual": lambda x: jedit.continual(apply, kfac(), x, enough=1, key=KEY, **budget),
         "causal_trace": lambda x: causal_trace(apply, PARAMS, x, key=KEY, **options),
         "ggn": lambda x: jedit.ggn_vector_product(apply, L, PARAMS, x, PARAMS),
-        "retain_kl": lambda x: retain_kl(PARAMS, None, x, apply=apply, reference_params=PARAMS),
+        "retain_kl": lambda x: RetainKL()(apply, PARAMS, None, x, PARAMS),
         "targets": lambda x: target_values(apply, PARAMS, Associations(x), layer="o/w"),
         "batches": lambda x: cut(x, 2),
         "stack_requests": lambda x: stack_requests([x]),
@@ -129,7 +138,7 @@ def test_targets_are_arrays_of_integers(curvatures):
         lambda: estimate(real, estimator=kfac(fisher="empirical")),
         lambda: kfade(apply, PARAMS, curvatures[0], real, BATCH, step=0.1),
         lambda: metrics.nll(apply, PARAMS, real),
-        lambda: jedit.unlearn(GA, SGD, PARAMS, real, steps=1, key=KEY),
+        lambda: unlearn(forget=real),
     ):
         with pytest.raises(TypeError, match=r"targets must be integers.* got float"):
             call()
@@ -170,11 +179,14 @@ def test_arguments_that_were_swapped(curvatures):
         (lambda: kfade(apply, curvature, PARAMS, BATCH, BATCH, step=1), "curvature must be a Curv"),
         (lambda: kfade(apply, PARAMS, BATCH, curvature, BATCH, step=1), "forget must be .* Curvat"),
         (lambda: jedit.batch_unlearn(apply, PARAMS, curvature, BATCH, step=1), "requests must be"),
-        (lambda: jedit.unlearn(SGD, GA, PARAMS, BATCH, steps=1, key=KEY), "objective must be a f"),
-        (lambda: jedit.unlearn(GA, PARAMS, SGD, BATCH, steps=1, key=KEY), "optimizer must be an o"),
-        (lambda: jedit.unlearn(GA, SGD, BATCH, PARAMS, steps=1, key=KEY), "params must be"),
-        (lambda: jedit.unlearn(GA, SGD, PARAMS, BATCH, steps=1, key=0), "key must be a random key"),
-        (lambda: jedit.fit(GA, SGD, PARAMS, BATCH, steps=1, key=KEY, checkpoint="x"), "Checkpoint"),
+        (lambda: unlearn(method=GA()), "method must be a TrainingMethod"),
+        (lambda: unlearn(method=TrainingMethod(SGD, GA())), "objective must be a function"),
+        (lambda: unlearn(method=TrainingMethod(GA, SGD)), "objective must be a function"),
+        (lambda: unlearn(method=TrainingMethod(GA(), PARAMS)), "optimizer must be an o"),
+        (lambda: unlearn(BATCH, PARAMS), "params must be"),
+        (lambda: unlearn(key=0), "key must be a random key"),
+        (lambda: fit(watch=Watch(checkpoint="x")), "Checkpoint"),
+        (lambda: fit(watch=print), "watch must be a Watch"),
         (lambda: jedit.ekfac(apply, L, PARAMS), "kfac_curvature must be a Curvature"),
         (lambda: jedit.solve(PARAMS, curvature, damping=1), "curvature must be a Curvature"),
         (lambda: jedit.trace(PARAMS), "curvature must be a Curvature"),
@@ -198,9 +210,9 @@ def test_arguments_that_were_swapped(curvatures):
         with pytest.raises(TypeError, match=sentence):
             call()
     with pytest.raises(ValueError, match="no rows to train on"):
-        jedit.fit(GA, SGD, PARAMS, None, steps=1, key=KEY)
+        fit(None)
     with pytest.raises(TypeError, match="the objective's batch must be .* got None"):
-        jedit.unlearn(GRADDIFF, SGD, PARAMS, None, BATCH, steps=1, key=KEY)
+        unlearn(forget=None, retain=BATCH, method=TrainingMethod(with_retain(GA()), SGD))
 
 
 def test_an_equinox_model_is_partitioned(curvatures, key):
@@ -214,7 +226,7 @@ def test_an_equinox_model_is_partitioned(curvatures, key):
         lambda: estimate(params=model),
         lambda: kfade(run, model, curvatures[0], BATCH, BATCH, step=0.1),
         lambda: jedit.batch_unlearn(run, model, BATCH, curvatures[0], step=0.1),
-        lambda: jedit.unlearn(GA, SGD, model, BATCH, steps=1, key=KEY),
+        lambda: unlearn(model),
         lambda: jedit.edit_between(model, model),
         lambda: metrics.nll(run, model, BATCH),
         lambda: jedit.solve(curvatures[0], model, damping=0.1),
@@ -242,7 +254,7 @@ def test_a_regular_expression_that_is_none():
     for call in (
         lambda x: jedit.find_sites(apply, PARAMS, X, x),
         lambda x: estimate(estimator=kfac(select=x)),
-        lambda x: jedit.unlearn(GA, SGD, PARAMS, BATCH, steps=1, key=KEY, trainable=x),
+        lambda x: unlearn(method=ASCENT._replace(trainable=x)),
         lambda x: jedit.edit_between(PARAMS, PARAMS, x),
         lambda x: jedit.attacks.quantize(PARAMS, bits=8, select=x),
         lambda x: with_lora(apply, PARAMS, X, rank=1, key=KEY, select=x),

@@ -34,7 +34,8 @@ BAD = {
     "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE, "delta": FINITE,
     "dpi": COUNT, "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
     "eps": NOT_NEGATIVE, "every": COUNT, "exponent": FINITE, "facts_per_author": COUNT,
-    "forget_nll": FINITE, "fraction": SHARE, "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
+    "forget_nll": FINITE, "forget_weight": NOT_NEGATIVE, "fraction": SHARE,
+    "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
     "hidden": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "learning_rate": NOT_NEGATIVE, "length": COUNT, "max_age": POSITIVE, "max_dim": COUNT,
@@ -48,21 +49,20 @@ BAD = {
     "share": SHARE, "size": COUNT, "steering": FINITE, "step": POSITIVE, "steps": COUNT_OR_ZERO,
     "stop": FINITE, "strength": NOT_NEGATIVE, "temperature": POSITIVE, "test_fraction": SHARE,
     "threshold": NOT_NEGATIVE, "tilt": FINITE, "tries": COUNT, "vocab": COUNT, "vocab_size": COUNT,
-    "weight_decay": NOT_NEGATIVE, "width": COUNT, "window": COUNT,
+    "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "width": COUNT, "window": COUNT,
 }  # fmt: skip
 # Stricter than the name alone says.
 STRICTER = {
     ("alphaedit", "ridge"): POSITIVE,
     ("curvature_engram", "scale"): POSITIVE,
-    ("dpo", "beta"): POSITIVE,
+    ("DPO", "beta"): POSITIVE,
     ("engram", "scale"): POSITIVE,
     ("kfade", "steps"): COUNT,
     ("l1_sparse", "steps"): COUNT,
     ("linear_probe", "strength"): POSITIVE,
-    ("npo", "beta"): POSITIVE,
-    ("npo_from_nll", "beta"): POSITIVE,
+    ("NPO", "beta"): POSITIVE,
     ("null_space", "threshold"): (*NOT_NEGATIVE, 1.5),
-    ("simnpo", "beta"): POSITIVE,
+    ("SimNPO", "beta"): POSITIVE,
 }
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
@@ -77,16 +77,20 @@ def _block():
 # Other arguments that the function needs before it comes to its numbers.
 NEEDED = {
     "batch_unlearn": {"budget": 1.0},
-    "fit": {"steps": 1},
+    "fit": {"epochs": 1},
     "kfac": {"apply": len},
+    "with_retain": {"objective": len},
     "kfade": {"budget": 1.0},
     "relearn": {"looks": (1,)},
     ("batch_unlearn", "step"): {"budget": None},
-    ("fit", "epochs"): {"steps": None},
     ("kfade", "step"): {"budget": None},
     "ekfac": {"apply": len, "kfac_curvature": jedit.Curvature({}, {}, np.ones(()))},
     "encode_rows": {"rows": []},
-    "kuda": {"select": "w", "curvature": jedit.Curvature({"w": _block()}, {}, np.ones(()))},
+    "kuda": {
+        "objective": len,
+        "select": "w",
+        "curvature": jedit.Curvature({"w": _block()}, {}, np.ones(())),
+    },
 }
 
 

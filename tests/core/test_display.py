@@ -106,7 +106,7 @@ def test_everything_else_is_short(case, tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", params)
     edit = jedit.edit_between(params, params)
     entry = ledger.record(edit, request=[f"row {i}" for i in range(1000)], method="none")
-    state = jedit.LoopState(3, large, optax.adam(0.1).init(large))
+    state = jedit.LoopState(3, large, optax.adam(0.1).init(large), large)
     estimator = jedit.kfac(apply, Categorical())
     values = [
         *(info, entry, ledger, estimator, state, batch, curvature.factors, curvature.blocks),
@@ -115,7 +115,7 @@ def test_everything_else_is_short(case, tmp_path):
         jedit.null_space(curvature, threshold=0.1),
         Checkpoint(tmp_path / "job", every=10),
         Batch(PackedTokens(*[jnp.zeros((200, 100), int)] * 3)),
-        jedit.methods.gu(apply, lambda *_: None, learning_rate=0.1),
+        jedit.methods.gu(lambda *_: None, learning_rate=0.1),
     ]
     for value in values:
         text = repr(value)

@@ -16,7 +16,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, edit_between
 from jedit.models import with_lora
 from jedit.tracing import capture, find_sites
-from jedit.training.loop import unlearn
+from jedit.training import TrainingMethod, unlearn
 
 TWICE = {"a": {"b": np.ones((4, 3), np.float32)}, "a/b": np.full((3, 2), 2, np.float32)}
 X = np.ones((2, 4), np.float32)
@@ -37,11 +37,13 @@ def estimated(params):
 
 
 def trained(params):
-    def objective(params, rows, _):
+    def objective(apply, params, rows, retain, reference):
+        del retain, reference
         return apply(params, rows.inputs).sum(), {}
 
     key, rows = jax.random.key(0), Batch(X)
-    return unlearn(objective, optax.sgd(0.1), params, rows, None, steps=1, key=key)
+    method = TrainingMethod(objective, optax.sgd(0.1))
+    return unlearn(method, apply, params, rows, steps=1, key=key)
 
 
 READERS = {

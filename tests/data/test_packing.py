@@ -27,7 +27,7 @@ from jedit.metrics import (
     output_kl,
 )
 from jedit.models import gpt
-from jedit.objectives import npo, simnpo
+from jedit.objectives import NPO, SimNPO
 
 VOCAB = 11
 KERNELS = r"embed/|blocks/.*/kernel|head"
@@ -207,8 +207,8 @@ def test_what_looks_at_examples_refuses(model):
         lambda: extraction_strength(apply, params, packed),
         lambda: min_k_scores(apply, params, packed),
         lambda: gradient_norm_scores(apply, params, packed),
-        lambda: npo(params, packed, apply=apply, reference_params=params),
-        lambda: simnpo(params, packed, apply=apply),
+        lambda: NPO()(apply, params, packed, None, params),
+        lambda: SimNPO()(apply, params, packed),
     ):
         with pytest.raises(ValueError, match="packed batch has several in one sequence"):
             refused()

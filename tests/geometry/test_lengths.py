@@ -13,7 +13,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, cast_report, edit_norms
 from jedit.geometry import null_space, scale_to_kl_budget
 from jedit.metrics import gradient_norm_scores
-from jedit.objectives import representation_deviation
+from jedit.objectives import RepresentationDeviation
 from jedit.transforms import clip_by_curvature_norm, retain_neutral_surrogate
 
 LENGTHS = [1e-24, 1e-19, 1e19, 1e24]
@@ -102,11 +102,9 @@ def test_scores_and_cosines_of_weak_models(scene):
     np.testing.assert_allclose(scores[1] * 1e19, scores[0], rtol=2e-2)
 
     def cosine(factor):
-        options = {
-            "hidden": partial(weak, factor),
-            "reference_params": jax.tree.map(jnp.cos, params),
-        }
-        return float(representation_deviation(params, rows, apply=linear, **options)[0])
+        objective = RepresentationDeviation(lambda _, p, x: weak(factor, p, x), tilt=0.0)
+        reference = jax.tree.map(jnp.cos, params)
+        return float(objective(linear, params, rows, None, reference)[0])
 
     assert cosine(1e-22) == pytest.approx(cosine(1.0), abs=1e-5)
 

@@ -4,7 +4,6 @@ python -m tests.many_devices.program OUT.npz KIND [ADDRESS PROCESS PROCESSES]
 """
 
 import contextlib
-import functools
 import re
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import jedit
 from jedit.curvature import to_device
 from jedit.curvature.likelihoods import Categorical
-from jedit.objectives import graddiff
+from jedit.objectives import NPO, RetainKL, with_retain
 from tests.many_devices import scene
 
 
@@ -83,16 +82,10 @@ def compute(kind):
                 np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-12, atol=1e-14)
                 assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         del read, brought, edit, found, x, y
-    trained, history = jedit.unlearn(
-        functools.partial(graddiff, apply=scene.apply),
-        optax.adam(1e-2),
-        params,
-        split(scene.rows(4)),
-        split(scene.rows(5)),
-        steps=3,
-        key=key,
-        batch_size=8,
-    )
+    objective = with_retain(NPO(beta=0.5), RetainKL())  # with a reference, which lies as params do
+    method = jedit.TrainingMethod(objective, optax.adam(1e-2), batch_size=8)
+    sets = (split(scene.rows(4)), split(scene.rows(5)))
+    trained, history = jedit.unlearn(method, scene.apply, params, *sets, steps=3, key=key)
     out |= leaves_of(trained, "trained/") | leaves_of(history, "history/")
     if mesh is not None and not jax.process_index() and jax.process_count() == 1:
         check_saved(corrected)

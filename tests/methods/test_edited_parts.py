@@ -16,7 +16,7 @@ from jedit.edits import apply_edit
 from jedit.geometry import RetainKl, null_space, scale_to_kl_budget, trust_region
 from jedit.geometry.parts import moved
 from jedit.methods import kfade
-from jedit.objectives import ga
+from jedit.objectives import GA
 from jedit.transforms import project_to_null_space, scale_by_curvature
 
 DEEP, WIDE = 6, 96
@@ -80,10 +80,9 @@ def _contractions(jaxpr, found):
 def test_no_gradient_of_what_stays_is_computed(scene):
     params, forget, retain, _ = scene
     change = {p: jnp.zeros_like(params[p]) for p in ("w", "b")}
-    objective = partial(ga, apply=deep)
     shapes = {}
     for name, paths in (("edited", ("b", "w")), ("all", tuple(params))):
-        gradient = partial(KFADE._add_gradient, objective, paths)
+        gradient = partial(KFADE._add_gradient, GA(), deep, paths)
         jaxpr = jax.make_jaxpr(gradient)(params, change, forget, retain, 1.0, None)
         shapes[name] = _contractions(jaxpr.jaxpr, [])
     # The weight gradient of a square matrix is a contraction that has its shape.
@@ -97,7 +96,6 @@ def test_beside_the_weights_there_is_the_edit_thrice_and_one_backward_pass(scene
     params, forget, retain, curvature = scene
     change = {p: jnp.zeros_like(params[p]) for p in ("w", "b")}
     edited, weights = num_bytes(change), num_bytes(params)
-    objective = partial(ga, apply=deep)
     where = (("b", "w"), params, change)
 
     def held(function, *args, beside=0):
@@ -107,14 +105,13 @@ def test_beside_the_weights_there_is_the_edit_thrice_and_one_backward_pass(scene
 
     # What one backward pass in one bias needs, and one forward pass.
     one = {"b": change["b"]}
-    backward = held(KFADE._add_gradient, objective, ("b",), params, one, forget, retain, 1.0, None)
+    fixed = (KFADE._add_gradient, GA(), deep)
+    backward = held(*fixed, ("b",), params, one, forget, retain, 1.0, None)
     total = (jnp.zeros((), jnp.float32), change)
     price = RetainKl(deep, Categorical(), params, retain)
     at = (deep, Categorical(), params, change, change, 1.0, price._base[0], retain)
     peaks = {
-        "gradient": held(
-            KFADE._add_gradient, objective, *where, forget, retain, 1.0, total, beside=2 * edited
-        ),
+        "gradient": held(*fixed, *where, forget, retain, 1.0, total, beside=2 * edited),
         "cosine": held(
             KFADE._cosine, deep, Categorical(), *where, change, retain, beside=2 * edited
         ),
@@ -190,7 +187,7 @@ def test_a_training_step_computes_no_gradient_of_what_a_transform_freezes(scene,
 
     def flops(update):
         def step(params, state):
-            gradient = jax.grad(lambda p: ga(p, forget, apply=deep)[0])(params)
+            gradient = jax.grad(lambda p: GA()(deep, p, forget)[0])(params)
             return optax.apply_updates(params, update(gradient, state, params)[0])
 
         compiled = jax.jit(step).lower(params, made.init(params)).compile()

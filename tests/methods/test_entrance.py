@@ -10,16 +10,16 @@ import optax
 import pytest
 
 import jedit
-from jedit import metrics, objectives
+from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.curvature import diagonal, estimate, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical
 from jedit.edits import Edit, apply_edit
 from jedit.geometry import null_space, scale_to_kl_budget
 from jedit.methods import Associations, engram, kfade, memit, salun, target_values
-from jedit.objectives import relabel
+from jedit.objectives import GA, relabel, with_retain
 from jedit.requests import batch_unlearn
-from jedit.training.loop import fit, unlearn
+from jedit.training import TrainingMethod, Watch, fit, unlearn
 
 CLASSES = 3
 NAN = float("nan")
@@ -55,9 +55,8 @@ def _batch_unlearn(params, forget, retain, curvature):
 
 def _unlearn(params, forget, retain, curvature):
     del curvature
-    return unlearn(
-        GRADDIFF, SGD, params, forget, retain, steps=2, batch_size=8, key=jax.random.key(0)
-    )
+    method = TrainingMethod(with_retain(GA()), SGD, batch_size=8)
+    return unlearn(method, network, params, forget, retain, steps=2, key=jax.random.key(0))
 
 
 def _continual(params, forget, retain, curvature):
@@ -71,10 +70,10 @@ def _continual(params, forget, retain, curvature):
 
 def _salun(params, forget, retain, curvature):
     del retain, curvature
-    return salun(network, SGD, params, forget)
+    return salun(network, params, forget, SGD)
 
 
-GRADDIFF, SGD = partial(objectives.graddiff, apply=network), optax.sgd(0.1)
+SGD = optax.sgd(0.1)
 METHODS = {"kfade": _kfade, "batch_unlearn": _batch_unlearn, "unlearn": _unlearn, "salun": _salun}
 
 
@@ -204,11 +203,11 @@ def test_the_step_at_which_a_loop_leaves_the_numbers_is_named(scene):
 
     start, called = {"w": jnp.full((3,), 2.0)}, []
     run = partial(fit, falls, SGD, start, forget)
-    _, history = run(steps=1, key=jax.random.key(0))
+    _, history = run(epochs=1, key=jax.random.key(0))
     assert np.isfinite(history["loss"]).all()
-    for options in ({}, {"every": 1, "callback": lambda _, history: called.append(history)}):
+    for watch in (None, Watch(lambda _, history: called.append(history), every=1)):
         with pytest.raises(FloatingPointError, match="the loss of step .* the steps before were t"):
-            run(steps=200, key=jax.random.key(0), **options)
+            run(epochs=200, key=jax.random.key(0), watch=watch)
     assert called
     assert all(np.isfinite(history["loss"]).all() for history in called)
 
@@ -217,7 +216,7 @@ def test_the_step_at_which_a_loop_leaves_the_numbers_is_named(scene):
         return jnp.sqrt(jnp.sum(params["w"] ** 2)), {}
 
     with pytest.raises(FloatingPointError, match=r"step 0 left \['w'\] not finite"):
-        fit(kinked, SGD, {"w": jnp.zeros(3)}, forget, steps=1, key=jax.random.key(0))
+        fit(kinked, SGD, {"w": jnp.zeros(3)}, forget, epochs=1, key=jax.random.key(0))
 
 
 def test_edits_and_values_that_are_not_finite_are_refused(scene):

@@ -22,7 +22,7 @@ from jedit.methods import (
     memit,
     rome,
 )
-from jedit.objectives import ga
+from jedit.objectives import GA
 from jedit.requests.stream import _raise_loss
 
 DAMPING = 0.3
@@ -48,7 +48,7 @@ def scene():
 
 def _wanted(curvature, params, forget):
     """The direction in NumPy, float64; bfloat16 has rounded nothing but the gradient's entries."""
-    gradient = jax.grad(lambda p: -ga(p, forget, apply=network)[0])(params)
+    gradient = jax.grad(lambda p: -GA()(network, p, forget)[0])(params)
     w, b = (np.asarray(gradient[n], np.float64) for n in ("w", "b"))
     (a, qa), (g, qg) = (np.linalg.eigh(np.asarray(m, np.float64)) for m in factors(curvature, "w"))
     products = np.outer(a, g)

@@ -139,20 +139,14 @@ def test_training_the_adapters_leaves_the_base_alone(language_model, key):
     assert set(adapted.params["lora"]["blocks"]) == {"0", "1"}
     likelihood = jedit.likelihoods.Categorical()
 
-    def objective(params, forget, retain):
-        del retain
-        logits = adapted.apply(params, forget.inputs)
+    def objective(apply, params, forget, retain, reference):
+        del retain, reference
+        logits = apply(params, forget.inputs)
         return -jnp.mean(likelihood.nll(logits, forget.targets)), {}
 
-    trained, _ = jedit.unlearn(
-        objective,
-        optax.sgd(0.5),
-        adapted.params,
-        jedit.Batch(inputs, targets),
-        steps=3,
-        key=jax.random.fold_in(key, 2),
-        trainable="^lora/",
-    )
+    method = jedit.TrainingMethod(objective, optax.sgd(0.5), trainable="^lora/")
+    rows, key = jedit.Batch(inputs, targets), jax.random.fold_in(key, 2)
+    trained, _ = jedit.unlearn(method, adapted.apply, adapted.params, rows, steps=3, key=key)
     jax.tree.map(assert_array_equal, trained["base"], params)
     changed = paths(jax.tree.map(lambda a, b: bool((a != b).any()), trained, adapted.params))
     assert all(changed[path] for path in changed if path.startswith("lora/")), changed

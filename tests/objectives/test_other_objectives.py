@@ -1,7 +1,5 @@
 """The other objectives in NumPy float64: values, and what gradient flows past a constant."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,19 @@ import scipy.special
 
 from jedit import objectives
 from jedit.core.batch import Batch
+from jedit.objectives import (
+    CEU,
+    DPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    RandomLabel,
+    RetainKL,
+    RetainStates,
+    SatImp,
+    SimNPO,
+    with_retain,
+)
 from tests.objectives.references import (
     VOCAB,
     apply,
@@ -27,25 +38,17 @@ def problem():
     return make_problem()
 
 
-def with_retain(objective, problem, expected, tolerance, **options):
+def check(objective, problem, expected, tolerance):
     """The value alone, and with the retain KL at a weight of 0.6."""
     params, reference, forget, retain = problem
-    bare, aux = objective(params, forget, apply=apply, **options)
+    given = (apply, params, forget, retain, reference)
+    bare, aux = objective(*given)
     tolerance.check(bare, expected)
     assert "retain_kl" not in aux
-    options.setdefault("reference_params", reference)
-    whole, aux = objective(
-        params,
-        forget,
-        retain,
-        apply=apply,
-        alpha=0.6,
-        retain_objective=objectives.retain_kl,
-        **options,
-    )
+    whole, aux = with_retain(objective, RetainKL(), weight=0.6, forget_weight=1.7)(*given)
     kl = numpy_kl(reference, params, retain)
     tolerance.check(aux["retain_kl"], kl)
-    tolerance.check(whole, expected + 0.6 * kl)
+    tolerance.check(whole, 1.7 * expected + 0.6 * kl)
 
 
 @pytest.mark.parametrize(("beta", "delta", "gamma"), [(4.5, 0.0, 0.125), (0.7, 1.3, 2.0)])
@@ -55,16 +58,15 @@ def test_simnpo(problem, beta, delta, gamma, tolerance):
     is_example = counted.any(axis=1)
     mean = numpy_nll(params, forget).sum(axis=1)[is_example] / counted.sum(axis=1)[is_example]
     terms = -(2 / beta) * np.log(scipy.special.expit(beta * (mean - delta)))
-    options = {"beta": beta, "delta": delta, "gamma": gamma}
-    with_retain(objectives.simnpo, problem, gamma * terms.mean(), tolerance, **options)
+    check(SimNPO(beta, delta, gamma), problem, gamma * terms.mean(), tolerance)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.5])
 def test_wga(problem, beta, tolerance):
     params, _, forget, _ = problem
     nll, counted = numpy_nll(params, forget), numpy_counted(forget)
-    expected = -1.7 * (np.exp(-nll) ** beta * nll)[counted].mean()
-    with_retain(objectives.wga, problem, expected, tolerance, beta=beta, gamma=1.7)
+    expected = -(np.exp(-nll) ** beta * nll)[counted].mean()
+    check(WGA(beta), problem, expected, tolerance)
 
 
 @pytest.mark.parametrize(("saturation", "importance"), [(5.0, 1.0), (0.5, 2.0)])
@@ -72,9 +74,8 @@ def test_satimp(problem, saturation, importance, tolerance):
     params, _, forget, _ = problem
     nll, counted = numpy_nll(params, forget), numpy_counted(forget)
     p = np.exp(-nll)
-    expected = -0.8 * (p**saturation * (1 - p) ** importance * nll)[counted].mean()
-    options = {"beta_saturation": saturation, "beta_importance": importance, "gamma": 0.8}
-    with_retain(objectives.satimp, problem, expected, tolerance, **options)
+    expected = -(p**saturation * (1 - p) ** importance * nll)[counted].mean()
+    check(SatImp(saturation, importance), problem, expected, tolerance)
 
 
 def test_a_tokens_weight_is_a_constant(problem, tolerance):
@@ -89,7 +90,7 @@ def test_a_tokens_weight_is_a_constant(problem, tolerance):
             counted
         ).astype(nll.dtype)
 
-    wga = lambda p: objectives.wga(p, forget, apply=apply, beta=1.5)[0]  # noqa: E731
+    wga = lambda p: WGA(beta=1.5)(apply, p, forget)[0]  # noqa: E731
     tolerance.check(jax.grad(wga)(params), jax.grad(frozen)(params))
 
 
@@ -111,9 +112,8 @@ def at_labels(logits, batch, value):
 def test_undial(problem, beta, tolerance):
     params, reference, forget, _ = problem
     teacher = at_labels(numpy_logits(reference, forget), forget, lambda z: z - beta)
-    expected = 1.3 * soft_ce(numpy_logits(params, forget), teacher, numpy_counted(forget))
-    options = {"beta": beta, "gamma": 1.3, "reference_params": reference}
-    with_retain(objectives.undial, problem, expected, tolerance, **options)
+    expected = soft_ce(numpy_logits(params, forget), teacher, numpy_counted(forget))
+    check(UNDIAL(beta), problem, expected, tolerance)
 
 
 def test_ce_u(problem, tolerance):
@@ -122,15 +122,14 @@ def test_ce_u(problem, tolerance):
     teacher = at_labels(logits, forget, lambda _: -np.inf)
     q = scipy.special.softmax(teacher, axis=-1)
     terms = -np.where(q > 0, q * scipy.special.log_softmax(logits, axis=-1), 0).sum(axis=-1)
-    expected = 0.4 * terms[numpy_counted(forget)].mean()
-    with_retain(objectives.ce_u, problem, expected, tolerance, gamma=0.4)
+    check(CEU(), problem, terms[numpy_counted(forget)].mean(), tolerance)
 
 
 def test_ce_us_gradient_in_the_logits_is_bounded(tolerance):
     """p - q, with q the prediction without the label: the label's own logit gets p."""
     logits = jnp.asarray([[9.0, 1.0, -2.0]])
     batch = Batch(jnp.zeros((1, 1)), jnp.asarray([0]))
-    gradient = jax.grad(lambda z: objectives.ce_u(z, batch, apply=lambda z, _: z)[0])(logits)
+    gradient = jax.grad(lambda z: CEU()(lambda z, _: z, z, batch)[0])(logits)
     p = scipy.special.softmax(np.asarray(logits, np.float64))
     q = np.concatenate([[[0]], scipy.special.softmax(np.asarray(logits, np.float64)[:, 1:])], 1)
     tolerance.check(gradient, p - q)
@@ -146,21 +145,12 @@ def test_dpo(problem, beta, tolerance):
     assert not is_pair.all()
     growth = [g[is_pair] for g in growth]
     expected = np.mean(-(2 / beta) * np.log(scipy.special.expit(beta * (growth[0] - growth[1]))))
-    loss, aux = objectives.dpo(
-        params, (answers, refusals), apply=apply, reference_params=reference, beta=beta
-    )
+    given = (apply, params, (answers, refusals), refusals, reference)
+    loss, aux = DPO(beta)(*given)
     tolerance.check(loss, expected)
     tolerance.check(aux["answer_nll_growth"], growth[0].mean())
     tolerance.check(aux["refusal_nll_growth"], growth[1].mean())
-    whole, _ = objectives.dpo(
-        params,
-        (answers, refusals),
-        refusals,
-        apply=apply,
-        reference_params=reference,
-        beta=beta,
-        alpha=0.3,
-    )
+    whole, _ = with_retain(DPO(beta), weight=0.3)(*given)
     tolerance.check(whole, expected + 0.3 * numpy_mean_nll(params, refusals))
 
 
@@ -174,30 +164,25 @@ def test_random_labels_are_others_and_uniform(problem, key, tolerance):
     # Three classes of probability 1/3: five standard errors.
     assert np.abs(counts[1:] - 2000).max() < 5 * np.sqrt(6000 * 2 / 9)
     relabelled = objectives.relabel(forget, VOCAB, key=jax.random.fold_in(key, 1))
-    expected = 0.9 * numpy_mean_nll(params, relabelled)
-    problem = (*problem[:2], relabelled, problem[3])
-    with_retain(objectives.random_label, problem, expected, tolerance, gamma=0.9)
+    expected = numpy_mean_nll(params, relabelled)
+    check(RandomLabel(), (*problem[:2], relabelled, problem[3]), expected, tolerance)
 
 
-def test_rmu(problem, key, tolerance):
+def hidden(apply, params, inputs):
+    del apply
+    return params["embed"][inputs]
+
+
+def test_rmu(problem, tolerance):
     params, reference, forget, retain = problem
-    hidden = lambda p, inputs: p["embed"][inputs]  # noqa: E731
-    direction = objectives.random_direction(3, key=key)
+    direction = objectives.random_direction(3, key=jax.random.key(7))
     assert float(jnp.linalg.norm(direction)) == pytest.approx(1, abs=1e-6)
     assert np.all(np.asarray(direction) >= 0)
-    loss, aux = objectives.rmu(
-        params,
-        forget,
-        retain,
-        hidden=hidden,
-        reference_params=reference,
-        direction=direction,
-        steering=1.5,
-        gamma=0.7,
-        alpha=1.9,
-    )
+    rmu = RMU(hidden, seed=7, steering=1.5)
+    objective = with_retain(rmu, RetainStates(hidden), weight=1.9, forget_weight=0.7)
+    loss, aux = objective(apply, params, forget, retain, reference)
     h_f, h_r, h_0 = (
-        np.asarray(hidden(p, b.inputs), np.float64)
+        np.asarray(hidden(apply, p, b.inputs), np.float64)
         for p, b in ((params, forget), (params, retain), (reference, retain))
     )
     away = ((h_f - 1.5 * np.asarray(direction)) ** 2).mean(axis=-1)[numpy_counted(forget)].mean()
@@ -209,12 +194,9 @@ def test_rmu(problem, key, tolerance):
 def test_missing_targets_get_a_sentence(problem, key):
     params, reference, forget, _ = problem
     bare = forget._replace(targets=None)
-    for objective in (
-        partial(objectives.undial, reference_params=reference),
-        objectives.ce_u,
-    ):
+    for objective in (UNDIAL(), CEU()):
         with pytest.raises(ValueError, match="expected one label per output"):
-            objective(params, bare, apply=apply)
+            objective(apply, params, bare, None, reference)
     with pytest.raises(ValueError, match="relabel needs targets"):
         objectives.relabel(bare, VOCAB, key=key)
 
@@ -237,7 +219,7 @@ def test_undial_beside_open_unlearning(problem, tolerance):
         at = np.where(labels < 0, labels % VOCAB, labels)  # an index from the end, as theirs
         teacher = teacher - 10.0 * np.eye(VOCAB)[at]
         theirs = soft_ce(numpy_logits(params, batch), teacher, np.ones(labels.shape, bool))
-        ours, _ = objectives.undial(params, batch, apply=apply, reference_params=reference)
+        ours, _ = UNDIAL()(apply, params, batch, None, reference)
         assert np.isclose(float(ours), theirs, rtol=tolerance.contraction, atol=0) == is_same
 
 
@@ -249,26 +231,19 @@ def test_ce_u_without_first_tokens_is_open_unlearnings(problem, tolerance):
     logits = numpy_logits(params, batch)
     others = at_labels(logits, batch, lambda _: -1e300)
     theirs = soft_ce(logits, others, counted)
-    ours, _ = objectives.ce_u(params, batch._replace(mask=jnp.asarray(counted)), apply=apply)
+    ours, _ = CEU()(apply, params, batch._replace(mask=jnp.asarray(counted)))
     tolerance.check(ours, theirs)
-    whole, _ = objectives.ce_u(params, batch, apply=apply)
+    whole, _ = CEU()(apply, params, batch)
     assert abs(float(whole) - theirs) > 1e-3
 
 
-def test_rmu_beside_open_unlearning(problem, key, tolerance):
+def test_rmu_beside_open_unlearning(problem, tolerance):
     """Theirs: each row's mean, then that of rows. The same for rows of one length."""
-    params, reference, _, _ = problem
-    direction = objectives.random_direction(3, key=key)
+    params, _, _, _ = problem
+    direction = objectives.random_direction(3, key=jax.random.key(0))
     for lengths, is_same in (((2, 2, 2), True), ((4, 2, 3), False)):
         batch = ragged(lengths)
-        _, aux = objectives.rmu(
-            params,
-            batch,
-            batch,
-            hidden=lambda p, inputs: p["embed"][inputs],
-            reference_params=reference,
-            direction=direction,
-        )
+        _, aux = RMU(hidden)(apply, params, batch)
         states = np.asarray(params["embed"], np.float64)[np.asarray(batch.inputs)]
         counted = np.asarray(batch.mask)
         away = ((states - 2.0 * np.asarray(direction)) ** 2).mean(axis=-1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit import objectives
+from jedit.objectives import RepresentationDeviation, RetainKL, random_direction, with_retain
 from tests.objectives.references import (
     WIDTH,
     apply,
@@ -18,6 +18,11 @@ from tests.objectives.references import (
 
 def hidden(params, inputs):
     return jnp.tanh(params["embed"][inputs])
+
+
+def states(apply, params, inputs):
+    del apply
+    return hidden(params, inputs)
 
 
 @pytest.fixture
@@ -33,55 +38,52 @@ def numpy_cosine(x, y):
     return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
 
 
-@pytest.mark.parametrize(("tilt", "gamma"), [(0.3, 1.0), (2.0, 0.7), (None, 0.7)])
-def test_the_cosine_of_the_counted_positions(problem, tilt, gamma, tolerance):
+@pytest.mark.parametrize("tilt", [0.3, 2.0, 0.0])
+def test_the_cosine_of_the_counted_positions(problem, tilt, tolerance):
     params, reference, forget, _ = problem
-    target, options = numpy_states(reference, forget), {}
-    if tilt is not None:
-        u = objectives.random_direction(WIDTH, key=jax.random.key(1))
-        options = {"direction": u, "tilt": tilt}
+    target = numpy_states(reference, forget)
+    if tilt:
+        u = random_direction(WIDTH, key=jax.random.key(1))
         norms = np.linalg.norm(target, axis=-1, keepdims=True)
         target = target + tilt * norms * np.asarray(u, np.float64)
     cosine = numpy_cosine(numpy_states(params, forget), target)
     expected = cosine[numpy_counted(forget)].mean()
-    fixed = {"apply": apply, "hidden": hidden, "reference_params": reference, "gamma": gamma}
-    loss, aux = objectives.representation_deviation(params, forget, **fixed, **options)
-    tolerance.check(loss, gamma * expected)
+    objective = RepresentationDeviation(states, seed=1, tilt=tilt)
+    loss, aux = objective(apply, params, forget, None, reference)
+    tolerance.check(loss, expected)
     tolerance.check(aux, {"forget_cosine": expected})
 
 
 def test_the_retain_term(problem, tolerance):
     params, reference, forget, retain = problem
-    fixed = {"apply": apply, "hidden": hidden, "reference_params": reference, "alpha": 0.6}
-    bare, _ = objectives.representation_deviation(params, forget, **fixed)
-    whole, aux = objectives.representation_deviation(params, forget, retain, **fixed)
+    given = (apply, params, forget, retain, reference)
+    objective = RepresentationDeviation(states)
+    bare, _ = objective(*given)
+    whole, aux = with_retain(objective, weight=0.6)(*given)
     tolerance.check(whole, float(bare) + 0.6 * numpy_mean_nll(params, retain))
     assert set(aux) == {"forget_cosine", "retain_nll"}
-    whole, _ = objectives.representation_deviation(
-        params, forget, retain, **fixed, retain_objective=objectives.retain_kl
-    )
+    whole, _ = with_retain(objective, RetainKL(), weight=0.6)(*given)
     tolerance.check(whole, float(bare) + 0.6 * numpy_kl(reference, params, retain))
 
 
-def test_without_a_direction_the_reference_is_a_maximum_and_with_one_it_is_not(problem, tolerance):
+def test_without_a_tilt_the_reference_is_a_maximum_and_with_one_it_is_not(problem, tolerance):
     params, _, forget, _ = problem
-    fixed = {"apply": apply, "hidden": hidden, "reference_params": params}
-    gradient = jax.grad(
-        lambda p, **more: objectives.representation_deviation(p, forget, **fixed, **more)[0]
-    )
-    still = gradient(params)["embed"]
-    np.testing.assert_allclose(still, 0, atol=tolerance.contraction)
-    u = objectives.random_direction(WIDTH, key=jax.random.key(1))
-    assert np.abs(gradient(params, direction=u)["embed"]).max() > 1e-3
+
+    def gradient(tilt):
+        objective = RepresentationDeviation(states, tilt=tilt)
+        return jax.grad(lambda p: objective(apply, p, forget, None, params)[0])(params)["embed"]
+
+    np.testing.assert_allclose(gradient(0.0), 0, atol=tolerance.contraction)
+    assert np.abs(gradient(0.1)).max() > 1e-3
 
 
 def test_the_reference_is_a_constant(problem, tolerance):
     """The gradient is that of targets frozen beforehand, also at the reference itself."""
     params, _, forget, _ = problem
-    u = objectives.random_direction(WIDTH, key=jax.random.key(2))
-    states = hidden(params, forget.inputs)
-    size = jnp.linalg.norm(states, axis=-1, keepdims=True)
-    target = states + 0.5 * size * u.astype(states.dtype)[None, None]
+    u = random_direction(WIDTH, key=jax.random.key(2))
+    before = hidden(params, forget.inputs)
+    size = jnp.linalg.norm(before, axis=-1, keepdims=True)
+    target = before + 0.5 * size * u.astype(before.dtype)[None, None]
     counted = jnp.asarray(numpy_counted(forget))
 
     def frozen(p):
@@ -91,8 +93,7 @@ def test_the_reference_is_a_constant(problem, tolerance):
         return jnp.sum(jnp.where(counted, cosine, 0)) / jnp.sum(counted).astype(x.dtype)
 
     def deviation(p):
-        fixed = {"apply": apply, "hidden": hidden, "reference_params": p}
-        return objectives.representation_deviation(p, forget, **fixed, direction=u, tilt=0.5)[0]
+        return RepresentationDeviation(states, seed=2, tilt=0.5)(apply, p, forget, None, p)[0]
 
     tolerance.check(jax.grad(deviation)(params), jax.grad(frozen)(params))
 
@@ -102,8 +103,7 @@ def test_a_state_of_zero_has_no_direction(problem):
     dead = {**params, "embed": jnp.zeros_like(params["embed"])}
 
     def loss(p):
-        fixed = {"apply": apply, "hidden": hidden, "reference_params": reference}
-        return objectives.representation_deviation(p, forget, **fixed)[0]
+        return RepresentationDeviation(states)(apply, p, forget, None, reference)[0]
 
     assert float(loss(dead)) == 0
     assert np.all(np.isfinite(jax.grad(loss)(dead)["embed"]))

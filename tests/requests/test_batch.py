@@ -11,7 +11,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.data import stack_requests
 from jedit.edits import Edit, LowRank, apply_edit, compress, dense, sum_edits
 from jedit.models import gpt
-from jedit.objectives import ga
+from jedit.objectives import GA
 from jedit.requests import balanced, batch_unlearn, interactions
 
 DAMPING = 0.3
@@ -55,7 +55,7 @@ def one(requests, r):
 def expected(scene, r, inverse):
     """α d of one request at α = 1: the gradient by `jax.grad`, then `inverse`, dense."""
     apply, params, _, requests, _ = scene
-    gradient = jax.grad(lambda p: -ga(p, one(requests, r), None, apply=apply)[0])(params)
+    gradient = jax.grad(lambda p: -GA()(apply, p, one(requests, r))[0])(params)
     return inverse(gradient)
 
 
@@ -113,7 +113,7 @@ def test_each_edit_is_the_dense_answer_to_its_request(scene, exact, tolerance):
         wanted = {path: 0.5 * x for path, x in expected(scene, r, inverse).items()}
         found = {path: dense(one(block, r)) for path, block in edits.blocks.items()}
         tolerance.check(found, wanted, kind="factorization")
-        loss = -ga(params, one(requests, r), None, apply=apply)[0]
+        loss = -GA()(apply, params, one(requests, r))[0]
         tolerance.check(info.loss[r], loss)
 
 
@@ -129,7 +129,7 @@ def test_what_is_told_of_an_edit_is_so(scene, tolerance):
         )
 
         def loss(p, r=r):
-            return -ga(p, one(requests, r), None, apply=apply)[0]
+            return -GA()(apply, p, one(requests, r))[0]
 
         # Only what the curvature covers is edited, and the tangent is zero elsewhere.
         _, gain = jax.jvp(loss, (params,), (change,))

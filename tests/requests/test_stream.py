@@ -9,7 +9,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.models import gpt
-from jedit.objectives import ga
+from jedit.objectives import GA
 from jedit.requests.stream import age, continual
 
 ROWS, SEQ, VOCAB = 9, 5, 7
@@ -65,9 +65,7 @@ def without(data, numbers):
 def loss_of(scene, params, numbers):
     apply, _, _, data = scene
     losses = [
-        -ga(
-            params, jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), data), None, apply=apply
-        )[0]
+        -GA()(apply, params, jax.tree.map(lambda x, i=i: jnp.asarray(x[i : i + 1]), data))[0]
         for i in numbers
     ]
     return float(np.mean(losses))

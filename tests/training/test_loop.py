@@ -9,9 +9,10 @@ import optax
 import pytest
 from flax import nnx
 
-from jedit import objectives
 from jedit.core.batch import Batch
-from jedit.training.loop import _row_stream, fit, unlearn
+from jedit.objectives import GA, NPO, RetainKL, RetainNLL, with_retain
+from jedit.training import LoopState, TrainingMethod, Watch, fit, unlearn
+from jedit.training.rows import row_stream
 
 CLASSES, FEATURES = 4, 6
 
@@ -44,7 +45,12 @@ def standard_promotion():
 
 
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
-GRADDIFF = partial(objectives.graddiff, apply=apply)
+GRADDIFF = with_retain(GA())
+METHOD = TrainingMethod(GRADDIFF, MOMENTUM, batch_size=4)
+
+
+def retain_loss(params, rows):
+    return RetainNLL()(apply, params, None, rows)
 
 
 def by_hand(objective, optimizer, params, forget, retain, *, steps, key, batch_size):
@@ -58,7 +64,7 @@ def by_hand(objective, optimizer, params, forget, retain, *, steps, key, batch_s
         ]
         size = min(batch_size, count)
         numbers.append(np.concatenate(stream)[: steps * size].reshape(steps, size))
-    differentiate = jax.jit(jax.value_and_grad(lambda p, drawn: objective(p, *drawn)[0]))
+    differentiate = jax.jit(jax.value_and_grad(lambda p, drawn: objective(apply, p, *drawn)[0]))
     update = jax.jit(optimizer.update)
     state, losses = optimizer.init(params), []
     for drawn_rows in zip(*numbers, strict=True):
@@ -78,10 +84,10 @@ def by_hand(objective, optimizer, params, forget, retain, *, steps, key, batch_s
 def test_the_loop_is_the_one_by_hand(problem, key, tolerance, batch_size):
     params, forget, retain = problem
     optimizer = optax.adam(0.01)
-    arguments = {"steps": 6, "key": key, "batch_size": batch_size}
     before = jax.tree.map(np.asarray, params)
-    actual, history = unlearn(GRADDIFF, optimizer, params, forget, retain, **arguments)
-    arguments["key"] = jax.random.clone(key)
+    method = TrainingMethod(GRADDIFF, optimizer, batch_size=batch_size)
+    actual, history = unlearn(method, apply, params, forget, retain, steps=6, key=key)
+    arguments = {"steps": 6, "key": jax.random.clone(key), "batch_size": batch_size}
     expected, losses = by_hand(GRADDIFF, optimizer, params, forget, retain, **arguments)
     tolerance.check(actual, expected, "factorization")
     tolerance.check(history["loss"], losses, "factorization")
@@ -96,7 +102,7 @@ def test_the_loop_is_the_one_by_hand(problem, key, tolerance, batch_size):
 
 def test_each_row_is_seen_equally_often_and_steps_do_not_depend_on_their_number(key):
     def rows(first, steps, count=10, size=4):
-        return np.asarray(_row_stream(count, first, steps, size, key))
+        return np.asarray(row_stream(count, first, steps, size, key))
 
     stream = rows(0, 23)
     counts = np.bincount(stream.ravel(), minlength=10)
@@ -112,24 +118,25 @@ def test_each_row_is_seen_equally_often_and_steps_do_not_depend_on_their_number(
 
 def test_intervals_use_no_key_twice(problem, key):
     params, forget, retain = problem
-    run = partial(unlearn, GRADDIFF, MOMENTUM, params, forget, retain, steps=5, batch_size=4)
-    assert run(key=key, every=2)[1]["loss"].shape == (5,)
+    _, history = unlearn(
+        METHOD, apply, params, forget, retain, steps=5, key=key, watch=Watch(every=2)
+    )
+    assert history["loss"].shape == (5,)
 
 
 @pytest.mark.reuses_keys
 @pytest.mark.usefixtures("standard_promotion")
 def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
     params, forget, retain = problem
-    run = partial(
-        unlearn, GRADDIFF, optax.adam(0.01), forget=forget, retain=retain, key=key, batch_size=4
-    )
+    method = TrainingMethod(with_retain(NPO(), RetainKL()), optax.adam(0.01), batch_size=4)
+    run = partial(unlearn, method, apply, forget=forget, retain=retain, key=key)
     whole, history = run(params=params, steps=7)
     seen = []
 
     def look(state, piece):
         seen.append((jax.tree.map(jnp.copy, state), piece["loss"].shape))
 
-    watched, pieces = run(params=params, steps=7, every=3, callback=look)
+    watched, pieces = run(params=params, steps=7, watch=Watch(look, every=3))
     tolerance.check(watched, whole)
     tolerance.check(pieces, history)
     assert [(state.step, shape) for state, shape in seen] == [(3, (3,)), (6, (3,)), (7, (1,))]
@@ -138,7 +145,8 @@ def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
     tolerance.check(resumed, whole)
     tolerance.check(rest["loss"], history["loss"][3:])
     done = []
-    past, nothing = run(params=seen[0][0], steps=2, callback=lambda *_: done.append(1))
+    watch = Watch(lambda *_: done.append(1))
+    past, nothing = run(params=seen[0][0], steps=2, watch=watch)
     assert nothing["loss"].shape == (0,)
     assert not done
     tolerance.check(past, seen[0][0].params)
@@ -147,23 +155,19 @@ def test_looking_on_and_going_on_change_nothing(problem, key, tolerance):
 @pytest.mark.reuses_keys
 def test_a_spent_budget_stops_the_loop_at_the_look_before(problem, key, tolerance):
     params, forget, retain = problem
-    run = partial(
-        unlearn, GRADDIFF, MOMENTUM, params, forget, retain, key=key, every=2, batch_size=4
-    )
+    run = partial(unlearn, METHOD, apply, params, forget, retain, key=key)
     losses = []
 
     def spent(state, history):
         del history
-        losses.append(objectives.retain_nll(state.params, None, retain, apply=apply)[0])
+        losses.append(retain_loss(state.params, retain)[0])
         return len(losses) == 3
 
-    stopped, history = run(steps=20, callback=spent)
+    stopped, history = run(steps=20, watch=Watch(spent, every=2))
     assert history["loss"].shape == (6,)
     assert len(losses) == 3
-    tolerance.check(stopped, run(steps=4, callback=None)[0])
-    assert (objectives.retain_nll(stopped, None, retain, apply=apply)[0]) == pytest.approx(
-        float(losses[1]), rel=1e-5
-    )
+    tolerance.check(stopped, run(steps=4, watch=Watch(every=2))[0])
+    assert retain_loss(stopped, retain)[0] == pytest.approx(float(losses[1]), rel=1e-5)
 
 
 @pytest.mark.reuses_keys
@@ -186,9 +190,7 @@ def test_a_network_with_convolutions_takes_the_same_steps(key, tolerance):
         "head": jax.random.normal(parts[1], (32, 3)),
     }
     rows = Batch(jax.random.normal(parts[2], (9, 4, 4, 1)), jnp.arange(9) % 3)
-    run = partial(
-        unlearn, partial(objectives.graddiff, apply=conv_apply), MOMENTUM, steps=5, batch_size=4
-    )
+    run = partial(unlearn, METHOD, conv_apply, steps=5)
     stepped, history = run(params, rows, rows, key=key)
     looped, looped_history = jax.jit(lambda p: run(p, rows, rows, key=key))(params)
     assert history["loss"].shape == (5,)
@@ -200,14 +202,14 @@ def test_forget_and_retain_draw_different_rows(problem, key):
     """Two sets of one size are not walked in step."""
     params, forget, _ = problem
 
-    def objective(params, forget_rows, retain_rows):
+    def objective(apply, params, forget_rows, retain_rows, reference):
+        del apply, reference
         same = jnp.mean(forget_rows.targets == retain_rows.targets)
         return jnp.sum(params["out"] ** 2), {"same": same}
 
     numbered = forget._replace(targets=jnp.arange(7))
-    _, history = unlearn(
-        objective, optax.sgd(0.1), params, numbered, numbered, steps=20, key=key, batch_size=7
-    )
+    method = TrainingMethod(objective, optax.sgd(0.1), batch_size=7)
+    _, history = unlearn(method, apply, params, numbered, numbered, steps=20, key=key)
     seen = np.asarray(history["same"])
     assert 0.02 < seen.mean() < 0.5  # 1/7 on average
 
@@ -223,9 +225,8 @@ def test_frozen_parameters_are_bit_identical_and_have_no_state(problem, key):
         return decayed.init(p)
 
     optimizer = optax.GradientTransformation(init, decayed.update)
-    new, _ = unlearn(
-        GRADDIFF, optimizer, params, forget, retain, steps=4, key=key, trainable="^hidden/"
-    )
+    method = TrainingMethod(GRADDIFF, optimizer, trainable="^hidden/")
+    new, _ = unlearn(method, apply, params, forget, retain, steps=4, key=key)
     np.testing.assert_array_equal(new["out"], params["out"])
     np.testing.assert_array_equal(new["step"], params["step"])
     assert not np.allclose(new["hidden"]["kernel"], params["hidden"]["kernel"])
@@ -236,15 +237,16 @@ def test_it_traces_once_for_any_number_of_steps_and_calls(problem, key):
     params, forget, retain = problem
     num_traces = 0
 
-    def objective(params, forget_rows, retain_rows):
+    def objective(*given):
         nonlocal num_traces
         num_traces += 1
-        return GRADDIFF(params, forget_rows, retain_rows)
+        return GRADDIFF(*given)
 
     runs = []
     for fold in range(3):
         new_key = jax.random.fold_in(key, fold)
-        runs.append(unlearn(objective, MOMENTUM, params, forget, retain, steps=5, key=new_key)[1])
+        method = TrainingMethod(objective, MOMENTUM)
+        runs.append(unlearn(method, apply, params, forget, retain, steps=5, key=new_key)[1])
     assert num_traces == 1
     assert not np.array_equal(runs[0]["loss"], runs[1]["loss"])
 
@@ -252,32 +254,97 @@ def test_it_traces_once_for_any_number_of_steps_and_calls(problem, key):
 @pytest.mark.reuses_keys
 def test_same_key_same_result(problem, key):
     params, forget, retain = problem
-    run = partial(unlearn, GRADDIFF, MOMENTUM, params, forget, retain, steps=5, batch_size=4)
+    run = partial(unlearn, METHOD, apply, params, forget, retain, steps=5)
     jax.tree.map(np.testing.assert_array_equal, run(key=key), run(key=key))
 
 
 @pytest.mark.reuses_keys
-def test_objective_args_are_arguments_and_not_constants(problem, key, tolerance):
+def test_equal_objectives_compile_once(problem, key):
+    """Built anew for each call, as a user does; another number is another program."""
+    params, forget, retain = problem
+    traced = []
+
+    def counting(params, inputs):
+        traced.append(1)
+        return apply(params, inputs)
+
+    def run(beta):
+        method = TrainingMethod(with_retain(NPO(beta=beta), RetainKL(), weight=0.5), MOMENTUM)
+        return unlearn(method, counting, params, forget, retain, steps=3, key=key)[1]["loss"]
+
+    first = run(0.5)
+    once = len(traced)
+    np.testing.assert_array_equal(run(0.5), first)
+    assert len(traced) == once
+    assert not np.allclose(run(0.7), first)
+    assert len(traced) == 2 * once
+
+
+@pytest.mark.reuses_keys
+@pytest.mark.parametrize("trainable", [None, "out"])
+def test_the_reference_is_where_unlearning_began(problem, key, tolerance, trainable):
+    """By hand, against the start's own losses; and after a break, at which params have moved."""
+    params, forget, retain = problem
+    objective = with_retain(NPO(beta=0.7), RetainKL(), weight=2.0)
+    method = TrainingMethod(objective, MOMENTUM, trainable=trainable, batch_size=4)
+    run = partial(unlearn, method, apply, forget=forget, retain=retain, key=key)
+    fixed = lambda _, p, f, r: objective(apply, p, f, r, params)  # noqa: E731
+    optimizer = MOMENTUM
+    if trainable:
+        parts = {"frozen": optax.set_to_zero(), "trained": MOMENTUM}
+        labels = {"hidden": {"kernel": "frozen"}, "out": "trained"}
+        optimizer = optax.multi_transform(parts, labels)
+    expected, losses = by_hand(
+        fixed, optimizer, params, forget, retain, steps=6, key=key, batch_size=4
+    )
+    states = []
+
+    def look(state, history):
+        del history
+        states.append(
+            state._replace(
+                **{
+                    name: jax.tree.map(jnp.copy, getattr(state, name))
+                    for name in ("params", "optimizer_state")
+                }
+            )
+        )
+
+    actual, history = run(params=params, steps=6, watch=Watch(look, every=2))
+    tolerance.check(actual, expected, "factorization")
+    tolerance.check(history["loss"], losses, "factorization")
+    # Not a copy: it is what the caller gave.
+    for mine, given in zip(*map(jax.tree.leaves, (states[1].reference, params)), strict=True):
+        assert mine is given
+    resumed, rest = run(params=states[1], steps=6)
+    tolerance.check(resumed, expected, "factorization")
+    tolerance.check(rest["loss"], losses[4:], "factorization")
+    forgotten, _ = run(params=states[1]._replace(reference=None), steps=6)
+    assert not np.allclose(forgotten["out"], expected["out"], rtol=1e-3)
+
+
+@pytest.mark.reuses_keys
+def test_the_reference_is_an_argument_and_not_a_constant(problem, key, tolerance):
     params, forget, retain = problem
     num_traces = 0
 
-    def objective(params, forget_rows, retain_rows, *, reference_params):
+    def objective(*given):
         nonlocal num_traces
         num_traces += 1
-        return objectives.npo(
-            params, forget_rows, retain_rows, apply=apply, reference_params=reference_params
-        )
+        return NPO()(*given)
 
-    optimizer = optax.sgd(0.01)
-    run = partial(unlearn, objective, optimizer, params, forget, retain, steps=3, key=key)
+    method = TrainingMethod(objective, optax.sgd(0.01))
     other = jax.tree.map(lambda p: 0.5 * p, params)
-    first = run(objective_args={"reference_params": params})[1]["loss"]
-    second = run(objective_args={"reference_params": other})[1]["loss"]
+
+    def run(method, reference):
+        start = LoopState(0, params, None, reference)
+        return unlearn(method, apply, start, forget, retain, steps=3, key=key)[1]["loss"]
+
+    first, second = run(method, None), run(method, other)
     assert num_traces == 1
     assert not np.allclose(first, second)
-    baked = partial(objectives.npo, apply=apply, reference_params=other)
-    expected = unlearn(baked, optimizer, params, forget, retain, steps=3, key=key)[1]["loss"]
-    tolerance.check(second, expected, "rounding")
+    baked = lambda apply, p, f, r, reference: NPO()(apply, p, f, r, other)  # noqa: ARG005, E731
+    tolerance.check(second, run(TrainingMethod(baked, optax.sgd(0.01)), None), "rounding")
 
 
 @pytest.mark.reuses_keys
@@ -285,26 +352,25 @@ def test_sets_may_carry_what_belongs_to_their_rows(problem, key, tolerance):
     """Precomputed reference losses travel with the forget rows."""
     params, forget, _ = problem
     reference = jax.tree.map(lambda p: 0.5 * p, params)
-    losses = objectives.sequence_nll(apply, reference, forget)
+    weights = jnp.arange(7.0).astype(forget.inputs.dtype)
 
-    def from_losses(params, rows, _):
-        batch, reference_nll = rows
-        return objectives.npo_from_nll(params, batch, apply=apply, reference_nll=reference_nll)
+    def weighted(apply, params, rows, retain, reference):
+        del retain, reference
+        batch, weight = rows
+        nll = apply(params, batch.inputs)[:, 0] * weight
+        return jnp.sum(nll), {"weight": jnp.sum(weight * batch.inputs[:, 0])}
 
-    direct = partial(objectives.npo, apply=apply, reference_params=reference)
-    arguments = {"steps": 4, "key": key, "batch_size": 3}
-    expected = unlearn(direct, optax.sgd(0.1), params, forget, **arguments)
-    actual = unlearn(from_losses, optax.sgd(0.1), params, (forget, losses), **arguments)
-    tolerance.check(actual, expected)
+    numbered = forget._replace(inputs=forget.inputs.at[:, 0].set(weights))
+    method = TrainingMethod(weighted, optax.sgd(0.1), batch_size=3)
+    _, history = unlearn(method, apply, reference, (numbered, weights), steps=4, key=key)
+    rows = np.asarray(row_stream(7, 0, 4, 3, jax.random.split(key, 2)[0]))
+    tolerance.check(history["weight"], (rows.astype(float) ** 2).sum(axis=1))
 
 
 @pytest.mark.parametrize("trainable", [None, "out"])
 def test_transforms_get_their_extra_arguments(problem, key, trainable):
     """A projection off the retain gradient, as an optax transform that needs it at each step."""
     params, forget, retain = problem
-
-    def retain_loss(params, rows):
-        return objectives.retain_nll(params, None, rows, apply=apply)[0]
 
     def update(updates, state, params=None, *, retain_grads, value, **extra):
         del params, extra
@@ -315,19 +381,15 @@ def test_transforms_get_their_extra_arguments(problem, key, trainable):
         return projected, state
 
     projection = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    new, _ = unlearn(
-        partial(objectives.ga, apply=apply),
-        optax.chain(optax.sgd(1e-3), projection),
-        params,
-        forget,
-        retain,
-        steps=1,
-        key=key,
-        batch_size=19,
-        trainable=trainable,
-        update_args=lambda p, _, rows: {"retain_grads": jax.grad(retain_loss)(p, rows)},
-    )
-    gradient = jax.grad(retain_loss)(params, retain)
+
+    def update_args(apply, params, forget, retain, reference):
+        del forget, reference
+        return {"retain_grads": jax.grad(lambda p: RetainNLL()(apply, p, None, retain)[0])(params)}
+
+    chain = optax.chain(optax.sgd(1e-3), projection)
+    method = TrainingMethod(GA(), chain, update_args, trainable, batch_size=19)
+    new, _ = unlearn(method, apply, params, forget, retain, steps=1, key=key)
+    gradient = jax.grad(retain_loss, has_aux=True)(params, retain)[0]
     change = jax.tree.map(jnp.subtract, new, params)
     change, gradient = (
         np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
@@ -341,26 +403,21 @@ def test_transforms_get_their_extra_arguments(problem, key, trainable):
 @pytest.mark.parametrize("trainable", [None, "hidden"])
 def test_functions_among_the_extra_arguments_get_whole_params(problem, key, trainable, tolerance):
     params, forget, retain = problem
-    retain_loss = lambda p, rows: objectives.retain_nll(p, None, rows, apply=apply)[0]  # noqa: E731
 
     def update(updates, state, params=None, *, grad_fn, value, **extra):
         del updates, value, extra
         return grad_fn(params), state
 
     taken = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    new, _ = unlearn(
-        partial(objectives.ga, apply=apply),
-        optax.chain(taken, optax.scale(-0.1)),
-        params,
-        forget,
-        retain,
-        steps=1,
-        key=key,
-        batch_size=19,
-        trainable=trainable,
-        update_args=lambda _, __, rows: {"grad_fn": lambda p: jax.grad(retain_loss)(p, rows)},
-    )
-    gradient = jax.grad(retain_loss)(params, retain)
+
+    def update_args(apply, params, forget, retain, reference):
+        del params, forget, reference
+        return {"grad_fn": jax.grad(lambda p: RetainNLL()(apply, p, None, retain)[0])}
+
+    chain = optax.chain(taken, optax.scale(-0.1))
+    method = TrainingMethod(GA(), chain, update_args, trainable, batch_size=19)
+    new, _ = unlearn(method, apply, params, forget, retain, steps=1, key=key)
+    gradient = jax.grad(retain_loss, has_aux=True)(params, retain)[0]
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     if trainable:
         expected["out"] = params["out"]
@@ -371,34 +428,37 @@ def test_functions_among_the_extra_arguments_get_whole_params(problem, key, trai
 def test_unlearning_forgets_and_holds(problem, key):
     params, forget, retain = problem
     k_fit, k_unlearn = jax.random.split(key)
-    loss = lambda p, rows: objectives.retain_nll(p, None, rows, apply=apply)  # noqa: E731
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
-    trained, history = fit(loss, optax.adam(0.05), params, both, epochs=60, batch_size=8, key=k_fit)
+    trained, history = fit(
+        retain_loss, optax.adam(0.05), params, both, epochs=60, batch_size=8, key=k_fit
+    )
     assert history["loss"][-1] < 0.5 * history["loss"][0]
-    ascent = partial(objectives.ga, apply=apply)
     held, bare = (
-        unlearn(objective, optax.adam(0.01), trained, forget, retain, steps=60, key=k)
-        for objective, k in ((GRADDIFF, k_unlearn), (ascent, jax.random.clone(k_unlearn)))
+        unlearn(
+            TrainingMethod(x, optax.adam(0.01)), apply, trained, forget, retain, steps=60, key=k
+        )
+        for x, k in ((GRADDIFF, k_unlearn), (GA(), jax.random.clone(k_unlearn)))
     )
     for _, history in (held, bare):
         assert history["forget_nll"][-1] > history["forget_nll"][0] + 1
     # The retain term is what keeps the retain loss down.
-    with_term, without = (loss(params, retain)[0] for params in (held[0], bare[0]))
+    with_term, without = (retain_loss(params, retain)[0] for params in (held[0], bare[0]))
     assert with_term < without
 
 
-def test_fit_counts_steps_and_epochs(problem, key):
+def test_fit_counts_epochs_in_fractions_too(problem, key):
     params, _, retain = problem
-    loss = partial(objectives.ga, apply=apply)
-    run = partial(fit, loss, optax.sgd(0.1), params, retain, key=key)
+    run = partial(fit, retain_loss, optax.sgd(0.1), params, retain, key=key)
 
     def num_steps(**arguments):
         return jax.eval_shape(lambda: run(**arguments)[1]["loss"]).shape[0]
 
     assert num_steps(epochs=2, batch_size=4) == 10  # 38 rows in fours
     assert num_steps(epochs=2, batch_size=100) == 2
-    assert num_steps(steps=3) == 3
-    unchanged, history = run(steps=0)
+    assert num_steps(epochs=0.5, batch_size=4) == 3  # nine and a half rows
+    for steps in range(1, 60):
+        assert num_steps(epochs=steps * 7 / 19, batch_size=7) == steps
+    unchanged, history = run(epochs=0)
     jax.tree.map(np.testing.assert_array_equal, unchanged, params)
     assert history["loss"].shape == (0,)
 
@@ -408,7 +468,7 @@ def test_it_vmaps_over_requests(problem, key, tolerance):
     """A stack of forget sets in, a stack of models out."""
     params, forget, retain = problem
     stack = jax.tree.map(lambda x: jnp.stack([x[:3], x[3:6]]), forget)
-    run = partial(unlearn, GRADDIFF, MOMENTUM, steps=3, batch_size=2)
+    run = partial(unlearn, METHOD._replace(batch_size=2), apply, steps=3)
     many, _ = jax.vmap(lambda rows: run(params, rows, retain, key=key))(stack)
     one, _ = run(params, jax.tree.map(lambda x: x[1], stack), retain, key=key)
     tolerance.check(jax.tree.map(lambda x: x[1], many), one, "factorization")
@@ -417,10 +477,9 @@ def test_it_vmaps_over_requests(problem, key, tolerance):
 def test_an_nnx_state_is_params_like_any_other(problem, key):
     forget, retain = (rows._replace(inputs=rows.inputs.astype(jnp.float32)) for rows in problem[1:])
     graph, state = nnx.split(nnx.Linear(FEATURES, CLASSES, rngs=nnx.Rngs(0)))
-    objective = partial(objectives.graddiff, apply=lambda p, x: nnx.merge(graph, p)(x))
-    new, _ = unlearn(
-        objective, MOMENTUM, state, forget, retain, steps=3, key=key, trainable="kernel"
-    )
+    method = TrainingMethod(GRADDIFF, MOMENTUM, trainable="kernel")
+    model = lambda p, x: nnx.merge(graph, p)(x)  # noqa: E731
+    new, _ = unlearn(method, model, state, forget, retain, steps=3, key=key)
     assert jax.tree.structure(new) == jax.tree.structure(state)
     np.testing.assert_array_equal(new["bias"][...], state["bias"][...])
     assert not np.array_equal(new["kernel"][...], state["kernel"][...])
@@ -430,7 +489,8 @@ def test_bfloat16_stays_bfloat16(problem, key):
     params, forget, retain = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x, problem
     )
-    new, history = unlearn(GRADDIFF, optax.sgd(0.1), params, forget, retain, steps=2, key=key)
+    method = TrainingMethod(GRADDIFF, optax.sgd(0.1))
+    new, history = unlearn(method, apply, params, forget, retain, steps=2, key=key)
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(jnp.bfloat16)}
     assert history["loss"].dtype == jnp.float32
 
@@ -438,18 +498,23 @@ def test_bfloat16_stays_bfloat16(problem, key):
 @pytest.mark.reuses_keys
 def test_mistakes_get_a_sentence(problem, key):
     params, forget, retain = problem
-    run = partial(unlearn, GRADDIFF, optax.sgd(0.1), params, key=key)
+
+    def run(forget, retain, *, steps=1, watch=None, **changed):
+        method = TrainingMethod(GRADDIFF, optax.sgd(0.1))._replace(**changed)
+        return unlearn(method, apply, params, forget, retain, steps=steps, key=key, watch=watch)
+
     with pytest.raises(ValueError, match=r"matches no real parameter; paths: \['hidden/kernel'"):
-        run(forget, retain, steps=1, trainable="attention")
+        run(forget, retain, trainable="attention")
     with pytest.raises(ValueError, match="must lead with its rows"):
-        run(forget._replace(targets=forget.targets[:3]), retain, steps=1)
+        run(forget._replace(targets=forget.targets[:3]), retain)
     with pytest.raises(ValueError, match="forget counts no output: it has no rows"):
-        run(jax.tree.map(lambda x: x[:0], forget), retain, steps=1)
-    for mistake in ({"steps": -1}, {"steps": 1, "batch_size": 0}, {"steps": 1, "every": 0}):
+        run(jax.tree.map(lambda x: x[:0], forget), retain)
+    for mistake in ({"steps": -1}, {"batch_size": 0}, {"watch": Watch(every=0)}):
         with pytest.raises(ValueError, match="(steps|batch_size|every) must be at least [01]"):
             run(forget, retain, **mistake)
-    for both in ({}, {"steps": 1, "epochs": 1}):
-        with pytest.raises(ValueError, match="steps or epochs, one of them"):
-            fit(
-                partial(objectives.ga, apply=apply), optax.sgd(0.1), params, retain, key=key, **both
-            )
+    with pytest.raises(TypeError, match="the objective is an argument of the compiler"):
+        run(forget, retain, objective=with_retain(NPO(beta=jnp.asarray(0.1))))
+    with pytest.raises(TypeError, match=r"retain must be a jedit\.Batch, got None"):
+        run(forget, None)
+    with pytest.raises(ValueError, match="epochs must not be negative"):
+        fit(retain_loss, optax.sgd(0.1), params, retain, key=key, epochs=-1)

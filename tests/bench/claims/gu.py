@@ -20,13 +20,12 @@ import optax
 
 from jedit import metrics
 from jedit.methods import gu
-from jedit.objectives import ga, graddiff
-from jedit.training import TrainingMethod
-from jedit.training.loop import unlearn
+from jedit.objectives import GA, with_retain
+from jedit.training import TrainingMethod, Watch, unlearn
 from tests.bench.claims.evidence import interval, parser, shown, shown_ratio, write
 from tests.bench.claims.scenes import Scene, digits
 
-OBJECTIVES = {"gradient ascent": ga, "GradDiff": graddiff}
+OBJECTIVES = {"gradient ascent": GA(), "GradDiff": with_retain(GA())}
 RATES = (3e-4, 1e-4, 3e-5)
 RANKS = (1, 8, 64)
 SCOPES = ("leaf", "global")
@@ -34,15 +33,15 @@ DECAY, EPS = 0.999, 1e-8
 
 
 @functools.cache
-def method(apply, name: str, rate: float, rank: int, scope: str) -> TrainingMethod:
+def method(name: str, rate: float, rank: int, scope: str) -> TrainingMethod:
     """GU around an objective; at rank 0 the same without a projection."""
-    objective = functools.partial(OBJECTIVES[name], apply=apply)
+    objective = OBJECTIVES[name]
     if rank:
-        return gu(apply, objective, learning_rate=rate, rank=rank, scope=scope)
+        return gu(objective, learning_rate=rate, rank=rank, scope=scope)
     plain = optax.chain(
         optax.scale_by_adam(b1=0.0, b2=DECAY, eps=EPS), optax.scale_by_learning_rate(rate)
     )
-    return TrainingMethod(objective, plain, lambda *_: {})
+    return TrainingMethod(objective, plain)
 
 
 def arrival(found: Scene, made: TrainingMethod, target: float, longest: int, *, key):
@@ -57,18 +56,9 @@ def arrival(found: Scene, made: TrainingMethod, target: float, longest: int, *, 
         return forgotten >= target
 
     with contextlib.suppress(FloatingPointError):  # beyond the finite numbers it is not met
-        unlearn(
-            made.objective,
-            made.optimizer,
-            found.params,
-            found.forget,
-            found.retain,
-            steps=longest,
-            key=key,
-            every=1,
-            update_args=made.update_args,
-            callback=look,
-        )
+        sets = (found.params, found.forget, found.retain)
+        watch = Watch(look, every=1)
+        unlearn(made, found.apply, *sets, steps=longest, key=key, watch=watch)
     if len(path) < 2:
         return None
     (before, cheap), (after, dear) = path[-2:]
@@ -91,7 +81,7 @@ def main() -> None:
         key = jax.random.key(2000 + seed)
         for name, rate in itertools.product(OBJECTIVES, RATES):
             for rank, scope in settings:
-                made = method(found.apply, name, rate, rank, scope)
+                made = method(name, rate, rank, scope)
                 met = arrival(found, made, given.target, given.longest, key=key)
                 runs.setdefault((name, rate, rank, scope), []).append(met)
     table = summary(runs)

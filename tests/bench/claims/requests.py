@@ -24,7 +24,7 @@ from jedit.data import batches
 from jedit.edits import apply_edit, sum_edits
 from jedit.methods import kfade
 from jedit.metrics import nll, output_kl
-from jedit.objectives import ga
+from jedit.objectives import GA
 from jedit.requests import balanced, batch_unlearn, interactions
 from tests.bench.claims.evidence import parser, write
 from tests.bench.claims.scenes import Scene, authors
@@ -111,7 +111,7 @@ def rates(found: Scene, curvature, count: int) -> dict[str, float]:
 def ranks(found: Scene, curvature) -> list[dict]:
     """What a rank and the damping's form do to the edits' effect, at equal predicted KL."""
     requests = first_requests(found, 30)
-    loss = jax.jit(lambda p, r: -ga(p, r, None, apply=found.apply)[0])
+    loss = jax.jit(lambda p, r: -GA()(found.apply, p, r)[0])
     heldout = list(batches(found.heldout, 32))
     rows = []
     for exact in (True, False):

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jedit.geometry import retain_neutral_perturbation
-from jedit.objectives import ga, retain_nll
+from jedit.objectives import GA, RetainNLL
 from jedit.report.figure import save_png
 from tests.bench.claims.evidence import interval, parser, shown, write
 from tests.bench.claims.scenes import Scene, digits
@@ -44,10 +44,10 @@ def at_surrogates(found: Scene, radius: float, shares=SHARES, *, key) -> list[di
 @functools.partial(jax.jit, static_argnames="apply")
 def _both(apply, params, forget, retain, radius):
     def forget_loss(params):
-        return -ga(params, forget, apply=apply)[0]
+        return -GA()(apply, params, forget)[0]
 
     def retain_loss(params):
-        return retain_nll(params, None, retain, apply=apply)[0]
+        return RetainNLL()(apply, params, None, retain)[0]
 
     forget_at, forget_grads = jax.value_and_grad(forget_loss)(params)
     retain_at, retain_grads = jax.value_and_grad(retain_loss)(params)

@@ -23,10 +23,9 @@ from jedit.curvature import Curvature, Estimator, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.objectives import ga, random_label, relabel, retain_nll
+from jedit.objectives import GA, RandomLabel, RetainNLL, relabel, with_retain
 from jedit.recipes.comparison.trajectories import destroyed
-from jedit.training import TrainingMethod
-from jedit.training.loop import LoopState, unlearn
+from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from tests.bench.vision_protocol.vision import Method, Protocol, Setting, Task
 
 NUM_CLASSES = 10
@@ -57,15 +56,13 @@ def _trained(
     state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(zero, rate))
     run = functools.partial(
         unlearn,
-        method.objective,
-        method.optimizer,
+        method._replace(batch_size=protocol.batch_size),
+        task.apply,
         LoopState(0, task.params, state),
         task.forget if forget is None else forget,
         task.retain,
         key=key,
-        batch_size=protocol.batch_size,
-        update_args=method.update_args,
-        every=STRIDE,
+        watch=Watch(every=STRIDE),
     )
     try:
         jax.block_until_ready(run(steps=STRIDE))  # compiles
@@ -78,68 +75,63 @@ def _trained(
 def _trainer(build: Callable[..., TrainingMethod], *options: str) -> Callable:
     """A run of a method that its settings alone determine.
 
-    One method object for one model and setting, so that another run of it compiles nothing.
+    One optimizer for one setting, so that another run compiles nothing.
     """
     build = functools.cache(build)
 
     def run(task, protocol, setting, key):
-        method = build(task.apply, *(setting[name] for name in options))
+        method = build(*(setting[name] for name in options))
         return _trained(task, protocol, method, setting["rate"], key)
 
     return run
 
 
-def _fine_tune(apply):
-    return TrainingMethod(functools.partial(retain_nll, apply=apply), SGD)
+def _fine_tune():
+    return TrainingMethod(RetainNLL(), SGD)
 
 
-def _ascent(apply):
-    return TrainingMethod(functools.partial(ga, apply=apply), SGD)
+def _ascent():
+    return TrainingMethod(GA(), SGD)
 
 
-def _uam(apply, radius):
-    return methods.uam(apply, SGD, radius=radius)
+def _uam(radius):
+    return methods.uam(SGD, radius=radius)
 
 
-def _rosu(apply, radius):
-    return methods.rosu(apply, SGD, radius=radius)
+def _rosu(radius):
+    return methods.rosu(SGD, radius=radius)
 
 
-def _gu(apply):
-    method = methods.gu(apply, functools.partial(ga, apply=apply), learning_rate=1.0)
+def _gu():
+    method = methods.gu(GA(), learning_rate=1.0)
     scale = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
     return method._replace(optimizer=optax.chain(method.optimizer, scale(learning_rate=0.0)))
 
 
 @functools.cache
-def _penalised(apply, gamma, steps):
-    return methods.l1_sparse(apply, SGD, strength=gamma, steps=steps)
+def _penalised(gamma, steps):
+    return methods.l1_sparse(SGD, strength=gamma, steps=steps)
 
 
 def _l1_sparse(task, protocol, setting, key):
-    method = _penalised(task.apply, setting["gamma"], _num_steps(task, protocol))
+    method = _penalised(setting["gamma"], _num_steps(task, protocol))
     return _trained(task, protocol, method, setting["rate"], key)
-
-
-@functools.cache
-def _relabelled(apply, gamma):
-    return TrainingMethod(functools.partial(random_label, apply=apply, gamma=gamma), SGD)
 
 
 def _random_label(task, protocol, setting, key):
     other = relabel(task.forget, NUM_CLASSES, key=jax.random.fold_in(key, 1))
-    method = _relabelled(task.apply, setting["gamma"])
+    objective = with_retain(RandomLabel(), forget_weight=setting["gamma"])
+    method = TrainingMethod(objective, SGD)
     return _trained(task, protocol, method, setting["rate"], key, other)
 
 
 def _salun(task, protocol, setting, key):
     other = relabel(task.forget, NUM_CLASSES, key=jax.random.fold_in(key, 1))
-    make = functools.partial(
-        methods.salun, task.apply, SGD, task.params, _chunks(task.forget, protocol)
-    )
+    objective = with_retain(RandomLabel(), forget_weight=setting["gamma"])
+    given = (task.apply, task.params, _chunks(task.forget, protocol), SGD)
 
     def prepared():
-        method = make(gamma=setting["gamma"])
+        method = methods.salun(*given, objective=objective)
         return method, method.optimizer.init(task.params)  # with the mask in it
 
     prepared()  # compiles

@@ -24,15 +24,20 @@ def standard_promotion():
         yield
 
 
-def quadratic(params, forget, retain, *, reference_params):
+def quadratic(apply, params, forget, retain, reference):
     """Forget rows pull one parameter up, retain rows hold the other where it was."""
+    del apply
     up = -params["a"] * forget.targets.mean()
-    hold = (params["b"] - reference_params["b"]) ** 2 * retain.targets.mean()
+    hold = (params["b"] - reference["b"]) ** 2 * retain.targets.mean()
     return up + hold, {}
 
 
 def by_adam(objective):
-    return TrainingMethod(objective, ADAM)
+    return TrainingMethod(objective, ADAM, batch_size=2)
+
+
+def nothing(*_):
+    raise AssertionError("the objective does without")
 
 
 @pytest.fixture
@@ -49,11 +54,11 @@ def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
     run = functools.partial(
         ascent.ascend,
         by_adam(quadratic),
+        nothing,
         start,
         rows,
         rows,
         learning_rates=(0.1,),
-        batch_size=2,
         key=key,
     )
     ((*looked,),) = run(looks=(3, 10))
@@ -68,14 +73,14 @@ def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
 def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
     traced = []
 
-    def counted(*arguments, **reference):
+    def counted(*arguments):
         traced.append(1)
-        return quadratic(*arguments, **reference)
+        return quadratic(*arguments)
 
     method = by_adam(counted)
     rates = (0.1, 0.2, 0.3)
     found = ascent.ascend(
-        method, start, rows, rows, learning_rates=rates, batch_size=2, looks=(2,), key=key
+        method, nothing, start, rows, rows, learning_rates=rates, looks=(2,), key=key
     )
     moved = [float(params["a"]) for ((_, _, params),) in found]
     assert len(traced) == 1
@@ -83,8 +88,8 @@ def test_a_grid_of_learning_rates_compiles_once(start, rows, key):
 
 
 def test_a_rate_that_destroys_the_model_leaves_no_numbers(start, rows, key):
-    run = functools.partial(ascent.ascend, by_adam(quadratic), start, rows, rows, key=key)
-    good, bad = run(learning_rates=(0.1, np.inf), batch_size=2, looks=(2, 4))
+    run = functools.partial(ascent.ascend, by_adam(quadratic), nothing, start, rows, rows, key=key)
+    good, bad = run(learning_rates=(0.1, np.inf), looks=(2, 4))
     assert [steps for steps, *_ in bad] == [2, 4]
     assert all(np.isnan(leaf).all() for *_, p in bad for leaf in jax.tree.leaves(p))
     assert all(np.isfinite(leaf).all() for *_, p in good for leaf in jax.tree.leaves(p))
