@@ -22,13 +22,13 @@ from jedit.geometry import null_space
 from jedit.methods import (
     Associations,
     alphaedit,
-    batch_unlearn,
     curvature_engram,
     engram,
     kfade,
     memit,
     rome,
 )
+from jedit.requests import batch_unlearn
 from jedit.transforms import (
     add_l1_gradient,
     clip_by_curvature_norm,
