@@ -59,9 +59,9 @@ class Rewrite(NamedTuple):
 def read_tofu(where: str | Path, split: str) -> list[QaRow]:
     """Read a split of TOFU: "full", "forget10", "retain90", "forget10_perturbed", "world_facts" ...
 
-    The author of each row of a full, forget or retain split is "author K", with K from 0 in the
-    order of the full set, which has 20 rows for each. The options of real_authors and world_facts,
-    the right one left out, are their perturbed answers.
+    The field `author` of each row of a full, forget or retain split is "author K", with K from 0 in
+    the order of the full set, which has 20 rows for each. The perturbed answers of real_authors and
+    world_facts are their options without the right one.
     """
     records = read_records(where, split)
     first = _first_author(split, len(records))
@@ -71,14 +71,14 @@ def read_tofu(where: str | Path, split: str) -> list[QaRow]:
         answer = _text(record, "answer", place)
         options = [v for k, v in record.items() if k.startswith("option") and v != answer]
         paraphrases = ("paraphrased_question", "paraphrased_answer")
-        author = None if first is None else f"author {first + i // TOFU_ROWS_PER_AUTHOR}"
+        author = {} if first is None else {"author": f"author {first + i // TOFU_ROWS_PER_AUTHOR}"}
         rows.append(
             QaRow(
                 question=_text(record, "question", place),
                 answer=answer,
                 **{name: record.get(name) for name in paraphrases},
                 perturbed_answer=tuple(record.get("perturbed_answer") or options),
-                author=author,
+                fields=author,
                 file=f"{where}/{split}",
                 line=i + 1,
             )
@@ -154,7 +154,7 @@ def read_wmdp(where: str | Path, subject: str) -> list[Choice]:
 
 
 def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[QaRow]:
-    """Read RWKU's probes; the author of a row is its subject.
+    """Read RWKU's probes; the field `subject` of a row says whom it is about.
 
     Args:
         where: RWKU's folder or name.
@@ -168,7 +168,7 @@ def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[Q
         QaRow(
             _text(record, "query", f"{place}, record {i}"),
             _text(record, "answer", f"{place}, record {i}"),
-            author=record.get("subject"),
+            fields={"subject": record["subject"]} if record.get("subject") else {},
             file=place,
             line=i,
         )

@@ -14,7 +14,6 @@ from jaxtyping import Array, Int
 
 from jedit.core.batch import Batch, PackedTokens
 from jedit.core.checks import COUNT, check_numbers
-from jedit.data.text import Encoded
 
 
 class Packing(NamedTuple):
@@ -49,7 +48,7 @@ class Packing(NamedTuple):
         return jnp.where(is_token, flat[self.index], jnp.zeros((), flat.dtype))
 
 
-def pack(rows: Batch | Encoded, length: int) -> Packing:
+def pack(rows: Batch, length: int) -> Packing:
     """Put right padded rows of tokens several to a sequence.
 
     The batch is used like the rows: `batches(packing.batch, 8)` cuts it, losses and metrics that
@@ -107,7 +106,7 @@ def pack(rows: Batch | Encoded, length: int) -> Packing:
     return Packing(Batch(inputs, *others), jnp.asarray(index))
 
 
-def _tokens_of(rows: Batch | Encoded) -> np.ndarray:
+def _tokens_of(rows: Batch) -> np.ndarray:
     if isinstance(rows.inputs, PackedTokens):
         raise ValueError("these rows are packed already.")
     tokens = np.asarray(rows.inputs)
@@ -126,7 +125,7 @@ def _tokens_of(rows: Batch | Encoded) -> np.ndarray:
     return tokens
 
 
-def _sizes_of(rows: Batch | Encoded, shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
+def _sizes_of(rows: Batch, shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
     is_valid = np.ones(shape, bool) if rows.valid is None else np.asarray(rows.valid).astype(bool)
     is_gap = np.any(is_valid[:, 1:] & ~is_valid[:, :-1], axis=1)
     if is_gap.any():
