@@ -2,8 +2,8 @@
 
     estimate(..., checkpoint=Checkpoint("out/job", every=100))     and `unlearn`, `fit` likewise
 
-Each save is a sealed folder (see `sealed`) `step-000000100`, written by orbax while the job goes on
-and renamed when all of it is on the disk; the last two stay. A process that was killed at any
+Each save is a sealed folder (see `sealed`) `step-000000100`, written by a thread while the job goes
+on and renamed when all of it is on the disk; the last two stay. A process that was killed at any
 moment, also during a save, leaves the last one that was finished, and the same call again goes on
 from there. What the job was given is compared by a salted hash; its functions cannot be.
 """
@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.checkpoint.arrays import Writer, describe, described, num_bytes, read_arrays
+from jedit.checkpoint.arrays import (
+    byte_view,
+    describe,
+    described,
+    num_bytes,
+    read_arrays,
+    write_arrays,
+)
+from jedit.checkpoint.disk import TEMPORARY, check_room, locked, sync, temporary_name
 from jedit.checkpoint.entry import is_digest
 from jedit.checkpoint.sealed import (
     MANIFEST,
-    TEMPORARY,
     DamagedError,
     check_fields,
-    check_room,
     read_sealed,
     seal_folder,
     shown,
-    sync,
 )
 from jedit.core.checks import COUNT, check_numbers
 
@@ -58,8 +63,8 @@ class Checkpoint:
         """Say where and how often; nothing is written yet.
 
         Args:
-            folder: of this job alone; it is made if it is not there.
-            every: steps (batches, for `estimate`) between saves.
+            folder: a folder of this job alone; it is made if it is not there.
+            every: how many steps (batches, for `estimate`) lie between saves.
 
         Raises:
             ValueError: `every` below one.
@@ -77,10 +82,10 @@ class Checkpoint:
         """Begin the job, or go on with it; called by the job.
 
         Args:
-            job: its name.
+            job: the name of the job.
             given: all that it was called with and that must be the same to go on: arrays, texts and
                 numbers.
-            state: the fresh one.
+            state: the state before the first step.
 
         Returns:
             How many steps were done, the state after them, and the history that was saved.
@@ -94,21 +99,22 @@ class Checkpoint:
         leaves = [_stored(x) for x in jax.tree.leaves(state)]
         check_room(self.folder, (KEPT + 1) * num_bytes(leaves))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.folder))
+            busy = f"{self.folder}: another process is at this job"
+            stack.enter_context(locked(self.folder / LOCK, busy=busy))
             for left in self.folder.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
             self._done, self._steps = 0, 0
             self._salt = secrets.token_bytes(32)
-            self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
             self._expected = ""
             self._job = job
             history = {}
             if steps := self._saved():
                 state, history = self._read(steps[-1], job, given, state)
             else:
-                self._given = self._hash(given).hex()
-            self._writer = stack.enter_context(Writer())
-            # Left first: the writing thread comes to its end before orbax is closed.
+                self._given = self._hash(given)
+            # What the data of all steps so far hash to; each step's is added to it.
+            self._seen = self._hash(())
+            # Left before the lock is: a save comes to its end while no other process may begin.
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._pending: Future | None = None
             self._stack = stack.pop_all()
@@ -120,9 +126,9 @@ class Checkpoint:
         Raises:
             ValueError: the steps that were done had other data.
         """
-        self._seen = self._hash((self._seen.hex(), data))
+        self._seen = self._hash((self._seen, data))
         self._steps += 1
-        if self._steps == self._done and self._seen.hex() != self._expected:
+        if self._steps == self._done and self._seen != self._expected:
             raise ValueError(
                 f"{self.folder}: was begun with other data in its first {self._done} steps; remove "
                 "the folder to begin anew"
@@ -144,17 +150,14 @@ class Checkpoint:
             "job": self._job,
             "step": step,
             "given": self._given,
-            "seen": self._seen.hex(),
+            "seen": self._seen,
             "salt": self._salt.hex(),
             "state": [[path, describe(_stored(x))] for path, x in zip(paths, leaves, strict=True)],
             "weak": weak,
             "history": [[name, describe(x)] for name, x in kept.items()],
         }
-        new = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-        new.mkdir(mode=0o700)
-        # The job's next step is given the state's memory to write its own into.
-        self._writer.start(new, [jnp.copy(x) for x in arrays])
-        self._pending = self._pool.submit(self._finish, new, content)
+        # Copies: the job's next step is given the state's memory to write its own into.
+        self._pending = self._pool.submit(self._write, content, [jnp.copy(x) for x in arrays])
 
     def close(self) -> None:
         """Wait for the last save and let go of the folder; called by the job.
@@ -173,21 +176,22 @@ class Checkpoint:
         if pending is not None:
             pending.result()
 
-    def _finish(self, new: Path, content: dict[str, Any]) -> None:
-        """In the writing thread: when orbax is done, seal, rename, and drop what is too old."""
+    def _write(self, content: dict[str, Any], arrays: Sequence[Array]) -> None:
+        """Write, seal and rename a save, and drop what is too old; runs in the writing thread."""
+        new = temporary_name(self.folder)
+        new.mkdir(mode=0o700)
         try:
-            self._writer.wait()
+            write_arrays(new, arrays)
             seal_folder(new, KIND, content)
             place = self.folder / f"step-{content['step']:09d}"
             if place.exists():
                 shutil.rmtree(place)
             os.rename(new, place)
-            sync(self.folder)
+            sync(self.folder)  # only when the new save is on the disk may an old one go
             for step in self._saved()[:-KEPT]:
-                old = self.folder / f"step-{step:09d}"
-                # A folder that is half removed must not look like a save.
-                aside = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-                os.rename(old, aside)
+                # Renamed first: a folder that is half removed must not look like a save.
+                aside = temporary_name(self.folder)
+                os.rename(self.folder / f"step-{step:09d}", aside)
                 shutil.rmtree(aside)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -210,13 +214,12 @@ class Checkpoint:
         if content["job"] != job:
             raise ValueError(f"{self.folder}: is of {shown(content['job'])}, not of {job!r}")
         self._salt = bytes.fromhex(content["salt"])
-        self._given = self._hash(given).hex()
+        self._given = self._hash(given)
         if content["given"] != self._given:
             raise ValueError(
                 f"{self.folder}: was begun with other parameters, data, settings or another key; "
                 "remove the folder to begin anew"
             )
-        self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
         self._done, self._expected = step, content["seen"]
         paths, fresh = _flatten(state)
         stored = _specs(content["state"], source)
@@ -239,14 +242,13 @@ class Checkpoint:
         kept = {name: x for (name, _), x in zip(history, read[len(specs) :], strict=True)}
         return jax.tree.unflatten(jax.tree.structure(state), leaves), kept
 
-    def _hash(self, given: PyTree) -> bytes:
+    def _hash(self, given: PyTree) -> str:
         digest = hashlib.blake2b(key=self._salt, digest_size=32)
         paths, leaves = _flatten(given)
         for path, leaf in zip(paths, leaves, strict=True):
             if isinstance(leaf, jax.Array | np.ndarray | np.generic):
                 array = np.asarray(_stored(leaf))
-                head, flat = f"{array.dtype} {array.shape}", np.ascontiguousarray(array)
-                body = flat.reshape(-1).view(np.uint8).data
+                head, body = f"{array.dtype} {array.shape}", byte_view(array)
             elif isinstance(leaf, str | int | float):
                 head, body = type(leaf).__name__, repr(leaf).encode()
             else:
@@ -254,7 +256,7 @@ class Checkpoint:
             for part in (path.encode(), head.encode(), body):
                 digest.update(len(part).to_bytes(8, "big"))
                 digest.update(part)
-        return digest.digest()
+        return digest.hexdigest()
 
 
 def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
@@ -268,7 +270,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _stored(x: Any) -> Array:
-    """What is written of a leaf: of a random key its numbers."""
+    """Return what is written of a leaf: of a random key its numbers."""
     return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
 
 
@@ -286,13 +288,13 @@ def _specs(value: Any, source: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
 
 
 def _several(x: Any) -> Any:
-    """A leaf's sharding, if it lies on several devices."""
+    """Return a leaf's sharding, if it lies on several devices."""
     sharding = getattr(x, "sharding", None)
     return None if sharding is None or len(sharding.device_set) == 1 else sharding
 
 
 def _is_weak(x: Any, path: str) -> bool:
-    """Whether a leaf's dtype gives way to others', as a Python number's does.
+    """Return whether a leaf's dtype gives way to others', as a Python number's does.
 
     Raises:
         ValueError: it does, and no Python number would come back as it.
@@ -314,27 +316,3 @@ def _as_it_was(x: Array, is_weak: bool, like: Any) -> Array:
     if _several(like) is None:
         x = jnp.array(np.asarray(x))  # bound to no device, as what a program is given mostly is
     return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
-
-
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """The only process at a job, until the end of the block or of the process.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: there is another.
-    """
-    import fcntl  # Unix has it, and all but the lock works without
-
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    handle = os.open(folder / LOCK, flags, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(error.errno, f"{folder}: another process is at this job") from None
-        yield
-    finally:
-        os.close(handle)

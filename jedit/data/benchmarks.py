@@ -39,7 +39,7 @@ class Rewrite(NamedTuple):
 
     Attributes:
         prompt: text that the object follows.
-        subject: of the fact, as it stands in the prompt.
+        subject: whom or what the fact is about, as it stands in the prompt.
         target_true: the object that the model knows; for zsRE one that it may not know.
         target_new: the object that it is to say.
         paraphrase_prompts: other texts that the same object follows.
@@ -90,9 +90,9 @@ def read_muse_texts(where: str | Path, subset: str, split: str) -> list[str]:
     """Read texts of MUSE-News or MUSE-Books.
 
     Args:
-        where: of one of the two corpora.
+        where: the folder or name of one of the two corpora.
         subset: "raw", "privleak", "scal", "sust" or "train".
-        split: of it: "forget", "retain1", "retain2", "holdout", "forget_1", ...
+        split: a part of the subset: "forget", "retain1", "retain2", "holdout", "forget_1", ...
 
     Raises:
         DataError: another subset, or records without their fields.
@@ -107,7 +107,7 @@ def read_muse_questions(where: str | Path, subset: str, split: str) -> list[QaRo
     """Read MUSE's questions.
 
     Args:
-        where: of one of the two corpora.
+        where: the folder or name of one of the two corpora.
         subset: "verbmem", whose question is a passage and whose answer its continuation, or
             "knowmem".
         split: "forget" for verbmem; "forget_qa", "retain_qa", "forget_qa_icl" or "retain_qa_icl".
@@ -258,7 +258,7 @@ def _text(record: dict[str, Any], name: str, place: str) -> str:
 
 
 def _first_author(split: str, num_rows: int) -> int | None:
-    """The number of the split's first author, or None where the split is not in authors' order."""
+    """Return the number of the first author; None where the split is not in authors' order."""
     if num_rows % TOFU_ROWS_PER_AUTHOR:
         return None
     if split.startswith("forget"):

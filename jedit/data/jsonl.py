@@ -17,7 +17,7 @@ TEXTS = ("question", "answer", "paraphrased_question", "paraphrased_answer")
 
 
 class DataError(ValueError):
-    """A question-answer file that cannot be used; the message names the file and the line."""
+    """An error that names the file, and the line in it, which cannot be used."""
 
 
 class QaRow(NamedTuple):
@@ -45,12 +45,12 @@ class QaRow(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The row's place, "file:line", for messages."""
+        """Return the row's place, "file:line", for messages."""
         return f"{self.file}:{self.line}" if self.line else f"the row {self.question!r}"
 
     @property
     def identity(self) -> tuple[str, str]:
-        """What makes two rows the same: question and answer, whatever the spacing."""
+        """Return what makes two rows the same: question and answer, whatever the spacing."""
         return " ".join(self.question.split()), " ".join(self.answer.split())
 
 
@@ -87,7 +87,7 @@ def write_rows(path: str | Path, rows: Sequence[QaRow]) -> None:
     """Write rows as a file that `read_rows` reads.
 
     Args:
-        path: of the file; an existing one is replaced.
+        path: the file's; an existing file is replaced.
         rows: what to write; their `file` and `line` are left out.
     """
     lines = []

@@ -67,7 +67,7 @@ def pack(rows: Batch, length: int) -> Packing:
     Args:
         rows: inputs (n, width) of tokens; targets, mask and valid, where given, lead with that
             shape. A row without a valid token is put nowhere.
-        length: of a sequence, in tokens.
+        length: how many tokens a sequence has room for.
 
     Returns:
         The sequences, as few as first-fit decreasing finds, and the way back.
@@ -137,7 +137,7 @@ def _sizes_of(rows: Batch, shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
 
 
 def _first_fit_decreasing(sizes: Int[np.ndarray, " n"], length: int) -> Int[np.ndarray, " n"]:
-    """Where each row starts, among the places of all sequences in a line."""
+    """Return where each row starts, among the places of all sequences in a line."""
     space = np.full(len(sizes), length)
     starts = np.zeros(len(sizes), np.int64)
     num_used = 0

@@ -60,7 +60,7 @@ def chat_template(tokenizer: Any, system: str | None = None) -> Render:
     """Make a template of a tokenizer's own chat template.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: one of the package transformers, with a chat template.
         system: the system message, or None for what the template puts there by itself.
     """
     specials = [str(token) for token in tokenizer.all_special_tokens]
@@ -106,7 +106,7 @@ def encode_rendered(
     """Encode rendered rows as `encode_rows` does; no special tokens are added to their texts.
 
     Args:
-        tokenizer: of the package tokenizers, or a fast one of transformers.
+        tokenizer: one of the package tokenizers, or a fast one of transformers.
         rows: at least one.
         max_len: tokens a row may have; None: the longest row's.
         pad: the token to fill up with; it has no effect on anything.

@@ -123,7 +123,7 @@ def as_batch(
     """Lay rows of tokens out as the batch that `encode_rows` describes.
 
     Args:
-        rows: for each the number of its tokens before the answer, and all its tokens.
+        rows: how many tokens each has before its answer, and all its tokens.
         pad: the token to fill up with.
         max_len: tokens a row may have; None: the longest row's.
         truncate: whether longer rows are cut off, instead of being refused.

@@ -149,7 +149,9 @@ def test_prompts_and_decoded_answers(tokenizer, rows):
 
 def test_the_prompt_of_a_row_cut_off_before_its_answer_is_what_is_left(words):
     """The tokens are 3 5 | 6 1 and 2 5 5 5 | 6 1, of which three stay."""
-    prompts = prompts_of(encode_rows(words, [("is?", "bo"), ("who is it?", "bo")], 4, truncate=True))
+    prompts = prompts_of(
+        encode_rows(words, [("is?", "bo"), ("who is it?", "bo")], 4, truncate=True)
+    )
     assert_array_equal(prompts.lengths, [2, 3])
     assert_array_equal(prompts.tokens, [[3, 5, 0], [2, 5, 5]])
 

@@ -133,7 +133,7 @@ def _make_row(rng: np.random.Generator, author: _Author, attribute: str) -> QaRo
 
 
 def _wrong_values(rng: np.random.Generator, author: _Author, attribute: str) -> list[str]:
-    """Other values of the attribute, none of which contains the right one or is a part of it."""
+    """Return other values of the attribute; none contains the right one or is a part of it."""
     right = author.values[attribute].lower()
     if attribute == "identity":
         pool: Sequence[str] = author.strangers
