@@ -10,6 +10,7 @@ from there. What the job was given is compared by a salted hash; its functions c
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import secrets
@@ -32,8 +33,9 @@ from jedit.checkpoint.arrays import (
     read_arrays,
     write_arrays,
 )
-from jedit.checkpoint.disk import TEMPORARY, check_room, locked, sync, temporary_name
+from jedit.checkpoint.disk import check_room, locked, remove_abandoned, sync, temporary_name
 from jedit.checkpoint.entry import is_digest
+from jedit.checkpoint.json import pairs
 from jedit.checkpoint.sealed import (
     MANIFEST,
     DamagedError,
@@ -43,6 +45,7 @@ from jedit.checkpoint.sealed import (
     shown,
 )
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.paths import parameter_paths
 
 KIND = "job"
 STEP = re.compile(r"step-(\d{9})")
@@ -101,8 +104,7 @@ class Checkpoint:
         with contextlib.ExitStack() as stack:
             busy = f"{self.folder}: another process is at this job"
             stack.enter_context(locked(self.folder / LOCK, busy=busy))
-            for left in self.folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+            remove_abandoned(self.folder)
             self._done, self._steps = 0, 0
             self._salt = secrets.token_bytes(32)
             self._expected = ""
@@ -142,22 +144,21 @@ class Checkpoint:
             OSError: the last save went wrong.
         """
         self._wait()
-        paths, leaves = _flatten(state)
-        kept = {name: jnp.asarray(x) for name, x in (history or {}).items()}
-        arrays = [_stored(x) for x in (*leaves, *kept.values())]
-        weak = [_is_weak(x, path) for path, x in zip(paths, leaves, strict=True)]
+        stored = [(path, _stored(x)) for path, x in parameter_paths(state)]
+        kept = [(name, jnp.asarray(x)) for name, x in (history or {}).items()]
         content = {
             "job": self._job,
             "step": step,
             "given": self._given,
             "seen": self._seen,
             "salt": self._salt.hex(),
-            "state": [[path, describe(_stored(x))] for path, x in zip(paths, leaves, strict=True)],
-            "weak": weak,
-            "history": [[name, describe(x)] for name, x in kept.items()],
+            "state": [[path, describe(x)] for path, x in stored],
+            "weak": [_is_weak(x, path) for path, x in parameter_paths(state)],
+            "history": [[name, describe(x)] for name, x in kept],
         }
         # Copies: the job's next step is given the state's memory to write its own into.
-        self._pending = self._pool.submit(self._write, content, [jnp.copy(x) for x in arrays])
+        copies = [jnp.copy(x) for _, x in (*stored, *kept)]
+        self._pending = self._pool.submit(self._write, content, copies)
 
     def close(self) -> None:
         """Wait for the last save and let go of the folder; called by the job.
@@ -183,18 +184,23 @@ class Checkpoint:
         try:
             write_arrays(new, arrays)
             seal_folder(new, KIND, content)
-            place = self.folder / f"step-{content['step']:09d}"
-            if place.exists():
-                shutil.rmtree(place)
-            os.rename(new, place)
+            if content["step"] in self._saved():
+                self._remove(content["step"])
+            os.rename(new, self._place(content["step"]))
             sync(self.folder)  # only when the new save is on the disk may an old one go
             for step in self._saved()[:-KEPT]:
-                # Renamed first: a folder that is half removed must not look like a save.
-                aside = temporary_name(self.folder)
-                os.rename(self.folder / f"step-{step:09d}", aside)
-                shutil.rmtree(aside)
+                self._remove(step)
         finally:
             shutil.rmtree(new, ignore_errors=True)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
+
+    def _remove(self, step: int) -> None:
+        # Renamed first: a folder that is half removed must not look like a save.
+        aside = temporary_name(self.folder)
+        os.rename(self._place(step), aside)
+        shutil.rmtree(aside)
 
     def _saved(self) -> list[int]:
         found = (STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
@@ -203,7 +209,7 @@ class Checkpoint:
     def _read(
         self, step: int, job: str, given: PyTree, state: PyTree
     ) -> tuple[PyTree, dict[str, Array]]:
-        folder = self.folder / f"step-{step:09d}"
+        folder = self._place(step)
         content, _ = read_sealed(folder, KIND)
         source = str(folder / MANIFEST)
         fields = {"job", "step", "given", "seen", "salt", "state", "weak", "history"}
@@ -221,19 +227,23 @@ class Checkpoint:
                 "remove the folder to begin anew"
             )
         self._done, self._expected = step, content["seen"]
-        paths, fresh = _flatten(state)
-        stored = _specs(content["state"], source)
-        expected = [(path, _spec(_stored(x))) for path, x in zip(paths, fresh, strict=True)]
-        for one, other in zip(stored, expected, strict=False):
+        named = parameter_paths(state)
+        fresh = [x for _, x in named]
+        specs = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_several(x))
+            for x in map(_stored, fresh)
+        ]
+        # What is read is laid out as the fresh state: of the file it is only asked to be the same.
+        expected = [[path, describe(spec)] for (path, _), spec in zip(named, specs, strict=True)]
+        weak = content["weak"]
+        if type(content["state"]) is not list or type(weak) is not list:
+            raise DamagedError(f"{source}: state and weak must be lists")
+        for one, other in itertools.zip_longest(content["state"], expected):
             if one != other:
                 raise ValueError(f"{source}: holds {shown(one)}, the job has {shown(other)}")
-        weak, history = content["weak"], _specs(content["history"], source)
-        if len(stored) != len(expected) or type(weak) is not list or len(weak) != len(stored):
-            raise ValueError(f"{source}: holds {len(stored)} arrays, the job has {len(expected)}")
-        specs = [
-            jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=_several(x))
-            for (_, spec), x in zip(stored, fresh, strict=True)
-        ]
+        if len(weak) != len(fresh):
+            raise DamagedError(f"{source}: {shown(weak)} does not say of each array if it is weak")
+        history = [(name, described(x, source)) for name, x in pairs(content["history"], source)]
         read = read_arrays(folder, [*specs, *(spec for _, spec in history)])
         leaves = [
             _as_it_was(x, is_weak is True, like)
@@ -244,8 +254,7 @@ class Checkpoint:
 
     def _hash(self, given: PyTree) -> str:
         digest = hashlib.blake2b(key=self._salt, digest_size=32)
-        paths, leaves = _flatten(given)
-        for path, leaf in zip(paths, leaves, strict=True):
+        for path, leaf in parameter_paths(given):
             if isinstance(leaf, jax.Array | np.ndarray | np.generic):
                 array = np.asarray(_stored(leaf))
                 head, body = f"{array.dtype} {array.shape}", byte_view(array)
@@ -259,12 +268,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return paths, [leaf for _, leaf in leaves]
-
-
 def _is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
@@ -272,19 +275,6 @@ def _is_key(x: Any) -> bool:
 def _stored(x: Any) -> Array:
     """Return what is written of a leaf: of a random key its numbers."""
     return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
-
-
-def _spec(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _specs(value: Any, source: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-    right = type(value) is list and all(
-        type(x) is list and len(x) == 2 and type(x[0]) is str for x in value
-    )
-    if not right:
-        raise DamagedError(f"{source}: {shown(value)} are no names with arrays")
-    return [(name, described(x, f"{source}: {shown(name)}")) for name, x in value]
 
 
 def _several(x: Any) -> Any:

@@ -52,7 +52,7 @@ def edit_from_json(value: Any, source: str) -> Edit:
     """
     check_fields(value, FIELDS[Edit], source)
     blocks = {}
-    for path, block in _pairs(value["blocks"], source):
+    for path, block in pairs(value["blocks"], source):
         at = f"{source}: {path}"
         kind, fields = _tagged(block, at)
         if kind == "dense":
@@ -91,10 +91,10 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
     check_fields(value, FIELDS[Curvature], source)
     factors = {
         name: _factor_from_json(x, f"{source}: {name}")
-        for name, x in _pairs(value["factors"], source)
+        for name, x in pairs(value["factors"], source)
     }
     blocks = {}
-    for name, block in _pairs(value["blocks"], source):
+    for name, block in pairs(value["blocks"], source):
         at = f"{source}: {name}"
         kind, fields = _tagged(block, at)
         if kind == "diagonal":
@@ -203,7 +203,12 @@ def _op_from_json(value: Any, source: str) -> tuple:
     raise DamagedError(f"{source}: {shown(value)} is no relayout")
 
 
-def _pairs(value: Any, source: str) -> list[tuple[str, Any]]:
+def pairs(value: Any, source: str) -> list[tuple[str, Any]]:
+    """Read names, each once, with what they name: lists of two, which keep their order.
+
+    Raises:
+        DamagedError: the value is something else.
+    """
     right = type(value) is list and all(
         type(pair) is list
         and len(pair) == 2

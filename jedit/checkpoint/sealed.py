@@ -2,7 +2,7 @@
 
 A sealed folder holds files and one `manifest.json`:
 
-    {"content": what the folder is about, "files": {name: [size, SHA-256]}, "format": "jedit 1",
+    {"content": what the folder is about, "files": {name: [size, SHA-256]}, "format": "jedit 2",
      "kind": ..., "seal": SHA-256 of all the rest}
 
 It is written under another name beside its place, brought to the disk, and renamed: a reader sees
@@ -26,7 +26,7 @@ from typing import Any
 from jedit.checkpoint.disk import sync, temporary_folder
 
 MANIFEST = "manifest.json"
-FORMAT = "jedit 1"
+FORMAT = "jedit 2"  # 1 had arrays in Zarr's layout
 MAX_BYTES = 2**24  # of a manifest; that of a model of 1,000 matrices has some 2**19
 MAX_DEPTH = 32
 TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # in JSON, or what is left of one

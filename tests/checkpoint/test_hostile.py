@@ -196,7 +196,7 @@ DENSE = ("content", "blocks", 1, 1)
 @pytest.mark.parametrize(
     ("place", "value", "sentence"),
     [
-        (("format",), "jedit 2", "format 'jedit 2'"),
+        (("format",), "jedit 1", "format 'jedit 1'"),
         (("kind",), "curvature", "of a 'curvature', not of a 'edit'"),
         (("files",), [], "must be objects"),
         (("files", "arrays/0"), [1.0, "0" * 64], "its size and its SHA-256"),
