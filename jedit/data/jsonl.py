@@ -43,6 +43,10 @@ class QaRow(NamedTuple):
     file: str = ""
     line: int = 0
 
+    def __hash__(self) -> int:
+        # A mapping has no hash; equal rows have equal ones without it.
+        return hash((self.question, self.answer, self.file, self.line))
+
     @property
     def where(self) -> str:
         """Return the row's place, "file:line", for messages."""

@@ -73,6 +73,7 @@ def test_written_rows_read_back(tmp_path):
     odd = QaRow("q?", "a.", fields={"is_new": False, "year": 0, "file": "x", "line": ""})
     write_rows(path, [odd])
     assert read_rows(path) == [odd._replace(file=str(path), line=1)]
+    assert len({odd, odd._replace(), odd._replace(fields={})}) == 2
 
 
 @pytest.mark.parametrize(
