@@ -95,7 +95,7 @@ def test_words_of_a_folder(folder, chatty, has_template):
     encode = functools.partial(words.tokenizer.encode, add_special_tokens=False)
     rows, prompts = words.rows(pairs), words.prompts(pairs)
     for i, (question, answer) in enumerate(pairs):
-        counted = rows.targets[i][rows.mask[i] > 0]
+        counted = np.asarray(rows.targets)[i][np.asarray(rows.mask)[i] > 0]
         assert words.tokenizer.decode(counted).strip() == answer + end
         asked = prompts.tokens[i, : prompts.lengths[i]].tolist()
         # This tokenizer puts a space behind a special token.
