@@ -33,7 +33,14 @@ from jedit.checkpoint.arrays import (
     read_arrays,
     write_arrays,
 )
-from jedit.checkpoint.disk import check_room, locked, remove_abandoned, sync, temporary_name
+from jedit.checkpoint.disk import (
+    check_room,
+    locked,
+    remove_abandoned,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
 from jedit.checkpoint.entry import is_digest
 from jedit.checkpoint.json import pairs
 from jedit.checkpoint.sealed import (
@@ -179,9 +186,7 @@ class Checkpoint:
 
     def _write(self, content: dict[str, Any], arrays: Sequence[Array]) -> None:
         """Write, seal and rename a save, and drop what is too old; runs in the writing thread."""
-        new = temporary_name(self.folder)
-        new.mkdir(mode=0o700)
-        try:
+        with temporary_folder(self.folder) as new:
             write_arrays(new, arrays)
             seal_folder(new, KIND, content)
             if content["step"] in self._saved():
@@ -190,8 +195,6 @@ class Checkpoint:
             sync(self.folder)  # only when the new save is on the disk may an old one go
             for step in self._saved()[:-KEPT]:
                 self._remove(step)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"
