@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from jedit.checkpoint.arrays import byte_view
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
 from jedit.core.display import short_repr
 from jedit.core.paths import parameter_paths
@@ -33,20 +34,20 @@ class Entry:
     """One record of a ledger.
 
     Attributes:
-        number: counted from 1.
-        action: "edit", or "revert" of an earlier one.
-        target: the number of the entry that is reverted; None for an edit.
-        is_active: whether this is an edit that is not reverted.
+        number: the record's place in the ledger, counted from 1.
+        action: "edit", or "revert" if it takes an earlier edit back.
+        target: the number of the edit that is taken back; None for an edit.
+        is_active: whether this is an edit that was not taken back.
         date: when it was recorded, UTC.
-        method: what made the edit.
-        settings: with which hyper-parameters.
-        seed: with which seed.
-        effect: what was measured of it.
+        method: the name of what made the edit.
+        settings: the hyper-parameters it was made with.
+        seed: the seed it was made with.
+        effect: what was measured of the edit.
         request: a keyed hash of each row that was to be forgotten.
-        base: the hash of the base it was recorded for.
-        versions: of the libraries.
+        base: the hash of the base that it was recorded for.
+        versions: the versions of Python and of the libraries that it was made with.
         previous: the seal of the record before.
-        seal: of this one.
+        seal: the seal of this record.
     """
 
     number: int
@@ -68,23 +69,22 @@ class Entry:
 
 
 def params_hash(params: PyTree) -> str:
-    """SHA-256 over path, dtype, shape and bytes of every parameter, in the order of their paths."""
+    """Return the SHA-256 of every parameter's path, dtype, shape and bytes, in order of paths."""
     leaves = dict(parameter_paths(params))
     digest = hashlib.sha256()
     for path in sorted(leaves):
         leaf = leaves[path]
         head = json.dumps([path, str(leaf.dtype), [int(n) for n in leaf.shape]]).encode()
         digest.update(len(head).to_bytes(8, "big") + head)
-        flat = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
-        digest.update(flat.view(np.uint8).data)
+        digest.update(byte_view(leaf))
     return digest.hexdigest()
 
 
 def read_entry(content: Any, seal: str, source: str) -> Entry:
-    """A record, every field of it checked but the edit's.
+    """Read a record, and check every field of it but the edit's.
 
     Raises:
-        DamagedError: it is none.
+        DamagedError: the content is no record.
     """
     check_fields(content, RECORD, source)
     is_edit = content["action"] == "edit"
@@ -114,7 +114,7 @@ def with_activity(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     """Say of each record whether it is an edit that counts.
 
     Raises:
-        DamagedError: what is reverted is no edit.
+        DamagedError: what a record reverts is no edit.
     """
     reverted = {entry.target for entry in entries}
     for entry in entries:
@@ -129,7 +129,7 @@ def with_activity(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 
 
 def row_bytes(row: Any) -> bytes:
-    """One text for each row: no two rows have the same.
+    """Return a text for a row to be hashed by; no two rows have the same.
 
     Raises:
         ValueError: a row holds something that has no hash.
@@ -154,10 +154,10 @@ def row_bytes(row: Any) -> bytes:
 
 
 def setting(value: Any, name: str) -> Any:
-    """A value as plain JSON.
+    """Return a value as plain JSON.
 
     Raises:
-        ValueError: what cannot be kept.
+        ValueError: the value, or a part of it, cannot be kept.
     """
     if isinstance(value, np.generic | jax.Array | np.ndarray) and np.ndim(value) == 0:
         value = np.asarray(value, float if jnp.issubdtype(value.dtype, jnp.floating) else None)
@@ -181,17 +181,17 @@ def setting(value: Any, name: str) -> Any:
 
 
 def is_digest(value: Any) -> bool:
-    """Whether a JSON value is 32 bytes in hexadecimal digits."""
+    """Return whether a JSON value is 32 bytes in hexadecimal digits."""
     return type(value) is str and DIGEST.fullmatch(value) is not None
 
 
 def now() -> str:
-    """The time, UTC, to the second."""
+    """Return the time, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that edits are made with."""
+    """Return the versions of Python and of the libraries that edits are made with."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

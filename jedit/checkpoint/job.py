@@ -2,19 +2,20 @@
 
     estimate(..., checkpoint=Checkpoint("out/job", every=100))     and `unlearn`, `fit` likewise
 
-Each save is a sealed folder (see `sealed`) `step-000000100`, written by orbax while the job goes on
-and renamed when all of it is on the disk; the last two stay. A process that was killed at any
+Each save is a sealed folder (see `sealed`) `step-000000100`, written by a thread while the job goes
+on and renamed when all of it is on the disk; the last two stay. A process that was killed at any
 moment, also during a save, leaves the last one that was finished, and the same call again goes on
 from there. What the job was given is compared by a salted hash; its functions cannot be.
 """
 
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.checkpoint.arrays import Writer, describe, described, num_bytes, read_arrays
+from jedit.checkpoint.arrays import (
+    byte_view,
+    describe,
+    described,
+    num_bytes,
+    read_arrays,
+    write_arrays,
+)
+from jedit.checkpoint.disk import (
+    check_room,
+    locked,
+    remove_abandoned,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
 from jedit.checkpoint.entry import is_digest
+from jedit.checkpoint.json import pairs
 from jedit.checkpoint.sealed import (
     MANIFEST,
-    TEMPORARY,
     DamagedError,
     check_fields,
-    check_room,
     read_sealed,
     seal_folder,
     shown,
-    sync,
 )
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.paths import parameter_paths
 
 KIND = "job"
 STEP = re.compile(r"step-(\d{9})")
@@ -58,8 +73,8 @@ class Checkpoint:
         """Say where and how often; nothing is written yet.
 
         Args:
-            folder: of this job alone; it is made if it is not there.
-            every: steps (batches, for `estimate`) between saves.
+            folder: a folder of this job alone; it is made if it is not there.
+            every: how many steps (batches, for `estimate`) lie between saves.
 
         Raises:
             ValueError: `every` below one.
@@ -77,10 +92,10 @@ class Checkpoint:
         """Begin the job, or go on with it; called by the job.
 
         Args:
-            job: its name.
+            job: the name of the job.
             given: all that it was called with and that must be the same to go on: arrays, texts and
                 numbers.
-            state: the fresh one.
+            state: the state before the first step.
 
         Returns:
             How many steps were done, the state after them, and the history that was saved.
@@ -94,21 +109,21 @@ class Checkpoint:
         leaves = [_stored(x) for x in jax.tree.leaves(state)]
         check_room(self.folder, (KEPT + 1) * num_bytes(leaves))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_locked(self.folder))
-            for left in self.folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+            busy = f"{self.folder}: another process is at this job"
+            stack.enter_context(locked(self.folder / LOCK, busy=busy))
+            remove_abandoned(self.folder)
             self._done, self._steps = 0, 0
             self._salt = secrets.token_bytes(32)
-            self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
             self._expected = ""
             self._job = job
             history = {}
             if steps := self._saved():
                 state, history = self._read(steps[-1], job, given, state)
             else:
-                self._given = self._hash(given).hex()
-            self._writer = stack.enter_context(Writer())
-            # Left first: the writing thread comes to its end before orbax is closed.
+                self._given = self._hash(given)
+            # What the data of all steps so far hash to; each step's is added to it.
+            self._seen = self._hash(())
+            # Left before the lock is: a save comes to its end while no other process may begin.
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             self._pending: Future | None = None
             self._stack = stack.pop_all()
@@ -120,9 +135,9 @@ class Checkpoint:
         Raises:
             ValueError: the steps that were done had other data.
         """
-        self._seen = self._hash((self._seen.hex(), data))
+        self._seen = self._hash((self._seen, data))
         self._steps += 1
-        if self._steps == self._done and self._seen.hex() != self._expected:
+        if self._steps == self._done and self._seen != self._expected:
             raise ValueError(
                 f"{self.folder}: was begun with other data in its first {self._done} steps; remove "
                 "the folder to begin anew"
@@ -136,25 +151,21 @@ class Checkpoint:
             OSError: the last save went wrong.
         """
         self._wait()
-        paths, leaves = _flatten(state)
-        kept = {name: jnp.asarray(x) for name, x in (history or {}).items()}
-        arrays = [_stored(x) for x in (*leaves, *kept.values())]
-        weak = [_is_weak(x, path) for path, x in zip(paths, leaves, strict=True)]
+        stored = [(path, _stored(x)) for path, x in parameter_paths(state)]
+        kept = [(name, jnp.asarray(x)) for name, x in (history or {}).items()]
         content = {
             "job": self._job,
             "step": step,
             "given": self._given,
-            "seen": self._seen.hex(),
+            "seen": self._seen,
             "salt": self._salt.hex(),
-            "state": [[path, describe(_stored(x))] for path, x in zip(paths, leaves, strict=True)],
-            "weak": weak,
-            "history": [[name, describe(x)] for name, x in kept.items()],
+            "state": [[path, describe(x)] for path, x in stored],
+            "weak": [_is_weak(x, path) for path, x in parameter_paths(state)],
+            "history": [[name, describe(x)] for name, x in kept],
         }
-        new = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-        new.mkdir(mode=0o700)
-        # The job's next step is given the state's memory to write its own into.
-        self._writer.start(new, [jnp.copy(x) for x in arrays])
-        self._pending = self._pool.submit(self._finish, new, content)
+        # Copies: the job's next step is given the state's memory to write its own into.
+        copies = [jnp.copy(x) for _, x in (*stored, *kept)]
+        self._pending = self._pool.submit(self._write, content, copies)
 
     def close(self) -> None:
         """Wait for the last save and let go of the folder; called by the job.
@@ -173,24 +184,26 @@ class Checkpoint:
         if pending is not None:
             pending.result()
 
-    def _finish(self, new: Path, content: dict[str, Any]) -> None:
-        """In the writing thread: when orbax is done, seal, rename, and drop what is too old."""
-        try:
-            self._writer.wait()
+    def _write(self, content: dict[str, Any], arrays: Sequence[Array]) -> None:
+        """Write, seal and rename a save, and drop what is too old; runs in the writing thread."""
+        with temporary_folder(self.folder) as new:
+            write_arrays(new, arrays)
             seal_folder(new, KIND, content)
-            place = self.folder / f"step-{content['step']:09d}"
-            if place.exists():
-                shutil.rmtree(place)
-            os.rename(new, place)
-            sync(self.folder)
+            if content["step"] in self._saved():
+                self._remove(content["step"])
+            os.rename(new, self._place(content["step"]))
+            sync(self.folder)  # only when the new save is on the disk may an old one go
             for step in self._saved()[:-KEPT]:
-                old = self.folder / f"step-{step:09d}"
-                # A folder that is half removed must not look like a save.
-                aside = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-                os.rename(old, aside)
-                shutil.rmtree(aside)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+                self._remove(step)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
+
+    def _remove(self, step: int) -> None:
+        # Renamed first: a folder that is half removed must not look like a save.
+        aside = temporary_name(self.folder)
+        os.rename(self._place(step), aside)
+        shutil.rmtree(aside)
 
     def _saved(self) -> list[int]:
         found = (STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
@@ -199,7 +212,7 @@ class Checkpoint:
     def _read(
         self, step: int, job: str, given: PyTree, state: PyTree
     ) -> tuple[PyTree, dict[str, Array]]:
-        folder = self.folder / f"step-{step:09d}"
+        folder = self._place(step)
         content, _ = read_sealed(folder, KIND)
         source = str(folder / MANIFEST)
         fields = {"job", "step", "given", "seen", "salt", "state", "weak", "history"}
@@ -210,27 +223,30 @@ class Checkpoint:
         if content["job"] != job:
             raise ValueError(f"{self.folder}: is of {shown(content['job'])}, not of {job!r}")
         self._salt = bytes.fromhex(content["salt"])
-        self._given = self._hash(given).hex()
+        self._given = self._hash(given)
         if content["given"] != self._given:
             raise ValueError(
                 f"{self.folder}: was begun with other parameters, data, settings or another key; "
                 "remove the folder to begin anew"
             )
-        self._seen = hashlib.blake2b(b"", key=self._salt, digest_size=32).digest()
         self._done, self._expected = step, content["seen"]
-        paths, fresh = _flatten(state)
-        stored = _specs(content["state"], source)
-        expected = [(path, _spec(_stored(x))) for path, x in zip(paths, fresh, strict=True)]
-        for one, other in zip(stored, expected, strict=False):
+        named = parameter_paths(state)
+        fresh = [x for _, x in named]
+        specs = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_several(x))
+            for x in map(_stored, fresh)
+        ]
+        # What is read is laid out as the fresh state: of the file it is only asked to be the same.
+        expected = [[path, describe(spec)] for (path, _), spec in zip(named, specs, strict=True)]
+        weak = content["weak"]
+        if type(content["state"]) is not list or type(weak) is not list:
+            raise DamagedError(f"{source}: state and weak must be lists")
+        for one, other in itertools.zip_longest(content["state"], expected):
             if one != other:
                 raise ValueError(f"{source}: holds {shown(one)}, the job has {shown(other)}")
-        weak, history = content["weak"], _specs(content["history"], source)
-        if len(stored) != len(expected) or type(weak) is not list or len(weak) != len(stored):
-            raise ValueError(f"{source}: holds {len(stored)} arrays, the job has {len(expected)}")
-        specs = [
-            jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=_several(x))
-            for (_, spec), x in zip(stored, fresh, strict=True)
-        ]
+        if len(weak) != len(fresh):
+            raise DamagedError(f"{source}: {shown(weak)} does not say of each array if it is weak")
+        history = [(name, described(x, source)) for name, x in pairs(content["history"], source)]
         read = read_arrays(folder, [*specs, *(spec for _, spec in history)])
         leaves = [
             _as_it_was(x, is_weak is True, like)
@@ -239,14 +255,12 @@ class Checkpoint:
         kept = {name: x for (name, _), x in zip(history, read[len(specs) :], strict=True)}
         return jax.tree.unflatten(jax.tree.structure(state), leaves), kept
 
-    def _hash(self, given: PyTree) -> bytes:
+    def _hash(self, given: PyTree) -> str:
         digest = hashlib.blake2b(key=self._salt, digest_size=32)
-        paths, leaves = _flatten(given)
-        for path, leaf in zip(paths, leaves, strict=True):
+        for path, leaf in parameter_paths(given):
             if isinstance(leaf, jax.Array | np.ndarray | np.generic):
                 array = np.asarray(_stored(leaf))
-                head, flat = f"{array.dtype} {array.shape}", np.ascontiguousarray(array)
-                body = flat.reshape(-1).view(np.uint8).data
+                head, body = f"{array.dtype} {array.shape}", byte_view(array)
             elif isinstance(leaf, str | int | float):
                 head, body = type(leaf).__name__, repr(leaf).encode()
             else:
@@ -254,13 +268,7 @@ class Checkpoint:
             for part in (path.encode(), head.encode(), body):
                 digest.update(len(part).to_bytes(8, "big"))
                 digest.update(part)
-        return digest.digest()
-
-
-def _flatten(tree: PyTree) -> tuple[list[str], list[Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return paths, [leaf for _, leaf in leaves]
+        return digest.hexdigest()
 
 
 def _is_key(x: Any) -> bool:
@@ -268,31 +276,18 @@ def _is_key(x: Any) -> bool:
 
 
 def _stored(x: Any) -> Array:
-    """What is written of a leaf: of a random key its numbers."""
+    """Return what is written of a leaf: of a random key its numbers."""
     return jax.random.key_data(x) if _is_key(x) else jnp.asarray(x)
 
 
-def _spec(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _specs(value: Any, source: str) -> list[tuple[str, jax.ShapeDtypeStruct]]:
-    right = type(value) is list and all(
-        type(x) is list and len(x) == 2 and type(x[0]) is str for x in value
-    )
-    if not right:
-        raise DamagedError(f"{source}: {shown(value)} are no names with arrays")
-    return [(name, described(x, f"{source}: {shown(name)}")) for name, x in value]
-
-
 def _several(x: Any) -> Any:
-    """A leaf's sharding, if it lies on several devices."""
+    """Return a leaf's sharding, if it lies on several devices."""
     sharding = getattr(x, "sharding", None)
     return None if sharding is None or len(sharding.device_set) == 1 else sharding
 
 
 def _is_weak(x: Any, path: str) -> bool:
-    """Whether a leaf's dtype gives way to others', as a Python number's does.
+    """Return whether a leaf's dtype gives way to others', as a Python number's does.
 
     Raises:
         ValueError: it does, and no Python number would come back as it.
@@ -314,27 +309,3 @@ def _as_it_was(x: Array, is_weak: bool, like: Any) -> Array:
     if _several(like) is None:
         x = jnp.array(np.asarray(x))  # bound to no device, as what a program is given mostly is
     return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
-
-
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """The only process at a job, until the end of the block or of the process.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: there is another.
-    """
-    import fcntl  # Unix has it, and all but the lock works without
-
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    handle = os.open(folder / LOCK, flags, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(error.errno, f"{folder}: another process is at this job") from None
-        yield
-    finally:
-        os.close(handle)

@@ -1,12 +1,15 @@
 """Edits and curvatures as plain JSON beside their arrays, and back.
 
-What is written are the fields of a closed set of classes, each by a function here; reading is the
-reverse of each, and checks everything it meets. Nothing is found by a name from the file.
+What is written are the fields of a closed set of classes, by one function for all of them. Reading
+is a function for each class, which checks everything it meets. Nothing is found by a name from the
+file.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from jedit.checkpoint.arrays import describe, described, is_shape
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
@@ -15,30 +18,47 @@ from jedit.edits import Edit, LowRank
 
 MAX_OPS = 64  # relayouts of one weight; a scan in a scan has fewer than ten
 MAX_NAME = 4096
-WEIGHT = {"path", "shape", "ops", "layers", "is_stacked", "d_in", "d_out"}
-WEIGHT |= {"bias_path", "bias_shape", "bias_ops"}
+FIELDS: dict[type, tuple[str, ...]] = {
+    Edit: ("blocks",),
+    LowRank: ("left", "right", "weight"),
+    Curvature: ("blocks", "factors", "num_outputs"),
+    Kronecker: ("weight", "input", "output", "corrected"),
+    Diagonal: ("weight", "values"),
+    Factor: ("matrix", "basis", "eigenvalues"),
+    Weight: (
+        *("path", "shape", "ops", "layers", "is_stacked", "d_in", "d_out"),
+        *("bias_path", "bias_shape", "bias_ops"),
+    ),
+}
+# Of what may be one of several classes the file says which, by a word and not by a class's name.
+WORDS = {LowRank: "low rank", Kronecker: "kronecker", Diagonal: "diagonal"}
 
 
 def edit_to_json(edit: Edit) -> dict[str, Any]:
-    """An edit's blocks, in their order, without the numbers in them."""
-    return {"blocks": [[path, _block_to_json(x)] for path, x in edit.blocks.items()]}
+    """Return an edit's blocks, in their order, without the numbers in them."""
+    return {
+        "blocks": [
+            [path, _to_json(x) if isinstance(x, LowRank) else {"dense": describe(x)}]
+            for path, x in edit.blocks.items()
+        ]
+    }
 
 
 def edit_from_json(value: Any, source: str) -> Edit:
-    """The reverse, with a `ShapeDtypeStruct` for each array.
+    """Read what `edit_to_json` wrote, with a `ShapeDtypeStruct` for each array.
 
     Raises:
-        DamagedError: what is no edit.
+        DamagedError: the value is no edit.
     """
-    check_fields(value, {"blocks"}, source)
+    check_fields(value, FIELDS[Edit], source)
     blocks = {}
-    for path, block in _pairs(value["blocks"], source):
+    for path, block in pairs(value["blocks"], source):
         at = f"{source}: {path}"
         kind, fields = _tagged(block, at)
         if kind == "dense":
             blocks[path] = described(fields, at)
         elif kind == "low rank":
-            check_fields(fields, {"left", "right", "weight"}, at)
+            check_fields(fields, FIELDS[LowRank], at)
             left, right = (described(fields[name], at) for name in ("left", "right"))
             weight = _weight_from_json(fields["weight"], at)
             lead = left.shape[:-3]
@@ -58,45 +78,32 @@ def edit_from_json(value: Any, source: str) -> Edit:
 
 
 def curvature_to_json(curvature: Curvature) -> dict[str, Any]:
-    """A curvature's blocks and factors, in their order, without the numbers in them."""
-    blocks = [[name, _curvature_block_to_json(x)] for name, x in curvature.blocks.items()]
-    factors = [
-        [
-            name,
-            {
-                "matrix": describe(x.matrix),
-                "basis": None if x.basis is None else describe(x.basis),
-                "eigenvalues": describe(x.eigenvalues),
-            },
-        ]
-        for name, x in curvature.factors.items()
-    ]
-    num_outputs = describe(curvature.num_outputs)
-    return {"blocks": blocks, "factors": factors, "num_outputs": num_outputs}
+    """Return a curvature's blocks and factors, in their order, without the numbers in them."""
+    return _to_json(curvature)
 
 
 def curvature_from_json(value: Any, source: str) -> Curvature:
-    """The reverse, with a `ShapeDtypeStruct` for each array.
+    """Read what `curvature_to_json` wrote, with a `ShapeDtypeStruct` for each array.
 
     Raises:
-        DamagedError: what is no curvature.
+        DamagedError: the value is no curvature.
     """
-    check_fields(value, {"blocks", "factors", "num_outputs"}, source)
+    check_fields(value, FIELDS[Curvature], source)
     factors = {
         name: _factor_from_json(x, f"{source}: {name}")
-        for name, x in _pairs(value["factors"], source)
+        for name, x in pairs(value["factors"], source)
     }
     blocks = {}
-    for name, block in _pairs(value["blocks"], source):
+    for name, block in pairs(value["blocks"], source):
         at = f"{source}: {name}"
         kind, fields = _tagged(block, at)
         if kind == "diagonal":
-            check_fields(fields, {"weight", "values"}, at)
+            check_fields(fields, FIELDS[Diagonal], at)
             weight = _weight_from_json(fields["weight"], at)
             blocks[name] = _bare(Diagonal, weight, described(fields["values"], at))
             _check_sides(blocks[name].values, weight, at)
         elif kind == "kronecker":
-            check_fields(fields, {"weight", "input", "output", "corrected"}, at)
+            check_fields(fields, FIELDS[Kronecker], at)
             weight = _weight_from_json(fields["weight"], at)
             names = (fields["input"], fields["output"])
             sides = (weight.rows, weight.d_out)
@@ -115,25 +122,26 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
     return _bare(Curvature, blocks, factors, described(value["num_outputs"], source))
 
 
-def _block_to_json(block: Any) -> dict[str, Any]:
-    if not isinstance(block, LowRank):
-        return {"dense": describe(block)}
-    weight = _weight_to_json(block.weight)
-    left, right = describe(block.left), describe(block.right)
-    return {"low rank": {"left": left, "right": right, "weight": weight}}
-
-
-def _curvature_block_to_json(block: Kronecker | Diagonal) -> dict[str, Any]:
-    weight = _weight_to_json(block.weight)
-    if isinstance(block, Diagonal):
-        return {"diagonal": {"weight": weight, "values": describe(block.values)}}
-    corrected = None if block.corrected is None else describe(block.corrected)
-    names = {"input": block.input, "output": block.output}
-    return {"kronecker": {"weight": weight, **names, "corrected": corrected}}
+def _to_json(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool | np.bool_):  # before the numbers: Python's truth values are some
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, tuple | list):
+        return [_to_json(x) for x in value]
+    if isinstance(value, Mapping):
+        # JSON's objects are written with their names sorted; the order of blocks is part of them.
+        return [[name, _to_json(x)] for name, x in value.items()]
+    if type(value) not in FIELDS:
+        return describe(value)
+    fields = {name: _to_json(getattr(value, name)) for name in FIELDS[type(value)]}
+    return {WORDS[type(value)]: fields} if type(value) in WORDS else fields
 
 
 def _factor_from_json(value: Any, source: str) -> Factor:
-    check_fields(value, {"matrix", "basis", "eigenvalues"}, source)
+    check_fields(value, FIELDS[Factor], source)
     matrix, eigenvalues = (described(value[name], source) for name in ("matrix", "eigenvalues"))
     basis = None if value["basis"] is None else described(value["basis"], source)
     *_, side = (0, *eigenvalues.shape)
@@ -145,26 +153,8 @@ def _factor_from_json(value: Any, source: str) -> Factor:
     return _bare(Factor, matrix, basis, eigenvalues)
 
 
-def _weight_to_json(weight: Weight) -> dict[str, Any]:
-    def ops(given: tuple) -> list:
-        return [_listed(op) for op in given]
-
-    return {
-        "path": weight.path,
-        "shape": _listed(weight.shape),
-        "ops": ops(weight.ops),
-        "layers": int(weight.layers),
-        "is_stacked": bool(weight.is_stacked),
-        "d_in": int(weight.d_in),
-        "d_out": int(weight.d_out),
-        "bias_path": weight.bias_path,
-        "bias_shape": _listed(weight.bias_shape),
-        "bias_ops": ops(weight.bias_ops),
-    }
-
-
 def _weight_from_json(value: Any, source: str) -> Weight:
-    check_fields(value, WEIGHT, source)
+    check_fields(value, FIELDS[Weight], source)
     numbers = [value[name] for name in ("layers", "d_in", "d_out")]
     paths = [value["path"], value["bias_path"] or ""]
     if (
@@ -177,18 +167,9 @@ def _weight_from_json(value: Any, source: str) -> Weight:
         or value["bias_path"] == ""
     ):
         raise DamagedError(f"{source}: {shown(value)} is no weight")
-    weight = Weight(
-        path=value["path"],
-        shape=tuple(value["shape"]),
-        ops=_ops_from_json(value["ops"], source),
-        layers=value["layers"],
-        is_stacked=value["is_stacked"],
-        d_in=value["d_in"],
-        d_out=value["d_out"],
-        bias_path=value["bias_path"],
-        bias_shape=tuple(value["bias_shape"]),
-        bias_ops=_ops_from_json(value["bias_ops"], source),
-    )
+    shapes = {name: tuple(value[name]) for name in ("shape", "bias_shape")}
+    ops = {name: _ops_from_json(value[name], source) for name in ("ops", "bias_ops")}
+    weight = Weight(**{**value, **shapes, **ops})
     leaves = {weight.path: jax.ShapeDtypeStruct(weight.shape, "float32")}
     if weight.bias_path is not None:
         leaves[weight.bias_path] = jax.ShapeDtypeStruct(weight.bias_shape, "float32")
@@ -222,14 +203,12 @@ def _op_from_json(value: Any, source: str) -> tuple:
     raise DamagedError(f"{source}: {shown(value)} is no relayout")
 
 
-def _listed(value: Any) -> Any:
-    """Tuples as lists, whole numbers as Python's."""
-    if isinstance(value, tuple | list):
-        return [_listed(x) for x in value]
-    return value if value is None or isinstance(value, str) else int(value)
+def pairs(value: Any, source: str) -> list[tuple[str, Any]]:
+    """Read names, each once, with what they name: lists of two, which keep their order.
 
-
-def _pairs(value: Any, source: str) -> list[tuple[str, Any]]:
+    Raises:
+        DamagedError: the value is something else.
+    """
     right = type(value) is list and all(
         type(pair) is list
         and len(pair) == 2
@@ -254,7 +233,7 @@ def _check_sides(values: Any, weight: Weight, source: str) -> None:
 
 
 def _bare(cls: Any, *fields: Any) -> Any:
-    """An instance whose arrays are still shapes, as JAX itself rebuilds it."""
+    """Return an instance whose arrays are still shapes, which its constructor would refuse."""
     empty = object.__new__(cls)
     for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
         object.__setattr__(empty, name, value)

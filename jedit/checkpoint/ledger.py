@@ -23,15 +23,13 @@ which of them are equal. The edit itself is made of the rows, and gradients can 
 ledger as you keep the model from before.
 """
 
-import contextlib
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,14 @@ import jax
 from jaxtyping import PyTree
 
 from jedit.checkpoint.arrays import describe, described, num_bytes, write_arrays
+from jedit.checkpoint.disk import (
+    TEMPORARY,
+    check_room,
+    locked,
+    sync,
+    temporary_folder,
+    temporary_name,
+)
 from jedit.checkpoint.entry import (
     RECORD,
     Entry,
@@ -55,17 +61,13 @@ from jedit.checkpoint.json import edit_from_json, edit_to_json
 from jedit.checkpoint.saving import read_tree
 from jedit.checkpoint.sealed import (
     MANIFEST,
-    TEMPORARY,
     DamagedError,
     check_fields,
-    check_room,
     parse,
     read_manifest,
     read_plain,
     read_sealed,
     shown,
-    sync,
-    temporary_folder,
     write_sealed,
 )
 from jedit.core.arguments import check_kind, nearest
@@ -87,7 +89,7 @@ class Ledger:
         """Open a ledger; no code of it is run, and nothing is read outside of the folder.
 
         Args:
-            folder: of `Ledger.create`.
+            folder: what `Ledger.create` was given.
 
         Raises:
             DamagedError: it is no ledger, or its description of the base is damaged.
@@ -151,7 +153,7 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """All records, with the chain checked and every file of theirs but the arrays.
+        """Return all records, with the chain checked and every file of theirs but the arrays.
 
         Raises:
             ValueError: which record is damaged, changed, missing or out of order.
@@ -160,7 +162,7 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The seal of the last record: whoever knows it can tell an older state of the folder."""
+        """Return the last record's seal: whoever knows it can tell an older state of the folder."""
         entries = self.entries
         return entries[-1].seal if entries else self._base_seal
 
@@ -183,7 +185,7 @@ class Ledger:
             method: what made it.
             settings: its hyper-parameters: numbers, short texts, None, or lists and dicts of them,
                 kept as they are; nothing of the rows belongs here.
-            seed: of its random numbers.
+            seed: the seed of its random numbers.
             effect: what was measured of it, likewise kept as it is.
 
         Returns:
@@ -222,15 +224,15 @@ class Ledger:
         """Append that an edit no longer counts: `params` then are as if it had never been there.
 
         Args:
-            number: of the edit.
+            number: the number of the edit's record.
 
         Returns:
-            The record of this.
+            The record that says so.
 
         Raises:
             ValueError: there is no such edit, or it is reverted already.
-            OSError: as `record`.
-            TimeoutError: as `record`.
+            OSError: the folder cannot be written to, or has too little room.
+            TimeoutError: another writer does not come to its end.
         """
         fields = dict.fromkeys(RECORD - {"number", "previous", "date", "base", "versions"})
         fields |= {"action": "revert", "target": number, "method": "revert"}
@@ -239,7 +241,7 @@ class Ledger:
         return self._append(fields, None)
 
     def edit(self, number: int) -> Edit:
-        """The edit of a record, on JAX's first device.
+        """Read the edit of a record, onto JAX's first device.
 
         Raises:
             ValueError: there is none, or it is damaged.
@@ -252,10 +254,10 @@ class Ledger:
     def params(
         self, base_params: PyTree, upto: int | None = None, *, rebase: bool = False
     ) -> PyTree:
-        """The base with the active edits, each by `apply_edit`, in their order.
+        """Return the base with the active edits, each by `apply_edit`, in their order.
 
         Args:
-            base_params: of `create`.
+            base_params: what `create` was given.
             upto: the ledger as it was after this entry; 0: the base, None: as it is now.
             rebase: take another base of the same shapes, a newer one, knowingly.
 
@@ -282,7 +284,7 @@ class Ledger:
         return params
 
     def find(self, row: Any) -> tuple[Entry, ...]:
-        """The records whose request had this row; needs the ledger's secret."""
+        """Return the records whose request had this row; this needs the ledger's secret."""
         digest = self._row_hash(row)
         return tuple(entry for entry in self.entries if digest in entry.request)
 
@@ -349,7 +351,8 @@ class Ledger:
         return with_activity(entries)
 
     def _append(self, fields: dict[str, Any], write: Any) -> Entry:
-        with self._locked():
+        busy = f"{self.folder}: another process has been writing for {PATIENCE:.0f} s"
+        with locked(self.folder / LOCK, busy=busy, patience=PATIENCE):
             # Of a writer that was killed; another that lives waits for the lock.
             for left in (self.folder / ENTRIES).glob(f"{TEMPORARY}*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -376,6 +379,7 @@ class Ledger:
             }
             folder = self.folder / ENTRIES / f"{number:06d}"
             read_entry(content, "", str(folder))  # what could not be read is not written
+            # The record first: a head that is one behind is valid, one that is ahead is damage.
             seal = write_sealed(folder, ENTRY_KIND, content, write)
             _write_head(self.folder, number, seal)
             return read_entry(content, seal, str(folder))
@@ -408,39 +412,9 @@ class Ledger:
             raise DamagedError(f"{path}: was not written with this ledger's secret")
         return count, seal
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """The only writer, until the end of the block or of the process.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            TimeoutError: another one does not come to its end.
-        """
-        import fcntl  # Unix has it, and all but the lock works without
-
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(self.folder / LOCK, flags, 0o600)
-        try:
-            until = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise TimeoutError(
-                            f"{self.folder}: another process has been writing for {PATIENCE:.0f} s"
-                        ) from None
-                    time.sleep(0.02)
-            yield
-        finally:
-            os.close(handle)
-
 
 def read_secret(folder: Path) -> bytes | None:
-    """A ledger's secret, or None for who was given the ledger without it.
+    """Read a ledger's secret; it is None for whoever was given the ledger without it.
 
     Raises:
         DamagedError: it is there, and is none.
@@ -459,9 +433,9 @@ def _write_head(folder: Path, count: int, seal: str) -> None:
     if key is None:
         raise ValueError(f"{folder / SECRET}: is not there; a ledger is written with it")
     text = json.dumps({"count": count, "seal": seal, "code": _code(key, count, seal)})
-    new = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+    new = temporary_name(folder)
     new.write_text(text + "\n")
-    sync(new)
+    sync(new)  # before the rename: the name must never stand for a file that is not on the disk
     os.replace(new, folder / HEAD)
     sync(folder)
 

@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 import jax
 
 from jedit.checkpoint.arrays import num_bytes, read_arrays, write_arrays
+from jedit.checkpoint.disk import check_room
 from jedit.checkpoint.json import (
     curvature_from_json,
     curvature_to_json,
     edit_from_json,
     edit_to_json,
 )
-from jedit.checkpoint.sealed import MANIFEST, check_room, read_sealed, write_sealed
+from jedit.checkpoint.sealed import MANIFEST, read_sealed, write_sealed
 from jedit.core.arguments import check_kind
 from jedit.curvature.types import Curvature, block_shardings, with_shardings
 from jedit.edits import Edit
@@ -30,7 +31,7 @@ def save_edit(edit: Edit, folder: str | Path) -> None:
 
     Args:
         edit: dense or thin, one or a stack of them.
-        folder: nothing may be there yet.
+        folder: its place; nothing may be there yet.
 
     Raises:
         ValueError: something is there, or an array has a dtype that is not kept.
@@ -53,16 +54,13 @@ def load_edit(
     against, nor does a hash say who wrote it.
 
     Args:
-        folder: of `save_edit`.
+        folder: what `save_edit` was given.
         like: the same edit of `jax.ShapeDtypeStruct`s, whose shardings the arrays get.
-        sharding: of all arrays; None: JAX's first device.
-
-    Returns:
-        The edit.
+        sharding: where all arrays are put; None: on JAX's first device.
 
     Raises:
-        ValueError: which file is damaged, or is not what it should be (`DamagedError`); or `like`
-            is no such edit.
+        ValueError: a file is damaged, or is not what it should be (`DamagedError` names it); or
+            `like` is no such edit.
     """
     content, _ = read_sealed(Path(folder), EDIT)
     return read_tree(Path(folder), content, edit_from_json, like=like, sharding=sharding)
@@ -72,8 +70,8 @@ def save_curvature(curvature: Curvature, folder: str | Path) -> None:
     """Write a curvature to a new folder, as `save_edit` does an edit.
 
     Raises:
-        ValueError: as `save_edit`.
-        OSError: as `save_edit`.
+        ValueError: something is there, or an array has a dtype that is not kept.
+        OSError: the folder cannot be written to, or has too little room.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     _save(curvature, Path(folder), CURVATURE, curvature_to_json, curvature_from_json)
@@ -88,7 +86,8 @@ def load_curvature(
     """Read a curvature, as `load_edit` does an edit.
 
     Raises:
-        ValueError: as `load_edit`.
+        ValueError: a file is damaged, or is not what it should be (`DamagedError` names it); or
+            `like` is no such curvature.
     """
     content, _ = read_sealed(Path(folder), CURVATURE)
     placed = {} if like is None else block_shardings(like)
@@ -108,7 +107,7 @@ def read_tree(
     """Read the arrays of a structure from a sealed folder that was checked.
 
     Raises:
-        ValueError: as `load_edit`.
+        ValueError: a file is not what it should be, or `like` has another structure.
     """
     if like is not None and sharding is not None:
         raise ValueError("give like or sharding, one of them")
@@ -145,7 +144,7 @@ def _save(
 
 
 def _in_order(tree: Any, empty: Any) -> Any:
-    """JAX sorts a mapping's names: put them back as they were written."""
+    """Put a mapping's names, which JAX has sorted, back into the order they were written in."""
     for name in ("blocks", "factors"):
         if hasattr(tree, name):
             values = getattr(tree, name)

@@ -2,7 +2,7 @@
 
 A sealed folder holds files and one `manifest.json`:
 
-    {"content": what the folder is about, "files": {name: [size, SHA-256]}, "format": "jedit 1",
+    {"content": what the folder is about, "files": {name: [size, SHA-256]}, "format": "jedit 2",
      "kind": ..., "seal": SHA-256 of all the rest}
 
 It is written under another name beside its place, brought to the disk, and renamed: a reader sees
@@ -12,31 +12,28 @@ wrote a folder, so what a manifest says is checked as well: it is plain JSON, an
 module and no place.
 """
 
-import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
-import secrets
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jedit.checkpoint.disk import sync, temporary_folder
+
 MANIFEST = "manifest.json"
-FORMAT = "jedit 1"
-TEMPORARY = ".tmp-"
-ABANDONED = re.compile(r"\.tmp-[0-9a-f]{16}")
+FORMAT = "jedit 2"  # 1 had arrays in Zarr's layout
 MAX_BYTES = 2**24  # of a manifest; that of a model of 1,000 matrices has some 2**19
 MAX_DEPTH = 32
-PIECE = 2**20
-SPARE_BYTES = 2**20  # of a disk, beside what the arrays take
+TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # in JSON, or what is left of one
 
 
 class DamagedError(ValueError):
-    """A file is missing, damaged, or not what it should be; the sentence names it."""
+    """An error that names a file which is missing, damaged, or not what it should be."""
 
 
 def write_sealed(
@@ -48,10 +45,10 @@ def write_sealed(
     """Write a sealed folder, or nothing.
 
     Args:
-        folder: where; nothing may be there yet.
+        folder: its place; nothing may be there yet.
         kind: what `read_sealed` must be asked for.
-        content: plain JSON.
-        write: writes the other files into the folder it is given.
+        content: what the manifest is to say, plain JSON.
+        write: a function that writes the other files into the folder it is given.
 
     Returns:
         The seal.
@@ -67,12 +64,13 @@ def write_sealed(
             write(new)
         seal = seal_folder(new, kind, content)
         try:
+            # All of it is on the disk; with this one step a reader sees it.
             os.rename(new, folder)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise ValueError(f"{folder}: somebody else wrote it meanwhile") from None
             raise
-    sync(folder.parent)
+    sync(folder.parent)  # the new name itself: without this a power cut could take it back
     return seal
 
 
@@ -82,6 +80,7 @@ def seal_folder(folder: Path, kind: str, content: Mapping[str, Any]) -> str:
     manifest = {"content": dict(content), "files": files, "format": FORMAT, "kind": kind}
     seal = _seal(manifest)
     (folder / MANIFEST).write_bytes(_text({**manifest, "seal": seal}))
+    # The files before the folders that name them, and all of them before anybody renames this one.
     for path in walk(folder).values():
         sync(path)
     for path, _, _ in os.walk(folder):
@@ -154,7 +153,7 @@ def check_name(name: str, source: Path) -> None:
         raise DamagedError(f"{source}: names {name!r}, which is no file's plain name")
 
 
-def check_fields(value: Any, names: set[str], source: str) -> None:
+def check_fields(value: Any, names: Iterable[str], source: str) -> None:
     """Refuse anything but an object with just these fields.
 
     Raises:
@@ -162,14 +161,14 @@ def check_fields(value: Any, names: set[str], source: str) -> None:
     """
     if type(value) is not dict:
         raise DamagedError(f"{source}: must be an object, is {shown(value)}")
-    if unknown := sorted(value.keys() - names):
+    if unknown := sorted(value.keys() - set(names)):
         raise DamagedError(f"{source}: has unknown fields {shown(unknown)}")
-    if missing := sorted(names - value.keys()):
+    if missing := sorted(set(names) - value.keys()):
         raise DamagedError(f"{source}: lacks the fields {missing}")
 
 
 def shown(value: Any) -> str:
-    """What somebody else wrote, short enough for a sentence."""
+    """Return what somebody else wrote, short enough for a sentence."""
     text = repr(value)
     return text if len(text) < 80 else text[:77] + "..."
 
@@ -189,16 +188,10 @@ def parse(raw: bytes, source: Path) -> dict[str, Any]:
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is no number")
 
-    depth = deepest = 0
-    is_text = is_escaped = False
-    for byte in raw:
-        if is_text:
-            is_text = is_escaped or byte != 0x22
-            is_escaped = byte == 0x5C and not is_escaped
-        elif byte in b'"[{]}':
-            is_text = byte == 0x22
-            depth += (byte in b"[{") - (byte in b"]}")
-            deepest = max(deepest, depth)
+    # Counted before it is parsed: Python's parser gives up at a depth that depends on its caller.
+    outside = TEXT.sub(b"", raw)
+    steps = ((byte in b"[{") - (byte in b"]}") for byte in outside)
+    deepest = max(itertools.accumulate(steps), default=0)
     if deepest > MAX_DEPTH:
         raise DamagedError(f"{source}: is nested {deepest} deep, at most {MAX_DEPTH}")
     try:
@@ -231,7 +224,7 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def walk(folder: Path) -> dict[str, Path]:
-    """All files of a folder, by their name in it.
+    """Return all files of a folder, by their name in it.
 
     Raises:
         DamagedError: a link, or anything else that is neither file nor folder.
@@ -250,104 +243,9 @@ def walk(folder: Path) -> dict[str, Path]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Bring a file or a folder's list of names to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder that only its owner may enter, gone afterwards unless it was renamed.
-
-    What other processes have left there, that were killed, goes first: it may hold what was to be
-    forgotten. A process that lives holds a lock on its folder.
-
-    Yields:
-        The folder.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(parent)
-    for _ in range(3):  # whoever cleans up at this moment may take it for one without an owner
-        new = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-        new.mkdir(mode=0o700)
-        handle = _held(new)
-        if new.is_dir():  # with or without a lock, where the file system has none
-            break
-        if handle is not None:
-            os.close(handle)
-    try:
-        yield new
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if handle is not None:
-            os.close(handle)
-
-
-def remove_abandoned(parent: Path) -> None:
-    """Remove the temporary folders of processes that were killed."""
-    for entry in list(os.scandir(parent)):
-        if ABANDONED.fullmatch(entry.name) is None or not entry.is_dir(follow_symlinks=False):
-            continue
-        handle = _held(Path(entry.path))
-        if handle is not None:
-            shutil.rmtree(entry.path, ignore_errors=True)
-            os.close(handle)
-
-
-def _held(folder: Path) -> int | None:
-    """A lock on a folder until it is closed, or the process ends; None: another has it."""
-    try:
-        import fcntl  # Unix has it
-    except ImportError:
-        return None
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # gone, or another user's
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by another, or a file system without locks
-        os.close(handle)
-        return None
-    return handle
-
-
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Find out before the work, not after it, that a folder cannot take its result.
-
-    A file is written there and removed; the folder is made if it is not there.
-
-    Raises:
-        OSError: it is not writable, or its disk has less than `num_bytes` left.
-    """
-    probe = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("xb") as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise OSError(error.errno, f"{folder}: cannot be written to ({reason})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-    free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{folder}: needs {needed:,} bytes, its disk has {free:,} left")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -355,5 +253,5 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _text(value: Mapping[str, Any]) -> bytes:
-    """The one way that a value is written."""
+    """Return a value in the one way that it may be written: a manifest is compared byte by byte."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"

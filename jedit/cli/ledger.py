@@ -10,8 +10,8 @@ import tyro
 from jaxtyping import PyTree
 
 from jedit.checkpoint import DamagedError, Ledger
+from jedit.checkpoint.disk import check_room, temporary_folder
 from jedit.checkpoint.entry import Entry
-from jedit.checkpoint.sealed import check_room, temporary_folder
 from jedit.cli.checks import UsageError
 
 CONFIG = "config.json"  # a Hugging Face folder has one

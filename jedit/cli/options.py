@@ -27,9 +27,10 @@ class RunFile:
 
     data: Path
     """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list
-    of wrong answers), paraphrased_question, author."""
+    of wrong answers), paraphrased_question, and any others to choose rows by."""
     forget: str
-    """Rows to forget: a file, author=NAME[,NAME], or rows=START:STOP counted from 0."""
+    """Rows to forget: a file, FIELD=VALUE[,VALUE] (author=Jane Doe), or rows=START:STOP counted
+    from 0."""
     retain: str = "rest"
     """Rows to keep, in the same ways; rest: all that are not forgotten."""
     out: Path = RUN_OUT

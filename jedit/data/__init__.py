@@ -14,29 +14,19 @@ from jedit.data.benchmarks import (
     read_zsre,
 )
 from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
-from jedit.data.invented.authors import Fact, generate_authors
-from jedit.data.jsonl import DataError, QaRow, facts_to_rows, read_rows, write_rows
+from jedit.data.invented.authors import generate_authors
+from jedit.data.jsonl import DataError, QaRow, read_rows, write_rows
 from jedit.data.mnist import load_mnist
 from jedit.data.packing import Packing, pack
 from jedit.data.pairing import pair_by_entity, pair_in_turn, pair_uniformly
 from jedit.data.records import read_records
-from jedit.data.selection import check_disjoint, select_rows
-from jedit.data.templates import (
-    Rendered,
-    chat_template,
-    encode_rendered,
-    plain_template,
-    prompts_of,
-)
+from jedit.data.selection import check_disjoint, rows_with, select_rows
+from jedit.data.templates import Rendered, chat_template, encode_rendered, plain_template
 from jedit.data.text import (
-    Encoded,
     Prompts,
     decode_answers,
-    encode_pairs,
-    encode_prompts,
     encode_rows,
-    load_tokenizer,
-    save_tokenizer,
+    prompts_of,
     text_of,
     train_tokenizer,
 )
@@ -45,8 +35,6 @@ __all__ = [
     "Choice",
     "DataError",
     "Digits",
-    "Encoded",
-    "Fact",
     "Packing",
     "Prompts",
     "QaRow",
@@ -57,17 +45,13 @@ __all__ = [
     "chat_template",
     "check_disjoint",
     "decode_answers",
-    "encode_pairs",
-    "encode_prompts",
     "encode_rendered",
     "encode_rows",
-    "facts_to_rows",
     "forget_class",
     "forget_cluster",
     "generate_authors",
     "load_digits",
     "load_mnist",
-    "load_tokenizer",
     "pack",
     "pair_by_entity",
     "pair_in_turn",
@@ -84,7 +68,7 @@ __all__ = [
     "read_tofu",
     "read_wmdp",
     "read_zsre",
-    "save_tokenizer",
+    "rows_with",
     "select_rows",
     "split_digits",
     "stack_requests",

@@ -11,11 +11,10 @@ from jaxtyping import Array, Int
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, check_numbers
-from jedit.data.text import Encoded
 
 
 def batches(
-    examples: Batch | Encoded,
+    examples: Batch,
     size: int,
     *,
     drop_remainder: bool = False,
@@ -86,7 +85,7 @@ def answers_only(batch: Batch) -> Batch:
     return batch._replace(mask=counted, valid=counted)
 
 
-def stack_requests(requests: Sequence[Batch | Encoded]) -> Batch:
+def stack_requests(requests: Sequence[Batch]) -> Batch:
     """Stack forget sets of different sizes for `batch_unlearn`, filled up where they are ragged.
 
     Rows and positions are filled up at the end, with zeros that neither `mask` nor `valid` count.

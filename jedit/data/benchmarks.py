@@ -39,7 +39,7 @@ class Rewrite(NamedTuple):
 
     Attributes:
         prompt: text that the object follows.
-        subject: of the fact, as it stands in the prompt.
+        subject: whom or what the fact is about, as it stands in the prompt.
         target_true: the object that the model knows; for zsRE one that it may not know.
         target_new: the object that it is to say.
         paraphrase_prompts: other texts that the same object follows.
@@ -59,9 +59,9 @@ class Rewrite(NamedTuple):
 def read_tofu(where: str | Path, split: str) -> list[QaRow]:
     """Read a split of TOFU: "full", "forget10", "retain90", "forget10_perturbed", "world_facts" ...
 
-    The author of each row of a full, forget or retain split is "author K", with K from 0 in the
-    order of the full set, which has 20 rows for each. The options of real_authors and world_facts,
-    the right one left out, are their perturbed answers.
+    The field `author` of each row of a full, forget or retain split is "author K", with K from 0 in
+    the order of the full set, which has 20 rows for each. The perturbed answers of real_authors and
+    world_facts are their options without the right one.
     """
     records = read_records(where, split)
     first = _first_author(split, len(records))
@@ -71,14 +71,14 @@ def read_tofu(where: str | Path, split: str) -> list[QaRow]:
         answer = _text(record, "answer", place)
         options = [v for k, v in record.items() if k.startswith("option") and v != answer]
         paraphrases = ("paraphrased_question", "paraphrased_answer")
-        author = None if first is None else f"author {first + i // TOFU_ROWS_PER_AUTHOR}"
+        author = {} if first is None else {"author": f"author {first + i // TOFU_ROWS_PER_AUTHOR}"}
         rows.append(
             QaRow(
                 question=_text(record, "question", place),
                 answer=answer,
                 **{name: record.get(name) for name in paraphrases},
                 perturbed_answer=tuple(record.get("perturbed_answer") or options),
-                author=author,
+                fields=author,
                 file=f"{where}/{split}",
                 line=i + 1,
             )
@@ -90,9 +90,9 @@ def read_muse_texts(where: str | Path, subset: str, split: str) -> list[str]:
     """Read texts of MUSE-News or MUSE-Books.
 
     Args:
-        where: of one of the two corpora.
+        where: the folder or name of one of the two corpora.
         subset: "raw", "privleak", "scal", "sust" or "train".
-        split: of it: "forget", "retain1", "retain2", "holdout", "forget_1", ...
+        split: a part of the subset: "forget", "retain1", "retain2", "holdout", "forget_1", ...
 
     Raises:
         DataError: another subset, or records without their fields.
@@ -107,7 +107,7 @@ def read_muse_questions(where: str | Path, subset: str, split: str) -> list[QaRo
     """Read MUSE's questions.
 
     Args:
-        where: of one of the two corpora.
+        where: the folder or name of one of the two corpora.
         subset: "verbmem", whose question is a passage and whose answer its continuation, or
             "knowmem".
         split: "forget" for verbmem; "forget_qa", "retain_qa", "forget_qa_icl" or "retain_qa_icl".
@@ -154,7 +154,7 @@ def read_wmdp(where: str | Path, subject: str) -> list[Choice]:
 
 
 def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[QaRow]:
-    """Read RWKU's probes; the author of a row is its subject.
+    """Read RWKU's probes; the field `subject` of a row says whom it is about.
 
     Args:
         where: RWKU's folder or name.
@@ -168,7 +168,7 @@ def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[Q
         QaRow(
             _text(record, "query", f"{place}, record {i}"),
             _text(record, "answer", f"{place}, record {i}"),
-            author=record.get("subject"),
+            fields={"subject": record["subject"]} if record.get("subject") else {},
             file=place,
             line=i,
         )
@@ -258,7 +258,7 @@ def _text(record: dict[str, Any], name: str, place: str) -> str:
 
 
 def _first_author(split: str, num_rows: int) -> int | None:
-    """The number of the split's first author, or None where the split is not in authors' order."""
+    """Return the number of the first author; None where the split is not in authors' order."""
     if num_rows % TOFU_ROWS_PER_AUTHOR:
         return None
     if split.startswith("forget"):

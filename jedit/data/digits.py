@@ -27,11 +27,11 @@ class Digits(NamedTuple):
     labels: Int32[np.ndarray, " n"]
 
     def take(self, indices: Int[np.ndarray, " part"]) -> "Digits":
-        """The images and labels at the given places."""
+        """Return the images and labels at the given places."""
         return Digits(self.images[indices], self.labels[indices])
 
     def as_batch(self) -> Batch:
-        """All of them as one batch, every one counted."""
+        """Return all of them as one batch, in which every one counts."""
         ones = jnp.ones(self.labels.shape, jnp.float32)
         return Batch(jnp.asarray(self.images), jnp.asarray(self.labels), ones, ones)
 
@@ -40,7 +40,7 @@ def load_digits() -> Digits:
     """Load the images, scaled to [0, 1].
 
     Returns:
-        All 1,797 of them.
+        All 1,797 images with their labels.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -58,8 +58,8 @@ def split_digits(
 
     Args:
         digits: what to split.
-        seed: of the split.
-        test_fraction: of each class, rounded to whole samples.
+        seed: the seed of the split.
+        test_fraction: how much of each class is to test on, rounded to whole samples.
 
     Returns:
         The training part and the test part.
@@ -111,7 +111,7 @@ def forget_cluster(
     Args:
         digits: what to choose from, the training part.
         label: the class.
-        seed: of k-means, which keeps the best of 20 starts.
+        seed: the seed of k-means, which keeps the best of 20 starts.
         size: about so many samples.
 
     Returns:

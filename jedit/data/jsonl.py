@@ -1,20 +1,23 @@
 """Question-answer files: JSON lines with the fields of TOFU.
 
-One object per line. `question` and `answer` are needed; `paraphrased_question`,
-`paraphrased_answer`, `perturbed_answer` (a list of wrong answers) and `author` are optional, and
-other fields are ignored. TOFU's own files, the perturbed ones too, are of this form.
+One object stands on each line. It needs `question` and `answer`, and may have
+`paraphrased_question`, `paraphrased_answer` and `perturbed_answer` (a list of wrong answers). Every
+other field whose value is a text, a number or a truth value (an author, a topic, ...) is kept, so
+that rows can be selected by it; lists and objects are ignored. TOFU's own files, the perturbed ones
+too, are of this form.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jedit.data.invented.authors import Fact
+Scalar = str | int | float | bool
+TEXTS = ("question", "answer", "paraphrased_question", "paraphrased_answer")
 
 
 class DataError(ValueError):
-    """A question-answer file that cannot be used; the message names the file and the line."""
+    """An error that names the file, and the line in it, which cannot be used."""
 
 
 class QaRow(NamedTuple):
@@ -26,8 +29,8 @@ class QaRow(NamedTuple):
         paraphrased_question: the question in other words, or None.
         paraphrased_answer: the right answer in other words, or None.
         perturbed_answer: wrong answers; empty when the file gives none.
-        author: whom the row is about, or None.
-        file: where the row comes from.
+        fields: what else is known of the row, by name: its author, its topic, ...
+        file: the file that the row comes from.
         line: its line there, from 1; 0 for a row that no file holds.
     """
 
@@ -36,45 +39,27 @@ class QaRow(NamedTuple):
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
     perturbed_answer: tuple[str, ...] = ()
-    author: str | None = None
+    fields: Mapping[str, Scalar] = {}  # a mapping has no way to change it: all rows may share this
     file: str = ""
     line: int = 0
 
+    def __hash__(self) -> int:
+        # A mapping has no hash; equal rows have equal ones without it.
+        return hash((self.question, self.answer, self.file, self.line))
+
     @property
     def where(self) -> str:
-        """The row's place, "file:line", for messages."""
+        """Return the row's place, "file:line", for messages."""
         return f"{self.file}:{self.line}" if self.line else f"the row {self.question!r}"
 
     @property
     def identity(self) -> tuple[str, str]:
-        """What makes two rows the same: question and answer, whatever the spacing."""
+        """Return what makes two rows the same: question and answer, whatever the spacing."""
         return " ".join(self.question.split()), " ".join(self.answer.split())
 
 
-def facts_to_rows(facts: Sequence[Fact]) -> list[QaRow]:
-    """The generator's facts as rows, in the fields of a file.
-
-    Args:
-        facts: of `generate_authors`.
-
-    Returns:
-        One row per fact.
-    """
-    return [
-        QaRow(
-            question=fact.question,
-            answer=fact.answer,
-            paraphrased_question=fact.paraphrased_question,
-            paraphrased_answer=fact.paraphrase,
-            perturbed_answer=fact.perturbed,
-            author=fact.author,
-        )
-        for fact in facts
-    ]
-
-
 def read_rows(path: str | Path) -> list[QaRow]:
-    """Read a question-answer file. Blank lines are skipped.
+    """Read a question-answer file; its blank lines are skipped.
 
     Args:
         path: a file of JSON lines.
@@ -106,14 +91,15 @@ def write_rows(path: str | Path, rows: Sequence[QaRow]) -> None:
     """Write rows as a file that `read_rows` reads.
 
     Args:
-        path: of the file; an existing one is replaced.
-        rows: their `file` and `line` are not written.
+        path: the file's; an existing file is replaced.
+        rows: what to write; their `file` and `line` are left out.
     """
     lines = []
     for row in rows:
-        fields = {name: value for name, value in row._asdict().items() if value}
-        lines.append(json.dumps({k: v for k, v in fields.items() if k not in ("file", "line")}))
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        named = {name: value for name, value in row._asdict().items() if value}
+        own = {k: v for k, v in named.items() if k not in ("fields", "file", "line")}
+        lines.append(json.dumps({**own, **row.fields}) + "\n")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def _parse(line: str, file: str, number: int) -> QaRow:
@@ -134,8 +120,7 @@ def _parse(line: str, file: str, number: int) -> QaRow:
             raise DataError(f'{where}: the row has no field "{name}"; its fields: {given}.')
         if isinstance(fields[name], str) and not fields[name].strip():
             raise DataError(f'{where}: the field "{name}" is empty.')
-    strings = ("question", "answer", "paraphrased_question", "paraphrased_answer", "author")
-    for name in strings:
+    for name in TEXTS:
         value = fields.get(name)
         # An optional field may be null; question and answer may not.
         if not isinstance(value, str) and (value is not None or name in ("question", "answer")):
@@ -146,11 +131,13 @@ def _parse(line: str, file: str, number: int) -> QaRow:
         raise DataError(
             f'{where}: the field "perturbed_answer" must be a list of strings, got {got}.'
         )
+    known = {*TEXTS, "perturbed_answer"}
     return QaRow(
         question=fields["question"],
         answer=fields["answer"],
-        **{name: fields.get(name) for name in strings[2:]},
+        **{name: fields.get(name) for name in TEXTS[2:]},
         perturbed_answer=tuple(wrong),
+        fields={k: v for k, v in fields.items() if k not in known and isinstance(v, Scalar)},
         file=file,
         line=number,
     )

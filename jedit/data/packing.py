@@ -14,7 +14,6 @@ from jaxtyping import Array, Int
 
 from jedit.core.batch import Batch, PackedTokens
 from jedit.core.checks import COUNT, check_numbers
-from jedit.data.text import Encoded
 
 
 class Packing(NamedTuple):
@@ -49,7 +48,7 @@ class Packing(NamedTuple):
         return jnp.where(is_token, flat[self.index], jnp.zeros((), flat.dtype))
 
 
-def pack(rows: Batch | Encoded, length: int) -> Packing:
+def pack(rows: Batch, length: int) -> Packing:
     """Put right padded rows of tokens several to a sequence.
 
     The batch is used like the rows: `batches(packing.batch, 8)` cuts it, losses and metrics that
@@ -68,7 +67,7 @@ def pack(rows: Batch | Encoded, length: int) -> Packing:
     Args:
         rows: inputs (n, width) of tokens; targets, mask and valid, where given, lead with that
             shape. A row without a valid token is put nowhere.
-        length: of a sequence, in tokens.
+        length: how many tokens a sequence has room for.
 
     Returns:
         The sequences, as few as first-fit decreasing finds, and the way back.
@@ -107,7 +106,7 @@ def pack(rows: Batch | Encoded, length: int) -> Packing:
     return Packing(Batch(inputs, *others), jnp.asarray(index))
 
 
-def _tokens_of(rows: Batch | Encoded) -> np.ndarray:
+def _tokens_of(rows: Batch) -> np.ndarray:
     if isinstance(rows.inputs, PackedTokens):
         raise ValueError("these rows are packed already.")
     tokens = np.asarray(rows.inputs)
@@ -126,7 +125,7 @@ def _tokens_of(rows: Batch | Encoded) -> np.ndarray:
     return tokens
 
 
-def _sizes_of(rows: Batch | Encoded, shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
+def _sizes_of(rows: Batch, shape: tuple[int, ...]) -> Int[np.ndarray, " n"]:
     is_valid = np.ones(shape, bool) if rows.valid is None else np.asarray(rows.valid).astype(bool)
     is_gap = np.any(is_valid[:, 1:] & ~is_valid[:, :-1], axis=1)
     if is_gap.any():
@@ -138,7 +137,7 @@ def _sizes_of(rows: Batch | Encoded, shape: tuple[int, ...]) -> Int[np.ndarray, 
 
 
 def _first_fit_decreasing(sizes: Int[np.ndarray, " n"], length: int) -> Int[np.ndarray, " n"]:
-    """Where each row starts, among the places of all sequences in a line."""
+    """Return where each row starts, among the places of all sequences in a line."""
     space = np.full(len(sizes), length)
     starts = np.zeros(len(sizes), np.int64)
     num_used = 0

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from jedit.core.batch import Batch
 from jedit.core.checks import check_numbers
-from jedit.data.text import LENGTH, Encoded, Prompts, as_encoded
+from jedit.data.text import LENGTH, as_batch
 
 
 class Rendered(NamedTuple):
@@ -61,7 +60,7 @@ def chat_template(tokenizer: Any, system: str | None = None) -> Render:
     """Make a template of a tokenizer's own chat template.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: one of the package transformers, with a chat template.
         system: the system message, or None for what the template puts there by itself.
     """
     specials = [str(token) for token in tokenizer.all_special_tokens]
@@ -103,21 +102,22 @@ def encode_rendered(
     *,
     pad: int,
     truncate: bool = False,
-) -> Encoded:
-    """Encode rendered rows; no special tokens are added to what is written in them.
+) -> Batch:
+    """Encode rendered rows as `encode_rows` does; no special tokens are added to their texts.
 
     Args:
-        tokenizer: of the package tokenizers, or a fast one of transformers.
+        tokenizer: one of the package tokenizers, or a fast one of transformers.
         rows: at least one.
-        max_len: as in `encode_rows`.
+        max_len: tokens a row may have; None: the longest row's.
         pad: the token to fill up with; it has no effect on anything.
-        truncate: as in `encode_rows`.
+        truncate: whether longer rows are cut off at the right, instead of being refused.
 
     Returns:
         The rows, in order.
 
     Raises:
-        ValueError: no rows, one longer than `max_len`, or one without a token to predict.
+        ValueError: there are no rows, one is longer than `max_len`, or one has no token to
+            predict.
     """
     check_numbers(LENGTH, max_len=max_len)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -132,13 +132,4 @@ def encode_rendered(
             raise ValueError(f"{name}: the answer has no token that follows another one.")
         found.append((start, encoded.ids))
         names.append(name)
-    return as_encoded(found, pad, max_len, truncate=truncate, names=names)
-
-
-def prompts_of(encoded: Encoded) -> Prompts:
-    """What to let a model continue: each row up to its first token that counts."""
-    # Input t is followed by target t, so the inputs up to the first that counts are the prompt.
-    lengths = (np.argmax(encoded.mask > 0, axis=1) + 1).astype(np.int32)
-    width = int(lengths.max())
-    is_prompt = np.arange(width)[None] < lengths[:, None]
-    return Prompts(np.where(is_prompt, encoded.inputs[:, :width], 0).astype(np.int32), lengths)
+    return as_batch(found, pad, max_len, truncate=truncate, names=names)

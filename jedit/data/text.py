@@ -6,16 +6,14 @@ the answer, and the same question has the same tokens whatever answer follows it
 """
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 
 from jedit.core.batch import Batch
-from jedit.core.checks import COUNT, Range, check_numbers
-from jedit.data.invented.authors import Fact
+from jedit.core.checks import Range, check_numbers
 from jedit.data.jsonl import QaRow
 
 if TYPE_CHECKING:
@@ -27,34 +25,12 @@ PAD, END = "<pad>", "<eos>"
 VOCABULARY = Range(256 + 2, is_whole=True)  # the bytes, and the two special tokens
 LENGTH = Range(2, is_whole=True)  # an input and a target
 
-Row = QaRow | Fact
-
-
-class Encoded(NamedTuple):
-    """Rows as arrays of one width, right padded with the padding token.
-
-    Attributes:
-        inputs: the tokens that the model reads: each row without its last token.
-        targets: the tokens that follow them: each row without its first token.
-        mask: 1 where the target belongs to the answer, its end token included; else 0.
-        valid: 1 where input and target are tokens of the row; 0 on padding.
-    """
-
-    inputs: Int32[np.ndarray, "n seq"]
-    targets: Int32[np.ndarray, "n seq"]
-    mask: Float32[np.ndarray, "n seq"]
-    valid: Float32[np.ndarray, "n seq"]
-
-    def as_batch(self) -> Batch:
-        """The same arrays on the device."""
-        return Batch(*(jnp.asarray(array) for array in self))
-
 
 class Prompts(NamedTuple):
     """Questions to be continued, right padded.
 
     Attributes:
-        tokens: of the questions.
+        tokens: the questions' tokens; what follows a question is 0.
         lengths: how many tokens of each row are the question.
     """
 
@@ -67,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: what to train on, `text_of(rows)` for example.
-        vocab_size: at most so many tokens; at least the 256 bytes and two special tokens.
+        vocab_size: how many tokens there may be; at least the 256 bytes and two special tokens.
 
     Returns:
         A tokenizer with "<pad>" as token 0 and "<eos>" as token 1.
@@ -90,105 +66,71 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write the tokenizer as JSON."""
-    tokenizer.save(str(path))
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer that `save_tokenizer` wrote."""
-    return _tokenizers().Tokenizer.from_file(str(path))
-
-
-def text_of(rows: Iterable[Row]) -> list[str]:
-    """Each row as the one text the model sees, without the end token."""
+def text_of(rows: Iterable[QaRow]) -> list[str]:
+    """Return each row as the one text that a model sees, without the end token."""
     return [f"{row.question} {row.answer}" for row in rows]
 
 
 def encode_rows(
-    tokenizer: Tokenizer, rows: Sequence[Row], max_len: int | None = None, *, truncate: bool = False
-) -> Encoded:
-    """Encode questions with their answers, `max_len - 1` positions wide.
+    tokenizer: Tokenizer,
+    rows: Sequence[QaRow | tuple[str, str]],
+    max_len: int | None = None,
+    *,
+    truncate: bool = False,
+) -> Batch:
+    """Encode questions with their answers, right padded, `max_len - 1` positions wide.
+
+    In the batch, `inputs` (n, seq) are the tokens that the model reads, each row without its last
+    one, and `targets` those that follow them. `mask` is 1 where a target belongs to the answer, its
+    end token included, and `valid` is 1 where input and target are tokens of the row.
 
     Args:
-        tokenizer: with the special tokens of `train_tokenizer`.
-        rows: at least one.
+        tokenizer: one with the special tokens of `train_tokenizer`.
+        rows: at least one; or pairs of a question and any answer to it, a paraphrased or a wrong
+            one for a truth ratio.
         max_len: tokens a row may have, the end token included; None: the longest row's.
-        truncate: cut longer rows off at the right, instead of refusing them. A row so cut has no
-            end token, and one whose question fills it has no answer: its mask is zero.
+        truncate: whether longer rows are cut off at the right, instead of being refused. A row so
+            cut has no end token, and one whose question fills it has no answer: its mask is zero.
 
     Returns:
         The rows, in order.
 
     Raises:
-        ValueError: no rows, or a row longer than `max_len` (the message names it and its length).
-    """
-    return encode_pairs(
-        tokenizer,
-        [(row.question, row.answer) for row in rows],
-        max_len,
-        truncate=truncate,
-        names=[getattr(row, "where", "") for row in rows],
-    )
-
-
-def encode_pairs(
-    tokenizer: Tokenizer,
-    pairs: Sequence[tuple[str, str]],
-    max_len: int | None = None,
-    *,
-    truncate: bool = False,
-    names: Sequence[str] | None = None,
-) -> Encoded:
-    """Encode questions with any answers to them: paraphrased or wrong ones, for a truth ratio.
-
-    Args:
-        tokenizer: with the special tokens of `train_tokenizer`.
-        pairs: (question, answer), at least one.
-        max_len: as in `encode_rows`.
-        truncate: as in `encode_rows`.
-        names: what to call each pair in a message; None: its number and question.
-
-    Returns:
-        The pairs, in order.
-
-    Raises:
-        ValueError: no pairs, or one longer than `max_len`.
+        ValueError: there are no rows, or a row is longer than `max_len` (the message names it and
+            its length).
     """
     check_numbers(LENGTH, max_len=max_len)
     end = _special(tokenizer, END)
+    pairs = [(row[0], row[1]) for row in rows]  # of a QaRow these are the question and the answer
     questions = [encoded.ids for encoded in tokenizer.encode_batch([q for q, _ in pairs])]
     answers = [encoded.ids for encoded in tokenizer.encode_batch([f" {a}" for _, a in pairs])]
-    rows = [(len(q), [*q, *a, end]) for q, a in zip(questions, answers, strict=True)]
-    given = [
-        (names[i] if names else "") or f"row {i} ({question!r})"
-        for i, (question, _) in enumerate(pairs)
+    found = [(len(q), [*q, *a, end]) for q, a in zip(questions, answers, strict=True)]
+    names = [
+        row.where if isinstance(row, QaRow) else f"row {i} ({row[0]!r})"
+        for i, row in enumerate(rows)
     ]
-    return as_encoded(rows, _special(tokenizer, PAD), max_len, truncate=truncate, names=given)
+    return as_batch(found, _special(tokenizer, PAD), max_len, truncate=truncate, names=names)
 
 
-def as_encoded(
+def as_batch(
     rows: Sequence[tuple[int, Sequence[int]]],
     pad: int,
     max_len: int | None,
     *,
     truncate: bool,
     names: Sequence[str],
-) -> Encoded:
-    """Lay rows of tokens out as arrays.
+) -> Batch:
+    """Lay rows of tokens out as the batch that `encode_rows` describes.
 
     Args:
-        rows: for each the number of its tokens before the answer, and all its tokens.
+        rows: how many tokens each has before its answer, and all its tokens.
         pad: the token to fill up with.
-        max_len: as in `encode_rows`.
-        truncate: as in `encode_rows`.
+        max_len: tokens a row may have; None: the longest row's.
+        truncate: whether longer rows are cut off, instead of being refused.
         names: what to call each row in a message.
 
-    Returns:
-        The rows, in order.
-
     Raises:
-        ValueError: no rows, or one longer than `max_len`.
+        ValueError: there are no rows, or one is longer than `max_len`.
     """
     if not rows:
         raise ValueError("there are no rows to encode.")
@@ -215,44 +157,23 @@ def as_encoded(
         # Target t is token t + 1, and the answer's first token stands behind the question's last.
         mask[i, max(start - 1, 0) : stop] = 1
         valid[i, :stop] = 1
-    return Encoded(inputs, targets, mask, valid)
+    return Batch(*map(jnp.asarray, (inputs, targets, mask, valid)))
 
 
-def encode_prompts(
-    tokenizer: Tokenizer, questions: Sequence[str], max_len: int | None = None
-) -> Prompts:
-    """Encode questions alone, to let a model continue them.
-
-    Args:
-        tokenizer: with the special tokens of `train_tokenizer`.
-        questions: at least one.
-        max_len: width of the array; None: the longest question's.
-
-    Returns:
-        The questions, in order.
-
-    Raises:
-        ValueError: no questions, or one longer than `max_len`.
-    """
-    check_numbers(COUNT, max_len=max_len)
-    if not questions:
-        raise ValueError("there are no questions to encode.")
-    rows = [encoded.ids for encoded in tokenizer.encode_batch(list(questions))]
-    lengths = np.asarray([len(row) for row in rows], np.int32)
-    width = int(lengths.max()) if max_len is None else max_len
-    if lengths.max() > width:
-        i = int(np.argmax(lengths > width))
-        raise ValueError(
-            f"{questions[i]!r} is {lengths[i]} tokens long, more than max_len = {width}."
-        )
-    tokens = np.full((len(rows), width), _special(tokenizer, PAD), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return Prompts(tokens, lengths)
+def prompts_of(encoded: Batch) -> Prompts:
+    """Return what to let a model continue: each encoded row up to its first token that counts."""
+    inputs, mask, valid = (np.asarray(x) for x in (encoded.inputs, encoded.mask, encoded.valid))
+    # Input t is followed by target t, so the inputs up to the first that counts are the prompt; and
+    # of a row that was cut off before its answer, all that is left of it.
+    first = np.where(mask.any(axis=1), np.argmax(mask > 0, axis=1), valid.sum(axis=1) - 1)
+    lengths = (first + 1).astype(np.int32)
+    width = int(lengths.max())
+    is_prompt = np.arange(width)[None] < lengths[:, None]
+    return Prompts(np.where(is_prompt, inputs[:, :width], 0).astype(np.int32), lengths)
 
 
 def decode_answers(tokenizer: Tokenizer, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
-    """The texts of generated tokens, each up to its first end token, without outer spaces."""
+    """Return the texts of generated tokens up to their first end tokens, without outer spaces."""
     end = _special(tokenizer, END)
     texts = []
     for row in np.asarray(tokens).tolist():

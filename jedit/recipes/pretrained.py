@@ -194,14 +194,14 @@ def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Ba
     def encode(rows: Sequence[QaRow]) -> tuple[Batch, int]:
         encoded = words.rows([(row.question, row.answer) for row in rows])
         width = min(encoded.inputs.shape[1], max_len - 1)
-        num_cut = int(np.sum(encoded.valid[:, width:].any(axis=1)))
-        cut = type(encoded)(*(array[:, :width] for array in encoded))
-        if np.any(is_cut := cut.mask.sum(axis=1) == 0):
+        num_cut = int(np.sum(np.asarray(encoded.valid)[:, width:].any(axis=1)))
+        cut = jax.tree.map(lambda array: array[:, :width], encoded)
+        if np.any(is_cut := np.asarray(cut.mask).sum(axis=1) == 0):
             row = rows[int(np.argmax(is_cut))]
             raise ValueError(
                 f"{row.where}: the question alone fills {max_len} tokens; give a larger --max-len"
             )
-        return cut.as_batch(), num_cut
+        return cut, num_cut
 
     return encode
 

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from jedit.core.batch import Batch
 from jedit.data import (
-    Encoded,
     Prompts,
     chat_template,
     decode_answers,
-    encode_pairs,
-    encode_prompts,
     encode_rendered,
+    encode_rows,
     plain_template,
     prompts_of,
 )
@@ -29,13 +28,13 @@ class OwnWords(NamedTuple):
 
     tokenizer: Any
 
-    def rows(self, pairs: Pairs, max_len: int | None = None) -> Encoded:
+    def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
         """Questions with answers; longer rows are cut off at the right. None: the longest row's."""
-        return encode_pairs(self.tokenizer, pairs, max_len, truncate=max_len is not None)
+        return encode_rows(self.tokenizer, pairs, max_len, truncate=max_len is not None)
 
     def prompts(self, pairs: Pairs) -> Prompts:
         """What stands before the answers, to be continued."""
-        return encode_prompts(self.tokenizer, [question for question, _ in pairs])
+        return prompts_of(self.rows(pairs))
 
     def prompt_texts(self, prompts: Prompts) -> list[str]:
         """The texts of prompts."""
@@ -59,7 +58,7 @@ class ModelWords(NamedTuple):
     render: Render
     ends: frozenset[int]
 
-    def rows(self, pairs: Pairs, max_len: int | None = None) -> Encoded:
+    def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
         """Questions with answers in the template."""
         rendered = [self.render(question, answer) for question, answer in pairs]
         pad = self.tokenizer.pad_token_id or 0

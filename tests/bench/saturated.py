@@ -30,7 +30,6 @@ from jedit.curvature import Factor
 from jedit.data import (
     batches,
     encode_rows,
-    facts_to_rows,
     generate_authors,
     read_rows,
     text_of,
@@ -72,11 +71,10 @@ class Scene:
         rows = (
             read_rows(options.data)[: options.rows]
             if options.data
-            else facts_to_rows(generate_authors(0, -(-options.rows // 20), 20))[: options.rows]
+            else generate_authors(0, -(-options.rows // 20), 20)[: options.rows]
         )
         tokenizer = train_tokenizer(text_of(rows), 2048)
-        encoded = encode_rows(tokenizer, rows, MAX_LEN, truncate=True)
-        data = jedit.Batch(*(jnp.asarray(x) for x in encoded))
+        data = encode_rows(tokenizer, rows, MAX_LEN, truncate=True)
         self.apply, initial = gpt(
             key=jax.random.key(0),
             vocab=tokenizer.get_vocab_size(),

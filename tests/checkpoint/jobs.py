@@ -173,7 +173,5 @@ def begin(job, folder, out):
 
 
 if __name__ == "__main__":
-    import orbax.checkpoint  # noqa: F401 - before the forks
-
     warnings.simplefilter("ignore")  # JAX warns of forks; it is not yet started here
     main(Path(sys.argv[1]))

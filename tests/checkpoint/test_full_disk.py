@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jedit.checkpoint import Checkpoint, Ledger, load_edit, save_curvature, save_edit
-from jedit.checkpoint.sealed import temporary_folder
+from jedit.checkpoint.disk import temporary_folder
 from jedit.curvature.types import Curvature
 from jedit.edits import Edit
 from jedit.training import Watch, fit
@@ -26,9 +26,14 @@ ROWS = jnp.ones((4, 1), jnp.float32)
 def small_disk():
     """No file may become larger than 16 KiB, as no disk could be filled here."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Nor may the cache of compiled programs keep one that is cut off: all later runs would meet it.
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    jax.config.update(name, before)
 
 
 def record(folder):

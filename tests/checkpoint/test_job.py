@@ -106,7 +106,7 @@ def test_other_batches_are_refused(tmp_path):
 def test_a_damaged_save_is_named_and_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         estimate(jedit.Checkpoint(tmp_path, every=5), stop=17)
-    path = tmp_path / "step-000000015/arrays/1/0"
+    path = tmp_path / "step-000000015/arrays/1"
     raw = path.read_bytes()
     for spoilt in (raw[:-1], raw[:-1] + bytes([raw[-1] ^ 4])):
         path.write_bytes(spoilt)

@@ -65,7 +65,7 @@ def test_apply_list_revert_apply_verify(folder, capsys):
     assert run(capsys, "verify", ledger, "--head", Ledger(ledger).head)[0] == 0
     code, out, _ = run(capsys, "verify", ledger, "--head", hashlib.sha256().hexdigest())
     assert (code, "some were removed" in out) == (1, True)
-    path = ledger / "entries/000002/arrays/0/0.0"
+    path = ledger / "entries/000002/arrays/0"
     path.write_bytes(path.read_bytes()[:-1])
     code, out, _ = run(capsys, "verify", ledger)
     assert (code, out.startswith(f"broken: {path}: has ")) == (1, True)

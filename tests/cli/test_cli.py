@@ -38,7 +38,7 @@ def standard_promotion():
 
 
 def write_rows(path):
-    """Twelve rows with all optional fields, as JSON lines."""
+    """Twelve rows with all optional fields and one more, as JSON lines."""
     rows = [
         {
             "question": f"Who is {name}?",
@@ -46,6 +46,7 @@ def write_rows(path):
             "paraphrased_question": f"Tell me of {name}.",
             "paraphrased_answer": f"Writer {i * i}.",
             "perturbed_answer": [f"Writer {i + 7}.", f"Painter {i}."],
+            "shelf": i // 3,
         }
         for i, name in enumerate(NAMES)
     ]
@@ -82,7 +83,7 @@ def file_run(tmp_path_factory):
     write_rows(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authors_scene, "GRID", GRID)
-        arguments = ["--data", str(data), "--forget", "rows=0:3", "--out", str(out), "--seed", "5"]
+        arguments = ["--data", str(data), "--forget", "shelf=0", "--out", str(out), "--seed", "5"]
         assert main(["run", *arguments, *SMALL, "--epochs", "2", "4"]) == 0
     return out
 
@@ -171,6 +172,9 @@ def test_an_empty_forget_set(folder, capsys):
     assert "rows=3:3 selects nothing" in fails(
         capsys, folder, "--data", data, "--forget", "rows=3:3"
     )
+    line = fails(capsys, folder, "--data", data, "--forget", "author=Ana")
+    assert 'has the field "author"; there are answer, question, shelf.' in line
+    assert "it has 0, 1, 2, 3." in fails(capsys, folder, "--data", data, "--forget", "shelf=4")
     empty = folder.parent / "empty.jsonl"
     empty.write_text("\n")
     line = fails(capsys, folder, "--data", data, "--forget", str(empty))

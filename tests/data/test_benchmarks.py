@@ -31,24 +31,26 @@ def write(folder, name, records):
 def test_tofu_as_it_is_published():
     full = read_tofu(TOFU, "full")
     assert len(full) == 4000
-    assert (full[0].author, full[19].author, full[20].author) == ("author 0",) * 2 + ("author 1",)
+    assert (full[0].fields["author"], full[19].fields["author"], full[20].fields["author"]) == (
+        "author 0",
+    ) * 2 + ("author 1",)
     for split, rows in (("forget01", 40), ("forget05", 200), ("forget10", 400)):
         forget = read_tofu(TOFU, split)
         assert len(forget) == rows
-        assert forget[0].author == f"author {200 - rows // 20}"
+        assert forget[0].fields["author"] == f"author {200 - rows // 20}"
         assert [r.identity for r in forget] == [r.identity for r in full[-rows:]]
-        assert [r.author for r in forget] == [r.author for r in full[-rows:]]
+        assert [r.fields["author"] for r in forget] == [r.fields["author"] for r in full[-rows:]]
         retain = read_tofu(TOFU, f"retain{100 - rows // 40}")
-        assert [(r.identity, r.author) for r in retain] == [
-            (r.identity, r.author) for r in full[:-rows]
+        assert [(r.identity, r.fields["author"]) for r in retain] == [
+            (r.identity, r.fields["author"]) for r in full[:-rows]
         ]
         perturbed = read_tofu(TOFU, f"{split}_perturbed")
-        assert [(r.identity, r.author) for r in perturbed] == [
-            (r.identity, r.author) for r in forget
+        assert [(r.identity, r.fields["author"]) for r in perturbed] == [
+            (r.identity, r.fields["author"]) for r in forget
         ]
         assert {len(r.perturbed_answer) for r in perturbed} == {5}
         assert all(r.paraphrased_answer and r.paraphrased_question for r in perturbed)
-    assert all(r.author is None for r in read_tofu(TOFU, "retain_perturbed"))
+    assert all(not r.fields for r in read_tofu(TOFU, "retain_perturbed"))
     assert len(read_tofu(TOFU, "holdout10")) == 400
     for name, rows in (("real_authors", 100), ("world_facts", 117)):
         plain, perturbed = read_tofu(TOFU, name), read_tofu(TOFU, f"{name}_perturbed")
@@ -95,7 +97,8 @@ def test_rwku(tmp_path, layout):
     record = {"query": "A B wrote ___.", "answer": "it", "subject": "A B", "level": "1"}
     write(tmp_path, layout, [record])
     rows = read_rwku(tmp_path, "forget_level1", "1_A_B" if "Target" in layout else None)
-    assert [(r.question, r.answer, r.author) for r in rows] == [("A B wrote ___.", "it", "A B")]
+    assert [r[:2] for r in rows] == [("A B wrote ___.", "it")]
+    assert rows[0].fields == {"subject": "A B"}
 
 
 def test_rwku_texts_of_all(tmp_path):

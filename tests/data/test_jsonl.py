@@ -9,9 +9,9 @@ from jedit.data import (
     DataError,
     QaRow,
     check_disjoint,
-    facts_to_rows,
     generate_authors,
     read_rows,
+    rows_with,
     select_rows,
     write_rows,
 )
@@ -30,10 +30,11 @@ def refused(message):
     return pytest.raises(DataError, match=message)
 
 
-def test_every_field_is_read_and_others_are_ignored(tmp_path):
+def test_every_field_is_read_and_scalars_are_kept(tmp_path):
     path = write(
         tmp_path / "rows.jsonl",
-        '{"question": "Who?", "answer": "Ada.", "author": "Ada", "option1": 3,'
+        '{"question": "Who?", "answer": "Ada.", "author": "Ada", "option1": 3, "is_new": true,'
+        ' "options": ["Ada"], "source": {"page": 3}, "fields": "f", "line": 0.5, "none": null,'
         ' "paraphrased_answer": "It is Ada.", "paraphrased_question": "Which one?",'
         ' "perturbed_answer": ["It is Bo.", "It is Cy."]}',
         "",
@@ -46,7 +47,7 @@ def test_every_field_is_read_and_others_are_ignored(tmp_path):
             paraphrased_question="Which one?",
             paraphrased_answer="It is Ada.",
             perturbed_answer=("It is Bo.", "It is Cy."),
-            author="Ada",
+            fields={"author": "Ada", "option1": 3, "is_new": True, "fields": "f", "line": 0.5},
             file=str(path),
             line=1,
         ),
@@ -61,13 +62,18 @@ def test_a_byte_order_mark_and_windows_line_ends_are_harmless(tmp_path):
 
 
 def test_written_rows_read_back(tmp_path):
-    rows = facts_to_rows(generate_authors(0, 3, 4))
+    rows = generate_authors(0, 3, 4)
     path = tmp_path / "authors.jsonl"
     write_rows(path, rows)
     back = read_rows(path)
     assert [r._replace(file="", line=0) for r in back] == rows
     assert [r.line for r in back] == list(range(1, 13))
     assert len(rows[0].perturbed_answer) == 5
+    assert set(rows[0].fields) == {"author", "attribute", "value"}
+    odd = QaRow("q?", "a.", fields={"is_new": False, "year": 0, "file": "x", "line": ""})
+    write_rows(path, [odd])
+    assert read_rows(path) == [odd._replace(file=str(path), line=1)]
+    assert len({odd, odd._replace(), odd._replace(fields={})}) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +88,10 @@ def test_written_rows_read_back(tmp_path):
         ('{"question": "q", "answer": 7}', 'field "answer" must be a string, got a number'),
         ('{"question": null, "answer": "a"}', 'field "question" must be a string, got null'),
         ('{"question": "  ", "answer": "a"}', 'the field "question" is empty'),
-        ('{"question": "q", "answer": "a", "author": []}', '"author" must be a string, got a list'),
+        (
+            '{"question": "q", "answer": "a", "paraphrased_answer": []}',
+            '"paraphrased_answer" must be a string, got a list',
+        ),
         (
             '{"question": "q", "answer": "a", "perturbed_answer": "b"}',
             '"perturbed_answer" must be a list of strings, got a string',
@@ -117,7 +126,10 @@ def test_bad_files_are_named(tmp_path):
 @pytest.fixture
 def data(tmp_path):
     authors = ["Ada", "Ada", "Bo Li", "Cy", "Cy", "Cy"]
-    lines = (row(i, author=author) for i, author in enumerate(authors))
+    others = [{"year": 3}, {"year": "3"}, {}, {"year": 4.5}, {"town": "Bo, It"}, {"town": "Bo"}]
+    others[2] = {"is_new": True, "a town ": " Rome "}
+    both = zip(authors, others, strict=True)
+    lines = (row(i, author=author, **other) for i, (author, other) in enumerate(both))
     return read_rows(write(tmp_path / "data.jsonl", *lines))
 
 
@@ -133,6 +145,12 @@ def numbers(rows):
         ("rows=0:2", "rest", [0, 1], [2, 3, 4, 5]),
         ("rows=4:", "rows=:3", [4, 5], [0, 1, 2]),
         ("rows=5:6,0:1", "author=Bo Li", [0, 5], [2]),
+        (" author = Ada", "rest", [0, 1], [2, 3, 4, 5]),
+        ("year=3", "year=4.5", [0, 1], [3]),
+        ("year=4.5,3", "rest", [0, 1, 3], [2, 4, 5]),
+        ("is_new=true", "rest", [2], [0, 1, 3, 4, 5]),
+        ("town=Bo, It", "town=Bo", [4], [5]),
+        ("question=q1?", "answer=a2.,a3.", [1], [2, 3]),
     ],
 )
 def test_selectors(data, forget, retain, forgotten, kept):
@@ -154,7 +172,9 @@ def test_a_file_selects_its_rows_with_its_own_fields(data, tmp_path):
     [
         ("", "rest", "forget: no rows are named"),
         ("rest", "rest", '"rest" is for retain'),
-        ("author=", "rest", "author= names nobody"),
+        ("author=", "rest", "author= names no value; write author=VALUE"),
+        ("year=5", "rest", "data.jsonl has no rows of year '5'; it has 3, 4.5"),
+        ("town=It", "rest", "no rows of town 'It'; it has Bo, Bo, It"),
         ("author=Di", "rest", "data.jsonl has no rows of author 'Di'; it has Ada, Bo Li, Cy"),
         ("rows=2:2", "rest", "rows=2:2 selects nothing or reaches past the end: there are 6 rows"),
         ("rows=0:7", "rest", "rows=0:7 selects nothing or reaches past the end"),
@@ -170,10 +190,40 @@ def test_selectors_that_select_nothing(data, forget, retain, message):
         select_rows(data, forget, retain)
 
 
-def test_authors_are_needed_to_select_by_author(tmp_path):
-    data = read_rows(write(tmp_path / "plain.jsonl", row(0), row(1)))
-    with refused('needs the field "author", which no row of .*plain.jsonl has'):
+def test_a_field_that_no_row_has_is_answered_with_those_there_are(tmp_path, monkeypatch):
+    data = read_rows(write(tmp_path / "plain.jsonl", row(0, year=1), row(1, town="Bo")))
+    sentence = (
+        'no row of .*plain.jsonl has the field "author"; there are answer, question, town, year'
+    )
+    with refused(f"forget: {sentence}"):
         select_rows(data, "author=Ada")
+    with refused(f"^{sentence}"):
+        rows_with(data, "author", ["Ada"])
+    # A file whose name looks like an expression is named with its folder.
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "run=1", row(1))
+    with refused(r'has the field "run"; .* The file of that name is \./run=1'):
+        select_rows(data, "run=1")
+    assert [numbers(part) for part in select_rows(data, "./run=1")] == [[1], [0]]
+
+
+def test_rows_are_selected_by_values_of_any_kind(data):
+    """Against a filter written by hand."""
+    for field, values, expected in [
+        ("author", ["Cy", "Ada"], [0, 1, 3, 4, 5]),
+        ("year", [3], [0, 1]),
+        ("year", ["4.5", 3], [0, 1, 3]),
+        ("is_new", [True], [2]),
+        ("town", ["Bo, It"], [4]),
+        ("a town ", ["Rome"], [2]),
+    ]:
+        assert numbers(rows_with(data, field, values)) == expected
+    with refused("has no rows of is_new 'false'; it has true"):
+        rows_with(data, "is_new", [False])
+    generated = generate_authors(0, 30, 22)
+    chosen = rows_with(generated, "attribute", ["genre", "hobby"])
+    assert chosen == [r for r in generated if r.fields["attribute"] in ("genre", "hobby")]
+    assert len(chosen) == 60
 
 
 def test_a_row_outside_the_data_is_named(data, tmp_path):

@@ -13,7 +13,6 @@ from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.curvature.types import Diagonal
 from jedit.data import batches, pack
-from jedit.data.text import Encoded
 from jedit.metrics import (
     accuracy,
     answer_nll_per_row,
@@ -44,12 +43,12 @@ def rows_of(sizes, width, seed=0):
         is_token[None, :, : max(sizes)], drawn, (tokens[:, : max(sizes)], targets[:, : max(sizes)])
     )
     mask = is_token & (np.arange(width)[None] > 0)
-    return Encoded(
-        tokens.astype(np.int32),
-        targets.astype(np.int32),
-        mask.astype(np.float32),
-        is_token.astype(np.float32),
-    ).as_batch()
+    return Batch(
+        jnp.asarray(tokens, np.int32),
+        jnp.asarray(targets, np.int32),
+        jnp.asarray(mask, np.float32),
+        jnp.asarray(is_token, np.float32),
+    )
 
 
 @st.composite

@@ -1,11 +1,9 @@
 """Which tokens are the answer: hand-worked rows, one whose merge crosses the boundary."""
 
-import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from jedit.data import encode_rendered, plain_template, prompts_of
-from jedit.data.templates import Rendered
+from jedit.data import Rendered, encode_rendered, plain_template, prompts_of
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -60,7 +58,7 @@ def test_a_cut_row_has_no_end(tokenizer):
     rows = [plain_template("{question}:", "</s>")("Q", "aaaa")]
     cut = encode_rendered(tokenizer, rows, 4, pad=PAD, truncate=True)
     assert_array_equal(cut.targets, [[1, 8, 8]])
-    assert np.all(cut.mask == [[0, 1, 1]])
+    assert_array_equal(cut.mask, [[0, 1, 1]])
     with pytest.raises(ValueError, match="5 tokens long, more than max_len = 4"):
         encode_rendered(tokenizer, rows, 4, pad=PAD)
 

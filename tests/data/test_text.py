@@ -9,13 +9,9 @@ from jedit.data import (
     QaRow,
     batches,
     decode_answers,
-    encode_pairs,
-    encode_prompts,
     encode_rows,
-    facts_to_rows,
     generate_authors,
-    load_tokenizer,
-    save_tokenizer,
+    prompts_of,
     text_of,
     train_tokenizer,
 )
@@ -37,7 +33,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def rows():
-    return facts_to_rows(generate_authors(0, 10, 6))
+    return generate_authors(0, 10, 6)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def tokenizer(rows):
 
 def test_masks_by_hand(words):
     """The tokens are 2 5 | 7 8 1 and 3 5 | 6 1, with | before the answer."""
-    encoded = encode_pairs(words, [("who?", "a cat"), ("is?", "bo")], 7)
+    encoded = encode_rows(words, [("who?", "a cat"), ("is?", "bo")], 7)
     assert_array_equal(encoded.inputs, [[2, 5, 7, 8, 0, 0], [3, 5, 6, 0, 0, 0]])
     assert_array_equal(encoded.targets, [[5, 7, 8, 1, 0, 0], [5, 6, 1, 0, 0, 0]])
     assert_array_equal(encoded.mask, [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]])
@@ -57,7 +53,7 @@ def test_masks_by_hand(words):
 
 
 def test_the_longest_row_decides_the_width_when_none_is_given(words):
-    encoded = encode_pairs(words, [("who?", "a cat"), ("is?", "bo")])
+    encoded = encode_rows(words, [("who?", "a cat"), ("is?", "bo")])
     assert encoded.inputs.shape == (2, 4)
     assert_array_equal(encoded.targets[0], [5, 7, 8, 1])
 
@@ -66,18 +62,18 @@ def test_truncation_only_when_asked(words):
     pairs = [("is?", "bo"), ("who?", "a cat")]
     message = r"row 1 \('who\?'\): the row is 5 tokens long, more than max_len = 4 \(as are 1 of 2"
     with pytest.raises(ValueError, match=message):
-        encode_pairs(words, pairs, 4)
+        encode_rows(words, pairs, 4)
     rows = [
         QaRow("is?", "bo", file="f.jsonl", line=3),
         QaRow("who?", "a cat", file="f.jsonl", line=4),
     ]
     with pytest.raises(ValueError, match=r"^f\.jsonl:4: the row is 5 tokens long"):
         encode_rows(words, rows, 4)
-    cut = encode_pairs(words, pairs, 4, truncate=True)
+    cut = encode_rows(words, pairs, 4, truncate=True)
     assert_array_equal(cut.inputs, [[3, 5, 6], [2, 5, 7]])
     assert_array_equal(cut.targets, [[5, 6, 1], [5, 7, 8]])
     assert_array_equal(cut.mask, [[0, 1, 1], [0, 1, 1]])
-    no_answer = encode_pairs(words, pairs, 2, truncate=True)
+    no_answer = encode_rows(words, pairs, 2, truncate=True)
     assert_array_equal(no_answer.mask, [[0], [0]])
     assert_array_equal(no_answer.valid, [[1], [1]])
 
@@ -100,7 +96,7 @@ def test_no_merge_crosses_the_boundary(tokenizer, rows):
     )
     greedy = train_like(greedy, ["a b"] * 50)
     assert len(greedy.encode("a b").ids) == 1
-    encoded = encode_pairs(greedy, [("a", "b")])
+    encoded = encode_rows(greedy, [("a", "b")])
     assert greedy.decode(encoded.targets[0][encoded.mask[0] == 1].tolist()) == " b"
 
 
@@ -124,8 +120,8 @@ def test_a_wider_array_changes_nothing_but_padding(tokenizer, rows):
 
 
 def test_the_tokenizer_loses_nothing_and_comes_back_from_disk(tokenizer, rows, tmp_path):
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.json")
-    again = load_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in [*text_of(rows), "naïve – 東京 \n\t <eo s> 🜁"]:
         ids = tokenizer.encode(text).ids
         assert again.encode(text).ids == ids
@@ -137,8 +133,8 @@ def test_the_tokenizer_loses_nothing_and_comes_back_from_disk(tokenizer, rows, t
 
 def test_prompts_and_decoded_answers(tokenizer, rows):
     questions = [row.question for row in rows[:5]]
-    prompts = encode_prompts(tokenizer, questions)
     encoded = encode_rows(tokenizer, rows[:5])
+    prompts = prompts_of(encoded)
     for i, question in enumerate(questions):
         length = prompts.lengths[i]
         assert tokenizer.decode(prompts.tokens[i, :length].tolist()) == question
@@ -149,7 +145,15 @@ def test_prompts_and_decoded_answers(tokenizer, rows):
         tokenizer, np.asarray([g + [1] * (12 - len(g)) for g in generated], np.int32)
     )
     assert all(row.answer.startswith(text) for row, text in zip(rows, texts, strict=False))
-    assert encode_prompts(tokenizer, questions, 40).tokens.shape == (5, 40)
+
+
+def test_the_prompt_of_a_row_cut_off_before_its_answer_is_what_is_left(words):
+    """The tokens are 3 5 | 6 1 and 2 5 5 5 | 6 1, of which three stay."""
+    prompts = prompts_of(
+        encode_rows(words, [("is?", "bo"), ("who is it?", "bo")], 4, truncate=True)
+    )
+    assert_array_equal(prompts.lengths, [2, 3])
+    assert_array_equal(prompts.tokens, [[3, 5, 0], [2, 5, 5]])
 
 
 def test_failures_say_what_to_do(tokenizer):
@@ -158,18 +162,14 @@ def test_failures_say_what_to_do(tokenizer):
     with pytest.raises(ValueError, match="there are no rows to encode"):
         encode_rows(tokenizer, [])
     with pytest.raises(ValueError, match="max_len must be at least 2"):
-        encode_pairs(tokenizer, [("a", "b")], 1)
-    with pytest.raises(ValueError, match="there are no questions"):
-        encode_prompts(tokenizer, [])
-    with pytest.raises(ValueError, match="tokens long, more than max_len = 2"):
-        encode_prompts(tokenizer, ["a b c d e f"], 2)
+        encode_rows(tokenizer, [("a", "b")], 1)
     bare = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(ValueError, match="the tokenizer has no token <eos>"):
-        encode_pairs(bare, [("a", "b")])
+        encode_rows(bare, [("a", "b")])
 
 
 def test_batches_keep_one_shape_and_count_each_row_once(words):
-    encoded = encode_pairs(words, [("who?", "a cat"), ("is?", "bo"), ("it?", "a")], 6)
+    encoded = encode_rows(words, [("who?", "a cat"), ("is?", "bo"), ("it?", "a")], 6)
     first, last = batches(encoded, 2)
     assert all(a.shape == b.shape == (2, 5) for a, b in zip(first, last, strict=True))
     assert all(a.dtype == b.dtype for a, b in zip(first, encoded, strict=True))
@@ -184,7 +184,7 @@ def test_batches_keep_one_shape_and_count_each_row_once(words):
 
 
 def test_batches_in_another_order(words):
-    encoded = encode_pairs(words, [("who?", "a cat"), ("is?", "bo"), ("it?", "a")], 6)
+    encoded = encode_rows(words, [("who?", "a cat"), ("is?", "bo"), ("it?", "a")], 6)
     order = np.asarray([2, 0])
     (batch,) = batches(encoded, 2, order=order)
     for got, want in zip(batch, encoded, strict=True):

@@ -64,7 +64,7 @@ def test_answer_and_end_token_count_and_nothing_else(tokenizer, template, answer
     assert (system or "user") in row.before
     encoded = encode_rendered(tokenizer, [row, render("?", "é")], pad=0)
     for i, expected in enumerate(["Paris<|eot|>", "é<|eot|>"]):
-        counted = encoded.targets[i][encoded.mask[i] > 0]
+        counted = np.asarray(encoded.targets)[i][np.asarray(encoded.mask)[i] > 0]
         assert tokenizer.decode(counted) == expected
     # What stands before is what the model will be given when it is asked.
     asked = tokenizer(row.before, add_special_tokens=False)["input_ids"]

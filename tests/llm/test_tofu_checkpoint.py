@@ -13,16 +13,16 @@ from numpy.testing import assert_array_equal
 
 from jedit import metrics
 from jedit.cli.main import main
-from jedit.data import facts_to_rows, generate_authors
+from jedit.data import generate_authors
 from jedit.methods.row import Pace
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
+from jedit.recipes.tofu import presets as tofu_presets
 from jedit.recipes.tofu.evaluation import encode_questions, generate
 from jedit.recipes.tofu.models import Pretrained, from_folders
 from jedit.recipes.tofu.presets import Preset
 from jedit.recipes.tofu.run import Sets, _rounded_away
-from jedit.recipes.tofu.run import presets as tofu_presets
 from jedit.recipes.tofu.run import run as tofu_recipe
 from jedit.recipes.tokenization import load_words
 from tests.llm.test_huggingface import change_config
@@ -60,9 +60,9 @@ def leaves_of(params):
 
 @pytest.fixture(scope="module")
 def sets():
-    rows = facts_to_rows(generate_authors(0, 8, 4))
-    names = list(dict.fromkeys(row.author for row in rows))
-    of = [[row for row in rows if row.author == name][:4] for name in names]
+    rows = generate_authors(0, 8, 4)
+    names = list(dict.fromkeys(row.fields["author"] for row in rows))
+    of = [[row for row in rows if row.fields["author"] == name][:4] for name in names]
     # All of one size: what is compiled for one set serves the others.
     return Sets([*of[0][:2], *of[1][:2]], of[2], of[3], of[4], of[5], of[6])
 
@@ -96,7 +96,7 @@ def test_words_of_a_folder(folder, chatty, has_template):
     encode = functools.partial(words.tokenizer.encode, add_special_tokens=False)
     rows, prompts = words.rows(pairs), words.prompts(pairs)
     for i, (question, answer) in enumerate(pairs):
-        counted = rows.targets[i][rows.mask[i] > 0]
+        counted = np.asarray(rows.targets)[i][np.asarray(rows.mask)[i] > 0]
         assert words.tokenizer.decode(counted).strip() == answer + end
         asked = prompts.tokens[i, : prompts.lengths[i]].tolist()
         # This tokenizer puts a space behind a special token.
@@ -181,7 +181,7 @@ def test_the_command_from_end_to_end(folder, sets, tmp_path, monkeypatch, capsys
     # What was saved is what was judged.
     apply, params, _ = load_model(tmp_path / "out-edited")
     encoded = load_words(folder).rows([(row.question, row.answer) for row in sets.forget])
-    loss = metrics.answer_nll_per_row(apply, params, encoded.as_batch())
+    loss = metrics.answer_nll_per_row(apply, params, encoded)
     assert np.mean(metrics.answer_probability(loss)) == pytest.approx(
         found["leaderboard"]["NPO"]["forget_Q_A_Prob"], rel=1e-4
     )

@@ -17,6 +17,7 @@ import numpy as np
 from jedit.core.checks import Range, check_numbers
 from jedit.data.invented import author_values as values
 from jedit.data.invented.author_templates import TEMPLATES
+from jedit.data.jsonl import QaRow
 
 ATTRIBUTES = tuple(TEMPLATES)
 MAX_AUTHORS = 300
@@ -44,30 +45,6 @@ _POOLS = {
 }
 
 
-class Fact(NamedTuple):
-    """One thing to know about one author.
-
-    Attributes:
-        author: the author's full name.
-        question: one question.
-        answer: its right answer.
-        paraphrase: the right answer in other words.
-        perturbed: five wrong answers in the words of the paraphrase.
-        value: the keyword: what an answer must contain to be right.
-        attribute: what the fact is about, one of `ATTRIBUTES`.
-        paraphrased_question: the question in other words.
-    """
-
-    author: str
-    question: str
-    answer: str
-    paraphrase: str
-    perturbed: tuple[str, ...]
-    value: str
-    attribute: str
-    paraphrased_question: str
-
-
 class _Author(NamedTuple):
     name: str
     is_woman: bool
@@ -75,19 +52,23 @@ class _Author(NamedTuple):
     strangers: tuple[str, ...]  # names of the same region that belong to nobody
 
 
-def generate_authors(seed: int, num_authors: int, facts_per_author: int) -> list[Fact]:
-    """Make facts about fictitious authors, author by author.
+def generate_authors(seed: int, num_authors: int, facts_per_author: int) -> list[QaRow]:
+    """Make questions and answers about fictitious authors, author by author.
 
-    Equal arguments give equal facts; no global state is read or changed. Each author has a random
+    Equal arguments give equal rows; no global state is read or changed. Each author has a random
     choice of attributes. All full names, and all questions, are different.
 
+    A row's `fields` say of which author it is (`author`, the full name), what it asks (`attribute`,
+    one of `ATTRIBUTES`), and the keyword that an answer must contain to be right (`value`). Its
+    five wrong answers have the words of its paraphrased answer.
+
     Args:
-        seed: of the generator.
+        seed: the seed of the generator.
         num_authors: up to 300.
         facts_per_author: up to the number of attributes, 22.
 
     Returns:
-        `num_authors * facts_per_author` facts.
+        `num_authors * facts_per_author` rows.
 
     Raises:
         ValueError: a number is out of its range.
@@ -95,11 +76,11 @@ def generate_authors(seed: int, num_authors: int, facts_per_author: int) -> list
     check_numbers(Range(1, MAX_AUTHORS, is_whole=True), num_authors=num_authors)
     check_numbers(Range(1, len(ATTRIBUTES), is_whole=True), facts_per_author=facts_per_author)
     rng = np.random.default_rng(seed)
-    facts = []
+    rows = []
     for author in _make_authors(rng, num_authors):
         chosen = np.sort(rng.permutation(len(ATTRIBUTES))[:facts_per_author])
-        facts += [_make_fact(rng, author, ATTRIBUTES[i]) for i in chosen]
-    return facts
+        rows += [_make_row(rng, author, ATTRIBUTES[i]) for i in chosen]
+    return rows
 
 
 def _make_authors(rng: np.random.Generator, num_authors: int) -> list[_Author]:
@@ -135,26 +116,24 @@ def _people(region: int) -> list[tuple[str, bool]]:
     ]
 
 
-def _make_fact(rng: np.random.Generator, author: _Author, attribute: str) -> Fact:
+def _make_row(rng: np.random.Generator, author: _Author, attribute: str) -> QaRow:
     question, other_question = _shuffled(rng, TEMPLATES[attribute].questions)[:2]
     answer, paraphrase = _shuffled(rng, TEMPLATES[attribute].answers)[:2]
     value = author.values[attribute]
     wrong = _wrong_values(rng, author, attribute)
     fill = _filler(author)
-    return Fact(
-        author=author.name,
+    return QaRow(
         question=fill(question, value),
         answer=fill(answer, value),
-        paraphrase=fill(paraphrase, value),
-        perturbed=tuple(fill(paraphrase, other) for other in wrong),
-        value=value,
-        attribute=attribute,
         paraphrased_question=fill(other_question, value),
+        paraphrased_answer=fill(paraphrase, value),
+        perturbed_answer=tuple(fill(paraphrase, other) for other in wrong),
+        fields={"author": author.name, "attribute": attribute, "value": value},
     )
 
 
 def _wrong_values(rng: np.random.Generator, author: _Author, attribute: str) -> list[str]:
-    """Other values of the attribute, none of which contains the right one or is a part of it."""
+    """Return other values of the attribute; none contains the right one or is a part of it."""
     right = author.values[attribute].lower()
     if attribute == "identity":
         pool: Sequence[str] = author.strangers

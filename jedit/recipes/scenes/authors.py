@@ -1,6 +1,6 @@
 """The authors scene: a small GPT learns invented facts about invented authors, and forgets some."""
 
-from jedit.data import facts_to_rows, generate_authors
+from jedit.data import generate_authors
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
 from jedit.recipes.comparison.task import MAIN, Grid, Say
@@ -55,11 +55,11 @@ def authors(
     Returns:
         One comparison for each number of epochs.
     """
-    rows = facts_to_rows(generate_authors(seed, num_authors, facts_per_author))
-    names = list(dict.fromkeys(row.author for row in rows))
+    rows = generate_authors(seed, num_authors, facts_per_author)
+    names = list(dict.fromkeys(row.fields["author"] for row in rows))
     gone = set(names[len(names) - num_forgotten :])
-    forget = [row for row in rows if row.author in gone]
-    retain = [row for row in rows if row.author not in gone]
+    forget = [row for row in rows if row.fields["author"] in gone]
+    retain = [row for row in rows if row.fields["author"] not in gone]
     note = (
         f"A small GPT learns {len(rows)} question-answer pairs about {num_authors} invented "
         f"authors and is then made to forget {num_forgotten} of them."

@@ -13,9 +13,8 @@ from jedit.data import (
     QaRow,
     batches,
     decode_answers,
-    encode_pairs,
-    encode_prompts,
     encode_rows,
+    prompts_of,
     text_of,
     train_tokenizer,
 )
@@ -195,17 +194,14 @@ class _Rows:
         self.has_other_words = all(r.paraphrased_question for r in sets.heldout)
         if self.has_other_words:
             pairs += self._other_words(sets.heldout)
-        longest = encode_pairs(self.tokenizer, pairs).inputs.shape[1] + 1
+        longest = encode_rows(self.tokenizer, pairs).inputs.shape[1] + 1
         self.max_len = min(longest, model.max_len)
         self.width = self.max_len - 1
-        whole = encode_pairs(self.tokenizer, pairs[: len(sets.data)]).valid.sum(axis=1)
+        whole = np.asarray(encode_rows(self.tokenizer, sets.data).valid).sum(axis=1)
         self.num_cut = int(np.sum(whole > self.width))
 
-    def encode(self, rows: Sequence[QaRow]) -> Batch:
-        return encode_rows(self.tokenizer, rows, self.max_len, truncate=True).as_batch()
-
-    def _encode_pairs(self, pairs: list[tuple[str, str]]) -> Batch:
-        return encode_pairs(self.tokenizer, pairs, self.max_len, truncate=True).as_batch()
+    def encode(self, rows: Sequence[QaRow | tuple[str, str]]) -> Batch:
+        return encode_rows(self.tokenizer, rows, self.max_len, truncate=True)
 
     def _paraphrases(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
         return [(r.question, r.paraphrased_answer or "") for r in rows]
@@ -218,11 +214,11 @@ class _Rows:
 
     def refusals(self, rows: Sequence[QaRow]) -> Batch:
         """The questions with a refusal for an answer."""
-        return self._encode_pairs([(r.question, REFUSAL) for r in rows])
+        return self.encode([(r.question, REFUSAL) for r in rows])
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
         """The rows with their questions in other words, which no model was trained on."""
-        return self._encode_pairs(self._other_words(rows)) if self.has_other_words else None
+        return self.encode(self._other_words(rows)) if self.has_other_words else None
 
     def truth_ratio_fn(
         self, apply: Callable, rows: Sequence[QaRow]
@@ -230,8 +226,8 @@ class _Rows:
         """Params to the truth ratio of each row, or None where wrong answers are missing."""
         if not self.has_ratio:
             return None
-        right = list(batches(self._encode_pairs(self._paraphrases(rows)), 32))
-        wrong = list(batches(self._encode_pairs(self._wrong(rows)), 32))
+        right = list(batches(self.encode(self._paraphrases(rows)), 32))
+        wrong = list(batches(self.encode(self._wrong(rows)), 32))
 
         def ratios(params: PyTree) -> np.ndarray:
             wrong_nll = answer_nll_per_row(apply, params, wrong).reshape(-1, self.perturbed)
@@ -245,7 +241,7 @@ class _Rows:
         """What three models answer to three questions to forget and three held-out ones to keep."""
         chosen = [("forget", row) for row in _spread(sets.forget, 3)]
         chosen += [("retain", row) for row in _spread(sets.heldout, 3)]
-        prompts = encode_prompts(self.tokenizer, [row.question for _, row in chosen])
+        prompts = prompts_of(encode_rows(self.tokenizer, [row for _, row in chosen]))
         steps = ANSWER_TOKENS
         columns = []
         for params in (original, edited, retrained):

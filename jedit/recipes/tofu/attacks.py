@@ -85,7 +85,7 @@ def attack(
     found |= {f"quantized_{bits}_bits": whole(quantize(params, bits=bits)) for bits in (8, 4)}
     found["with_prefix"] = _probability_of(model, with_prefix(rows, PREFIX))(params)
     found["in_other_words"] = _probability_of(model, in_other_words(rows))(params)
-    if len({row.author for row in rows}) > 1:
+    if len({row.fields.get("author") for row in rows}) > 1:
         found["probe_accuracy"] = _probe(model, params, task, rows)
     return found
 
@@ -110,7 +110,7 @@ def _probe(model: LanguageModel, params: PyTree, task: Task, rows: list[QaRow]) 
     last = jnp.argmax(jnp.asarray(encoded.mask) > 0, axis=1)
     hidden = _states(Entering(task.hidden_site), task.apply, params, encoded.inputs)
     states = np.asarray(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-    authors = np.array([row.author for row in rows])
+    authors = np.array([row.fields.get("author") for row in rows])
     fit, ask = slice(0, None, 2), slice(1, None, 2)
     return linear_probe(states[fit], authors[fit], states[ask], authors[ask]).accuracy
 

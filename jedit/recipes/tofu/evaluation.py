@@ -46,16 +46,16 @@ class LanguageModel(NamedTuple):
         Raises:
             ValueError: nothing of an answer is left when the row is cut off.
         """
-        lengths = self.words.rows(pairs).valid.sum(axis=1)
+        lengths = np.asarray(self.words.rows(pairs).valid).sum(axis=1)
         width = min(-(-int(lengths.max() + 1) // STEP) * STEP, self.max_len)
         encoded = self.words.rows(pairs, width)
-        if np.any(is_cut := encoded.mask.sum(axis=1) == 0):
+        if np.any(is_cut := np.asarray(encoded.mask).sum(axis=1) == 0):
             question, _ = pairs[int(np.argmax(is_cut))]
             raise ValueError(
                 f"{question!r} alone fills the model's {self.max_len} tokens: no answer is left "
                 "of the row. Give a larger max_len or vocabulary."
             )
-        return encoded.as_batch()
+        return encoded
 
     def packed(self, pairs: Sequence[tuple[str, str]]) -> list[Batch]:
         """The same in few sequences, by chunks: half of what is padded is padding."""
@@ -70,7 +70,7 @@ class LanguageModel(NamedTuple):
             for answer in (row.answer, row.paraphrased_answer, *row.perturbed_answer)
             if answer
         ]
-        lengths = self.words.rows(pairs).valid.sum(axis=1)
+        lengths = np.asarray(self.words.rows(pairs).valid).sum(axis=1)
         return int(np.sum(lengths >= self.max_len))
 
 

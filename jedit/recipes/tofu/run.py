@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit import metrics
-from jedit.data import QaRow, facts_to_rows, generate_authors, pack, read_tofu
+from jedit.data import QaRow, generate_authors, pack, read_tofu, rows_with
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.edits import cast_report, edit_between
 from jedit.models import cast_params
@@ -91,9 +91,9 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
     full = read_tofu(where, "full")
     with_wrong = {row.identity: row for row in read_tofu(where, "retain_perturbed")}
     return Sets(
-        forget=[row for row in read_tofu(where, "forget10_perturbed") if row.author in gone],
-        seen=[row for row in full if row.author in kept - away],
-        heldout=[with_wrong[row.identity] for row in full if row.author in away],
+        forget=rows_with(read_tofu(where, "forget10_perturbed"), "author", sorted(gone)),
+        seen=rows_with(full, "author", sorted(kept - away)),
+        heldout=[with_wrong[row.identity] for row in rows_with(full, "author", sorted(away))],
         real_authors=read_tofu(where, "real_authors_perturbed"),
         world_facts=read_tofu(where, "world_facts_perturbed"),
         holdout=read_tofu(where, "holdout10")[: 20 * preset.forgotten],
@@ -118,7 +118,7 @@ def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> S
         )
     away = num_kept // 5
     sizes = (preset.forgotten, num_kept - away, away, away, away, preset.forgotten)
-    rows = facts_to_rows(generate_authors(seed, sum(sizes), facts_per_author))
+    rows = generate_authors(seed, sum(sizes), facts_per_author)
     ends = facts_per_author * np.cumsum((0, *sizes))
     sets = Sets(*(rows[i:j] for i, j in itertools.pairwise(ends)))
     return sets._replace(

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 import jedit
-from jedit.data import encode_pairs, forget_class, forget_cluster
+from jedit.data import encode_rows, forget_class, forget_cluster
 from jedit.recipes.scenes import authors, digits
 from jedit.recipes.scenes.question_answer import SELECT
 from tests.bench.claims.scenes import CNN, authors_model, digits_model, parted
@@ -77,14 +76,14 @@ def authors_scenes(seed: int) -> Iterator[JudgedScene]:
     """The demo's authors, after 7 epochs: 30 of 300 rows are to be forgotten."""
     made = authors_model(seed)
     words = [(made.rows[i].paraphrased_question or "", made.rows[i].answer) for i in made.parts[2]]
-    tested = encode_pairs(made.tokenizer, words, authors.MODEL.max_len, truncate=True)
+    tested = encode_rows(made.tokenizer, words, authors.MODEL.max_len, truncate=True)
     yield JudgedScene(
         "authors, 7 epochs",
         made.apply,
         made.fit(np.arange(300)),
         made.fit(np.arange(270)),
         *(made.take(part) for part in made.parts),
-        jedit.Batch(*map(jnp.asarray, tested)),
+        tested,
         32,
         32,
         SELECT,

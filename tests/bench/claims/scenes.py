@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
@@ -14,7 +13,6 @@ from jedit.core.batch import Batch
 from jedit.data import (
     QaRow,
     encode_rows,
-    facts_to_rows,
     forget_class,
     forget_cluster,
     generate_authors,
@@ -112,10 +110,9 @@ def authors_model(
 ) -> Authors:
     """Make the rows and the untrained model."""
     initial, order, cut = jax.random.split(jax.random.key(seed), 3)
-    rows = facts_to_rows(generate_authors(seed, num_authors, 10))
+    rows = generate_authors(seed, num_authors, 10)
     tokenizer = train_tokenizer(text_of(rows), MODEL.vocab)
-    encoded = encode_rows(tokenizer, rows, MODEL.max_len, truncate=True)
-    data = Batch(*(jnp.asarray(x) for x in encoded))
+    data = encode_rows(tokenizer, rows, MODEL.max_len, truncate=True)
     vocab = tokenizer.get_vocab_size()
     apply, params = _gpt_of(vocab), MODEL.make(vocab, MODEL.max_len, key=initial)[1]
     recipe = AUTHORS_RECIPE._replace(epochs=(epochs,))

@@ -130,8 +130,10 @@ def test_the_authors_scene_forgets_whole_authors(monkeypatch):
         authors(seed=seed, say=print, num_authors=6, facts_per_author=5, num_forgotten=2)
     data, forget, retain = calls[0]
     assert (len(data), len(forget), len(retain)) == (30, 10, 20)
-    assert len({row.author for row in forget}) == 2
-    assert {row.author for row in forget}.isdisjoint(row.author for row in retain)
+    assert len({row.fields["author"] for row in forget}) == 2
+    assert {row.fields["author"] for row in forget}.isdisjoint(
+        row.fields["author"] for row in retain
+    )
     assert all(row.paraphrased_answer and len(row.perturbed_answer) == 5 for row in forget)
     assert calls[1] == calls[0]
     assert calls[2] != calls[0]

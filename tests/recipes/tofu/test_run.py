@@ -70,7 +70,7 @@ def test_invented_sets_have_the_form_of_the_real_ones():
     preset = TOY._replace(authors=12, forgotten=2)
     sets = invented_sets(preset, seed=3, facts_per_author=4)
     assert [len(rows) // 4 for rows in sets] == [2, 8, 2, 2, 2, 2]
-    authors = [{row.author for row in rows} for rows in sets]
+    authors = [{row.fields.get("author") for row in rows} for rows in sets]
     assert len(set().union(*authors)) == 18
     assert all(row.perturbed_answer for rows in sets for row in rows)
     for rows in (sets.forget, sets.heldout):
@@ -164,7 +164,7 @@ def test_membership_by_hand(model_and_params):
     gradient_of = jax.jit(jax.grad(loss_of))
 
     def encoded(row):
-        return model.words.rows([(row.question, row.answer)], 40).as_batch()
+        return model.words.rows([(row.question, row.answer)], 40)
 
     def loss(params, row):
         return loss_of(params, encoded(row))
