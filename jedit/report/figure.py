@@ -27,37 +27,43 @@ LEAST_KL = 1e-5
 SHOWN_BUDGETS = 30
 
 
-def tradeoff_figure(comparison: Comparison) -> "Figure":
+def tradeoff_figure(comparison: Comparison, *, is_narrow: bool = False) -> "Figure":
     """Two panels over the held-out retain KL: the forget loss, and the KL to the retrained model.
 
     Each method is drawn over its strength at its best setting, its other settings thin behind it;
     the best point by the stated rule is ringed. Of more methods than there are styles, only the
     best points are drawn, each as a number. The retrained model is a star. The untouched model is a
     dot at the left edge, because its KL of zero has no place on a logarithmic axis.
+
+    For a narrow screen the panels stand below each other, as wide as the screen, so that the
+    letters keep their size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 6.6 if is_numbered(comparison) else 5.2), layout="constrained")
+    numbered = is_numbered(comparison)
+    size = (4.0, 9.6 if numbered else 7.8) if is_narrow else (11, 6.6 if numbered else 5.2)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(*((2, 1) if is_narrow else (1, 2)))
+    break_ = "\n" if is_narrow else " "
     for axes, field in ((left, "forget_nll"), (right, "forget_kl")):
         _draw(axes, comparison, field)
-        axes.set_xlabel("KL(original ‖ edited) on held-out retain rows, nats per output")
-    left.set_ylabel("loss on the forget rows, nats per output")
+        axes.set_xlabel(f"KL(original ‖ edited) on held-out retain rows,{break_}nats per output")
+    left.set_ylabel(f"loss on the forget rows,{break_}nats per output")
     left.set_title("How much was forgotten, and at what price", fontsize=10)
-    right.set_ylabel("KL(retrained ‖ edited) on forget rows, nats per output")
-    right.set_title("How near to a model that never saw it (lower is better)", fontsize=10)
+    right.set_ylabel(f"KL(retrained ‖ edited) on forget rows,{break_}nats per output")
+    right.set_title(f"How near to a model that never saw it{break_}(lower is better)", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
-    if is_numbered(comparison):
+    if numbered:
         for i, method in enumerate(comparison.methods, 1):
             handles.append(Line2D([], [], ls="none"))
             none = "" if comparison.best(method.name) else " (none)"
             labels.append(f"{i}  {method.name}{none}")
-    look: dict[str, Any] = {"ncols": 4}
-    if is_numbered(comparison):
-        look = {"ncols": 5, "fontsize": 9, "columnspacing": 1.2}
+    look: dict[str, Any] = {"ncols": 2 if is_narrow else 4}
+    if numbered:
+        look = {"ncols": 2 if is_narrow else 5, "fontsize": 9, "columnspacing": 1.2}
     figure.legend(handles, labels, loc="outside lower center", frameon=False, **look)
     return figure
 

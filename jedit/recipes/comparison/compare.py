@@ -38,10 +38,10 @@ from jedit.recipes.comparison.trained import (
 )
 from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.fitting import rows_of
-from jedit.report import Curve, Method, Point, best_point, best_quality
+from jedit.recipes.progress import Say, tell
+from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
 from jedit.tracing import intervene
 
-Say = Callable[[str], None]
 NULL_SPACE = 0.01  # share of the retained inputs' energy that is given up
 
 
@@ -142,13 +142,25 @@ class Task(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a comparison found, before it is put into words; `best` is by method, by the rule."""
+    """What a comparison found, before it is put into words.
 
+    Attributes:
+        num_judged: rows that judged a point.
+        original: the untouched model.
+        retrained: the model trained without the forget rows.
+        methods: what was compared.
+        curves: every setting of every method.
+        best: by method its best point by the rule, or None.
+        chosen: the method whose best point is the best of all by the rule; None if there is none.
+    """
+
+    num_judged: NumJudged
     original: Point
     retrained: Point
     methods: tuple[Method, ...]
     curves: tuple[Curve, ...]
     best: dict[str, tuple[Curve, Point] | None]
+    chosen: str | None
 
 
 def compare(
@@ -177,7 +189,7 @@ def compare(
     retrained = judge(task.retrained, 0.0, 0.0)
     found, models = [], {}
 
-    def best_of(name: str) -> tuple[Curve, Point] | None:
+    def best_of(name: str | None) -> tuple[Curve, Point] | None:
         if grid.utility_share is None:
             return best_point(found, name, grid.kl_budget)
         return best_quality(found, name, grid.utility_share, original)
@@ -195,7 +207,8 @@ def compare(
         curvatures, seconds = fitted[name]
         settings = list(itertools.product(curvatures, grid.damping, grid.kfade_steps))
         say(f"{name}: {len(grid.budgets) * len(settings)} edits")
-        for temperature, damping, steps in settings:
+        for i, (temperature, damping, steps) in enumerate(settings):
+            tell(say, i, len(settings))
             setting = {"temperature": temperature, "damping": damping, "steps": steps}
             keep(*_kfade_curve(task, grid, judge, name, curvatures[temperature], setting))
         methods.append(_kfade_method(name, grid, seconds))
@@ -213,14 +226,26 @@ def compare(
     for name, rates in grid.learning_rates.items():
         trainer = trained_by[name]
         say(f"{name}: {len(rates)} learning rates")
-        for curve, params in _trained_curves(task, grid, judge, name, trainer, rates, ascent_key):
+        found_at = _trained_curves(task, grid, judge, name, trainer, rates, ascent_key)
+        for i, (curve, params) in enumerate(found_at, 1):
             keep(curve, params)
+            tell(say, i, len(rates))
         strength = f"steps (batches of {grid.batch_size} rows)"
         fitting = fit_seconds if name in FITTED else 0.0
         grid_of = {"learning rate": rates}
         methods.append(Method(name, trainer.description, strength, grid_of, fitting))
     best = {m.name: best_of(m.name) for m in methods}
-    return Judged(original, retrained, tuple(methods), tuple(found), best), models
+    overall = best_of(None)
+    judged = Judged(
+        num_judged=judge.num_judged,
+        original=original,
+        retrained=retrained,
+        methods=tuple(methods),
+        curves=tuple(found),
+        best=best,
+        chosen=None if overall is None else overall[0].method,
+    )
+    return judged, models
 
 
 def probe_batch(batch: Batch, num_rows: int | None) -> Batch:
@@ -242,6 +267,9 @@ class Judge:
             for name in names
             if getattr(task, name) is not None
         }
+        self.num_judged = NumJudged(
+            *(rows_of(_shown(task, name)) for name in ("forget", "heldout"))
+        )
         self.reference = (
             None if task.truth_ratio is None else _finite(task.truth_ratio(task.retrained))
         )
@@ -273,10 +301,13 @@ class Judge:
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
 
 
-def _judged(task: Task, name: str) -> Batch:
+def _shown(task: Task, name: str) -> Batch:
     rows = getattr(task, name)
-    if name != "forget":
-        rows = probe_batch(rows, task.judged_rows)
+    return rows if name == "forget" else probe_batch(rows, task.judged_rows)
+
+
+def _judged(task: Task, name: str) -> Batch:
+    rows = _shown(task, name)
     return rows if task.pack is None else task.pack(rows)
 
 

@@ -1,8 +1,9 @@
 """The authors scene: a small GPT learns invented facts about invented authors, and forgets some."""
 
 from jedit.data import facts_to_rows, generate_authors
-from jedit.recipes.comparison.compare import Grid, Say, with_all_methods
+from jedit.recipes.comparison.compare import Grid, with_all_methods
 from jedit.recipes.fitting import Recipe
+from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import Model, question_answer
 from jedit.report import Comparison
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jedit.data import pack
-from jedit.recipes.comparison.compare import Say
+from jedit.recipes.progress import Say
 from jedit.recipes.environment import machine, versions
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
