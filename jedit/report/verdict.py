@@ -51,17 +51,30 @@ class Attack(NamedTuple):
         untouched: of the model that no method has edited.
         edited: of the chosen one.
         retrained: of the model that never saw the rows.
+        unasked: of the chosen one without an attack.
     """
 
     action: str
     untouched: float
     edited: float
     retrained: float
+    unasked: float
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether the models it could tell apart are told apart by it."""
+        return self.untouched - self.retrained > TELLING_GAP
 
     @property
     def known(self) -> float:
         """The edited model's share of what the untouched one knows and the retrained does not."""
         return (self.edited - self.retrained) / (self.untouched - self.retrained)
+
+    @property
+    def brings_back(self) -> bool:
+        """Whether it brings back more than the edited model tells unasked."""
+        gained = (self.edited - self.unasked) / (self.untouched - self.retrained)
+        return min(self.known, gained) > BROUGHT_BACK
 
 
 class Verdict(NamedTuple):
@@ -117,14 +130,15 @@ def verdict(comparison: Comparison) -> Verdict:
     forget = wilson(point.forget_accuracy, num.forget)
     heldout = wilson(point.heldout_accuracy, num.heldout)
     attacks = [] if chosen is None else _attacks(comparison, chosen[0].method)
-    attack = max(attacks, key=lambda attack: attack.known, default=None)
+    telling = [attack for attack in attacks if attack.is_telling]
+    attack = max(telling, key=lambda attack: attack.known, default=None)
     if before <= never:
         outcome = Outcome.NO_TRACE
     elif way is None:
         outcome = Outcome.NO_EDIT
     elif way < FORGOTTEN_IN_PART:
         outcome = Outcome.REMEMBERS
-    elif chosen and attack and _brings_back(comparison, chosen[0].method, attack):
+    elif attack and attack.brings_back:
         outcome = Outcome.RETURNS
     elif is_costly(comparison, point):
         outcome = Outcome.COSTLY
@@ -171,22 +185,16 @@ def _is_larger(one: float, other: float, num: int) -> bool:
 
 
 def _attacks(comparison: Comparison, method: str) -> list[Attack]:
-    """The attacks that were run and under which the untouched model knows the answers better."""
+    """The attacks that were run on all three models."""
     names = ("untouched", method, "retrained")
     rows = [comparison.leaderboard.get(name, {}) for name in names]
+    unasked = rows[1].get(KNOWN, 0.0)
     found = []
     for name, measure in MEASURES.items():
         values = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
-        if measure.attack and len(values) == 3 and values[0] - values[2] > TELLING_GAP:
-            found.append(Attack(measure.attack, *values))
+        if measure.attack and len(values) == len(rows):
+            found.append(Attack(measure.attack, *values, unasked=unasked))
     return found
-
-
-def _brings_back(comparison: Comparison, method: str, attack: Attack) -> bool:
-    """Whether the attack brings back more than the edited model tells unasked."""
-    unasked = comparison.leaderboard[method].get(KNOWN, 0.0)
-    gap = attack.untouched - attack.retrained
-    return min(attack.known, (attack.edited - unasked) / gap) > BROUGHT_BACK
 
 
 def _forgotten(
@@ -221,9 +229,8 @@ def _forgotten(
 def _cost(comparison: Comparison, chosen: tuple[Curve, Point] | None, point: Point) -> str:
     original, rows = comparison.original, f"{comparison.num_judged.heldout} held-out retain rows"
     if chosen is None:
-        cheapest = min(
-            (p.heldout_kl for curve in comparison.curves for p in curve.points), default=math.nan
-        )
+        costs = [p.heldout_kl for curve in comparison.curves for p in curve.points]
+        cheapest = min(filter(math.isfinite, costs), default=None)
         return (
             "that costs nothing, where the gentlest of the edits would have cost "
             f"{number(cheapest)} nats of KL on the {rows}"
@@ -241,33 +248,34 @@ def _change(before: str, after: str) -> str:
 
 
 def _attacked(attack: Attack | None, num_attacks: int, is_edited: bool) -> str:
+    if not is_edited:
+        return "there was nothing to attack"
+    if not num_attacks:
+        return "no attack was run"
     if attack is None:
-        return "no attack was run" if is_edited else "there was nothing to attack"
+        return f"none of {num_attacks} attacks tells even the untouched from the retrained model"
     which = "the only attack" if num_attacks == 1 else f"the strongest of {num_attacks} attacks"
     return (
-        f"{which}, {attack.action}, takes the probability of the forgotten answers to "
-        f"{number(attack.edited)} (untouched {number(attack.untouched)}, retrained "
-        f"{number(attack.retrained)}, under the same)"
+        f"{which}, {attack.action}, takes the probability of the forgotten answers from "
+        f"{number(attack.unasked)} to {number(attack.edited)} (untouched "
+        f"{number(attack.untouched)}, retrained {number(attack.retrained)}, under the same)"
     )
 
 
 def _sure(comparison: Comparison, point: Point, forget: Interval, heldout: Interval) -> str:
     tried = sum(len(curve.points) for curve in comparison.curves)
-    text = (
-        f"the two accuracies lie in {_range(forget)} and {_range(heldout)} (95% intervals, by "
-        "rows), "
-    )
+    clauses = [f"these accuracies lie in {_range(forget)} and {_range(heldout)} (95%, by rows)"]
     if point.forget_quality is not None:
-        text += (
-            "a test of this model's truth ratios against the retrained one's gives p = "
-            f"{number(point.forget_quality)}, "
+        clauses.append(
+            "the test against the retrained model's truth ratios gives p = "
+            f"{number(point.forget_quality)}"
         )
-    return text + (
-        f"and the model is the best of {tried} that were tried, chosen by looking at the retrained "
-        "one"
-        if comparison.chosen
-        else f"for {tried} models that were tried, on one seed"
-    )
+    if comparison.chosen is not None:
+        clauses.append(
+            f"the model is the best of {tried} tried on one seed, chosen by looking at the "
+            "retrained one"
+        )
+    return ", and ".join(clauses)
 
 
 def _percent(share: float) -> str:

@@ -98,8 +98,8 @@ def test_the_sentence_holds_the_numbers():
     for part in (
         "accuracy from 100% to 22%, where a model that never saw them has 2.00 and 20%",
         "0.010 nats of KL on 400 held-out retain rows, whose accuracy stays at 98%",
-        "to 0.500 (untouched 0.900, retrained 0.100",
-        "best of 2 that were tried",
+        "from 0.150 to 0.500 (untouched 0.900, retrained 0.100",
+        "best of 2 tried on one seed",
     ):
         assert part in text
     way = (math.exp(-0.01) - math.exp(-1.8)) / (math.exp(-0.01) - math.exp(-2.0))
@@ -121,7 +121,10 @@ def test_what_was_not_measured_is_not_claimed():
 
 def test_an_attack_that_tells_nothing_is_left_out():
     same = attacked(0.5, untouched=0.12)  # under it the retrained model knows as much
-    assert verdict(comparison(FORGOT, leaderboard=same)).attack is None
+    found = verdict(comparison(FORGOT, leaderboard=same))
+    assert found.attack is None
+    assert found.outcome is Outcome.FORGOT
+    assert "none of 1 attacks tells even" in found.sentence
 
 
 @pytest.mark.parametrize(("hits", "num"), [(0, 7), (3, 7), (7, 7), (211, 400)])
