@@ -29,7 +29,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz
+.PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz docs
 .PHONY: newest-python more-newest demo-newest lint format bench notebooks clean distclean
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,7 @@ help:
 	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
 	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
+	@echo "make docs         the API reference, from the docstrings, into out/docs"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
 
 define make_venv
@@ -71,8 +72,8 @@ endef
 	@touch .venv/.demo .venv/.dev $@
 
 .venv-llm/.done: pyproject.toml
-	$(call make_venv,$(PYTHON),.venv-llm,core$(,) demo$(,) test and llm)
-	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[demo,test,llm]'
+	$(call make_venv,$(PYTHON),.venv-llm,core$(,) demo$(,) test$(,) llm and notebooks)
+	@.venv-llm/bin/python $(PIP_INSTALL) -e '.[demo,test,llm,notebooks]'
 	@touch $@
 
 .venv-parity/.done: pyproject.toml
@@ -167,13 +168,21 @@ bench: .venv/.bench
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
-notebooks: .venv/.dev
-	@set -e; notebooks="$(wildcard notebooks/*.ipynb)"; \
-	if [ -z "$$notebooks" ]; then echo "skipped: there are no notebooks yet"; fi; \
-	for notebook in $$notebooks; do \
-	  echo "executing $$notebook"; \
-	  .venv/bin/jupyter execute --timeout=600 "$$notebook"; \
-	done
+# Executed, and written as pages where the API reference links to them.
+EXECUTE := bin/jupyter nbconvert --execute --to html --output-dir out/docs/notebooks \
+  --ExecutePreprocessor.timeout=600
+
+notebooks: .venv/.dev .venv-llm/.done
+	.venv-llm/$(EXECUTE) notebooks/00_*.ipynb
+	.venv/$(EXECUTE) $(filter-out notebooks/00_%,$(wildcard notebooks/*.ipynb))
+
+# The files of methods besides: a file's header is its method's derivation.
+METHODS = $(subst /,.,$(basename $(filter-out $(wildcard jedit/methods/*/_*.py), \
+  $(wildcard jedit/methods/*/*.py))))
+
+docs: .venv/.dev
+	@.venv/bin/python -W error -m pdoc jedit jedit_kernels $(METHODS) --docformat google --math -o out/docs
+	@echo "the API reference: out/docs/jedit.html"
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis notebooks/.ipynb_checkpoints

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from jaxtyping import Array, PyTree
@@ -49,7 +49,7 @@ class Estimator(NamedTuple):
     init: Callable[..., Any]
     update: Callable[[Any, PyTree, Batch, Array], Any]
     finalize: Callable[..., Curvature]
-    groups: Callable[..., tuple["Estimator", ...]] | None = None
+    groups: Callable[..., tuple[Self, ...]] | None = None
     check: Callable[[PyTree, Batch, str], None] | None = None
 
     __repr__ = short_repr

@@ -23,7 +23,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
     aggregate: float | None
     rows: Mapping[str, Any] = {}
     index: Sequence[int] | None = None
-    parts: Mapping[str, "Evaluation"] = {}
+    parts: Mapping[str, Self] = {}
 
 
 def write_evaluation_log(

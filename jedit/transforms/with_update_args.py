@@ -17,7 +17,7 @@ class WithUpdateArgsState(NamedTuple):
         data: a copy in the state, so that it is an argument of the jitted step and not a constant.
     """
 
-    inner: optax.OptState
+    inner: PyTree
     data: tuple[PyTree, ...]
 
 

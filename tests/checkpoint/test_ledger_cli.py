@@ -9,7 +9,7 @@ import pytest
 
 from jedit.checkpoint import Ledger
 from jedit.cli.ledger import load_params
-from jedit.cli.main import main as cli
+from jedit.cli.main import main
 from jedit.edits import Edit, apply_edit
 from tests.checkpoint.trees import numbers
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    code = cli.main(["ledger", *map(str, arguments)])
+    code = main(["ledger", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jedit.cli.main import main as cli
+from jedit.cli.main import main
 
 LONG = "n" * 300
 
@@ -36,22 +36,19 @@ ROWS = ["run", "--data", "../rows.jsonl"]
         (["demo", "--seed", str(2**70)], "--seed must lie in 0 to 4294967295"),
         (["demo", "--seed", "-1"], "--seed must lie in 0"),
         ([*ROWS, "--forget", "rows=0:1", "--seed", str(2**32)], "--seed must lie in 0"),
-        (["bench", "--toy", "--seed", str(2**70)], "--seed must lie in 0"),
         (["demo", "--out", LONG], "nnn: is no usable name (File name too long)"),
         (["run", "--data", LONG, "--forget", "rows=0:1"], "is no usable name"),
         ([*ROWS, "--forget", "rows=0:1", "--model", LONG], "is no usable name"),
         (["tofu", "--data", LONG], "is no usable name"),
-        (["bench", "--toy", "--out", LONG], "is no usable name"),
         (["ledger", "list", LONG], "is no usable name"),
         (["demo", "--out", "../dead"], "../dead: is a link to "),
         ([*ROWS, "--forget", "rows=0:1", "--out", "../dead"], "which is not there"),
-        (["bench", "--toy", "--out", "../dead"], "which is not there"),
         (["ledger", "apply", "x", "--base", "y", "--out", "../dead"], "which is not there"),
     ],
 )
 def test_one_line_and_nothing_written(folder, capsys, arguments, sentence):
     before = sorted(folder.parent.rglob("*"))
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     assert sorted(folder.parent.rglob("*")) == before
     captured = capsys.readouterr()
     assert captured.out == ""

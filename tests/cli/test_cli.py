@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import jedit
-from jedit.cli.main import main as cli
+from jedit.cli.main import main
 from jedit.recipes.comparison.compare import Grid
 from jedit.recipes.scenes import authors as authors_scene
 from jedit.recipes.scenes import digits as digits_scene
@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch):
 def fails(capsys, folder, *arguments):
     """The sentence on stderr of a call that must fail and leave nothing behind."""
     before = sorted(folder.parent.rglob("*"))
-    assert cli.main(["run", *arguments]) == 2
+    assert main(["run", *arguments]) == 2
     assert sorted(folder.parent.rglob("*")) == before
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -81,7 +81,7 @@ def file_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authors_scene, "GRID", GRID)
         arguments = ["--data", str(data), "--forget", "rows=0:3", "--out", str(out), "--seed", "5"]
-        assert cli.main(["run", *arguments, *SMALL, "--epochs", "2", "4"]) == 0
+        assert main(["run", *arguments, *SMALL, "--epochs", "2", "4"]) == 0
     return out
 
 
@@ -134,7 +134,7 @@ def test_the_digits_scene(folder, monkeypatch, capsys):
         return original(seed=seed, say=say, grid=GRID, **small)
 
     monkeypatch.setattr(digits_scene, "digits", toy)
-    assert cli.main(["demo", "--scene", "digits", "--methods", "all", "--out", "digits"]) == 0
+    assert main(["demo", "--scene", "digits", "--methods", "all", "--out", "digits"]) == 0
     results = json.loads((folder / "digits" / "results.json").read_text())
     parts = results["comparisons"]
     assert [c["name"] for c in parts] == ["digits-cluster", "digits-class"]
@@ -231,7 +231,7 @@ def test_a_folder_that_is_no_report_is_refused_before_any_work(folder, capsys):
 
 def test_an_unknown_option_is_a_usage_error(folder, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["demo", "--sceen", "digits"])
+        main(["demo", "--sceen", "digits"])
     assert caught.value.code == 2
     assert not list(folder.iterdir())
     assert "sceen" in capsys.readouterr().err
@@ -243,7 +243,7 @@ def test_an_error_in_the_middle_writes_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(digits_scene, "digits", breaks)
     with pytest.raises(RuntimeError, match="tired"):
-        cli.main(["demo", "--scene", "digits"])
+        main(["demo", "--scene", "digits"])
     assert not list(folder.iterdir())
 
 
@@ -262,7 +262,7 @@ def test_tofu_files_are_read_as_they_are(folder, shared_data, monkeypatch):
     monkeypatch.setattr(qa_scene, "question_answer", lambda *sets, **_: calls.append(sets) or ())
     arguments = ["--data", str(tofu / "full.json"), "--out", str(folder / "out")]
     perturbed, retain = (str(tofu / f"{name}.json") for name in ("forget10_perturbed", "retain90"))
-    assert cli.main(["run", *arguments, "--forget", perturbed, "--retain", retain]) == 0
+    assert main(["run", *arguments, "--forget", perturbed, "--retain", retain]) == 0
     ((data, forget, kept),) = calls
     assert (len(data), len(forget), len(kept)) == (4000, 400, 3600)
     assert all(row.paraphrased_answer and len(row.perturbed_answer) == 5 for row in forget)

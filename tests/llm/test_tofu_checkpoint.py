@@ -12,7 +12,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from jedit import metrics
-from jedit.cli.main import main as cli
+from jedit.cli.main import main
 from jedit.data import facts_to_rows, generate_authors
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
 from jedit.recipes.comparison.compare import Grid
@@ -169,7 +169,7 @@ def test_the_command_from_end_to_end(folder, sets, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(tofu_presets.PRESETS, "checkpoint", TOY)
     out = tmp_path / "out"
     given = ["run", "tofu", "--preset", "checkpoint", "--model", str(folder), "--out", str(out)]
-    assert cli.main([*given, "--save", "NPO"]) == 0
+    assert main([*given, "--save", "NPO"]) == 0
     (found,) = json.loads((out / "results.json").read_text())["comparisons"]
     methods = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "NPO"]
     assert list(found["leaderboard"]) == ["untouched", "retrained", *methods]
@@ -185,7 +185,7 @@ def test_the_command_from_end_to_end(folder, sets, tmp_path, monkeypatch, capsys
         found["leaderboard"]["NPO"]["forget_Q_A_Prob"], rel=1e-4
     )
     capsys.readouterr()
-    assert cli.main([*given, "--save", "NPO"]) == 2
+    assert main([*given, "--save", "NPO"]) == 2
     assert "out-edited: is there already" in capsys.readouterr().err
 
 
@@ -209,7 +209,7 @@ def test_options_that_do_not_go_together(given, message, tmp_path, monkeypatch, 
     empty.mkdir()
     if "{out}/m" in given:
         (out / "m").mkdir(parents=True)
-        monkeypatch.setattr(cli, "_check_out", lambda _: None)
+        monkeypatch.setattr("jedit.cli.tofu.check_out", lambda _: None)
     given = [text.format(out=out, empty=empty) for text in given]
-    assert cli.main(["tofu", "--out", str(out), *given]) == 2
+    assert main(["tofu", "--out", str(out), *given]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")

@@ -5,6 +5,7 @@ import sys
 
 import tyro
 
+from jedit.cli.checks import UsageError, check_options
 from jedit.cli.stages import Stages
 from tests.bench.gpu_run.gpu_bench import BenchOptions, run_bench, sets_of, show
 
@@ -16,12 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = tyro.cli(BenchOptions, prog=COMMAND, args=arguments)
     try:
+        check_options(options)
         sets = sets_of(options)
-    except (ValueError, ImportError, OSError) as error:
+    except (UsageError, ValueError, ImportError, OSError) as error:
         sys.stderr.write(f"{COMMAND}: {error}\n")
         return 2
     with Stages() as stages:
-        found = run_bench(options, sets, command=shlex.join([COMMAND, *arguments]), say=stages)
+        found = run_bench(options, sets, command=f"{COMMAND} {shlex.join(arguments)}", say=stages)
     show(found, options.out)
     return 0
 
