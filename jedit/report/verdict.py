@@ -217,12 +217,12 @@ def _forgotten(
         measures = f" ({way:.0%} of the way, by probability)"
         if point.forget_nll > OVERSHOT * retrained.forget_nll:
             measures = " (it went far beyond, which shows, too)"
+    loss = _change(number(original.forget_nll), number(point.forget_nll))
+    accuracy = _change(_percent(original.forget_accuracy), _percent(point.forget_accuracy))
     return (
-        f"{curve.method} ({setting_text(comparison, curve, point)}) takes the loss on the {rows} "
-        f"from {number(original.forget_nll)} to {number(point.forget_nll)} nats and their accuracy "
-        f"from {_percent(original.forget_accuracy)} to {_percent(point.forget_accuracy)}, where a "
-        f"model that never saw them has {number(retrained.forget_nll)} and "
-        f"{_percent(retrained.forget_accuracy)}{measures}"
+        f"{curve.method} ({setting_text(comparison, curve, point)}) edited the model: the loss on "
+        f"the {rows} {loss} nats and their accuracy {accuracy}, where a model that never saw them "
+        f"has {number(retrained.forget_nll)} and {_percent(retrained.forget_accuracy)}{measures}"
     )
 
 
@@ -275,7 +275,7 @@ def _sure(comparison: Comparison, point: Point, forget: Interval, heldout: Inter
             f"the model is the best of {tried} tried on one seed, chosen by looking at the "
             "retrained one"
         )
-    return ", and ".join(clauses)
+    return " and ".join([", ".join(clauses[:-1]), clauses[-1]] if clauses[1:] else clauses)
 
 
 def _percent(share: float) -> str:

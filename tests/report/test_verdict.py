@@ -94,9 +94,10 @@ def test_lost_utility_is_a_cost():
 
 def test_the_sentence_holds_the_numbers():
     text = verdict(comparison(FORGOT, leaderboard=attacked(0.5))).sentence
-    assert text.startswith("NPO (steps 1) takes the loss on the 50 forget rows from 0.010 to 1.80")
+    assert text.startswith("NPO (steps 1) edited the model: the loss on the 50 forget rows goes ")
     for part in (
-        "accuracy from 100% to 22%, where a model that never saw them has 2.00 and 20%",
+        "from 0.010 to 1.80 nats",
+        "accuracy goes from 100% to 22%, where a model that never saw them has 2.00 and 20%",
         "0.010 nats of KL on 400 held-out retain rows, whose accuracy stays at 98%",
         "from 0.150 to 0.500 (untouched 0.900, retrained 0.100",
         "best of 2 tried on one seed",

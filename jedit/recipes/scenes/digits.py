@@ -208,9 +208,10 @@ def _pictures(
 ) -> list[Picture]:
     """A few images, and what the untouched, the edited and the retrained model take them for."""
     shown = rows.take(np.array(spread(len(rows.labels), SHOWN)))
+    inputs = shown.as_batch().inputs
     guesses = []
     for params in models:
-        probabilities = np.asarray(jax.nn.softmax(apply(params, shown.images)))
+        probabilities = np.asarray(jax.nn.softmax(apply(params, inputs)))
         labels = probabilities.argmax(axis=1)
         guesses.append(
             [Guess(str(k), float(row[k])) for k, row in zip(labels, probabilities, strict=True)]
