@@ -5,19 +5,45 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jedit.cli.checks import UsageError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 class Stages:
-    """Says on stderr what is being done: a line for each stage, and on a terminal what runs now."""
+    """Says on stderr what is being done: a line for each stage.
 
-    def __init__(self):
+    On a terminal a bar below it shows how far the stage is, once it has said so, and the time left.
+    """
+
+    def __init__(self, console: "Console | None" = None):
         from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        self.console = Console(stderr=True)
+        self.console = console or Console(stderr=True)
         self.start = time.perf_counter()
-        self.status = self.console.status("starting")
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=300,
+        )
+        self.stage = self.bar.add_task("starting", total=None)
 
     @property
     def seconds(self) -> float:
@@ -25,16 +51,24 @@ class Stages:
         return time.perf_counter() - self.start
 
     def __enter__(self) -> "Stages":
-        self.status.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.status.stop()
+        self.bar.stop()
 
     def __call__(self, text: str) -> None:
         """Say what is done from now on."""
-        self.console.print(f"{self.seconds:5.0f} s  {text}", highlight=False, soft_wrap=True)
-        self.status.update(text)
+        self.console.print(
+            f"{self.seconds:5.0f} s  {text}", highlight=False, soft_wrap=True, markup=False
+        )
+        # A task of its own, so that the speed of the last stage says nothing of this one.
+        self.bar.remove_task(self.stage)
+        self.stage = self.bar.add_task(text, total=None)
+
+    def progress(self, done: int, total: int) -> None:
+        """Say that so many of the stage's parts are done."""
+        self.bar.update(self.stage, completed=done, total=total)
 
 
 def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, command: str) -> int:
@@ -42,7 +76,7 @@ def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, c
     from rich.console import Console
 
     from jedit.recipes.environment import machine, versions
-    from jedit.report import Run, comparison_table, leaderboard_table, write_report
+    from jedit.report import Run, comparison_table, leaderboard_table, verdict, write_report
 
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     with stages:
@@ -55,6 +89,9 @@ def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, c
         console.print(comparison_table(comparison))
         if comparison.leaderboard:
             console.print(leaderboard_table(comparison))
+        found = verdict(comparison)
+        console.print(found.outcome.value, style="bold", highlight=False)
+        console.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
     run = Run(
         command=command,
         date=date,

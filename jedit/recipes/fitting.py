@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
 from jedit.objectives import RetainNLL
+from jedit.recipes.progress import Say, ignore, tell
 from jedit.training import LoopState, Watch, fit
 from jedit.training.watch import History
 
@@ -53,7 +55,13 @@ class Trained(NamedTuple):
 
 
 def train(
-    apply: Callable, params: PyTree, rows: Batch, recipe: Recipe, *, key: Array
+    apply: Callable,
+    params: PyTree,
+    rows: Batch,
+    recipe: Recipe,
+    *,
+    key: Array,
+    say: Say = ignore,
 ) -> list[Trained]:
     """Train by the recipe on the mean loss over counted outputs.
 
@@ -63,6 +71,7 @@ def train(
         rows: what to train on.
         recipe: how.
         key: of the order of the rows.
+        say: told after each epoch how far the training is.
 
     Returns:
         The model after each of the recipe's numbers of epochs.
@@ -75,6 +84,7 @@ def train(
     def keep(state: LoopState, history: History) -> None:
         del history
         epochs = state.step // steps
+        tell(say, epochs, max(recipe.epochs))
         if epochs in recipe.epochs:
             kept = jax.block_until_ready(jax.tree.map(jnp.copy, state.params))
             found.append(Trained(kept, epochs, time.perf_counter() - start))
@@ -90,6 +100,11 @@ def train(
         watch=Watch(keep, every=steps),
     )
     return found
+
+
+def spread(length: int, number: int) -> list[int]:
+    """So many places at most, evenly spaced over a length, its first and last among them."""
+    return np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
 
 
 def rows_of(batch: Batch) -> int:

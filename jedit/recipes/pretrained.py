@@ -21,7 +21,7 @@ from jedit.data import QaRow, batches
 from jedit.edits import apply_edit, cast_report
 from jedit.methods import kfade
 from jedit.models import load_model, save_model
-from jedit.recipes.comparison.task import Say
+from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
 
 # The matrices of the blocks: what an embedding or a norm has learned serves every row.

@@ -8,7 +8,10 @@ from jedit.report.results import (
     Answer,
     Comparison,
     Curve,
+    Guess,
     Method,
+    NumJudged,
+    Picture,
     Point,
     Run,
     best_point,
@@ -16,6 +19,7 @@ from jedit.report.results import (
     to_json,
 )
 from jedit.report.table import comparison_table
+from jedit.report.verdict import Outcome, Verdict, verdict
 from jedit.report.writer import check_destination, write_report
 
 __all__ = [
@@ -23,9 +27,14 @@ __all__ = [
     "Comparison",
     "Curve",
     "Evaluation",
+    "Guess",
     "Method",
+    "NumJudged",
+    "Outcome",
+    "Picture",
     "Point",
     "Run",
+    "Verdict",
     "best_point",
     "best_quality",
     "check_destination",
@@ -36,6 +45,7 @@ __all__ = [
     "save_png",
     "to_json",
     "tradeoff_figure",
+    "verdict",
     "write_evaluation_log",
     "write_report",
 ]

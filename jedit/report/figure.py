@@ -25,39 +25,47 @@ STYLES = (
 LEAST_KL = 1e-5
 # Beyond this many times the budget of the rule a curve is cut off: it is of no use there.
 SHOWN_BUDGETS = 30
+# A number is as large in a small panel as in a large one: it takes a larger part of it.
+NARROW_ROOM = 1.5
 
 
-def tradeoff_figure(comparison: Comparison) -> "Figure":
+def tradeoff_figure(comparison: Comparison, *, is_narrow: bool = False) -> "Figure":
     """Two panels over the held-out retain KL: the forget loss, and the KL to the retrained model.
 
     Each method is drawn over its strength at its best setting, its other settings thin behind it;
     the best point by the stated rule is ringed. Of more methods than there are styles, only the
     best points are drawn, each as a number. The retrained model is a star. The untouched model is a
     dot at the left edge, because its KL of zero has no place on a logarithmic axis.
+
+    For a narrow screen the panels stand below each other, as wide as the screen, so that the
+    letters keep their size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 6.6 if is_numbered(comparison) else 5.2), layout="constrained")
+    numbered = is_numbered(comparison)
+    size = (4.0, 9.6 if numbered else 7.8) if is_narrow else (11, 6.6 if numbered else 5.2)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(*((2, 1) if is_narrow else (1, 2)))
+    break_ = "\n" if is_narrow else " "
     for axes, field in ((left, "forget_nll"), (right, "forget_kl")):
-        _draw(axes, comparison, field)
-        axes.set_xlabel("KL(original ‖ edited) on held-out retain rows, nats per output")
-    left.set_ylabel("loss on the forget rows, nats per output")
+        _draw(axes, comparison, field, room=NARROW_ROOM if is_narrow else 1.0)
+        axes.set_xlabel(f"KL(original ‖ edited) on held-out retain rows,{break_}nats per output")
+    left.set_ylabel(f"loss on the forget rows,{break_}nats per output")
     left.set_title("How much was forgotten, and at what price", fontsize=10)
-    right.set_ylabel("KL(retrained ‖ edited) on forget rows, nats per output")
-    right.set_title("How near to a model that never saw it (lower is better)", fontsize=10)
+    right.set_ylabel(f"KL(retrained ‖ edited) on forget rows,{break_}nats per output")
+    right.set_title(f"How near to a model that never saw it{break_}(lower is better)", fontsize=10)
     handles, labels = left.get_legend_handles_labels()
-    if is_numbered(comparison):
+    if numbered:
         for i, method in enumerate(comparison.methods, 1):
             handles.append(Line2D([], [], ls="none"))
             none = "" if comparison.best(method.name) else " (none)"
             labels.append(f"{i}  {method.name}{none}")
-    look: dict[str, Any] = {"ncols": 4}
-    if is_numbered(comparison):
-        look = {"ncols": 5, "fontsize": 9, "columnspacing": 1.2}
+    look: dict[str, Any] = {"ncols": 2 if is_narrow else 4}
+    if numbered:
+        look = {"ncols": 2 if is_narrow else 5, "fontsize": 9, "columnspacing": 1.2}
     figure.legend(handles, labels, loc="outside lower center", frameon=False, **look)
     return figure
 
@@ -89,7 +97,7 @@ def save_png(figure: "Figure", target: Path | io.BytesIO, *, dpi: int = 130) -> 
     figure.savefig(target, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
+def _draw(axes: "Axes", comparison: Comparison, field: str, *, room: float) -> None:
     original, retrained = comparison.original, comparison.retrained
     top = 1.5 * max(getattr(original, field), getattr(retrained, field), 1e-6)
     drawn = [p for curve in comparison.curves for p in curve.points if _is_drawn(p, field)]
@@ -125,7 +133,7 @@ def _draw(axes: "Axes", comparison: Comparison, field: str) -> None:
     reached = max([p.heldout_kl for p in drawn] + [retrained.heldout_kl, comparison.kl_budget])
     axes.set_xlim(edge, min(1.5 * reached, SHOWN_BUDGETS * comparison.kl_budget))
     if is_numbered(comparison):
-        _draw_numbers(axes, comparison, field)
+        _draw_numbers(axes, comparison, field, room)
     axes.grid(visible=True, which="major", color="0.9", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -146,7 +154,7 @@ def _draw_budget(axes: "Axes", budget: float) -> None:
     )
 
 
-def _draw_numbers(axes: "Axes", comparison: Comparison, field: str) -> None:
+def _draw_numbers(axes: "Axes", comparison: Comparison, field: str, room: float) -> None:
     """The number of each method at its best point, or at the nearest place that is free."""
     edge, right = axes.get_xlim()
     top = axes.get_ylim()[1]
@@ -157,7 +165,7 @@ def _draw_numbers(axes: "Axes", comparison: Comparison, field: str) -> None:
         if best is None or not _is_drawn(best[1], field):
             continue
         x, y = max(best[1].heldout_kl, edge), min(getattr(best[1], field), top)
-        u, v = _free_place(math.log(x / edge) / width, y / top, taken)
+        u, v = _free_place(math.log(x / edge) / width, y / top, taken, room)
         taken.append((u, v))
         at = (edge * math.exp(u * width), v * top)
         axes.plot([x, at[0]], [y, at[1]], "-", color="0.5", lw=0.7, zorder=3)
@@ -167,7 +175,9 @@ def _draw_numbers(axes: "Axes", comparison: Comparison, field: str) -> None:
         axes.annotate(str(i), at, ha="center", va="center", fontsize=7, bbox=box, zorder=6)
 
 
-def _free_place(u: float, v: float, taken: list[tuple[float, float]]) -> tuple[float, float]:
+def _free_place(
+    u: float, v: float, taken: list[tuple[float, float]], room: float
+) -> tuple[float, float]:
     """The place nearest to (u, v), in parts of the panel, with no other number within a circle."""
     for ring in range(40):
         for k in range(max(1, 8 * ring)):
@@ -175,7 +185,7 @@ def _free_place(u: float, v: float, taken: list[tuple[float, float]]) -> tuple[f
             place = (u + 0.02 * ring * math.cos(angle), v + 0.025 * ring * math.sin(angle))
             is_inside = all(0.02 <= c <= 0.98 for c in place) or ring == 0
             if is_inside and all(
-                math.hypot((place[0] - a) / 0.042, (place[1] - b) / 0.052) >= 1 for a, b in taken
+                math.hypot((place[0] - a) / 0.042, (place[1] - b) / 0.052) >= room for a, b in taken
             ):
                 return place
     return u, v

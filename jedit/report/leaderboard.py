@@ -5,24 +5,39 @@ from typing import NamedTuple
 from rich.table import Table
 
 from jedit.report.results import Comparison
-from jedit.report.table import number
+from jedit.report.table import Heading, Row, Sheet, number
 
 
 class Measure(NamedTuple):
-    """A column: a short heading and what it is in full."""
+    """A column.
+
+    Attributes:
+        heading: short, for a table.
+        meaning: what it is in full.
+        is_main: whether a narrow screen shows it.
+        attack: what was done to the model, where the number is the probability of the forget
+            answers under an attack that tries to bring them back.
+    """
 
     heading: str
     meaning: str
+    is_main: bool = False
+    attack: str = ""
 
 
 # jedit's metrics. In an evaluation log the names are open-unlearning's, as it defines them, and one
 # of these that is defined in another way is "jedit_NAME" there.
+KNOWN = "forget_Q_A_Prob"  # what the attacks try to raise
 MEASURES = {
-    "forget_quality": Measure("forget\nquality", "p-value against the retrained model"),
-    "model_utility": Measure(
-        "model\nutility", "harmonic mean of nine, on all questions and not only those that chose"
+    "forget_quality": Measure(
+        "forget\nquality", "p-value against the retrained model", is_main=True
     ),
-    "forget_Q_A_Prob": Measure("forget\nprob.", "probability of the forget answers, per token"),
+    "model_utility": Measure(
+        "model\nutility",
+        "harmonic mean of nine, on all questions and not only those that chose",
+        is_main=True,
+    ),
+    KNOWN: Measure("forget\nprob.", "probability of the forget answers, per token", is_main=True),
     "forget_Q_A_ROUGE": Measure("forget\nROUGE", "ROUGE-L recall of the forget answers"),
     "forget_truth_ratio": Measure("forget\nTR", "mean of min(TR, 1/TR) on the forget questions"),
     "exact_memorization": Measure("exact\nmem.", "share of forget tokens predicted right"),
@@ -38,41 +53,56 @@ MEASURES = {
         "before", "probability of five sixths of the forget answers, per token"
     ),
     "relearned_harmful": Measure(
-        "relearnt\nharmful", "the same answers' after training on the other sixth"
+        "relearnt\nharmful",
+        "the same answers' after training on the other sixth",
+        is_main=True,
+        attack="training it again on a sixth of the forget rows",
     ),
-    "relearned_benign": Measure("relearnt\nbenign", "the same, trained on unrelated questions"),
+    "relearned_benign": Measure(
+        "relearnt\nbenign",
+        "the same, trained on unrelated questions",
+        attack="training it on unrelated questions",
+    ),
     "reapplied": Measure("re-\napplied", "after harmful relearning and the same edit once more"),
-    "quantized_8_bits": Measure("8 bits", "probability of the forget answers, weights rounded"),
-    "quantized_4_bits": Measure("4 bits", "the same, to 4 bits"),
-    "with_prefix": Measure("pre-\nfixed", "the same, behind a prefix that asks for the truth"),
-    "in_other_words": Measure("other\nwords", "the same, the questions paraphrased"),
+    "quantized_8_bits": Measure(
+        "8 bits",
+        "probability of the forget answers, weights rounded",
+        attack="rounding its weights to 8 bits",
+    ),
+    "quantized_4_bits": Measure(
+        "4 bits", "the same, to 4 bits", attack="rounding its weights to 4 bits"
+    ),
+    "with_prefix": Measure(
+        "pre-\nfixed",
+        "the same, behind a prefix that asks for the truth",
+        attack="a prefix that asks for the truth",
+    ),
+    "in_other_words": Measure(
+        "other\nwords",
+        "the same, the questions paraphrased",
+        attack="asking in other words",
+    ),
     "probe_accuracy": Measure("probe", "how often a hidden state says which author is asked about"),
 }
 
 
-def leaderboard_columns(comparison: Comparison) -> list[str]:
-    """The metrics that were measured, the known ones first."""
+def leaderboard_sheet(comparison: Comparison) -> Sheet:
+    """Each model with every metric that was measured, the known metrics first."""
     given = {name for row in comparison.leaderboard.values() for name in row}
-    return [name for name in MEASURES if name in given] + sorted(given - set(MEASURES))
-
-
-def leaderboard_rows(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """Each model with the text of its cells."""
-    columns = leaderboard_columns(comparison)
-    return [
-        (name, [number(row.get(column)) for column in columns])
-        for name, row in comparison.leaderboard.items()
-    ]
+    names = [name for name in MEASURES if name in given] + sorted(given - set(MEASURES))
+    unknown = {name: Measure(name.replace("_", "\n"), name) for name in given - set(MEASURES)}
+    known = MEASURES | unknown
+    headings = tuple(Heading(*known[name][:3]) for name in names)
+    rows = (
+        Row(model, "", tuple(number(numbers.get(name)) for name in names))
+        for model, numbers in comparison.leaderboard.items()
+    )
+    return Sheet(headings, tuple(rows))
 
 
 def leaderboard_table(comparison: Comparison) -> Table:
     """The table for the terminal, with the metrics that have a short heading."""
-    columns = leaderboard_columns(comparison)
-    shown = [i for i, name in enumerate(columns) if name in MEASURES]
-    table = Table(title=f"{comparison.title}: all metrics", title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for i in shown:
-        table.add_column(MEASURES[columns[i]].heading, justify="right", no_wrap=True)
-    for name, cells in leaderboard_rows(comparison):
-        table.add_row(name, *(cells[i] for i in shown), end_section=name == "retrained")
-    return table
+    sheet = leaderboard_sheet(comparison)
+    short = {measure.heading for measure in MEASURES.values()}
+    shown = [i for i, heading in enumerate(sheet.headings) if heading.text in short]
+    return sheet.only(shown).for_terminal(f"{comparison.title}: all metrics")

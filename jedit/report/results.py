@@ -93,6 +93,40 @@ class Answer(NamedTuple):
     retrained: str
 
 
+class Guess(NamedTuple):
+    """What a classifier takes an image for, and the probability that it gives this class."""
+
+    label: str
+    probability: float
+
+
+class Picture(NamedTuple):
+    """One image, and what the models take it for.
+
+    Attributes:
+        kind: which rows it comes from, "forget" or "retain".
+        pixels: by row, from 0 to 1; 1 is ink.
+        truth: its class.
+        original: the untouched model's guess.
+        edited: the guess of the comparison's chosen model.
+        retrained: the retrained model's guess.
+    """
+
+    kind: str
+    pixels: tuple[tuple[float, ...], ...]
+    truth: str
+    original: Guess
+    edited: Guess
+    retrained: Guess
+
+
+class NumJudged(NamedTuple):
+    """How many rows the accuracies of a point were counted on."""
+
+    forget: int
+    heldout: int
+
+
 class Comparison(NamedTuple):
     """Methods compared on one model and one forget set.
 
@@ -101,6 +135,7 @@ class Comparison(NamedTuple):
         title: one line.
         notes: what was run, a sentence each.
         num_rows: rows of each set.
+        num_judged: rows that judge a point.
         settings: of the model, the training and the edits.
         seconds: of training, retraining and the rest.
         kl_budget: the held-out retain KL under which a method's best point is chosen.
@@ -110,8 +145,8 @@ class Comparison(NamedTuple):
         retrained: the model trained without the forget set.
         methods: what was compared.
         curves: every setting of every method.
-        edited_by: the method whose best point gave the answers shown.
-        answers: a few, side by side.
+        answers: a few, side by side; the edited model's are those of `chosen`.
+        pictures: a few, likewise.
         leaderboard: by model (untouched, retrained, each method at its best point) and metric,
             further numbers; empty where none were measured.
         evaluations: by model, what the leaderboard's metrics are made of, row by row; written as
@@ -122,6 +157,7 @@ class Comparison(NamedTuple):
     title: str
     notes: tuple[str, ...]
     num_rows: dict[str, int]
+    num_judged: NumJudged
     settings: dict[str, Any]
     seconds: dict[str, float]
     kl_budget: float
@@ -129,8 +165,8 @@ class Comparison(NamedTuple):
     retrained: Point
     methods: tuple[Method, ...]
     curves: tuple[Curve, ...]
-    edited_by: str = ""
     answers: tuple[Answer, ...] = ()
+    pictures: tuple[Picture, ...] = ()
     utility_share: float | None = None
     leaderboard: dict[str, dict[str, float]] = {}
     evaluations: dict[str, dict[str, Evaluation]] = {}
@@ -149,11 +185,16 @@ class Comparison(NamedTuple):
             return f"no point within {self.kl_budget:g} nats"
         return f"no point keeps {self.utility_share:.0%} of the utility"
 
-    def best(self, method: str) -> tuple[Curve, Point] | None:
-        """The method's best point by the rule."""
+    def best(self, method: str | None) -> tuple[Curve, Point] | None:
+        """The best point by the rule of a method, or with None of all methods."""
         if self.utility_share is None:
             return best_point(self.curves, method, self.kl_budget)
         return best_quality(self.curves, method, self.utility_share, self.original)
+
+    @property
+    def chosen(self) -> tuple[Curve, Point] | None:
+        """The best point of all by the rule: the edited model that the page is about."""
+        return self.best(None)
 
     def nearest_in_loss(self, method: str) -> tuple[Curve, Point] | None:
         """The method's best point by `OTHER_RULE`."""
@@ -207,15 +248,18 @@ QUALITY_RULE = (
 
 
 def best_quality(
-    curves: Iterable[Curve], method: str, share: float, original: Point
+    curves: Iterable[Curve], method: str | None, share: float, original: Point
 ) -> tuple[Curve, Point] | None:
-    """A method's best point by `QUALITY_RULE`, with its curve; None if all are left out."""
+    """A method's best point by `QUALITY_RULE`, with its curve; None if all are left out.
+
+    With None for a method it is the best of all methods.
+    """
     check_numbers(SHARE, share=share)
     least = share * (original.model_utility or 0)
     pairs = [
         (curve, point)
         for curve in curves
-        if curve.method == method
+        if method in (None, curve.method)
         for point in curve.points
         if (point.model_utility or 0) >= least
         and point.forget_quality is not None
@@ -231,11 +275,15 @@ def best_quality(
 
 
 def best_point(
-    curves: Iterable[Curve], method: str, kl_budget: float, forget_nll: float | None = None
+    curves: Iterable[Curve],
+    method: str | None,
+    kl_budget: float,
+    forget_nll: float | None = None,
 ) -> tuple[Curve, Point] | None:
     """A method's best point by `RULE`, with the curve it lies on; None if none is within budget.
 
-    With a `forget_nll` it is the best by `OTHER_RULE`. The retrained model is looked at to choose,
+    With None for a method it is the best of all methods, with a `forget_nll` the best by
+    `OTHER_RULE`. The retrained model is looked at to choose,
     for every method alike; whoever has none has to choose otherwise.
     """
     check_numbers(NOT_NEGATIVE, kl_budget=kl_budget)
@@ -248,7 +296,7 @@ def best_point(
     within = [
         (curve, point)
         for curve in curves
-        if curve.method == method
+        if method in (None, curve.method)
         for point in curve.points
         if point.heldout_kl <= kl_budget and math.isfinite(distance((curve, point)))
     ]

@@ -1,19 +1,72 @@
 """The table of a comparison: each method's best point, the untouched and the retrained model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 
-from jedit.report.results import Comparison, Curve, Point
+from jedit.report.results import Comparison, Curve, Method, Point
+
+REFERENCES = ("untouched", "retrained")
+
+
+class Heading(NamedTuple):
+    """A column's heading, short, what it is in full, and whether a narrow screen shows it."""
+
+    text: str
+    meaning: str
+    is_main: bool = False
+
+
+class Row(NamedTuple):
+    """A row: which model, made at which setting, and a text for each column."""
+
+    name: str
+    setting: str
+    cells: tuple[str, ...]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the model is one that no method has edited."""
+        return self.name in REFERENCES
+
+
+class Sheet(NamedTuple):
+    """A table as the terminal and the page show it."""
+
+    headings: tuple[Heading, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether any row says at which setting its model was made."""
+        return any(row.setting for row in self.rows)
+
+    def only(self, places: Sequence[int]) -> "Sheet":
+        """The sheet with the columns at these places alone."""
+        rows = (row._replace(cells=tuple(row.cells[i] for i in places)) for row in self.rows)
+        return Sheet(tuple(self.headings[i] for i in places), tuple(rows))
+
+    def for_terminal(self, title: str) -> Table:
+        """The table that rich prints."""
+        table = Table(title=title, title_justify="left", header_style="bold")
+        table.add_column("model", no_wrap=True)
+        if self.has_settings:
+            table.add_column("chosen setting", max_width=30)
+        for heading in self.headings:
+            table.add_column(heading.text, justify="right", no_wrap=True)
+        for row in self.rows:
+            setting = (row.setting,) if self.has_settings else ()
+            # A line under the models that no method has edited.
+            table.add_row(row.name, *setting, *row.cells, end_section=row.name == REFERENCES[-1])
+        return table
 
 
 class Column(NamedTuple):
-    """A column: a short heading, what it is in full, and the text of a point's cell."""
+    """A column of points: its heading, the text of a point's cell, and whether a point has one."""
 
-    heading: str
-    meaning: str
+    heading: Heading
     text: Callable[[Point], str]
     is_given: Callable[[Point], bool] = lambda _: True
 
@@ -40,77 +93,89 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def _two(first: float | None, second: float | None) -> str:
-    return "–" if first is None else f"{number(first)}/{number(second)}"
+def _prediction(point: Point) -> str:
+    if point.predicted_kl is None:
+        return "–"
+    return f"{number(point.predicted_kl)}/{number(point.true_kl)}"
 
 
 COLUMNS = (
     Column(
-        "forget\nNLL", "loss on the forget rows, nats per output", lambda p: number(p.forget_nll)
+        Heading("forget\nNLL", "loss on the forget rows, nats per output", is_main=True),
+        lambda p: number(p.forget_nll),
     ),
-    Column("forget\nacc %", "accuracy on the forget rows", lambda p: share(p.forget_accuracy)),
-    Column("retain\nNLL", "loss on retain rows that edits see", lambda p: number(p.retain_nll)),
-    Column("retain\nacc %", "accuracy on the same", lambda p: share(p.retain_accuracy)),
     Column(
-        "held-out\nacc %",
-        "accuracy on retain rows that no edit sees",
+        Heading("forget\nacc %", "accuracy on the forget rows", is_main=True),
+        lambda p: share(p.forget_accuracy),
+    ),
+    Column(
+        Heading("retain\nNLL", "loss on retain rows that edits see"), lambda p: number(p.retain_nll)
+    ),
+    Column(Heading("retain\nacc %", "accuracy on the same"), lambda p: share(p.retain_accuracy)),
+    Column(
+        Heading("held-out\nacc %", "accuracy on retain rows that no edit sees"),
         lambda p: share(p.heldout_accuracy),
     ),
     Column(
-        "test\nacc %",
-        "accuracy on rows that no model was trained on",
+        Heading("test\nacc %", "accuracy on rows that no model was trained on"),
         lambda p: share(p.test_accuracy),
         lambda p: p.test_accuracy is not None,
     ),
     Column(
-        "KL to\noriginal",
-        "KL(original ‖ model) on held-out retain rows, nats per output",
+        Heading(
+            "KL to\noriginal",
+            "KL(original ‖ model) on held-out retain rows, nats per output",
+            is_main=True,
+        ),
         lambda p: number(p.heldout_kl),
     ),
     Column(
-        "KL to\nretrained",
-        "KL(retrained ‖ model) on the forget rows, nats per output",
+        Heading(
+            "KL to\nretrained",
+            "KL(retrained ‖ model) on the forget rows, nats per output",
+            is_main=True,
+        ),
         lambda p: number(p.forget_kl),
     ),
     Column(
-        "KL pred.\n/ true",
-        "retain KL as the second-order model predicts it, and the true one on the same rows, which "
-        "are those the line search saw",
-        lambda p: (
-            "–" if p.predicted_kl is None else f"{number(p.predicted_kl)}/{number(p.true_kl)}"
+        Heading(
+            "KL pred.\n/ true",
+            "retain KL as the second-order model predicts it, and the true one on the same rows, "
+            "which are those the line search saw",
         ),
+        _prediction,
         lambda p: p.predicted_kl is not None,
     ),
     Column(
-        "truth\nratio",
-        "mean truth ratio of the forget rows",
+        Heading("truth\nratio", "mean truth ratio of the forget rows"),
         lambda p: number(p.truth_ratio),
         lambda p: p.truth_ratio is not None,
     ),
     Column(
-        "forget\nquality",
-        "p-value of the Kolmogorov-Smirnov test of the truth ratios against the retrained model's",
+        Heading(
+            "forget\nquality",
+            "p-value of the Kolmogorov-Smirnov test of the truth ratios against the retrained "
+            "model's",
+            is_main=True,
+        ),
         lambda p: number(p.forget_quality),
         lambda p: p.forget_quality is not None,
     ),
     Column(
-        "model\nutility",
-        "harmonic mean of probability, ROUGE-L recall and truth ratio on retain questions, real "
-        "authors and world facts",
+        Heading(
+            "model\nutility",
+            "harmonic mean of probability, ROUGE-L recall and truth ratio on retain questions, "
+            "real authors and world facts",
+            is_main=True,
+        ),
         lambda p: number(p.model_utility),
         lambda p: p.model_utility is not None,
     ),
 )
-
-
-class Row(NamedTuple):
-    """A row of the table: who, at which setting, and the numbers (None: nothing within budget)."""
-
-    name: str
-    setting: str
-    point: Point | None
-    edit_seconds: str
-    fit_seconds: str
+SECONDS = (
+    Heading("edit\ns", "seconds of the edit, compiling excluded; of training, for retrained"),
+    Heading("fit\ns", "seconds of fitting the curvature, once for all edits, without compiling"),
+)
 
 
 def setting_text(comparison: Comparison, curve: Curve, point: Point) -> str:
@@ -120,41 +185,45 @@ def setting_text(comparison: Comparison, curve: Curve, point: Point) -> str:
     return ", ".join([*parts, f"{method.strength.split(' (')[0]} {point.strength:g}"])
 
 
-def best_rows(comparison: Comparison, *, by_loss: bool = False) -> list[Row]:
+def best_sheet(comparison: Comparison, *, by_loss: bool = False) -> Sheet:
     """The untouched and the retrained model, and the best point of each method by either rule."""
     choose = comparison.nearest_in_loss if by_loss else comparison.best
-    retrain = comparison.seconds.get("retrain")
+    nothing = "no point within budget" if by_loss else comparison.nothing
+    columns = shown_columns(comparison)
+    retrain = number(comparison.seconds.get("retrain"))
     rows = [
-        Row("untouched", "", comparison.original, "–", "–"),
-        Row("retrained", "", comparison.retrained, number(retrain), "–"),
+        _row("untouched", "", comparison.original, columns, ("–", "–")),
+        _row("retrained", "", comparison.retrained, columns, (retrain, "–")),
     ]
     for method in comparison.methods:
-        fit = number(method.fit_seconds) if method.fit_seconds else "–"
         best = choose(method.name)
-        if best is None:
-            text = comparison.nothing if not by_loss else "no point within budget"
-            rows.append(Row(method.name, text, None, "–", fit))
-        else:
-            curve, point = best
-            text = setting_text(comparison, curve, point)
-            rows.append(Row(method.name, text, point, number(point.edit_seconds), fit))
-    return rows
+        setting = nothing if best is None else setting_text(comparison, *best)
+        point = None if best is None else best[1]
+        rows.append(_row(method.name, setting, point, columns, _seconds(method, point)))
+    return Sheet((*(c.heading for c in columns), *SECONDS), tuple(rows))
 
 
-def all_rows(comparison: Comparison) -> list[Row]:
+def all_sheet(comparison: Comparison) -> Sheet:
     """Every point of every curve."""
-    fits = {m.name: number(m.fit_seconds) if m.fit_seconds else "–" for m in comparison.methods}
-    return [
-        Row(
+    columns = shown_columns(comparison)
+    methods = {method.name: method for method in comparison.methods}
+    rows = (
+        _row(
             curve.method,
             setting_text(comparison, curve, point),
             point,
-            number(point.edit_seconds),
-            fits[curve.method],
+            columns,
+            _seconds(methods[curve.method], point),
         )
         for curve in comparison.curves
         for point in curve.points
-    ]
+    )
+    return Sheet((*(c.heading for c in columns), *SECONDS), tuple(rows))
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The best points as a table for the terminal."""
+    return best_sheet(comparison).for_terminal(comparison.title)
 
 
 def shown_columns(comparison: Comparison) -> list[Column]:
@@ -163,20 +232,13 @@ def shown_columns(comparison: Comparison) -> list[Column]:
     return [column for column in COLUMNS if any(column.is_given(p) for p in points)]
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """The best points as a table for the terminal."""
-    columns = shown_columns(comparison)
-    table = Table(title=comparison.title, title_justify="left", header_style="bold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("chosen setting", max_width=30)
-    for column in columns:
-        table.add_column(column.heading, justify="right", no_wrap=True)
-    table.add_column("edit\ns", justify="right", no_wrap=True)
-    table.add_column("fit\ns", justify="right", no_wrap=True)
-    for row in best_rows(comparison):
-        cells = ["–" if row.point is None else c.text(row.point) for c in columns]
-        end = row.name == "retrained"
-        table.add_row(
-            row.name, row.setting, *cells, row.edit_seconds, row.fit_seconds, end_section=end
-        )
-    return table
+def _row(
+    name: str, setting: str, point: Point | None, columns: list[Column], seconds: tuple[str, str]
+) -> Row:
+    cells = ("–" if point is None else column.text(point) for column in columns)
+    return Row(name, setting, (*cells, *seconds))
+
+
+def _seconds(method: Method, point: Point | None) -> tuple[str, str]:
+    edit = "–" if point is None else number(point.edit_seconds)
+    return edit, number(method.fit_seconds or None)

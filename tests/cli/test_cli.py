@@ -100,7 +100,8 @@ def test_a_run_on_a_file_writes_the_whole_report(file_run):
     assert results["machine"]["cores"] >= 1
     assert results["peak_memory_gib"] > 0
     page = (file_run / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 4  # each figure in two layouts
+    assert page.count('class="answers"') == 2
     assert "http" not in page
 
 
@@ -147,9 +148,15 @@ def test_the_digits_scene(folder, monkeypatch, capsys):
         assert part["original"]["forget_nll"] < part["retrained"]["forget_nll"]
         rows = part["num_rows"]
         assert rows["forget"] + sum(n for name, n in rows.items() if "retain" in name) == 1347
+        assert {len(p["pixels"]) for p in part["pictures"]} == {8}
+        assert [p["kind"] for p in part["pictures"]] == ["forget"] * 6 + ["retain"] * 6
+        assert {p["truth"] for p in part["pictures"][:6]} == {"7"}
+        assert part["num_judged"]["forget"] == rows["forget"]
     # Nobody told the second reference what a seven is.
     assert parts[1]["retrained"]["forget_accuracy"] < 0.05
     printed = capsys.readouterr()
+    assert "minutes on two free CPU cores" in printed.err
+    assert "held-out retain rows" in printed.out
     assert "K-FADE (EK-FAC)" in printed.out
     assert "digits/index.html" in printed.out
     assert "retraining without the" in printed.err

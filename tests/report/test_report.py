@@ -12,7 +12,10 @@ from jedit.report import (
     Answer,
     Comparison,
     Curve,
+    Guess,
     Method,
+    NumJudged,
+    Picture,
     Point,
     Run,
     best_point,
@@ -22,6 +25,7 @@ from jedit.report import (
     save_png,
     to_json,
     tradeoff_figure,
+    verdict,
     write_report,
 )
 from jedit.report import writer as writer_module
@@ -61,6 +65,7 @@ def comparison():
         title="Toy <scene>",
         notes=("What was run & why.",),
         num_rows={"forget": 4},
+        num_judged=NumJudged(4, 10),
         settings={"model": "two neurons"},
         seconds={"train": 1.0, "retrain": 0.9},
         kl_budget=0.1,
@@ -68,7 +73,9 @@ def comparison():
         retrained=point(0.0, 0.03, 0.0),
         methods=methods,
         curves=curves,
-        edited_by="K-FADE",
+        pictures=(
+            Picture("forget", ((0.0, 1.0), (0.5, 0.25)), "7", *map(Guess, "741", (1, 0.5, 0.25))),
+        ),
         answers=(Answer("forget", "Who?", "Ana.", "Ana.", "<b>Bea</b>.", "Cleo."),),
     )
 
@@ -174,13 +181,54 @@ def test_the_page_stands_alone(run):
     text = page(run)
     assert not re.search(r"https?://|//\w+\.|@import|url\(|<script|<link", text)
     found = Resources(text)
-    images = [value for tag, value in found.loaded if tag == "img"]
-    assert len(images) == 1
-    assert images[0].startswith("data:image/png;base64,")
+    images = [value for tag, value in found.loaded if tag in ("img", "source")]
+    assert len(images) == len(set(images)) == 3  # the figure, its narrow layout, a picture
+    assert all(value.startswith("data:image/png;base64,") for value in images)
     assert all(value.startswith(("data:", "#")) for _, value in found.loaded)
     assert "<b>Bea</b>." in found.text  # shown as it is, not as markup
     assert "Toy <scene>" in found.text
     assert "What was run & why." in found.text
+
+
+def test_the_page_answers_first_what_happened(run, comparison):
+    text = Resources(page(run)).text
+    found = verdict(comparison)
+    order = [
+        found.outcome.value,
+        found.sentence,
+        "Before and after",
+        "The trade-off",
+        "Each method at its best point",
+        "How it was made",
+        "jedit demo",
+    ]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    before, after, retrained = (f"{x:.0f}%" for x in (100, 50, 25))
+    assert re.search(rf"before\s*7 {before}\s*after\s*4 {after}\s*retrained\s*1 {retrained}", text)
+
+
+def test_a_narrow_screen_keeps_the_columns_that_matter(run):
+    found = re.search(r'<table class="sheet">.*?</table>', page(run), re.DOTALL)
+    rows = re.findall(r"<tr.*?</tr>", found[0], re.DOTALL)
+    cells = [re.findall(r"<t[hd]([^>]*)>", row) for row in rows]
+    shown = [[i for i, kind in enumerate(row) if "more" not in kind] for row in cells]
+    assert len({tuple(row) for row in shown}) == 1  # the same in every row
+    headings = re.findall(r"<th[^>]*>(.*?)</th>", rows[0], re.DOTALL)
+    kept = [headings[i].replace("\n", " ") for i in shown[0]]
+    assert kept == ["model", "forget NLL", "forget acc %", "KL to original", "KL to retrained"]
+    assert len(headings) > 2 * len(kept)
+
+
+def test_the_narrow_figure_stands_upright(comparison):
+    wide, narrow = (tradeoff_figure(comparison, is_narrow=x) for x in (False, True))
+    left, right = wide.axes
+    upper, lower = narrow.axes
+    for figure in (wide, narrow):
+        figure.draw_without_rendering()
+    assert left.get_position().x1 < right.get_position().x0
+    assert upper.get_position().y0 > lower.get_position().y1
+    assert narrow.get_size_inches()[0] <= 4  # at 96 dots an inch within 400 pixels
 
 
 def test_the_figure_is_drawn_with_its_axes_named(comparison, tmp_path):

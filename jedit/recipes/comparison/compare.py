@@ -8,6 +8,7 @@ there is honest.
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -26,10 +27,11 @@ from jedit.methods import kfade
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Row
 from jedit.recipes.comparison.judge import Judge, probe_batch
-from jedit.recipes.comparison.task import Grid, Say, Task
+from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.fitting import rows_of
-from jedit.report import Curve, Method, Point, best_point, best_quality
+from jedit.recipes.progress import Say, tell
+from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
 from jedit.tracing import intervene
 from jedit.training import run_method
 
@@ -37,13 +39,26 @@ MOMENTS = {Need.TARGET_MOMENTS, Need.REST_MOMENTS}
 
 
 class Judged(NamedTuple):
-    """What a comparison found, before it is put into words; `best` is by method, by the rule."""
+    """What a comparison found, before it is put into words.
+
+    Attributes:
+        num_judged: rows that judged a point.
+        original: the untouched model.
+        retrained: the model trained without the forget rows.
+        methods: what was compared.
+        curves: every setting of every method.
+        best: by method its best point by the rule, or None.
+        chosen: the method whose best point is the best of all by the rule; None if there is none.
+    """
+
+    num_judged: NumJudged
 
     original: Point
     retrained: Point
     methods: tuple[Method, ...]
     curves: tuple[Curve, ...]
     best: dict[str, tuple[Curve, Point] | None]
+    chosen: str | None
 
 
 class Fitted(NamedTuple):
@@ -94,7 +109,7 @@ def compare(
     retrained = judge(task.retrained, 0.0, 0.0)
     found, models, methods = [], {}, []
 
-    def best_of(name: str) -> tuple[Curve, Point] | None:
+    def best_of(name: str | None) -> tuple[Curve, Point] | None:
         if grid.utility_share is None:
             return best_point(found, name, grid.kl_budget)
         return best_quality(found, name, grid.utility_share, original)
@@ -117,13 +132,24 @@ def compare(
         else:
             assert isinstance(row, BySteps)
             curves, method = _by_steps(row, task, grid, judge, material, key=ascent_key)
-        tried = np.prod([len(values) for values in method.grid.values()], dtype=int)
+        tried = math.prod(len(values) for values in method.grid.values())
         say(f"{row.name}: {tried} settings")
-        for curve, params in curves:
+        for i, (curve, params) in enumerate(curves, 1):
             keep(curve, params)
+            tell(say, i, tried)
         methods.append(method._replace(fit_seconds=_fit_seconds(row, fitted)))
     best = {m.name: best_of(m.name) for m in methods}
-    return Judged(original, retrained, tuple(methods), tuple(found), best), models
+    overall = best_of(None)
+    judged = Judged(
+        num_judged=judge.num_judged,
+        original=original,
+        retrained=retrained,
+        methods=tuple(methods),
+        curves=tuple(found),
+        best=best,
+        chosen=None if overall is None else overall[0].method,
+    )
+    return judged, models
 
 
 def material_of(

@@ -14,7 +14,8 @@ from jedit.data import batches
 from jedit.metrics import forget_quality
 from jedit.objectives import token_kl, token_nll
 from jedit.recipes.comparison.task import Task
-from jedit.report import Point
+from jedit.recipes.fitting import rows_of
+from jedit.report import NumJudged, Point
 
 
 def probe_batch(batch: Batch, num_rows: int | None) -> Batch:
@@ -36,6 +37,9 @@ class Judge:
             for name in names
             if getattr(task, name) is not None
         }
+        self.num_judged = NumJudged(
+            *(rows_of(_shown(task, name)) for name in ("forget", "heldout"))
+        )
         self.reference = (
             None if task.truth_ratio is None else _finite(task.truth_ratio(task.retrained))
         )
@@ -67,10 +71,13 @@ class Judge:
         return Point(strength=strength, edit_seconds=seconds, **values, **predictions)  # type: ignore[arg-type]
 
 
-def _judged(task: Task, name: str) -> Batch:
+def _shown(task: Task, name: str) -> Batch:
     rows = getattr(task, name)
-    if name != "forget":
-        rows = probe_batch(rows, task.judged_rows)
+    return rows if name == "forget" else probe_batch(rows, task.judged_rows)
+
+
+def _judged(task: Task, name: str) -> Batch:
+    rows = _shown(task, name)
     return rows if task.pack is None else task.pack(rows)
 
 

@@ -10,9 +10,6 @@ from jaxtyping import PyTree
 from jedit.core.batch import Batch
 from jedit.methods.row import Pace, Reach
 
-Say = Callable[[str], None]
-
-
 # What the demo runs unless it is asked for all.
 MAIN = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO")
 

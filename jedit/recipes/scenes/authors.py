@@ -3,8 +3,9 @@
 from jedit.data import generate_authors
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
-from jedit.recipes.comparison.task import MAIN, Grid, Say
+from jedit.recipes.comparison.task import MAIN, Grid
 from jedit.recipes.fitting import Recipe
+from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import Model, question_answer
 from jedit.report import Comparison
 

@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jedit.data import Digits, forget_class, forget_cluster, load_digits, split_digits
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
 from jedit.recipes.comparison.compare import compare
-from jedit.recipes.comparison.task import MAIN, Grid, Say, Task
-from jedit.recipes.fitting import Recipe, Trained, train
-from jedit.report import Comparison
+from jedit.recipes.comparison.task import MAIN, Grid, Task
+from jedit.recipes.fitting import Recipe, Trained, spread, train
+from jedit.recipes.progress import Say, Within
+from jedit.report import Comparison, Guess, Picture
 
 LABEL = 7
 RECIPE = Recipe((20,), batch_size=64, learning_rate=2e-3)
@@ -38,6 +39,7 @@ ALL = GRID._replace(
     methods=tuple(r.name for r in CATALOGUE.values() if Need.REFUSALS not in r.needs)
 )
 SHARE_SEEN = 0.7
+SHOWN = 6  # images of the forget and of the held-out rows
 
 
 class _Part(NamedTuple):
@@ -83,7 +85,7 @@ def digits(
     model = f"CNN, channels {', '.join(map(str, channels))}, hidden {hidden}, {size} parameters"
 
     def fit(part: Digits) -> Trained:
-        return train(apply, initial, part.as_batch(), recipe, key=order_key)[0]
+        return train(apply, initial, part.as_batch(), recipe, key=order_key, say=say)[0]
 
     say(f"digits: training the model on {len(rows.labels)} images")
     original = fit(rows)
@@ -161,7 +163,9 @@ def _compare_part(
         hidden_site="head/kernel",
         layers=("head/kernel",),
     )
-    judged, _ = compare(task, grid, key=edit_key, say=lambda text: say(f"{part.name}: {text}"))
+    judged, models = compare(task, grid, key=edit_key, say=Within(part.name, say))
+    edited = models[judged.chosen] if judged.chosen else original.params
+    three = (original.params, edited, retrained.params)
     note = (
         "A small convolutional network learns the handwritten digits that ship with scikit-learn, "
         f"and is then made to forget {part.what}. The retrained model comes from the same recipe "
@@ -179,6 +183,7 @@ def _compare_part(
             "retain, held out from edits": len(heldout),
             part.test_name: len(part.test.labels),
         },
+        num_judged=judged.num_judged,
         settings={
             **settings,
             "K-FADE edits": "all parameters",
@@ -194,4 +199,27 @@ def _compare_part(
         retrained=judged.retrained,
         methods=judged.methods,
         curves=judged.curves,
+        pictures=(
+            *_pictures(apply, three, "forget", rows.take(part.forget)),
+            *_pictures(apply, three, "retain", rows.take(heldout)),
+        ),
     )
+
+
+def _pictures(
+    apply: Callable, models: tuple[PyTree, PyTree, PyTree], kind: str, rows: Digits
+) -> list[Picture]:
+    """A few images, and what the untouched, the edited and the retrained model take them for."""
+    shown = rows.take(np.array(spread(len(rows.labels), SHOWN)))
+    inputs = shown.as_batch().inputs
+    guesses = []
+    for params in models:
+        probabilities = np.asarray(jax.nn.softmax(apply(params, inputs)))
+        labels = probabilities.argmax(axis=1)
+        guesses.append(
+            [Guess(str(k), float(row[k])) for k, row in zip(labels, probabilities, strict=True)]
+        )
+    return [
+        Picture(kind, tuple(map(tuple, image[..., 0].tolist())), str(label), *of_models)
+        for image, label, *of_models in zip(shown.images, shown.labels, *guesses, strict=True)
+    ]

@@ -18,13 +18,12 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
-from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByBudget
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, greedy_decode
-from jedit.recipes.comparison.compare import Judged, compare
-from jedit.recipes.comparison.task import Grid, Say, Task
-from jedit.recipes.fitting import Recipe, train
+from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.task import Grid, Task
+from jedit.recipes.fitting import Recipe, spread, train
+from jedit.recipes.progress import Say, Within
 from jedit.report import Answer, Comparison
 
 # K-FADE edits the matrices of the blocks: what an embedding or a norm has learned serves every row.
@@ -112,9 +111,9 @@ def question_answer(
     vocab = rows.tokenizer.get_vocab_size()
     apply, initial = model.make(vocab, rows.width + ANSWER_TOKENS, key=init_key)
     say(f"{name}: training a GPT on {len(sets.data)} rows")
-    originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key)
+    originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key, say=say)
     say(f"{name}: retraining without the {len(sets.forget)} rows to forget")
-    retraineds = train(apply, initial, rows.encode(sets.kept), recipe, key=order_key)
+    retraineds = train(apply, initial, rows.encode(sets.kept), recipe, key=order_key, say=say)
     found = []
     for original, retrained in zip(originals, retraineds, strict=True):
         start = time.perf_counter()
@@ -136,10 +135,8 @@ def question_answer(
             layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(model.layers)),
             refusals=rows.refusals(sets.forget),
         )
-        judged, models = compare(
-            task, grid, key=compare_key, say=lambda t, p=part: say(f"{p}: {t}")
-        )
-        edited_by, edited = _nearest(judged, models, original.params)
+        judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
+        edited = models[judged.chosen] if judged.chosen else original.params
         say(f"{part}: asking a few questions")
         answers = rows.ask(apply, sets, original.params, edited, retrained.params)
         found.append(
@@ -153,6 +150,7 @@ def question_answer(
                     "retain, seen by edits": len(sets.seen),
                     "retain, held out from edits": len(sets.heldout),
                 },
+                num_judged=judged.num_judged,
                 settings={
                     "model": f"GPT, {model.layers} blocks of width {model.width}, {model.heads} "
                     f"heads, vocabulary {rows.tokenizer.get_vocab_size()}, "
@@ -174,7 +172,6 @@ def question_answer(
                 retrained=judged.retrained,
                 methods=judged.methods,
                 curves=judged.curves,
-                edited_by=edited_by,
                 answers=answers,
             )
         )
@@ -239,8 +236,8 @@ class _Rows:
         self, apply: Callable, sets: Sets, original: PyTree, edited: PyTree, retrained: PyTree
     ) -> tuple[Answer, ...]:
         """What three models answer to three questions to forget and three held-out ones to keep."""
-        chosen = [("forget", row) for row in _spread(sets.forget, 3)]
-        chosen += [("retain", row) for row in _spread(sets.heldout, 3)]
+        chosen = [("forget", sets.forget[i]) for i in spread(len(sets.forget), 3)]
+        chosen += [("retain", sets.heldout[i]) for i in spread(len(sets.heldout), 3)]
         prompts = prompts_of(encode_rows(self.tokenizer, [row for _, row in chosen]))
         steps = ANSWER_TOKENS
         columns = []
@@ -264,21 +261,6 @@ def _split(
     cut = min(max(1, round(SHARE_SEEN * len(order))), len(order) - 1)
     seen, heldout = ([retain[i] for i in part] for part in (order[:cut], order[cut:]))
     return Sets(list(data), list(forget), kept, seen, heldout)
-
-
-def _spread(rows: Sequence[QaRow], number: int) -> list[QaRow]:
-    places = np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)
-    return [rows[i] for i in places]
-
-
-def _nearest(judged: Judged, models: dict[str, PyTree], original: PyTree) -> tuple[str, PyTree]:
-    """The K-FADE model nearest to the retrained one within the budget, and what to call it."""
-    found = [(name, pair) for name, pair in judged.best.items() if pair and name in models]
-    found = [item for item in found if isinstance(CATALOGUE[item[0]], ByBudget)]
-    if not found:
-        return "edited (no K-FADE point is within the budget: untouched)", original
-    name, (curve, point) = min(found, key=lambda item: item[1][1].forget_kl)
-    return f"{name}, budget {point.strength:g}", models[name]
 
 
 def _notes(sets: Sets, rows: _Rows) -> list[str]:

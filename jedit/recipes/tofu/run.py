@@ -24,8 +24,9 @@ from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.edits import cast_report, edit_between
 from jedit.models import cast_params
 from jedit.recipes.comparison.compare import compare
-from jedit.recipes.comparison.task import Say, Task
-from jedit.recipes.fitting import Trained, train
+from jedit.recipes.comparison.task import Task
+from jedit.recipes.fitting import Trained, spread, train
+from jedit.recipes.progress import Say, tell
 from jedit.recipes.scenes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.evaluation import (
@@ -46,8 +47,9 @@ from jedit.recipes.tofu.membership import (
 )
 from jedit.recipes.tofu.models import Start, small_gpt
 from jedit.recipes.tofu.presets import Preset
-from jedit.report import Comparison, Evaluation
+from jedit.report import Answer, Comparison, Evaluation
 
+SHOWN = 3  # of the forget and of the held-out rows, with their answers
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers
 
 
@@ -171,7 +173,7 @@ def prepare(
             say(f"{name}ing on {len(rows)} rows{without}")
             sequences = pack(_rows(model, rows), model.max_len).batch
             training[name] = train(
-                model.apply, begin.params, sequences, preset.recipe, key=order_key
+                model.apply, begin.params, sequences, preset.recipe, key=order_key, say=say
             )[-1]
         original, retrained = (training[name].params for name in ("train", "retrain"))
     asked = {
@@ -250,8 +252,9 @@ def tofu(
     reference = reference_of(model, task.retrained, whole["forget"], unseen)
     attack_key = jax.random.fold_in(jax.random.key(seed), 3)
     evaluations, leaderboard = {}, {}
-    for name in models:
-        say(f"evaluating {name}")
+    say(f"evaluating {len(models)} models{' under attack' if with_attacks else ''}")
+    for i, name in enumerate(models):
+        tell(say, i, len(models))
         params = models[name]
         if name in kept:
             params = jax.tree.map(_put_like, params, task.original)
@@ -278,6 +281,7 @@ def tofu(
             title=f"TOFU: forget {preset.forgotten} of {preset.authors} authors",
             notes=_notes(scene, sets, preset),
             num_rows={name: len(rows) for name, rows in sets._asdict().items()},
+            num_judged=judged.num_judged,
             settings={
                 "model": scene.description,
                 "computed in": preset.dtype,
@@ -295,10 +299,28 @@ def tofu(
             retrained=judged.retrained,
             methods=judged.methods,
             curves=judged.curves,
+            answers=_answers(sets, evaluations, judged.chosen or "untouched"),
             leaderboard=leaderboard,
             evaluations=evaluations,
         ),
     )
+
+
+def _answers(
+    sets: Sets, evaluations: dict[str, dict[str, Evaluation]], edited: str
+) -> tuple[Answer, ...]:
+    """What three models generated when they were evaluated, for a few rows of two sets."""
+    found = []
+    for kind, rows in (("forget", sets.forget), ("retain", sets.heldout)):
+        said = [
+            evaluations[name][f"{SHORT[kind]}_Q_A_ROUGE"].rows["generation"]
+            for name in ("untouched", edited, "retrained")
+        ]
+        for i in spread(len(rows), SHOWN):
+            found.append(
+                Answer(kind, rows[i].question, rows[i].answer, *(texts[i] for texts in said))
+            )
+    return tuple(found)
 
 
 def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:

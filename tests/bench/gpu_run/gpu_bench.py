@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jedit.data import pack
-from jedit.recipes.comparison.task import Say
 from jedit.recipes.environment import machine, versions
 from jedit.recipes.fitting import Recipe
+from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.models import small_gpt
 from jedit.recipes.tofu.presets import PRESETS, Preset

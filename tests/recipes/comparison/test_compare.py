@@ -190,6 +190,9 @@ def test_the_models_kept_are_the_best_points(judged_and_models):
     judged, models = judged_and_models
     assert judged.best == {m: best_point(judged.curves, m, GRID.kl_budget) for m in METHODS}
     assert set(models) == {name for name, pair in judged.best.items() if pair is not None}
+    nearest = min(pair[1].forget_kl for pair in judged.best.values() if pair is not None)
+    assert judged.best[judged.chosen][1].forget_kl == nearest
+    assert judged.num_judged == (30, 40)
 
 
 def test_the_same_key_gives_the_same_numbers_and_another_one_others(task, judged_and_models):

@@ -26,6 +26,7 @@ from jedit.recipes.tofu.membership import (
 from jedit.recipes.tofu.presets import PRESETS, Preset
 from jedit.recipes.tofu.run import invented_sets, read_sets, tofu
 from jedit.recipes.tokenization import OwnWords
+from jedit.report import verdict
 from tests.conftest import ROOT
 
 TOFU = ROOT.parent / "shared" / "data" / "tofu"
@@ -246,4 +247,10 @@ def test_a_toy_from_end_to_end(monkeypatch):
     for name, row in found.leaderboard.items():
         assert all(np.isfinite(value) for value in row.values()), name
         assert 0 <= row["probe_accuracy"] <= 1
-    assert "evaluating NPO" in said
+    assert "evaluating 7 models under attack" in said
+    assert [answer.kind for answer in found.answers] == ["forget"] * 3 + ["retain"] * 3
+    edited = found.chosen[0].method if found.chosen else "untouched"
+    log = found.evaluations[edited]["forget_Q_A_ROUGE"].rows["generation"]
+    assert found.answers[0].edited == log[0]
+    assert found.num_judged.heldout == TOY.questions
+    assert ("attacks" in verdict(found).sentence) is (found.chosen is not None)
