@@ -4,9 +4,9 @@ Environment variables choose the run: `JEDIT_TEST_X64=0` runs in float32, as use
 `JEDIT_TEST_KEY_REUSE=1` lets JAX report a random key that is used twice, in the tests that draw
 random numbers through jedit; `JEDIT_TEST_TYPECHECK=0` leaves the run-time check of shape
 annotations out, `all` takes those of `jedit.tracing` in, which walks over programs, thousands of
-calls for each, and costs a third of the suite's time. `JEDIT_TEST_FAST_COMPILE=1` compiles quickly what runs once:
-two thirds of the compiler's time go without LLVM's optimisation and XLA's slower emitter of fused
-kernels. `JEDIT_TEST_ALL=1` runs what is marked `exhaustive` too.
+calls for each, and costs a third of the suite's time. `JEDIT_TEST_FAST_COMPILE=1` compiles quickly
+what runs once: two thirds of the compiler's time go without LLVM's optimisation and XLA's slower
+emitter of fused kernels. `JEDIT_TEST_ALL=1` runs what is marked `exhaustive` too.
 
 Compiled programs are kept in `.jax_cache`, a folder that all runs share: a second run finds them
 there, and so does a worker that needs what another has compiled. `JAX_COMPILATION_CACHE_DIR` names

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
-from jedit.core.outputs import wide
 from jedit.core.paths import parameter_paths
+from jedit.core.precision import wide, wide_dtype
 
 Part = dict[str, Array]
 

@@ -22,8 +22,8 @@ from jedit.core.arguments import batch_list, check_function, check_params, refus
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.core.exponents import exponents, shifted
-from jedit.core.outputs import check_contents, counted_outputs, wide
+from jedit.core.outputs import check_contents, counted_outputs
+from jedit.core.precision import exponents, shifted, wide
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part

@@ -21,10 +21,9 @@ import numpy as np
 from jax.extend import core as jex_core
 from jaxtyping import Array, Key, PyTree
 
-from jedit.core.arguments import matcher
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import COUNT, FINITE, check_numbers
-from jedit.core.paths import parameter_paths
+from jedit.core.paths import matcher, parameter_paths
+from jedit.core.precision import wide_dtype
 from jedit.models.functional import Apply
 
 CALLS = ("jit", "pjit", "closed_call", "core_call")

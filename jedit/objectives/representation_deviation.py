@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Batch
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
-from jedit.core.outputs import counted_outputs, wide
+from jedit.core.outputs import counted_outputs
+from jedit.core.precision import wide
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import Apply, masked_mean
 

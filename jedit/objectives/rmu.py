@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.arguments import check_batch
-from jedit.core.batch import Batch, wide_dtype
+from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.outputs import counted_outputs
+from jedit.core.precision import wide_dtype
 from jedit.objectives.token_nll import masked_mean
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.core.outputs import wide
+from jedit.core.precision import wide
 from jedit.objectives.retain import add_retain, retain_nll
 from jedit.objectives.token_nll import (
     Apply,

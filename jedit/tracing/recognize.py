@@ -39,7 +39,7 @@ def recognize(
         return None
     name = eqn.primitive.name
     if name in versions.CUSTOM_RULE:
-        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else CUSTOM_RULE
+        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else A_CUSTOM_RULE
     if name in REASONS:
         return REASONS[name]
     if name in ("add", "add_any", "sub", "mul", "div"):
@@ -63,7 +63,7 @@ def recognize(
     return None
 
 
-CUSTOM_RULE = "enters a function with a custom derivative rule"
+A_CUSTOM_RULE = "enters a function with a custom derivative rule"
 LOOP_WITH_A_RULE = (
     "enters a `while` loop with a custom derivative rule; a bounded one is covered (Equinox's kind "
     "'bounded', Diffrax's DirectAdjoint)"

@@ -21,8 +21,6 @@ from jaxtyping import Array
 from jedit.core.display import html_table, text_table
 from jedit.tracing.provenance import Op, apply_ops, transpose_ops
 
-DIAGONAL_KINDS = ("scale", "bias")
-
 
 @dataclasses.dataclass(frozen=True)
 class Weight:

@@ -32,14 +32,13 @@ from jedit.core.arguments import (
     check_key,
     check_optimizer,
     check_params,
-    matcher,
 )
 from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers, loop_failure
 from jedit.core.devices import RowSharding, kept, on_auto_axes, places_of, row_sharding, split_rows
 from jedit.core.display import short_repr
 from jedit.core.outputs import check_sets
-from jedit.core.paths import parameter_paths
+from jedit.core.paths import matcher, parameter_paths
 
 History = dict[str, Array]
 

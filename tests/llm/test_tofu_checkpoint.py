@@ -17,12 +17,12 @@ from jedit.data import facts_to_rows, generate_authors
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
 from jedit.recipes.comparison.compare import Grid
 from jedit.recipes.fitting import Recipe
+from jedit.recipes.tofu import presets as tofu_presets
+from jedit.recipes.tofu import run as tofu_recipe
 from jedit.recipes.tofu.evaluation import encode_questions, generate
 from jedit.recipes.tofu.models import Pretrained, from_folders
 from jedit.recipes.tofu.presets import Preset
 from jedit.recipes.tofu.run import Sets, _rounded_away
-from jedit.recipes.tofu.run import presets as tofu_presets
-from jedit.recipes.tofu.run import run as tofu_recipe
 from jedit.recipes.tokenization import load_words
 from tests.llm.test_huggingface import change_config
 from tests.llm.test_llama2c import toy_files

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from jedit import objectives
 from jedit.core.batch import Batch
+from jedit.core.paths import exactly
 from jedit.curvature import Curvature
-from jedit.curvature.memory import exactly
 from jedit.geometry import Projector
 from jedit.methods import gu, kuda, rosu, sam, uam
 from jedit.tracing import intervene
