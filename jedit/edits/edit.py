@@ -3,8 +3,8 @@
     p <- p + scale · Δ_p      for every path p of the edit
 
 It is applied only by `apply_edit`, which returns new params; it can be reverted, scaled, added to
-others, and applied again to a model that was trained further.  Paths are
-`jax.tree_util.keystr(path, simple=True, separator="/")`.
+others, and applied again to a model that was trained further. Paths are those of
+`jedit.core.paths.parameter_paths`.
 """
 
 import functools

@@ -21,13 +21,23 @@ from jedit.tracing.walker import Value, Walker
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced `apply` with its sites and the plan to tap them."""
+    """A traced `apply` with its sites and the plan to tap them.
+
+    Attributes:
+        jaxpr: of `apply`.
+        sites: of the selected parameters.
+        plan: where probes are put.
+        num_branches: of all `cond`s.
+        num_params: leaves of the parameters; the inputs' follow them.
+        stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
+    """
 
     jaxpr: jex_core.ClosedJaxpr
     sites: Sites
     plan: Plan
     num_branches: int
     num_params: int
+    stopped: frozenset[str]
 
 
 @on_auto_axes
@@ -92,7 +102,8 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}
-    return Program(jaxpr, Sites(sites, uncovered), plan, walker.num_branches, len(named))
+    counts, stopped = (walker.num_branches, len(named)), frozenset(walker.stopped)
+    return Program(jaxpr, Sites(sites, uncovered), plan, *counts, stopped)
 
 
 def _check_inputs(named, inputs) -> None:
