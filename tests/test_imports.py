@@ -1,6 +1,8 @@
 """Data flows one way: this holds the table of who may import whom, and the size of files."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,17 @@ TABLE = {
     },
     "metrics": {"objectives", "training"},
     "attacks": {"objectives", "training"},
-    "checkpoint": {"curvature", "edits"},
+    "checkpoint": {"tracing", "curvature", "edits"},
     "models": {"tracing"},
     "data": set(),
     "report": {"metrics"},
 }
+
+# What `import jedit` leaves for those who need it: each takes a tenth of a second or more.
+LATE = (
+    *("flax", "qwix", "orbax", "safetensors", "tokenizers", "transformers", "tunix", "torch"),
+    *("scipy", "sklearn", "matplotlib", "pandas", "IPython", "treescope"),
+)
 
 
 def module_name(path, source_root):
@@ -123,6 +131,82 @@ def test_imports_go_along_the_arrows():
         for sentence in violations(name, path.read_text(), is_package=is_package)
     ]
     assert not found, "\n".join(found)
+
+
+def defined_names(source):
+    """What a module makes itself, or has through the door to the kernels."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (x for target in targets for x in ast.walk(target))
+            found |= {x.id for x in names if isinstance(x, ast.Name)}
+        elif isinstance(node, ast.ImportFrom) and node.module == "jedit_kernels":
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def borrowed(name, source, homes):
+    """The names that one module takes from another which did not make them, a sentence each.
+
+    Args:
+        name: of the module.
+        source: its text.
+        homes: what each module of the library defines; packages are not among them.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.module not in homes:
+            continue
+        for alias in node.names:
+            if alias.name not in homes[node.module]:
+                found.append(
+                    f"{name}, line {node.lineno}: {node.module} does not define {alias.name}"
+                )
+    return found
+
+
+def foreign(name, source):
+    """What a package's `__init__` hands on that its own modules did not make, a sentence each."""
+    return [
+        f"{name}, line {line}: hands on {target}, which is another room's"
+        for line, target in imported_modules(name, source, is_package=True)
+        if target.split(".")[0] == "jedit" and not f"{target}.".startswith(f"{name}.")
+    ]
+
+
+def test_names_come_from_the_room_that_defines_them():
+    files = list(library_files())
+    homes = {
+        name: defined_names(path.read_text()) for path, name, is_package in files if not is_package
+    }
+    tests = [(path, str(path.relative_to(ROOT))) for path in sorted(ROOT.glob("tests/**/*.py"))]
+    found = [
+        sentence
+        for path, name in [*((path, name) for path, name, _ in files), *tests]
+        for sentence in borrowed(name, path.read_text(), homes)
+    ]
+    for path, name, is_package in files:
+        found += foreign(name, path.read_text()) if is_package else []
+    assert not found, "\n".join(found)
+
+
+def test_a_borrowed_name_is_found():
+    homes = {"jedit.core.batch": defined_names("from x import Weight\nclass Batch: ...\nN = 1")}
+    taken = "from jedit.core.batch import Batch, N"
+    assert borrowed("jedit.data.text", taken, homes) == []
+    assert len(borrowed("jedit.data.text", f"{taken}, Weight", homes)) == 1
+    assert foreign("jedit.edits", "from jedit.edits.edit import Edit") == []
+    assert len(foreign("jedit.edits", "from jedit.core.batch import Batch")) == 1
+
+
+def test_importing_jedit_leaves_slow_packages_alone():
+    code = "import sys, jedit; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "jax" in done.stdout.split()
+    assert not set(LATE) & set(done.stdout.split())
 
 
 def test_kernels_have_one_door():

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import check_params, matcher
+from jedit.core.arguments import check_params
 from jedit.core.devices import on_auto_axes
+from jedit.core.paths import matcher, parameter_paths
 
 BITS = {4: jnp.int4, 8: jnp.int8}
 
@@ -59,8 +60,7 @@ def quantize(
     def axes_of(name: str, leaf: Array) -> tuple[int, ...]:
         return (leaf.ndim - 1,) if channel_axes is None else channel_axes(name, leaf)
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
+    named = parameter_paths(params)
     if not any(is_rounded(*item) for item in named):
         raise ValueError(f"select {select!r} finds no array of two or more axes")
     made = [
@@ -69,7 +69,7 @@ def quantize(
         else leaf
         for name, leaf in named
     ]
-    return structure.unflatten(made)
+    return jax.tree.unflatten(jax.tree.structure(params), made)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))

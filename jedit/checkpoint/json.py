@@ -13,8 +13,9 @@ import numpy as np
 
 from jedit.checkpoint.arrays import describe, described, is_shape
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
-from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Weight
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker
 from jedit.edits import Edit, LowRank
+from jedit.tracing.sites import Weight
 
 MAX_OPS = 64  # relayouts of one weight; a scan in a scan has fewer than ten
 MAX_NAME = 4096

@@ -16,7 +16,8 @@ from jedit.checkpoint.json import (
 )
 from jedit.checkpoint.sealed import MANIFEST, read_sealed, write_sealed
 from jedit.core.arguments import check_kind
-from jedit.curvature.types import Curvature, block_shardings, with_shardings
+from jedit.curvature.mesh.placement import block_shardings, with_shardings
+from jedit.curvature.types import Curvature
 from jedit.edits import Edit
 
 EDIT, CURVATURE = "edit", "curvature"

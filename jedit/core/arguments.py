@@ -1,12 +1,10 @@
 """Arguments of the wrong type or structure, refused with one sentence before anything is computed.
 
-A leaf: every folder may use it, and it knows of no type but `Batch`. What an array's numbers may
-be is not asked here.
+Of types it knows `Batch` alone; what an array's numbers may be is not asked here.
 """
 
 import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,24 +13,10 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from jedit.core.batch import Batch, Resumable
+from jedit.core.display import described, is_array, with_article
+from jedit.core.paths import leaves_with_paths
 
 NUM_NEAREST = 3
-
-
-def described(value: Any) -> str:
-    """What a value is, short enough for a sentence."""
-    if value is None:
-        return "None"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if is_array(value):
-        return f"an array {value.dtype}{list(value.shape)}"
-    return _with_article(type(value).__name__)
-
-
-def is_array(value: Any) -> bool:
-    """Whether a value has a shape and a dtype, if it is no more than that of an array."""
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def check_kind(value: Any, kind: type, name: str, example: str) -> None:
@@ -52,7 +36,7 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
     if isinstance(value, type) and kind in value.__mro__:
         raise TypeError(f"{name} is the class {value.__name__} itself; call it: {value.__name__}()")
     raise TypeError(
-        f"{name} must be {_with_article(kind.__name__)}, {example}, got {described(value)}; look "
+        f"{name} must be {with_article(kind.__name__)}, {example}, got {described(value)}; look "
         "at the order of the arguments"
     )
 
@@ -96,7 +80,7 @@ def check_params(params: PyTree, name: str = "params") -> None:
             f"{name} must be a pytree of arrays, got {described(params)}; look at the order of the "
             "arguments"
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in leaves_with_paths(params):
         if is_array(leaf) or isinstance(leaf, int | float | complex):
             continue
         hint = "leave out of it what is no parameter"
@@ -106,9 +90,8 @@ def check_params(params: PyTree, name: str = "params") -> None:
                 "model, equinox.is_inexact_array)`, and put it together in apply by "
                 "`equinox.combine(params, static)`"
             )
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
         raise TypeError(
-            f"{name} must be a pytree of arrays, but at {where!r} it holds {described(leaf)}; "
+            f"{name} must be a pytree of arrays, but at {path!r} it holds {described(leaf)}; "
             + hint
         )
 
@@ -251,30 +234,6 @@ def check_labels(targets: Any, name: str) -> None:
         )
 
 
-def matcher(patterns: str | Sequence[str], name: str) -> Callable[[str], bool]:
-    """Return whether one of some regular expressions is found in a text, as a function of it.
-
-    Raises:
-        TypeError: they are no texts.
-        ValueError: one is no regular expression.
-    """
-    several = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(several, Iterable) or not all(isinstance(x, str) for x in several):
-        raise TypeError(
-            f"{name} must be a regular expression, or several in a list, got {described(patterns)}"
-        )
-    compiled = []
-    for pattern in several:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise ValueError(
-                f"{name}: {pattern!r} is no regular expression ({error}); re.escape makes one of a "
-                "plain text"
-            ) from None
-    return lambda text: any(pattern.search(text) for pattern in compiled)
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say what there is instead of a name that is missing."""
     known = list(known)
@@ -288,7 +247,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
             "both places"
         )
     return sentence
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from jedit.core.display import short_repr
@@ -44,11 +42,6 @@ class PackedTokens(NamedTuple):
     positions: Int[Array, "batch seq"]
 
     __repr__ = short_repr
-
-
-def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype that sums over values of `dtype` accumulate in: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 @runtime_checkable

@@ -1,7 +1,6 @@
 """Checks of what can be told before or after a computation: ranges of numbers, and finiteness.
 
-The one place for them, and a leaf: every folder may use it, and it imports nothing from jedit. What
-is traced passes, since its value is not known; so does None, which stands for "not given".
+What is traced passes, since its value is not known; so does None, which stands for "not given".
 """
 
 import math
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
+
+from jedit.core.paths import leaves_with_paths
 
 
 class Range(NamedTuple):
@@ -96,11 +97,7 @@ def is_known(value: Any) -> bool:
 
 def not_finite(tree: PyTree) -> list[str]:
     """The paths of the arrays of a tree that hold NaN or infinity."""
-    return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if not _is_finite(leaf)
-    ]
+    return [path for path, leaf in leaves_with_paths(tree) if not _is_finite(leaf)]
 
 
 def check_finite(what: str, tree: PyTree, hint: str | Callable[[], str] = "") -> None:

@@ -24,15 +24,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, PyTree
 
 Function = TypeVar("Function", bound=Callable)
-Axes = tuple[str, ...]  # mesh axes that one dimension is split over
+MeshAxes = tuple[str, ...]  # mesh axes that one dimension is split over
 
 
-def axes_of(entry: Any) -> Axes:
+def axes_of(entry: Any) -> MeshAxes:
     """The mesh axes in one entry of a `PartitionSpec`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def spec_of(*split: Axes) -> PartitionSpec:
+def spec_of(*split: MeshAxes) -> PartitionSpec:
     """The reverse, for all dimensions."""
     return PartitionSpec(*(axes or None for axes in split))
 
@@ -218,7 +218,7 @@ class RowSharding:
     """
 
     mesh: Mesh | AbstractMesh
-    axes: Axes
+    axes: MeshAxes
 
     @property
     def num_devices_along(self) -> int:

@@ -19,6 +19,27 @@ MAX_ROWS = 24  # of a table of parameters
 MAX_TEXT = 60
 
 
+def described(value: Any) -> str:
+    """What a value is, short enough for a sentence."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if is_array(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    return with_article(type(value).__name__)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value has a shape and a dtype, if it is no more than that of an array."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def with_article(name: str) -> str:
+    """Put "a" or "an" before a name."""
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 def short_repr(self: Any) -> str:
     """The `repr` of a named tuple or dataclass: its fields, each in few characters."""
     if dataclasses.is_dataclass(self):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from jedit.core.batch import Batch, PackedTokens, wide_dtype
+from jedit.core.batch import Batch, PackedTokens
 from jedit.core.checks import example, is_known
 
 Limits = tuple[float | int, float | int]  # the lowest label and the highest
@@ -130,11 +130,6 @@ def by_example(batch: Batch, values: Array) -> Array:
             "give it the padded rows that were packed"
         )
     return values.reshape(values.shape[0], -1)
-
-
-def wide(x: Array) -> Array:
-    """Return `x` in float32, or in its own dtype if that is wider."""
-    return x.astype(wide_dtype(x.dtype))
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:

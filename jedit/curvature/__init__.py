@@ -1,14 +1,23 @@
 """Second-order statistics of linear sites: estimate them, solve with them, measure with them."""
 
 from jedit.curvature import likelihoods
-from jedit.curvature.algebra import factors, matvec, power, quadratic_form, solve, trace
+from jedit.curvature.algebra import (
+    eigenvalues,
+    factors,
+    matvec,
+    power,
+    quadratic_form,
+    rotate,
+    solve,
+    trace,
+)
 from jedit.curvature.diagonal import diagonal
 from jedit.curvature.ekfac import ekfac
 from jedit.curvature.estimator import Estimator, estimate
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
-from jedit.curvature.host import to_device, to_host
 from jedit.curvature.kfac import kfac
-from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, eigenvalues, rotate
+from jedit.curvature.memory import to_device, to_host
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker
 
 __all__ = [
     "Curvature",

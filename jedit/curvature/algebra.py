@@ -4,20 +4,77 @@ In the eigenbasis of a block, with T the matrix of a tree's leaf (bias last),
 
     f(F) T = Q_A [ f(Λ) ∘ (Q_Aᵀ T Q_G) ] Q_Gᵀ,   Λ_ij = a_i g_j   or the corrected eigenvalues
 
-so `solve`, `matvec`, `power` are the same few lines with another f.
+so `solve`, `matvec`, `power` are the same few lines with another f, and a projector has weights in
+the place of f(Λ).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind, check_params, nearest
+from jedit.core.arguments import check_kind, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
-from jedit.core.devices import on_auto_axes, sharding_of
-from jedit.core.paths import parameter_paths
-from jedit.curvature.types import Curvature, Kronecker, eigenvalues, gather, rotate
+from jedit.core.devices import fetched, on_auto_axes, sharding_of
+from jedit.curvature.checks import check_covers
+from jedit.curvature.eigenbases import rotate_axis
+from jedit.curvature.mesh.rotation import sharded_gather, sharded_products, sharded_rotation
+from jedit.curvature.types import Curvature, Diagonal, Kronecker
+from jedit.tracing.sites import Weight
+
+
+def eigenvalues(curvature: Curvature, name: str) -> Float[Array, "layers rows d_out"]:
+    """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
+    block = curvature.blocks[name]
+    if isinstance(block, Diagonal):
+        return block.values
+    if block.corrected is not None:
+        return fetched(block.corrected)
+    a = curvature.factors[block.input].eigenvalues
+    g = curvature.factors[block.output].eigenvalues
+    if block.sharding is not None:
+        return sharded_products(a, g, block.sharding)
+    return a[:, :, None] * g[:, None, :]
+
+
+def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
+    """Into a block's eigenbasis (or back) for (layers, rows, d_out)."""
+    block = curvature.blocks[name]
+    if isinstance(block, Diagonal):
+        return matrix
+    factors = (curvature.factors[block.input], curvature.factors[block.output])
+    if block.sharding is not None:
+        return sharded_rotation(*factors, matrix, back, block.sharding)
+    for axis, factor in enumerate(factors, 1):
+        matrix = rotate_axis(factor.basis, matrix, axis, back=back)
+    return matrix
+
+
+def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
+    """A block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
+    sharding = block.sharding if isinstance(block, Kronecker) else None
+    if sharding is None or block.weight.bias_path is None:
+        return block.weight.gather(leaves)
+    return sharded_gather(dict(leaves), block.weight, sharding)
+
+
+class Spectrum(NamedTuple):
+    """One block of a linear map on params, T -> Q [values ∘ (Qᵀ T)].
+
+    Attributes:
+        weight: which parameters T is of.
+        values: broadcast to (layers, rows, d_out).
+        gather: `gather({path: array}) -> T`.
+        rotate: `rotate(T, back=False) -> Qᵀ T`, or Q T, back.
+    """
+
+    weight: Weight
+    values: Array
+    gather: Callable[[Mapping[str, Array]], Array]
+    rotate: Callable[..., Array]
 
 
 def apply_spectral(
@@ -34,23 +91,46 @@ def apply_spectral(
     Raises:
         ValueError: as `solve`.
     """
-    if uncovered not in ("zero", "identity"):
-        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
     check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = check_covers(curvature, tree)
+
+    def spectrum(name: str) -> Spectrum:
+        block, values = curvature.blocks[name], eigenvalues(curvature, name)
+        values = function(values + _damping(values, damping, relative))
+        turn = functools.partial(rotate, curvature, name)
+        return Spectrum(block.weight, values, functools.partial(gather, block), turn)
+
+    return apply_spectra(map(spectrum, curvature.blocks), tree, leaves, uncovered=uncovered)
+
+
+def apply_spectra(
+    spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: str
+) -> PyTree:
+    """The linear map of these blocks on a tree; an iterator's blocks are made one by one.
+
+    Args:
+        spectra: blocks of different parameters, or of disjoint slices of one.
+        tree: T.
+        leaves: T by path.
+        uncovered: as in `solve`.
+
+    Returns:
+        A tree like T, in its dtypes and where it lies.
+
+    Raises:
+        ValueError: an unknown `uncovered`.
+    """
+    if uncovered not in ("zero", "identity"):
+        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
     total: dict[str, Array] = {}
     rest = dict(leaves)
-    for name, block in curvature.blocks.items():
-        values = eigenvalues(curvature, name)
-        mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
-        matrix = gather(block, mine)
-        damped = values + _damping(values, damping, relative)
-        rotated = function(damped) * rotate(curvature, name, matrix)
-        result = rotate(curvature, name, rotated, back=True)
-        for path, part in block.weight.scatter(result).items():
+    for weight, values, gathered, turn in spectra:
+        matrix = gathered({path: leaves[path].astype(values.dtype) for path in weight.paths})
+        result = turn(values * turn(matrix), back=True)
+        for path, part in weight.scatter(result).items():
             total[path] = total[path] + part if path in total else part
         if uncovered == "identity":
-            for path, part in block.weight.scatter(matrix).items():
+            for path, part in weight.scatter(matrix).items():
                 rest[path] = rest[path] - part.astype(rest[path].dtype)
     out = []
     for path, leaf in leaves.items():
@@ -67,33 +147,6 @@ def _damping(values: Array, damping, relative: bool) -> Array:
     if not relative:
         return damping
     return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
-
-
-def check_covers(curvature: Curvature, tree: PyTree) -> dict[str, Array]:
-    """Return a tree's leaves by path; every parameter of the curvature must be among them.
-
-    Raises:
-        TypeError: something else than a curvature, or than a tree of arrays.
-        ValueError: the tree lacks a parameter, or has it in another shape.
-    """
-    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
-    check_params(tree, "the tree")
-    leaves = dict(parameter_paths(tree))
-    for block in curvature.blocks.values():
-        weight = block.weight
-        shapes = {weight.path: weight.shape, weight.bias_path: weight.bias_shape}
-        for path in weight.paths:
-            if path not in leaves:
-                raise ValueError(
-                    f"the tree has no leaf {path!r}, which the curvature covers; it must be shaped "
-                    f"like the params that the curvature was estimated at ({nearest(path, leaves)})"
-                )
-            if leaves[path].shape != shapes[path]:
-                raise ValueError(
-                    f"leaf {path!r} has shape {leaves[path].shape}, the curvature's parameter has "
-                    f"{shapes[path]}"
-                )
-    return leaves
 
 
 @on_auto_axes

@@ -9,13 +9,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jedit.curvature.eigenbases import Moment
-from jedit.curvature.layout import Block
+from jedit.curvature.layout import BlockSites
 from jedit.curvature.moments import InputSums
 from jedit.curvature.types import Kronecker
 
 
 def assemble(
-    block: Block,
+    block: BlockSites,
     inputs: Mapping[str, InputSums],
     outputs: Mapping[str, Array],
     number: Array,

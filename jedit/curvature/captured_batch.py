@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_batch, check_params
-from jedit.core.batch import Batch, wide_dtype
+from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.outputs import check_contents, counted_outputs
+from jedit.core.precision import wide_dtype
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.curvature.positions import Alignment, align
 from jedit.tracing import Capture, Site, run_capture

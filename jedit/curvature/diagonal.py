@@ -18,12 +18,13 @@ from jaxtyping import Array, PyTree
 from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
 from jedit.core.display import short_repr
+from jedit.core.paths import exactly
 from jedit.curvature.captured_batch import Labels, check_pass, run_pass
-from jedit.curvature.eigenbases import check_finite
+from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.layout import Block, group_sites, padding_hint
+from jedit.curvature.layout import BlockSites, group_sites, padding_hint
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.memory import Need, device_bytes, exactly, group_paths
+from jedit.curvature.memory import Need, device_bytes, group_paths
 from jedit.curvature.mesh.placement import (
     best_split,
     leaf_shardings,
@@ -32,7 +33,7 @@ from jedit.curvature.mesh.placement import (
     zeros,
 )
 from jedit.curvature.squared_gradients import add_squared_gradients
-from jedit.curvature.types import Curvature, Diagonal, check_counted, pytree
+from jedit.curvature.types import Curvature, Diagonal, pytree
 
 
 @pytree("blocks", "draws")
@@ -51,7 +52,7 @@ class SquaresState:
     squares: dict[str, Array]
     num_outputs: Array
     next_example: Array
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSites, ...]
     draws: int
 
     __repr__ = short_repr
@@ -96,7 +97,7 @@ def squares_estimator(
     labels: Labels,
     select: str | Sequence[str] | None,
     bases: Mapping[str, tuple[Array | None, Array | None]],
-    finish: Callable[[tuple[Block, ...], dict[str, Array], Array], Curvature],
+    finish: Callable[[tuple[BlockSites, ...], dict[str, Array], Array], Curvature],
 ) -> Estimator:
     """Estimate mean squares of per-example gradients, by block in bases of its own.
 
@@ -172,20 +173,20 @@ def squares_estimator(
     return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups, check)
 
 
-def zero_squares(block: Block, dtype: jnp.dtype) -> Array:
+def zero_squares(block: BlockSites, dtype: jnp.dtype) -> Array:
     """No sum yet: (layers, rows, d_out)."""
     weight = block.weight
     return jnp.zeros((weight.layers, weight.rows, weight.d_out), dtype)
 
 
-def mean_squares(squares: Array, number: Array, block: Block) -> Array:
+def mean_squares(squares: Array, number: Array, block: BlockSites) -> Array:
     """A block's sum of squares over `number`, M times the draws."""
     mean = squares / number.astype(squares.dtype)
-    check_finite(mean, block.name, block.hint)
+    check_layers_finite(mean, block.name, block.hint)
     return mean
 
 
-def refuse_unclear_padding(blocks: Iterable[Block], batch: Batch) -> None:
+def refuse_unclear_padding(blocks: Iterable[BlockSites], batch: Batch) -> None:
     """Refuse a first batch with padding for sites whose padding cannot be told from data.
 
     A traced batch shows its padding only to `finalize`, which then names the block.

@@ -4,19 +4,17 @@ In jaxlib 0.10.2 on CPU several batched `eigh` in one jitted function can deadlo
 never return on a matrix with a NaN; hence no batch, no jit, and the check in front.
 """
 
-import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
-from jedit.core.devices import axes_of, no_mesh, sharding_of, spec_of
-from jedit.curvature.mesh.placement import even, whole
+from jedit.core.devices import fetched
+from jedit.core.precision import HIGHEST
+from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.types import Factor
 
 
@@ -32,29 +30,6 @@ class Moment(NamedTuple):
     matrix: Array
     block: str
     hint: str
-
-
-def check_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") -> None:
-    """Refuse what is not finite, by name.
-
-    Raises:
-        FloatingPointError: it holds NaN or infinity.
-    """
-    found, sharding = _are_finite(values), sharding_of(values)
-    # Layers may lie on devices that this process does not see.
-    is_finite = np.asarray(found if sharding is None else jax.device_put(found, whole(sharding)))
-    if not is_finite.all():
-        layers = np.flatnonzero(~is_finite).tolist()
-        where = f" (layers {layers})" if len(is_finite) > 1 else ""
-        raise FloatingPointError(
-            f"the curvature of {name!r}{where} is not finite: "
-            + (hint or "the model's activations or gradients overflowed on some batch")
-        )
-
-
-@jax.jit
-def _are_finite(values: Array) -> Array:
-    return jnp.all(jnp.isfinite(values), axis=tuple(range(1, values.ndim)))
 
 
 def factorize(
@@ -78,139 +53,30 @@ def factorize(
     Raises:
         FloatingPointError: it is not finite.
     """
-    check_finite(matrix, name, hint)
+    check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    pairs = [jax.block_until_ready(_eigh(layer, dtype or matrix.dtype)) for layer in matrix]
+    pairs = [jax.block_until_ready(eigh(layer, dtype or matrix.dtype)) for layer in matrix]
     values, bases = (
         jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
     )
     return Factor(matrix, bases, jnp.maximum(values, 0))
 
 
-def factorize_all(
-    moments: Mapping[str, Moment], dtype: DTypeLike | None = None
-) -> dict[str, Factor]:
-    """The eigenbases of all factors; where they lie on a mesh, each device decomposes some.
-
-    A basis lies as its matrix does. Beside the factors a device holds some four whole matrices of
-    the largest size. Devices that are CPUs of one process take turns: they share its cores, and
-    LAPACK may not come back when it is called side by side.
-
-    Raises:
-        FloatingPointError: one is not finite.
-    """
-    factors, spread = {}, {}
-    for name, moment in moments.items():
-        sharding = sharding_of(moment.matrix)
-        if sharding is None or moment.matrix.ndim == 2:
-            matrix, block, hint = moment
-            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint)
-        else:
-            check_finite(moment.matrix, moment.block, moment.hint)
-            spread[name] = (moment.matrix, sharding)
-    with no_mesh():  # what is on one device cannot be computed with in the context of several
-        factors |= _factorize_spread(spread, dtype)
-    return {name: factors[name] for name in moments}
-
-
-def _factorize_spread(
-    matrices: Mapping[str, tuple[Array, NamedSharding]], dtype: DTypeLike | None
-) -> dict[str, Factor]:
-    """As many layers' matrices at once as there are devices, those of equal size together."""
-    if not matrices:
-        return {}
-    devices = _devices(next(iter(matrices.values()))[1])
-    names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
-    tasks = [(name, layer) for name in names for layer in range(len(matrices[name][0]))]
-    pieces: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
-    factors = {}
-    for first in range(0, len(tasks), len(devices)):
-        turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
-        # All are copied before any is decomposed: a copy is the work of every device.
-        mine = [_on_device(*matrices[name], layer, device) for (name, layer), device in turn]
-        pairs = []
-        for matrix, device in zip(mine, devices, strict=False):
-            pairs.append(None if matrix is None else _eigh(matrix, dtype or matrix.dtype))
-            if device.platform == "cpu":
-                jax.block_until_ready(pairs[-1])
-        for ((name, _), device), pair in zip(turn, pairs, strict=True):
-            matrix, sharding = matrices[name]
-            pieces[name].append(_from_owner(pair, matrix, device, sharding))
-            if len(pieces[name]) == len(matrix):
-                factors[name] = Factor(matrix, *_stacked(pieces.pop(name), sharding))
-    return factors
-
-
-def _on_device(matrix: Array, sharding: NamedSharding, layer: int, device: Any) -> Array | None:
-    """One layer's matrix on one device; None when that is another process's."""
-    # Waited for: else copies of a whole turn would be under way to every device.
-    copies = jax.block_until_ready(_layer(matrix, jnp.int32(layer), whole(sharding)))
-    mine = [x.data for x in copies.addressable_shards if x.device == device]
-    return mine[0] if mine else None
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
-    chosen = jax.lax.dynamic_index_in_dim(matrix, layer, keepdims=False)
-    return jax.lax.with_sharding_constraint(chosen, place)
-
-
-def _devices(sharding: NamedSharding) -> list[Any]:
-    """All of a mesh, in its order."""
-    mesh = sharding.mesh
-    assert isinstance(mesh, Mesh)  # an array's is never abstract
-    return list(np.asarray(mesh.devices).flat)
-
-
-def _from_owner(
-    pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
-) -> tuple[Array, ...]:
-    """Eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds, on all of the mesh.
-
-    None: another process holds them. A sum over the devices, of zeros but for the owner's: exact,
-    and a collective that needs nobody to see the others' memory.
-    """
-    devices = _devices(sharding)
-    by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
-    axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
-    split = even(
-        NamedSharding(sharding.mesh, spec_of((), axes)), (1, *matrix.shape[1:]), 0, 1, None
-    )
-    found = []
-    for k, place in enumerate((whole(sharding), split)):
-        shape = (1, *matrix.shape[1 : 2 + k])
-        shards = [
-            jax.device_put(
-                jnp.zeros(shape, matrix.dtype)
-                if pair is None or device != owner
-                else jnp.asarray(pair[k], matrix.dtype)[None],
-                device,
-            )
-            for device in devices
-            if device.process_index == jax.process_index()
-        ]
-        full = (len(devices), *shape[1:])
-        one = jax.make_array_from_single_device_arrays(full, by_device, shards)
-        found.append(_sum_devices(one, place))
-    return tuple(found)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sum_devices(x: Array, place: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(jnp.sum(x, axis=0, keepdims=True), place)
-
-
-def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:
-    """(bases, eigenvalues) of all layers."""
-    values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
-    bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
-    values = jax.device_put(jnp.maximum(values, 0), whole(sharding))
-    return bases, values
-
-
-def _eigh(matrix: Float[Array, "d d"], dtype: DTypeLike):
+def eigh(
+    matrix: Float[Array, "d d"], dtype: DTypeLike
+) -> tuple[Float[ArrayLike, " d"], Float[ArrayLike, "d d"]]:
     """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
     return jnp.linalg.eigh(matrix.astype(dtype))
+
+
+def rotate_axis(basis: Array | None, x: Array, axis: int, *, back: bool = False) -> Array:
+    """Qᵀ x along an axis of (layers, d_in, d_out), or Q x, back; no basis leaves x as it is."""
+    if basis is None:
+        return x
+    # Contracted as it lies: a transposed basis would be a copy of it.
+    q = "lai" if back else "lia"
+    spec = f"{q},lij->laj" if axis == 1 else f"{q},lji->lja"
+    return jnp.einsum(spec, fetched(basis), x, precision=HIGHEST)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 from jedit.core.arguments import check_kind
 from jedit.core.devices import on_auto
-from jedit.curvature.algebra import check_covers
+from jedit.core.paths import exactly
 from jedit.curvature.captured_batch import Labels
+from jedit.curvature.checks import check_covers
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.memory import exactly
 from jedit.curvature.types import Curvature, Diagonal, Kronecker
 
 

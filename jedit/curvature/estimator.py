@@ -1,7 +1,7 @@
 """Estimators: three pure functions each, as an optax transform is two, and the batch loop."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -19,8 +19,8 @@ from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.devices import kept, on_auto, on_auto_axes, places_of
 from jedit.core.display import short_repr
-from jedit.curvature.host import to_host
-from jedit.curvature.types import Curvature, joined
+from jedit.curvature.memory import to_host
+from jedit.curvature.types import Curvature
 
 
 class Estimator(NamedTuple):
@@ -133,7 +133,7 @@ def estimate(
             estimate(one, params, batches, key=key, progress=progress, offload=offload)
             for one in estimators
         ]
-        return joined(parts)
+        return _joined(parts)
     if progress:
         from tqdm.auto import tqdm
 
@@ -187,3 +187,12 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
     if first is None:
         raise ValueError("estimate got no batch: a curvature needs at least one")
     return estimator.groups(params, on_auto(first), group_bytes), batches
+
+
+def _joined(curvatures: Sequence[Curvature]) -> Curvature:
+    """One curvature of several that cover different parameters, taken over the same data."""
+    blocks, factors = {}, {}
+    for curvature in curvatures:
+        blocks |= curvature.blocks
+        factors |= curvature.factors
+    return Curvature(blocks, factors, curvatures[0].num_outputs)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_batch, check_function
 from jedit.core.batch import Batch
-from jedit.core.outputs import counted_outputs, wide
+from jedit.core.outputs import counted_outputs
+from jedit.core.precision import wide
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 
 

@@ -22,14 +22,17 @@ from jaxtyping import Array, PyTree
 from jedit.core.arguments import check_function
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
+from jedit.core.paths import exactly
 from jedit.curvature.assemble import assemble
 from jedit.curvature.captured_batch import Labels, check_pass, run_pass
+from jedit.curvature.checks import check_counted
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
-from jedit.curvature.eigenbases import Moment, factorize_all
+from jedit.curvature.eigenbases import Moment
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.layout import Block, group_sites
+from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.memory import Need, device_bytes, exactly, group_paths
+from jedit.curvature.memory import Need, device_bytes, group_paths
+from jedit.curvature.mesh.eigenbases import factorize_all
 from jedit.curvature.mesh.placement import (
     best_split,
     factor_place,
@@ -48,7 +51,7 @@ from jedit.curvature.moments import (
     zero_output_sums,
 )
 from jedit.curvature.squared_gradients import add_squared_gradients
-from jedit.curvature.types import Curvature, Diagonal, check_counted, pytree
+from jedit.curvature.types import Curvature, Diagonal, pytree
 
 
 @pytree("blocks", "draws", "shardings")
@@ -73,7 +76,7 @@ class KfacState:
     squares: dict[str, Array]
     num_outputs: Array
     next_example: Array
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockSites, ...]
     draws: int
     shardings: tuple[NamedSharding | None, ...] = ()
 

@@ -40,7 +40,7 @@ class Member:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class BlockSites:
     """A block's parameters and sites."""
 
     name: str
@@ -68,7 +68,7 @@ def padding_hint(names: list[str]) -> str:
     )
 
 
-def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Block, ...]:
+def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[BlockSites, ...]:
     """The blocks of all sites, in their order.
 
     Args:
@@ -82,7 +82,7 @@ def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Bloc
         ValueError: sites of one parameter overlap in different layouts.
     """
     groups: dict[tuple, str] = {}
-    blocks: dict[str, Block] = {}
+    blocks: dict[str, BlockSites] = {}
     for name, site in sites.items():
         group = ""
         if site.record is not None:
@@ -98,14 +98,14 @@ def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Bloc
             alignments[name].is_maskable,
         )
         if home is None:
-            blocks[name] = Block(name, site.weight, (member,))
+            blocks[name] = BlockSites(name, site.weight, (member,))
         else:
             members = (*blocks[home].members, member)
             blocks[home] = dataclasses.replace(blocks[home], members=members)
     return tuple(blocks.values())
 
 
-def _home(site: Site, blocks: dict[str, Block]) -> tuple[str | None, bool]:
+def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
     """The block that a site belongs to, and whether flipped; None for a block of its own.
 
     Raises:

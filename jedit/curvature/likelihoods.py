@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jedit.core.arguments import check_kind, check_labels
 from jedit.core.checks import POSITIVE, check_numbers
-from jedit.core.outputs import Limits, kl_terms, wide
+from jedit.core.outputs import Limits, kl_terms
+from jedit.core.precision import wide
 
 
 class Likelihood(abc.ABC):
@@ -92,15 +93,6 @@ class Likelihood(abc.ABC):
     def num_columns(self, outputs: Array) -> int:
         """Return how many columns `exact_cotangent` has."""
         return outputs.shape[-1]
-
-    def exact_cotangents(self, outputs: Array) -> Array:
-        """Return all columns of the square root of H, stacked in front.
-
-        The result is `num_columns` times as large as the outputs (vocabulary squared per token), so
-        for anything but a small class axis loop over `exact_cotangent` instead.
-        """
-        columns = jnp.arange(self.num_columns(outputs))
-        return jax.vmap(lambda k: self.exact_cotangent(outputs, k))(columns)
 
 
 @register_static

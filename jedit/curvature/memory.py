@@ -1,17 +1,20 @@
-"""Parameters in groups whose sums fit on a device, one pass over the batches for each.
+"""What to do where memory is short: parameters in groups, matrices in the host's memory.
 
-What shares a sum stays together: sites that read one input, and blocks of one parameter.
+A group's sums fit on a device, and it has a pass over the batches of its own. What shares a sum
+stays together: sites that read one input, and blocks of one parameter.
 """
 
+import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.devices import fetched
+from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 class Need(NamedTuple):
@@ -63,6 +66,33 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
     return tuple(map(tuple, groups))
 
 
-def exactly(paths: Iterable[str]) -> list[str]:
-    """The `select` that names these parameters and no others."""
-    return [f"^{re.escape(path)}$" for path in paths]
+def to_host(curvature: Curvature) -> Curvature:
+    """The curvature with its matrices in the host's pinned memory, each split as before.
+
+    `solve`, `matvec`, `power`, `quadratic_form`, `trace` and `ekfac` fetch what they need, block by
+    block; `batch_unlearn` fetches all of it; anything else needs `to_device` first.
+    """
+
+    def move(x: Array) -> Array:
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    return _moved(curvature, move)
+
+
+def to_device(curvature: Curvature) -> Curvature:
+    """The curvature with its matrices back in the memory of the devices, as `to_host` took them."""
+    return _moved(curvature, fetched)
+
+
+def _moved(curvature: Curvature, move: Callable[[Array], Array]) -> Curvature:
+    factors = {
+        name: f if f.basis is None else Factor(move(f.matrix), move(f.basis), f.eigenvalues)
+        for name, f in curvature.factors.items()
+    }
+    blocks = {
+        name: dataclasses.replace(b, corrected=move(b.corrected))
+        if isinstance(b, Kronecker) and b.corrected is not None
+        else b
+        for name, b in curvature.blocks.items()
+    }
+    return Curvature(blocks, factors, curvature.num_outputs)

@@ -13,18 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jedit.core.devices import fetched
+from jedit.core.precision import HIGHEST
 from jedit.curvature.captured_batch import Pass
 from jedit.curvature.kernels import squared_gradient_sum
-from jedit.curvature.layout import Block, Member
+from jedit.curvature.layout import BlockSites, Member
 from jedit.tracing import Site
 from jedit.tracing.pullback import scatter_rows
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def add_squared_gradients(
     done: Pass,
-    block: Block,
+    block: BlockSites,
     pulled: dict[str, Array],
     total: Array | None,
     bases: tuple[Array | None, Array | None] = (None, None),

@@ -10,11 +10,11 @@ from jedit.edits.edit import (
     edit_norms,
     revert_edit,
 )
-from jedit.edits.low_rank import Block, LowRank, as_parameter, dense
+from jedit.edits.low_rank import Delta, LowRank, as_parameter, dense
 from jedit.edits.stack import sum_edits
 
 __all__ = [
-    "Block",
+    "Delta",
     "CastLoss",
     "Edit",
     "LowRank",

@@ -17,9 +17,10 @@ from jaxtyping import Array
 
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.curvature.types import Weight
+from jedit.core.precision import HIGHEST
 from jedit.edits.edit import Edit
-from jedit.edits.low_rank import HIGHEST, Block, LowRank
+from jedit.edits.low_rank import Delta, LowRank
+from jedit.tracing.sites import Weight
 
 ITERATIONS = 2  # each is one product with the block and one with its transpose; arbitrary
 SMALL_ITERATIONS = 20  # on the Gram matrix of twice the rank's columns; arbitrary
@@ -55,7 +56,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
         ValueError: a rank below one.
     """
     check_numbers(COUNT, rank=rank)
-    blocks: dict[str, Block] = {}
+    blocks: dict[str, Delta] = {}
     errors = {}
     for path, block in edit.blocks.items():
         blocks[path] = block

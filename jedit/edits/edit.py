@@ -3,8 +3,8 @@
     p <- p + scale · Δ_p      for every path p of the edit
 
 It is applied only by `apply_edit`, which returns new params; it can be reverted, scaled, added to
-others, and applied again to a model that was trained further.  Paths are
-`jax.tree_util.keystr(path, simple=True, separator="/")`.
+others, and applied again to a model that was trained further. Paths are those of
+`jedit.core.paths.parameter_paths`.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind, check_params, matcher, nearest
+from jedit.core.arguments import check_kind, check_params, nearest
 from jedit.core.checks import FINITE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes, sharding_of
 from jedit.core.display import (
@@ -30,8 +30,9 @@ from jedit.core.display import (
     short_repr,
     text_table,
 )
-from jedit.core.paths import parameter_paths
-from jedit.edits.low_rank import HIGHEST, Block, LowRank, added, dense, scaled
+from jedit.core.paths import matcher, parameter_paths
+from jedit.core.precision import HIGHEST
+from jedit.edits.low_rank import Delta, LowRank, added, dense, scaled
 
 Scalar = float | int | Array
 
@@ -92,7 +93,7 @@ class Edit:
         """Return the edit `scale` times as large, in the blocks' own dtypes."""
         check_numbers(FINITE, scale=scale)
 
-        def times(delta: Block) -> Block:
+        def times(delta: Delta) -> Delta:
             dtype = _wide(delta)
             return scaled(delta.astype(dtype), jnp.asarray(scale, dtype)).astype(delta.dtype)
 
@@ -225,25 +226,25 @@ def _flatten(params: PyTree) -> tuple[list[str], list[Array], Any]:
     return [path for path, _ in named], [x for _, x in named], jax.tree.structure(params)
 
 
-def _wide(*arrays: Block) -> Any:
+def _wide(*arrays: Delta) -> Any:
     """Return the dtype that sums are formed in: the widest among the arrays', float32 at least."""
     dtypes = [jnp.dtype(jnp.float32), *(x.dtype for x in arrays)]
     return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
-def _sum(leaf: Array, delta: Block, scale: Scalar) -> Array:
+def _sum(leaf: Array, delta: Delta, scale: Scalar) -> Array:
     dtype = _wide(leaf, delta)
     return leaf.astype(dtype) + jnp.asarray(scale, dtype) * dense(delta.astype(dtype))
 
 
-def _edited(leaf: Array, delta: Block, scale: Scalar) -> Array:
+def _edited(leaf: Array, delta: Delta, scale: Scalar) -> Array:
     place = sharding_of(leaf)
     if place is None:
         return _sum(leaf, delta, scale).astype(leaf.dtype)
     return _sharded_sum(leaf, _brought(delta, place), scale, place)
 
 
-def _brought(delta: Block, place: NamedSharding) -> Block:
+def _brought(delta: Delta, place: NamedSharding) -> Delta:
     """A block from other devices, as a file gives it: in pieces, or thin and whole."""
     whole = NamedSharding(place.mesh, PartitionSpec())
     target = whole if isinstance(delta, LowRank) else place
@@ -256,7 +257,7 @@ def _brought(delta: Block, place: NamedSharding) -> Block:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _sharded_sum(leaf: Array, delta: Block, scale: Scalar, place: NamedSharding) -> Array:
+def _sharded_sum(leaf: Array, delta: Delta, scale: Scalar, place: NamedSharding) -> Array:
     """In one program, so that a thin block is multiplied out in pieces, each where it belongs."""
     return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
 
@@ -296,6 +297,6 @@ def _check_paths(edit: Edit, paths: list[str], leaves: list[Array]) -> None:
             )
 
 
-def _check_shape(path: str, one: str, a: Block, other: str, b: Block) -> None:
+def _check_shape(path: str, one: str, a: Delta, other: str, b: Delta) -> None:
     if a.shape != b.shape:
         raise ValueError(f"{path}: {one} has shape {a.shape}, {other} {b.shape}")

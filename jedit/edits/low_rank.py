@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jedit.core.display import short_repr
-from jedit.curvature.types import Weight, pytree
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from jedit.core.precision import HIGHEST
+from jedit.curvature.types import pytree
+from jedit.tracing.sites import Weight
 
 
 @pytree("weight")
@@ -70,7 +70,7 @@ class LowRank:
         return as_parameter(self.weight, jnp.matmul(self.left, self.right, precision=HIGHEST))
 
 
-Block = Array | LowRank
+Delta = Array | LowRank
 
 
 def as_parameter(weight: Weight, matrix: Array) -> Array:
@@ -81,19 +81,19 @@ def as_parameter(weight: Weight, matrix: Array) -> Array:
     return leaves.reshape(*lead, *weight.shape)
 
 
-def dense(block: Block) -> Array:
+def dense(block: Delta) -> Array:
     """A block as an array."""
     return block.dense() if isinstance(block, LowRank) else block
 
 
-def scaled(block: Block, factor: Array) -> Block:
+def scaled(block: Delta, factor: Array) -> Delta:
     """A block times a number, in the number's dtype."""
     if isinstance(block, LowRank):
         return block.scaled(factor)
     return block * factor
 
 
-def added(one: Block, other: Block) -> Block:
+def added(one: Delta, other: Delta) -> Delta:
     """The sum of two blocks of one parameter; thin if both are, and laid out alike."""
     if isinstance(one, LowRank) and isinstance(other, LowRank) and one.weight == other.weight:
         return one.plus(other)

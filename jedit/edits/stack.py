@@ -9,9 +9,10 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.checks import FINITE, check_numbers
 from jedit.core.devices import RowSharding, axes_of, on_auto_axes, row_sharding, spec_of
+from jedit.core.precision import HIGHEST
 from jedit.curvature.mesh.placement import even, leaf_shardings, matrix_sharding
 from jedit.edits.edit import Edit
-from jedit.edits.low_rank import HIGHEST, Block, LowRank, as_parameter
+from jedit.edits.low_rank import Delta, LowRank, as_parameter
 
 
 @on_auto_axes
@@ -50,7 +51,7 @@ def sum_edits(edits: Edit, mask: Array | None = None, *, like: PyTree | None = N
     return Edit(blocks)
 
 
-def _total(block: Block, weights: Array) -> Array:
+def _total(block: Delta, weights: Array) -> Array:
     weights = weights.astype(block.dtype)
     if not isinstance(block, LowRank):
         return jnp.einsum("r,r...->...", weights, block, precision=HIGHEST)
@@ -61,7 +62,7 @@ def _total(block: Block, weights: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("place", "over"))
 def _sharded_total(
-    block: Block, weights: Array, place: NamedSharding, over: RowSharding | None
+    block: Delta, weights: Array, place: NamedSharding, over: RowSharding | None
 ) -> Array:
     """What is summed goes to where its rows and columns are wanted, before it is summed.
 

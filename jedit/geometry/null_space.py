@@ -16,6 +16,7 @@ everything in one layer and nothing in the next. `Projector.report` says what ca
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -23,12 +24,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind, check_params, nearest
+from jedit.core.arguments import check_kind
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import is_concrete, short_repr, text_table
-from jedit.core.paths import parameter_paths
-from jedit.curvature.types import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
+from jedit.curvature.algebra import Spectrum, apply_spectra
+from jedit.curvature.checks import check_counted, check_has
+from jedit.curvature.eigenbases import rotate_axis
+from jedit.curvature.types import Curvature, Kronecker, pytree
+from jedit.tracing.sites import Weight
 
 THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
 SELECTIONS = tuple(THRESHOLDS)
@@ -181,36 +185,15 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
         A tree like `tree`, in its dtypes. Costs 4 d_in² d_out flops a matrix.
 
     Raises:
-        ValueError: the tree lacks a parameter of the projector, or an unknown `uncovered`.
+        ValueError: the tree lacks a parameter of the projector, or has it in another shape;
+            or an unknown `uncovered`.
     """
-    if uncovered not in ("zero", "identity"):
-        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
     check_kind(projector, Projector, "projector", "as `null_space` returns it")
-    check_params(tree, "the tree")
-    leaves = dict(parameter_paths(tree))
-    if missing := [p for _, w, _ in projector.blocks for p in w.paths if p not in leaves]:
-        raise ValueError(
-            f"the tree has no leaves {missing}, which the projector is for; "
-            f"{nearest(missing[0], leaves)}"
-        )
-    total: dict[str, Array] = {}
-    rest = dict(leaves)
-    for _, weight, factor in projector.blocks:
-        w, basis = projector.weights[factor], projector.bases[factor]
-        matrix = weight.gather({path: leaves[path].astype(w.dtype) for path in weight.paths})
-        if basis is None:
-            projected = w[:, :, None] * matrix
-        else:
-            rotated = jnp.einsum("lia,lij->laj", basis, matrix, precision=HIGHEST)
-            projected = jnp.einsum(
-                "lia,laj->lij", basis, w[:, :, None] * rotated, precision=HIGHEST
-            )
-        for path, part in weight.scatter(projected).items():
-            total[path] = total[path] + part if path in total else part
-        for path, part in weight.scatter(matrix).items():
-            rest[path] = rest[path] - part.astype(rest[path].dtype)
-    out = []
-    for path, leaf in leaves.items():
-        left = rest[path] if uncovered == "identity" else jnp.zeros_like(leaf)
-        out.append(left + total[path].astype(leaf.dtype) if path in total else left)
-    return jax.tree.unflatten(jax.tree.structure(tree), out)
+    leaves = check_has((weight for _, weight, _ in projector.blocks), tree, "projector")
+
+    def spectrum(block: tuple[str, Weight, str]) -> Spectrum:
+        _, weight, factor = block
+        turn = functools.partial(rotate_axis, projector.bases[factor], axis=1)
+        return Spectrum(weight, projector.weights[factor][:, :, None], weight.gather, turn)
+
+    return apply_spectra(map(spectrum, projector.blocks), tree, leaves, uncovered=uncovered)

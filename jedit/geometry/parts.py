@@ -3,7 +3,7 @@
     θ' = round(θ + Δ_p)      at every path p of the move, and the same array everywhere else
 
 A move holds what changes and nothing else, so that nothing of the model's size is made for it.
-Paths are `jax.tree_util.keystr(path, simple=True, separator="/")`.
+Paths are those of `jedit.core.paths.parameter_paths`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,22 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
-from jedit.core.outputs import wide
 from jedit.core.paths import parameter_paths
+from jedit.core.precision import wide, wide_dtype
 
 Part = dict[str, Array]
-
-
-def leaves_by_path(tree: PyTree) -> Part:
-    """The tree's leaves by path, in their order."""
-    return dict(parameter_paths(tree))
 
 
 def part_of(params: PyTree, paths: Iterable[str]) -> Part:
     """The parameters of these paths, in the order of `params`; others are not named."""
     chosen = set(paths)
-    return {path: leaf for path, leaf in leaves_by_path(params).items() if path in chosen}
+    return {path: leaf for path, leaf in dict(parameter_paths(params)).items() if path in chosen}
 
 
 def with_part(params: PyTree, part: Mapping[str, Array]) -> PyTree:
@@ -36,7 +30,7 @@ def with_part(params: PyTree, part: Mapping[str, Array]) -> PyTree:
     Raises:
         ValueError: the part names a path that `params` lack, or has it in another shape.
     """
-    leaves = leaves_by_path(params)
+    leaves = dict(parameter_paths(params))
     _check(leaves, part)
     return jax.tree.unflatten(jax.tree.structure(params), list({**leaves, **part}.values()))
 
@@ -56,7 +50,7 @@ def moved(params: PyTree, move: Mapping[str, Array], alpha: float | Array = 1.0)
     Raises:
         ValueError: as `with_part`.
     """
-    _check(leaves_by_path(params), move)
+    _check(dict(parameter_paths(params)), move)
     far = ahead({}, move, alpha)
     here = part_of(params, move)
     return with_part(params, {path: _sum(param, far[path]) for path, param in here.items()})

@@ -25,11 +25,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.core.exponents import cast_like, everywhere, exponents, shifted, total
+from jedit.core.precision import cast_like, everywhere, exponents, shifted, total, wide_dtype
 from jedit.curvature import Curvature, power
 from jedit.geometry.surrogate import SCOPES
 

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.core.exponents import cast_like, everywhere, exponents, shifted, total
+from jedit.core.precision import cast_like, everywhere, exponents, shifted, total, wide_dtype
 
 SCOPES = ("global", "leaf")
 

@@ -22,11 +22,12 @@ from jedit.core.arguments import batch_list, check_function, check_params, refus
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT_OR_ZERO, POSITIVE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.core.exponents import exponents, shifted
-from jedit.core.outputs import check_contents, counted_outputs, wide
+from jedit.core.outputs import check_contents, counted_outputs
+from jedit.core.paths import parameter_paths
+from jedit.core.precision import exponents, shifted, wide
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
-from jedit.geometry.parts import ahead, leaves_by_path, moved, part_of, with_part
+from jedit.geometry.parts import ahead, moved, part_of, with_part
 
 MAX_SCALE = 1e6  # of a step that seems to cost nothing; arbitrary
 MAX_EVALUATIONS = 12  # of the retain KL in one line search; arbitrary, 5 to 8 are the rule
@@ -87,7 +88,7 @@ def scale_to_kl_budget(
         check_contents(batch, f"batch {number} of retain", must_count=False)
     check_finite("the step", step)
     nonzero = _is_nonzero(step)
-    move = {path: d for path, d in leaves_by_path(step).items() if nonzero[path]}
+    move = {path: d for path, d in dict(parameter_paths(step)).items() if nonzero[path]}
     with_part(params, move)  # refuses another shape
     # Of entries of about one: squares of a short step, or of a long one, leave the dtype.
     shift = exponents(move) if move else {}
@@ -237,7 +238,7 @@ def _predicted_kl(apply, likelihood, params, batch, change):
 
 @jax.jit
 def _is_nonzero(step: PyTree):
-    return {path: jnp.any(d != 0) for path, d in leaves_by_path(step).items()}
+    return {path: jnp.any(d != 0) for path, d in dict(parameter_paths(step)).items()}
 
 
 def largest_step_within(

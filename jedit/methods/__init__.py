@@ -12,8 +12,9 @@ from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.curvature.kfade import KfadeInfo, kfade
+from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
-from jedit.methods.engrams.engram import EngramInfo, engram
+from jedit.methods.engrams.engram import engram
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda

@@ -16,7 +16,7 @@ import jax
 import optax
 
 from jedit.core.batch import Batch
-from jedit.curvature.memory import exactly
+from jedit.core.paths import exactly
 from jedit.geometry import null_space
 from jedit.methods.associations._write import Associations
 from jedit.methods.associations.alphaedit import alphaedit

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.batch import Batch
 from jedit.core.devices import on_auto_axes
-from jedit.core.outputs import by_example, wide
+from jedit.core.outputs import by_example
+from jedit.core.precision import wide
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
 

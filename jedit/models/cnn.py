@@ -3,50 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jedit.core.checks import COUNT, check_numbers
 from jedit.models.functional import Apply, to_pure
-
-
-class _Cnn(nnx.Module):
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        channels: Sequence[int],
-        hidden: int,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        height, width, d_in = image_shape
-        widths = (d_in, *channels)
-        self.convs = nnx.List(
-            nnx.Conv(a, b, kernel_size=(3, 3), param_dtype=param_dtype, rngs=rngs)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
-        shrink = 2 ** len(channels)
-        d_flat = (height // shrink) * (width // shrink) * widths[-1]
-        self.hidden = nnx.Linear(d_flat, hidden, param_dtype=param_dtype, rngs=rngs)
-        self.head = nnx.Linear(hidden, num_classes, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "batch height width d_in"]) -> Float[Array, "batch classes"]:
-        for conv in self.convs:
-            x = _max_pool(jax.nn.relu(conv(x)))
-        x = jax.nn.relu(self.hidden(x.reshape(x.shape[0], -1)))
-        return self.head(x)
-
-
-def _max_pool(x: Float[Array, "batch height width d"]) -> Float[Array, "batch height_2 width_2 d"]:
-    """The largest of each two by two square."""
-    # A reshape and a maximum, because the derivative of a windowed maximum is a scatter: a training
-    # step of this network takes a quarter longer with one.
-    batch, height, width, d = x.shape
-    return x.reshape(batch, height // 2, 2, width // 2, 2, d).max(axis=(2, 4))
 
 
 def cnn(
@@ -86,4 +48,8 @@ def cnn(
         )
     check_numbers(COUNT, image_shape=image_shape, num_classes=num_classes, hidden=hidden)
     check_numbers(COUNT, channels=tuple(channels) or None)
-    return to_pure(_Cnn(image_shape, num_classes, channels, hidden, dtype, nnx.Rngs(key)))
+    from flax import nnx  # late: it takes a third of a second
+
+    from jedit.models._networks import Cnn
+
+    return to_pure(Cnn(image_shape, num_classes, channels, hidden, dtype, nnx.Rngs(key)))

@@ -11,17 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
+from jedit.core.precision import wide_dtype
 
 Apply = Callable[[PyTree, Any], Array]
 
 
 def to_pure(
-    module: nnx.Module, call: Callable[[Any, Any], Array] | None = None
+    module: Any, call: Callable[[Any, Any], Array] | None = None
 ) -> tuple[Apply, dict[str, Any]]:
     """Split a module that carries nothing but parameters into `(apply, params)`.
 
@@ -29,7 +28,7 @@ def to_pure(
     state.
 
     Args:
-        module: an NNX module.
+        module: an `nnx.Module`.
         call: `(module, inputs) -> outputs`, for modules whose call takes more than one argument or
             returns more than one array. None: `module(inputs)`.
 
@@ -39,6 +38,8 @@ def to_pure(
     Raises:
         ValueError: the module carries state besides parameters (batch statistics, random streams).
     """
+    from flax import nnx  # late: it takes a third of a second
+
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)
     if leftover := ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]:
         raise ValueError(
@@ -85,7 +86,7 @@ def cast_params(params: PyTree, dtype: DTypeLike) -> PyTree:
     return jax.tree.map(cast, params)
 
 
-def to_pure_method(module: nnx.Module, name: str) -> Callable:
+def to_pure_method(module: Any, name: str) -> Callable:
     """Take one method of such a module as `call(params, *args)`, for the params of `to_pure`.
 
     Args:
@@ -95,6 +96,8 @@ def to_pure_method(module: nnx.Module, name: str) -> Callable:
     Returns:
         The function.
     """
+    from flax import nnx
+
     graphdef, _, _ = nnx.split(module, nnx.Param, ...)
 
     def call(params: PyTree, *args: Any) -> Any:

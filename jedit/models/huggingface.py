@@ -24,8 +24,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import PackedTokens, wide_dtype
+from jedit.core.batch import PackedTokens
 from jedit.core.paths import parameter_paths
+from jedit.core.precision import wide_dtype
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.decoding import Stepper
@@ -346,7 +347,7 @@ def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _dotted(params: PyTree) -> dict[str, Any]:
-    return dict(parameter_paths(params, "."))
+    return {path.replace("/", "."): leaf for path, leaf in parameter_paths(params)}
 
 
 def _expected(kind: Architecture) -> dict[str, jax.ShapeDtypeStruct]:

@@ -2,14 +2,15 @@
 
     y = x W + scale · (x A) B        W (d_in, d_out) given, A (d_in, r) random, B (r, d_out) zero
 
-The function is traced, and where a chosen parameter meets an activation in a product of matrices,
-the second term is added: x A and (x A) B are products of their own, so capture finds A and B as
-dense sites like any others. `scale` is the paper's α / r.
+The function is traced, and at the dense sites of a chosen parameter the second term is added: x A
+and (x A) B are products of their own, so capture finds A and B as dense sites like any others.
+`scale` is the paper's α / r.
 
 Which axes of a parameter are d_in is read from the product that it stands in, never from its shape;
 A and B are matrices, of as many rows and columns as those axes multiply to.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -18,19 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex_core
+from jax.tree_util import Partial
 from jaxtyping import Array, Key, PyTree
 
-from jedit.core.arguments import matcher
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import COUNT, FINITE, check_numbers
-from jedit.core.paths import parameter_paths
+from jedit.core.devices import on_auto_axes
+from jedit.core.paths import exactly, matcher, parameter_paths
+from jedit.core.precision import wide_dtype
 from jedit.models.functional import Apply
-
-CALLS = ("jit", "pjit", "closed_call", "core_call")
-REMAT = ("remat", "remat2", "checkpoint")
-# What changes how a parameter lies, and nothing else.
-RELAYOUTS = ("transpose", "reshape", "squeeze", "convert_element_type", "copy", "copy_p")
+from jedit.tracing.discover import Program, trace_program
+from jedit.tracing.interpreter import Plan, Records, evaluate
+from jedit.tracing.pullback import argument_leaves
+from jedit.tracing.sites import Axes, Site, Weight
+from jedit.tracing.versions import inner_jaxprs
 
 
 class Adapted(NamedTuple):
@@ -46,121 +47,6 @@ class Adapted(NamedTuple):
     apply: Apply
     params: dict[str, Any]
     merge: Callable[[PyTree], PyTree]
-
-
-class _Mark(NamedTuple):
-    """A value that is a parameter, relaid by these equations."""
-
-    path: str
-    equations: tuple[Any, ...]
-
-
-class _Use(NamedTuple):
-    """How a parameter stands in a product: its shape there, and the axes that are summed over."""
-
-    relayouts: tuple[str, ...]
-    shape: tuple[int, ...]
-    summed: tuple[int, ...]
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        return tuple(i for i in range(len(self.shape)) if i not in self.summed)
-
-    @property
-    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(self.shape[i] for i in self.summed), tuple(self.shape[i] for i in self.kept)
-
-
-class _Walk:
-    """One evaluation: with adapters they are added, without them the uses are written down."""
-
-    def __init__(self, adapters: dict[str, dict[str, Array]], scale: float):
-        self.adapters = adapters
-        self.scale = scale
-        self.uses: dict[str, dict[_Use, _Mark]] = {}
-        self.refused: dict[str, str] = {}
-
-    def run(self, jaxpr: Any, consts: Any, inputs: Any, marks: Any) -> tuple[list, list]:
-        """The outputs, and for each the parameter that it is."""
-        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
-        marked = {v: m for v, m in zip(jaxpr.invars, marks, strict=True) if m is not None}
-
-        def look(table: dict, atom: Any, literal: Callable[[Any], Any]) -> Any:
-            return literal(atom) if isinstance(atom, jex_core.Literal) else table.get(atom)
-
-        def nothing(atom: Any) -> None:
-            del atom
-
-        for equation in jaxpr.eqns:
-            ins = [look(values, atom, lambda atom: atom.val) for atom in equation.invars]
-            seen = [look(marked, atom, nothing) for atom in equation.invars]
-            outs, out_marks = self.step(equation, ins, seen)
-            values |= zip(equation.outvars, outs, strict=True)
-            marked |= {v: m for v, m in zip(equation.outvars, out_marks, strict=True) if m}
-        outs = [look(values, atom, lambda atom: atom.val) for atom in jaxpr.outvars]
-        return outs, [look(marked, atom, nothing) for atom in jaxpr.outvars]
-
-    def step(self, equation: Any, ins: list, marks: list) -> tuple[list, list]:
-        name, nowhere = equation.primitive.name, [None] * len(equation.outvars)
-        if not any(marks):
-            return _bind(equation, ins), nowhere
-        if name in CALLS or name in REMAT:
-            inner = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
-            return self.enter(equation, inner, ins, marks)
-        if name in RELAYOUTS and marks[0]:
-            mark = _Mark(marks[0].path, (*marks[0].equations, equation))
-            return _bind(equation, ins), [mark]
-        outs = _bind(equation, ins)
-        if name == "dot_general" and not all(marks):
-            self.product(equation, ins, marks, outs)
-        else:
-            self.refused |= {mark.path: name for mark in marks if mark}
-        return outs, nowhere
-
-    def enter(self, equation: Any, inner: Any, ins: list, marks: list) -> tuple[list, list]:
-        closed = isinstance(inner, jex_core.ClosedJaxpr)
-        jaxpr, consts = (inner.jaxpr, inner.consts) if closed else (inner, ())
-        if equation.primitive.name not in REMAT:
-            return self.run(jaxpr, consts, ins, marks)
-        out_marks: list = []
-
-        def body(ins: list, adapters: dict) -> list:
-            walk = _Walk(adapters, self.scale)
-            walk.uses, walk.refused = self.uses, self.refused
-            outs, found = walk.run(jaxpr, consts, ins, marks)
-            out_marks[:] = found
-            return outs
-
-        options = {name: equation.params[name] for name in ("policy", "prevent_cse")}
-        return jax.checkpoint(body, **options)(ins, self.adapters), out_marks
-
-    def product(self, equation: Any, ins: list, marks: list, outs: list) -> None:
-        side = 1 if marks[1] else 0
-        mark, x = marks[side], ins[1 - side]
-        summed, batch = equation.params["dimension_numbers"]
-        if batch[side]:
-            self.refused[mark.path] = "dot_general over a batch of matrices"
-            return
-        # In the order in which they lie in the parameter, whatever order the product names them in.
-        pairs = sorted(zip(summed[side], summed[1 - side], strict=True))
-        steps = tuple(f"{e.primitive.name} {sorted(e.params.items())}" for e in mark.equations)
-        use = _Use(steps, tuple(ins[side].shape), tuple(i for i, _ in pairs))
-        self.uses.setdefault(mark.path, {}).setdefault(use, mark)
-        if mark.path not in self.adapters:
-            return
-        a, b = (self.adapters[mark.path][name].astype(x.dtype) for name in ("a", "b"))
-        (d_in, d_out), precision = use.sizes, equation.params["precision"]
-        a, b = a.reshape(*d_in, a.shape[1]), b.reshape(b.shape[0], *d_out)
-        h = jax.lax.dot_general(
-            x,
-            a,
-            ((tuple(i for _, i in pairs), tuple(range(len(d_in)))), ((), ())),
-            precision=precision,
-        )
-        change = jax.lax.dot_general(h, b, (((h.ndim - 1,), (0,)), ((), ())), precision=precision)
-        if side == 0:  # the parameter's axes lead
-            change = jnp.moveaxis(change, range(h.ndim - 1), range(-(h.ndim - 1), 0))
-        outs[0] = outs[0] + (change * jnp.asarray(self.scale, x.dtype)).astype(outs[0].dtype)
 
 
 def with_lora(
@@ -180,14 +66,14 @@ def with_lora(
     `find_sites(..., "^lora/")`.
 
     Args:
-        apply: a pure function `apply(params, inputs) -> outputs`.
+        apply: a pure function `apply(params, inputs) -> outputs`, one array.
         params: its parameters.
         inputs: an example of what it takes, of which only shapes and dtypes matter.
         rank: r.
         key: for A, uniform between ±1/√d_in as in the authors' code.
         select: regular expression; a parameter of two axes or more is adapted if it is found in
             its path. None: all that stand in products alone; not a table that is looked up in,
-            such as a tied embedding.
+            such as a tied embedding, nor layers that a loop takes out of one array.
         scale: of the adapters' product, the paper's α / r.
 
     Returns:
@@ -204,51 +90,57 @@ def with_lora(
     leaves = dict(parameter_paths(params))
     matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
     names = list(filter(matcher("" if select is None else select, "select"), matrices))
-    walk = _Walk({}, scale)
-    jax.eval_shape(lambda p, x: _evaluate(walk, apply, p, x, names), params, inputs)
-    uses = _checked(walk, names, select)
-    if inside := [(p, q) for p in uses for q in uses if q.startswith(f"{p}/")]:
+    weights = _weights(trace_program(apply, params, inputs), names, select)
+    if inside := [(p, q) for p in weights for q in weights if q.startswith(f"{p}/")]:
         raise ValueError(
             f"the adapters of {inside[0][1]!r} would stand inside those of {inside[0][0]!r}, a "
             "parameter itself; rename one of them"
         )
     lora: dict[str, Any] = {}
-    for path, (use, _) in uses.items():
-        d_in, d_out = (math.prod(sizes) for sizes in use.sizes)
-        bound, dtype = 1 / math.sqrt(d_in), leaves[path].dtype
+    for path, weight in weights.items():
+        bound, dtype = 1 / math.sqrt(weight.d_in), leaves[path].dtype
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        a = jax.random.uniform(own_key, (d_in, rank), dtype, -bound, bound)
+        a = jax.random.uniform(own_key, (weight.d_in, rank), dtype, -bound, bound)
         node = lora
         for part in path.split("/"):
             node = node.setdefault(part, {})
-        node |= {"a": a, "b": jnp.zeros((rank, d_out), dtype)}
+        node |= {"a": a, "b": jnp.zeros((rank, weight.d_out), dtype)}
+    chosen = exactly(weights)
 
+    @on_auto_axes
     def adapted(params: PyTree, inputs: Any) -> Any:
-        adapters = {path: _at(params["lora"], path) for path in uses}
-        return _evaluate(_Walk(adapters, scale), apply, params["base"], inputs, names)
+        program = trace_program(apply, params["base"], inputs, chosen)
+        probes = {}
+        for site in program.sites.values():
+            adapter = _at(params["lora"], site.path)
+            change = functools.partial(_change, site, scale)
+            # A pytree, because it goes into the jaxprs that are inside.
+            probes[site.probe] = Partial(change, adapter["a"], adapter["b"])
+        jaxpr, given = program.jaxpr, argument_leaves(params["base"], inputs)
+        return evaluate(jaxpr.jaxpr, jaxpr.consts, given, program.plan, probes, Records())[0]
 
     def merge(params: PyTree) -> PyTree:
-        def merged(path: Any, leaf: Array) -> Array:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if name not in uses:
-                return leaf
-            return _merged(leaf, _at(params["lora"], name), *uses[name], scale)
-
-        return jax.tree_util.tree_map_with_path(merged, params["base"])
+        leaves = dict(parameter_paths(params["base"]))
+        for path, weight in weights.items():
+            leaf, wide = leaves[path], wide_dtype(leaves[path].dtype)
+            a, b = (_at(params["lora"], path)[name].astype(wide) for name in ("a", "b"))
+            change = weight.scatter((a @ b * jnp.asarray(scale, wide))[None])[path]
+            leaves[path] = (leaf.astype(wide) + change).astype(leaf.dtype)
+        return jax.tree.unflatten(jax.tree.structure(params["base"]), leaves.values())
 
     return Adapted(adapted, {"base": params, "lora": lora}, merge)
 
 
-def _evaluate(walk: _Walk, apply: Apply, params: PyTree, inputs: Any, names: list[str]) -> Any:
-    closed, shape = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
-    marks: list = [
-        _Mark(path, ()) if path in names else None for path, _ in parameter_paths(params)
-    ]
-    leaves = jax.tree.leaves((params, inputs))
-    marks += [None] * (len(leaves) - len(marks))
-    outs, found = walk.run(closed.jaxpr, closed.consts, leaves, marks)
-    walk.refused |= {mark.path: "the outputs" for mark in found if mark}
-    return jax.tree.unflatten(jax.tree.structure(shape), outs)
+def _change(site: Site, scale: float, a: Array, b: Array, x: Array) -> Array:
+    """What a site's adapter adds to its output."""
+    assert isinstance(site.axes_in, Axes)
+    assert isinstance(site.axes_out, Axes)
+    inputs = site.axes_in.canonical(x)
+    change = inputs @ a.astype(x.dtype) @ b.astype(x.dtype)
+    change = change * jnp.asarray(scale * site.scale, x.dtype)
+    order = site.axes_out.permutation
+    change = change.reshape([site.output_shape[i] for i in order])
+    return change.transpose(np.argsort(order).tolist()).astype(site.output_dtype)
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -257,49 +149,57 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _checked(walk: _Walk, names: list[str], select: str | None) -> dict[str, tuple[_Use, _Mark]]:
-    """The one use of each parameter.
+def _weights(program: Program, names: list[str], select: str | None) -> dict[str, Weight]:
+    """The matrix that each parameter is in all its products.
 
     Raises:
         ValueError: as `with_lora`.
     """
+    looped = _probes_in_loops(program.jaxpr.jaxpr, program.plan)
+    sites: dict[str, list[Site]] = {}
+    for site in program.sites.values():
+        for path in site.weight.paths:
+            sites.setdefault(path, []).append(site)
     found = {}
     for path in names:
-        uses = walk.uses.get(path, {})
-        reason = f"it goes into {walk.refused[path]}" if path in walk.refused else None
-        if reason is None and not uses:
-            reason = "no product of matrices reads it"
-        if reason is None and len(uses) > 1:
-            reason = "two products read it by different axes"
+        reason = program.sites.uncovered.get(path) or _reason(path, sites[path], looped)
+        if reason is None and path in program.stopped:
+            reason = "enters where no gradient flows, too"
         if reason is None:
-            found[path] = next(iter(uses.items()))
+            found[path] = sites[path][0].weight.kernel
         elif select is not None:
-            raise ValueError(f"{path} cannot have an adapter: {reason}. Leave it out by `select`.")
+            raise ValueError(
+                f"{path} cannot have an adapter: it {reason}. Leave it out by `select`."
+            )
     if not found:
         raise ValueError(f"select={select!r} leaves no parameter that can have an adapter.")
     return found
 
 
-def _bind(equation: Any, ins: list) -> list:
-    bound = equation.primitive.get_bind_params(equation.params)
-    with equation.ctx.manager:
-        outs = equation.primitive.bind(*ins, **bound)
-    return list(outs) if equation.primitive.multiple_results else [outs]
+def _reason(path: str, sites: list[Site], looped: set[int]) -> str | None:
+    """Why sites of one parameter cannot have an adapter, if so."""
+    for site in sites:
+        if site.kind != "dense" or site.path != path:
+            return f"stands in no product of matrices at {site.source}"
+        if site.probe in looped:
+            return f"stands in a loop at {site.source}"
+        if site.weight.layers > 1 or site.weight.is_stacked:
+            return f"stands in a product over a batch of matrices at {site.source}"
+        if site.window_in is not None or site.window_out is not None:
+            return f"is joined to others at {site.source}"
+    if len({site.weight.kernel for site in sites}) > 1:
+        return "is read by different axes in two products"
+    return None
 
 
-def _merged(leaf: Array, adapter: Any, use: _Use, mark: _Mark, scale: float) -> Array:
-    wide = wide_dtype(leaf.dtype)
-    d_in, d_out = use.sizes
-    change = adapter["a"].astype(wide) @ adapter["b"].astype(wide) * jnp.asarray(scale, wide)
-    order = np.argsort((*use.summed, *use.kept)).tolist()
-    change = change.reshape(*d_in, *d_out).transpose(order)
-
-    def relay(x: Array) -> Array:
-        for equation in mark.equations:
-            if equation.primitive.name != "convert_element_type":
-                (x,) = _bind(equation, [x])
-        return x
-
-    # A relayout moves numbers and no more: its transpose as a linear map is its inverse.
-    (change,) = jax.linear_transpose(relay, jax.ShapeDtypeStruct(leaf.shape, wide))(change)
-    return (leaf.astype(wide) + change).astype(leaf.dtype)
+def _probes_in_loops(jaxpr: Any, plan: Plan) -> set[int]:
+    """The probes of which a scan takes one slice in each step."""
+    found: set[int] = set()
+    for i, plans in plan.inner.items():
+        equation = jaxpr.eqns[i]
+        for inner, mine in zip(inner_jaxprs(equation), plans, strict=True):
+            if equation.primitive.name == "scan":
+                found |= {tap.probe for tap in mine.all_taps()}
+            else:
+                found |= _probes_in_loops(inner.jaxpr, mine)
+    return found

@@ -5,29 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from jedit.core.checks import COUNT, check_numbers
 from jedit.models.functional import Apply, to_pure
-
-
-class _Mlp(nnx.Module):
-    def __init__(
-        self, sizes: Sequence[int], activation: Callable, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        self.activation = activation
-        self.layers = nnx.List(
-            nnx.Linear(d_in, d_out, param_dtype=param_dtype, rngs=rngs)
-            for d_in, d_out in zip(sizes[:-1], sizes[1:], strict=True)
-        )
-
-    def __call__(self, x: Float[Array, "batch *features"]) -> Float[Array, "batch d_out"]:
-        x = x.reshape(x.shape[0], -1)
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
 
 
 def mlp(
@@ -59,4 +41,8 @@ def mlp(
             f"sizes must name at least an input and an output width, got {tuple(sizes)}."
         )
     check_numbers(COUNT, sizes=tuple(sizes))
-    return to_pure(_Mlp(sizes, activation, dtype, nnx.Rngs(key)))
+    from flax import nnx  # late: it takes a third of a second
+
+    from jedit.models._networks import Mlp
+
+    return to_pure(Mlp(sizes, activation, dtype, nnx.Rngs(key)))

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jedit.core.arguments import check_batch, check_labels
 from jedit.core.batch import Batch
-from jedit.core.outputs import by_example, counted_outputs, kl_terms, wide
+from jedit.core.outputs import by_example, counted_outputs, kl_terms
+from jedit.core.precision import wide
 
 Apply = Callable[[PyTree, Any], Array]
 

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.core.outputs import wide
+from jedit.core.precision import wide
 from jedit.objectives.objective import Value, needed
 from jedit.objectives.token_nll import (
     Apply,

@@ -39,21 +39,19 @@ from jedit.core.checks import (
 )
 from jedit.core.devices import on_auto_axes, row_sharding
 from jedit.core.display import short_repr
-from jedit.core.exponents import exponents, shifted
-from jedit.core.outputs import wide
+from jedit.core.paths import exactly
+from jedit.core.precision import HIGHEST, exponents, shifted, wide
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
-from jedit.curvature.algebra import check_covers
 from jedit.curvature.captured_batch import Labels, Pass, run_pass
-from jedit.curvature.layout import Block, group_sites
+from jedit.curvature.checks import check_counted, check_covers
+from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
-from jedit.curvature.memory import exactly
+from jedit.curvature.mesh.placement import off_axes
 from jedit.curvature.squared_gradients import example_factors, example_gradient
-from jedit.curvature.types import check_counted, off_axes
 from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
 from jedit.edits.low_rank import added
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
 
-HIGHEST = jax.lax.Precision.HIGHEST
 THIN_KINDS = ("dense", "conv")
 
 
@@ -348,7 +346,7 @@ def _all_blocks(
     return total
 
 
-def _thin_gradient(done: Pass, block: Block, pulled: dict[str, Array]) -> tuple[Array, Array]:
+def _thin_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> tuple[Array, Array]:
     """(a, g), (layers, positions, rows) and (layers, positions, d_out), with gradient aᵀg."""
     parts = []
     for member in block.members:
@@ -365,7 +363,7 @@ def _product(a: Array, g: Array) -> Array:
     return jnp.einsum("lpi,lpo->lio", a, g, precision=HIGHEST)
 
 
-def _dense_gradient(done: Pass, block: Block, pulled: dict[str, Array]) -> Array:
+def _dense_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> Array:
     """(layers, rows, d_out), of vectors and lookups."""
     sites = done.captured.sites
     total = jnp.zeros((), done.dtype)
@@ -434,7 +432,7 @@ def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | L
 def _dense_block(
     gradient: Array,
     curvature: Curvature,
-    block: Block,
+    block: BlockSites,
     inverses: dict[str, Array],
     damping: Array,
     rank: int | None,

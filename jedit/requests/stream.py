@@ -33,7 +33,8 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
 from jedit.core.devices import on_auto_axes, sharding_of
 from jedit.core.display import short_repr
-from jedit.core.outputs import by_example, check_contents, wide
+from jedit.core.outputs import by_example, check_contents
+from jedit.core.precision import wide
 from jedit.curvature import Curvature, Estimator, quadratic_form, solve
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.extend import core as jex_core
 from jaxtyping import PyTree
 
-from jedit.core.arguments import check_function, check_inputs, check_params, matcher
+from jedit.core.arguments import check_function, check_inputs, check_params
 from jedit.core.devices import on_auto_axes
-from jedit.core.paths import parameter_paths
+from jedit.core.paths import leaves_with_paths, parameter_paths, selected_paths
 from jedit.tracing.drafts import Scope
 from jedit.tracing.interpreter import Plan
 from jedit.tracing.liveness import Flow
@@ -21,13 +21,23 @@ from jedit.tracing.walker import Value, Walker
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced `apply` with its sites and the plan to tap them."""
+    """A traced `apply` with its sites and the plan to tap them.
+
+    Attributes:
+        jaxpr: of `apply`.
+        sites: of the selected parameters.
+        plan: where probes are put.
+        num_branches: of all `cond`s.
+        num_params: leaves of the parameters; the inputs' follow them.
+        stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
+    """
 
     jaxpr: jex_core.ClosedJaxpr
     sites: Sites
     plan: Plan
     num_branches: int
     num_params: int
+    stopped: frozenset[str]
 
 
 @on_auto_axes
@@ -50,10 +60,10 @@ def find_sites(
     return one array, a parameter is not real floating point, two have one path, a pattern matches
     no parameter or is none, or the inputs' leading axes disagree.
     """
-    return trace(apply, params, inputs, select).sites
+    return trace_program(apply, params, inputs, select).sites
 
 
-def trace(apply, params, inputs, select=None) -> Program:
+def trace_program(apply, params, inputs, select=None) -> Program:
     """Trace `apply` abstractly and find its sites.
 
     Raises:
@@ -63,7 +73,7 @@ def trace(apply, params, inputs, select=None) -> Program:
     check_params(params)
     check_inputs(inputs)
     named = parameter_paths(params)
-    selected = _selected([path for path, _ in named], select)
+    selected = selected_paths([path for path, _ in named], select)
     _check_inputs(named, inputs)
     jaxpr, shape = jax.make_jaxpr(apply, return_shape=True)(params, inputs)
     if not isinstance(shape, jax.ShapeDtypeStruct):
@@ -92,20 +102,8 @@ def trace(apply, params, inputs, select=None) -> Program:
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}
-    return Program(jaxpr, Sites(sites, uncovered), plan, walker.num_branches, len(named))
-
-
-def _selected(paths: list[str], select: str | Sequence[str] | None) -> list[str]:
-    if select is None:
-        return paths
-    is_selected = matcher(select, "select")
-    for pattern in [select] if isinstance(select, str) else select:
-        if not any(map(matcher(pattern, "select"), paths)):
-            known = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
-            raise ValueError(
-                f"select: {pattern!r} matches no parameter; the parameters are: {known}"
-            )
-    return [path for path in paths if is_selected(path)]
+    counts, stopped = (walker.num_branches, len(named)), frozenset(walker.stopped)
+    return Program(jaxpr, Sites(sites, uncovered), plan, *counts, stopped)
 
 
 def _check_inputs(named, inputs) -> None:
@@ -119,8 +117,8 @@ def _check_inputs(named, inputs) -> None:
                 "parameters: close over the others, or leave them out of params"
             )
     lengths = {
-        jax.tree_util.keystr(p, simple=True, separator="/") or "inputs": jnp.shape(x)[0]
-        for p, x in jax.tree_util.tree_flatten_with_path(inputs)[0]
+        path or "inputs": jnp.shape(x)[0]
+        for path, x in leaves_with_paths(inputs)
         if jnp.ndim(x) > 0
     }
     if len(set(lengths.values())) > 1:

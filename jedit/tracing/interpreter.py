@@ -129,6 +129,8 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
         for tap in plan.taps.get(i, ()):
             probe = probes[tap.probe]
             with eqn.ctx.manager:
+                if callable(probe):  # of what enters there
+                    probe = probe(on_auto(_kept(tap.kept[0], ins, read)))
                 for kept in tap.kept:
                     if kept.record not in {*records.known, *records.activations}:
                         records.activations[kept.record] = on_auto(_kept(kept, ins, read))

@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.tracing.discover import trace
+from jedit.tracing.discover import trace_program
 from jedit.tracing.interpreter import Records, Replacement, evaluate
 from jedit.tracing.pullback import argument_leaves
 from jedit.tracing.sites import cut
@@ -60,7 +60,7 @@ def intervene(
         ValueError: a name is no site, or is in both mappings; and as in `find_sites`.
     """
     add, replace = dict(add or {}), dict(replace or {})
-    program = trace(apply, params, inputs, select)
+    program = trace_program(apply, params, inputs, select)
     if unknown := [name for name in {**add, **replace} if name not in program.sites]:
         known = ", ".join(list(program.sites)[:12])
         raise ValueError(f"{unknown} are no sites of this function; its sites are: {known}")

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.devices import on_auto_axes
 from jedit.core.paths import parameter_paths
-from jedit.tracing.discover import Program, trace
+from jedit.tracing.discover import Program, trace_program
 from jedit.tracing.interpreter import Records, evaluate
 from jedit.tracing.sites import Site, Sites, cut
 
@@ -63,7 +63,7 @@ def capture(
 
 def run_capture(apply, params, inputs, select=None) -> Capture:
     """As `capture`, with the sites and the branch indicators."""
-    program = trace(apply, params, inputs, select)
+    program = trace_program(apply, params, inputs, select)
     sites, jaxpr = program.sites, program.jaxpr
     leaves = argument_leaves(params, inputs)
 

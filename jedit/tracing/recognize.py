@@ -39,7 +39,7 @@ def recognize(
         return None
     name = eqn.primitive.name
     if name in versions.CUSTOM_RULE:
-        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else CUSTOM_RULE
+        return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else A_CUSTOM_RULE
     if name in REASONS:
         return REASONS[name]
     if name in ("add", "add_any", "sub", "mul", "div"):
@@ -63,7 +63,7 @@ def recognize(
     return None
 
 
-CUSTOM_RULE = "enters a function with a custom derivative rule"
+A_CUSTOM_RULE = "enters a function with a custom derivative rule"
 LOOP_WITH_A_RULE = (
     "enters a `while` loop with a custom derivative rule; a bounded one is covered (Equinox's kind "
     "'bounded', Diffrax's DirectAdjoint)"
@@ -186,7 +186,10 @@ def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draf
     """The site of one leaf, the whole of the weight or one of several that were joined."""
     w, a = which
     contract, batch = eqn.params["dimension_numbers"]
-    wc, ac, wb, ab = ints(contract[w]), ints(contract[a]), ints(batch[w]), ints(batch[a])
+    # In the order in which they lie in the parameter, whatever order the product names them in.
+    pairs = sorted(zip(ints(contract[w]), ints(contract[a]), strict=True))
+    wc, ac = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+    wb, ab = ints(batch[w]), ints(batch[a])
     origin = piece.origin.materialized()
     w_shape, a_shape = origin.shape, eqn.invars[a].aval.shape
     w_free = tuple(i for i in range(len(w_shape)) if i not in (*wc, *wb))

@@ -21,15 +21,13 @@ from jaxtyping import Array
 from jedit.core.display import html_table, text_table
 from jedit.tracing.provenance import Op, apply_ops, transpose_ops
 
-DIAGONAL_KINDS = ("scale", "bias")
-
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """Where in the parameters a site's matrix lives: hashable, and the same for every batch.
 
     Attributes:
-        path: the parameter's path, `keystr(path, simple=True, separator="/")`.
+        path: the parameter's path, as `jedit.core.paths.parameter_paths` names it.
         shape: that leaf's shape.
         ops: relayouts from the leaf to (layers, d_in, d_out); to (layers, d_out) for kinds
             "scale" and "bias", whose d_in is 1.

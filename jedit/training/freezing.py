@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jedit.core.arguments import matcher
-from jedit.core.paths import parameter_paths
+from jedit.core.paths import matcher, parameter_paths
 
 
 def which_are_trained(params: PyTree, trainable: str | None) -> tuple[bool, ...]:

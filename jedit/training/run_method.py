@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key, PyTree
 
-from jedit.core.arguments import check_function, described
+from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
-from jedit.core.display import short_repr
+from jedit.core.display import described, short_repr
 from jedit.edits import Edit, edit_between
 from jedit.training.loop import unlearn
 from jedit.training.method import TrainingMethod

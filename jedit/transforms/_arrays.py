@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jedit.geometry.parts import leaves_by_path, part_of, with_part
+from jedit.core.paths import parameter_paths
+from jedit.geometry.parts import part_of, with_part
 
 
 def owned(tree: PyTree) -> PyTree:
@@ -31,5 +32,5 @@ def without_frozen(updates: PyTree, params: PyTree | None, covered: Iterable[str
     Frozen ones are read off the params, if they are given: an update of zero that reads its
     gradient makes XLA compute that.
     """
-    frozen = leaves_by_path(updates).keys() - set(covered)
+    frozen = dict(parameter_paths(updates)).keys() - set(covered)
     return with_part(updates, part_of(params, frozen))

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.core.exponents import exponents, shifted
+from jedit.core.precision import exponents, shifted
 from jedit.curvature import Curvature, quadratic_form, trace
 from jedit.transforms._arrays import owned
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.precision import wide_dtype
 from jedit.curvature import Curvature
 from jedit.geometry import (
     EUCLIDEAN,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
+from jedit.core.precision import wide_dtype
 from jedit.geometry import Projector, project
 from jedit.transforms._arrays import owned
 

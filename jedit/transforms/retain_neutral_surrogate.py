@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedit.core.batch import wide_dtype
 from jedit.core.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.core.exponents import exponents, shifted
+from jedit.core.precision import exponents, shifted, wide_dtype
 from jedit.geometry import (
     RetainOrthogonalInfo,
     retain_neutral_perturbation,

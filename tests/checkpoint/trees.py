@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedit.curvature import Curvature, Diagonal, Factor, Kronecker
-from jedit.curvature.types import Weight
 from jedit.edits import Edit, LowRank
+from jedit.tracing.sites import Weight
 
 PLAIN = Weight("a/kernel", (3, 2), (), 1, False, 3, 2)
 STACKED = Weight("b|w", (2, 4, 2), (("layer", 0), ("reshape", (2, 2, 2)),

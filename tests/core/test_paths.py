@@ -69,7 +69,6 @@ def test_two_parameters_of_one_path(reader):
 def test_paths_in_flattening_order():
     params = {"b": [1.0, 2.0], "a": {"c/d": 3.0}}
     assert parameter_paths(params) == [("a/c/d", 3.0), ("b/0", 1.0), ("b/1", 2.0)]
-    assert parameter_paths(params, ".")[1] == ("b.0", 1.0)
 
 
 def test_adapters_that_would_stand_in_one_another():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jedit.curvature import estimate, kfac
-from jedit.curvature.eigenbases import check_finite, factorize
+from jedit.curvature.checks import check_layers_finite
+from jedit.curvature.eigenbases import factorize
 from jedit.curvature.likelihoods import Categorical
 from tests.curvature.programs import BY_NAME, make_problem
 
@@ -122,4 +123,4 @@ def test_what_is_not_finite_never_reaches_lapack():
     with pytest.raises(FloatingPointError, match=r"'w' \(layers \[1\]\) is not finite"):
         factorize(matrix, "w")
     with pytest.raises(FloatingPointError, match="'w' is not finite: because"):
-        check_finite(matrix[1:2], "w", "because")
+        check_layers_finite(matrix[1:2], "w", "because")

@@ -17,7 +17,6 @@ from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.curvature.positions import align
 from jedit.curvature.types import Diagonal
-from jedit.tracing.discover import trace
 from tests.curvature.programs import plus
 from tests.curvature.references import rows_as_trees, score_rows
 
@@ -251,6 +250,6 @@ def test_a_token_picked_of_every_example():
         number = jnp.sum(x[..., 0] > 0, axis=1)
         return time_first(params["time_first"], x)[jnp.arange(len(x)), number - 1]
 
-    for alignment in align(trace(last, params, batch.inputs), (N,)).values():
+    for alignment in align(trace_program(last, params, batch.inputs), (N,)).values():
         assert alignment.example == (1, 1, N)
         assert alignment.is_maskable

@@ -13,6 +13,7 @@ from numpy.testing import assert_array_equal
 
 from jedit import metrics
 from jedit.cli.main import main
+from jedit.cli.run import run as tofu_recipe
 from jedit.data import generate_authors
 from jedit.methods.row import Pace
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
@@ -23,7 +24,6 @@ from jedit.recipes.tofu.evaluation import encode_questions, generate
 from jedit.recipes.tofu.models import Pretrained, from_folders
 from jedit.recipes.tofu.presets import Preset
 from jedit.recipes.tofu.run import Sets, _rounded_away
-from jedit.recipes.tofu.run import run as tofu_recipe
 from jedit.recipes.tokenization import load_words
 from tests.llm.test_huggingface import change_config
 from tests.llm.test_llama2c import toy_files

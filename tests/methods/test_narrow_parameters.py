@@ -12,17 +12,9 @@ from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, cast_report
 from jedit.geometry import null_space, scale_to_kl_budget
-from jedit.methods import (
-    Associations,
-    alphaedit,
-    batch_unlearn,
-    curvature_engram,
-    engram,
-    kfade,
-    memit,
-    rome,
-)
+from jedit.methods import Associations, alphaedit, curvature_engram, engram, kfade, memit, rome
 from jedit.objectives import GA
+from jedit.requests.batch import batch_unlearn
 from jedit.requests.stream import _raise_loss
 
 DAMPING = 0.3

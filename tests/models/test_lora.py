@@ -218,7 +218,7 @@ def test_what_cannot_be_adapted(language_model, key):
     apply, params, inputs, _ = language_model
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         with_lora(apply, params, inputs, rank=0, key=key)
-    with pytest.raises(ValueError, match="embed/embedding cannot have an adapter: it goes into"):
+    with pytest.raises(ValueError, match="embed/embedding cannot have an adapter: it stands in no"):
         with_lora(apply, params, inputs, rank=1, key=key, select="embed")
     with pytest.raises(ValueError, match="leaves no parameter"):
         with_lora(apply, params, inputs, rank=1, key=key, select="nothing of that name")
@@ -231,13 +231,28 @@ def test_what_cannot_be_adapted(language_model, key):
     check(
         lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"].T,
         (4, 4),
-        "two products read it by different axes",
+        "it is read by different axes in two products",
     )
-    check(lambda params, x: params["w"] + 0 * x.sum(), (2, 3), "it goes into add")
-    check(lambda params, x: (x @ params["w"], params["w"])[1], (4, 3), "it goes into the outputs")
+    check(lambda params, x: params["w"] + 0 * x.sum(), (2, 3), "it stands in no product")
+    check(
+        lambda params, x: (x @ params["w"], params["w"])[1],
+        (4, 3),
+        "it is returned by apply",
+    )
     check(
         lambda params, x: jnp.einsum("bi,bio->bo", x, params["w"]),
         (2, 4, 3),
         "a batch of matrices",
     )
-    check(lambda params, x: x + 0 * len(params), (4, 3), "no product of matrices reads it")
+    check(lambda params, x: jax.lax.stop_gradient(x @ params["w"]) + x @ params["w"], (4, 3), "too")
+    check(
+        lambda params, x: jax.lax.scan(lambda x, _: (x @ params["w"], None), x, length=3)[0],
+        (4, 4),
+        "it stands in a loop",
+    )
+    check(
+        lambda params, x: jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0],
+        (2, 4, 4),
+        "it stands in a loop",
+    )
+    check(lambda params, x: x + 0 * len(params), (4, 3), "it is not used by apply")

@@ -9,6 +9,7 @@ An axis that the devices do not divide evenly (d_in and one for the bias, say) i
 are read off the arrays themselves; on one device nothing here does anything.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jedit.core.devices import Axes, axes_of, sharding_of, spec_of
+from jedit.core.devices import MeshAxes, axes_of, sharding_of, spec_of
 from jedit.core.paths import parameter_paths
-from jedit.tracing import Weight
+from jedit.curvature.types import Curvature, Kronecker
+from jedit.tracing.sites import Weight
 
 
 def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
@@ -71,10 +73,10 @@ def matrix_sharding(
 
 
 def _reshaped(
-    dims: list[tuple[int, Axes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
-) -> list[tuple[int, Axes]]:
+    dims: list[tuple[int, MeshAxes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> list[tuple[int, MeshAxes]]:
     """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
-    found: list[tuple[int, Axes]] = []
+    found: list[tuple[int, MeshAxes]] = []
     queue = [d for d in dims if d[0] != 1]
     new = 0
     while new < len(shape):
@@ -103,7 +105,7 @@ def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> 
     A dimension that the devices do not divide is whole too, and so is one whose axes came before.
     """
     spec = [axes_of(entry) for entry in sharding.spec] + [()] * 3
-    split: list[Axes] = []
+    split: list[MeshAxes] = []
     for size, dim in zip(shape, dims, strict=True):
         axes = () if dim is None else spec[dim]
         axes = tuple(a for a in axes if not any(a in before for before in split))
@@ -146,10 +148,35 @@ def num_pieces(sharding: NamedSharding) -> int:
     return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
-def without(sharding: NamedSharding, axes: Axes) -> NamedSharding | None:
+def without(sharding: NamedSharding, axes: MeshAxes) -> NamedSharding | None:
     """The sharding without some axes; None when nothing is left."""
     split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
     return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
+
+
+def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
+    """The curvature for use where something else is split over these axes of its mesh."""
+    placed = block_shardings(curvature)
+    return with_shardings(curvature, {name: without(x, axes) for name, x in placed.items()})
+
+
+def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
+    """How the blocks' matrices lie, of those that are on a mesh."""
+    found = {n: b.sharding for n, b in curvature.blocks.items() if isinstance(b, Kronecker)}
+    return {name: sharding for name, sharding in found.items() if sharding is not None}
+
+
+def with_shardings(
+    curvature: Curvature, shardings: Mapping[str, NamedSharding | None]
+) -> Curvature:
+    """The curvature with other statements of how its blocks' matrices lie; None where unnamed."""
+    blocks = {
+        name: dataclasses.replace(b, sharding=shardings.get(name))
+        if isinstance(b, Kronecker)
+        else b
+        for name, b in curvature.blocks.items()
+    }
+    return Curvature(blocks, curvature.factors, curvature.num_outputs)
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:

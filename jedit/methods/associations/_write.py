@@ -24,14 +24,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from jedit.core.arguments import check_batch, check_function, check_kind, check_params, nearest
-from jedit.core.batch import Batch, wide_dtype
+from jedit.core.batch import Batch
 from jedit.core.checks import check_finite, culprit
 from jedit.core.display import short_repr
+from jedit.core.precision import HIGHEST, wide_dtype
 from jedit.curvature.positions import align
-from jedit.curvature.types import HIGHEST, Curvature, Kronecker
+from jedit.curvature.types import Curvature, Kronecker
 from jedit.edits import Edit, apply_edit
 from jedit.tracing import Site, Weight, intervene
-from jedit.tracing.discover import trace
+from jedit.tracing.discover import trace_program
 from jedit.tracing.pullback import parameter_leaves
 
 
@@ -273,7 +274,7 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
         raise ValueError(
             f"subject has shape {subject.shape}, expected one position a row, ({num_rows},)"
         )
-    program = trace(apply, params, associations.batch.inputs)
+    program = trace_program(apply, params, associations.batch.inputs)
     sites = program.sites
     uses = [site for site in sites.values() if site.path == path]
     if len(uses) != 1 or uses[0].kind != "dense" or uses[0].weight.layers > 1:

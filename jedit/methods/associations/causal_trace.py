@@ -29,11 +29,11 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.core.outputs import wide
+from jedit.core.precision import wide
 from jedit.curvature.positions import align
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.tracing import intervene
-from jedit.tracing.discover import trace
+from jedit.tracing.discover import trace_program
 
 
 class CausalTrace(NamedTuple):
@@ -135,7 +135,7 @@ def _trace(
         raise ValueError(
             f"{unknown} are no sites of this function; {nearest(unknown[0], clean.site_outputs)}"
         )
-    alignments = align(trace(apply, params, batch.inputs), clean.outputs.shape[:-1])
+    alignments = align(trace_program(apply, params, batch.inputs), clean.outputs.shape[:-1])
     for name in (embedding, *names):
         if not alignments[name].leads_with_outputs(int(is_stacked and name != embedding)):
             shape = clean.site_outputs[name].shape

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
+from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature
-from jedit.curvature.types import HIGHEST
 from jedit.edits import Edit
 from jedit.methods.associations._write import (
     AssociationInfo,

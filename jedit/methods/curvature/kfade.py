@@ -40,17 +40,16 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import batch_list, check_function, check_params, refuse_tracers
-from jedit.core.batch import Batch, wide_dtype
+from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.devices import kept, on_auto_axes, places_of
 from jedit.core.display import short_repr
-from jedit.core.exponents import exponents, shifted
-from jedit.core.outputs import counted_outputs, wide
+from jedit.core.outputs import counted_outputs
+from jedit.core.precision import exponents, shifted, wide, wide_dtype
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
-from jedit.curvature.algebra import check_covers
+from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.memory import Need, group_paths
-from jedit.curvature.types import check_counted
 from jedit.edits import Edit
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved, part_of, with_part

@@ -11,8 +11,8 @@ from jedit.core.arguments import refuse_tracers
 from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
-from jedit.curvature.algebra import check_covers
-from jedit.curvature.types import Kronecker, check_counted
+from jedit.curvature.checks import check_counted, check_covers
+from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
 
 STRENGTHS = ("adaptive", "whole")

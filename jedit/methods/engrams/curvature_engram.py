@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.curvature.types import HIGHEST
+from jedit.core.precision import HIGHEST
 from jedit.edits import Edit
 from jedit.methods.engrams._take_out import EngramInfo, Parts, input_sums, is_kept, take_out
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.devices import on_auto_axes
-from jedit.curvature.types import HIGHEST
+from jedit.core.precision import HIGHEST
 from jedit.edits import Edit
 from jedit.methods.engrams._take_out import EngramInfo, Parts, input_sums, is_kept, take_out
 

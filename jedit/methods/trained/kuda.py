@@ -21,7 +21,8 @@ from collections.abc import Sequence
 
 import optax
 
-from jedit.core.arguments import check_function, check_kind, matcher
+from jedit.core.arguments import check_function, check_kind
+from jedit.core.paths import matcher
 from jedit.curvature import Curvature
 from jedit.geometry import null_space
 from jedit.objectives import Objective

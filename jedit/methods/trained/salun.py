@@ -24,9 +24,10 @@ import optax
 from jaxtyping import PyTree
 
 from jedit.core.arguments import batch_list, check_function, check_optimizer, check_params
-from jedit.core.batch import Batch, wide_dtype
+from jedit.core.batch import Batch
 from jedit.core.checks import SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
+from jedit.core.precision import wide_dtype
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods._entrance import check_rows, stop_if_not_finite
 from jedit.objectives import Objective, RandomLabel, sequence_nll, with_retain

@@ -1,5 +1,6 @@
-"""Sums over the leaves of a tree, and dtypes put back: what the files beside this one share.
+"""In which precision sums are computed, and how squares are kept within it.
 
+Matrices are multiplied with `HIGHEST`: by default a GPU rounds what enters a product to 10 bits.
 A sum of squares leaves float32 for entries beyond 1e19 or below 1e-19, which gradients have. So
 what is squared is brought to entries of about one first, by a power of two, which rounds nothing:
 
@@ -10,9 +11,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import wide_dtype
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype that sums over values of `dtype` accumulate in: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def wide(x: Array) -> Array:
+    """Return `x` in float32, or in its own dtype if that is wider."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def total(scalars: PyTree) -> Array:
