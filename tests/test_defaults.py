@@ -124,7 +124,7 @@ DEFAULTS = [
     Default("transforms.retain_neutral_surrogate", "scope", "global", '"global" (the', "ROSU"),
     Default("transforms.retain_neutral_surrogate", "constrained", True, "True; False", "ROSU"),
     Default("transforms.scale_by_curvature", "damping", 0.01, "(ours: 0.01 to 0.1)", OURS),
-    Default("transforms.scale_by_curvature", "relative", True, "whether it is; True", OURS),
+    Default("transforms.scale_by_curvature", "absolute", False, "False, it is not", OURS),
     Default("transforms.scale_by_curvature", "uncovered", "zero", '"zero" (they stay', OURS),
     Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
     Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),

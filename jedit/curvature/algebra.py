@@ -26,7 +26,7 @@ def apply_spectral(
     function: Callable[[Array], Array],
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
+    absolute: bool = False,
     uncovered: str = "zero",
 ) -> PyTree:
     """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
@@ -44,7 +44,7 @@ def apply_spectral(
         values = eigenvalues(curvature, name)
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
         matrix = gather(block, mine)
-        damped = values + _damping(values, damping, relative)
+        damped = values + _damping(values, damping, absolute)
         rotated = function(damped) * rotate(curvature, name, matrix)
         result = rotate(curvature, name, rotated, back=True)
         for path, part in block.weight.scatter(result).items():
@@ -61,10 +61,10 @@ def apply_spectral(
     return jax.tree.unflatten(jax.tree.structure(tree), out)
 
 
-def _damping(values: Array, damping, relative: bool) -> Array:
-    """λ, for each layer of a stacked block its own when relative."""
+def _damping(values: Array, damping, absolute: bool) -> Array:
+    """λ: in units of the mean eigenvalue, so that every layer of a stacked block has its own."""
     damping = jnp.asarray(damping, values.dtype)
-    if not relative:
+    if absolute:
         return damping
     return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
 
@@ -102,7 +102,7 @@ def solve(
     tree: PyTree,
     *,
     damping: float | Array,
-    relative: bool = False,
+    absolute: bool = False,
     uncovered: str = "zero",
 ) -> PyTree:
     """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
@@ -110,9 +110,9 @@ def solve(
     Args:
         curvature: the blocks.
         tree: a pytree shaped like params, e.g. a gradient.
-        damping: λ, in units of the eigenvalues; directions of zero eigenvalue are left at zero when
-            it is zero.
-        relative: λ is in units of each block's mean eigenvalue.
+        damping: λ, in units of each block's mean eigenvalue; directions of zero eigenvalue are left
+            at zero when it is zero.
+        absolute: λ is in units of the eigenvalues themselves, the same for every block.
         uncovered: parameters without a block become "zero" (frozen), or pass as by "identity".
 
     Returns:
@@ -128,7 +128,7 @@ def solve(
         return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
 
     return apply_spectral(
-        curvature, tree, invert, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, invert, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
@@ -138,12 +138,12 @@ def matvec(
     tree: PyTree,
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
+    absolute: bool = False,
     uncovered: str = "zero",
 ) -> PyTree:
     """(F + λ) T; arguments and errors as `solve`."""
     return apply_spectral(
-        curvature, tree, lambda v: v, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
@@ -154,7 +154,7 @@ def power(
     exponent: float,
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
+    absolute: bool = False,
     uncovered: str = "zero",
 ) -> PyTree:
     """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
@@ -165,13 +165,13 @@ def power(
         return jnp.where(is_zero, 0, jnp.where(is_zero, 1, values) ** exponent)
 
     return apply_spectral(
-        curvature, tree, raised, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, raised, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
 @on_auto_axes
 def quadratic_form(
-    curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
+    curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, absolute: bool = False
 ) -> Array:
     """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
     check_numbers(NOT_NEGATIVE, damping=damping)
@@ -181,20 +181,20 @@ def quadratic_form(
         values = eigenvalues(curvature, name)
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
         rotated = rotate(curvature, name, gather(block, mine))
-        damped = values + _damping(values, damping, relative)
+        damped = values + _damping(values, damping, absolute)
         parts.append(jnp.sum(damped * rotated**2))
     return _sum(parts)
 
 
 @on_auto_axes
-def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
+def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
     for name in curvature.blocks:
         values = eigenvalues(curvature, name)
-        parts.append(jnp.sum(values + _damping(values, damping, relative)))
+        parts.append(jnp.sum(values + _damping(values, damping, absolute)))
     return _sum(parts)
 
 

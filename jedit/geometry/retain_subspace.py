@@ -70,9 +70,12 @@ def _leafwise(function: Callable, one: PyTree, other: PyTree) -> PyTree:
 
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
-    """A curvature's metric: z = (F + λ)^-1/2 g, λ relative; what it does not cover stays as is."""
+    """A curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
+
+    λ is in units of each block's mean eigenvalue.
+    """
     check_numbers(NOT_NEGATIVE, damping=damping)
-    options = {"damping": damping, "relative": True, "uncovered": "identity"}
+    options = {"damping": damping, "uncovered": "identity"}
     return Whitening(
         lambda tree: power(curvature, tree, -0.5, **options),
         lambda tree: power(curvature, tree, 0.5, **options),

@@ -66,7 +66,7 @@ def retain_orthogonal(
         retain_grads: g_r, like it.
         scope: "global", one constraint, or "leaf", one for every leaf.
         metric: M⁻¹ as a function on trees, linear and symmetric, for instance
-            `partial(jedit.solve, curvature, damping=0.1, relative=True)`; None: the identity.
+            `partial(jedit.solve, curvature, damping=0.1)`; None: the identity.
 
     Returns:
         q in the leaves' own dtypes, and the info. Parallel gradients give zero and a flag. A

@@ -395,7 +395,7 @@ def _lower_loss(
 
     before, gradient = jax.value_and_grad(loss)(start)
     down = jax.tree.map(lambda g: -wide(g), gradient)
-    step = solve(curvature, down, damping=damping, relative=True)
+    step = solve(curvature, down, damping=damping)
     quadratic = quadratic_form(curvature, step)
     largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
     alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)

@@ -85,7 +85,7 @@ def orthogonalize_to_retain(
         sketch: "fifo" (paper) or "frequent_directions".
         decay: of the running mean, 0.999, Adam's b2.
         eps: 1e-8, Adam's.
-        damping: of a curvature, relative; 0.1 is arbitrary.
+        damping: of a curvature, in units of each block's mean eigenvalue; 0.1 is arbitrary.
 
     Returns:
         The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter; in a

@@ -90,7 +90,7 @@ def exactly(curvature):
     """(F + λ)⁻¹ by `solve`, as a dict of the covered leaves."""
 
     def invert(gradient):
-        step = solve(curvature, gradient, damping=DAMPING, relative=True)
+        step = solve(curvature, gradient, damping=DAMPING)
         return {
             path: x
             for p, x in jax.tree_util.tree_leaves_with_path(step)

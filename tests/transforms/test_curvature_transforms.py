@@ -38,11 +38,11 @@ def _loss(params, x):
     return -jnp.mean(jax.nn.log_softmax(network(params, x))[:, 0])
 
 
-@pytest.mark.parametrize(("damping", "relative"), [(0.3, True), (0.02, False)])
+@pytest.mark.parametrize(("damping", "absolute"), [(0.3, False), (0.02, True)])
 @pytest.mark.parametrize("uncovered", ["zero", "identity"])
-def test_scaling_is_a_solve(scene, damping, relative, uncovered, tolerance):
+def test_scaling_is_a_solve(scene, damping, absolute, uncovered, tolerance):
     params, updates, curvature, _ = scene
-    options = {"damping": damping, "relative": relative, "uncovered": uncovered}
+    options = {"damping": damping, "absolute": absolute, "uncovered": uncovered}
     transform = scale_by_curvature(curvature, **options)
     scaled, _ = jax.jit(transform.update)(updates, transform.init(params), params)
     expected = solve(curvature, updates, **options)

@@ -88,7 +88,7 @@ class KfadeInfo(NamedTuple):
 
 def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
     """The method's algebra: d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
-    step = solve(curvature, gradient, damping=damping, relative=True)
+    step = solve(curvature, gradient, damping=damping)
     return jax.tree.map(jnp.negative, step)
 
 
