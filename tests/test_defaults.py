@@ -4,6 +4,7 @@ A row for every figure, word and switch that a public method, objective or trans
 figure that nobody has published is "ours", and its docstring calls it arbitrary or says from where.
 """
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -35,16 +36,16 @@ class Default(NamedTuple):
 MEMIT, FRAMEWORK, OURS = "MEMIT's code, GPT-J", "open-unlearning", "ours"
 DEFAULTS = [
     Default("methods.alphaedit", "ridge", 10.0, "Code: 10.", "AlphaEdit's code"),
-    Default("methods.alphaedit", "relative", False, "moment; False, as", "AlphaEdit's code"),
+    Default("methods.alphaedit", "absolute", True, "absolute: True, as in", "AlphaEdit's code"),
     Default("requests.batch_unlearn", "damping", 0.1, "0.1 is arbitrary", OURS),
-    Default("requests.batch_unlearn", "exact", False, "which False does", OURS),
-    Default("requests.batch_unlearn", "chunk", 16, "16 is arbitrary", OURS),
+    Default("requests.Solver", "exact", False, "which False does", OURS),
+    Default("requests.Solver", "chunk", 16, "16 is arbitrary", OURS),
     Default("requests.interactions", "damping", 0.0, "0.0, none", OURS),
     Default("requests.interactions", "exact", False, "False there too", OURS),
     Default("requests.balanced", "ridge", 1e-6, "1e-6 (arbitrary)", OURS),
-    Default("methods.causal_trace", "window", 10, "together (ROME: 10)", "ROME's code"),
-    Default("methods.causal_trace", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
-    Default("methods.causal_trace", "samples", 10, "noise (ROME: 10)", "ROME's code"),
+    Default("methods.Restoration", "window", 10, "together (ROME: 10)", "ROME's code"),
+    Default("methods.Corruption", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
+    Default("methods.Corruption", "samples", 10, "noise (ROME: 10)", "ROME's code"),
     Default("methods.causal_trace", "chunk", 8, "8 is arbitrary", OURS),
     Default("methods.curvature_engram", "damping", 1.0, "λ; 1, the best of a grid", OURS),
     Default("methods.curvature_engram", "strength", "adaptive", '"adaptive" as there', "engram"),
@@ -54,7 +55,7 @@ DEFAULTS = [
     Default("methods.gu", "rank", 8, "basis (paper: 8)", "GU"),
     Default("methods.gu", "scope", "leaf", '"leaf", a basis for every parameter (paper)', "GU"),
     Default("methods.gu", "refresh", 1, "1 is every step", OURS),
-    Default("methods.kfade", "steps", 4, "4 is what our table was made with", OURS),
+    Default("methods.Ascent", "steps", 4, "4 is what our table was made with", OURS),
     Default("methods.kfade", "damping", 0.01, "(ours; 0.01 to 0.1 were best)", OURS),
     Default("methods.kuda", "threshold", 0.02, "0.02 is arbitrary", OURS),
     Default("methods.kuda", "relaxation", 1.0, "1, w = c/a above the cut, is arbitrary", OURS),
@@ -69,12 +70,12 @@ DEFAULTS = [
     Default("methods.salun", "alpha", 1.0, "α; 1 is `random_label`'s", OURS),
     Default("methods.sam", "radius", 0.01, "ρ (paper's code: 0.01)", "SAM unlearning's code"),
     Default("methods.sam", "alpha", 1.0, "1 is arbitrary", OURS),
-    Default("methods.target_values", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
-    Default("methods.target_values", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
-    Default("methods.target_values", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
-    Default("methods.target_values", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
-    Default("methods.target_values", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
-    Default("methods.target_values", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
+    Default("methods.Search", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
+    Default("methods.Search", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
+    Default("methods.Search", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
+    Default("methods.Search", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
+    Default("methods.Search", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
+    Default("methods.Search", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
     Default("objectives.ce_u", "gamma", 1.0, "γ = 1 and", "graddiff"),
     Default("objectives.ce_u", "alpha", 1.0, "α = 1 are `graddiff`'s", "graddiff"),
     Default("objectives.dpo", "beta", 0.1, "β = 0.1 and", FRAMEWORK),
@@ -135,10 +136,10 @@ DEFAULTS = [
 
 
 def functions(room):
-    """The public functions of a room, by name."""
+    """The public functions of a room, and the dataclasses that they take, by name."""
     package = importlib.import_module(f"jedit.{room}")
     found = {name: getattr(package, name) for name in package.__all__}
-    return {name: f for name, f in found.items() if inspect.isfunction(f)}
+    return {n: f for n, f in found.items() if inspect.isfunction(f) or dataclasses.is_dataclass(f)}
 
 
 def said_by(function):

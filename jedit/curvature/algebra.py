@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import check_kind, check_params, nearest
+from jedit.core.arguments import check_kind, check_params, check_word, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes, sharding_of
 from jedit.core.paths import parameter_paths
-from jedit.curvature.types import Curvature, Kronecker, eigenvalues, gather, rotate
+from jedit.curvature.types import Curvature, Kronecker, Uncovered, eigenvalues, gather, rotate
 
 
 def apply_spectral(
@@ -27,15 +27,14 @@ def apply_spectral(
     *,
     damping: float | Array = 0.0,
     absolute: bool = False,
-    uncovered: str = "zero",
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
 
     Raises:
         ValueError: as `solve`.
     """
-    if uncovered not in ("zero", "identity"):
-        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_word(Uncovered, uncovered=uncovered)
     check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = check_covers(curvature, tree)
     total: dict[str, Array] = {}
@@ -103,7 +102,7 @@ def solve(
     *,
     damping: float | Array,
     absolute: bool = False,
-    uncovered: str = "zero",
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
 
@@ -139,7 +138,7 @@ def matvec(
     *,
     damping: float | Array = 0.0,
     absolute: bool = False,
-    uncovered: str = "zero",
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ) T; arguments and errors as `solve`."""
     return apply_spectral(
@@ -155,7 +154,7 @@ def power(
     *,
     damping: float | Array = 0.0,
     absolute: bool = False,
-    uncovered: str = "zero",
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
     check_numbers(FINITE, exponent=exponent)

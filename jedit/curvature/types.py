@@ -7,7 +7,7 @@ A block is a Kronecker product of two symmetric factors, optionally with correct
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jedit.core.display import html_table, short_repr, text_table
 from jedit.curvature.mesh.placement import along, best_split, num_pieces, without
 from jedit.tracing import Weight
 
+# What becomes of parameters that a curvature, or a projector, does not cover.
+Uncovered = Literal["zero", "identity"]
 HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -17,21 +17,33 @@ everything in one layer and nothing in the next. `Projector.report` says what ca
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind, check_params, nearest
-from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.arguments import check_kind, check_params, check_word, nearest
+from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, Range, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import is_concrete, short_repr, text_table
 from jedit.core.paths import parameter_paths
-from jedit.curvature.types import HIGHEST, Curvature, Kronecker, Weight, check_counted, pytree
+from jedit.curvature.types import (
+    HIGHEST,
+    Curvature,
+    Kronecker,
+    Uncovered,
+    Weight,
+    check_counted,
+    pytree,
+)
 
-THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
-SELECTIONS = tuple(THRESHOLDS)
+Selection = Literal["energy", "rank", "eigenvalue"]
+THRESHOLDS: dict[Selection, Range] = {
+    "energy": SHARE,
+    "rank": COUNT_OR_ZERO,
+    "eigenvalue": NOT_NEGATIVE,
+}
 
 
 class NullSpaceReport(NamedTuple):
@@ -110,7 +122,11 @@ class Projector:
 
 @on_auto_axes
 def null_space(
-    curvature: Curvature, *, threshold: float | int, by: str = "energy", relaxation: float = 0.0
+    curvature: Curvature,
+    *,
+    threshold: float | int,
+    by: Selection = "energy",
+    relaxation: float = 0.0,
 ) -> Projector:
     """The projector onto the input directions that the retain set hardly uses.
 
@@ -127,8 +143,7 @@ def null_space(
         ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
             Kronecker block.
     """
-    if by not in SELECTIONS:
-        raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
+    check_word(Selection, by=by)
     check_numbers(THRESHOLDS[by], threshold=threshold)
     check_numbers(NOT_NEGATIVE, relaxation=relaxation)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
@@ -150,7 +165,7 @@ def null_space(
 
 
 def _weights(
-    a: Float[Array, "layers d"], threshold: float | int, by: str, relaxation: float
+    a: Float[Array, "layers d"], threshold: float | int, by: Selection, relaxation: float
 ) -> Float[Array, "layers d"]:
     order = jnp.argsort(a, axis=1)  # a diagonal factor's are in the order of its axis
     ascending = jnp.take_along_axis(a, order, axis=1)
@@ -169,7 +184,7 @@ def _weights(
 
 
 @on_auto_axes
-def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> PyTree:
+def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero") -> PyTree:
     """P T for every matrix of a tree shaped like params, bias included as its last row.
 
     Args:
@@ -183,8 +198,7 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
     Raises:
         ValueError: the tree lacks a parameter of the projector, or an unknown `uncovered`.
     """
-    if uncovered not in ("zero", "identity"):
-        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_word(Uncovered, uncovered=uncovered)
     check_kind(projector, Projector, "projector", "as `null_space` returns it")
     check_params(tree, "the tree")
     leaves = dict(parameter_paths(tree))

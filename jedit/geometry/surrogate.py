@@ -16,18 +16,19 @@ dimensions constrains nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.arguments import check_word
 from jedit.core.batch import wide_dtype
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.exponents import cast_like, everywhere, exponents, shifted, total
 
-SCOPES = ("global", "leaf")
+Scope = Literal["global", "leaf"]
 
 
 class RetainOrthogonalInfo(NamedTuple):
@@ -56,7 +57,7 @@ def retain_orthogonal(
     forget_grads: PyTree,
     retain_grads: PyTree,
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
     """The direction M⁻¹g_f with its component along the retain gradient taken off.
@@ -86,7 +87,7 @@ def retain_neutral_perturbation(
     retain_grads: PyTree,
     *,
     radius: float | Array,
-    scope: str = "global",
+    scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
     """The perturbation of norm ρ that raises the forget loss most at no first-order retain change.
@@ -148,8 +149,7 @@ def _direction(forget, retain, scope, metric):
     Raises:
         ValueError: an unknown scope, or trees of different structure.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    check_word(Scope, scope=scope)
     if jax.tree.structure(forget) != jax.tree.structure(retain):
         raise ValueError(
             "forget_grads and retain_grads differ in structure: "

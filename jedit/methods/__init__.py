@@ -4,13 +4,18 @@ Those that edit return an `Edit` and what they found on the way; those that trai
 `TrainingMethod`, which `jedit.unlearn` takes.
 """
 
-from jedit.methods.associations._write import AssociationInfo, Associations, KeyState
+from jedit.methods.associations._write import AssociationInfo, Associations, KeyState, Layers
 from jedit.methods.associations.alphaedit import alphaedit
-from jedit.methods.associations.causal_trace import CausalTrace, causal_trace
+from jedit.methods.associations.causal_trace import (
+    CausalTrace,
+    Corruption,
+    Restoration,
+    causal_trace,
+)
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
-from jedit.methods.associations.targets import TargetInfo, target_values
-from jedit.methods.curvature.kfade import KfadeInfo, kfade
+from jedit.methods.associations.targets import Search, TargetInfo, target_values
+from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import EngramInfo, engram
 from jedit.methods.trained.gu import gu
@@ -21,12 +26,17 @@ from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 
 __all__ = [
+    "Ascent",
     "AssociationInfo",
     "Associations",
     "CausalTrace",
+    "Corruption",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
+    "Layers",
+    "Restoration",
+    "Search",
     "TargetInfo",
     "alphaedit",
     "causal_trace",

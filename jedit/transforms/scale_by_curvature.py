@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, solve
+from jedit.curvature.types import Uncovered
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
 
@@ -22,7 +23,7 @@ def scale_by_curvature(
     *,
     damping: float | Array = 1e-2,
     absolute: bool = False,
-    uncovered: str = "zero",
+    uncovered: Uncovered = "zero",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by (F + λ)⁻¹, so that they are free where the retain outputs do not look.
 

@@ -37,6 +37,7 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
+from jedit.methods import Ascent
 from jedit.models import gpt
 from jedit.objectives import npo, retain_nll
 
@@ -142,6 +143,9 @@ def edits(scene, budget, select):
         estimator = jedit.kfac(scene.apply, likelihood, select=SELECT)
         return jedit.estimate(estimator, params, rows, key=jax.random.key(2))
 
+    def refit(params):
+        return fit(hot, params, scene.fit[:8])
+
     curvatures = {}
     for name, likelihood in likelihoods.items():
         start = time.perf_counter()
@@ -154,30 +158,30 @@ def edits(scene, budget, select):
     )
     log_odds = functools.partial(margin, apply=scene.apply)
     preference = functools.partial(npo, apply=scene.apply, reference_params=scene.params)
-    rows = [("identity (plain ascent)", tempered, 1e9, 4, None)]
-    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, None)]
-    rows += [(name, c, d, 4, None) for name, c in curvatures.items() for d in (0.01, 0.1)]
+    rows = [("identity (plain ascent)", tempered, 1e9, Ascent(4))]
+    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, Ascent(4))]
+    rows += [(name, c, d, Ascent(4)) for name, c in curvatures.items() for d in (0.01, 0.1)]
     rows += [
-        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, n, None)
+        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, Ascent(n))
         for n in (1, 2)
         for d in (0.01, 0.1)
     ]
-    rows += [(f"{name}, 1 step", c, 0.01, 1, None) for name, c in curvatures.items()]
+    rows += [(f"{name}, 1 step", c, 0.01, Ascent(1)) for name, c in curvatures.items()]
     rows += [
-        ("identity, 1 step", tempered, 1e9, 1, None),
-        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, 1, None),
-        ("temperature 4, 16 steps", tempered, 0.01, 16, None),
-        ("temperature 4, log-odds", tempered, 0.01, 4, log_odds),
-        ("temperature 4, EK-FAC", corrected, 0.01, 4, None),
-        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, 1, None),
-        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 4, None),
-        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 1, None),
-        ("temperature 4, refitted, 8 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 8, None),
-        ("temperature 4, refitted, 2 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 2, None),
-        ("temperature 4, NPO, 2 steps", tempered, 0.01, 2, preference),
-        ("temperature 4, NPO, 4 steps", tempered, 0.01, 4, preference),
+        ("identity, 1 step", tempered, 1e9, Ascent(1)),
+        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, Ascent(1)),
+        ("temperature 4, 16 steps", tempered, 0.01, Ascent(16)),
+        ("temperature 4, log-odds", tempered, 0.01, Ascent(4, objective=log_odds)),
+        ("temperature 4, EK-FAC", corrected, 0.01, Ascent(4)),
+        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, Ascent(1)),
+        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, Ascent(4)),
+        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, Ascent(1)),
+        ("temperature 4, refitted, 8 steps", tempered, 0.01, Ascent(8, refit=refit)),
+        ("temperature 4, refitted, 2 steps", tempered, 0.01, Ascent(2, refit=refit)),
+        ("temperature 4, NPO, 2 steps", tempered, 0.01, Ascent(2, objective=preference)),
+        ("temperature 4, NPO, 4 steps", tempered, 0.01, Ascent(4, objective=preference)),
     ]
-    for name, curvature, damping, steps, objective in rows:
+    for name, curvature, damping, ascent in rows:
         if not re.search(select, name):
             continue
         start = time.perf_counter()
@@ -188,9 +192,8 @@ def edits(scene, budget, select):
             scene.forget,
             scene.probe,
             budget=budget,
-            steps=steps,
             damping=damping,
-            objective=objective,
+            ascent=ascent,
         )
         params = jedit.apply_edit(scene.params, edit)
         yield name, damping, params, float(info.predicted_kl[-1]), time.perf_counter() - start
@@ -205,7 +208,7 @@ def negative_preferences(scene, tempered, select):
             chain = optax.chain(
                 jedit.transforms.scale_by_curvature(tempered, damping=damping),
                 optax.scale(-1.0),
-                jedit.transforms.clip_by_curvature_norm(tempered, max_kl=max_kl),
+                jedit.transforms.clip_by_curvature_norm(tempered, predicted_kl=max_kl),
             )
             name = f"NPO, 60 steps of at most {max_kl:g} nats in the tempered metric"
             runs.append((name, damping, chain, 60))

@@ -63,7 +63,12 @@ def compute(kind):
     out |= leaves_of(solve_corrected(corrected, gradient), "solve ekfac/")
     requests = split(jax.tree.map(lambda x: x[:, None], scene.rows(3, 16)))
     edits, info = jedit.batch_unlearn(
-        scene.apply, params, requests, grouped, budget=1e-3, rank=4, chunk=2
+        scene.apply,
+        params,
+        grouped,
+        requests,
+        predicted_kl=1e-3,
+        solver=jedit.requests.Solver(rank=4, chunk=2),
     )
     out |= leaves_of(info, "batch info/")
     summed = jedit.sum_edits(edits, like=None if mesh is None else params)

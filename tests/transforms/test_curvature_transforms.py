@@ -62,11 +62,11 @@ def test_uncovered_parameters_stay_frozen_to_the_bit(scene):
     assert _loss(moved, x) < _loss(params, x)
 
 
-@pytest.mark.parametrize("max_kl", [1e-3, 1e6])
-def test_clipping_bounds_the_predicted_kl_of_the_realised_change(scene, max_kl, tolerance):
+@pytest.mark.parametrize("predicted_kl", [1e-3, 1e6])
+def test_clipping_bounds_the_predicted_kl_of_the_realised_change(scene, predicted_kl, tolerance):
     params, _, curvature, x = scene
     optimizer = optax.chain(
-        optax.adamw(0.3, weight_decay=0.1), clip_by_curvature_norm(curvature, max_kl)
+        optax.adamw(0.3, weight_decay=0.1), clip_by_curvature_norm(curvature, predicted_kl)
     )
     state, moved = optimizer.init(params), params
     for _ in range(3):
@@ -74,9 +74,9 @@ def test_clipping_bounds_the_predicted_kl_of_the_realised_change(scene, max_kl, 
         after = optax.apply_updates(moved, updates)
         change = jax.tree.map(jnp.subtract, after, moved)
         spent = 0.5 * float(quadratic_form(curvature, change))
-        assert spent <= max_kl * (1 + tolerance.contraction)
+        assert spent <= predicted_kl * (1 + tolerance.contraction)
         before = float(state[1].predicted_kl)
-        np.testing.assert_allclose(spent, min(before, max_kl), rtol=tolerance.contraction)
+        np.testing.assert_allclose(spent, min(before, predicted_kl), rtol=tolerance.contraction)
         moved = after
 
 

@@ -22,6 +22,7 @@ import jax
 import optax
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
+from jedit.geometry.surrogate import Scope
 from jedit.objectives import retain_nll
 from jedit.training.method import TrainingMethod
 from jedit.transforms import orthogonalize_to_retain
@@ -33,7 +34,7 @@ def gu(
     *,
     learning_rate: float,
     rank: int = 8,
-    scope: str = "leaf",
+    scope: Scope = "leaf",
     refresh: int = 1,
     retain_objective: Callable = retain_nll,
 ) -> TrainingMethod:

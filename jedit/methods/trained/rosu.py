@@ -21,9 +21,11 @@ from collections.abc import Callable
 import jax
 import optax
 
+from jedit.geometry.surrogate import Scope
 from jedit.objectives import ga, retain_nll
 from jedit.training.method import TrainingMethod
 from jedit.transforms import retain_neutral_surrogate
+from jedit.transforms.retain_neutral_surrogate import Outer
 
 
 def rosu(
@@ -31,9 +33,9 @@ def rosu(
     optimizer: optax.GradientTransformation,
     *,
     radius: float,
-    outer: str = "transport",
+    outer: Outer = "transport",
     strength: float = 1.0,
-    scope: str = "global",
+    scope: Scope = "global",
     retain_objective: Callable = retain_nll,
 ) -> TrainingMethod:
     """ROSU around any optimizer.

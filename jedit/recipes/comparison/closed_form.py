@@ -12,7 +12,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.geometry import null_space
-from jedit.methods import Associations, alphaedit, curvature_engram, engram, memit
+from jedit.methods import Associations, Layers, alphaedit, curvature_engram, engram, memit
 
 THRESHOLD = 0.01  # of AlphaEdit's null space, a share of the energy; 2e-2 of anything is arbitrary
 
@@ -73,12 +73,17 @@ def make_editors(
         "AlphaEdit": Editor(
             f"Removes {where}, in the null space of the retain rows' inputs.",
             lambda: alphaedit(
-                apply, params, null_space(retained, threshold=THRESHOLD), facts, None, layers=layers
+                apply,
+                params,
+                null_space(retained, threshold=THRESHOLD),
+                facts,
+                None,
+                layers=Layers(layers),
             )[0],
         ),
         "MEMIT": Editor(
             f"Removes {where}, by ridge regression against the retain rows' inputs.",
-            lambda: memit(apply, params, retained, facts, None, layers=layers)[0],
+            lambda: memit(apply, params, retained, facts, None, layers=Layers(layers))[0],
         ),
     }
 

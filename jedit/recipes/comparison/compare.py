@@ -24,7 +24,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
 from jedit.geometry import null_space
-from jedit.methods import kfade
+from jedit.methods import Ascent, kfade
 from jedit.metrics import forget_quality
 from jedit.objectives import token_kl, token_nll
 from jedit.recipes.comparison.closed_form import Editor, make_editors
@@ -51,7 +51,7 @@ class Grid(NamedTuple):
     Attributes:
         budgets: strengths of K-FADE, true retain KL in nats per output.
         temperatures: of the likelihood whose curvature K-FADE steps in.
-        damping: of K-FADE, relative.
+        damping: of K-FADE, in units of each block's mean eigenvalue.
         kfade_steps: numbers of steps of one edit.
         scales: by method that gives one edit (`make_editors`), what the edit is multiplied by.
         learning_rates: by method that trains (`trainers`), with Adam; those named are run.
@@ -344,7 +344,7 @@ def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estim
 
 
 def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
-    """K-FADE on a task's batches, to be called with `budget=` and `steps=`."""
+    """K-FADE on a task's batches, to be called with `budget=` and `ascent=`."""
     forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
     retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
     return functools.partial(
@@ -376,11 +376,12 @@ def _kfade_curve(
     setting: dict[str, float],
 ) -> tuple[Curve, list[PyTree]]:
     run = kfade_on(task, curvature, setting["damping"])
-    run(budget=grid.budgets[0], steps=1)  # compiles, so that the seconds below are the edit's own
+    # Compiles, so that the seconds below are the edit's own.
+    run(budget=grid.budgets[0], ascent=Ascent(1))
     points, models = [], []
     for budget in grid.budgets:
         start = time.perf_counter()
-        edit, info = run(budget=budget, steps=int(setting["steps"]))
+        edit, info = run(budget=budget, ascent=Ascent(int(setting["steps"])))
         params = jax.block_until_ready(apply_edit(task.original, edit))
         seconds = time.perf_counter() - start
         predictions = {

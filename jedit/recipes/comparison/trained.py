@@ -17,6 +17,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.curvature.memory import exactly
 from jedit.geometry import Projector
+from jedit.geometry.surrogate import Scope
 from jedit.methods import gu, kuda, rosu, sam, uam
 from jedit.tracing import intervene
 from jedit.training import TrainingMethod
@@ -184,7 +185,7 @@ def natural_npo(
 ) -> Trainer:
     """NPO by plain steps in a metric, each of a predicted KL of at most its "learning rate"."""
     clip = optax.inject_hyperparams(
-        lambda learning_rate: clip_by_curvature_norm(curvature, max_kl=learning_rate)
+        lambda learning_rate: clip_by_curvature_norm(curvature, predicted_kl=learning_rate)
     )
     optimizer = optax.chain(
         scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=0.0)
@@ -197,7 +198,7 @@ def natural_npo(
     )
 
 
-def _gu(apply: Callable, scope: str) -> TrainingMethod:
+def _gu(apply: Callable, scope: Scope) -> TrainingMethod:
     objective = functools.partial(objectives.graddiff, apply=apply)
     made = gu(apply, objective, learning_rate=1.0, scope=scope)
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))

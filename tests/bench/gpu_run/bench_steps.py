@@ -19,6 +19,7 @@ from jedit.curvature.estimator import add_batch
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
+from jedit.methods import Ascent
 from jedit.recipes.comparison.compare import Judge, Task, kfade_on
 from jedit.recipes.fitting import Recipe, rows_of, train
 from jedit.report import Point
@@ -191,7 +192,7 @@ def edit_and_judge(
     run = kfade_on(task, curvature, damping)
 
     def edit():
-        made, info = run(budget=BUDGET, steps=1)
+        made, info = run(budget=BUDGET, ascent=Ascent(1))
         return apply_edit(task.original, made), info
 
     first = timed(edit)[0]
