@@ -230,7 +230,7 @@ def _batch_unlearn(
         blocks = _all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         if price is None:
-            alpha = jnp.ldexp(jnp.ones((), done.dtype), n)
+            alpha = jnp.ldexp(jnp.ones((), float), n)
         else:
             alpha = jnp.sqrt(2 * price / quadratic)
         alpha = jnp.where(blocks.quadratic > 0, alpha, 0).astype(done.dtype)
