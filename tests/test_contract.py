@@ -20,7 +20,9 @@ from jedit.data import stack_requests
 from jedit.edits import apply_edit, sum_edits
 from jedit.geometry import null_space
 from jedit.methods import (
+    Ascent,
     Associations,
+    Layers,
     alphaedit,
     curvature_engram,
     engram,
@@ -81,7 +83,7 @@ TRANSFORMS = [
     Row("scale_by_curvature", lambda c: scale_by_curvature(c, damping=0.1)),
     Row(
         "clip_by_curvature_norm",
-        lambda c: clip_by_curvature_norm(c, max_kl=1e-3),
+        lambda c: clip_by_curvature_norm(c, predicted_kl=1e-3),
         {"frozen": "it scales the whole update by one factor and freezes nothing"},
     ),
     Row("project_to_null_space", lambda c: project_to_null_space(null_space(c, threshold=0.2))),
@@ -116,17 +118,20 @@ TRANSFORMS = [
     Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
 ]
 METHODS = [
-    Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, steps=2)),
-    Row("kfade by step", lambda *scene: kfade(*scene, step=1e-2, steps=2)),
+    Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, ascent=Ascent(2))),
+    Row("kfade by step", lambda *scene: kfade(*scene, ascent=Ascent(2, step_size=1e-2))),
     Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
-    Row("memit", lambda f, p, c, forget, _: memit(f, p, c, Associations(forget), None, layers="w")),
+    Row(
+        "memit",
+        lambda f, p, c, forget, _: memit(f, p, c, Associations(forget), None, layers=Layers("w")),
+    ),
     Row(
         "alphaedit",
         lambda f, p, c, forget, _: alphaedit(
-            f, p, null_space(c, threshold=0.2), Associations(forget), None, layers="w"
+            f, p, null_space(c, threshold=0.2), Associations(forget), None, layers=Layers("w")
         ),
     ),
 ]
@@ -140,7 +145,8 @@ ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compil
 
 
 def _stack(apply, params, curvature, forget, _):
-    return batch_unlearn(apply, params, stack_requests([forget, forget]), curvature, step=1e-2)[0]
+    edits, _ = batch_unlearn(apply, params, curvature, stack_requests([forget, forget]))
+    return 1e-2 * edits
 
 
 def make_scene(key, dtype=jnp.float32):

@@ -4,6 +4,7 @@ A row for every figure, word and switch that a public method, objective or trans
 figure that nobody has published is "ours", and its docstring calls it arbitrary or says from where.
 """
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -35,16 +36,16 @@ class Default(NamedTuple):
 MEMIT, FRAMEWORK, OURS = "MEMIT's code, GPT-J", "open-unlearning", "ours"
 DEFAULTS = [
     Default("methods.alphaedit", "ridge", 10.0, "Code: 10.", "AlphaEdit's code"),
-    Default("methods.alphaedit", "relative", False, "moment; False, as", "AlphaEdit's code"),
+    Default("methods.alphaedit", "absolute", True, "absolute: True, as in", "AlphaEdit's code"),
     Default("requests.batch_unlearn", "damping", 0.1, "0.1 is arbitrary", OURS),
-    Default("requests.batch_unlearn", "exact", False, "which False does", OURS),
-    Default("requests.batch_unlearn", "chunk", 16, "16 is arbitrary", OURS),
+    Default("requests.Solver", "exact", False, "which False does", OURS),
+    Default("requests.Solver", "chunk", 16, "16 is arbitrary", OURS),
     Default("requests.interactions", "damping", 0.0, "0.0, none", OURS),
     Default("requests.interactions", "exact", False, "False there too", OURS),
     Default("requests.balanced", "ridge", 1e-6, "1e-6 (arbitrary)", OURS),
-    Default("methods.causal_trace", "window", 10, "together (ROME: 10)", "ROME's code"),
-    Default("methods.causal_trace", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
-    Default("methods.causal_trace", "samples", 10, "noise (ROME: 10)", "ROME's code"),
+    Default("methods.Restoration", "window", 10, "together (ROME: 10)", "ROME's code"),
+    Default("methods.Corruption", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
+    Default("methods.Corruption", "samples", 10, "noise (ROME: 10)", "ROME's code"),
     Default("methods.causal_trace", "chunk", 8, "8 is arbitrary", OURS),
     Default("methods.curvature_engram", "damping", 1.0, "λ; 1, the best of a grid", OURS),
     Default("methods.curvature_engram", "strength", "adaptive", '"adaptive" as there', "engram"),
@@ -54,7 +55,7 @@ DEFAULTS = [
     Default("methods.gu", "rank", 8, "basis (paper: 8)", "GU"),
     Default("methods.gu", "scope", "leaf", '"leaf", a basis for every parameter (paper)', "GU"),
     Default("methods.gu", "refresh", 1, "1 is every step", OURS),
-    Default("methods.kfade", "steps", 4, "4 is what our table was made with", OURS),
+    Default("methods.Ascent", "steps", 4, "4 is what our table was made with", OURS),
     Default("methods.kfade", "damping", 0.01, "(ours; 0.01 to 0.1 were best)", OURS),
     Default("methods.kuda", "threshold", 0.02, "0.02 is arbitrary", OURS),
     Default("methods.kuda", "relaxation", 1.0, "1, w = c/a above the cut, is arbitrary", OURS),
@@ -67,12 +68,12 @@ DEFAULTS = [
     Default("methods.salun", "fraction", 0.5, "may change (paper: 0.5)", "SalUn"),
     Default("methods.sam", "radius", 0.01, "ρ (paper's code: 0.01)", "SAM unlearning's code"),
     Default("methods.sam", "weight", 1.0, "1 is arbitrary", OURS),
-    Default("methods.target_values", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
-    Default("methods.target_values", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
-    Default("methods.target_values", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
-    Default("methods.target_values", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
-    Default("methods.target_values", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
-    Default("methods.target_values", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
+    Default("methods.Search", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
+    Default("methods.Search", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),
+    Default("methods.Search", "weight_decay", 0.5, "ω; 0.5, MEMIT's code", MEMIT),
+    Default("methods.Search", "kl_weight", 0.0625, "κ; 0.0625, MEMIT's code", MEMIT),
+    Default("methods.Search", "max_norm", 0.75, "c; 0.75, MEMIT's code", MEMIT),
+    Default("methods.Search", "stop", 0.05, "further; 0.05, MEMIT's code", MEMIT),
     Default("objectives.DPO", "beta", 0.1, "β = 0.1 is open-unlearning's", FRAMEWORK),
     Default("objectives.NPO", "beta", 0.1, "β = 0.1 is the paper's", "NPO"),
     Default("objectives.RepresentationDeviation", "seed", 0, "u; 0 is arbitrary", OURS),
@@ -105,7 +106,7 @@ DEFAULTS = [
     Default("transforms.retain_neutral_surrogate", "scope", "global", '"global" (the', "ROSU"),
     Default("transforms.retain_neutral_surrogate", "constrained", True, "True; False", "ROSU"),
     Default("transforms.scale_by_curvature", "damping", 0.01, "(ours: 0.01 to 0.1)", OURS),
-    Default("transforms.scale_by_curvature", "relative", True, "whether it is; True", OURS),
+    Default("transforms.scale_by_curvature", "absolute", False, "False, it is not", OURS),
     Default("transforms.scale_by_curvature", "uncovered", "zero", '"zero" (they stay', OURS),
     Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
     Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),
@@ -116,11 +117,10 @@ DEFAULTS = [
 
 
 def functions(room):
-    """The public functions and objectives of a room, by name."""
+    """The public functions of a room, and the dataclasses that are or that they take, by name."""
     package = importlib.import_module(f"jedit.{room}")
     found = {name: getattr(package, name) for name in package.__all__}
-    is_value = lambda f: room == "objectives" and inspect.isclass(f)  # noqa: E731
-    return {name: f for name, f in found.items() if inspect.isfunction(f) or is_value(f)}
+    return {n: f for n, f in found.items() if inspect.isfunction(f) or dataclasses.is_dataclass(f)}
 
 
 def said_by(function):

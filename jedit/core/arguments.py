@@ -5,7 +5,7 @@ Of types it knows `Batch` alone; what an array's numbers may be is not asked her
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,22 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
         f"{name} must be {with_article(kind.__name__)}, {example}, got {described(value)}; look "
         "at the order of the arguments"
     )
+
+
+def check_word(words: Any, **given: Any) -> None:
+    """Refuse words that are none of those an option may be.
+
+    Args:
+        words: a `Literal` of them.
+        **given: by the name of the option.
+
+    Raises:
+        ValueError: which one, and what there is.
+    """
+    known = get_args(words)
+    for name, word in given.items():
+        if word not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")
 
 
 def check_function(value: Any, name: str = "apply", form: str = "(params, inputs)") -> None:

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind, nearest
+from jedit.core.arguments import check_kind, check_word, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import fetched, on_auto_axes, sharding_of
 from jedit.curvature.checks import check_covers
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.mesh.rotation import sharded_gather, sharded_products, sharded_rotation
-from jedit.curvature.types import Curvature, Diagonal, Kronecker
+from jedit.curvature.types import Curvature, Diagonal, Kronecker, Uncovered
 from jedit.tracing.sites import Weight
 
 
@@ -83,8 +83,8 @@ def apply_spectral(
     function: Callable[[Array], Array],
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
-    uncovered: str = "zero",
+    absolute: bool = False,
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
 
@@ -96,7 +96,7 @@ def apply_spectral(
 
     def spectrum(name: str) -> Spectrum:
         block, values = curvature.blocks[name], eigenvalues(curvature, name)
-        values = function(values + _damping(values, damping, relative))
+        values = function(values + _damping(values, damping, absolute))
         turn = functools.partial(rotate, curvature, name)
         return Spectrum(block.weight, values, functools.partial(gather, block), turn)
 
@@ -104,7 +104,7 @@ def apply_spectral(
 
 
 def apply_spectra(
-    spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: str
+    spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: Uncovered
 ) -> PyTree:
     """The linear map of these blocks on a tree; an iterator's blocks are made one by one.
 
@@ -120,8 +120,7 @@ def apply_spectra(
     Raises:
         ValueError: an unknown `uncovered`.
     """
-    if uncovered not in ("zero", "identity"):
-        raise ValueError(f'uncovered must be "zero" or "identity", got {uncovered!r}')
+    check_word(Uncovered, uncovered=uncovered)
     total: dict[str, Array] = {}
     rest = dict(leaves)
     for weight, values, gathered, turn in spectra:
@@ -141,10 +140,10 @@ def apply_spectra(
     return jax.tree.unflatten(jax.tree.structure(tree), out)
 
 
-def _damping(values: Array, damping, relative: bool) -> Array:
-    """λ, for each layer of a stacked block its own when relative."""
+def _damping(values: Array, damping, absolute: bool) -> Array:
+    """λ: in units of the mean eigenvalue, so that every layer of a stacked block has its own."""
     damping = jnp.asarray(damping, values.dtype)
-    if not relative:
+    if absolute:
         return damping
     return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
 
@@ -155,17 +154,17 @@ def solve(
     tree: PyTree,
     *,
     damping: float | Array,
-    relative: bool = False,
-    uncovered: str = "zero",
+    absolute: bool = False,
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
 
     Args:
         curvature: the blocks.
         tree: a pytree shaped like params, e.g. a gradient.
-        damping: λ, in units of the eigenvalues; directions of zero eigenvalue are left at zero when
-            it is zero.
-        relative: λ is in units of each block's mean eigenvalue.
+        damping: λ, in units of each block's mean eigenvalue; directions of zero eigenvalue are left
+            at zero when it is zero.
+        absolute: λ is in units of the eigenvalues themselves, the same for every block.
         uncovered: parameters without a block become "zero" (frozen), or pass as by "identity".
 
     Returns:
@@ -181,7 +180,7 @@ def solve(
         return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
 
     return apply_spectral(
-        curvature, tree, invert, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, invert, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
@@ -191,12 +190,12 @@ def matvec(
     tree: PyTree,
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
-    uncovered: str = "zero",
+    absolute: bool = False,
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ) T; arguments and errors as `solve`."""
     return apply_spectral(
-        curvature, tree, lambda v: v, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
@@ -207,8 +206,8 @@ def power(
     exponent: float,
     *,
     damping: float | Array = 0.0,
-    relative: bool = False,
-    uncovered: str = "zero",
+    absolute: bool = False,
+    uncovered: Uncovered = "zero",
 ) -> PyTree:
     """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
     check_numbers(FINITE, exponent=exponent)
@@ -218,13 +217,13 @@ def power(
         return jnp.where(is_zero, 0, jnp.where(is_zero, 1, values) ** exponent)
 
     return apply_spectral(
-        curvature, tree, raised, damping=damping, relative=relative, uncovered=uncovered
+        curvature, tree, raised, damping=damping, absolute=absolute, uncovered=uncovered
     )
 
 
 @on_auto_axes
 def quadratic_form(
-    curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, relative: bool = False
+    curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, absolute: bool = False
 ) -> Array:
     """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
     check_numbers(NOT_NEGATIVE, damping=damping)
@@ -234,20 +233,20 @@ def quadratic_form(
         values = eigenvalues(curvature, name)
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
         rotated = rotate(curvature, name, gather(block, mine))
-        damped = values + _damping(values, damping, relative)
+        damped = values + _damping(values, damping, absolute)
         parts.append(jnp.sum(damped * rotated**2))
     return _sum(parts)
 
 
 @on_auto_axes
-def trace(curvature: Curvature, *, damping: float | Array = 0.0, relative: bool = False) -> Array:
+def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool = False) -> Array:
     """The trace of F + λ over the covered parameters, a scalar."""
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
     for name in curvature.blocks:
         values = eigenvalues(curvature, name)
-        parts.append(jnp.sum(values + _damping(values, damping, relative)))
+        parts.append(jnp.sum(values + _damping(values, damping, absolute)))
     return _sum(parts)
 
 

@@ -11,14 +11,14 @@ K-FAC, EK-FAC and the diagonal differ only in what they sum; what they sum over 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import check_batch, check_params
+from jedit.core.arguments import check_batch, check_params, check_word
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.outputs import check_contents, counted_outputs
@@ -27,7 +27,7 @@ from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.curvature.positions import Alignment, align
 from jedit.tracing import Capture, Site, run_capture
 
-FISHERS = ("sampled", "exact", "empirical")
+Fisher = Literal["sampled", "exact", "empirical"]
 
 Total = TypeVar("Total")
 
@@ -43,7 +43,7 @@ class Labels:
     """
 
     likelihood: Likelihood
-    fisher: str = "sampled"
+    fisher: Fisher = "sampled"
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -55,8 +55,7 @@ class Labels:
         """
         check_numbers(COUNT, samples=self.samples)
         check_likelihood(self.likelihood)
-        if self.fisher not in FISHERS:
-            raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {self.fisher!r}")
+        check_word(Fisher, fisher=self.fisher)
 
     def check(self, apply: Callable, params: PyTree, batch: Batch, name: str) -> None:
         """Refuse masks that are none and, where they are used, labels that are none.

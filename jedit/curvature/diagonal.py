@@ -19,7 +19,7 @@ from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.curvature.captured_batch import Labels, check_pass, run_pass
+from jedit.curvature.captured_batch import Fisher, Labels, check_pass, run_pass
 from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites, padding_hint
@@ -75,7 +75,7 @@ def diagonal(
     likelihood: Likelihood,
     *,
     select: str | Sequence[str] | None = None,
-    fisher: str = "sampled",
+    fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
     """The diagonal of the Gauss-Newton matrix of the mean loss; arguments and errors as `kfac`.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from jedit.core.arguments import check_kind
 from jedit.core.devices import on_auto
 from jedit.core.paths import exactly
-from jedit.curvature.captured_batch import Labels
+from jedit.curvature.captured_batch import Fisher, Labels
 from jedit.curvature.checks import check_covers
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
@@ -26,7 +26,7 @@ def ekfac(
     likelihood: Likelihood,
     kfac_curvature: Curvature,
     *,
-    fisher: str = "sampled",
+    fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
     """EK-FAC: the spectrum of a K-FAC curvature corrected in its own eigenbasis.

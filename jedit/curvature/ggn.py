@@ -23,10 +23,11 @@ from jedit.curvature.likelihoods import Likelihood, check_likelihood
 
 def ggn_vector_product(
     apply: Callable[[PyTree, Any], Array],
-    likelihood: Likelihood,
     params: PyTree,
     batch: Batch,
     vector: PyTree,
+    *,
+    likelihood: Likelihood,
 ) -> PyTree:
     """Return G v, shaped as `params`.
 
@@ -45,10 +46,11 @@ def ggn_vector_product(
 
 def quadratic_kl(
     apply: Callable[[PyTree, Any], Array],
-    likelihood: Likelihood,
     params: PyTree,
     batch: Batch,
     vector: PyTree,
+    *,
+    likelihood: Likelihood,
 ) -> Float[Array, ""]:
     """Return ½ vᵀ G v, the mean output KL that the step `vector` costs to second order.
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import check_function
+from jedit.core.arguments import check_function, check_word
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
 from jedit.curvature.assemble import assemble
-from jedit.curvature.captured_batch import Labels, check_pass, run_pass
+from jedit.curvature.captured_batch import Fisher, Labels, check_pass, run_pass
 from jedit.curvature.checks import check_counted
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.eigenbases import Moment
@@ -42,8 +42,8 @@ from jedit.curvature.mesh.placement import (
     zeros,
 )
 from jedit.curvature.moments import (
-    SHARINGS,
     InputSums,
+    Sharing,
     add_inputs,
     add_outputs,
     check_sharing,
@@ -111,9 +111,9 @@ def kfac(
     likelihood: Likelihood,
     *,
     select: str | Sequence[str] | None = None,
-    fisher: str = "sampled",
+    fisher: Fisher = "sampled",
     samples: int = 1,
-    sharing: str = "expand",
+    sharing: Sharing = "expand",
     max_dim: int = 16384,
 ) -> Estimator:
     """K-FAC of the mean output loss.
@@ -144,8 +144,7 @@ def kfac(
     """
     check_numbers(COUNT, max_dim=max_dim)
     check_function(apply)
-    if sharing not in SHARINGS:
-        raise ValueError(f"sharing must be one of {', '.join(SHARINGS)}, got {sharing!r}")
+    check_word(Sharing, sharing=sharing)
     labels = Labels(likelihood, fisher, samples)
 
     def shapes(params, batch):

@@ -6,7 +6,7 @@ Sharing over the S valid positions of an example n, a and g as in `scores`:
     reduce    Σ_n ā āᵀ, ā = (1/S) Σ_s a                           Σ_n ĝ ĝᵀ, ĝ = Σ_s g
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jedit.curvature.positions import Alignment
 from jedit.tracing import Site
 from jedit.tracing.pullback import scatter_rows
 
-SHARINGS = ("expand", "reduce")
+Sharing = Literal["expand", "reduce"]
 
 
 class InputSums(NamedTuple):
@@ -56,7 +56,7 @@ def zero_output_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> Array:
     return jnp.zeros((layers, d) if d > max_dim else (layers, d, d), dtype)
 
 
-def check_sharing(sharing: str, site: Site, alignment: Alignment) -> None:
+def check_sharing(sharing: Sharing, site: Site, alignment: Alignment) -> None:
     """Refuse to reduce over the positions of examples that cannot be told apart.
 
     Raises:
@@ -71,7 +71,7 @@ def check_sharing(sharing: str, site: Site, alignment: Alignment) -> None:
         )
 
 
-def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: str) -> InputSums:
+def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: Sharing) -> InputSums:
     """Add a batch's inputs of one site."""
     a, v = done.inputs(site)
     if site.kind == "embedding":
@@ -92,7 +92,7 @@ def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: str) -> InputSu
 
 
 def add_outputs(
-    total: Array, done: Pass, site: Site, pulled: dict[str, Array], sharing: str
+    total: Array, done: Pass, site: Site, pulled: dict[str, Array], sharing: Sharing
 ) -> Array:
     """Add the output gradients of one pullback."""
     g = done.gradients(site, pulled)
@@ -127,7 +127,7 @@ def _mean_over_positions(a: Array, v: Array | None) -> tuple[Array, Array | None
 
 
 def _token_moment(
-    site: Site, indices: Array, v: Array | None, dtype: jnp.dtype, sharing: str
+    site: Site, indices: Array, v: Array | None, dtype: jnp.dtype, sharing: Sharing
 ) -> tuple[Array, Array]:
     """Diagonal of the moment of one-hot rows, and how many: frequencies, or their mean squares."""
     layers, examples, _ = indices.shape

@@ -6,7 +6,7 @@ A block is a Kronecker product of two symmetric factors, optionally with correct
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 from jax.sharding import NamedSharding
@@ -14,6 +14,10 @@ from jaxtyping import Array
 
 from jedit.core.display import html_table, short_repr, text_table
 from jedit.tracing.sites import Weight
+
+# What becomes of parameters that a curvature, or a projector, does not cover.
+Uncovered = Literal["zero", "identity"]
+
 
 Class = TypeVar("Class", bound=type)
 

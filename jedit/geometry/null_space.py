@@ -18,24 +18,28 @@ everything in one layer and nothing in the next. `Projector.report` says what ca
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_kind
-from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, check_numbers
+from jedit.core.arguments import check_kind, check_word
+from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, Range, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import is_concrete, short_repr, text_table
 from jedit.curvature.algebra import Spectrum, apply_spectra
 from jedit.curvature.checks import check_counted, check_has
 from jedit.curvature.eigenbases import rotate_axis
-from jedit.curvature.types import Curvature, Kronecker, pytree
+from jedit.curvature.types import Curvature, Kronecker, Uncovered, pytree
 from jedit.tracing.sites import Weight
 
-THRESHOLDS = {"energy": SHARE, "rank": COUNT_OR_ZERO, "eigenvalue": NOT_NEGATIVE}
-SELECTIONS = tuple(THRESHOLDS)
+Selection = Literal["energy", "rank", "eigenvalue"]
+THRESHOLDS: dict[Selection, Range] = {
+    "energy": SHARE,
+    "rank": COUNT_OR_ZERO,
+    "eigenvalue": NOT_NEGATIVE,
+}
 
 
 class NullSpaceReport(NamedTuple):
@@ -114,7 +118,11 @@ class Projector:
 
 @on_auto_axes
 def null_space(
-    curvature: Curvature, *, threshold: float | int, by: str = "energy", relaxation: float = 0.0
+    curvature: Curvature,
+    *,
+    threshold: float | int,
+    by: Selection = "energy",
+    relaxation: float = 0.0,
 ) -> Projector:
     """The projector onto the input directions that the retain set hardly uses.
 
@@ -131,8 +139,7 @@ def null_space(
         ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
             Kronecker block.
     """
-    if by not in SELECTIONS:
-        raise ValueError(f"by must be one of {', '.join(SELECTIONS)}, got {by!r}")
+    check_word(Selection, by=by)
     check_numbers(THRESHOLDS[by], threshold=threshold)
     check_numbers(NOT_NEGATIVE, relaxation=relaxation)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
@@ -154,7 +161,7 @@ def null_space(
 
 
 def _weights(
-    a: Float[Array, "layers d"], threshold: float | int, by: str, relaxation: float
+    a: Float[Array, "layers d"], threshold: float | int, by: Selection, relaxation: float
 ) -> Float[Array, "layers d"]:
     order = jnp.argsort(a, axis=1)  # a diagonal factor's are in the order of its axis
     ascending = jnp.take_along_axis(a, order, axis=1)
@@ -173,7 +180,7 @@ def _weights(
 
 
 @on_auto_axes
-def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> PyTree:
+def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero") -> PyTree:
     """P T for every matrix of a tree shaped like params, bias included as its last row.
 
     Args:
@@ -188,6 +195,7 @@ def project(projector: Projector, tree: PyTree, *, uncovered: str = "zero") -> P
         ValueError: the tree lacks a parameter of the projector, or has it in another shape;
             or an unknown `uncovered`.
     """
+    check_word(Uncovered, uncovered=uncovered)
     check_kind(projector, Projector, "projector", "as `null_space` returns it")
     leaves = check_has((weight for _, weight, _ in projector.blocks), tree, "projector")
 

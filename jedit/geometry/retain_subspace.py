@@ -19,20 +19,21 @@ above rounding: a retain gradient that is in the basis has no part along most of
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.precision import cast_like, everywhere, exponents, shifted, total, wide_dtype
 from jedit.curvature import Curvature, power
-from jedit.geometry.surrogate import SCOPES
+from jedit.geometry.surrogate import Scope
 
-SKETCHES = ("fifo", "frequent_directions")
+Sketch = Literal["fifo", "frequent_directions"]
 RELATIVE = 1e3  # times a dtype's rounding: what is smaller, next to what it came from, is nothing
 
 
@@ -69,9 +70,12 @@ def _leafwise(function: Callable, one: PyTree, other: PyTree) -> PyTree:
 
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
-    """A curvature's metric: z = (F + λ)^-1/2 g, λ relative; what it does not cover stays as is."""
+    """A curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
+
+    λ is in units of each block's mean eigenvalue.
+    """
     check_numbers(NOT_NEGATIVE, damping=damping)
-    options = {"damping": damping, "relative": True, "uncovered": "identity"}
+    options = {"damping": damping, "uncovered": "identity"}
     return Whitening(
         lambda tree: power(curvature, tree, -0.5, **options),
         lambda tree: power(curvature, tree, 0.5, **options),
@@ -109,7 +113,7 @@ class RetainSubspace(NamedTuple):
     __repr__ = short_repr
 
 
-def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> RetainSubspace:
+def retain_subspace(rank: int, *, scope: Scope = "leaf", sketch: Sketch = "fifo") -> RetainSubspace:
     """A basis of at most `rank` retain gradients, kept up to date as they come.
 
     Args:
@@ -126,10 +130,8 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
         ValueError: rank below one, unknown scope or sketch.
     """
     check_numbers(COUNT, rank=rank)
-    if scope not in SCOPES or sketch not in SKETCHES:
-        raise ValueError(
-            f"scope must be one of {SCOPES}, sketch one of {SKETCHES}; got {scope=}, {sketch=}"
-        )
+    check_word(Scope, scope=scope)
+    check_word(Sketch, sketch=sketch)
 
     def init(params: PyTree) -> SubspaceState:
         rows = jax.tree.map(lambda p: jnp.zeros((rank, *p.shape), wide_dtype(p.dtype)), params)
@@ -157,7 +159,7 @@ def retain_subspace(rank: int, *, scope: str = "leaf", sketch: str = "fifo") -> 
 
 
 @on_auto_axes
-def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
+def project_out(basis: PyTree, tree: PyTree, *, scope: Scope = "leaf") -> PyTree:
     """Return z - QᵀQ z.
 
     Args:
@@ -167,7 +169,11 @@ def project_out(basis: PyTree, tree: PyTree, *, scope: str = "leaf") -> PyTree:
 
     Returns:
         A tree like `tree`, in its dtypes.
+
+    Raises:
+        ValueError: an unknown scope.
     """
+    check_word(Scope, scope=scope)
     return cast_like(_off(basis, tree, scope), tree)
 
 
@@ -180,7 +186,7 @@ def joint_direction(
     threshold: float | None = None,
     ratio: float = 1.0,
     pull: float = 0.0,
-    scope: str = "leaf",
+    scope: Scope = "leaf",
 ) -> PyTree:
     """GU's sign-aware rule: what is off the subspace, and of what is in it the parts that agree.
 
@@ -200,8 +206,12 @@ def joint_direction(
 
     Returns:
         The direction z, in `forget`'s dtypes.
+
+    Raises:
+        ValueError: an unknown scope, or a number out of its range.
     """
     check_numbers(NOT_NEGATIVE, threshold=threshold, ratio=ratio, pull=pull)
+    check_word(Scope, scope=scope)
     forget_wide, retain_wide = (
         jax.tree.map(lambda z, q: z.astype(q.dtype), tree, basis) for tree in (forget, retain)
     )
@@ -225,7 +235,7 @@ def joint_direction(
     return cast_like(found, forget)
 
 
-def _coefficients(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
+def _coefficients(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
     """Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
     own = jax.tree.map(
         lambda q, z: jnp.einsum(
@@ -249,7 +259,7 @@ def _combine(basis: PyTree, coefficients: PyTree) -> PyTree:
     )
 
 
-def _off(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
+def _off(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
     left = jax.tree.map(lambda z, q: z.astype(q.dtype), tree, basis)
     for _ in range(2):  # the second time takes off what cancellation has left
         inside = _combine(basis, _coefficients(basis, left, scope))
@@ -257,7 +267,7 @@ def _off(basis: PyTree, tree: PyTree, scope: str) -> PyTree:
     return left
 
 
-def _norms(tree: PyTree, scope: str) -> PyTree:
+def _norms(tree: PyTree, scope: Scope) -> PyTree:
     by = exponents(tree, by_leaf=scope == "leaf")
     unit = shifted(tree, jax.tree.map(jnp.negative, by))
     squares = jax.tree.map(lambda x: jnp.sum(x * x), unit)
@@ -265,7 +275,7 @@ def _norms(tree: PyTree, scope: str) -> PyTree:
     return jax.tree.map(lambda square, n: jnp.ldexp(jnp.sqrt(square), n), squares, by)
 
 
-def _orthonormal(rows: PyTree, scope: str) -> PyTree:
+def _orthonormal(rows: PyTree, scope: Scope) -> PyTree:
     """Gram-Schmidt, each row twice; a row that depends on those before becomes zero."""
     rank = jax.tree.leaves(rows)[0].shape[0]
     sizes = _norms(rows, scope)  # all rows together, the scale of what counts as nothing
@@ -287,7 +297,7 @@ def _orthonormal(rows: PyTree, scope: str) -> PyTree:
     return jax.lax.fori_loop(0, rank, one, jax.tree.map(jnp.zeros_like, rows))
 
 
-def _shrink(rows: PyTree, grads: PyTree, scope: str) -> PyTree:
+def _shrink(rows: PyTree, grads: PyTree, scope: Scope) -> PyTree:
     """Frequent directions: r + 1 rows, of whose squared singular values the least is taken off."""
     stacked = jax.tree.map(lambda r, g: jnp.concatenate([r, g[None]]), rows, grads)
     # The maps do not depend on how long the rows are together, and their squares may not be held.

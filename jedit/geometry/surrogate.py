@@ -16,17 +16,18 @@ dimensions constrains nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.arguments import check_word
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import cast_like, everywhere, exponents, shifted, total, wide_dtype
 
-SCOPES = ("global", "leaf")
+Scope = Literal["global", "leaf"]
 
 
 class RetainOrthogonalInfo(NamedTuple):
@@ -55,7 +56,7 @@ def retain_orthogonal(
     forget_grads: PyTree,
     retain_grads: PyTree,
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
     """The direction M⁻¹g_f with its component along the retain gradient taken off.
@@ -65,7 +66,7 @@ def retain_orthogonal(
         retain_grads: g_r, like it.
         scope: "global", one constraint, or "leaf", one for every leaf.
         metric: M⁻¹ as a function on trees, linear and symmetric, for instance
-            `partial(jedit.solve, curvature, damping=0.1, relative=True)`; None: the identity.
+            `partial(jedit.solve, curvature, damping=0.1)`; None: the identity.
 
     Returns:
         q in the leaves' own dtypes, and the info. Parallel gradients give zero and a flag. A
@@ -85,7 +86,7 @@ def retain_neutral_perturbation(
     retain_grads: PyTree,
     *,
     radius: float | Array,
-    scope: str = "global",
+    scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
     """The perturbation of norm ρ that raises the forget loss most at no first-order retain change.
@@ -147,8 +148,7 @@ def _direction(forget, retain, scope, metric):
     Raises:
         ValueError: an unknown scope, or trees of different structure.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    check_word(Scope, scope=scope)
     if jax.tree.structure(forget) != jax.tree.structure(retain):
         raise ValueError(
             "forget_grads and retain_grads differ in structure: "

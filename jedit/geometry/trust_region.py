@@ -51,12 +51,12 @@ class TrustRegionInfo(NamedTuple):
 @on_auto_axes
 def scale_to_kl_budget(
     apply: Callable,
-    likelihood: Likelihood,
     params: PyTree,
     step: PyTree,
     retain: Batch | Sequence[Batch],
     *,
     budget: float,
+    likelihood: Likelihood,
     curvature: Curvature | None = None,
 ) -> tuple[PyTree, TrustRegionInfo]:
     """Scale a step so that the true retain KL is `budget`, to one percent, and never above.
@@ -65,13 +65,13 @@ def scale_to_kl_budget(
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
-        likelihood: what the outputs mean.
         params: θ₀.
         step: d, a change of params, of any length but zero: a tree like params, or some of its
             leaves by path. Leaves that are zero throughout, as `solve` makes those that no
             curvature covers, cost no memory in the search.
         retain: rows on which the KL is measured, one batch or several.
         budget: ε, nats per counted output.
+        likelihood: what the outputs mean.
         curvature: gives the first guess; None: the matrix-free Gauss-Newton product does.
 
     Returns:
@@ -83,7 +83,7 @@ def scale_to_kl_budget(
             that is not shaped like params.
     """
     check_numbers(POSITIVE, budget=budget)
-    price = RetainKl(apply, likelihood, params, retain)
+    price = RetainKl(apply, params, retain, likelihood=likelihood)
     for number, batch in enumerate(price.batches):
         check_contents(batch, f"batch {number} of retain", must_count=False)
     check_finite("the step", step)
@@ -123,19 +123,19 @@ class RetainKl:
     def __init__(
         self,
         apply: Callable,
-        likelihood: Likelihood,
         params: PyTree,
         retain: Batch | Sequence[Batch],
         *,
+        likelihood: Likelihood,
         kept_bytes: int = KEPT_BYTES,
     ):
         """Compute θ₀'s outputs, where they are to be kept.
 
         Args:
             apply: `apply(params, inputs) -> outputs`.
-            likelihood: what they mean.
             params: θ₀.
             retain: one batch, or several.
+            likelihood: what the outputs mean.
             kept_bytes: how many bytes of outputs are kept, on the device. 256 MiB, arbitrary: the
                 logits of 2,000 tokens at a vocabulary of 32,000.
 
@@ -233,7 +233,7 @@ def _predicted_kl(apply, likelihood, params, batch, change):
     def partial_apply(part, inputs):
         return apply(with_part(params, part), inputs)
 
-    return quadratic_kl(partial_apply, likelihood, part, batch, tangents)
+    return quadratic_kl(partial_apply, part, batch, tangents, likelihood=likelihood)
 
 
 @jax.jit

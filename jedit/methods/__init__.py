@@ -4,14 +4,19 @@ Those that edit return an `Edit` and what they found on the way; those that trai
 `TrainingMethod`, which `jedit.unlearn` takes. `jedit.run_method` runs either and returns an edit.
 """
 
-from jedit.methods.associations._write import AssociationInfo, Associations, KeyState
+from jedit.methods.associations._write import AssociationInfo, Associations, KeyState, Layers
 from jedit.methods.associations.alphaedit import alphaedit
-from jedit.methods.associations.causal_trace import CausalTrace, causal_trace
+from jedit.methods.associations.causal_trace import (
+    CausalTrace,
+    Corruption,
+    Restoration,
+    causal_trace,
+)
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
-from jedit.methods.associations.targets import TargetInfo, target_values
+from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.curvature.kfade import KfadeInfo, kfade
+from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
@@ -33,12 +38,17 @@ __all__ = [
     "Pace",
     "Reach",
     "Row",
+    "Ascent",
     "AssociationInfo",
     "Associations",
     "CausalTrace",
+    "Corruption",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
+    "Layers",
+    "Restoration",
+    "Search",
     "TargetInfo",
     "alphaedit",
     "causal_trace",

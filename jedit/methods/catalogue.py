@@ -22,7 +22,7 @@ from jedit.methods.associations._write import Associations
 from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
-from jedit.methods.curvature.kfade import kfade
+from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
 from jedit.methods.row import (
@@ -72,7 +72,7 @@ GRADDIFF = with_retain(GA())
 def _kfade(curvature: Need):
     def make(material: Material, *, damping: float, steps: int) -> ClosedForm:
         metric = material.take(curvature)
-        return functools.partial(kfade, curvature=metric, damping=damping, steps=steps)
+        return functools.partial(kfade, curvature=metric, damping=damping, ascent=Ascent(steps))
 
     return make
 
@@ -181,7 +181,7 @@ def _in_null_space(material: Material, *, threshold: float) -> TrainingMethod:
 def _natural_npo(material: Material, *, beta: float, damping: float) -> TrainingMethod:
     curvature = material.take(Need.TEMPERED)
     clip = optax.inject_hyperparams(
-        lambda learning_rate: clip_by_curvature_norm(curvature, max_kl=learning_rate)
+        lambda learning_rate: clip_by_curvature_norm(curvature, predicted_kl=learning_rate)
     )
     optimizer = optax.chain(
         scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=3e-4)

@@ -25,7 +25,7 @@ whole the best one jumps: between small networks for MNIST from 0.76 to 0.9999, 
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
+from jedit.core.arguments import check_word
 from jedit.core.batch import Batch
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import Apply, labelled_logits
 
-KINDS = ("confidence", "entropy", "modified_entropy")
-RULES = ("midpoint", "best")
+Kind = Literal["confidence", "entropy", "modified_entropy"]
+Rule = Literal["midpoint", "best"]
 
 
 class MembershipAttack(NamedTuple):
@@ -56,15 +57,14 @@ class MembershipAttack(NamedTuple):
 
 
 def membership_scores(
-    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, kind: str = "confidence"
+    apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, kind: Kind = "confidence"
 ) -> Float[np.ndarray, " n"]:
     """Return the score of every output that counts, in the order given, in float64.
 
     Raises:
         ValueError: an unknown kind, or batches without one label per output.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_word(Kind, kind=kind)
     parts = jax.device_get(
         [_scores(apply, kind, params, batch) for batch in each_batch(apply, params, batches)]
     )
@@ -72,7 +72,7 @@ def membership_scores(
 
 
 def membership_attack(
-    members: ArrayLike, nonmembers: ArrayLike, forget: ArrayLike, *, rule: str = "midpoint"
+    members: ArrayLike, nonmembers: ArrayLike, forget: ArrayLike, *, rule: Rule = "midpoint"
 ) -> MembershipAttack:
     """Fit a threshold on two sets of scores, and ask it about a third.
 
@@ -90,8 +90,7 @@ def membership_attack(
     Raises:
         ValueError: an unknown rule, or a set is empty, has more than one axis or holds NaN.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    check_word(Rule, rule=rule)
     sets = [np.asarray(x, np.float64) for x in (members, nonmembers, forget)]
     for name, scores in zip(("members", "nonmembers", "forget"), sets, strict=True):
         if scores.ndim != 1 or scores.size == 0 or np.any(np.isnan(scores)):
@@ -114,7 +113,7 @@ def membership_attack(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _scores(
-    apply: Apply, kind: str, params: PyTree, batch: Batch
+    apply: Apply, kind: Kind, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
     logits, targets, counted = labelled_logits(apply, params, batch)
     return _FORMULAS[kind](jax.nn.log_softmax(logits, axis=-1), targets), counted

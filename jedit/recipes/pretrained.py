@@ -19,7 +19,7 @@ from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, batches
 from jedit.edits import apply_edit, cast_report
-from jedit.methods import kfade
+from jedit.methods import Ascent, kfade
 from jedit.models import load_model, save_model
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
     Attributes:
         budget: retain KL that it may cost, in nats per answer token.
         temperature: of the likelihood whose curvature it steps in.
-        damping: relative to each block's mean eigenvalue.
+        damping: in units of each block's mean eigenvalue.
         steps: of the edit, with the curvature kept.
         max_len: tokens of a row, at most; longer rows are cut off.
         batch_size: rows evaluated at a time.
@@ -113,7 +113,7 @@ def forget_in_checkpoint(
         sets["retain"],
         budget=settings.budget,
         damping=settings.damping,
-        steps=settings.steps,
+        ascent=Ascent(settings.steps),
     )
     edited = jax.block_until_ready(apply_edit(params, edit))
     made = time.perf_counter()

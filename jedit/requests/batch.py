@@ -1,7 +1,7 @@
 """Many requests in one compiled call: a stack of edits, each the answer to one of them.
 
     d_r = (F + λ)⁻¹ g_r        g_r the gradient of request r's loss, to be raised
-    Δ_r = α_r d_r              α_r given, or such that ½ Δ_rᵀ F Δ_r is the budget
+    Δ_r = α_r d_r              α_r such that ½ Δ_rᵀ F Δ_r is `predicted_kl`, or one
 
 A request of n positions has g_r = Σ_n a_n g_nᵀ at a site: rank n. Factored damping,
 
@@ -10,15 +10,9 @@ A request of n positions has g_r = Σ_n a_n g_nᵀ at a site: rank n. Factored d
 (Martens & Grosse 2015) keeps that rank, so an edit is two thin matrices, and nothing of a
 parameter's size is formed for a request. Exact damping, 1 / (a_i g_j + λ), does not keep it: there
 the edits are formed one chunk of requests at a time, and cut down to `rank` at once.
-
-Requests that overlap count what they share twice when their edits are added. Their Gram matrix in
-the damped metric, K_rs = Δ_rᵀ (F + λ) Δ_s = α_r g_rᵀ Δ_s, says by how much; `balanced` solves
-
-    Σ_s K_rs c_s = K_rr      for all r
-
-so that Σ_s c_s Δ_s raises each request's loss by what its own edit would, to first order [derived].
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import check_batch, check_function, check_params
+from jedit.core.arguments import check_batch, check_function, check_kind, check_params
 from jedit.core.batch import Batch
 from jedit.core.checks import (
     COUNT,
@@ -48,7 +42,7 @@ from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
 from jedit.curvature.squared_gradients import example_factors, example_gradient
-from jedit.edits import Edit, LowRank, as_parameter, dense, truncate
+from jedit.edits import Edit, LowRank, as_parameter, truncate
 from jedit.edits.low_rank import added
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
 
@@ -77,42 +71,60 @@ class BatchInfo(NamedTuple):
     __repr__ = short_repr
 
 
-@on_auto_axes
-def batch_unlearn(
-    apply: Callable,
-    params: PyTree,
-    requests: Batch,
-    curvature: Curvature,
-    *,
-    budget: float | Array | None = None,
-    step: float | Array | None = None,
-    damping: float = 0.1,
-    exact: bool = False,
-    rank: int | None = None,
-    likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
-    chunk: int = 16,
-) -> tuple[Edit, BatchInfo]:
-    """One edit for each of many requests, by one step of K-FADE each.
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How a stack of edits is solved for.
 
-    Compiles once for a number of requests and their shape. Beside the result it holds activations
-    of `chunk` requests.
-
-    Args:
-        apply: a pure function `apply(params, inputs) -> outputs`.
-        params: the trained parameters.
-        requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
-            R is split over the devices of a mesh, each answers its own and holds their edits.
-        curvature: of the retain outputs at `params`; only what it covers is edited.
-        budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
-            Give this or `step`.
-        step: α of every edit.
-        damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
+    Attributes:
         exact: damp the products of eigenvalues, and not the factors, which False does; needs a
             `rank` to be thin.
             An EK-FAC curvature's corrected eigenvalues are only used here.
         rank: of each matrix's change, at most; None: as many as a request has positions.
-        likelihood: what the outputs mean.
         chunk: requests computed at a time, on each device; 16 is arbitrary.
+    """
+
+    exact: bool = False
+    rank: int | None = None
+    chunk: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT, rank=self.rank, chunk=self.chunk)
+
+
+@on_auto_axes
+def batch_unlearn(
+    apply: Callable,
+    params: PyTree,
+    curvature: Curvature,
+    requests: Batch,
+    *,
+    predicted_kl: float | Array | None = None,
+    damping: float = 0.1,
+    likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
+    solver: Solver = Solver(),  # noqa: B008 - frozen and hashable
+) -> tuple[Edit, BatchInfo]:
+    """One edit for each of many requests, by one step of K-FADE each.
+
+    Compiles once for a number of requests and their shape. Beside the result it holds activations
+    of the solver's `chunk` requests.
+
+    Args:
+        apply: a pure function `apply(params, inputs) -> outputs`.
+        params: the trained parameters.
+        curvature: of the retain outputs at `params`; only what it covers is edited.
+        requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
+            R is split over the devices of a mesh, each answers its own and holds their edits.
+        predicted_kl: retain KL that each edit costs by the quadratic model, nats per counted
+            output: one for all, or (R,). None: α = 1, the natural step itself; `0.1 * edits` are
+            those of α = 0.1.
+        damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
+        likelihood: what the outputs mean.
+        solver: of what form the damping and the edits are, and how many are solved for at a time.
 
     Returns:
         The stack: `LowRank` blocks with R in front for matrices; arrays (R, ...) for vectors and
@@ -120,26 +132,23 @@ def batch_unlearn(
 
     Raises:
         TypeError: an argument that is something else.
-        ValueError: not exactly one of `budget` and `step`, or a number out of its range; requests
-            without targets or that count no output, masks or labels that are none, or a curvature
-            of no outputs or of other parameters; or a request whose gradient is zero.
+        ValueError: a number out of its range; requests without targets or that count no output,
+            masks or labels that are none, or a curvature of no outputs or of other parameters; or a
+            request whose gradient is zero.
         FloatingPointError: an edit is not finite; its request is named.
     """
-    check_numbers(POSITIVE, budget=budget, step=step)
+    check_numbers(POSITIVE, predicted_kl=predicted_kl)
     check_numbers(NOT_NEGATIVE, damping=damping)
-    check_numbers(COUNT, rank=rank, chunk=chunk)
+    check_kind(solver, Solver, "solver", "such as Solver(rank=8)")
     check_function(apply)
     check_params(params)
     check_batch(requests, "requests")
     check_covers(curvature, params)
     check_likelihood(likelihood)
-    if (budget is None) == (step is None):
-        raise ValueError("give exactly one of budget (predicted retain KL, nats) and step (alpha)")
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
     check_requests(apply, likelihood, params, requests)
     check_counted(curvature.num_outputs)
-    size = budget if step is None else step
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -148,13 +157,10 @@ def batch_unlearn(
         params,
         requests,
         curvature,
-        jnp.asarray(size, float),
+        None if predicted_kl is None else jnp.asarray(predicted_kl, float),
         jnp.asarray(damping, float),
-        is_budget=step is None,
-        exact=exact,
-        rank=rank,
         likelihood=likelihood,
-        chunk=chunk,
+        solver=solver,
         over=over,
     )
     # What is not finite in an edit is not finite in its sums either.
@@ -165,46 +171,6 @@ def batch_unlearn(
         )
     refuse_zero_gradients(info.gradient_norm, "requests")
     return edits, info
-
-
-@on_auto_axes
-def interactions(
-    edits: Edit, curvature: Curvature, *, damping: float = 0.0, exact: bool = False
-) -> Float[Array, "requests requests"]:
-    """K_rs = Δ_rᵀ (F + λ) Δ_s for a stack of edits.
-
-    Without damping, ½ cᵀKc predicts the retain KL of `sum_edits(edits, c)`; with that of
-    `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter.
-
-    Args:
-        edits: a stack of R edits.
-        curvature: the one they were made with.
-        damping: λ over each block's mean eigenvalue; 0.0, none.
-        exact: as for `batch_unlearn`; False there too.
-    """
-    check_numbers(NOT_NEGATIVE, damping=damping)
-    return _interactions(edits, curvature, jnp.asarray(damping, float), exact=exact)
-
-
-@on_auto_axes
-def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
-    """Weights c of `sum_edits` with which no overlap is counted twice.
-
-    Args:
-        gram: K, from `interactions` with the edits' own damping.
-        ridge: added to K's diagonal, over its mean, 1e-6 (arbitrary); requests that are
-            equal share one edit then.
-
-    Returns:
-        c, (R,); 1 for a request that overlaps with no other.
-    """
-    check_numbers(NOT_NEGATIVE, ridge=ridge)
-    scale = jnp.sqrt(jnp.diagonal(gram))
-    scale = jnp.where(scale > 0, scale, 1)
-    unit = gram / scale[:, None] / scale[None]
-    unit = unit + ridge * jnp.eye(len(gram), dtype=gram.dtype)
-    # K c = diag(K) with c = c'/scale and K = scale unit scale: unit c' = scale.
-    return jnp.linalg.solve(unit, scale) / scale
 
 
 class _Blocks(NamedTuple):
@@ -220,31 +186,30 @@ class _Blocks(NamedTuple):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("apply", "is_budget", "exact", "rank", "likelihood", "chunk", "over"),
+    static_argnames=("apply", "likelihood", "solver", "over"),
 )
 def _batch_unlearn(
     apply,
     params,
     requests,
     curvature,
-    size,
+    predicted_kl,
     damping,
     *,
-    is_budget,
-    exact,
-    rank,
     likelihood,
-    chunk,
+    solver,
     over,
 ):
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
-    inverses = {} if exact else _inverses(curvature, damping)
+    inverses = {} if solver.exact else _inverses(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]
-    sizes = jnp.broadcast_to(size, (num_requests,))
+    prices = None
+    if predicted_kl is not None:
+        prices = jnp.broadcast_to(predicted_kl, (num_requests,))
 
     def one(given):
-        request, size = given
+        request, price = given
         zero = jnp.zeros((), jnp.int32)
         done = run_pass(apply, labels, params, request, jax.random.key(0), zero, select)
         number = jnp.maximum(done.num_outputs, 1).astype(done.dtype)
@@ -260,9 +225,12 @@ def _batch_unlearn(
         n = exponents(pulled)
         pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
         n = next(iter(n.values()))
-        blocks = _all_blocks(done, pulled, curvature, inverses, damping, exact, rank)
+        blocks = _all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
-        alpha = jnp.sqrt(2 * size / quadratic) if is_budget else jnp.ldexp(size, n)
+        if price is None:
+            alpha = jnp.ldexp(jnp.ones((), float), n)
+        else:
+            alpha = jnp.sqrt(2 * price / quadratic)
         alpha = jnp.where(blocks.quadratic > 0, alpha, 0).astype(done.dtype)
         edit = Edit(blocks.edit) * alpha
         whole = jnp.where(blocks.norm2 > 0, blocks.norm2, 1)
@@ -277,7 +245,7 @@ def _batch_unlearn(
         return edit, info
 
     if over is None:
-        return jax.lax.map(one, (requests, sizes), batch_size=min(chunk, num_requests))
+        return jax.lax.map(one, (requests, prices), batch_size=min(solver.chunk, num_requests))
     # A loop over a split axis would fetch every chunk from one device: devices stay an axis of
     # their own, behind the loop's.
     number = num_requests // over.num_devices_along
@@ -291,8 +259,8 @@ def _batch_unlearn(
         x = x.reshape(num_requests, *x.shape[2:])
         return jax.lax.with_sharding_constraint(x, over.at(0))
 
-    given = jax.tree.map(side_by_side, (requests, sizes))
-    found = jax.lax.map(jax.vmap(one), given, batch_size=min(chunk, number))
+    given = jax.tree.map(side_by_side, (requests, prices))
+    found = jax.lax.map(jax.vmap(one), given, batch_size=min(solver.chunk, number))
     return jax.tree.map(in_a_row, found)
 
 
@@ -461,32 +429,3 @@ def _dense_block(
     gain = jnp.sum(gradient * step)
     quadratic = jnp.sum(values * rotated**2)
     return _Blocks(edit, jnp.sum(gradient**2), gain, quadratic, cut2, norm2)
-
-
-@functools.partial(jax.jit, static_argnames="exact")
-def _interactions(edits: Edit, curvature: Curvature, damping: Array, *, exact: bool) -> Array:
-    num_requests = jax.tree.leaves(edits)[0].shape[0]
-    gram = jnp.zeros((num_requests, num_requests))
-    for name, block in curvature.blocks.items():
-        values = eigenvalues(curvature, name)
-        if isinstance(block, Kronecker) and not exact:
-            ends = (curvature.factors[block.input], curvature.factors[block.output])
-            a, g = (
-                e.eigenvalues
-                + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e.eigenvalues, 1, keepdims=True)
-                for e in ends
-            )
-            weights = a[:, :, None] * g[:, None, :]
-        else:
-            mean = jnp.mean(values, axis=(1, 2), keepdims=True)
-            weights = values + damping.astype(values.dtype) * mean
-
-        def whitened(one: Edit, name=name, block=block, weights=weights) -> Array:
-            leaves = {path: dense(one.blocks[path]) for path in block.weight.paths}
-            matrix = block.weight.gather(leaves).astype(weights.dtype)
-            return (jnp.sqrt(weights) * rotate(curvature, name, matrix)).reshape(-1)
-
-        rows = jax.lax.map(whitened, edits, batch_size=min(16, num_requests))
-        part = jnp.einsum("ri,si->rs", rows, rows, precision=HIGHEST)
-        gram = gram + part.astype(gram.dtype)
-    return gram

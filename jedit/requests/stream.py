@@ -2,9 +2,9 @@
 
     loss of a row already at `enough`     nothing left to forget: no edit       (filter)
     d = (F + λ)⁻¹ g,  Δ = α d             α the least with which the row's loss is `enough`, and
-                                          ½ Δᵀ F Δ ≤ `budget`; again from there, `tries` times
+                                          ½ Δᵀ F Δ ≤ `predicted_kl`; again from there, `tries` times
     Δ = -η (F + λ)⁻¹ g_kept               rows that stay, drawn at random, are learnt again; η the
-                                          best for them with ½ Δᵀ F Δ ≤ `budget`
+                                          best for them with ½ Δᵀ F Δ ≤ `predicted_kl`
     S ← S - S_row                         the sums behind F lose what the row had added to them
     F from S                              decomposed anew every `every` requests
     F estimated anew                      if its age, measured on a few rows, is then `max_age`
@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, dense
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
-from jedit.requests.batch import batch_unlearn
+from jedit.requests.batch import Solver, batch_unlearn
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.
 RUNGS = (0.0, *(2 ** (-k / 3) for k in reversed(range(16))))
@@ -81,7 +81,7 @@ class RequestInfo(NamedTuple):
         tries: edits that were made.
         kept_loss: of the rows that were learnt again, before; NaN: there was no edit, or none left.
         age: how far the statistics have moved since they were taken; NaN: not looked at.
-        refresh: "", "decomposed" or "estimated".
+        refresh: of the curvature, "decomposed" or "estimated"; None: it stayed as it was.
     """
 
     num_new: int
@@ -92,7 +92,64 @@ class RequestInfo(NamedTuple):
     tries: int
     kept_loss: float
     age: float
-    refresh: str
+    refresh: Literal["decomposed", "estimated"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How one request is answered.
+
+    Attributes:
+        tries: edits for one request, at most.
+        damping: λ over each block's mean eigenvalue.
+        rank: of each matrix's change; see `Solver`.
+        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none.
+        request_size: rows of one request, at most.
+    """
+
+    tries: int = 3
+    damping: float = 0.1
+    rank: int | None = None
+    relearn: int = 32
+    request_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT, tries=self.tries, rank=self.rank, request_size=self.request_size)
+        check_numbers(NOT_NEGATIVE, damping=self.damping)
+        check_numbers(COUNT_OR_ZERO, relearn=self.relearn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When the curvature follows the stream, and how.
+
+    Attributes:
+        every: requests between two looks at the curvature.
+        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
+            all rows that are left. Arbitrary: in our one measurement the statistics were older at
+            every look, and it made little difference.
+        probe: rows that its age is measured on.
+        chunk: rows in one pass of the estimation.
+    """
+
+    every: int = 10
+    max_age: float = 0.5
+    probe: int = 32
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT, every=self.every, probe=self.probe, chunk=self.chunk)
+        check_numbers(POSITIVE, max_age=self.max_age)
 
 
 class Continual(NamedTuple):
@@ -115,17 +172,10 @@ def continual(
     data: Batch,
     *,
     enough: float,
-    budget: float,
+    predicted_kl: float,
     key: Array,
-    tries: int = 3,
-    damping: float = 0.1,
-    rank: int | None = None,
-    relearn: int = 32,
-    request_size: int = 1,
-    chunk: int = 32,
-    every: int = 10,
-    max_age: float = 0.5,
-    probe: int = 32,
+    answering: Answering = Answering(),  # noqa: B008 - frozen and hashable
+    refresh: Refresh = Refresh(),  # noqa: B008 - frozen and hashable
 ) -> Continual:
     """Unlearn on demand, request by request.
 
@@ -135,32 +185,23 @@ def continual(
         data: the training rows, with targets; requests name them by number.
         enough: nats per token at which a row counts as forgotten, such as the loss of a row like it
             that the model has never seen.
-        budget: retain KL that one edit may cost by the quadratic model, nats per counted output.
+        predicted_kl: retain KL that one edit may cost by the quadratic model, nats per counted
+            output.
         key: of the curvature's sampled labels.
-        tries: edits for one request, at most.
-        damping: λ over each block's mean eigenvalue.
-        rank: of each matrix's change; see `batch_unlearn`.
-        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none.
-        request_size: rows of one request, at most.
-        chunk: rows in one pass of the estimation.
-        every: requests between two looks at the curvature.
-        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
-            all rows that are left. Arbitrary: in our one measurement the statistics were older at
-            every look, and it made little difference.
-        probe: rows that its age is measured on.
+        answering: how one request is answered.
+        refresh: how the curvature follows.
 
     Returns:
         Two functions. A request costs a gradient and 17 forward passes of its rows for each
         try, and one pass of the estimator over its rows.
 
     Raises:
+        TypeError: an argument that is something else.
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
-    check_numbers(POSITIVE, enough=enough, budget=budget, max_age=max_age)
-    check_numbers(NOT_NEGATIVE, damping=damping)
-    check_numbers(COUNT, tries=tries, request_size=request_size, chunk=chunk, rank=rank)
-    check_numbers(COUNT, every=every, probe=probe)
-    check_numbers(COUNT_OR_ZERO, relearn=relearn)
+    check_numbers(POSITIVE, enough=enough, predicted_kl=predicted_kl)
+    check_kind(answering, Answering, "answering", "such as Answering(tries=3)")
+    check_kind(refresh, Refresh, "refresh", "such as Refresh(every=10)")
     check_function(apply)
     check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
     check_batch(data, "data")
@@ -171,15 +212,11 @@ def continual(
     ones = np.ones(np.shape(data.targets), np.float32)
     mask, valid = (ones if x is None else x for x in (data.mask, data.valid))
     whole = jax.tree.map(np.asarray, data._replace(mask=mask, valid=valid))
-    edit = functools.partial(_edit, apply, damping=damping, rank=rank, budget=budget, enough=enough)
-    restore = functools.partial(_restore, apply, damping=damping, budget=budget)
     sums = _Sums(estimator, whole, key)
-    stream = _Stream(apply, edit, restore, sums, enough, tries, relearn, request_size)
+    stream = _Stream(apply, answering, refresh, sums, enough, predicted_kl)
     return Continual(
-        on_auto_axes(functools.partial(_fresh, stream.sums, chunk)),
-        on_auto_axes(
-            functools.partial(stream.forget, refresh=_Refresh(chunk, every, max_age, probe))
-        ),
+        on_auto_axes(functools.partial(_fresh, stream.sums, refresh.chunk)),
+        on_auto_axes(stream.forget),
     )
 
 
@@ -244,26 +281,20 @@ class _Sums(NamedTuple):
         return state
 
 
-class _Refresh(NamedTuple):
-    """When the curvature follows, and how."""
-
-    chunk: int
-    every: int
-    max_age: float
-    probe: int
-
-    def __call__(self, sums: _Sums, state: ContinualState) -> tuple[ContinualState, float, str]:
-        if state.since < self.every or state.gone.all():
-            return state, np.nan, ""
-        left = np.flatnonzero(~state.gone)[: self.probe]
-        # As if they were the first rows: the labels have to be the same ones twice, no more.
-        whole = sums._replace(data=sums.rows(left, self.probe))
-        first = np.arange(self.probe)
-        found = age(*(whole.over(p, first, self.probe) for p in (state.anchor, state.params)))
-        if found >= self.max_age:
-            return _fresh(sums, self.chunk, state.params, state.gone), found, "estimated"
-        curvature = sums.estimator.finalize(state.sums)
-        return state._replace(curvature=curvature, since=0), found, "decomposed"
+def _refreshed(
+    refresh: Refresh, sums: _Sums, state: ContinualState
+) -> tuple[ContinualState, float, Literal["decomposed", "estimated"] | None]:
+    if state.since < refresh.every or state.gone.all():
+        return state, np.nan, None
+    left = np.flatnonzero(~state.gone)[: refresh.probe]
+    # As if they were the first rows: the labels have to be the same ones twice, no more.
+    whole = sums._replace(data=sums.rows(left, refresh.probe))
+    first = np.arange(refresh.probe)
+    found = age(*(whole.over(p, first, refresh.probe) for p in (state.anchor, state.params)))
+    if found >= refresh.max_age:
+        return _fresh(sums, refresh.chunk, state.params, state.gone), found, "estimated"
+    curvature = sums.estimator.finalize(state.sums)
+    return state._replace(curvature=curvature, since=0), found, "decomposed"
 
 
 def _fresh(
@@ -277,25 +308,24 @@ def _fresh(
 
 class _Stream(NamedTuple):
     apply: Apply
-    edit: Callable[[PyTree, Curvature, Batch], tuple[PyTree, float, float]]
-    restore: Callable[[PyTree, Curvature, Batch], tuple[PyTree, Array]]
+    answering: Answering
+    refresh: Refresh
     sums: _Sums
     enough: float
-    tries: int
-    relearn: int
-    request_size: int
+    predicted_kl: float
 
     def forget(
-        self, state: ContinualState, numbers: Sequence[int] | np.ndarray, *, refresh: _Refresh
+        self, state: ContinualState, numbers: Sequence[int] | np.ndarray
     ) -> tuple[ContinualState, RequestInfo]:
+        size = self.answering.request_size
         asked, num_rows = np.unique(np.asarray(numbers)), self.sums.num_rows
-        if not 0 < len(asked) <= self.request_size or asked[0] < 0 or asked[-1] >= num_rows:
+        if not 0 < len(asked) <= size or asked[0] < 0 or asked[-1] >= num_rows:
             raise ValueError(
-                f"a request is of 1 to {self.request_size} rows (request_size) numbered below "
+                f"a request is of 1 to {size} rows (request_size) numbered below "
                 f"{num_rows}; got {asked.tolist()}"
             )
         new = asked[~state.gone[asked]]
-        losses = _row_losses(self.apply, state.params, self.sums.rows(new, self.request_size))
+        losses = _row_losses(self.apply, state.params, self.sums.rows(new, size))
         losses = np.asarray(losses)[: len(new)]
         if not np.isfinite(losses).all():
             wrong = new[~np.isfinite(losses)][:8].tolist()
@@ -307,24 +337,25 @@ class _Stream(NamedTuple):
         left = (losses < self.enough) & self.sums.is_counted(new)
         params, before, after, price, tried = state.params, np.nan, np.nan, 0.0, 0
         if left.any():
-            request = self.sums.rows(new[left], self.request_size)
+            request = self.sums.rows(new[left], size)
             before = after = float(np.mean(losses[left]))
-            while after < self.enough and tried < self.tries:
+            while after < self.enough and tried < self.answering.tries:
                 params, after, spent = self.edit(params, state.curvature, request)
                 price, tried = price + spent, tried + 1
         gone, sums = state.gone.copy(), state.sums
         gone[new] = True
         kept_loss, kept = np.nan, np.flatnonzero(~gone)
-        if tried and self.relearn and len(kept):
+        if tried and self.answering.relearn and len(kept):
             # Other rows for each request, the same ones for the same history.
-            drawn = np.random.default_rng(int(gone.sum())).permutation(kept)[: self.relearn]
-            batch = self.sums.rows(drawn, self.relearn)
+            drawn = np.random.default_rng(int(gone.sum())).permutation(kept)
+            num_rows = self.answering.relearn
+            batch = self.sums.rows(drawn[:num_rows], num_rows)
             params, loss = self.restore(params, state.curvature, batch)
             kept_loss = float(loss)
         for number in new:
             sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
         state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
-        state, found, done = refresh(self.sums, state)
+        state, found, done = _refreshed(self.refresh, self.sums, state)
         info = RequestInfo(
             num_new=len(new),
             num_edited=int(left.sum()),
@@ -338,45 +369,36 @@ class _Stream(NamedTuple):
         )
         return state, info
 
+    def edit(
+        self, params: PyTree, curvature: Curvature, request: Batch
+    ) -> tuple[PyTree, float, float]:
+        """One try: new params, the request's loss there, and the predicted KL."""
+        one = jax.tree.map(lambda x: x[None], request)
+        stack, info = batch_unlearn(
+            self.apply,
+            params,
+            curvature,
+            one,
+            damping=self.answering.damping,
+            solver=Solver(rank=self.answering.rank),
+        )
+        edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
+        largest = jnp.sqrt(self.predicted_kl / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
+        where = (self.apply, params, edit, request, largest, jnp.asarray(self.enough))
+        part, alpha, loss = _raise_loss(*where)
+        return _replaced(params, part), float(loss), float(alpha**2 * unit)
 
-def _edit(
-    apply: Apply,
-    params: PyTree,
-    curvature: Curvature,
-    request: Batch,
-    *,
-    damping: float,
-    rank: int | None,
-    budget: float,
-    enough: float,
-) -> tuple[PyTree, float, float]:
-    """One try: new params, the request's loss there, and the predicted KL."""
-    one = jax.tree.map(lambda x: x[None], request)
-    stack, info = batch_unlearn(apply, params, one, curvature, step=1.0, damping=damping, rank=rank)
-    edit, unit = jax.tree.map(lambda x: x[0], stack), info.predicted_kl[0]
-    largest = jnp.sqrt(budget / jnp.maximum(unit, jnp.finfo(unit.dtype).tiny))
-    part, alpha, loss = _raise_loss(apply, params, edit, request, largest, jnp.asarray(enough))
-    return _replaced(params, part), float(loss), float(alpha**2 * unit)
+    def restore(self, params: PyTree, curvature: Curvature, batch: Batch) -> tuple[PyTree, Array]:
+        """A step down the rows' loss in the metric, and the loss before it."""
+        limits = (self.answering.damping, self.predicted_kl)
+        part, before = _lower_loss(self.apply, params, curvature, batch, *limits)
+        return _replaced(params, part), before
 
 
 def _replaced(params: PyTree, part: Part) -> PyTree:
     """The params with the part in place, each array where the one lay that it replaces."""
     places = {path: sharding_of(old) for path, old in part_of(params, part).items()}
     return with_part(params, {n: jax.device_put(x, places[n]) for n, x in part.items()})
-
-
-def _restore(
-    apply: Apply,
-    params: PyTree,
-    curvature: Curvature,
-    batch: Batch,
-    *,
-    damping: float | Array,
-    budget: float | Array,
-) -> tuple[PyTree, Array]:
-    """A step down the rows' loss in the metric, and the loss before it."""
-    part, before = _lower_loss(apply, params, curvature, batch, damping, budget)
-    return _replaced(params, part), before
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -386,7 +408,7 @@ def _lower_loss(
     curvature: Curvature,
     batch: Batch,
     damping: float | Array,
-    budget: float | Array,
+    predicted_kl: float | Array,
 ) -> tuple[Part, Array]:
     """The covered parameters after such a step, and the loss before it."""
     start = part_of(params, curvature.covered)
@@ -396,9 +418,9 @@ def _lower_loss(
 
     before, gradient = jax.value_and_grad(loss)(start)
     down = jax.tree.map(lambda g: -wide(g), gradient)
-    step = solve(curvature, down, damping=damping, relative=True)
+    step = solve(curvature, down, damping=damping)
     quadratic = quadratic_form(curvature, step)
-    largest = jnp.sqrt(2 * budget / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
+    largest = jnp.sqrt(2 * predicted_kl / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
     alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)
     losses = jax.lax.map(lambda alpha: loss(moved(start, step, alpha)), alphas)
     alpha = jnp.where(jnp.min(losses) < before, alphas[jnp.argmin(losses)], 0)

@@ -1,4 +1,4 @@
-"""Bound a step by what it is predicted to cost: scale u down until ½ uᵀFu <= max_kl."""
+"""Bound a step by what it is predicted to cost: scale u down until ½ uᵀFu <= predicted_kl."""
 
 from typing import Any, NamedTuple
 
@@ -26,30 +26,30 @@ class ClipByCurvatureNormState(NamedTuple):
 
 
 def clip_by_curvature_norm(
-    curvature: Curvature, max_kl: float | Array
+    curvature: Curvature, predicted_kl: float | Array
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale an update down so that its predicted retain KL, ½ uᵀFu, is at most `max_kl`.
+    """Scale an update down so that its predicted retain KL, ½ uᵀFu, is at most `predicted_kl`.
 
     A trust region: it bounds each step, not their sum, and by prediction, not in truth. Stands
     last, after the learning rate and weight decay, for it bounds the change that is really made:
 
-        optax.chain(optax.adamw(1e-4), clip_by_curvature_norm(curvature, max_kl=1e-3))
+        optax.chain(optax.adamw(1e-4), clip_by_curvature_norm(curvature, predicted_kl=1e-3))
 
     Only covered parameters count, but the whole update is scaled.
 
     Args:
         curvature: of the retain outputs, shaped for these params.
-        max_kl: nats per unmasked output.
+        predicted_kl: nats per unmasked output.
 
     Returns:
         The transform; its state holds a copy of the curvature, and a call of `update` costs one
         `quadratic_form`.
 
     Raises:
-        ValueError: a `max_kl` that is negative or not finite; at `update`, the updates are not
-            shaped like the curvature's parameters.
+        ValueError: a `predicted_kl` that is negative or not finite; at `update`, the updates are
+            not shaped like the curvature's parameters.
     """
-    check_numbers(NOT_NEGATIVE, max_kl=max_kl)
+    check_numbers(NOT_NEGATIVE, predicted_kl=predicted_kl)
 
     def predicted(curvature, updates):
         return 0.5 * quadratic_form(curvature, updates)
@@ -65,8 +65,8 @@ def clip_by_curvature_norm(
         n = jax.tree.leaves(exponents(updates))[0]
         unit = predicted(state.curvature, shifted(updates, jax.tree.map(lambda _: -n, updates)))
         kl = jnp.ldexp(unit, 2 * n)
-        is_over = kl > max_kl
-        factor = jnp.sqrt(max_kl / jnp.where(is_over, unit, 1))
+        is_over = kl > predicted_kl
+        factor = jnp.sqrt(predicted_kl / jnp.where(is_over, unit, 1))
         factor = jnp.where(is_over, jnp.ldexp(factor, -n), 1)
         updates = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return updates, ClipByCurvatureNormState(state.curvature, kl)

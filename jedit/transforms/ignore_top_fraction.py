@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.core.arguments import check_word
 from jedit.core.checks import SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.geometry.surrogate import SCOPES
+from jedit.geometry.surrogate import Scope
 
 
 def ignore_top_fraction(
-    fraction: float, *, scope: str = "leaf"
+    fraction: float, *, scope: Scope = "leaf"
 ) -> optax.GradientTransformationExtraArgs:
     """Set the largest entries of an update to zero.
 
@@ -36,8 +37,7 @@ def ignore_top_fraction(
         ValueError: a fraction outside 0 to 1, or an unknown scope.
     """
     check_numbers(SHARE, fraction=fraction)
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    check_word(Scope, scope=scope)
 
     def bound(magnitudes):
         size = magnitudes.shape[0]

@@ -1,12 +1,13 @@
 """Take out of an update what moves the retain loss: u off the span of retain gradients (GU)."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.core.precision import wide_dtype
 from jedit.curvature import Curvature
@@ -18,10 +19,11 @@ from jedit.geometry import (
     project_out,
     retain_subspace,
 )
-from jedit.geometry.retain_subspace import SubspaceState
+from jedit.geometry.retain_subspace import Sketch, SubspaceState
+from jedit.geometry.surrogate import Scope
 from jedit.transforms._arrays import owned
 
-METRICS = ("euclidean", "adam")
+Metric = Literal["euclidean", "adam"]
 
 
 class OrthogonalizeToRetainState(NamedTuple):
@@ -44,9 +46,9 @@ def orthogonalize_to_retain(
     rank: int = 8,
     *,
     refresh: int = 1,
-    scope: str = "leaf",
-    metric: str | Whitening | Curvature = "euclidean",
-    sketch: str = "fifo",
+    scope: Scope = "leaf",
+    metric: Metric | Whitening | Curvature = "euclidean",
+    sketch: Sketch = "fifo",
     decay: float = 0.999,
     eps: float = 1e-8,
     damping: float = 0.1,
@@ -85,7 +87,7 @@ def orthogonalize_to_retain(
         sketch: "fifo" (paper) or "frequent_directions".
         decay: of the running mean, 0.999, Adam's b2.
         eps: 1e-8, Adam's.
-        damping: of a curvature, relative; 0.1 is arbitrary.
+        damping: of a curvature, in units of each block's mean eigenvalue; 0.1 is arbitrary.
 
     Returns:
         The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter; in a
@@ -97,8 +99,8 @@ def orthogonalize_to_retain(
     check_numbers(COUNT, rank=rank, refresh=refresh)
     check_numbers(SHARE, decay=decay)
     check_numbers(NOT_NEGATIVE, eps=eps, damping=damping)
-    if isinstance(metric, str) and metric not in METRICS:
-        raise ValueError(f"metric must be a curvature or one of {METRICS}, got {metric!r}")
+    if not isinstance(metric, Whitening | Curvature):
+        check_word(Metric, metric=metric)
     subspace = retain_subspace(rank, scope=scope, sketch=sketch)
 
     def init(params) -> Any:

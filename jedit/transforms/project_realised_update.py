@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.precision import wide_dtype
+from jedit.curvature.types import Uncovered
 from jedit.geometry import Projector, project
 from jedit.transforms._arrays import owned
 
@@ -32,7 +33,7 @@ class ProjectRealisedUpdateState(NamedTuple):
 
 
 def project_realised_update(
-    projector: Projector, *, uncovered: str = "zero"
+    projector: Projector, *, uncovered: Uncovered = "zero"
 ) -> optax.GradientTransformationExtraArgs:
     """Project the whole update, and take back at each step what rounding let through before.
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import optax
 
+from jedit.curvature.types import Uncovered
 from jedit.geometry import Projector, project
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
@@ -15,7 +16,7 @@ class ProjectToNullSpaceState(NamedTuple):
 
 
 def project_to_null_space(
-    projector: Projector, *, uncovered: str = "zero"
+    projector: Projector, *, uncovered: Uncovered = "zero"
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by P, so that what retained inputs see of them is nothing.
 

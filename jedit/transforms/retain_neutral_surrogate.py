@@ -4,12 +4,13 @@
 u = ∇L_r(θ + δ)                                 applied at θ
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jedit.core.arguments import check_word
 from jedit.core.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import exponents, shifted, wide_dtype
@@ -18,8 +19,9 @@ from jedit.geometry import (
     retain_neutral_perturbation,
     retain_orthogonal,
 )
+from jedit.geometry.surrogate import Scope
 
-OUTERS = ("transport", "amplify", "push")
+Outer = Literal["transport", "amplify", "push"]
 
 
 class RetainNeutralSurrogateState(NamedTuple):
@@ -31,9 +33,9 @@ class RetainNeutralSurrogateState(NamedTuple):
 def retain_neutral_surrogate(
     radius: float,
     *,
-    outer: str = "transport",
+    outer: Outer = "transport",
     strength: float = 1.0,
-    scope: str = "global",
+    scope: Scope = "global",
     constrained: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace the retain gradient at θ by the one at θ + δ.
@@ -60,13 +62,13 @@ def retain_neutral_surrogate(
         The transform; a call of `update` costs one more gradient.
 
     Raises:
-        ValueError: an unknown `outer`, or a radius that is not positive; at `update`, no params or
-            an extra argument missing.
+        ValueError: an unknown `outer` or `scope`, or a radius that is not positive; at `update`, no
+            params or an extra argument missing.
     """
     check_numbers(POSITIVE, radius=radius)
     check_numbers(NOT_NEGATIVE, strength=strength)
-    if outer not in OUTERS:
-        raise ValueError(f"outer must be one of {', '.join(OUTERS)}, got {outer!r}")
+    check_word(Outer, outer=outer)
+    check_word(Scope, scope=scope)
 
     def init(params) -> Any:
         dtypes = [wide_dtype(p.dtype) for p in jax.tree.leaves(params)]

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.curvature import Curvature, solve
+from jedit.curvature.types import Uncovered
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
 
@@ -21,8 +22,8 @@ def scale_by_curvature(
     curvature: Curvature,
     *,
     damping: float | Array = 1e-2,
-    relative: bool = True,
-    uncovered: str = "zero",
+    absolute: bool = False,
+    uncovered: Uncovered = "zero",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply updates by (F + λ)⁻¹, so that they are free where the retain outputs do not look.
 
@@ -34,8 +35,8 @@ def scale_by_curvature(
 
     Args:
         curvature: of the retain outputs, shaped for these params.
-        damping: λ; in units of each block's mean eigenvalue when `relative` (ours: 0.01 to 0.1).
-        relative: whether it is; True.
+        damping: λ, in units of each block's mean eigenvalue (ours: 0.01 to 0.1).
+        absolute: True: λ is in units of the eigenvalues themselves; False, it is not.
         uncovered: updates of parameters without a block become "zero" (they stay frozen; the
             default), or pass as they are by "identity".
 
@@ -57,7 +58,7 @@ def scale_by_curvature(
     def update(updates, state, params=None, **extra_args):
         del extra_args
         solved = solve(
-            state.curvature, updates, damping=damping, relative=relative, uncovered=uncovered
+            state.curvature, updates, damping=damping, absolute=absolute, uncovered=uncovered
         )
         like = updates
         if uncovered == "zero":

@@ -31,7 +31,7 @@ def jedit_work(problem: Problem, job: str) -> Work:
     del state
     if job == "eigenvalues":
         return _estimation(jedit.ekfac(problem.apply, likelihood, curvature), params, batches)
-    solve = jax.jit(lambda c, tree: jedit.solve(c, tree, damping=0.1, relative=True))
+    solve = jax.jit(lambda c, tree: jedit.solve(c, tree, damping=0.1))
     return Work(lambda: None, lambda _, tree: solve(curvature, tree), [params] * 8)
 
 

@@ -35,8 +35,9 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
+from jedit.methods import Ascent
 from jedit.models import gpt
-from jedit.objectives import GA, NPO, RetainNLL, with_retain
+from jedit.objectives import NPO, RetainNLL, with_retain
 
 SELECT = r"blocks/.*/(attn|mlp)/"
 MAX_LEN = 80
@@ -138,6 +139,9 @@ def edits(scene, budget, select):
         estimator = jedit.kfac(scene.apply, likelihood, select=SELECT)
         return jedit.estimate(estimator, params, rows, key=jax.random.key(2))
 
+    def refit(params):
+        return fit(hot, params, scene.fit[:8])
+
     curvatures = {}
     for name, likelihood in likelihoods.items():
         start = time.perf_counter()
@@ -148,31 +152,31 @@ def edits(scene, budget, select):
     corrected = jedit.estimate(
         jedit.ekfac(scene.apply, hot, tempered), scene.params, scene.fit, key=jax.random.key(2)
     )
-    ascent, preference = GA(), with_retain(NPO())
-    rows = [("identity (plain ascent)", tempered, 1e9, 4, ascent)]
-    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, 4, ascent)]
-    rows += [(name, c, d, 4, ascent) for name, c in curvatures.items() for d in (0.01, 0.1)]
+    preference = with_retain(NPO())
+    rows = [("identity (plain ascent)", tempered, 1e9, Ascent(4))]
+    rows += [("inputs alone (G = I)", inputs_only(tempered), 1e-3, Ascent(4))]
+    rows += [(name, c, d, Ascent(4)) for name, c in curvatures.items() for d in (0.01, 0.1)]
     rows += [
-        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, n, ascent)
+        (f"temperature 4, {n} step{'s' * (n > 1)}", tempered, d, Ascent(n))
         for n in (1, 2)
         for d in (0.01, 0.1)
     ]
-    rows += [(f"{name}, 1 step", c, 0.01, 1, ascent) for name, c in curvatures.items()]
+    rows += [(f"{name}, 1 step", c, 0.01, Ascent(1)) for name, c in curvatures.items()]
     rows += [
-        ("identity, 1 step", tempered, 1e9, 1, ascent),
-        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, 1, ascent),
-        ("temperature 4, 16 steps", tempered, 0.01, 16, ascent),
-        ("temperature 4, log-odds", tempered, 0.01, 4, margin),
-        ("temperature 4, EK-FAC", corrected, 0.01, 4, ascent),
-        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, 1, ascent),
-        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 4, ascent),
-        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, 1, ascent),
-        ("temperature 4, refitted, 8 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 8, ascent),
-        ("temperature 4, refitted, 2 steps", lambda p: fit(hot, p, scene.fit[:8]), 0.01, 2, ascent),
-        ("temperature 4, NPO, 2 steps", tempered, 0.01, 2, preference),
-        ("temperature 4, NPO, 4 steps", tempered, 0.01, 4, preference),
+        ("identity, 1 step", tempered, 1e9, Ascent(1)),
+        ("inputs alone, 1 step", inputs_only(tempered), 1e-3, Ascent(1)),
+        ("temperature 4, 16 steps", tempered, 0.01, Ascent(16)),
+        ("temperature 4, log-odds", tempered, 0.01, Ascent(4, objective=margin)),
+        ("temperature 4, EK-FAC", corrected, 0.01, Ascent(4)),
+        ("temperature 4, EK-FAC, 1 step", corrected, 0.01, Ascent(1)),
+        ("temperature 8", fit(jedit.likelihoods.Categorical(8.0)), 0.01, Ascent(4)),
+        ("temperature 8, 1 step", fit(jedit.likelihoods.Categorical(8.0)), 0.01, Ascent(1)),
+        ("temperature 4, refitted, 8 steps", tempered, 0.01, Ascent(8, refit=refit)),
+        ("temperature 4, refitted, 2 steps", tempered, 0.01, Ascent(2, refit=refit)),
+        ("temperature 4, NPO, 2 steps", tempered, 0.01, Ascent(2, objective=preference)),
+        ("temperature 4, NPO, 4 steps", tempered, 0.01, Ascent(4, objective=preference)),
     ]
-    for name, curvature, damping, steps, objective in rows:
+    for name, curvature, damping, ascent in rows:
         if not re.search(select, name):
             continue
         start = time.perf_counter()
@@ -183,9 +187,8 @@ def edits(scene, budget, select):
             scene.forget,
             scene.probe,
             budget=budget,
-            steps=steps,
             damping=damping,
-            objective=objective,
+            ascent=ascent,
         )
         params = jedit.apply_edit(scene.params, edit)
         yield name, damping, params, float(info.predicted_kl[-1]), time.perf_counter() - start
@@ -200,7 +203,7 @@ def negative_preferences(scene, tempered, select):
             chain = optax.chain(
                 jedit.transforms.scale_by_curvature(tempered, damping=damping),
                 optax.scale(-1.0),
-                jedit.transforms.clip_by_curvature_norm(tempered, max_kl=max_kl),
+                jedit.transforms.clip_by_curvature_norm(tempered, predicted_kl=max_kl),
             )
             name = f"NPO, 60 steps of at most {max_kl:g} nats in the tempered metric"
             runs.append((name, damping, chain, 60))

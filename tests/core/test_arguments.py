@@ -17,7 +17,19 @@ from jedit.core.paths import matcher
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches as cut
 from jedit.data import stack_requests
-from jedit.methods import Associations, causal_trace, engram, kfade, memit, salun, target_values
+from jedit.methods import (
+    Ascent,
+    Associations,
+    Corruption,
+    Layers,
+    Restoration,
+    causal_trace,
+    engram,
+    kfade,
+    memit,
+    salun,
+    target_values,
+)
 from jedit.models.lora import with_lora
 from jedit.objectives import GA, RetainKL, RetainNLL, with_retain
 from jedit.training import TrainingMethod, Watch
@@ -36,6 +48,7 @@ def apply(params, inputs):
     return jnp.tanh(inputs @ params["a"]["w"] + params["a"]["b"][None]) @ out
 
 
+FIXED = Ascent(1, step_size=0.1)
 ASCENT = TrainingMethod(GA(), SGD)
 
 
@@ -72,14 +85,15 @@ NEEDY = ("estimate", "ekfac", "diagonal", "kfade forget", "kfade retain", "scale
 def batch_entrances(curvature):
     """By name, each function that takes batches, as a function of them."""
     ekfac = jedit.ekfac(apply, L, curvature)
-    budget = {"budget": 0.1}
     several = {
         "estimate": estimate,
         "ekfac": lambda x: estimate(x, estimator=ekfac),
         "diagonal": lambda x: estimate(x, estimator=jedit.diagonal(apply, L)),
-        "kfade forget": lambda x: kfade(apply, PARAMS, curvature, x, BATCH, step=0.1, steps=1),
-        "kfade retain": lambda x: kfade(apply, PARAMS, curvature, BATCH, x, step=0.1, steps=1),
-        "scale": lambda x: jedit.scale_to_kl_budget(apply, L, PARAMS, PARAMS, x, **budget),
+        "kfade forget": lambda x: kfade(apply, PARAMS, curvature, x, BATCH, ascent=FIXED),
+        "kfade retain": lambda x: kfade(apply, PARAMS, curvature, BATCH, x, ascent=FIXED),
+        "scale": lambda x: jedit.scale_to_kl_budget(
+            apply, PARAMS, PARAMS, x, budget=0.1, likelihood=L
+        ),
         "salun": lambda x: salun(apply, PARAMS, x, SGD),
         "nll": lambda x: metrics.nll(apply, PARAMS, x),
         "accuracy": lambda x: metrics.accuracy(apply, PARAMS, x),
@@ -90,13 +104,13 @@ def batch_entrances(curvature):
         "extraction": lambda x: metrics.extraction_strength(apply, PARAMS, x),
         "exact_memorization": lambda x: metrics.exact_memorization(apply, PARAMS, x),
     }
-    options = {"embedding": "e", "layers": "l", "subject": X}
+    options = {"corruption": Corruption("e", X), "restoration": Restoration("l")}
     single = {
-        "batch_unlearn": lambda x: jedit.batch_unlearn(apply, PARAMS, x, curvature, step=0.1),
+        "batch_unlearn": lambda x: jedit.batch_unlearn(apply, PARAMS, curvature, x),
         "unlearn": lambda x: unlearn(forget=x, retain=BATCH),
-        "continual": lambda x: jedit.continual(apply, kfac(), x, enough=1, key=KEY, **budget),
+        "continual": lambda x: jedit.continual(apply, kfac(), x, enough=1, predicted_kl=1, key=KEY),
         "causal_trace": lambda x: causal_trace(apply, PARAMS, x, key=KEY, **options),
-        "ggn": lambda x: jedit.ggn_vector_product(apply, L, PARAMS, x, PARAMS),
+        "ggn": lambda x: jedit.ggn_vector_product(apply, PARAMS, x, PARAMS, likelihood=L),
         "retain_kl": lambda x: RetainKL()(apply, PARAMS, None, x, PARAMS),
         "targets": lambda x: target_values(apply, PARAMS, Associations(x), layer="o/w"),
         "batches": lambda x: cut(x, 2),
@@ -137,7 +151,7 @@ def test_targets_are_arrays_of_integers(curvatures):
     real = BATCH._replace(targets=BATCH.targets.astype(float))
     for call in (
         lambda: estimate(real, estimator=kfac(fisher="empirical")),
-        lambda: kfade(apply, PARAMS, curvatures[0], real, BATCH, step=0.1),
+        lambda: kfade(apply, PARAMS, curvatures[0], real, BATCH, ascent=FIXED),
         lambda: metrics.nll(apply, PARAMS, real),
         lambda: unlearn(forget=real),
     ):
@@ -146,16 +160,18 @@ def test_targets_are_arrays_of_integers(curvatures):
     with pytest.raises(TypeError, match=r"batches\[0\]\.targets must be an array.* got a list"):
         estimate(BATCH._replace(targets=[0] * 6))
     with pytest.raises(TypeError, match=r"forget\[0\]\.mask must be an array.* got an int"):
-        kfade(apply, PARAMS, curvatures[0], BATCH._replace(mask=1), BATCH, step=0.1)
+        kfade(apply, PARAMS, curvatures[0], BATCH._replace(mask=1), BATCH, ascent=FIXED)
 
 
 def test_a_likelihood_is_called():
     for call in (
         lambda likelihood: jedit.kfac(apply, likelihood),
         lambda likelihood: jedit.diagonal(apply, likelihood),
-        lambda likelihood: jedit.ggn_vector_product(apply, likelihood, PARAMS, BATCH, PARAMS),
+        lambda likelihood: jedit.ggn_vector_product(
+            apply, PARAMS, BATCH, PARAMS, likelihood=likelihood
+        ),
         lambda likelihood: jedit.scale_to_kl_budget(
-            apply, likelihood, PARAMS, PARAMS, BATCH, budget=1.0
+            apply, PARAMS, PARAMS, BATCH, budget=1.0, likelihood=likelihood
         ),
     ):
         with pytest.raises(TypeError, match=r"the class Categorical itself; call it: Categ.*\(\)"):
@@ -176,10 +192,11 @@ def test_arguments_that_were_swapped(curvatures):
         (lambda: jedit.find_sites(PARAMS, apply, X), "apply must be a function"),
         (lambda: jedit.find_sites(apply, PARAMS, BATCH), r"give batch\.inputs"),
         (lambda: jedit.capture(apply, PARAMS, BATCH), r"give batch\.inputs"),
-        (lambda: kfade(PARAMS, apply, curvature, BATCH, BATCH, step=1), "apply must be a function"),
-        (lambda: kfade(apply, curvature, PARAMS, BATCH, BATCH, step=1), "curvature must be a Curv"),
-        (lambda: kfade(apply, PARAMS, BATCH, curvature, BATCH, step=1), "forget must be .* Curvat"),
-        (lambda: jedit.batch_unlearn(apply, PARAMS, curvature, BATCH, step=1), "requests must be"),
+        (lambda: kfade(PARAMS, apply, curvature, BATCH, BATCH, budget=1), "apply must be a func"),
+        (lambda: kfade(apply, curvature, PARAMS, BATCH, BATCH, budget=1), "curvature must be a C"),
+        (lambda: kfade(apply, PARAMS, BATCH, curvature, BATCH, budget=1), "forget must be .* Cur"),
+        (lambda: kfade(apply, PARAMS, curvature, BATCH, BATCH, ascent=4), "ascent must be an As"),
+        (lambda: jedit.batch_unlearn(apply, PARAMS, BATCH, curvature), "requests must be"),
         (lambda: unlearn(method=GA()), "method must be a TrainingMethod"),
         (lambda: unlearn(method=TrainingMethod(SGD, GA())), "objective must be a function"),
         (lambda: unlearn(method=TrainingMethod(GA, SGD)), "objective must be a function"),
@@ -199,12 +216,48 @@ def test_arguments_that_were_swapped(curvatures):
         (lambda: jedit.save_curvature(PARAMS, "x"), "curvature must be a Curvature"),
         (lambda: engram(PARAMS, [PARAMS], curvature), "curvature must be a Curvature"),
         (
-            lambda: memit(apply, PARAMS, PARAMS, Associations(BATCH), None, layers="o/w"),
+            lambda: memit(apply, PARAMS, PARAMS, Associations(BATCH), None, layers=Layers("o/w")),
             "curvature must be a Curvature",
         ),
         (
-            lambda: memit(apply, PARAMS, curvature, BATCH, None, layers="o/w"),
+            lambda: memit(apply, PARAMS, curvature, BATCH, None, layers=Layers("o/w")),
             "associations must be an Associations",
+        ),
+        (
+            lambda: memit(apply, PARAMS, curvature, Associations(BATCH), None, layers="o/w"),
+            r'layers must be a Layers, such as Layers\("mlp/kernel"\)',
+        ),
+        (
+            lambda: target_values(apply, PARAMS, Associations(BATCH), layer="o/w", search=24),
+            "search must be a Search",
+        ),
+        (
+            lambda: causal_trace(
+                apply, PARAMS, BATCH, key=KEY, corruption=X, restoration=Restoration("l")
+            ),
+            "corruption must be a Corruption",
+        ),
+        (
+            lambda: causal_trace(
+                apply, PARAMS, BATCH, key=KEY, corruption=Corruption("e", X), restoration="l"
+            ),
+            "restoration must be a Restoration",
+        ),
+        (
+            lambda: jedit.batch_unlearn(apply, PARAMS, curvature, BATCH, solver=8),
+            "solver must be a Solver",
+        ),
+        (
+            lambda: jedit.continual(
+                apply, kfac(), BATCH, enough=1, predicted_kl=1, key=KEY, answering=3
+            ),
+            "answering must be an Answering",
+        ),
+        (
+            lambda: jedit.continual(
+                apply, kfac(), BATCH, enough=1, predicted_kl=1, key=KEY, refresh=10
+            ),
+            "refresh must be a Refresh",
         ),
         (lambda: metrics.nll(PARAMS, apply, BATCH), "apply must be a function"),
     ):
@@ -225,8 +278,8 @@ def test_an_equinox_model_is_partitioned(curvatures, key):
     for call in (
         lambda: jedit.find_sites(run, model, X),
         lambda: estimate(params=model),
-        lambda: kfade(run, model, curvatures[0], BATCH, BATCH, step=0.1),
-        lambda: jedit.batch_unlearn(run, model, BATCH, curvatures[0], step=0.1),
+        lambda: kfade(run, model, curvatures[0], BATCH, BATCH, ascent=FIXED),
+        lambda: jedit.batch_unlearn(run, model, curvatures[0], BATCH),
         lambda: unlearn(model),
         lambda: jedit.edit_between(model, model),
         lambda: metrics.nll(run, model, BATCH),
@@ -240,8 +293,8 @@ def test_what_looks_at_numbers_is_not_traced(curvatures):
     curvature = curvatures[0]
     for call in (
         lambda p: estimate(params=p).num_outputs,
-        lambda p: kfade(apply, p, curvature, BATCH, BATCH, step=0.1)[0],
-        lambda p: jedit.scale_to_kl_budget(apply, L, p, p, BATCH, budget=0.1)[0],
+        lambda p: kfade(apply, p, curvature, BATCH, BATCH, ascent=FIXED)[0],
+        lambda p: jedit.scale_to_kl_budget(apply, p, p, BATCH, budget=0.1, likelihood=L)[0],
         lambda p: engram(p, curvature, curvature)[0],
         lambda p: metrics.nll(apply, p, BATCH),
     ):
@@ -285,9 +338,11 @@ def test_a_curvature_of_another_model(curvatures, tmp_path):
     ledger = Ledger.create(tmp_path / "ledger", PARAMS)
     edit = jedit.Edit({"o/kernel": PARAMS["o"]["w"]})
     for call in (
-        lambda c: jedit.batch_unlearn(apply, PARAMS, requests, c, step=0.1),
-        lambda c: kfade(apply, PARAMS, c, BATCH, BATCH, step=0.1),
-        lambda c: kfade(apply, PARAMS, lambda _: c, BATCH, BATCH, step=0.1, steps=1),
+        lambda c: jedit.batch_unlearn(apply, PARAMS, c, requests),
+        lambda c: kfade(apply, PARAMS, c, BATCH, BATCH, ascent=FIXED),
+        lambda c: kfade(
+            apply, PARAMS, curvatures[0], BATCH, BATCH, ascent=Ascent(2, 0.1, refit=lambda _: c)
+        ),
         lambda c: estimate(estimator=jedit.ekfac(apply, L, c)),
         lambda c: engram(PARAMS, c, c),
         lambda c: jedit.solve(c, PARAMS, damping=0.1),

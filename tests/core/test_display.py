@@ -11,7 +11,7 @@ from jedit.checkpoint import Checkpoint, Ledger
 from jedit.core.batch import Batch, PackedTokens
 from jedit.core.display import html_table, short, short_repr
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import KfadeInfo, kfade
+from jedit.methods import Ascent, KfadeInfo, kfade
 
 
 def apply(params, inputs):
@@ -102,7 +102,7 @@ def test_curvatures_and_sites_have_tables_that_are_escaped(case):
 def test_everything_else_is_short(case, tmp_path):
     params, batch, curvature = case
     large = jax.tree.map(lambda x: jnp.tile(x, (50, 50)), params)
-    _, info = kfade(apply, params, curvature, batch, batch, step=0.1, steps=2)
+    _, info = kfade(apply, params, curvature, batch, batch, ascent=Ascent(2, step_size=0.1))
     ledger = Ledger.create(tmp_path / "ledger", params)
     edit = jedit.edit_between(params, params)
     entry = ledger.record(edit, request=[f"row {i}" for i in range(1000)], method="none")

@@ -22,11 +22,14 @@ from jedit.curvature import (
 )
 from jedit.curvature.algebra import apply_spectral
 from jedit.curvature.likelihoods import Categorical
+from jedit.geometry import curvature_whitening
+from jedit.methods.curvature.kfade import direction
+from jedit.transforms import scale_by_curvature
 
 KINDS = ("kfac", "ekfac", "diagonal")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 damped = pytest.mark.parametrize(
-    ("damping", "relative"), [(0.03, False), (0.2, True)], ids=["absolute", "relative"]
+    ("damping", "absolute"), [(0.03, True), (0.2, False)], ids=["absolute", "relative"]
 )
 
 
@@ -61,7 +64,7 @@ def problem():
     return params, tree, dict(zip(KINDS, (first, second, third), strict=True))
 
 
-def dense(curvature, params, damping=0.0, relative=False):
+def dense(curvature, params, damping=0.0, absolute=False):
     """The whole matrix over the flattened params, damped on the covered ones, by NumPy.
 
     Returns:
@@ -88,7 +91,7 @@ def dense(curvature, params, damping=0.0, relative=False):
             bases = (curvature.factors[f].basis[0] for f in (block.input, block.output))
             q = np.kron(*(np.asarray(basis, np.float64) for basis in bases))
             whole = q @ np.diag(np.asarray(block.corrected, np.float64).ravel()) @ q.T
-        mean = np.trace(whole) / len(whole) if relative else 1.0
+        mean = 1.0 if absolute else np.trace(whole) / len(whole)
         entries = layout.astype(int).ravel()
         matrix[np.ix_(entries, entries)] = whole + damping * mean * np.eye(len(whole))
         is_covered[entries] = True
@@ -101,18 +104,18 @@ def ravel(tree):
 
 @each_kind
 @damped
-def test_matvec_is_the_dense_product(problem, kind, damping, relative, tolerance):
+def test_matvec_is_the_dense_product(problem, kind, damping, absolute, tolerance):
     params, tree, curvatures = problem
-    matrix, _ = dense(curvatures[kind], params, damping, relative)
-    found = matvec(curvatures[kind], tree, damping=damping, relative=relative)
+    matrix, _ = dense(curvatures[kind], params, damping, absolute)
+    found = matvec(curvatures[kind], tree, damping=damping, absolute=absolute)
     tolerance.check(ravel(found), matrix @ ravel(tree), "factorization")
 
 
 @each_kind
 @damped
-def test_solve_is_the_dense_solution(problem, kind, damping, relative, tolerance):
+def test_solve_is_the_dense_solution(problem, kind, damping, absolute, tolerance):
     params, tree, curvatures = problem
-    options = {"damping": damping, "relative": relative}
+    options = {"damping": damping, "absolute": absolute}
     matrix, covered = dense(curvatures[kind], params, **options)
     expected = np.zeros(len(matrix))
     expected[covered] = scipy.linalg.solve(matrix[np.ix_(covered, covered)], ravel(tree)[covered])
@@ -125,9 +128,9 @@ def test_solve_is_the_dense_solution(problem, kind, damping, relative, tolerance
 @each_kind
 @damped
 @pytest.mark.parametrize("exponent", [0.5, -0.5, 1.7])
-def test_power_is_the_dense_power(problem, kind, damping, relative, exponent, tolerance):
+def test_power_is_the_dense_power(problem, kind, damping, absolute, exponent, tolerance):
     params, tree, curvatures = problem
-    options = {"damping": damping, "relative": relative}
+    options = {"damping": damping, "absolute": absolute}
     matrix, covered = dense(curvatures[kind], params, **options)
     w, q = scipy.linalg.eigh(matrix[np.ix_(covered, covered)])
     whole = (q * w**exponent) @ q.T
@@ -150,9 +153,9 @@ def test_powers_compose(problem, kind, tolerance):
 
 @each_kind
 @damped
-def test_forms_and_traces(problem, kind, damping, relative, tolerance):
+def test_forms_and_traces(problem, kind, damping, absolute, tolerance):
     params, tree, curvatures = problem
-    options = {"damping": damping, "relative": relative}
+    options = {"damping": damping, "absolute": absolute}
     matrix, _ = dense(curvatures[kind], params, **options)
     form = quadratic_form(curvatures[kind], tree, **options)
     tolerance.check(form, ravel(tree) @ matrix @ ravel(tree), "factorization")
@@ -228,3 +231,41 @@ def test_bad_trees_get_a_sentence(problem):
         apply_spectral(curvature, tree, jnp.sqrt, uncovered="freeze")
     with pytest.raises(ValueError, match="'gain' has no Kronecker block; of those that"):
         factors(curvature, "gain")
+
+
+def test_damping_is_in_units_of_the_blocks_mean_eigenvalue(key, tolerance):
+    """Of a block whose A is 5 by 5 and G 3 by 3, by a dense solve with 0.1 of its mean eigenvalue.
+
+    And what solves in a curvature's metric elsewhere damps by the same number.
+    """
+    rng = np.random.default_rng(7)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 3))), "b": jnp.asarray(rng.normal(size=3))}
+    batch = Batch(jnp.asarray(rng.normal(size=(50, 4)) * [3.0, 1.0, 0.3, 0.1]))
+    affine = lambda p, x: x @ p["w"] + jnp.broadcast_to(p["b"], (len(x), 3))  # noqa: E731
+    curvature = estimate(kfac(affine, Categorical()), params, [batch], key=key)
+    a, g = (np.asarray(m, np.float64) for m in factors(curvature, "w"))
+    assert (a.shape, g.shape) == ((5, 5), (3, 3))
+    whole = np.kron(a, g)
+    mean = np.trace(whole) / 15
+    assert not 0.5 < mean < 2  # or an absolute number would pass for a relative one
+    matrix = whole + 0.1 * mean * np.eye(15)
+    tree = {"w": jnp.asarray(rng.normal(size=(4, 3))), "b": jnp.asarray(rng.normal(size=3))}
+    rows = np.concatenate([np.asarray(tree["w"]), np.asarray(tree["b"])[None]]).ravel()
+
+    def check(found, expected):
+        found = np.concatenate([np.asarray(found["w"]), np.asarray(found["b"])[None]])
+        tolerance.check(found.ravel(), expected, "factorization")
+
+    solved = np.linalg.solve(matrix, rows)
+    check(solve(curvature, tree, damping=0.1), solved)
+    check(solve(curvature, tree, damping=0.1 * mean, absolute=True), solved)
+    check(matvec(curvature, tree, damping=0.1), matrix @ rows)
+    check(power(curvature, tree, -1.0, damping=0.1), solved)
+    form = quadratic_form(curvature, tree, damping=0.1)
+    tolerance.check(form, rows @ matrix @ rows, "factorization")
+    tolerance.check(trace(curvature, damping=0.1), np.trace(matrix), "factorization")
+    transform = scale_by_curvature(curvature, damping=0.1)
+    check(transform.update(tree, transform.init(params), params)[0], solved)
+    whitening = curvature_whitening(curvature, damping=0.1)
+    check(whitening.whiten(whitening.whiten(tree)), solved)
+    check(direction(curvature, tree, 0.1), -solved)

@@ -185,7 +185,7 @@ def test_matvec_equals_the_matrix_free_product(tolerance):
         curvature = estimate(
             kfac(linear, likelihood, fisher="exact"), params, [batch], key=jax.random.key(0)
         )
-        product = ggn_vector_product(linear, likelihood, params, batch, vector)
+        product = ggn_vector_product(linear, params, batch, vector, likelihood=likelihood)
         tolerance.check(matvec(curvature, vector), product, "factorization")
         fisher = dense_fisher(linear, likelihood, params, batch)
         tolerance.check(product["w"].ravel(), fisher @ np.asarray(vector["w"]).ravel())

@@ -67,7 +67,7 @@ def test_product_equals_the_dense_matrix(likelihood, key, tolerance):
     )
     assert jax.tree.structure(product) == jax.tree.structure(params)
     tolerance.check(ravel_pytree(product)[0], dense @ flat)
-    quadratic = quadratic_kl(apply, likelihood, params, batch, vector)
+    quadratic = quadratic_kl(apply, params, batch, vector, likelihood=likelihood)
     tolerance.check(quadratic, 0.5 * flat @ dense @ flat)
 
 
@@ -87,8 +87,8 @@ def test_quadratic_kl_survives_outputs_that_are_not_numbers(key):
     params, batch, vector = make_problem(key)
     counted = (batch.mask * batch.valid).astype(bool)
     broken = batch._replace(inputs=jnp.where(counted[..., None], batch.inputs, jnp.nan))
-    clean = quadratic_kl(apply, Categorical(), params, batch, vector)
-    assert quadratic_kl(apply, Categorical(), params, broken, vector) == clean
+    clean = quadratic_kl(apply, params, batch, vector, likelihood=Categorical())
+    assert quadratic_kl(apply, params, broken, vector, likelihood=Categorical()) == clean
 
 
 @each_likelihood
@@ -98,16 +98,16 @@ def test_quadratic_kl_predicts_the_true_one_for_small_steps(likelihood, key):
     step = jax.tree.map(lambda v: 1e-3 * v, vector)
     moved = jax.tree.map(jnp.add, params, step)
     true = likelihood.kl(apply(params, batch.inputs), apply(moved, batch.inputs))
-    predicted = quadratic_kl(apply, likelihood, params, batch, step)
+    predicted = quadratic_kl(apply, params, batch, step, likelihood=likelihood)
     np.testing.assert_allclose(np.asarray(true)[counted].mean(), predicted, rtol=2e-2)
 
 
 def test_a_batch_without_masks_counts_everything(key, tolerance):
     params, batch, vector = make_problem(key)
     ones = jnp.ones((4, 3))
-    bare = ggn_vector_product(apply, Categorical(), params, Batch(batch.inputs), vector)
+    bare = ggn_vector_product(apply, params, Batch(batch.inputs), vector, likelihood=Categorical())
     full = ggn_vector_product(
-        apply, Categorical(), params, Batch(batch.inputs, mask=ones, valid=ones), vector
+        apply, params, Batch(batch.inputs, mask=ones, valid=ones), vector, likelihood=Categorical()
     )
     tolerance.check(bare, full, "rounding")
 
@@ -115,7 +115,7 @@ def test_a_batch_without_masks_counts_everything(key, tolerance):
 def test_an_all_masked_batch_gives_zero(key):
     params, batch, vector = make_problem(key)
     empty = batch._replace(mask=jnp.zeros((4, 3)))
-    product = ggn_vector_product(apply, Categorical(), params, empty, vector)
+    product = ggn_vector_product(apply, params, empty, vector, likelihood=Categorical())
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(product))
 
 
@@ -124,6 +124,6 @@ def test_bfloat16_parameters_get_bfloat16_products(key):
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (params, batch.inputs, vector))
     params, inputs, vector = narrow
     batch = batch._replace(inputs=inputs)
-    product = ggn_vector_product(apply, Categorical(), params, batch, vector)
+    product = ggn_vector_product(apply, params, batch, vector, likelihood=Categorical())
     assert {leaf.dtype for leaf in jax.tree.leaves(product)} == {jnp.dtype(jnp.bfloat16)}
-    assert quadratic_kl(apply, Categorical(), params, batch, vector).dtype == jnp.float32
+    assert quadratic_kl(apply, params, batch, vector, likelihood=Categorical()).dtype == jnp.float32

@@ -65,7 +65,9 @@ def test_an_update_is_clipped_to_its_kl(scene, length):
 def test_a_step_is_scaled_to_its_kl(scene, length):
     params, rows, _ = scene
     step = step_of(length)
-    scaled, info = scale_to_kl_budget(linear, Categorical(), params, step, rows, budget=0.01)
+    scaled, info = scale_to_kl_budget(
+        linear, params, step, rows, budget=0.01, likelihood=Categorical()
+    )
     assert info.true_kl == pytest.approx(0.01, rel=0.02)
     np.testing.assert_allclose(scaled["w"], info.scale * np.asarray(step["w"], float), rtol=1e-5)
 

@@ -46,7 +46,7 @@ def test_the_true_kl_is_the_budget(scene, key, budget, length, has_curvature):
     if has_curvature:
         curvature = estimate(kfac(network, Categorical()), params, retain, key=key)
     scaled, info = scale_to_kl_budget(
-        network, Categorical(), params, step, retain, budget=budget, curvature=curvature
+        network, params, step, retain, budget=budget, curvature=curvature, likelihood=Categorical()
     )
     true = kl_by_hand(params, jax.tree.map(jnp.add, params, scaled), retain)
     assert 0.98 * budget < true <= budget * (1 + 1e-3)
@@ -63,7 +63,7 @@ def test_for_a_linear_model_of_normal_outputs_the_prediction_is_the_truth(tolera
     x = rng.normal(size=(30, 4))
     linear = lambda p, x: x @ p["w"]  # noqa: E731
     scaled, info = scale_to_kl_budget(
-        linear, Gaussian(), params, step, Batch(jnp.asarray(x)), budget=0.7
+        linear, params, step, Batch(jnp.asarray(x)), budget=0.7, likelihood=Gaussian()
     )
     assert info.predicted_kl == pytest.approx(info.true_kl, rel=100 * tolerance.contraction)
     by_hand = 0.5 * np.mean(np.sum((x @ np.asarray(scaled["w"])) ** 2, axis=1))
@@ -73,7 +73,9 @@ def test_for_a_linear_model_of_normal_outputs_the_prediction_is_the_truth(tolera
 def test_a_step_that_costs_nothing_stays_finite(scene):
     params, step, retain = scene
     blind = jax.tree.map(jnp.zeros_like, step)
-    scaled, info = scale_to_kl_budget(network, Categorical(), params, blind, retain, budget=0.1)
+    scaled, info = scale_to_kl_budget(
+        network, params, blind, retain, budget=0.1, likelihood=Categorical()
+    )
     assert info.true_kl == 0
     assert info.scale == 1e6
     assert not np.any(scaled["w"])
@@ -82,10 +84,10 @@ def test_a_step_that_costs_nothing_stays_finite(scene):
 def test_a_budget_must_be_positive(scene):
     params, step, retain = scene
     with pytest.raises(ValueError, match="budget must be positive"):
-        scale_to_kl_budget(network, Categorical(), params, step, retain, budget=0.0)
+        scale_to_kl_budget(network, params, step, retain, budget=0.0, likelihood=Categorical())
     blind = [batch._replace(mask=jnp.zeros(len(batch.inputs))) for batch in retain]
     with pytest.raises(ValueError, match="2 retain batches count no output"):
-        scale_to_kl_budget(network, Categorical(), params, step, blind, budget=0.1)
+        scale_to_kl_budget(network, params, step, blind, budget=0.1, likelihood=Categorical())
 
 
 def test_a_bfloat16_model_is_judged_as_it_will_be(scene):
@@ -93,7 +95,9 @@ def test_a_bfloat16_model_is_judged_as_it_will_be(scene):
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     step = jax.tree.map(lambda d: d.astype(jnp.float32), step)
     retain = [b._replace(inputs=b.inputs.astype(jnp.bfloat16)) for b in retain]
-    scaled, info = scale_to_kl_budget(network, Categorical(), half, step, retain, budget=0.1)
+    scaled, info = scale_to_kl_budget(
+        network, half, step, retain, budget=0.1, likelihood=Categorical()
+    )
     after = jax.tree.map(
         lambda p, d: (p.astype(jnp.float32) + d).astype(jnp.bfloat16), half, scaled
     )

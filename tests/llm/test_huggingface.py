@@ -89,7 +89,9 @@ def test_a_closed_form_edit_survives_the_folder(stories, stories_folder, tmp_pat
     likelihood = jedit.likelihoods.Categorical()
     estimator = jedit.kfac(apply, likelihood, select=r"layers/[34]/mlp")
     curvature = jedit.estimate(estimator, params, [retain], key=key)
-    edit, _ = jedit.methods.kfade(apply, params, curvature, forget, retain, budget=0.01, steps=2)
+    ascent = jedit.methods.Ascent(2)
+    given = (apply, params, curvature, forget, retain)
+    edit, _ = jedit.methods.kfade(*given, budget=0.01, ascent=ascent)
     edited = jedit.apply_edit(params, edit)
     changed = {path for path, norm in jedit.edit_norms(edit).items() if norm > 0}
     assert changed == {

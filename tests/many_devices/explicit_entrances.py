@@ -41,17 +41,27 @@ def found(params, rows, facts):
 
     changed = intervene(apply, params, rows.inputs, add={"down": jnp.ones(WIDTH)})
     associations = jedit.methods.Associations(facts, jnp.arange(len(facts.inputs)) % SEQ)
-    values, info = jedit.methods.target_values(apply, params, associations, layer="down", steps=3)
+    search = jedit.methods.Search(steps=3)
+    values, info = jedit.methods.target_values(
+        apply, params, associations, layer="down", search=search
+    )
     salun = jedit.methods.salun(apply, optax.sgd(0.1), params, rows)
     ones = jax.tree.map(jnp.ones_like, params)
     state = salun.optimizer.init(params)
     salient, _ = salun.optimizer.update(ones, state, params)
-    price = RetainKl(apply, jedit.likelihoods.Categorical(), params, rows)
+    price = RetainKl(apply, params, rows, likelihood=jedit.likelihoods.Categorical())
     move = {"up": params["up"], "head": -params["head"]}
     estimator = jedit.kfac(apply, jedit.likelihoods.Categorical(), fisher="exact")
     host = jax.tree.map(np.asarray, rows)
     stream = jedit.continual(
-        apply, estimator, host, enough=6.0, budget=0.5, key=key, relearn=4, chunk=8, every=1
+        apply,
+        estimator,
+        host,
+        enough=6.0,
+        predicted_kl=0.5,
+        key=key,
+        answering=jedit.requests.Answering(relearn=4),
+        refresh=jedit.requests.Refresh(every=1, chunk=8),
     )
     after, forgotten = stream.forget(stream.init(params), [3])
     after, again = stream.forget(after, [5])

@@ -26,7 +26,8 @@ def apply(params, x, **told):
 def edited(apply, params, retain, forget):
     kfac = jedit.kfac(apply, jedit.likelihoods.Categorical(), fisher="exact")
     curvature = jedit.estimate(kfac, params, [retain], key=jax.random.key(0))
-    edit, info = jedit.methods.kfade(apply, params, curvature, forget, retain, budget=0.05, steps=1)
+    given = (apply, params, curvature, forget, retain)
+    edit, info = jedit.methods.kfade(*given, budget=0.05, ascent=jedit.methods.Ascent(1))
     return jedit.apply_edit(params, edit) | {"true KL": info.true_kl}
 
 

@@ -52,17 +52,22 @@ def compute(kind):
     given = (scene.initial(), scene.rows(1)) if alone else (params, batches[0])
     gradient = jax.jit(jax.grad(mean_loss))(*given)
     gradient = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), gradient, params)
-    solved = jedit.solve(curvature, gradient, damping=0.1, relative=True)
+    solved = jedit.solve(curvature, gradient, damping=0.1)
     out |= leaves_of(solved, "solve/")
     out |= leaves_of(
-        jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))(grouped, gradient),
+        jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1))(grouped, gradient),
         "solve offloaded/",
     )
-    solve_corrected = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))
+    solve_corrected = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1))
     out |= leaves_of(solve_corrected(corrected, gradient), "solve ekfac/")
     requests = split(jax.tree.map(lambda x: x[:, None], scene.rows(3, 16)))
     edits, info = jedit.batch_unlearn(
-        scene.apply, params, requests, grouped, budget=1e-3, rank=4, chunk=2
+        scene.apply,
+        params,
+        grouped,
+        requests,
+        predicted_kl=1e-3,
+        solver=jedit.requests.Solver(rank=4, chunk=2),
     )
     out |= leaves_of(info, "batch info/")
     summed = jedit.sum_edits(edits, like=None if mesh is None else params)
@@ -157,7 +162,7 @@ def check_programs(kind, mesh, params, curvature, gradient, edits, batch, kfac):
     """No instruction of a compiled program makes a whole weight of those that are split."""
     if kind == "stages":
         return  # its layers are whole, each on some devices
-    solve = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1, relative=True))
+    solve = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1))
     solve_text = solve.lower(curvature, gradient).compile().as_text()
     assert not whole_weights(solve_text), whole_weights(solve_text)
     # Nor the bases of all layers at once.

@@ -10,7 +10,7 @@ from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.geometry import null_space
-from jedit.methods import Associations, alphaedit, memit, rome
+from jedit.methods import Associations, Layers, alphaedit, memit, rome
 from jedit.methods.associations._write import regress
 from jedit.methods.associations.memit import solve as memit_solve
 from jedit.methods.associations.rome import solve as rome_solve
@@ -113,7 +113,14 @@ def root(moment):
 def test_memit_is_the_least_squares_solution(params, facts, key, tolerance):
     curvature, targets = fit(params, key), wanted()
     edit, info = memit(
-        network, params, curvature, facts, targets, layers=ONE, preservation=30.0, damping=1e-2
+        network,
+        params,
+        curvature,
+        facts,
+        targets,
+        layers=Layers(ONE),
+        preservation=30.0,
+        damping=1e-2,
     )
     K = key_rows(params, facts.batch.inputs, 0, facts.subject)
     C = moment(curvature, ONE)
@@ -147,10 +154,9 @@ def test_memit_with_a_state_minds_the_keys_of_all_batches_before(params, facts, 
             curvature,
             batch,
             targets,
-            layers=ONE,
+            layers=Layers(ONE, state=state),
             preservation=4.0,
             damping=1e-3,
-            state=state,
         )
         given, state = apply_edit(given, edit), info.state
         K = key_rows(first, tokens, 0, facts.subject)
@@ -177,7 +183,9 @@ def test_both_ways_to_solve_agree(tolerance):
 def test_alphaedit_with_all_directions_free_is_ridge_regression(params, facts, key, tolerance):
     curvature, targets = fit(params, key), wanted()
     everything = null_space(curvature, threshold=D_FF + 1, by="rank")
-    edit, info = alphaedit(network, params, everything, facts, targets, layers=ONE, ridge=0.7)
+    edit, info = alphaedit(
+        network, params, everything, facts, targets, layers=Layers(ONE), ridge=0.7
+    )
     K = key_rows(params, facts.batch.inputs, 0, facts.subject)
     R = np.asarray(targets) - K @ matrix(params, 0)
     zero = np.zeros((D_FF + 1, WIDTH))
@@ -194,8 +202,8 @@ def test_the_ridge_in_units_of_the_mean_eigenvalue(params, facts, key, tolerance
     projector = null_space(curvature, threshold=6, by="rank")
     mean = float(np.trace(moment(curvature, ONE)) / (D_FF + 1))
     args = (network, params, projector, facts, targets)
-    relative, _ = alphaedit(*args, layers=ONE, ridge=3.0, relative=True)
-    absolute, _ = alphaedit(*args, layers=ONE, ridge=3.0 * mean)
+    relative, _ = alphaedit(*args, layers=Layers(ONE), ridge=3.0, absolute=False)
+    absolute, _ = alphaedit(*args, layers=Layers(ONE), ridge=3.0 * mean)
     tolerance.check(relative, absolute, "factorization")
     assert abs(mean - 1) > 0.1
 
@@ -212,7 +220,7 @@ def test_the_symmetric_form_is_the_published_one(params, facts, key, relaxation,
         batch = Associations(Batch((facts.batch.inputs + seed) % VOCAB), facts.subject)
         targets = wanted(seed)
         edit, info = alphaedit(
-            network, given, projector, batch, targets, layers=ONE, ridge=0.2, state=state
+            network, given, projector, batch, targets, layers=Layers(ONE, state=state), ridge=0.2
         )
         K = key_rows(given, batch.batch.inputs, 0, facts.subject)
         R = np.asarray(targets) - K @ matrix(given, 0)
@@ -230,7 +238,9 @@ def test_protected_inputs_do_not_see_an_edit(params, facts, key, tolerance):
     rank = D_FF + 1 - np.linalg.matrix_rank(key_rows(params, KEPT, 0), tol=1e-5)
     assert rank > 1
     projector = null_space(curvature, threshold=int(rank), by="rank")
-    edit, info = alphaedit(network, params, projector, facts, 3 * wanted(), layers=ONE, ridge=1e-3)
+    edit, info = alphaedit(
+        network, params, projector, facts, 3 * wanted(), layers=Layers(ONE), ridge=1e-3
+    )
     edited = apply_edit(params, edit)
     kept = jnp.asarray(KEPT)
     tolerance.check(network(edited, kept), network(params, kept), "factorization")
@@ -244,7 +254,9 @@ def test_the_hard_threshold_decides_what_is_free(params, facts, key):
     norms = []
     for rank in (2, 5, 10):
         projector = null_space(curvature, threshold=rank, by="rank")
-        edit, _ = alphaedit(network, params, projector, facts, targets, layers=ONE, ridge=0.1)
+        edit, _ = alphaedit(
+            network, params, projector, facts, targets, layers=Layers(ONE), ridge=0.1
+        )
         delta = matrix(edit, 0, "edit")
         assert np.linalg.matrix_rank(delta, tol=1e-4) <= min(rank, 3)
         norms.append(np.linalg.norm(delta))
@@ -287,7 +299,7 @@ def test_rome_on_several_is_one_after_another(params, facts, key, tolerance):
 def test_what_is_missing_is_shared_by_the_layers_to_come(params, facts, key, method, tolerance):
     """Two layers by hand: half of R at the first, all that is then missing at the second."""
     curvature, targets = fit(params, key), wanted()
-    args = dict(layers=BOTH, hidden=stream)
+    args = dict(layers=Layers(BOTH, stream))
     if method == "memit":
         edit, info = memit(network, params, curvature, facts, targets, preservation=5.0, **args)
     else:
@@ -323,7 +335,9 @@ def test_what_is_missing_is_shared_by_the_layers_to_come(params, facts, key, met
 
 def test_without_targets_the_layers_output_is_removed(params, facts, key):
     everything = null_space(fit(params, key), threshold=D_FF + 1, by="rank")
-    edit, info = alphaedit(network, params, everything, facts, None, layers=BOTH, ridge=1e-6)
+    edit, info = alphaedit(
+        network, params, everything, facts, None, layers=Layers(BOTH), ridge=1e-6
+    )
     edited = apply_edit(params, edit)
     for i in range(2):
         K = key_rows(edited, facts.batch.inputs, i, facts.subject)
@@ -335,7 +349,14 @@ def test_without_targets_the_layers_output_is_removed(params, facts, key):
 def test_the_bias_is_edited_where_the_curvature_covers_it(params, facts, key, tolerance):
     curvature, targets = fit(params, key, select="down/kernel"), wanted()
     edit, info = memit(
-        network, params, curvature, facts, targets, layers=ONE, preservation=2.0, damping=0.05
+        network,
+        params,
+        curvature,
+        facts,
+        targets,
+        layers=Layers(ONE),
+        preservation=2.0,
+        damping=0.05,
     )
     assert set(edit.blocks) == {ONE}
     K = key_rows(params, facts.batch.inputs, 0, facts.subject)
@@ -368,7 +389,7 @@ def test_in_bfloat16_the_edit_is_wide(params, facts, key):
         curvature,
         facts,
         wanted().astype(jnp.float32),
-        layers=ONE,
+        layers=Layers(ONE),
         preservation=1.0,
     )
     assert {x.dtype for x in edit.blocks.values()} == {jnp.dtype(jnp.float32)}
@@ -392,27 +413,27 @@ def test_mistakes_get_a_sentence(params, facts, key):
     projector = null_space(curvature, threshold=0.1)
     run = lambda **kw: memit(network, params, curvature, facts, targets, **kw)  # noqa: E731
     with pytest.raises(ValueError, match="preservation must be positive"):
-        run(layers=ONE, preservation=0.0)
+        run(layers=Layers(ONE), preservation=0.0)
     with pytest.raises(ValueError, match="damping must not be negative"):
         rome(network, params, curvature, facts, targets, layer=ONE, damping=-1.0)
     with pytest.raises(ValueError, match="ridge must be positive"):
-        alphaedit(network, params, projector, facts, targets, layers=ONE, ridge=0.0)
+        alphaedit(network, params, projector, facts, targets, layers=Layers(ONE), ridge=0.0)
     with pytest.raises(ValueError, match="2 layers share one target, so `hidden` is needed"):
-        run(layers=BOTH)
+        run(layers=Layers(BOTH))
     with pytest.raises(ValueError, match="by depth and each once"):
-        run(layers=[ONE, ONE])
+        run(layers=Layers([ONE, ONE]))
     with pytest.raises(ValueError, match=r"\['head'\] have no dense input moment; of those that"):
-        run(layers="head")
+        run(layers=Layers("head"))
     with pytest.raises(ValueError, match=r"targets have shape \(2, 5\), the values are \(3, 5\)"):
-        memit(network, params, curvature, facts, targets[:2], layers=ONE)
+        memit(network, params, curvature, facts, targets[:2], layers=Layers(ONE))
     with pytest.raises(ValueError, match="each row has 4 positions: say in `subject`"):
-        memit(network, params, curvature, Associations(facts.batch), targets, layers=ONE)
+        memit(network, params, curvature, Associations(facts.batch), targets, layers=Layers(ONE))
     wrong = Associations(facts.batch, facts.subject[:2])
     with pytest.raises(ValueError, match=r"subject has shape \(2,\), expected one position a row"):
-        memit(network, params, curvature, wrong, targets, layers=ONE)
-    _, info = run(layers=ONE)
+        memit(network, params, curvature, wrong, targets, layers=Layers(ONE))
+    _, info = run(layers=Layers(ONE))
     with pytest.raises(ValueError, match="hand on the state of an edit of the same layers"):
-        run(layers=BOTH[1], state=info.state)
+        run(layers=Layers(BOTH[1], state=info.state))
 
 
 def test_a_matrix_that_is_used_twice_is_refused(key):
@@ -423,7 +444,7 @@ def test_a_matrix_that_is_used_twice_is_refused(key):
     x = jnp.ones((4, 3))
     curvature = estimate(kfac(tied, Categorical()), params, [Batch(x)], key=key)
     with pytest.raises(ValueError, match="must be the matrix of one dense site"):
-        memit(tied, params, curvature, Associations(Batch(x)), jnp.ones((4, 3)), layers="w")
+        memit(tied, params, curvature, Associations(Batch(x)), jnp.ones((4, 3)), layers=Layers("w"))
 
 
 def test_a_weight_that_a_scan_uses_at_every_position_is_refused(key):
@@ -436,7 +457,7 @@ def test_a_weight_that_a_scan_uses_at_every_position_is_refused(key):
     curvature = estimate(kfac(deep, Categorical()), params, [Batch(x)], key=key)
     facts = Associations(Batch(x), jnp.asarray([0, 2]))
     with pytest.raises(ValueError, match="used 3 times at each of 5 positions"):
-        memit(deep, params, curvature, facts, None, layers="w")
+        memit(deep, params, curvature, facts, None, layers=Layers("w"))
 
 
 def test_positions_in_another_order_than_the_outputs_are_refused(key):
@@ -449,14 +470,14 @@ def test_positions_in_another_order_than_the_outputs_are_refused(key):
     curvature = estimate(kfac(time_first, Categorical()), params, [batch], key=key)
     facts = Associations(batch, jnp.asarray([0, 2, 1, 0]))
     with pytest.raises(ValueError, match=r"positions of 'w' \(.*\) are not those of the outputs"):
-        memit(time_first, params, curvature, facts, None, layers="w")
+        memit(time_first, params, curvature, facts, None, layers=Layers("w"))
 
 
 def test_a_subject_outside_the_row_is_named(params, facts, key):
     curvature = fit(params, key)
     far = facts._replace(subject=jnp.asarray([1, SEQ, -1]))
     with pytest.raises(ValueError, match=r"subject of rows \[1, 2\] is none of the 4 positions"):
-        memit(network, params, curvature, far, None, layers=ONE)
+        memit(network, params, curvature, far, None, layers=Layers(ONE))
 
 
 def test_a_key_of_zero_writes_nothing_and_spoils_nothing(tolerance):

@@ -1,12 +1,14 @@
 """Causal tracing against the three runs written out, and where the answer's place is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.methods import causal_trace
+from jedit.methods import Corruption, Restoration, causal_trace
 from jedit.models import gpt
 
 VOCAB, WIDTH, NUM_LAYERS, BATCH, SEQ = 7, 5, 4, 3, 6
@@ -62,17 +64,14 @@ def by_hand(params, batch, added, put_back, clean=None):
 def test_it_is_the_three_runs_by_hand(scene, key, is_elsewhere, tolerance):
     params, batch, subject = scene
     positions = jnp.roll(subject, 1, axis=1) if is_elsewhere else None
-    options = {"window": 3, "noise": 0.7, "samples": 2, "chunk": 4}
     found = causal_trace(
         apply,
         params,
         batch,
-        embedding="embed",
-        layers=NAMES,
-        subject=subject,
-        positions=positions,
+        corruption=Corruption("embed", subject, noise=0.7, samples=2),
+        restoration=Restoration(NAMES, window=3, positions=positions),
         key=key,
-        **options,
+        chunk=4,
     )
     embedded = np.asarray(params["embed"], np.float64)[np.asarray(batch.inputs)]
     sigma = embedded[np.asarray(subject)].std()
@@ -109,8 +108,11 @@ def test_it_is_the_three_runs_by_hand(scene, key, is_elsewhere, tolerance):
 )
 def test_windows(scene, key, window, row):
     params, batch, subject = scene
-    names = {"embedding": "embed", "layers": NAMES, "subject": subject, "key": key}
-    found = causal_trace(apply, params, batch, **names, window=window, samples=1)
+    names = {
+        "corruption": Corruption("embed", subject, samples=1),
+        "restoration": Restoration(NAMES, window),
+    }
+    found = causal_trace(apply, params, batch, **names, key=key)
     np.testing.assert_array_equal(found.windows[1], np.array(row, bool))
     assert found.windows.shape == (NUM_LAYERS, NUM_LAYERS)
 
@@ -118,10 +120,11 @@ def test_windows(scene, key, window, row):
 def test_a_scanned_stack_is_the_layers_one_by_one(scene, key, tolerance):
     params, batch, subject = scene
     stack = params | {"layers": jnp.stack([params["layers"][str(i)] for i in range(NUM_LAYERS)])}
-    options = {"embedding": "embed", "subject": subject, "window": 2, "samples": 3}
-    apart = causal_trace(apply, params, batch, layers=NAMES, key=key, chunk=1, **options)
-    key = jax.random.clone(key)
-    whole = causal_trace(stacked_apply, stack, batch, layers="layers", key=key, chunk=5, **options)
+    noisy = {"corruption": Corruption("embed", subject, samples=3)}
+    each = {"restoration": Restoration(NAMES, 2), "key": key, "chunk": 1}
+    apart = causal_trace(apply, params, batch, **noisy, **each)
+    stacked = {"restoration": Restoration("layers", 2), "key": jax.random.clone(key), "chunk": 5}
+    whole = causal_trace(stacked_apply, stack, batch, **noisy, **stacked)
     tolerance.check(whole._replace(windows=0), apart._replace(windows=0))
 
 
@@ -144,7 +147,10 @@ def test_the_layer_that_looks_the_answer_up_is_found(key):
     subject = jnp.asarray([[False, True, True]] * 2)
     mask = subject.astype(jnp.float32)
     batch = Batch(tokens, jnp.argmax(lookup(params, tokens), axis=-1), mask)
-    options = {"embedding": "embed", "layers": names, "subject": subject, "window": 1}
+    options = {
+        "corruption": Corruption("embed", subject),
+        "restoration": Restoration(names, window=1),
+    }
     found = causal_trace(lookup, params, batch, key=key, **options)
     effect = np.asarray(found.indirect_effect)
     np.testing.assert_allclose(effect[[0, 1, 3]], 0, atol=1e-6)
@@ -160,19 +166,18 @@ def test_on_the_transformer_with_padding(key):
     mask = jnp.asarray([[0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]], jnp.float32)
     subject = jnp.asarray([[0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0]], bool)
     options = {
-        "embedding": "embed/embedding",
-        "layers": [f"blocks/{i}/mlp/down/kernel" for i in range(2)],
-        "key": jax.random.key(1),
-        "window": 1,
+        "corruption": Corruption("embed/embedding", subject),
+        "restoration": Restoration([f"blocks/{i}/mlp/down/kernel" for i in range(2)], window=1),
     }
-    found = causal_trace(apply, params, Batch(tokens, tokens, mask), subject=subject, **options)
+    batch = Batch(tokens, tokens, mask)
+    found = causal_trace(apply, params, batch, key=jax.random.key(1), **options)
     garbage = jnp.where(jnp.arange(SEQ)[None] < jnp.asarray([[4], [6]]), tokens, 6)
     again = causal_trace(
         apply,
         params,
         Batch(garbage, garbage, mask),
-        subject=subject,
-        **options | {"key": jax.random.key(1)},
+        key=jax.random.key(1),
+        **options,
     )
     jax.tree.map(np.testing.assert_array_equal, found, again)
     assert found.restored.shape == (2, 2)
@@ -180,19 +185,25 @@ def test_on_the_transformer_with_padding(key):
 
 def test_mistakes_get_a_sentence(scene, key):
     params, batch, subject = scene
-    options = {"embedding": "embed", "subject": subject, "key": key}
+    noisy, each = Corruption("embed", subject), Restoration(NAMES)
     for mistake in (
-        {"layers": []},
-        {"layers": NAMES, "window": 0},
-        {"layers": NAMES, "samples": 0},
-        {"layers": NAMES, "chunk": 0},
+        lambda: Restoration([]),
+        lambda: Restoration(NAMES, window=0),
+        lambda: Corruption("embed", subject, samples=0),
+        lambda: causal_trace(
+            apply, params, batch, corruption=noisy, restoration=each, key=key, chunk=0
+        ),
     ):
         with pytest.raises(ValueError, match="must be at least 1, got 0|needs a layer at least"):
-            causal_trace(apply, params, batch, **options, **mistake)
+            mistake()
+    wrong = Restoration(["layers/9", "layers/0"])
     with pytest.raises(ValueError, match=r"\['layers/9'\] are no sites of this function"):
-        causal_trace(apply, params, batch, layers=["layers/9", "layers/0"], **options)
+        causal_trace(apply, params, batch, corruption=noisy, restoration=wrong, key=key)
+    square_noisy = dataclasses.replace(noisy, subject=square(subject))
     with pytest.raises(ValueError, match=r"site 'layers/0' does not begin with the axes"):
-        causal_trace(time_first, params, square(batch), layers=NAMES, **squared(options))
+        causal_trace(
+            time_first, params, square(batch), corruption=square_noisy, restoration=each, key=key
+        )
 
 
 def time_first(params, tokens):
@@ -206,7 +217,3 @@ def time_first(params, tokens):
 def square(batch):
     """As many examples as positions, so that lengths tell nothing."""
     return jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
-
-
-def squared(options):
-    return {**options, "subject": jnp.concatenate([options["subject"]] * 2)}

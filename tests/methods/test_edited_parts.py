@@ -15,12 +15,12 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.geometry import RetainKl, null_space, scale_to_kl_budget, trust_region
 from jedit.geometry.parts import moved
-from jedit.methods import kfade
+from jedit.methods import Ascent, kfade
 from jedit.objectives import GA
 from jedit.transforms import project_to_null_space, scale_by_curvature
 
 DEEP, WIDE = 6, 96
-KFADE = import_module("jedit.methods.kfade")  # the package's attribute is the function
+KFADE = import_module("jedit.methods.curvature.kfade")  # the package's attribute is the function
 
 
 def deep(params, x):
@@ -50,7 +50,7 @@ def num_bytes(tree):
 
 def test_an_edit_holds_the_covered_parameters_and_no_others(scene):
     params, forget, retain, curvature = scene
-    edit, _ = kfade(deep, params, curvature, forget, retain, budget=0.05, steps=2)
+    edit, _ = kfade(deep, params, curvature, forget, retain, budget=0.05, ascent=Ascent(2))
     assert set(edit.blocks) == {"w", "b"} == set(curvature.covered)
     edited = apply_edit(params, edit)
     for path, leaf in params.items():
@@ -61,9 +61,10 @@ def test_a_function_of_the_parameters_gets_the_same_arrays_where_nothing_moves(s
     params, forget, retain, curvature = scene
     seen = []
     refit = lambda current: seen.append(current) or curvature  # noqa: E731
-    kfade(deep, params, refit, forget, retain, step=1e-4, steps=2)
-    assert all(seen[1][f"stays{i}"] is params[f"stays{i}"] for i in range(DEEP))
-    assert seen[1]["w"] is not params["w"]
+    ascent = Ascent(2, step_size=1e-4, refit=refit)
+    kfade(deep, params, curvature, forget, retain, ascent=ascent)
+    assert all(seen[0][f"stays{i}"] is params[f"stays{i}"] for i in range(DEEP))
+    assert seen[0]["w"] is not params["w"]
 
 
 def _contractions(jaxpr, found):
@@ -108,7 +109,7 @@ def test_beside_the_weights_there_is_the_edit_thrice_and_one_backward_pass(scene
     fixed = (KFADE._add_gradient, GA(), deep)
     backward = held(*fixed, ("b",), params, one, forget, retain, 1.0, None)
     total = (jnp.zeros((), jnp.float32), change)
-    price = RetainKl(deep, Categorical(), params, retain)
+    price = RetainKl(deep, params, retain, likelihood=Categorical())
     at = (deep, Categorical(), params, change, change, 1.0, price._base[0], retain)
     peaks = {
         "gradient": held(*fixed, *where, forget, retain, 1.0, total, beside=2 * edited),
@@ -127,7 +128,7 @@ def test_a_direction_is_found_one_block_at_a_time(scene):
     params, _, retain, _ = scene
     curvature = estimate(kfac(deep, Categorical()), params, [retain], key=jax.random.key(1))
     gradient = jax.tree.map(jnp.cos, params)
-    whole = jax.tree.map(jnp.negative, solve(curvature, gradient, damping=0.3, relative=True))
+    whole = jax.tree.map(jnp.negative, solve(curvature, gradient, damping=0.3))
     KFADE._direction.clear_cache()
     found = KFADE._block_by_block(curvature, dict(gradient), 0.3)
     for path, block in whole.items():
@@ -137,11 +138,15 @@ def test_a_direction_is_found_one_block_at_a_time(scene):
 
 def test_the_line_search_moves_nothing_that_does_not_change(scene):
     params, _, retain, curvature = scene
-    step = solve(curvature, jax.tree.map(jnp.cos, params), damping=0.1, relative=True)
+    step = solve(curvature, jax.tree.map(jnp.cos, params), damping=0.1)
     options = {"budget": 1e-3}
-    scaled, info = scale_to_kl_budget(deep, Categorical(), params, step, retain, **options)
+    scaled, info = scale_to_kl_budget(
+        deep, params, step, retain, likelihood=Categorical(), **options
+    )
     part = {path: step[path] for path in curvature.covered}
-    again, same = scale_to_kl_budget(deep, Categorical(), params, part, retain, **options)
+    again, same = scale_to_kl_budget(
+        deep, params, part, retain, likelihood=Categorical(), **options
+    )
     assert (info, set(again)) == (same, {"w", "b"})
     for path, block in again.items():
         np.testing.assert_array_equal(scaled[path], block)
@@ -149,9 +154,13 @@ def test_the_line_search_moves_nothing_that_does_not_change(scene):
     candidate = moved(params, part, 0.5)
     assert [p for p in params if candidate[p] is not params[p]] == ["w", "b"]
     with pytest.raises(ValueError, match=r"a change of 'c' .* none of that path"):
-        scale_to_kl_budget(deep, Categorical(), params, {"c": part["b"]}, retain, **options)
+        scale_to_kl_budget(
+            deep, params, {"c": part["b"]}, retain, likelihood=Categorical(), **options
+        )
     with pytest.raises(ValueError, match=r"a change of 'b' has shape \(2,\)"):
-        scale_to_kl_budget(deep, Categorical(), params, {"b": jnp.ones(2)}, retain, **options)
+        scale_to_kl_budget(
+            deep, params, {"b": jnp.ones(2)}, retain, likelihood=Categorical(), **options
+        )
 
 
 def test_outputs_that_are_not_kept_are_computed_again_to_the_same_numbers(scene):
@@ -160,7 +169,7 @@ def test_outputs_that_are_not_kept_are_computed_again_to_the_same_numbers(scene)
     bytes_of_outputs = (8 + 8) * 3 * 4
     change = {"w": 0.1 * jnp.cos(params["w"]), "b": jnp.ones(16, jnp.float32)}
     prices = {
-        limit: RetainKl(deep, Categorical(), params, batches, kept_bytes=limit)
+        limit: RetainKl(deep, params, batches, kept_bytes=limit, likelihood=Categorical())
         for limit in (bytes_of_outputs, bytes_of_outputs - 1)
     }
     kept, computed = prices.values()

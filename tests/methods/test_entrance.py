@@ -16,9 +16,19 @@ from jedit.curvature import diagonal, estimate, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical
 from jedit.edits import Edit, apply_edit
 from jedit.geometry import null_space, scale_to_kl_budget
-from jedit.methods import Associations, engram, kfade, memit, salun, target_values
+from jedit.methods import (
+    Ascent,
+    Associations,
+    Layers,
+    Search,
+    engram,
+    kfade,
+    memit,
+    salun,
+    target_values,
+)
 from jedit.objectives import GA, relabel, with_retain
-from jedit.requests import batch_unlearn
+from jedit.requests import Refresh, batch_unlearn
 from jedit.training import TrainingMethod, Watch, fit, unlearn
 
 CLASSES = 3
@@ -44,13 +54,13 @@ def scene():
 
 
 def _kfade(params, forget, retain, curvature):
-    return kfade(network, params, curvature, forget, retain, budget=1e-3, steps=1)
+    return kfade(network, params, curvature, forget, retain, budget=1e-3, ascent=Ascent(1))
 
 
 def _batch_unlearn(params, forget, retain, curvature):
     stack = jax.tree.map(lambda x: jnp.stack([x, x]), retain._replace(inputs=retain.inputs))
     stack = jax.tree.map(lambda x, own: x[:, : len(own)].at[1].set(own), stack, forget)
-    return batch_unlearn(network, params, stack, curvature, step=0.1)
+    return batch_unlearn(network, params, curvature, stack)
 
 
 def _unlearn(params, forget, retain, curvature):
@@ -63,7 +73,7 @@ def _continual(params, forget, retain, curvature):
     del retain, curvature
     estimator = kfac(network, Categorical())
     stream = jedit.continual(
-        network, estimator, forget, enough=3.0, budget=0.1, key=jax.random.key(0), chunk=4
+        network, estimator, forget, enough=3.0, predicted_kl=0.1, key=jax.random.key(0)
     )
     return stream.forget(stream.init(params), [0, 1])
 
@@ -96,7 +106,7 @@ def test_one_request_of_many_that_counts_nothing_is_named(scene):
     requests = jax.tree.map(lambda x: jnp.stack([x, x, x]), forget)
     requests = requests._replace(mask=requests.mask.at[1].set(0))
     with pytest.raises(ValueError, match=r"requests \[1\] count no output"):
-        batch_unlearn(network, params, requests, curvature, budget=0.1)
+        batch_unlearn(network, params, curvature, requests, predicted_kl=0.1)
 
 
 @pytest.mark.parametrize("make", [kfac, diagonal])
@@ -225,18 +235,20 @@ def test_edits_and_values_that_are_not_finite_are_refused(scene):
     with pytest.raises(FloatingPointError, match=r"the edit is not finite at 'w'"):
         apply_edit(params, Edit({"w": params["w"] * NAN, "v": params["v"]}))
     with pytest.raises(FloatingPointError, match=r"the step is not finite at 'v'"):
-        scale_to_kl_budget(network, Categorical(), params, broken, retain, budget=0.1)
+        scale_to_kl_budget(network, params, broken, retain, budget=0.1, likelihood=Categorical())
     with pytest.raises(FloatingPointError, match=r"engram is not finite.*parameters \['v'\]"):
         engram(broken, curvature, curvature)
     facts = Associations(forget)
     with pytest.raises(FloatingPointError, match=r"edit of 'v' is not.*rows \[1\] of the"):
-        memit(network, params, curvature, facts, jnp.ones((4, 3)).at[1].set(NAN), layers="v")
+        memit(
+            network, params, curvature, facts, jnp.ones((4, 3)).at[1].set(NAN), layers=Layers("v")
+        )
     standard = jax.numpy_dtype_promotion("standard")
     with standard, pytest.raises(FloatingPointError, match=r"of facts .* parameters \['v'\]"):
-        target_values(network, broken, facts, layer="v", steps=1)
+        target_values(network, broken, facts, layer="v", search=Search(steps=1))
     none = Associations(jax.tree.map(lambda x: x[:0], forget))
     with pytest.raises(ValueError, match="no associations to write"):
-        memit(network, params, curvature, none, jnp.ones((0, 3)), layers="v")
+        memit(network, params, curvature, none, jnp.ones((0, 3)), layers=Layers("v"))
 
 
 def test_a_stream_does_not_take_nan_for_forgotten(scene):
@@ -246,9 +258,9 @@ def test_a_stream_does_not_take_nan_for_forgotten(scene):
         kfac(network, Categorical()),
         forget,
         enough=3.0,
-        budget=0.1,
+        predicted_kl=0.1,
         key=jax.random.key(0),
-        chunk=4,
+        refresh=Refresh(chunk=4),
     )
     state = stream.init(params)._replace(params=jax.tree.map(lambda p: p * NAN, params))
     with pytest.raises(FloatingPointError, match=r"losses of rows \[0\].*the parameters \['v'"):
@@ -265,7 +277,7 @@ def test_a_request_of_a_small_gradient_is_answered(scene):
     @jax.numpy_dtype_promotion("standard")
     def answered(factor):
         apply = partial(_times, jnp.float32(factor))
-        return batch_unlearn(apply, params, requests, curvature, budget=0.1)
+        return batch_unlearn(apply, params, curvature, requests, predicted_kl=0.1)
 
     (edit, info), (small, its_info) = answered(1e-3), answered(1e-22)
     for found in (info, its_info):
@@ -294,7 +306,7 @@ def test_rows_predicted_with_certainty_are_refused():
         jedit.methods.kfade(linear, params, curvature, sure, sure, budget=0.05)
     requests = jax.tree.map(lambda x: x[:, None], sure)
     with pytest.raises(ValueError, match=r"gradient of requests \[0, 1, 2, 3\] is zero"):
-        jedit.batch_unlearn(linear, params, requests, curvature, budget=0.05)
+        jedit.batch_unlearn(linear, params, curvature, requests, predicted_kl=0.05)
 
 
 @pytest.mark.parametrize("estimator", ["kfac", "diagonal", "ekfac"])

@@ -10,7 +10,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Gaussian
 from jedit.edits import apply_edit
-from jedit.methods import kfade
+from jedit.methods import Ascent, kfade
 from jedit.objectives import GA
 
 
@@ -60,11 +60,8 @@ def test_one_newton_step_on_least_squares_is_the_refit_without_the_rows(regressi
         curvature,
         forget,
         retain,
-        step=5 / 35,
-        steps=1,
         damping=0.0,
-        likelihood=Gaussian(),
-        objective=_gaussian_ga,
+        ascent=Ascent(1, step_size=5 / 35, objective=_gaussian_ga, likelihood=Gaussian()),
     )
     edited = apply_edit(params, edit)
     tolerance.check(edited, {"w": refit[:3], "b": refit[3]}, "factorization")
@@ -78,15 +75,15 @@ def _gaussian_ga(apply, params, forget, retain, reference):
 
 def test_where_the_outputs_are_linear_the_predicted_kl_is_the_true_one(regression):
     params, forget, retain, curvature, _ = regression
-    options = {"budget": 0.3, "steps": 3, "likelihood": Gaussian(), "objective": _gaussian_ga}
-    _, info = kfade(linear, params, curvature, forget, retain, **options)
+    ascent = Ascent(3, objective=_gaussian_ga, likelihood=Gaussian())
+    _, info = kfade(linear, params, curvature, forget, retain, budget=0.3, ascent=ascent)
     np.testing.assert_allclose(info.predicted_kl, info.true_kl, rtol=1e-6)
     np.testing.assert_allclose(info.curvature_kl, info.true_kl, rtol=1e-6)
 
 
 def test_the_budget_is_kept_in_truth_and_is_used_up(classifier):
     params, forget, retain, curvature = classifier
-    edit, info = kfade(network, params, curvature, forget, retain, budget=0.05, steps=3)
+    edit, info = kfade(network, params, curvature, forget, retain, budget=0.05, ascent=Ascent(3))
     logits = [network(p, retain.inputs) for p in (params, apply_edit(params, edit))]
     true = float(jnp.mean(Categorical().kl(*logits)))
     np.testing.assert_allclose(info.true_kl[-1], true, rtol=1e-6)
@@ -97,9 +94,9 @@ def test_the_budget_is_kept_in_truth_and_is_used_up(classifier):
 
 def test_the_first_step_is_the_largest_within_the_budget(classifier):
     params, forget, retain, curvature = classifier
-    _, info = kfade(network, params, curvature, forget, retain, budget=0.05, steps=1)
+    _, info = kfade(network, params, curvature, forget, retain, budget=0.05, ascent=Ascent(1))
     gradient = jax.grad(lambda p: GA()(network, p, forget)[0])(params)
-    move = solve(curvature, gradient, damping=1e-2, relative=True)
+    move = solve(curvature, gradient, damping=1e-2)
     base = network(params, retain.inputs)
 
     def excess(alpha):
@@ -112,7 +109,9 @@ def test_the_first_step_is_the_largest_within_the_budget(classifier):
 
 def test_large_damping_is_plain_ascent(classifier, tolerance):
     params, forget, retain, curvature = classifier
-    edit, _ = kfade(network, params, curvature, forget, retain, step=1e10, steps=1, damping=1e12)
+    edit, _ = kfade(
+        network, params, curvature, forget, retain, damping=1e12, ascent=Ascent(1, step_size=1e10)
+    )
     gradient = jax.grad(lambda p: -GA()(network, p, forget)[0])(params)
     for path in ("v", "w"):  # one block each: damping is relative to the block
         x, y = (np.asarray(t[path], np.float64) for t in (edit.blocks, gradient))
@@ -142,14 +141,14 @@ def test_only_covered_parameters_move(classifier, key):
 
 def test_info_reports_the_gradient_it_used(classifier):
     params, forget, retain, curvature = classifier
-    _, info = kfade(network, params, curvature, forget, retain, step=1e-3, steps=1)
+    _, info = kfade(network, params, curvature, forget, retain, ascent=Ascent(1, step_size=1e-3))
     gradient = jax.grad(lambda p: -GA()(network, p, forget)[0])(params)
     retained = jax.grad(lambda p: -GA()(network, p, retain)[0])(params)
     g, r = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (gradient, retained))
     np.testing.assert_allclose(info.gradient_norm[0], np.linalg.norm(g), rtol=1e-6)
     cosine = g @ r / np.linalg.norm(g) / np.linalg.norm(r)
     np.testing.assert_allclose(info.retain_cosine[0], cosine, rtol=1e-6)
-    move = jax.tree.map(lambda x: 1e-3 * x, solve(curvature, gradient, damping=1e-2, relative=True))
+    move = jax.tree.map(lambda x: 1e-3 * x, solve(curvature, gradient, damping=1e-2))
     expected = 0.5 * float(quadratic_form(curvature, move))
     np.testing.assert_allclose(info.curvature_kl[0], expected, rtol=1e-6)
 
@@ -159,25 +158,36 @@ def test_batches_of_one_shape_are_as_one(classifier):
     params, forget, retain, curvature = classifier
     halves = [jax.tree.map(lambda x, s=s: x[s], retain) for s in (slice(0, 32), slice(32, 64))]
     parts = [jax.tree.map(lambda x, s=s: x[s], forget) for s in (slice(0, 4), slice(4, 8))]
-    whole, _ = kfade(network, params, curvature, forget, retain, budget=0.05, steps=2)
-    split, _ = kfade(network, params, curvature, parts, halves, budget=0.05, steps=2)
+    whole, _ = kfade(network, params, curvature, forget, retain, budget=0.05, ascent=Ascent(2))
+    split, _ = kfade(network, params, curvature, parts, halves, budget=0.05, ascent=Ascent(2))
     for path, block in whole.blocks.items():
         np.testing.assert_allclose(split.blocks[path], block, rtol=1e-6)
 
 
-def test_a_function_refits_the_curvature_before_each_step(classifier, key):
-    params, forget, retain, _ = classifier
+def test_a_function_refits_the_curvature_before_each_step_but_the_first(classifier, key, tolerance):
+    params, forget, retain, curvature = classifier
     estimator, seen = kfac(network, Categorical(), fisher="exact"), []
 
     def refit(current):
         seen.append(current)
         return estimate(estimator, current, [retain], key=key)
 
-    _, info = kfade(network, params, refit, forget, retain, budget=0.05, steps=2)
+    given = (network, params, curvature, forget, retain)
+    _, info = kfade(*given, budget=0.05, ascent=Ascent(3, refit=refit))
     assert len(seen) == 2
-    assert np.array_equal(seen[0]["v"], params["v"])
-    assert not np.array_equal(seen[1]["v"], params["v"])
+    for at in seen:  # on the way, by K-FADE's own steps, each from where the last has led
+        assert not np.array_equal(at["v"], params["v"])
+    assert not np.array_equal(seen[0]["v"], seen[1]["v"])
     assert info.within_budget.all()
+    # The second step is the natural one in the metric fitted where the first has led.
+    first, _ = kfade(*given, ascent=Ascent(1, step_size=1e-2))
+    there = apply_edit(params, first)
+    gradient = jax.grad(lambda p: ga(p, forget, apply=network)[0])(there)
+    move = solve(refit(there), gradient, damping=1e-2)
+    found, _ = kfade(*given, ascent=Ascent(2, step_size=1e-2, refit=refit))
+    for path, block in found.blocks.items():
+        expected = first.blocks[path] - 1e-2 * move[path]
+        tolerance.check(block, expected, "factorization")
 
 
 def test_an_edit_is_reapplied_to_a_model_trained_further(classifier):
@@ -194,12 +204,13 @@ def test_an_edit_is_reapplied_to_a_model_trained_further(classifier):
     ("options", "message"),
     [
         ({}, "exactly one of budget"),
-        ({"budget": 0.1, "step": 1.0}, "exactly one of budget"),
+        ({"budget": 0.1, "ascent": Ascent(step_size=1.0)}, "exactly one of budget"),
         ({"budget": -1.0}, "must be positive"),
-        ({"budget": 0.1, "steps": 0}, "steps must be at least 1"),
     ],
 )
 def test_contradictory_arguments_are_named(classifier, options, message):
     params, forget, retain, curvature = classifier
     with pytest.raises(ValueError, match=message):
         kfade(network, params, curvature, forget, retain, **options)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        Ascent(0)

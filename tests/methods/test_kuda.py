@@ -9,7 +9,7 @@ import pytest
 from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import causal_trace, kuda
+from jedit.methods import Corruption, Restoration, causal_trace, kuda
 from jedit.models import gpt
 from jedit.objectives import RepresentationDeviation, with_retain
 from jedit.tracing import Entering
@@ -108,8 +108,11 @@ def test_on_a_transformer_the_traced_layer_alone_moves(key):
     forget, retain = Batch(tokens[:3], tokens[:3]), Batch(tokens[3:], tokens[3:])
     layers = [f"blocks/{i}/mlp/down/kernel" for i in range(2)]
     subject = jnp.zeros((3, 6), bool).at[:, 1].set(True)
-    names = {"embedding": "embed/embedding", "layers": layers, "subject": subject}
-    trace = causal_trace(model, params, forget, **names, window=1, samples=2, key=keys[2])
+    options = {
+        "corruption": Corruption("embed/embedding", subject, samples=2),
+        "restoration": Restoration(layers, window=1),
+    }
+    trace = causal_trace(model, params, forget, **options, key=keys[2])
     found = int(jnp.argmax(jnp.mean(trace.indirect_effect, axis=1)))
 
     curvature = estimate(kfac(model, Categorical(), select="mlp"), params, [retain], key=keys[3])

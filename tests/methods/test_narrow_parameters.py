@@ -12,9 +12,19 @@ from jedit.curvature import estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, cast_report
 from jedit.geometry import null_space, scale_to_kl_budget
-from jedit.methods import Associations, alphaedit, curvature_engram, engram, kfade, memit, rome
+from jedit.methods import (
+    Ascent,
+    Associations,
+    Layers,
+    alphaedit,
+    curvature_engram,
+    engram,
+    kfade,
+    memit,
+    rome,
+)
 from jedit.objectives import GA
-from jedit.requests.batch import batch_unlearn
+from jedit.requests import Solver, batch_unlearn
 from jedit.requests.stream import _raise_loss
 
 DAMPING = 0.3
@@ -59,7 +69,13 @@ def test_kfade_sums_its_steps_and_rounds_once(scene):
     params, forget, retain, curvature = scene
     alpha = 4e-4  # a step is a fraction of a unit in the last place
     edit, info = kfade(
-        network, params, curvature, forget, retain, step=alpha, steps=3, damping=DAMPING
+        network,
+        params,
+        curvature,
+        forget,
+        retain,
+        damping=DAMPING,
+        ascent=Ascent(3, step_size=alpha),
     )
     total = {"w": 0.0, "b": 0.0}
     for _ in range(3):
@@ -90,12 +106,21 @@ def test_a_budget_is_kept_by_the_parameters_as_they_are_stored(scene, budget):
         return float(jnp.mean(Categorical().kl(*logits)))
 
     edit, info = kfade(
-        network, params, curvature, forget, retain, budget=budget, steps=1, damping=DAMPING
+        network,
+        params,
+        curvature,
+        forget,
+        retain,
+        budget=budget,
+        damping=DAMPING,
+        ascent=Ascent(1),
     )
     assert info.true_kl[0] == pytest.approx(true_kl(apply_edit(params, edit)), rel=1e-4)
     assert info.true_kl[0] <= budget * (1 + 1e-3)
     step = {path: block.astype(jnp.bfloat16) for path, block in edit.blocks.items()}
-    scaled, found = scale_to_kl_budget(network, Categorical(), params, step, retain, budget=budget)
+    scaled, found = scale_to_kl_budget(
+        network, params, step, retain, budget=budget, likelihood=Categorical()
+    )
     assert {d.dtype for d in scaled.values()} == {jnp.dtype(jnp.float32)}
     assert found.true_kl == pytest.approx(true_kl(apply_edit(params, Edit(scaled))), rel=1e-4)
     assert found.true_kl <= budget * (1 + 1e-3)
@@ -105,17 +130,19 @@ def test_every_method_makes_its_edit_wide(scene):
     params, forget, _, curvature = scene
     facts = Associations(forget)
     one = jax.tree.map(lambda leaf: leaf[None], forget)
-    exact = functools.partial(batch_unlearn, network, params, one, curvature, damping=DAMPING)
+    exact = functools.partial(batch_unlearn, network, params, curvature, one, damping=DAMPING)
     edits = {
         "engram": engram(params, curvature, curvature, scale=0.3),
         "curvature_engram": curvature_engram(params, curvature, curvature, scale=0.3),
         "rome": rome(network, params, curvature, facts, None, layer="w"),
-        "memit": memit(network, params, curvature, facts, None, layers="w", preservation=1.0),
-        "alphaedit": alphaedit(
-            network, params, null_space(curvature, threshold=0.2), facts, None, layers="w"
+        "memit": memit(
+            network, params, curvature, facts, None, layers=Layers("w"), preservation=1.0
         ),
-        "batch_unlearn": jax.tree.map(lambda x: x[0], exact(step=2e-3, exact=True)),
-        "batch_unlearn, thin": jax.tree.map(lambda x: x[0], exact(step=2e-3)),
+        "alphaedit": alphaedit(
+            network, params, null_space(curvature, threshold=0.2), facts, None, layers=Layers("w")
+        ),
+        "batch_unlearn": jax.tree.map(lambda x: x[0], exact(solver=Solver(exact=True))),
+        "batch_unlearn, thin": jax.tree.map(lambda x: x[0], exact()),
     }
     for name, (edit, _) in edits.items():
         assert {b.dtype for b in edit.blocks.values()} == {jnp.dtype(jnp.float32)}, name
@@ -134,9 +161,9 @@ def test_a_model_that_computes_in_bfloat16_is_batch_unlearned(scene):
     one = jax.tree.map(lambda leaf: leaf[None], forget)
     narrow = one._replace(inputs=one.inputs.astype(jnp.bfloat16))
     for exact in (True, False):
-        options = {"step": 1.0, "exact": exact, "damping": DAMPING}
-        wide_edit, _ = batch_unlearn(network, params, one, curvature, **options)
-        edit, _ = batch_unlearn(network, params, narrow, curvature, **options)
+        options = {"solver": Solver(exact=exact), "damping": DAMPING}
+        wide_edit, _ = batch_unlearn(network, params, curvature, one, **options)
+        edit, _ = batch_unlearn(network, params, curvature, narrow, **options)
         for path in ("w", "b"):
             x, y = (
                 apply_edit({path: jnp.zeros(params[path].shape, jnp.float32)}, e)[path]

@@ -7,7 +7,7 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.edits import apply_edit
-from jedit.methods import Associations, rome, target_values
+from jedit.methods import Associations, Search, rome, target_values
 from jedit.tracing import intervene
 from tests.methods.test_associations import BOTH, ONE, VOCAB, facts, fit, network, params, stream
 
@@ -82,12 +82,7 @@ def test_the_search_is_the_loop_by_hand(params, facts, essence, hidden, max_norm
         layer=ONE,
         hidden=hidden,
         essence=essence,
-        steps=7,
-        learning_rate=0.07,
-        weight_decay=0.3,
-        kl_weight=0.6,
-        max_norm=max_norm,
-        stop=stop,
+        search=Search(7, 0.07, 0.3, 0.6, max_norm, stop),
     )
     args = (hidden, 8, 0.07, 0.3, 0.6, max_norm, stop)
     expected, delta = by_hand(params, facts, essence, *args)
@@ -115,7 +110,11 @@ def test_the_defaults_are_those_of_memits_code(params, facts, essence, tolerance
 
 def test_what_is_found_is_written(params, facts, key, tolerance):
     targets, info = target_values(
-        network, params, facts, layer=ONE, steps=100, weight_decay=0.0, max_norm=100.0
+        network,
+        params,
+        facts,
+        layer=ONE,
+        search=Search(steps=100, weight_decay=0.0, max_norm=100.0),
     )
     assert float(jnp.min(info.nll_before - info.nll)) > 0.8
     assert not np.any(info.kl)
@@ -132,9 +131,7 @@ def test_essence_keeps_other_answers(params, facts, essence):
         facts,
         layer=ONE,
         essence=essence,
-        weight_decay=0.01,
-        kl_weight=k,
-        max_norm=20.0,
+        search=Search(weight_decay=0.01, kl_weight=k, max_norm=20.0),
     )[1]
     assert float(run(5.0).kl.mean()) < 0.5 * float(run(0.0).kl.mean())
 
@@ -151,7 +148,7 @@ def test_each_fact_is_searched_for_by_itself(params, facts, essence, tolerance):
 
 def test_a_value_is_what_the_site_puts_out(params, facts, tolerance):
     """With no step taken, v itself: the site's output and its bias."""
-    found, _ = target_values(network, params, facts, layer=ONE, steps=0)
+    found, _ = target_values(network, params, facts, layer=ONE, search=Search(steps=0))
     outputs = intervene(network, params, facts.batch.inputs).site_outputs[ONE]
     expected = outputs[jnp.arange(3), facts.subject] + params["0"]["down"]["bias"][None]
     tolerance.check(found, expected)
@@ -159,7 +156,7 @@ def test_a_value_is_what_the_site_puts_out(params, facts, tolerance):
 
 def test_it_searches_in_float32_for_a_bfloat16_model(params, facts):
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    found, info = target_values(network, narrow, facts, layer=ONE, max_norm=4.0)
+    found, info = target_values(network, narrow, facts, layer=ONE, search=Search(max_norm=4.0))
     assert found.dtype == jnp.float32
     assert float(info.nll.mean()) < float(info.nll_before.mean())
 

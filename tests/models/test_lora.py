@@ -180,7 +180,7 @@ def test_a_curvature_edit_of_the_adapters_alone(key, float_dtype, tolerance):
     estimator = jedit.kfac(adapted.apply, likelihood, select="^lora/layers/1")
     curvature = jedit.estimate(estimator, moved, [batch], key=jax.random.fold_in(key, 2))
     edit, info = jedit.methods.kfade(
-        adapted.apply, moved, curvature, batch, batch, budget=0.01, steps=1
+        adapted.apply, moved, curvature, batch, batch, budget=0.01, ascent=jedit.methods.Ascent(1)
     )
     assert bool(info.within_budget[-1])
     changed = {path for path, norm in jedit.edit_norms(edit).items() if norm > 0}

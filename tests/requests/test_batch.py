@@ -12,7 +12,7 @@ from jedit.data import stack_requests
 from jedit.edits import Edit, LowRank, apply_edit, compress, dense, sum_edits
 from jedit.models import gpt
 from jedit.objectives import GA
-from jedit.requests import balanced, batch_unlearn, interactions
+from jedit.requests import Solver, balanced, batch_unlearn, interactions
 
 DAMPING = 0.3
 REQUESTS, ROWS, SEQ, VOCAB = 5, 2, 6, 11
@@ -90,7 +90,7 @@ def exactly(curvature):
     """(F + λ)⁻¹ by `solve`, as a dict of the covered leaves."""
 
     def invert(gradient):
-        step = solve(curvature, gradient, damping=DAMPING, relative=True)
+        step = solve(curvature, gradient, damping=DAMPING)
         return {
             path: x
             for p, x in jax.tree_util.tree_leaves_with_path(step)
@@ -105,12 +105,12 @@ def test_each_edit_is_the_dense_answer_to_its_request(scene, exact, tolerance):
     apply, params, curvature, requests, _ = scene
     inverse = (exactly if exact else factored)(curvature)
     edits, info = batch_unlearn(
-        apply, params, requests, curvature, step=0.5, damping=DAMPING, exact=exact, chunk=2
+        apply, params, curvature, requests, damping=DAMPING, solver=Solver(exact=exact, chunk=2)
     )
     kernel = edits.blocks["blocks/0/attn/query/kernel"]
     assert isinstance(kernel, LowRank) != exact
     for r in range(REQUESTS):
-        wanted = {path: 0.5 * x for path, x in expected(scene, r, inverse).items()}
+        wanted = expected(scene, r, inverse)
         found = {path: dense(one(block, r)) for path, block in edits.blocks.items()}
         tolerance.check(found, wanted, kind="factorization")
         loss = -GA()(apply, params, one(requests, r))[0]
@@ -119,7 +119,9 @@ def test_each_edit_is_the_dense_answer_to_its_request(scene, exact, tolerance):
 
 def test_what_is_told_of_an_edit_is_so(scene, tolerance):
     apply, params, curvature, requests, _ = scene
-    edits, info = batch_unlearn(apply, params, requests, curvature, budget=0.01, damping=DAMPING)
+    edits, info = batch_unlearn(
+        apply, params, curvature, requests, predicted_kl=0.01, damping=DAMPING
+    )
     tolerance.check(info.predicted_kl, jnp.full(REQUESTS, 0.01), kind="factorization")
     for r in range(REQUESTS):
         edit = one(edits, r)
@@ -140,9 +142,15 @@ def test_what_is_told_of_an_edit_is_so(scene, tolerance):
 def test_the_interactions_are_gains_of_one_edit_in_anothers_loss(scene, exact, tolerance):
     apply, params, curvature, requests, _ = scene
     edits, info = batch_unlearn(
-        apply, params, requests, curvature, budget=1e-3, damping=DAMPING, exact=exact
+        apply,
+        params,
+        curvature,
+        requests,
+        predicted_kl=1e-3,
+        damping=DAMPING,
+        solver=Solver(exact=exact),
     )
-    gram = interactions(edits, curvature, damping=DAMPING, exact=exact)
+    gram = interactions(curvature, edits, damping=DAMPING, exact=exact)
     gains = np.zeros((REQUESTS, REQUESTS))
     for r in range(REQUESTS):
         gradient = expected(scene, r, lambda g: g)
@@ -166,17 +174,17 @@ def test_the_interactions_are_gains_of_one_edit_in_anothers_loss(scene, exact, t
 def test_equal_requests_share_one_edit(scene):
     apply, params, curvature, requests, _ = scene
     twins = jax.tree.map(lambda x: x[jnp.array([0, 0, 0, 1])], requests)
-    edits, _ = batch_unlearn(apply, params, twins, curvature, budget=1e-3, damping=DAMPING)
+    edits, _ = batch_unlearn(apply, params, curvature, twins, predicted_kl=1e-3, damping=DAMPING)
     alone, _ = batch_unlearn(
         apply,
         params,
-        jax.tree.map(lambda x: x[:2], requests),
         curvature,
-        budget=1e-3,
+        jax.tree.map(lambda x: x[:2], requests),
+        predicted_kl=1e-3,
         damping=DAMPING,
     )
     summed = [
-        sum_edits(e, balanced(interactions(e, curvature, damping=DAMPING))) for e in (edits, alone)
+        sum_edits(e, balanced(interactions(curvature, e, damping=DAMPING))) for e in (edits, alone)
     ]
     for path, block in summed[1].blocks.items():
         np.testing.assert_allclose(summed[0].blocks[path], block, rtol=2e-2, atol=1e-5)
@@ -184,7 +192,7 @@ def test_equal_requests_share_one_edit(scene):
 
 def test_a_subset_is_summed_as_if_each_were_applied(scene, tolerance):
     apply, params, curvature, requests, _ = scene
-    edits, _ = batch_unlearn(apply, params, requests, curvature, step=0.1, damping=DAMPING)
+    edits, _ = batch_unlearn(apply, params, curvature, requests, damping=DAMPING)
     mask = jnp.array([True, False, True, False, True])
     edited = apply_edit(params, sum_edits(edits, mask))
     one_by_one = params
@@ -198,9 +206,9 @@ def test_a_subset_is_summed_as_if_each_were_applied(scene, tolerance):
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_rank_cuts_off_what_it_says(scene, exact):
     apply, params, curvature, requests, _ = scene
-    run = {"step": 1.0, "damping": DAMPING, "exact": exact}
-    whole, _ = batch_unlearn(apply, params, requests, curvature, **run)
-    cut, info = batch_unlearn(apply, params, requests, curvature, rank=2, **run)
+    given = (apply, params, curvature, requests)
+    whole, _ = batch_unlearn(*given, damping=DAMPING, solver=Solver(exact))
+    cut, info = batch_unlearn(*given, damping=DAMPING, solver=Solver(exact, rank=2))
     assert cut.blocks["blocks/0/mlp/up/kernel"].rank == 2
     for r in range(REQUESTS):
         blocks = {
@@ -230,7 +238,7 @@ def test_it_compiles_once_and_holds_no_copy_of_the_parameters_per_request(scene)
         return apply(params, inputs)
 
     for _ in range(3):
-        edits, _ = batch_unlearn(counted, params, requests, curvature, step=0.1, rank=1)
+        edits, _ = batch_unlearn(counted, params, curvature, requests, solver=Solver(rank=1))
         count = len(traces)
         requests = jax.tree.map(lambda x: x[::-1], requests)
     assert len(traces) == count
@@ -246,7 +254,7 @@ def test_an_ensemble_is_one_vmap(scene, tolerance):
     curvatures = [estimate(estimator, p, [retain], key=jax.random.key(0)) for p in models]
 
     def edit(params, curvature):
-        return batch_unlearn(apply, params, requests, curvature, step=0.1, damping=DAMPING)[1]
+        return batch_unlearn(apply, params, curvature, requests, damping=DAMPING)[1]
 
     stacked = (jax.tree.map(lambda *xs: jnp.stack(xs), *x) for x in (models, curvatures))
     together = jax.vmap(edit)(*stacked)
@@ -260,7 +268,7 @@ def test_corrected_eigenvalues_are_used_when_exact(scene, tolerance):
     estimator = ekfac(apply, Categorical(), curvature, fisher="empirical")
     corrected = estimate(estimator, params, [retain], key=jax.random.key(2))
     edits, _ = batch_unlearn(
-        apply, params, requests, corrected, step=1.0, damping=DAMPING, exact=True
+        apply, params, corrected, requests, damping=DAMPING, solver=Solver(exact=True)
     )
     wanted = expected(scene, 1, exactly(corrected))
     found = {path: dense(one(block, 1)) for path, block in edits.blocks.items()}
@@ -269,7 +277,7 @@ def test_corrected_eigenvalues_are_used_when_exact(scene, tolerance):
 
 def test_a_thin_edit_is_an_edit(scene, tolerance):
     apply, params, curvature, requests, _ = scene
-    edits, _ = batch_unlearn(apply, params, requests, curvature, step=0.1, damping=DAMPING)
+    edits, _ = batch_unlearn(apply, params, curvature, requests, damping=DAMPING)
     first, second = one(edits, 0), one(edits, 1)
     thick = [Edit({path: dense(x) for path, x in e.blocks.items()}) for e in (first, second)]
     for thin, wanted in (
@@ -285,12 +293,12 @@ def test_a_thin_edit_is_an_edit(scene, tolerance):
 
 def test_what_it_refuses(scene):
     apply, params, curvature, requests, _ = scene
-    with pytest.raises(ValueError, match="exactly one of budget"):
-        batch_unlearn(apply, params, requests, curvature)
+    with pytest.raises(ValueError, match="predicted_kl must be positive, got 0"):
+        batch_unlearn(apply, params, curvature, requests, predicted_kl=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        batch_unlearn(apply, params, requests, curvature, step=1.0, rank=0)
+        Solver(rank=0)
     with pytest.raises(ValueError, match="need targets"):
-        batch_unlearn(apply, params, Batch(requests.inputs), curvature, step=1.0)
+        batch_unlearn(apply, params, curvature, Batch(requests.inputs))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         compress(Edit({}), 0)
 
@@ -302,12 +310,10 @@ def test_ragged_requests_are_stacked_and_answered_as_they_are_alone(scene, toler
         jax.tree.map(lambda x: x[1], requests)._replace(mask=None),
         jax.tree.map(lambda x: x[2, :, :5], requests)._replace(valid=None),
     ]
-    edits, _ = batch_unlearn(
-        apply, params, stack_requests(ragged), curvature, step=1.0, damping=DAMPING
-    )
+    edits, _ = batch_unlearn(apply, params, curvature, stack_requests(ragged), damping=DAMPING)
     for r, request in enumerate(ragged):
         alone = jax.tree.map(lambda x: x[None], request)
-        wanted, _ = batch_unlearn(apply, params, alone, curvature, step=1.0, damping=DAMPING)
+        wanted, _ = batch_unlearn(apply, params, curvature, alone, damping=DAMPING)
         for path, block in wanted.blocks.items():
             found = dense(one(edits.blocks[path], r))
             tolerance.check(found, dense(one(block, 0)), kind="factorization")

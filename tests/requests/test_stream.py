@@ -1,5 +1,7 @@
 """A stream of requests against estimates that never saw the rows, and losses taken by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,20 +12,13 @@ from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.models import gpt
 from jedit.objectives import GA
-from jedit.requests.stream import age, continual
+from jedit.requests.stream import Answering, Refresh, age, continual
 
 ROWS, SEQ, VOCAB = 9, 5, 7
 KEY = 3
 RISE = 0.5  # nats from what row 4 has to what is enough
-SETTINGS = {
-    "budget": 0.05,
-    "tries": 20,
-    "relearn": 0,
-    "damping": 0.3,
-    "chunk": 4,
-    "probe": 4,
-    "every": 100,
-}
+ANSWERING = Answering(tries=20, damping=0.3, relearn=0)
+REFRESH = Refresh(every=100, probe=4, chunk=4)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +43,11 @@ def scene():
 
 def stream_of(scene, **changed):
     apply, params, estimator, data = scene
-    settings = SETTINGS | changed
-    if "enough" not in settings:
-        settings["enough"] = loss_of(scene, params, [4]) + RISE
-    stream = continual(apply, estimator, data, key=jax.random.key(KEY), **settings)
+    settings = {"enough": loss_of(scene, params, [4]) + RISE, "predicted_kl": 0.05}
+    for default in (ANSWERING, REFRESH):
+        own = {name: changed.pop(name) for name in vars(default) if name in changed}
+        settings[type(default).__name__.lower()] = dataclasses.replace(default, **own)
+    stream = continual(apply, estimator, data, key=jax.random.key(KEY), **settings | changed)
     return stream, stream.init(params)
 
 
@@ -106,8 +102,8 @@ def test_a_request_gets_the_least_edit_that_does(scene):
     assert 0 < info.predicted_kl <= info.tries * 0.05
 
 
-def test_an_edit_costs_no_more_than_its_budget(scene):
-    stream, state = stream_of(scene, budget=1e-4, tries=2)
+def test_an_edit_is_predicted_to_cost_no_more_than_was_said(scene):
+    stream, state = stream_of(scene, predicted_kl=1e-4, tries=2)
     after, info = stream.forget(state, [4])
     assert info.tries == 2
     assert info.predicted_kl == pytest.approx(2e-4, rel=1e-3)
@@ -137,7 +133,7 @@ def test_old_statistics_are_taken_anew_where_the_model_is(scene):
     _, _, estimator, data = scene
     stream, state = stream_of(scene, every=2, max_age=1e-6, enough=50.0, tries=1)
     state, info = stream.forget(state, [1])
-    assert (info.refresh, np.isnan(info.age)) == ("", True)
+    assert (info.refresh, np.isnan(info.age)) == (None, True)
     state, info = stream.forget(state, [6])
     assert info.refresh == "estimated"
     assert info.age > 1e-6
@@ -145,7 +141,7 @@ def test_old_statistics_are_taken_anew_where_the_model_is(scene):
     precision = 1e-10 if jnp.zeros(()).dtype == jnp.float64 else 1e-4
     same(factors(state.curvature), factors(now), rtol=precision, atol=precision)
     state, info = stream.forget(state, [0])
-    assert info.refresh == ""
+    assert info.refresh is None
 
 
 def test_the_age_is_none_at_the_same_params_and_grows_with_the_distance(scene):
@@ -174,7 +170,7 @@ def test_what_is_kept_is_learnt_again(scene):
     assert info.kept_loss == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
     again = [loss_of(scene, restored.params, [i]) for i in kept]
     assert np.average(again, weights=counts) < info.kept_loss
-    # A natural step of half the squared length that the budget allows, at most.
+    # A natural step of half the squared length that is allowed, at most.
     change = jax.tree.map(jnp.subtract, restored.params, without_it.params)
     assert 0 < float(quadratic_form(state.curvature, change)) <= 2 * 0.05 * (1 + 1e-4)
     # A request that changes nothing costs nothing.
@@ -189,7 +185,7 @@ def test_requests_that_cannot_be_answered_are_refused(scene, numbers):
         stream.forget(state, numbers)
 
 
-@pytest.mark.parametrize("changed", [{"enough": 0.0}, {"budget": -1.0}, {"every": 0}])
+@pytest.mark.parametrize("changed", [{"enough": 0.0}, {"predicted_kl": -1.0}, {"every": 0}])
 def test_settings_that_mean_nothing_are_refused(scene, changed):
     name = next(iter(changed))
     with pytest.raises(ValueError, match=f"{name} must be (positive|at least 1), got"):

@@ -64,13 +64,28 @@ class KeyState(NamedTuple):
     __repr__ = short_repr
 
 
+class Layers(NamedTuple):
+    """Where associations are written, and what has been written there before.
+
+    Attributes:
+        paths: of the edited matrices, by depth; one, or several.
+        hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
+            for several layers, and then by `target_values` too.
+        state: of the batches before, `info.state`, so that they are kept; None: there were none.
+    """
+
+    paths: str | Sequence[str]
+    hidden: Callable | None = None
+    state: KeyState | None = None
+
+
 class AssociationInfo(NamedTuple):
     """What an edit found and did.
 
     Attributes:
         residual: ‖v* - v‖ of every fact before each layer and after the last, (layers + 1, n).
         keys: K by parameter path, (n, rows).
-        state: to be handed to the next batch; it holds this one's keys too.
+        state: for the `Layers` of the next batch; it holds this one's keys too.
     """
 
     residual: Array
@@ -107,33 +122,36 @@ def write(
     params: PyTree,
     associations: Associations,
     targets: Array | None,
-    hidden: Callable | None,
-    state: KeyState | None,
+    layers: Layers,
 ) -> tuple[Edit, AssociationInfo]:
     """Edit layer after layer, sharing out what is still missing among those to come.
 
     Args:
         solve: `(path, K, KₚᵀKₚ or None, R) -> Δ`.
-        weights: the matrices by path, by depth.
+        weights: the matrices that can be edited, by path.
         apply: the model.
         params: W.
         associations: the facts.
         targets: v*; None: zero at every layer, R = -K W whole.
-        hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer.
-        state: keys of earlier batches, or None.
+        layers: which of them are, by depth.
 
     Returns:
         The edit, in float32 or wider, and what was found.
 
     Raises:
-        ValueError: several layers and no `hidden`, no rows, targets not of the values' shape, or a
-            state of other layers.
+        TypeError: layers that are none.
+        ValueError: paths that are not among the weights, several and no `hidden`, no rows, targets
+            not of the values' shape, or a state of other layers.
         FloatingPointError: an edit is not finite: its Cholesky factor is none, or what went in is.
     """
+    check_kind(layers, Layers, "layers", 'such as Layers("mlp/kernel")')
+    weights = chosen(layers.paths, weights)
+    hidden, state = layers.hidden, layers.state
     if len(weights) > 1 and hidden is None and targets is not None:
         raise ValueError(
             f"{len(weights)} layers share one target, so `hidden` is needed: "
-            "hidden(params, inputs) -> (n, seq, d), the residual stream behind the last of them"
+            "Layers(paths, hidden), hidden(params, inputs) -> (n, seq, d), the residual stream "
+            "behind the last of them"
         )
     check_subject(apply, params, associations)
     if not len(jax.tree.leaves(associations.batch.inputs)[0]):
@@ -205,11 +223,11 @@ def input_moments(curvature: Curvature) -> dict[str, InputMoment]:
     return found
 
 
-def chosen(layers: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def chosen(paths: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """The matrices of the named layers, in their order.
 
     Args:
-        layers: parameter paths by depth.
+        paths: of parameters, by depth.
         weights: those that have a dense factor A.
 
     Returns:
@@ -218,7 +236,7 @@ def chosen(layers: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[s
     Raises:
         ValueError: a path that is not among them or stands twice, none, or a stacked matrix.
     """
-    paths = [layers] if isinstance(layers, str) else list(layers)
+    paths = [paths] if isinstance(paths, str) else list(paths)
     if not paths or len(set(paths)) < len(paths):
         raise ValueError(f"layers must name parameters, by depth and each once; got {paths}")
     if unknown := [path for path in paths if path not in weights]:

@@ -4,20 +4,20 @@
 
     U₀      eigenvectors of the kept inputs' moment with eigenvalue below a threshold  `projector`
     K, R    keys of the new facts, residuals of their values               `_associations`
-    Kₚ      keys of all earlier batches                                    `state`
+    Kₚ      keys of all earlier batches                                    `layers`
     ℓ       ridge, 10                                                      `ridge`
 
 Equal to the published Δ = P (KᵀKP + KₚᵀKₚP + ℓ)⁻¹ KᵀR with P = U₀U₀ᵀ, but symmetric [derived]. A
 relaxed projector has P = U diag(w) Uᵀ, and U₀ = U √w.
 
 Differences. The threshold is `null_space`'s: by energy; the paper's is `by="eigenvalue"`, 2e-2.
-That and ℓ have the unit of a squared activation and mean another thing in every model: with
-`relative`, ℓ is in units of the mean eigenvalue of the moment. Paper and code edit W alone; here
+That and ℓ have the unit of a squared activation and mean another thing in every model: unless
+`absolute`, ℓ is in units of the mean eigenvalue of the moment. Paper and code edit W alone; here
 its bias too where the curvature covers it, so that k's last coordinate is constant and more
 directions are free (`select` of `kfac` decides).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,7 @@ from jedit.geometry import Projector
 from jedit.methods.associations._write import (
     AssociationInfo,
     Associations,
-    KeyState,
-    chosen,
+    Layers,
     regress,
     write,
 )
@@ -59,11 +58,9 @@ def alphaedit(
     associations: Associations,
     targets: Float[Array, "n d"] | None,
     *,
-    layers: str | Sequence[str],
-    hidden: Callable | None = None,
+    layers: Layers,
     ridge: float = 10.0,
-    relative: bool = False,
-    state: KeyState | None = None,
+    absolute: bool = True,
 ) -> tuple[Edit, AssociationInfo]:
     """Write associations where what is kept does not look.
 
@@ -73,12 +70,10 @@ def alphaedit(
         projector: from `null_space` of a curvature of what is to be kept.
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values`; None: zero, R = -K W at every layer, which removes.
-        layers: paths of the edited matrices, by depth.
-        hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
-            for several layers, and then by `target_values` too.
+        layers: where they are written; with the state of the batches before, those are kept.
         ridge: ℓ. Code: 10.
-        relative: ℓ is in units of the mean eigenvalue of the inputs' moment; False, as in the code.
-        state: of the batches before, `info.state`, so that they are kept.
+        absolute: True, as in the code: ℓ is in units of a squared activation; False: of the mean
+            eigenvalue of the inputs' moment, as every damping is.
 
     Returns:
         The edit, and what was found. n³/3 flops a layer without a state, 2 d r (d + r) with one, r
@@ -96,17 +91,8 @@ def alphaedit(
         assert U is not None
         w, a = projector.weights[factors[path]][0], projector.eigenvalues[factors[path]][0]
         U0 = (U[0] * jnp.sqrt(w)[None])[:, np.flatnonzero(w)]
-        unit = jnp.mean(a) if relative else jnp.ones((), a.dtype)
+        unit = jnp.ones((), a.dtype) if absolute else jnp.mean(a)
         return solve(U0.astype(K.dtype), K, M, R, (ridge * unit).astype(K.dtype))
 
     weights = {n: w for n, w, factor in projector.blocks if projector.bases[factor] is not None}
-    return write(
-        solve_layer,
-        chosen(layers, weights),
-        apply,
-        params,
-        associations,
-        targets,
-        hidden,
-        state,
-    )
+    return write(solve_layer, weights, apply, params, associations, targets, layers)

@@ -16,6 +16,7 @@ are put back at all of `positions` at once, ROME's token by token: call it with 
 the batch given.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from jedit.core.arguments import check_batch, check_function, check_key, check_params, nearest
+from jedit.core.arguments import (
+    check_batch,
+    check_function,
+    check_key,
+    check_kind,
+    check_params,
+    nearest,
+)
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
@@ -34,6 +42,58 @@ from jedit.curvature.positions import align
 from jedit.objectives.token_nll import Apply, counted_nll
 from jedit.tracing import intervene
 from jedit.tracing.discover import trace_program
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corruption:
+    """What a run is corrupted by: noise on the embeddings of a subject's tokens.
+
+    Attributes:
+        embedding: name of the site that embeds the tokens, output (batch, seq, width).
+        subject: the tokens that get noise.
+        noise: ν (ROME: 3).
+        samples: draws of noise (ROME: 10).
+    """
+
+    embedding: str
+    subject: Bool[Array, "batch seq"]
+    noise: float = 3.0
+    samples: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT, samples=self.samples)
+        check_numbers(NOT_NEGATIVE, noise=self.noise)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restoration:
+    """What of a corrupted run is put back to its clean values.
+
+    Attributes:
+        layers: names of sites, one a layer, first to last, whose outputs are put back, MLP outputs
+            for instance; or of one site that a scan runs through, layers in front.
+        window: layers put back together (ROME: 10).
+        positions: where outputs are put back; None: at the subject's tokens.
+    """
+
+    layers: str | Sequence[str]
+    window: int = 10
+    positions: Bool[Array, "batch seq"] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a window below one, and no layer.
+
+        Raises:
+            ValueError: which it is.
+        """
+        check_numbers(COUNT, window=self.window)
+        if not self.layers:
+            raise ValueError(f"a restoration needs a layer at least, got layers={self.layers!r}")
 
 
 class CausalTrace(NamedTuple):
@@ -65,62 +125,51 @@ def causal_trace(
     params: PyTree,
     batch: Batch,
     *,
-    embedding: str,
-    layers: str | Sequence[str],
-    subject: Bool[Array, "batch seq"],
+    corruption: Corruption,
+    restoration: Restoration,
     key: Key[Array, ""],
-    positions: Bool[Array, "batch seq"] | None = None,
-    window: int = 10,
-    noise: float = 3.0,
-    samples: int = 10,
     chunk: int = 8,
 ) -> CausalTrace:
     """Trace which layers bring an answer back after its subject was made unreadable.
 
-    Costs one forward pass, and `samples` times one more than there are layers; compiled once.
+    Costs one forward pass, and of each draw one more than there are layers; compiled once.
 
     Args:
         apply: `apply(params, tokens) -> logits`.
         params: the model's.
         batch: inputs with answers as targets; `mask` says which outputs are the answer.
-        embedding: name of the site that embeds the tokens, output (batch, seq, width).
-        layers: names of sites, one a layer, first to last, whose outputs are put back, MLP outputs
-            for instance; or of one site that a scan runs through, layers in front.
-        subject: the tokens that get noise.
+        corruption: what is made unreadable.
+        restoration: what is put back.
         key: of the noise; an example's draw depends on its number in the batch alone.
-        positions: where outputs are put back; None: at the subject's tokens.
-        window: layers put back together (ROME: 10).
-        noise: ν (ROME: 3).
-        samples: draws of noise (ROME: 10).
         chunk: passes made at a time; 8 is arbitrary.
 
     Returns:
         The probabilities, and the windows.
 
     Raises:
-        ValueError: no layer, or a window, a number of samples or a chunk below one; a name that is
-            no site, or one whose output does not lead with (batch, seq).
+        TypeError: an argument that is something else.
+        ValueError: a chunk below one; a name that is no site, or one whose output does not lead
+            with (batch, seq).
     """
-    check_numbers(COUNT, window=window, samples=samples, chunk=chunk)
-    check_numbers(NOT_NEGATIVE, noise=noise)
+    check_numbers(COUNT, chunk=chunk)
+    check_kind(corruption, Corruption, "corruption", "such as Corruption(embedding, subject)")
+    check_kind(restoration, Restoration, "restoration", "such as Restoration(layers)")
     check_function(apply)
     check_params(params)
     check_batch(batch, "batch")
     check_key(key)
-    names = (layers,) if isinstance(layers, str) else tuple(layers)
-    if not names:
-        raise ValueError(f"causal_trace needs a layer at least, got {layers=}")
+    layers, subject, positions = restoration.layers, corruption.subject, restoration.positions
     return _trace(
         apply,
-        embedding,
-        names,
+        corruption.embedding,
+        (layers,) if isinstance(layers, str) else tuple(layers),
         isinstance(layers, str),
-        (window, samples, chunk),
+        (restoration.window, corruption.samples, chunk),
         params,
         batch,
         subject,
         subject if positions is None else positions,
-        noise,
+        corruption.noise,
         key,
     )
 

@@ -12,11 +12,11 @@ Solved as S (SᵀKᵀKS + 1)⁻¹ SᵀKᵀR with S = Q (λc)^-½, C = Q diag(c) 
 Differences. The papers edit W alone; here its bias too where the curvature covers it, as one more
 coordinate of k (`select` of `kfac` decides). C is damped, since that of few rows is singular. λ
 does not depend on the scale of activations, but on how many facts are written: it is to C what n is
-to KᵀK. With a `state`, KᵀK of earlier batches is added to λC, as sequential runs of MEMIT in
-AlphaEdit's code do [code]; without, each batch is MEMIT's own.
+to KᵀK. With a state in `layers`, KᵀK of earlier batches is added to λC, as sequential
+runs of MEMIT in AlphaEdit's code do [code]; without, each batch is MEMIT's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ from jedit.edits import Edit
 from jedit.methods.associations._write import (
     AssociationInfo,
     Associations,
-    KeyState,
-    chosen,
+    Layers,
     input_moments,
     regress,
     write,
@@ -59,11 +58,9 @@ def memit(
     associations: Associations,
     targets: Float[Array, "n d"] | None,
     *,
-    layers: str | Sequence[str],
-    hidden: Callable | None = None,
+    layers: Layers,
     preservation: float = 15000.0,
     damping: float = 1e-4,
-    state: KeyState | None = None,
 ) -> tuple[Edit, AssociationInfo]:
     """Write associations, all in one regression a layer.
 
@@ -73,13 +70,10 @@ def memit(
         curvature: of what is to be kept; its factors A are read alone.
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values`; None: zero, R = -K W at every layer, which removes.
-        layers: paths of the edited matrices, by depth.
-        hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
-            for several layers, and then by `target_values` too.
+        layers: where they are written; with the state of the batches before, those are kept.
         preservation: λ. Paper: 15000 for GPT-J.
         damping: ε, 1e-4 (ours, arbitrary; the paper's C has full rank). With a state, λε must
             stay above the rounding of ‖K‖²: in float32 λ = 10 with 1e-4 has left nothing finite.
-        state: of the batches before, `info.state`, so that they are kept; None in the paper.
 
     Returns:
         The edit, and what was found. n³/3 flops a layer without a state, d³ with one.
@@ -94,5 +88,5 @@ def memit(
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:
         return solve(*moments[path].damped(damping, K.dtype), K, M, R, preservation)
 
-    weights = chosen(layers, {name: moment.weight for name, moment in moments.items()})
-    return write(solve_layer, weights, apply, params, associations, targets, hidden, state)
+    weights = {name: moment.weight for name, moment in moments.items()}
+    return write(solve_layer, weights, apply, params, associations, targets, layers)

@@ -29,7 +29,7 @@ from jedit.edits import Edit
 from jedit.methods.associations._write import (
     AssociationInfo,
     Associations,
-    chosen,
+    Layers,
     input_moments,
     write,
 )
@@ -91,5 +91,5 @@ def rome(
         del M
         return solve(*moments[path].damped(damping, K.dtype), K, R)
 
-    weights = chosen([layer], {name: moment.weight for name, moment in moments.items()})
-    return write(solve_layer, weights, apply, params, associations, targets, None, None)
+    weights = {name: moment.weight for name, moment in moments.items()}
+    return write(solve_layer, weights, apply, params, associations, targets, Layers(layer))

@@ -16,6 +16,7 @@ loss once more than it steps: it leaves before its last step. It averages the NL
 prefixes; here a fact is one row. Rows do not see one another: one program searches for all.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from jedit.core.arguments import check_kind
 from jedit.core.batch import Batch
 from jedit.core.checks import (
     COUNT_OR_ZERO,
@@ -68,6 +70,39 @@ class TargetInfo(NamedTuple):
     __repr__ = short_repr
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How a target value is searched for; the figures are those of MEMIT's code for GPT-J.
+
+    Attributes:
+        steps: of Adam; 24, one less than `v_num_grad_steps` of MEMIT's code.
+        learning_rate: of Adam, in units of the value; 0.5, MEMIT's code.
+        weight_decay: ω; 0.5, MEMIT's code.
+        kl_weight: κ; 0.0625, MEMIT's code.
+        max_norm: c; 0.75, MEMIT's code.
+        stop: a fact whose loss, all three terms, is below this moves no further; 0.05, MEMIT's
+            code.
+    """
+
+    steps: int = 24
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    kl_weight: float = 0.0625
+    max_norm: float = 0.75
+    stop: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT_OR_ZERO, steps=self.steps)
+        check_numbers(POSITIVE, learning_rate=self.learning_rate, max_norm=self.max_norm)
+        check_numbers(NOT_NEGATIVE, weight_decay=self.weight_decay, kl_weight=self.kl_weight)
+        check_numbers(FINITE, stop=self.stop)
+
+
 @on_auto_axes
 def target_values(
     apply: Callable,
@@ -77,12 +112,7 @@ def target_values(
     layer: str,
     hidden: Callable | None = None,
     essence: Associations | None = None,
-    steps: int = 24,
-    learning_rate: float = 0.5,
-    weight_decay: float = 0.5,
-    kl_weight: float = 0.0625,
-    max_norm: float = 0.75,
-    stop: float = 0.05,
+    search: Search = Search(),  # noqa: B008 - frozen and hashable
 ) -> tuple[Float[Array, "n d"], TargetInfo]:
     """Search for values that make the model give the new answers.
 
@@ -94,26 +124,17 @@ def target_values(
         hidden: `(params, inputs) -> (n, seq, d)`, the residual stream to which that output is
             added; needed where several layers are edited. None: the output itself.
         essence: other prompts with the same subjects, row by row, whose counted outputs shall stay.
-        steps: of Adam; 24, one less than `v_num_grad_steps` of MEMIT's code.
-        learning_rate: of Adam, in units of the value; 0.5, MEMIT's code.
-        weight_decay: ω; 0.5, MEMIT's code.
-        kl_weight: κ; 0.0625, MEMIT's code.
-        max_norm: c; 0.75, MEMIT's code.
-        stop: a fact whose loss, all three terms, is below this moves no further; 0.05, MEMIT's
-            code.
+        search: how long, and what holds δ back.
 
     Returns:
         v* in float32 or wider, and what was found. A step costs one forward and one backward pass.
 
     Raises:
-        ValueError: no targets, no dense site of the layer, another number of essence rows, or
-            numbers out of their range.
+        TypeError: a search that is none.
+        ValueError: no targets, no dense site of the layer, or another number of essence rows.
         FloatingPointError: values are not finite; their facts are named.
     """
-    check_numbers(COUNT_OR_ZERO, steps=steps)
-    check_numbers(POSITIVE, learning_rate=learning_rate, max_norm=max_norm)
-    check_numbers(NOT_NEGATIVE, weight_decay=weight_decay, kl_weight=kl_weight)
-    check_numbers(FINITE, stop=stop)
+    check_kind(search, Search, "search", "such as Search(steps=24)")
     check_subject(apply, params, associations)
     if associations.batch.targets is None:
         raise ValueError("associations.batch.targets are the new answers; got None")
@@ -123,17 +144,10 @@ def target_values(
     if len(set(rows)) > 1:
         raise ValueError(f"essence has {rows[1]} rows, expected one a fact, {rows[0]}")
     check_contents(associations.batch, "associations.batch", limits=(0, math.inf))
-    values, info = _search(
-        (apply, layer, hidden, steps),
-        params,
-        associations,
-        essence,
-        learning_rate,
-        weight_decay,
-        kl_weight,
-        max_norm,
-        stop,
-    )
+    static = (apply, layer, hidden, search.steps)
+    # Numbers that are traced, so that another search of as many steps compiles nothing.
+    numbers = {name: value for name, value in vars(search).items() if name != "steps"}
+    values, info = _search(static, params, associations, essence, numbers)
     if numbers := rows_not_finite(values):
         why = culprit(params, {"the associations": associations.batch.inputs})
         raise FloatingPointError(f"the values of facts {numbers[:8]} are not finite: {why}")
@@ -141,9 +155,7 @@ def target_values(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _search(
-    static, params, associations, essence, learning_rate, weight_decay, kl_weight, max_norm, stop
-):
+def _search(static, params, associations, essence, numbers):
     apply, layer, hidden, steps = static
     site = site_of(apply, params, associations, layer)
     _, v = value_at(apply, hidden, site, params, associations)
@@ -162,7 +174,8 @@ def _search(
 
     def loss(delta):
         nll, kl = parts(delta)
-        rows = nll + kl_weight * kl + weight_decay * _norm(delta) / norm**2
+        decay = numbers["weight_decay"] * _norm(delta) / norm**2
+        rows = nll + numbers["kl_weight"] * kl + decay
         return jnp.sum(rows), rows
 
     adam = optax.scale_by_adam()
@@ -171,10 +184,11 @@ def _search(
         delta, state = carry
         gradient, rows = jax.grad(loss, has_aux=True)(delta)
         update, state = adam.update(gradient, state)
-        moved = delta - learning_rate * update
-        size, most = _norm(moved), max_norm * norm
+        moved = delta - numbers["learning_rate"] * update
+        size, most = _norm(moved), numbers["max_norm"] * norm
         shrink = jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1)
-        return (jnp.where((rows < stop)[:, None], delta, moved * shrink[:, None]), state), None
+        is_done = (rows < numbers["stop"])[:, None]
+        return (jnp.where(is_done, delta, moved * shrink[:, None]), state), None
 
     zero = jnp.zeros_like(v)
     (delta, _), _ = jax.lax.scan(step, (zero, adam.init(zero)), length=steps)

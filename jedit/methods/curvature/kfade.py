@@ -8,10 +8,10 @@
     ε   retain KL to be spent, nats per unmasked output      `budget`
     d   (F + λ)⁻¹ g, the direction; Δ = α d                  the step
 
-A step moves by α d, g is computed again at the new point, the factors are kept. With `step` α is
-given. With `budget` α is the largest for which the *true* KL(θ₀ ‖ θ) on the retain rows stays
-within ε (k/K)² after step k of K: KL is quadratic in the distance, so K aligned steps have equal
-lengths.
+A step moves by α d, g is computed again at the new point, the factors are kept unless `refit` makes
+new ones there. With `step_size` α is given. With `budget` α is the largest for which the *true*
+KL(θ₀ ‖ θ) on the retain rows stays within ε (k/K)² after step k of K: KL is quadratic in the
+distance, so K aligned steps have equal lengths.
 
 Gradients, steps and the edit are of the parameters that the curvature covers and of no others. Δ is
 summed in float32 or wider and rounded once, to θ₀'s dtype, where a model is computed: at
@@ -39,7 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import batch_list, check_function, check_params, refuse_tracers
+from jedit.core.arguments import (
+    batch_list,
+    check_function,
+    check_kind,
+    check_params,
+    refuse_tracers,
+)
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.devices import kept, on_auto_axes, places_of
@@ -55,7 +61,6 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
 from jedit.methods._entrance import check_rows, refuse_zero_gradients, stop_if_not_finite
-from jedit.objectives import GA, Objective
 
 
 class KfadeInfo(NamedTuple):
@@ -87,40 +92,63 @@ class KfadeInfo(NamedTuple):
 
 def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
     """The method's algebra: d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
-    step = solve(curvature, gradient, damping=damping, relative=True)
+    step = solve(curvature, gradient, damping=damping)
     return jax.tree.map(jnp.negative, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascent:
+    """How the forget loss is climbed: what it is, in which steps, and by what they are measured.
+
+    Attributes:
+        steps: number of steps. Paper: a few; 4 is what our table was made with.
+        step_size: α of every step, in place of a budget.
+        refit: `params -> Curvature`, of the retain outputs there, called before every step but the
+            first; None: the factors are kept.
+        objective: what is lowered, with θ₀ for its reference; `GA()` is the negative forget loss.
+        likelihood: what the outputs mean; its KL is what a budget is in.
+    """
+
+    steps: int = 4
+    step_size: float | None = None
+    refit: Callable[[PyTree], Curvature] | None = None
+    objective: Objective = GA()  # noqa: RUF009 - frozen and hashable
+    likelihood: Likelihood = Categorical()  # noqa: RUF009 - frozen and hashable
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: the number, by its name.
+        """
+        check_numbers(COUNT, steps=self.steps)
+        check_numbers(POSITIVE, step_size=self.step_size)
 
 
 @on_auto_axes
 def kfade(
     apply: Callable,
     params: PyTree,
-    curvature: Curvature | Callable[[PyTree], Curvature],
+    curvature: Curvature,
     forget: Batch | Sequence[Batch],
     retain: Batch | Sequence[Batch],
     *,
     budget: float | None = None,
-    step: float | None = None,
-    steps: int = 4,
     damping: float | Array = 1e-2,
-    likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
-    objective: Objective = GA(),  # noqa: B008 - frozen and hashable
+    ascent: Ascent = Ascent(),  # noqa: B008 - frozen and hashable
 ) -> tuple[Edit, KfadeInfo]:
     """Edit a model to forget, at a stated price in retain KL.
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters θ₀.
-        curvature: of the retain outputs at θ₀, from `estimate`; only what it covers is edited. A
-            function of the parameters is called before each step instead (factors refitted).
+        curvature: of the retain outputs at θ₀, from `estimate`; only what it covers is edited.
         forget: what to forget, with targets; one batch, or several of one shape.
         retain: rows on which the KL is measured; not those of the final evaluation.
-        budget: true retain KL to be spent, nats per unmasked output. Give this or `step`.
-        step: α of every step.
-        steps: number of steps. Paper: a few; 4 is what our table was made with.
+        budget: true retain KL to be spent, nats per unmasked output, and kept to. Give this or the
+            ascent's `step_size`.
         damping: in units of each block's mean eigenvalue (ours; 0.01 to 0.1 were best).
-        likelihood: what the outputs mean; its KL is what the budget is in.
-        objective: what is lowered, with θ₀ for its reference; `GA()` is the negative forget loss.
+        ascent: what is raised, and in which steps.
 
     Returns:
         The edit, of the covered parameters alone, in float32 or wider; `cast_report` says what of
@@ -128,35 +156,38 @@ def kfade(
 
     Raises:
         TypeError: an argument that is something else.
-        ValueError: not exactly one of `budget` and `step`, or a number out of its range; no batch;
-            rows or a curvature that count no output; a curvature of other parameters; masks or
-            labels that are none; a gradient that is zero from the start; or a call under `jax.jit`
-            or another transformation.
+        ValueError: not exactly one of `budget` and `step_size`, or a number out of its range; no
+            batch; rows or a curvature that count no output; a curvature of other parameters; masks
+            or labels that are none; a gradient that is zero from the start; or a call under
+            `jax.jit` or another transformation.
         FloatingPointError: parameters, rows, objective or gradient are not finite; named.
     """
-    check_numbers(POSITIVE, budget=budget, step=step)
-    check_numbers(COUNT, steps=steps)
+    check_numbers(POSITIVE, budget=budget)
     check_numbers(NOT_NEGATIVE, damping=damping)
+    check_kind(ascent, Ascent, "ascent", "such as Ascent(steps=4)")
     check_function(apply)
-    check_function(objective, "objective", "(apply, params, forget, retain, reference)")
+    check_function(ascent.objective, "objective", "(apply, params, forget, retain, reference)")
     check_params(params)
     forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
-    if not callable(curvature):
-        check_covers(curvature, params)
+    check_covers(curvature, params)
     refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
-    if (budget is None) == (step is None):
-        raise ValueError("give exactly one of budget (true retain KL, nats) and step (alpha)")
-    price = RetainKl(apply, likelihood, params, retain)
+    steps, likelihood, objective = ascent.steps, ascent.likelihood, ascent.objective
+    if (budget is None) == (ascent.step_size is None):
+        raise ValueError(
+            "give exactly one of budget (true retain KL, nats) and the ascent's step_size (alpha)"
+        )
+    price = RetainKl(apply, params, retain, likelihood=likelihood)
     check_rows(apply, likelihood, params, forget=forget, retain=price.batches)
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
     sets = {"forget": forget, "retain": price.batches}
     why = functools.partial(culprit, params, sets)
     rows = []
     change: dict[str, Array] = {}
-    alpha = step
+    alpha, metric = ascent.step_size, curvature
     for k in range(steps):
-        metric = curvature(moved(params, change)) if callable(curvature) else curvature
-        check_covers(metric, params)
+        if k and ascent.refit is not None:
+            metric = ascent.refit(moved(params, change))
+            check_covers(metric, params)
         check_counted(metric.num_outputs)
         covered = part_of(params, metric.covered)
         change = {path: _wide_zeros(x) for path, x in covered.items()} | change

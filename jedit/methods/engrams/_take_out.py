@@ -1,13 +1,13 @@
 """What engrams in two metrics share: groups of parts, strengths, and the edit out of the pieces."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import refuse_tracers
+from jedit.core.arguments import check_word, refuse_tracers
 from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
@@ -15,7 +15,7 @@ from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
 
-STRENGTHS = ("adaptive", "whole")
+Strength = Literal["adaptive", "whole"]
 Parts = Curvature | Sequence[Curvature]
 
 
@@ -34,7 +34,7 @@ class EngramInfo(NamedTuple):
 
 
 def take_out(
-    params: PyTree, target: Parts, rest: Parts, piece: Callable, *, strength: str, scale: float
+    params: PyTree, target: Parts, rest: Parts, piece: Callable, *, strength: Strength, scale: float
 ) -> tuple[Edit, EngramInfo]:
     """The edit -α f W₊ of every Kronecker block.
 
@@ -56,8 +56,7 @@ def take_out(
             outputs, no Kronecker block, or a parameter that is used at several sites.
         FloatingPointError: parameters, or the edit, are not finite.
     """
-    if strength not in STRENGTHS:
-        raise ValueError(f"strength must be one of {', '.join(STRENGTHS)}, got {strength!r}")
+    check_word(Strength, strength=strength)
     check_numbers(POSITIVE, scale=scale)
     targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
     if not targets or not rests:
@@ -114,7 +113,7 @@ def is_kept(eigenvalues: Array) -> Array:
     return eigenvalues > len(eigenvalues) * float(np.finfo(np.float32).eps) * eigenvalues[-1]
 
 
-def _strengths(strength: str, relative: dict[str, Array]) -> dict[str, Array]:
+def _strengths(strength: Strength, relative: dict[str, Array]) -> dict[str, Array]:
     if strength == "whole":
         return {name: jnp.ones_like(r) for name, r in relative.items()}
     largest = max(float(jnp.max(r)) for r in relative.values())

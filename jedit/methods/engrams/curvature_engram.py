@@ -37,7 +37,14 @@ from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.edits import Edit
-from jedit.methods.engrams._take_out import EngramInfo, Parts, input_sums, is_kept, take_out
+from jedit.methods.engrams._take_out import (
+    EngramInfo,
+    Parts,
+    Strength,
+    input_sums,
+    is_kept,
+    take_out,
+)
 
 
 class JointBasis(NamedTuple):
@@ -99,7 +106,7 @@ def curvature_engram(
     rest: Parts,
     *,
     damping: float = 1.0,
-    strength: str = "adaptive",
+    strength: Strength = "adaptive",
     scale: float = 1.0,
 ) -> tuple[Edit, EngramInfo]:
     """The edit that takes out what the target's outputs need.

@@ -34,7 +34,14 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.edits import Edit
-from jedit.methods.engrams._take_out import EngramInfo, Parts, input_sums, is_kept, take_out
+from jedit.methods.engrams._take_out import (
+    EngramInfo,
+    Parts,
+    Strength,
+    input_sums,
+    is_kept,
+    take_out,
+)
 
 
 def solve(
@@ -54,7 +61,12 @@ def solve(
 
 @on_auto_axes
 def engram(
-    params: PyTree, target: Parts, rest: Parts, *, strength: str = "adaptive", scale: float = 1.0
+    params: PyTree,
+    target: Parts,
+    rest: Parts,
+    *,
+    strength: Strength = "adaptive",
+    scale: float = 1.0,
 ) -> tuple[Edit, EngramInfo]:
     """The edit that takes out what serves the target's inputs.
 

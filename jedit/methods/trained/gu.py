@@ -23,6 +23,7 @@ import optax
 from jaxtyping import PyTree
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
+from jedit.geometry.surrogate import Scope
 from jedit.objectives import Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import orthogonalize_to_retain
@@ -33,7 +34,7 @@ def gu(
     *,
     learning_rate: float | optax.Schedule,
     rank: int = 8,
-    scope: str = "leaf",
+    scope: Scope = "leaf",
     refresh: int = 1,
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:

@@ -22,18 +22,20 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from jedit.geometry.surrogate import Scope
 from jedit.objectives import GA, Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import retain_neutral_surrogate
+from jedit.transforms.retain_neutral_surrogate import Outer
 
 
 def rosu(
     optimizer: optax.GradientTransformation,
     *,
     radius: float,
-    outer: str = "transport",
+    outer: Outer = "transport",
     strength: float = 1.0,
-    scope: str = "global",
+    scope: Scope = "global",
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
     """ROSU around any optimizer.

@@ -187,7 +187,7 @@ def material_of(
 
 
 def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
-    """K-FADE on a task's batches, to be called with `budget=` and `steps=`."""
+    """K-FADE on a task's batches, to be called with `budget=` and `ascent=`."""
     forget, retain = _searched(task)
     return functools.partial(
         kfade, task.apply, task.original, curvature, forget, retain, damping=damping

@@ -30,7 +30,7 @@ from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.recipes.scenes.question_answer import SELECT
 from jedit.report.figure import STYLES, save_png
-from jedit.requests import batch_unlearn
+from jedit.requests import Answering, Refresh, Solver, batch_unlearn
 from jedit.requests.stream import continual
 from tests.bench.claims import evidence
 from tests.bench.claims.scenes import Authors, authors_model
@@ -99,13 +99,19 @@ def naive(setting: Setting, budget: float, key) -> Iterator[tuple[PyTree, int]]:
     )
     for i, number in enumerate(setting.stream, 1):
         request = jax.tree.map(lambda x, n=number: x[n][None, None], made.data)
-        run = {"budget": budget, "damping": DAMPING, "rank": RANK}
-        edits, _ = batch_unlearn(made.apply, params, request, curvature, **run)
+        run = {"predicted_kl": budget, "damping": DAMPING, "solver": Solver(rank=RANK)}
+        edits, _ = batch_unlearn(made.apply, params, curvature, request, **run)
         params = apply_edit(params, jax.tree.map(lambda x: x[0], edits))
         yield params, i
 
 
-def streamed(setting: Setting, key, **changed) -> Iterator[tuple[PyTree, int]]:
+def streamed(
+    setting: Setting,
+    key,
+    *,
+    relearn: int = 32,
+    refresh: Refresh = Refresh(),  # noqa: B008
+) -> Iterator[tuple[PyTree, int]]:
     """The stream that looks after its statistics."""
     made, edits = setting.made, 0
     stream = continual(
@@ -114,12 +120,12 @@ def streamed(setting: Setting, key, **changed) -> Iterator[tuple[PyTree, int]]:
         made.take(setting.seen),
         enough=setting.enough,
         key=key,
-        damping=DAMPING,
-        rank=RANK,
-        **{"budget": 1e-3, **changed},
+        predicted_kl=1e-3,
+        answering=Answering(damping=DAMPING, rank=RANK, relearn=relearn),
+        refresh=refresh,
     )
     state = stream.init(setting.params)
-    refreshes: dict[str, int] = {}
+    refreshes: dict[str | None, int] = {}
     for number in setting.stream:
         state, info = stream.forget(state, [number])
         edits += info.tries
@@ -209,7 +215,9 @@ def run_seed(seed: int, size: Size) -> dict[str, dict[str, Any]]:
     ways: dict[str, Callable[[], Iterator]] = {
         "stream (ours)": lambda: streamed(setting, jax.random.clone(key)),
         "stream, nothing learnt again": lambda: streamed(setting, jax.random.clone(key), relearn=0),
-        "stream, no refresh": lambda: streamed(setting, jax.random.clone(key), every=10**6),
+        "stream, no refresh": lambda: streamed(
+            setting, jax.random.clone(key), refresh=Refresh(every=10**6)
+        ),
     }
     for budget in NAIVE:
         ways[f"naive, KL {budget:g}"] = lambda budget=budget: naive(

@@ -24,7 +24,7 @@ import numpy as np
 import jedit
 from jedit.core.outputs import counted_outputs
 from jedit.data import batches
-from jedit.methods import curvature_engram, engram, kfade
+from jedit.methods import Ascent, curvature_engram, engram, kfade
 from jedit.objectives import token_kl, token_nll
 from jedit.objectives.token_nll import masked_mean
 from tests.bench.claims.engram_scenes import JudgedScene, authors_scenes, digits_scenes
@@ -112,7 +112,8 @@ def methods(found: JudgedScene, *, key):
         temperature, damping, steps = KFADE
         fixed = (found.apply, found.original, curvatures[temperature][1], found.forget, retain)
         for budget in found.budgets:
-            yield budget, kfade(*fixed, budget=budget, damping=damping, steps=steps)[0]
+            run = {"damping": damping, "ascent": Ascent(steps)}
+            yield budget, kfade(*fixed, budget=budget, **run)[0]
 
     makers = {}
     for strength in ("adaptive", "whole"):

@@ -22,10 +22,10 @@ from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit, sum_edits
-from jedit.methods import kfade
+from jedit.methods import Ascent, kfade
 from jedit.metrics import nll, output_kl
 from jedit.objectives import GA
-from jedit.requests import balanced, batch_unlearn, interactions
+from jedit.requests import Solver, balanced, batch_unlearn, interactions
 from tests.bench.claims.evidence import parser, write
 from tests.bench.claims.scenes import Scene, authors
 from tests.bench.measure import matmul_rate
@@ -59,12 +59,10 @@ def rates(found: Scene, curvature, count: int) -> dict[str, float]:
             batch_unlearn(
                 found.apply,
                 found.params,
-                requests,
                 curvature,
-                step=STEP,
+                requests,
                 damping=DAMPING,
-                rank=RANK,
-                chunk=chunk,
+                solver=Solver(rank=RANK, chunk=chunk),
             )
         )
 
@@ -90,9 +88,8 @@ def rates(found: Scene, curvature, count: int) -> dict[str, float]:
             curvature,
             request,
             retain,
-            step=STEP,
-            steps=1,
             damping=DAMPING,
+            ascent=Ascent(1, step_size=STEP),
         )
 
     single(singles[0])
@@ -119,12 +116,11 @@ def ranks(found: Scene, curvature) -> list[dict]:
             edits, info = batch_unlearn(
                 found.apply,
                 found.params,
-                requests,
                 curvature,
-                budget=0.002,
+                requests,
+                predicted_kl=0.002,
                 damping=DAMPING,
-                rank=rank,
-                exact=exact,
+                solver=Solver(exact, rank),
             )
             gains, kls = [], []
             for r in range(30):
@@ -149,11 +145,12 @@ def ranks(found: Scene, curvature) -> list[dict]:
 def overlaps(found: Scene, curvature) -> dict[str, dict[str, float]]:
     """The forget set as one request a row: summed, balanced, and edited jointly."""
     requests = jax.tree.map(lambda x: jnp.asarray(x)[:, None], found.forget)
-    run = {"damping": DAMPING, "rank": RANK}
-    edits, info = batch_unlearn(found.apply, found.params, requests, curvature, budget=2e-4, **run)
-    weights = balanced(interactions(edits, curvature, damping=DAMPING), ridge=1e-3)
+    run = {"damping": DAMPING, "solver": Solver(rank=RANK)}
+    given = (found.apply, found.params, curvature)
+    edits, info = batch_unlearn(*given, requests, predicted_kl=2e-4, **run)
+    weights = balanced(interactions(curvature, edits, damping=DAMPING), ridge=1e-3)
     whole = jax.tree.map(lambda x: jnp.asarray(x)[None], found.forget)
-    joint, _ = batch_unlearn(found.apply, found.params, whole, curvature, budget=2e-3, **run)
+    joint, _ = batch_unlearn(*given, whole, predicted_kl=2e-3, **run)
     chosen = {
         "sum": sum_edits(edits),
         "balanced sum": sum_edits(edits, weights),

@@ -26,7 +26,7 @@ import numpy as np
 
 import jedit
 from jedit.core.batch import Batch
-from jedit.methods import Associations, alphaedit, memit, target_values
+from jedit.methods import Associations, Layers, Search, alphaedit, memit, target_values
 from jedit.models import gpt
 from jedit.recipes.fitting import Recipe, train
 from jedit.report.figure import STYLES, save_png
@@ -138,11 +138,11 @@ class Setting(NamedTuple):
 
         def edit(params, facts, targets, state):
             if self.method == "AlphaEdit":
-                numbers = {"layers": LAYER, "ridge": self.second, "state": state}
+                numbers = {"layers": Layers(LAYER, state=state), "ridge": self.second}
                 return alphaedit(apply, params, projector, facts, targets, **numbers)
-            state = state if self.method == EARLIER else None
-            numbers = {"preservation": self.first, "damping": self.second, "state": state}
-            return memit(apply, params, curvature, facts, targets, layers=LAYER, **numbers)
+            layers = Layers(LAYER, state=state if self.method == EARLIER else None)
+            numbers = {"preservation": self.first, "damping": self.second}
+            return memit(apply, params, curvature, facts, targets, layers=layers, **numbers)
 
         return edit
 
@@ -199,8 +199,7 @@ def run_sequence(
             wanted,
             layer=LAYER,
             essence=Associations(others.batch(), subject),
-            learning_rate=0.5,
-            max_norm=2.0,
+            search=Search(learning_rate=0.5, max_norm=2.0),
         )
         edit, info = edit_fn(params, wanted, targets, state)
         params, state = jedit.apply_edit(params, edit), info.state

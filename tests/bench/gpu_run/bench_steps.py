@@ -19,6 +19,7 @@ from jedit.curvature.estimator import add_batch
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
+from jedit.methods import Ascent
 from jedit.recipes.comparison.compare import kfade_on
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Task
@@ -193,7 +194,7 @@ def edit_and_judge(
     run = kfade_on(task, curvature, damping)
 
     def edit():
-        made, info = run(budget=BUDGET, steps=1)
+        made, info = run(budget=BUDGET, ascent=Ascent(1))
         return apply_edit(task.original, made), info
 
     first = timed(edit)[0]

@@ -29,7 +29,7 @@ from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from tests.bench.vision_protocol.vision import Method, Protocol, Setting, Task
 
 NUM_CLASSES = 10
-KFADE_STEPS = 1
+KFADE_ASCENT = methods.Ascent(steps=1)
 # Steps of one compiled call; a run is a whole multiple of it.
 STRIDE = 10
 # The learning rate stands in the state, so that a grid of them compiles once.
@@ -164,7 +164,7 @@ def _kfade(task, protocol, setting, key):
         curvature = _curvature(task, rows, protocol, key)
         chunks = (_chunks(forget, protocol), _chunks(probe, protocol))
         edit, _ = methods.kfade(
-            task.apply, task.params, curvature, *chunks, steps=KFADE_STEPS, **setting
+            task.apply, task.params, curvature, *chunks, ascent=KFADE_ASCENT, **setting
         )
         return apply_edit(task.params, edit)
 

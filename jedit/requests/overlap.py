@@ -1,0 +1,90 @@
+"""How much the edits of several requests overlap, and weights with which nothing counts twice.
+
+Requests that overlap count what they share twice when their edits are added. Their Gram matrix in
+the damped metric, K_rs = Δ_rᵀ (F + λ) Δ_s = α_r g_rᵀ Δ_s, says by how much; `balanced` solves
+
+    Σ_s K_rs c_s = K_rr      for all r
+
+so that Σ_s c_s Δ_s raises each request's loss by what its own edit would, to first order [derived].
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jedit.core.checks import NOT_NEGATIVE, check_numbers
+from jedit.core.devices import on_auto_axes
+from jedit.core.precision import HIGHEST
+from jedit.curvature import Curvature, Kronecker, eigenvalues, rotate
+from jedit.edits import Edit, dense
+
+
+@on_auto_axes
+def interactions(
+    curvature: Curvature, edits: Edit, *, damping: float = 0.0, exact: bool = False
+) -> Float[Array, "requests requests"]:
+    """K_rs = Δ_rᵀ (F + λ) Δ_s for a stack of edits.
+
+    Without damping, ½ cᵀKc predicts the retain KL of `sum_edits(edits, c)`; with that of
+    `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter.
+
+    Args:
+        curvature: the one they were made with.
+        edits: a stack of R edits.
+        damping: λ over each block's mean eigenvalue; 0.0, none.
+        exact: as of the `Solver`; False there too.
+    """
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    return _interactions(curvature, edits, jnp.asarray(damping, float), exact=exact)
+
+
+@on_auto_axes
+def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
+    """Weights c of `sum_edits` with which no overlap is counted twice.
+
+    Args:
+        gram: K, from `interactions` with the edits' own damping.
+        ridge: added to K's diagonal, over its mean, 1e-6 (arbitrary); requests that are
+            equal share one edit then.
+
+    Returns:
+        c, (R,); 1 for a request that overlaps with no other.
+    """
+    check_numbers(NOT_NEGATIVE, ridge=ridge)
+    scale = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(scale > 0, scale, 1)
+    unit = gram / scale[:, None] / scale[None]
+    unit = unit + ridge * jnp.eye(len(gram), dtype=gram.dtype)
+    # K c = diag(K) with c = c'/scale and K = scale unit scale: unit c' = scale.
+    return jnp.linalg.solve(unit, scale) / scale
+
+
+@functools.partial(jax.jit, static_argnames="exact")
+def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: bool) -> Array:
+    num_requests = jax.tree.leaves(edits)[0].shape[0]
+    gram = jnp.zeros((num_requests, num_requests))
+    for name, block in curvature.blocks.items():
+        values = eigenvalues(curvature, name)
+        if isinstance(block, Kronecker) and not exact:
+            ends = (curvature.factors[block.input], curvature.factors[block.output])
+            a, g = (
+                e.eigenvalues
+                + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e.eigenvalues, 1, keepdims=True)
+                for e in ends
+            )
+            weights = a[:, :, None] * g[:, None, :]
+        else:
+            mean = jnp.mean(values, axis=(1, 2), keepdims=True)
+            weights = values + damping.astype(values.dtype) * mean
+
+        def whitened(one: Edit, name=name, block=block, weights=weights) -> Array:
+            leaves = {path: dense(one.blocks[path]) for path in block.weight.paths}
+            matrix = block.weight.gather(leaves).astype(weights.dtype)
+            return (jnp.sqrt(weights) * rotate(curvature, name, matrix)).reshape(-1)
+
+        rows = jax.lax.map(whitened, edits, batch_size=min(16, num_requests))
+        part = jnp.einsum("ri,si->rs", rows, rows, precision=HIGHEST)
+        gram = gram + part.astype(gram.dtype)
+    return gram
