@@ -15,7 +15,6 @@ from jedit.geometry import null_space, scale_to_kl_budget
 from jedit.methods import (
     Associations,
     alphaedit,
-    batch_unlearn,
     curvature_engram,
     engram,
     kfade,
@@ -23,6 +22,7 @@ from jedit.methods import (
     rome,
 )
 from jedit.objectives import GA
+from jedit.requests import batch_unlearn
 from jedit.requests.stream import _raise_loss
 
 DAMPING = 0.3
