@@ -18,7 +18,7 @@ import optax
 from jedit.core.batch import Batch
 from jedit.core.paths import exactly
 from jedit.geometry import null_space
-from jedit.methods.associations._write import Associations
+from jedit.methods.associations._write import Associations, Layers
 from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
@@ -96,7 +96,7 @@ def _facts(material: Material, forget: Batch) -> Associations:
 
 def _alphaedit(material: Material, *, threshold: float) -> ClosedForm:
     projector = null_space(material.take(Need.CURVATURE), threshold=threshold)
-    layers = material.take(Need.LAYERS)
+    layers = Layers(material.take(Need.LAYERS))
 
     def edit(apply, params, *, forget, retain):
         del retain
@@ -108,7 +108,7 @@ def _alphaedit(material: Material, *, threshold: float) -> ClosedForm:
 def _memit(material: Material) -> ClosedForm:
     def edit(apply, params, *, forget, retain):
         del retain
-        facts, layers = _facts(material, forget), material.take(Need.LAYERS)
+        facts, layers = _facts(material, forget), Layers(material.take(Need.LAYERS))
         return memit(apply, params, material.take(Need.CURVATURE), facts, None, layers=layers)
 
     return edit

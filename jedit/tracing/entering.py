@@ -30,7 +30,7 @@ class Entering:
         Raises:
             ValueError: the function has no such site; as in `find_sites`.
         """
-        path = re.sub(r"#\d+$", "", self.site)  # the parameter's further sites are "path#2", ...
+        path = re.sub(r"#\d+$", "", self.site)  # the parameter's further sites are "path#1", ...
         found = intervene(apply, params, inputs, select=f"^{re.escape(path)}$").activations
         if self.site not in found:
             raise ValueError(f"{self.site!r} is no site; those of this parameter: {list(found)}")

@@ -25,7 +25,7 @@ def test_the_states_are_those_by_hand(case, tolerance):
     params, x = case
     hidden = np.tanh(np.asarray(x, np.float64) @ np.asarray(params["w"], np.float64))
     second = np.tanh(hidden @ np.asarray(params["v"], np.float64))
-    for site, expected in (("w", np.asarray(x)), ("v", hidden), ("v#2", second)):
+    for site, expected in (("w", np.asarray(x)), ("v", hidden), ("v#1", second)):
         tolerance.check(Entering(site)(twice, params, x), expected)
 
 
@@ -53,7 +53,7 @@ def test_equal_ones_are_one_argument_of_the_compiler(case):
 
 def test_an_unknown_site_gets_a_sentence(case):
     params, x = case
-    with pytest.raises(ValueError, match=r"'v#3' is no site; .* \['v', 'v#2'\]"):
+    with pytest.raises(ValueError, match=r"'v#3' is no site; .* \['v', 'v#1'\]"):
         Entering("v#3")(twice, params, x)
     with pytest.raises(ValueError, match="nope"):
         Entering("nope")(twice, params, x)

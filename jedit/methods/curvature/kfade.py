@@ -61,6 +61,7 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved, part_of, with_part
 from jedit.geometry.trust_region import num_counted
 from jedit.methods._entrance import check_rows, refuse_zero_gradients, stop_if_not_finite
+from jedit.objectives import GA, Objective
 
 
 class KfadeInfo(NamedTuple):
