@@ -5,7 +5,7 @@ import pytest
 from jedit.attacks import in_other_words, with_prefix
 from jedit.data import QaRow
 
-ROW = QaRow("Who?", "She.", paraphrased_question="Which person?", author="x", line=3)
+ROW = QaRow("Who?", "She.", paraphrased_question="Which person?", fields={"author": "x"}, line=3)
 
 
 def test_only_the_question_changes():
