@@ -1,6 +1,19 @@
 """jedit erases and rewrites what a trained network knows, as pure JAX functions.
 
-apply, params, batches -> capture -> curvature -> methods and transforms -> edits -> metrics
+    apply, params, batches -> tracing -> curvature -> methods and transforms -> edits -> metrics
+
+![Forget loss against retain KL for every method, on digits](../.github/demo.png)
+
+`find_sites` says what of a model can be edited, `kfac` and `estimate` measure what the rows to keep
+need, `jedit.methods` edit, `apply_edit` applies. Notebooks, executed:
+
+- [your own model](notebooks/00_your_own_model.html): an NNX network, an Equinox network, a folder
+- [forget a class](notebooks/01_forget_a_class.html)
+- [retain-orthogonal geometry](notebooks/02_retain_orthogonal_geometry.html)
+- [any optax loop](notebooks/03_optax_any_loop.html)
+- [engrams](notebooks/04_engrams.html)
+- [TOFU in small](notebooks/05_tofu.html)
+- [many requests](notebooks/06_many_requests.html)
 """
 
 from jedit import (

@@ -1,5 +1,7 @@
 """The README's Python, run as it stands: python -m tests.readme [WHAT_IS_THERE ...].
 
+`python -m tests.readme --write` puts the catalogue's table of methods into it.
+
 All snippets share one namespace, in their order, as a reader would run them. One that needs
 something says so in its first line, "# needs: ..."; it is left out unless an argument of the
 command stands in that line.
@@ -19,7 +21,21 @@ def snippets(text):
         yield text.count("\n", 0, found.start(1)) + 1, found[1], needs[1] if needs else ""
 
 
-def check_first(names):
+START, END = (
+    "<!-- methods: made by python -m tests.readme --write -->\n",
+    "<!-- end of methods -->\n",
+)
+
+
+def with_table(text):
+    """The README's text with the table of methods as the catalogue has it."""
+    from jedit.methods.catalogue import markdown_table
+
+    before, rest = text.split(START)
+    return f"{before}{START}{markdown_table()}{END}{rest.split(END)[1]}"
+
+
+def check_loop(names):
     """The first loop anyone copies has forgotten something, at the price it states, and stopped."""
     import jedit
 
@@ -40,10 +56,13 @@ def main(there):
         # Empty lines in front make a traceback name the README's own line.
         exec(compile("\n" * (line - 1) + code, str(README), "exec"), names)
         ran += 1
-        if number == 1:
-            check_first(names)
+        if "state, edited = optimizer.init" in code:
+            check_loop(names)
     sys.stdout.write(f"\nran {ran} of {number}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        main(sys.argv[1:])

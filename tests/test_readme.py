@@ -1,11 +1,12 @@
 """The README's snippets run in order, in one namespace, as they are written."""
 
 import os
+import re
 import subprocess
 import sys
 
 from tests.conftest import COMPILE_FLAGS, ROOT
-from tests.readme import README, snippets
+from tests.readme import README, snippets, with_table
 
 
 def run_readme(folder, *there):
@@ -26,14 +27,13 @@ def run_readme(folder, *there):
 
 
 def test_the_snippets_run_as_written(tmp_path):
-    """All but those that need the extra llm, which tests/llm runs."""
-    assert run_readme(tmp_path, "eight devices") == "ran 6 of 7"
+    assert run_readme(tmp_path, "eight devices") == "ran 6 of 6"
     assert (tmp_path / "ledger").is_dir()
 
 
 def test_what_is_needed_is_said_in_one_way():
     needs = [need for _, _, need in snippets(README.read_text(encoding="utf-8"))]
-    assert [bool(need) for need in needs] == [False, False, True, False, False, False, True]
+    assert [bool(need) for need in needs] == [*[False] * 5, True]
     found = list(
         snippets("a\n```python\nx = 1\n```\n\n```python\n# needs: eight devices\ny\n```\n")
     )
@@ -42,3 +42,17 @@ def test_what_is_needed_is_said_in_one_way():
 
 def test_nothing_is_installed_from_an_index_that_does_not_have_it():
     assert "pip install 'jedit" not in README.read_text(encoding="utf-8")
+
+
+def test_it_is_short_and_its_table_of_methods_is_the_catalogue_s():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 200
+    assert with_table(text) == text, "python -m tests.readme --write"
+
+
+def test_every_paper_is_linked_once_and_every_file_is_there():
+    text = README.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    papers = [link for link in links if "arxiv" in link]
+    assert len(papers) == len(set(papers))
+    assert all((ROOT / link).exists() for link in links if "://" not in link)

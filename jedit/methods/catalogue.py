@@ -203,6 +203,7 @@ ROWS: tuple[Row, ...] = (
     ),
     ByBudget(
         name="K-FADE (EK-FAC)",
+        variant_of="K-FADE (K-FAC)",
         description="The same in the EK-FAC metric, whose eigenvalues one more pass corrects.",
         when="the same, where one more pass over the retain rows is cheap",
         papers=("2602.10568",),
@@ -220,6 +221,8 @@ ROWS: tuple[Row, ...] = (
     ),
     ByScale(
         name="engram (output metric)",
+        is_ours=True,
+        variant_of="engram",
         description="The same with errors weighed by the Fisher matrix of the outputs (ours).",
         when="the same, with what the outputs need weighed in",
         papers=(),
@@ -241,7 +244,7 @@ ROWS: tuple[Row, ...] = (
         name="MEMIT",
         description="Removes what the layers answer to the forget rows' prompts, by ridge"
         " regression against the retain rows' inputs.",
-        when="thousands of single facts at once",
+        when="single facts: thousands at once, or (ROME) one",
         papers=("2210.07229",),
         make=_memit,
         needs=frozenset({Need.CURVATURE, Need.LAYERS, Need.SUBJECTS}),
@@ -249,6 +252,7 @@ ROWS: tuple[Row, ...] = (
     ),
     ByScale(
         name="ROME",
+        variant_of="MEMIT",
         description="Removes what the last layer answers to the forget rows' prompts, fact by fact,"
         " each by a change of rank one.",
         when="one fact",
@@ -284,6 +288,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="NPO (beta 0.04)",
+        variant_of="NPO",
         description="The same at beta 0.04, which goes on where 0.1 has stopped.",
         when="the same, until the answers are as unlikely as unseen ones",
         papers=("2404.05868",),
@@ -293,6 +298,8 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="NPO (natural)",
+        is_ours=True,
+        variant_of="NPO (natural, beta 0.04)",
         description="NPO, beta 0.1, with the retain loss, by steps in the metric of the retain"
         " outputs at the highest temperature (ours), damping 0.1; its rate is a step's predicted"
         " KL, at most.",
@@ -305,6 +312,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="NPO (natural, beta 0.04)",
+        is_ours=True,
         description="The same at beta 0.04, which goes on where 0.1 has stopped.",
         when=NATURAL,
         papers=(),
@@ -323,6 +331,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="WGA",
+        variant_of="GradDiff",
         description="Ascent weighted by p, with the retain loss.",
         when="a baseline",
         papers=("2502.19301",),
@@ -331,6 +340,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="SatImp",
+        variant_of="GradDiff",
         description="Ascent weighted by p^5 (1-p), with the retain loss.",
         when="a baseline",
         papers=("2505.11953",),
@@ -347,6 +357,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="CE-U",
+        variant_of="UNDIAL",
         description="Distils the model with its label's logit taken out, with the retain loss.",
         when="answers that are to stay fluent",
         papers=("2503.01224",),
@@ -367,7 +378,7 @@ ROWS: tuple[Row, ...] = (
         name="random label",
         description="Learns a wrong label for every forget row, drawn once, with the retain loss.",
         when="a baseline for classifiers",
-        papers=(),
+        papers=("2010.10981",),
         make=_random_label,
         needs=frozenset({Need.NUM_CLASSES}),
         settings={"forget_weight": 1.0},
@@ -430,6 +441,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="GU (global)",
+        variant_of="GU (leaf)",
         description="GradDiff's gradient off the last 8 retain gradients, in Adam's metric; one"
         " basis.",
         when="the same, with one basis for all parameters",
@@ -469,6 +481,8 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="ROSU (push)",
+        is_ours=True,
+        variant_of="ROSU",
         description="Descends the retain loss as it is where a step of length 0.1 has raised the"
         " forget loss at no first-order retain cost, and takes a step that way (ours).",
         when="the same, where that forgets too little",
@@ -503,15 +517,21 @@ CATALOGUE = MappingProxyType({row.name: row for row in ROWS})
 
 
 def markdown_table() -> str:
-    """Return the README's table of methods."""
+    """Return the README's table of methods: a line a row, its variants in the same."""
     lines = ["| method | use it for | needs besides two sets | paper |", "|---|---|---|---|"]
     linked = set()
     for row in ROWS:
-        papers = []
-        for number in row.papers:  # each is linked once
+        if row.variant_of is not None:
+            continue
+        shown = [row, *(other for other in ROWS if other.variant_of == row.name)]
+        papers = dict.fromkeys(number for one in shown for number in one.papers)
+        links = []
+        for number in papers:  # each is linked once
             is_new = number not in linked
             linked.add(number)
-            papers.append(f"[{number}](https://arxiv.org/abs/{number})" if is_new else number)
+            links.append(f"[{number}](https://arxiv.org/abs/{number})" if is_new else number)
+        whose = ["ours"] if row.is_ours else []
+        names = ", ".join(one.name for one in shown)
         needs = ", ".join(need.value for need in Need if need in row.needs) or "–"
-        lines.append(f"| {row.name} | {row.when} | {needs} | {', '.join(papers) or 'ours'} |")
+        lines.append(f"| {names} | {row.when} | {needs} | {', '.join(links + whose) or '–'} |")
     return "\n".join(lines) + "\n"

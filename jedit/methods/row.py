@@ -127,10 +127,12 @@ class Row:
         name: as it is shown and asked for.
         description: what it does, one sentence.
         when: when to use it, a clause for the README's table.
-        papers: arXiv numbers; empty where it is ours.
+        papers: arXiv numbers.
         make: of `Material` and settings, the method.
         needs: what the material must hold.
         settings: keyword arguments of `make` with the values it is run at: the published ones.
+        is_ours: whether it, or what it adds to the papers', is this project's.
+        variant_of: name of the row beside which the README's table shows this one; None: a line.
     """
 
     name: str
@@ -140,6 +142,8 @@ class Row:
     make: Callable[..., Any]
     needs: frozenset[Need] = frozenset()
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_ours: bool = False
+    variant_of: str | None = None
 
     def missing(self, material: Material) -> tuple[Need, ...]:
         """What the method needs and the material does not hold."""
