@@ -117,10 +117,8 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
                 _check_sides(corrected, weight, at)
-            if type(fields["is_merged"]) is not bool:
-                raise DamagedError(
-                    f"{at}: is_merged is {shown(fields['is_merged'])}, no truth value"
-                )
+            if type(merged := fields["is_merged"]) is not bool:
+                raise DamagedError(f"{at}: is_merged is {shown(merged)}, no truth value")
             blocks[name] = _bare(Kronecker, weight, *names, corrected, None, merged)
         else:
             raise DamagedError(f"{at}: is a {shown(kind)}; known are 'diagonal' and 'kronecker'")
