@@ -39,8 +39,10 @@ def is_given(thing):
     if isinstance(thing, types.FunctionType):
         return True
     rooms = ("jedit.methods", "jedit.requests", "jedit.curvature.likelihoods", "jedit.objectives")
+    if not dataclasses.is_dataclass(thing):
+        return False
     is_row = thing.__module__ == "jedit.methods.row"  # of the catalogue, and what a scene has
-    return dataclasses.is_dataclass(thing) and thing.__module__.startswith(rooms) and not is_row
+    return thing.__module__.startswith(rooms) and not is_row
 
 
 CALLED = [(name, thing) for name, thing in public() if is_given(thing)]

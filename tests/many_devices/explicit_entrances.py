@@ -54,7 +54,7 @@ def found(params, rows, facts):
         restoration=jedit.methods.Restoration(["up", "down"], window=1),
         key=key,
     )
-    salun = jedit.methods.salun(apply, optax.sgd(0.1), params, rows)
+    salun = jedit.methods.salun(apply, params, rows, optax.sgd(0.1))
     ones = jax.tree.map(jnp.ones_like, params)
     state = salun.optimizer.init(params)
     salient, _ = salun.optimizer.update(ones, state, params)
