@@ -166,7 +166,7 @@ def refuse_tracers(what: str, given: PyTree, instead: str) -> None:
 
 
 def is_batch(value: Any) -> bool:
-    """Whether a value is a `Batch`, or has all that one has."""
+    """Say whether a value is a `Batch`, or has all that one has."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in Batch._fields)
 
 

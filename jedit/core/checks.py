@@ -83,20 +83,20 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
 
 
 def example(values: np.ndarray, holds: np.ndarray) -> str:
-    """The first value for which something does not hold, and where it stands."""
+    """Return the first value for which something does not hold, and where it stands."""
     place = tuple(int(i) for i in np.argwhere(~holds)[0])
     return f"{values[place]} at {list(place)}"
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value is given, not traced, and can be read by this process."""
+    """Say whether a value is given, not traced, and can be read by this process."""
     if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
         return False
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
 def not_finite(tree: PyTree) -> list[str]:
-    """The paths of the arrays of a tree that hold NaN or infinity."""
+    """Return the paths of the arrays of a tree that hold NaN or infinity."""
     return [path for path, leaf in leaves_with_paths(tree) if not _is_finite(leaf)]
 
 
@@ -125,7 +125,7 @@ def check_finite(what: str, tree: PyTree, hint: str | Callable[[], str] = "") ->
 
 
 def rows_not_finite(tree: PyTree) -> list[int]:
-    """The numbers of the rows, along the first axis of every array, that are not finite."""
+    """Return the numbers of the rows, along the first axis of every array, that are not finite."""
     rows: set[int] = set()
     for leaf in jax.tree.leaves(tree):
         if is_known(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and leaf.ndim:
@@ -136,7 +136,7 @@ def rows_not_finite(tree: PyTree) -> list[int]:
 
 
 def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
-    """Why something that was computed from parameters and rows is not finite, as a sentence."""
+    """Say why something that was computed from parameters and rows is not finite, as a sentence."""
     if paths := not_finite(params):
         return f"the parameters {paths[:4]} are not finite themselves"
     for name, rows in sets.items():
@@ -151,7 +151,7 @@ def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
 def loop_failure(
     losses: Any, first: int, reached: PyTree, start: PyTree, sets: Mapping[str, PyTree]
 ) -> str:
-    """Where a training loop left the finite numbers, and why, as a sentence.
+    """Say where a training loop left the finite numbers, and why, as a sentence.
 
     Args:
         losses: of the steps taken last.

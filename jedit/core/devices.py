@@ -28,7 +28,7 @@ MeshAxes = tuple[str, ...]  # mesh axes that one dimension is split over
 
 
 def axes_of(entry: Any) -> MeshAxes:
-    """The mesh axes in one entry of a `PartitionSpec`."""
+    """Return the mesh axes in one entry of a `PartitionSpec`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -38,7 +38,7 @@ def spec_of(*split: MeshAxes) -> PartitionSpec:
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """An array's sharding over several devices; None when it is traced, or on one device."""
+    """Return an array's sharding over several devices; None when it is traced, or on one device."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
@@ -93,7 +93,7 @@ def on_auto(tree: PyTree) -> PyTree:
 
 
 def typed_like(x: Any, like: Any) -> Any:
-    """A traced array with the explicit axes of another of its shape; without such, as it is.
+    """Return a traced array with the explicit axes of another of its shape; without such, as it is.
 
     A model inside `jax.sharding.explicit_axes` is a stretch of explicit axes in jedit's programs.
     """
@@ -104,7 +104,7 @@ def typed_like(x: Any, like: Any) -> Any:
 
 
 def no_mesh() -> contextlib.AbstractContextManager:
-    """A context of no mesh, for what is computed on one of its devices alone."""
+    """Return a context of no mesh, for what is computed on one of its devices alone."""
     if not jax.sharding.get_abstract_mesh().axis_names:
         return contextlib.nullcontext()
     return jax.set_mesh(Mesh(np.empty((), object), ()))
@@ -121,7 +121,7 @@ def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Cal
 
 
 def _on_explicit(tree: PyTree, mesh: Any, references: list) -> PyTree:
-    """What was computed with Auto axes, on the mesh with explicit axes that it came from."""
+    """Return what was computed with Auto axes, on the mesh with explicit axes that it came from."""
 
     def shapes(tree):
         structure = jax.tree.structure(tree, is_leaf=_is_iterator)
@@ -162,7 +162,7 @@ def _renamed(x: Any, mesh: Any) -> Any:
 
 
 def _typed_sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array, traced or not, or of a shape."""
+    """Return the sharding of an array, traced or not, or of a shape."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
@@ -170,7 +170,7 @@ def _typed_sharding(x: Any) -> NamedSharding | None:
 
 
 def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh | None:
-    """The first mesh with explicit axes that something lies on, or that of the context."""
+    """Return the first mesh with explicit axes that something lies on, or that of the context."""
     for x in _leaves(tree):
         sharding = _typed_sharding(x)
         if sharding is not None and _is_explicit(sharding.mesh):
@@ -222,7 +222,7 @@ class RowSharding:
 
     @property
     def num_devices_along(self) -> int:
-        """Into how many pieces the rows are cut."""
+        """Say into how many pieces the rows are cut."""
         return math.prod(self.mesh.shape[a] for a in self.axes)
 
     def at(self, axis: int) -> NamedSharding:
@@ -231,7 +231,7 @@ class RowSharding:
 
 
 def row_sharding(rows: PyTree) -> RowSharding | None:
-    """How the leading axis of all leaves lies; None when it is not split, or not alike."""
+    """Say how the leading axis of all leaves lies; None when it is not split, or not alike."""
     found = set()
     for leaf in jax.tree.leaves(rows):
         sharding = sharding_of(leaf)
@@ -248,13 +248,16 @@ def split_rows(rows: PyTree, over: RowSharding | None) -> PyTree:
 
 
 def places_of(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
-    """The shardings of a tree's leaves, hashable; None when no leaf is on several devices."""
+    """Return the shardings of a tree's leaves, hashable.
+
+    None when no leaf is on several devices.
+    """
     found = tuple(sharding_of(x) for x in jax.tree.leaves(tree))
     return found if any(found) else None
 
 
 def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTree:
-    """The tree with its leaves held to these places, under jit."""
+    """Return the tree with its leaves held to these places, under jit."""
     if places is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
@@ -266,7 +269,7 @@ def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTre
 
 
 def fetched(x: Array) -> Array:
-    """The array in the device's memory, if it is in the host's."""
+    """Return the array in the device's memory, if it is in the host's."""
     space = getattr(jax.typeof(x), "memory_space", None)
     if space != jax.memory.Space.Host:
         return x

@@ -20,7 +20,7 @@ MAX_TEXT = 60
 
 
 def described(value: Any) -> str:
-    """What a value is, short enough for a sentence."""
+    """Return what a value is, short enough for a sentence."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -31,7 +31,7 @@ def described(value: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value has a shape and a dtype, if it is no more than that of an array."""
+    """Say whether a value has a shape and a dtype, if it is no more than that of an array."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
@@ -41,7 +41,7 @@ def with_article(name: str) -> str:
 
 
 def short_repr(self: Any) -> str:
-    """The `repr` of a named tuple or dataclass: its fields, each in few characters."""
+    """Return the `repr` of a named tuple or dataclass: its fields, each in few characters."""
     if dataclasses.is_dataclass(self):
         names = [field.name for field in dataclasses.fields(self)]
     else:
@@ -74,14 +74,14 @@ def short(value: Any) -> str:
 
 
 def is_concrete(array: Any) -> bool:
-    """Whether an array's numbers can be looked at here and now."""
+    """Say whether an array's numbers can be looked at here and now."""
     if isinstance(array, Tracer) or not isinstance(array, jax.Array):
         return isinstance(array, np.ndarray)
     return not array.is_deleted() and array.is_fully_addressable
 
 
 def num_megabytes(tree: Any) -> float:
-    """What the arrays of a tree take, in units of 10⁶ bytes."""
+    """Return what the arrays of a tree take, in units of 10⁶ bytes."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "size") and hasattr(x, "dtype")]
     return sum(x.size * x.dtype.itemsize for x in leaves) / 1e6
 

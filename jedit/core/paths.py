@@ -11,13 +11,13 @@ from jedit.core.display import described
 
 
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in flattening order; two leaves may have one path."""
+    """Return (path, leaf) of every leaf, in flattening order; two leaves may have one path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
 
 
 def parameter_paths(params: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in flattening order.
+    """Return (path, leaf) of every leaf, in flattening order.
 
     Raises:
         ValueError: two leaves have one path, as those of `{"a": {"b": W}, "a/b": V}`.
@@ -74,5 +74,5 @@ def selected_paths(paths: list[str], select: str | Sequence[str] | None) -> list
 
 
 def exactly(paths: Iterable[str]) -> list[str]:
-    """The `select` that names these parameters and no others."""
+    """Return the `select` that names these parameters and no others."""
     return [f"^{re.escape(path)}$" for path in paths]

@@ -44,7 +44,9 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
-    """The even n with 2ⁿ near the largest magnitude, at every leaf; 0 if that is 0 or not finite.
+    """Return the even n with 2ⁿ near the largest magnitude, at every leaf.
+
+    0 if that is 0 or not finite.
 
     Args:
         tree: real arrays.

@@ -27,7 +27,7 @@ from jedit.tracing.sites import Weight
 
 
 def eigenvalues(curvature: Curvature, name: str) -> Float[Array, "layers rows d_out"]:
-    """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
+    """Return a block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return block.values
@@ -54,7 +54,7 @@ def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False
 
 
 def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
-    """A block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
+    """Return a block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
     sharding = block.sharding if isinstance(block, Kronecker) else None
     if sharding is None or block.weight.bias_path is None:
         return block.weight.gather(leaves)
@@ -86,7 +86,7 @@ def apply_spectral(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
+    """Return f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
 
     Raises:
         ValueError: as `solve`.
@@ -106,7 +106,7 @@ def apply_spectral(
 def apply_spectra(
     spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: Uncovered
 ) -> PyTree:
-    """The linear map of these blocks on a tree; an iterator's blocks are made one by one.
+    """Return the linear map of these blocks on a tree; an iterator's blocks are made one by one.
 
     Args:
         spectra: blocks of different parameters, or of disjoint slices of one.
@@ -157,7 +157,7 @@ def solve(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
+    """Return (F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
 
     Args:
         curvature: the blocks.
@@ -193,7 +193,7 @@ def matvec(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """(F + λ) T; arguments and errors as `solve`."""
+    """Return (F + λ) T; arguments and errors as `solve`."""
     return apply_spectral(
         curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
     )
@@ -240,7 +240,7 @@ def quadratic_form(
 
 @on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool = False) -> Array:
-    """The trace of F + λ over the covered parameters, a scalar."""
+    """Return the trace of F + λ over the covered parameters, a scalar."""
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
@@ -251,14 +251,14 @@ def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool 
 
 
 def _sum(parts: list[Array]) -> Array:
-    """The sum of scalars in the widest of their dtypes; blocks of one model may differ."""
+    """Return the sum of scalars in the widest of their dtypes; blocks of one model may differ."""
     dtype = jnp.float64 if any(p.dtype == jnp.float64 for p in parts) else jnp.float32
     return sum((p.astype(dtype) for p in parts), jnp.zeros((), dtype))
 
 
 @on_auto_axes
 def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
-    """(A, G) of a parameter; A's last coordinate is the bias, where the site has one.
+    """Return (A, G) of a parameter; A's last coordinate is the bias, where the site has one.
 
     A stacked parameter's factors have a leading layer axis; a diagonal factor is a vector.
 

@@ -59,7 +59,7 @@ def assemble(
 # Compiled once for blocks of equal shape, of which a model has many.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Array:
-    """A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
+    """Return A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
     count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
     moment, count_of = sums.moment, count
     if moment.ndim == 3:
@@ -78,14 +78,14 @@ def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Ar
 
 @jax.jit
 def _output_moment(total: Array, number: Array) -> Array:
-    """G of one site."""
+    """Return G of one site."""
     mean = total / number.astype(total.dtype)
     return _symmetrized(mean) if mean.ndim == 3 else mean
 
 
 @jax.jit
 def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """The Kronecker product that has the two partial traces of a sum of Kronecker products.
+    """Return the Kronecker product that has the two partial traces of a sum of Kronecker products.
 
     A = Σ_k A_k tr G_k / t and G = Σ_k G_k tr A_k, with t = Σ_k tr A_k tr G_k: its trace is the
     sum's. Cross terms between the sites are left out, as between the positions of one site.

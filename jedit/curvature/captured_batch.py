@@ -72,7 +72,7 @@ class Labels:
 
     @property
     def draws(self) -> int:
-        """How many draws a batch's sums hold, to be divided by."""
+        """Return how many draws a batch's sums hold, to be divided by."""
         return self.samples if self.fisher == "sampled" else 1
 
 
@@ -104,7 +104,7 @@ class Pass:
 
     @property
     def num_outputs(self) -> Array:
-        """How many outputs the batch counts."""
+        """Return how many outputs the batch counts."""
         return jnp.sum(self.counted, dtype=jnp.int32)
 
     def inputs(self, site: Site) -> tuple[Array, Array | None]:
@@ -121,7 +121,7 @@ class Pass:
         return self._only_valid(self._as_computed(a), v), v
 
     def gradients(self, site: Site, pulled: dict[str, Array]) -> Array:
-        """The g of one pullback.
+        """Return the g of one pullback.
 
         A padded position's is zero in any case if the model takes nothing from it; it is set to
         zero for the sake of positions that hold no numbers, where zero times that is not zero.
@@ -176,7 +176,7 @@ class Pass:
         return x if v is None else jnp.where(v[..., None], x, jnp.zeros((), x.dtype))
 
     def _valid(self, site: Site) -> Array | None:
-        """(layers or 1, examples, positions) booleans; None when every position is data."""
+        """Return (layers or 1, examples, positions) booleans; None when every position is data."""
         valid = None if self.valid is None else self.alignments[site.name].spread(self.valid)
         ran = self._ran(site)
         if valid is None or ran is None:
@@ -300,7 +300,7 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
 def _cotangents(
     labels: Labels, outputs: Array, batch: Batch, key, first_example, lead, is_one_by_one: bool
 ) -> tuple[int, Callable[[int | Array], Array]]:
-    """How many pullbacks, and the cotangent of each.
+    """Return how many pullbacks, and the cotangent of each.
 
     Raises:
         ValueError: empirical labels without targets.

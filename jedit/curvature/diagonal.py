@@ -58,7 +58,7 @@ class SquaresState:
     __repr__ = short_repr
 
     def places(self, params: PyTree) -> "SquaresState | None":
-        """The shardings of all sums, after those of the parameters; None on one device."""
+        """Return the shardings of all sums, after those of the parameters; None on one device."""
         leaves = leaf_shardings(params)
         if not leaves:
             return None
@@ -78,7 +78,9 @@ def diagonal(
     fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
-    """The diagonal of the Gauss-Newton matrix of the mean loss; arguments and errors as `kfac`.
+    """Return the diagonal of the Gauss-Newton matrix of the mean loss.
+
+    Arguments and errors as `kfac`.
 
     A pass costs one forward, one activation-backward pass and the per-example gradients, d_in d_out
     multiply-adds a position and site.
@@ -180,7 +182,7 @@ def zero_squares(block: BlockSites, dtype: jnp.dtype) -> Array:
 
 
 def mean_squares(squares: Array, number: Array, block: BlockSites) -> Array:
-    """A block's sum of squares over `number`, M times the draws."""
+    """Return a block's sum of squares over `number`, M times the draws."""
     mean = squares / number.astype(squares.dtype)
     check_layers_finite(mean, block.name, block.hint)
     return mean

@@ -39,7 +39,7 @@ def factorize(
     dtype: DTypeLike | None = None,
     hint: str = "",
 ) -> Factor:
-    """The eigenbasis of every layer's matrix; a diagonal factor is its own.
+    """Return the eigenbasis of every layer's matrix; a diagonal factor is its own.
 
     Args:
         matrix: symmetric positive semi-definite, or a diagonal.
@@ -66,7 +66,10 @@ def factorize(
 def eigh(
     matrix: Float[Array, "d d"], dtype: DTypeLike
 ) -> tuple[Float[ArrayLike, " d"], Float[ArrayLike, "d d"]]:
-    """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
+    """Return eigenvalues and eigenvectors.
+
+    By NumPy, on the host, in a dtype that JAX has disabled.
+    """
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
     return jnp.linalg.eigh(matrix.astype(dtype))

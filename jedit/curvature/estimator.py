@@ -169,7 +169,7 @@ def estimate(
 
 
 def _grouped(estimator, params, batches, group_bytes, checkpoint):
-    """The groups' estimators, and batches that can be passed over for each.
+    """Return the groups' estimators, and batches that can be passed over for each.
 
     Raises:
         ValueError: as `estimate`.

@@ -83,7 +83,7 @@ class KfacState:
     __repr__ = short_repr
 
     def places(self, params: PyTree) -> "KfacState | None":
-        """The shardings of all sums, after those of the parameters; None on one device."""
+        """Return the shardings of all sums, after those of the parameters; None on one device."""
         leaves = leaf_shardings(params)
         if not leaves:
             return None

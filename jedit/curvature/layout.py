@@ -49,18 +49,18 @@ class BlockSites:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether it is a vector parameter, whose block is diagonal."""
+        """Say whether it is a vector parameter, whose block is diagonal."""
         return self.members[0].kind in ("scale", "bias")
 
     @property
     def hint(self) -> str:
-        """Why its sums may hold no number, if it is known beforehand; else empty."""
+        """Say why its sums may hold no number, if it is known beforehand; else empty."""
         unclear = [m.site for m in self.members if not m.is_maskable]
         return padding_hint(unclear) if unclear else ""
 
 
 def padding_hint(names: list[str]) -> str:
-    """What to say of sites whose padding cannot be told from data."""
+    """Say what to say of sites whose padding cannot be told from data."""
     return (
         f"the positions of {', '.join(names)} cannot be matched with the outputs' leading axes, "
         "and some batch has padding (a zero in `valid`); leave the parameter out by `select`, or "
@@ -69,7 +69,7 @@ def padding_hint(names: list[str]) -> str:
 
 
 def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[BlockSites, ...]:
-    """The blocks of all sites, in their order.
+    """Return the blocks of all sites, in their order.
 
     Args:
         sites: as captured.
@@ -106,7 +106,7 @@ def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Bloc
 
 
 def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
-    """The block that a site belongs to, and whether flipped; None for a block of its own.
+    """Return the block that a site belongs to, and whether flipped; None for a block of its own.
 
     Raises:
         ValueError: its matrix overlaps the block's, and is neither that one nor its transpose.
@@ -131,7 +131,7 @@ def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
 def _relation(
     first: Weight, second: Weight
 ) -> Literal["equal", "transposed", "disjoint", "overlapping"]:
-    """How two matrices of one leaf lie to each other."""
+    """Say how two matrices of one leaf lie to each other."""
     if first == second:
         return "equal"
     if _are_slices_apart(first, second):
@@ -163,7 +163,7 @@ def _are_slices_apart(first: Weight, second: Weight) -> bool:
 
 
 def _entries(weight: Weight) -> np.ndarray:
-    """Which entry of the leaf stands where in the matrix (layers, d_in, d_out)."""
+    """Say which entry of the leaf stands where in the matrix (layers, d_in, d_out)."""
     entries = np.arange(np.prod(weight.shape, dtype=np.int64)).reshape(weight.shape)
     num_layers = 0  # leading axes that a scan slices; what follows acts on the others
     for name, *arguments in weight.ops:

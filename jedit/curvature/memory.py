@@ -30,7 +30,7 @@ class Need(NamedTuple):
 
 
 def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
-    """Bytes of every array on one of the devices that share it."""
+    """Return the bytes of every array on one of the devices that share it."""
     if places is None:
         return jax.tree.map(lambda x: math.prod(x.shape) * x.dtype.itemsize, shapes)
     return jax.tree.map(
@@ -39,7 +39,9 @@ def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
 
 
 def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...], ...]:
-    """Parameters of each group, in order; what cannot be parted may be larger than the limit.
+    """Return the parameters of each group, in order.
+
+    What cannot be parted may be larger than the limit.
 
     Raises:
         ValueError: a limit below one.
@@ -67,7 +69,7 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
 
 
 def to_host(curvature: Curvature) -> Curvature:
-    """The curvature with its matrices in the host's pinned memory, each split as before.
+    """Return the curvature with its matrices in the host's pinned memory, each split as before.
 
     `solve`, `matvec`, `power`, `quadratic_form`, `trace` and `ekfac` fetch what they need, block by
     block; `batch_unlearn` fetches all of it; anything else needs `to_device` first.

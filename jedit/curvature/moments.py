@@ -105,7 +105,7 @@ def add_outputs(
 
 
 def _count(a: Array, v: Array | None) -> Array:
-    """How many positions of (layers, examples, positions, ...) are data, for each layer."""
+    """Return how many positions of (layers, examples, positions, ...) are data, for each layer."""
     layers, examples, positions = a.shape[:3]
     if v is None:
         return jnp.full((layers,), examples * positions, jnp.int32)
@@ -113,7 +113,7 @@ def _count(a: Array, v: Array | None) -> Array:
 
 
 def _num_valid(x: Array, v: Array | None, dtype: jnp.dtype) -> Array:
-    """How many positions each example of `x` has, (layers or 1, examples), at least one."""
+    """Return how many positions each example of `x` has, (layers or 1, examples), at least one."""
     if v is None:
         return jnp.full((1, x.shape[1]), x.shape[2], dtype)
     return jnp.maximum(jnp.sum(v, axis=2, dtype=jnp.int32), 1).astype(dtype)

@@ -51,12 +51,12 @@ class Alignment:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The lengths of the positions' axes in the canonical form."""
+        """Return the lengths of the positions' axes in the canonical form."""
         return tuple(self.shape[axis] for axis in self.axes)
 
     @property
     def is_maskable(self) -> bool:
-        """Whether padding in this site can be told from data, or does not matter.
+        """Say whether padding in this site can be told from data, or does not matter.
 
         It does not matter to a site of kind "bias", which has no input: its gradient is the
         output's, and that is zero at a padded position already.
@@ -82,7 +82,7 @@ class Alignment:
         )
 
     def leads_with_outputs(self, skipped: int = 0) -> bool:
-        """Whether the site's output begins with the outputs' leading axes, as they are.
+        """Say whether the site's output begins with the outputs' leading axes, as they are.
 
         Args:
             skipped: how many axes in front are those of scans.
@@ -91,11 +91,11 @@ class Alignment:
         return all(n == 1 or Place(skipped + i, 1, n) in places for i, (n, places) in lead)
 
     def _stride(self, place: Place) -> int:
-        """How far apart its neighbours are among the positions, flattened."""
+        """Say how far apart its neighbours are among the positions, flattened."""
         return place.inner * math.prod(self.positions[self.axes.index(place.axis) + 1 :])
 
     def by_example(self, x: Array) -> Array:
-        """(layers, positions..., rest...) as (layers, examples, positions, rest...).
+        """Return (layers, positions..., rest...) as (layers, examples, positions, rest...).
 
         Where examples cannot be told apart, all is one example.
         """
@@ -128,7 +128,9 @@ class Alignment:
         return _placed(valid, choices, self.shape) if choices else None
 
     def _choices(self, axes: Iterable[int]) -> list[tuple[Place | None, ...]]:
-        """Every way to find all of `lead` among these axes; an axis of one entry is everywhere.
+        """Return every way to find all of `lead` among these axes.
+
+        An axis of one entry is everywhere.
 
         An entry is data if it is by all of them: that of a query and a key, if both are.
         """
@@ -142,7 +144,7 @@ class Alignment:
 
 
 def align(program: Program, lead: tuple[int, ...]) -> dict[str, Alignment]:
-    """The alignment of every site of a traced function.
+    """Return the alignment of every site of a traced function.
 
     Args:
         program: the trace.
@@ -183,7 +185,10 @@ def _align(site: Site, belonging: Belonging, lead: tuple[int, ...]) -> Alignment
 
 
 def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
-    """The leading axes that stand somewhere, outermost first; None where two are entangled."""
+    """Return the leading axes that stand somewhere, outermost first.
+
+    None where two are entangled.
+    """
     found = [(place, i) for i, place in enumerate(choice) if place is not None]
     found.sort(key=lambda one: (one[0].axis, -one[0].inner))
     for (one, _), (other, _) in itertools.pairwise(found):

@@ -116,7 +116,7 @@ class Curvature:
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """Paths of the parameters it covers."""
+        """Return paths of the parameters it covers."""
         return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
 
     def __str__(self) -> str:

@@ -75,7 +75,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
 
 
 def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
-    """The leading part of a product L R, whose product is never formed.
+    """Return the leading part of a product L R, whose product is never formed.
 
     Args:
         left: (..., d_in, k).
@@ -118,7 +118,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 
 
 def _norm2(left: Array, right: Array | None) -> Array:
-    """‖L R‖², from the two small Gram matrices."""
+    """Return ‖L R‖², from the two small Gram matrices."""
     if right is None:
         return jnp.sum(left * left, axis=(-1, -2))
     inner = jnp.matmul(jnp.swapaxes(left, -1, -2), left, precision=HIGHEST)

@@ -245,7 +245,7 @@ def _edited(leaf: Array, delta: Delta, scale: Scalar) -> Array:
 
 
 def _brought(delta: Delta, place: NamedSharding) -> Delta:
-    """A block from other devices, as a file gives it: in pieces, or thin and whole."""
+    """Return a block from other devices, as a file gives it: in pieces, or thin and whole."""
     whole = NamedSharding(place.mesh, PartitionSpec())
     target = whole if isinstance(delta, LowRank) else place
 
@@ -263,7 +263,7 @@ def _sharded_sum(leaf: Array, delta: Delta, scale: Scalar, place: NamedSharding)
 
 
 def _shown_norm(block: Any) -> str:
-    """The norm of a block in a few digits, if its numbers are there to be looked at."""
+    """Return the norm of a block in a few digits, if its numbers are there to be looked at."""
     if not all(map(is_concrete, jax.tree.leaves(block))):
         return "-"
     with jax.ensure_compile_time_eval():  # what is printed under jit is no part of the program

@@ -49,7 +49,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The number of columns of the left matrix."""
+        """Return the number of columns of the left matrix."""
         return self.left.shape[-1]
 
     def astype(self, dtype: DTypeLike) -> "LowRank":
@@ -57,7 +57,7 @@ class LowRank:
         return LowRank(self.left.astype(dtype), self.right.astype(dtype), self.weight)
 
     def scaled(self, factor: Array) -> "LowRank":
-        """The block times a number."""
+        """Return the block times a number."""
         return LowRank(self.left * factor, self.right, self.weight)
 
     def plus(self, other: "LowRank") -> "LowRank":
@@ -66,7 +66,7 @@ class LowRank:
         return LowRank(left, jnp.concatenate([self.right, other.right], axis=-2), self.weight)
 
     def dense(self) -> Array:
-        """The change as an array like the parameter."""
+        """Return the change as an array like the parameter."""
         return as_parameter(self.weight, jnp.matmul(self.left, self.right, precision=HIGHEST))
 
 
@@ -82,19 +82,19 @@ def as_parameter(weight: Weight, matrix: Array) -> Array:
 
 
 def dense(block: Delta) -> Array:
-    """A block as an array."""
+    """Return a block as an array."""
     return block.dense() if isinstance(block, LowRank) else block
 
 
 def scaled(block: Delta, factor: Array) -> Delta:
-    """A block times a number, in the number's dtype."""
+    """Return a block times a number, in the number's dtype."""
     if isinstance(block, LowRank):
         return block.scaled(factor)
     return block * factor
 
 
 def added(one: Delta, other: Delta) -> Delta:
-    """The sum of two blocks of one parameter; thin if both are, and laid out alike."""
+    """Return the sum of two blocks of one parameter; thin if both are, and laid out alike."""
     if isinstance(one, LowRank) and isinstance(other, LowRank) and one.weight == other.weight:
         return one.plus(other)
     return dense(one) + dense(other)

@@ -64,7 +64,7 @@ def _total(block: Delta, weights: Array) -> Array:
 def _sharded_total(
     block: Delta, weights: Array, place: NamedSharding, over: RowSharding | None
 ) -> Array:
-    """What is summed goes to where its rows and columns are wanted, before it is summed.
+    """Return what is summed goes to where its rows and columns are wanted, before it is summed.
 
     A sum over requests that lie on several devices would make partial sums of a whole matrix.
     """

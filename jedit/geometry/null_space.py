@@ -78,7 +78,7 @@ class Projector:
     blocks: tuple[tuple[str, Weight, str], ...]
 
     def report(self) -> dict[str, NullSpaceReport]:
-        """What is free, by parameter path."""
+        """Return what is free, by parameter path."""
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
@@ -124,7 +124,7 @@ def null_space(
     by: Selection = "energy",
     relaxation: float = 0.0,
 ) -> Projector:
-    """The projector onto the input directions that the retain set hardly uses.
+    """Return the projector onto the input directions that the retain set hardly uses.
 
     Args:
         curvature: of the retain outputs; only the factors A of its Kronecker blocks are read.
@@ -181,7 +181,7 @@ def _weights(
 
 @on_auto_axes
 def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero") -> PyTree:
-    """P T for every matrix of a tree shaped like params, bias included as its last row.
+    """Return P T for every matrix of a tree shaped like params, bias included as its last row.
 
     Args:
         projector: from `null_space`.

@@ -19,7 +19,7 @@ Part = dict[str, Array]
 
 
 def part_of(params: PyTree, paths: Iterable[str]) -> Part:
-    """The parameters of these paths, in the order of `params`; others are not named."""
+    """Return the parameters of these paths, in the order of `params`; others are not named."""
     chosen = set(paths)
     return {path: leaf for path, leaf in dict(parameter_paths(params)).items() if path in chosen}
 

@@ -70,7 +70,7 @@ def _leafwise(function: Callable, one: PyTree, other: PyTree) -> PyTree:
 
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
-    """A curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
+    """Return a curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
 
     λ is in units of each block's mean eigenvalue.
     """
@@ -114,7 +114,7 @@ class RetainSubspace(NamedTuple):
 
 
 def retain_subspace(rank: int, *, scope: Scope = "leaf", sketch: Sketch = "fifo") -> RetainSubspace:
-    """A basis of at most `rank` retain gradients, kept up to date as they come.
+    """Return a basis of at most `rank` retain gradients, kept up to date as they come.
 
     Args:
         rank: r, rows. Costs r times the parameters in memory.
@@ -236,7 +236,7 @@ def joint_direction(
 
 
 def _coefficients(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
-    """Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
+    """Return Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
     own = jax.tree.map(
         lambda q, z: jnp.einsum(
             "rn,n->r",
@@ -251,7 +251,7 @@ def _coefficients(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
 
 
 def _combine(basis: PyTree, coefficients: PyTree) -> PyTree:
-    """Qᵀ c."""
+    """Return Qᵀ c."""
     return jax.tree.map(
         lambda q, c: jnp.tensordot(c, q, axes=1, precision=jax.lax.Precision.HIGHEST),
         basis,

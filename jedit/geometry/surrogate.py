@@ -59,7 +59,7 @@ def retain_orthogonal(
     scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
-    """The direction M⁻¹g_f with its component along the retain gradient taken off.
+    """Return the direction M⁻¹g_f with its component along the retain gradient taken off.
 
     Args:
         forget_grads: g_f, a pytree.
@@ -138,7 +138,7 @@ class _Scaled(NamedTuple):
 
     @property
     def length(self) -> Array:
-        """The n of the direction."""
+        """Return the n of the direction."""
         return self.forget + self.metric
 
 

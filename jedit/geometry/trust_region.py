@@ -168,7 +168,9 @@ class RetainKl:
         *,
         start: Mapping[str, Array] | None = None,
     ) -> float:
-        """True KL at θ₀ + start + alpha·move, rounded to θ₀'s dtypes; nats per counted output.
+        """Return the true KL at θ₀ + start + alpha·move, rounded to θ₀'s dtypes.
+
+        Nats per counted output.
 
         Args:
             move: changes by path; parameters that it leaves out stay.
@@ -188,7 +190,7 @@ class RetainKl:
 
     @on_auto_axes
     def predicted(self, change: Mapping[str, Array]) -> float:
-        """Second-order KL of a change from θ₀, by path."""
+        """Return the second-order KL of a change from θ₀, by path."""
         return self._mean(
             _predicted_kl(self._apply, self._likelihood, self._params, batch, change)
             for batch in self.batches
@@ -200,7 +202,7 @@ class RetainKl:
 
 
 def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: Batch) -> int:
-    """How many outputs a batch counts."""
+    """Return how many outputs a batch counts."""
     lead = likelihood.lead_shape(jax.eval_shape(apply, params, batch.inputs))
     return int(jnp.sum(counted_outputs(batch, lead)))
 

@@ -69,7 +69,7 @@ class RepresentationDeviation:
 
 
 def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Array, "*lead"]:
-    """Cosine along the last axis; 0, with no gradient, where either vanishes."""
+    """Return the cosine along the last axis; 0, with no gradient, where either vanishes."""
     x, y = _about_one(x), _about_one(y)
     squares = jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1)
     is_there = squares > 0

@@ -130,7 +130,7 @@ class _Frame:
             counting.see(eqn)
 
     def _entered(self, i: int, eqn) -> list["_Frame"]:
-        """Frames of what an equation calls, if it is known how it calls it."""
+        """Return frames of what an equation calls, if it is known how it calls it."""
         name, jaxprs = eqn.primitive.name, inner_jaxprs(eqn)
         is_rule = name in versions.CUSTOM_RULE
         if name == "cond":
@@ -175,7 +175,7 @@ class _Frame:
     # What is reached, from the outputs back.
 
     def pull(self, outs: Sequence[Reach]) -> list[Reach]:
-        """What each input reaches, given what each output reaches."""
+        """Return what each input reaches, given what each output reaches."""
         found: dict = {}
         for atom, reach in zip(self.jaxpr.outvars, outs, strict=True):
             self._meet(found, atom, reach)
@@ -246,7 +246,7 @@ class _Frame:
     # Labels, in both directions.
 
     def of(self, atom) -> frozenset[Label]:
-        """The labels of a variable."""
+        """Return the labels of a variable."""
         if isinstance(atom, jex_core.Literal):
             return frozenset()
         return self.labels.get(atom, frozenset())
@@ -342,7 +342,7 @@ def _moved(place: Place, by: int) -> Place:
 
 
 def _joined(*reaches: Reach) -> Reach:
-    """What is reached by way of several uses."""
+    """Return what is reached by way of several uses."""
     different = {reach for reach in reaches if reach is not None}
     if len(different) > 1:
         return SEVERAL
@@ -401,7 +401,7 @@ class _Counting:
 
 
 def _is_count(const) -> bool:
-    """Whether a constant is 0, 1, 2, ..."""
+    """Say whether a constant is 0, 1, 2, ..."""
     if isinstance(const, Tracer) or not jnp.issubdtype(const.dtype, jnp.integer):
         return False
     return np.array_equal(np.asarray(const), np.arange(len(const)))

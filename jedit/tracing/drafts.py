@@ -104,14 +104,14 @@ class View:
 
     @classmethod
     def of_output(cls, draft: Draft, shape: tuple[int, ...], features: Sequence[int]) -> "View":
-        """A site's output, of which the axes `features` are the weight's, in its order."""
+        """Return a site's output, of which the axes `features` are the weight's, in its order."""
         strides: list[int | None] = [None] * len(shape)
         for k, i in enumerate(features):
             strides[i] = math.prod(shape[f] for f in features[k + 1 :])
         return cls(draft, tuple(strides), shape)
 
     def after(self, name: str, eqn) -> "View | None":
-        """The view after a relayout; None where features and positions would be mixed."""
+        """Return the view after a relayout; None where features and positions would be mixed."""
         shape = eqn.outvars[0].aval.shape
         if name == "transpose":
             strides = tuple(self.strides[i] for i in eqn.params["permutation"])
@@ -125,7 +125,7 @@ class View:
         return None if strides is None else View(self.draft, strides, shape)
 
     def accepts(self, bias: Provenance) -> bool:
-        """Whether the bias varies along exactly the feature axes, in the weight's own order."""
+        """Say whether the bias varies along exactly the feature axes, in the weight's own order."""
         if bias.shape != self.shape:
             return False
         expected = 1
@@ -141,7 +141,10 @@ class View:
 
 
 def _regroup(strides, old, new) -> tuple | None:
-    """Strides after a reshape; None where features meet positions or features out of order."""
+    """Return strides after a reshape.
+
+    None where features meet positions or features out of order.
+    """
     out: list[int | None] = []
     for before, after in axis_groups(old, new):
         axes = [i for i in before if old[i] != 1]

@@ -75,11 +75,11 @@ class Plan:
         )
 
     def probes(self) -> dict[int, Any]:
-        """Zeros for every probe."""
+        """Return zeros for every probe."""
         return {tap.probe: jnp.zeros(tap.shape, tap.dtype) for tap in self.all_taps()}
 
     def all_taps(self) -> list[Tap]:
-        """Every tap, inner ones included."""
+        """Return every tap, inner ones included."""
         mine = [tap for taps in self.taps.values() for tap in taps]
         plans = [plan for plans in self.inner.values() for plan in plans]
         return mine + [tap for plan in plans for tap in plan.all_taps()]
@@ -102,7 +102,7 @@ class Records:
 
     @property
     def tree(self) -> tuple[dict, dict, dict]:
-        """The records as a pytree."""
+        """Return the records as a pytree."""
         return self.activations, self.ran, self.outputs
 
     def update(self, tree: tuple[dict, dict, dict]) -> None:
@@ -112,7 +112,7 @@ class Records:
 
 
 def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records: Records) -> list:
-    """The jaxpr's outputs, probes put where `plan` says and activations put in `records`."""
+    """Return the jaxpr's outputs, probes put where `plan` says and activations put in `records`."""
     env: dict[Any, Any] = {}
 
     def read(atom):
@@ -146,7 +146,7 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
 
 
 def _kept(kept: Kept, ins: list, read: Callable) -> Any:
-    """What is to be kept of an equation's operands."""
+    """Return what is to be kept of an equation's operands."""
     factor = None
     for eqn, operand in kept.factor:
         if operand is None:

@@ -36,16 +36,16 @@ class Joined:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaves in it."""
+        """Return the leaves in it."""
         return tuple(piece.origin.path for piece in self.pieces)
 
     @property
     def is_broadcast(self) -> bool:
-        """Whether some piece was expanded."""
+        """Say whether some piece was expanded."""
         return any(piece.origin.is_broadcast for piece in self.pieces)
 
     def scaled(self, factor: float) -> "Joined":
-        """The value times a constant."""
+        """Return the value times a constant."""
         return Joined(
             tuple(
                 dataclasses.replace(piece, origin=piece.origin.scaled(factor))
@@ -120,7 +120,7 @@ class Joined:
         return _simplest(pieces, shape)
 
     def scanned(self, depth: int) -> "Joined":
-        """The slices of a value that a scan takes apart along its leading axis."""
+        """Return the slices of a value that a scan takes apart along its leading axis."""
         pieces = []
         for piece in self.pieces:
             (start, stop), *box = piece.box
@@ -143,7 +143,7 @@ class Joined:
 
 
 def pieces_of(origin: Provenance | Joined) -> tuple[Piece, ...]:
-    """The pieces; a leaf by itself is one that fills all."""
+    """Return the pieces; a leaf by itself is one that fills all."""
     if isinstance(origin, Joined):
         return origin.pieces
     return (Piece(origin, tuple((0, n) for n in origin.shape)),)
@@ -172,7 +172,7 @@ def _simplest(pieces: list[Piece], shape: tuple[int, ...]) -> Joined | Provenanc
 
 
 def _span(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int] | None:
-    """Where a box begins and ends in the flattened axes; None unless it is without gaps."""
+    """Say where a box begins and ends in the flattened axes; None unless it is without gaps."""
     start, length = 0, 1
     for (a, b), n in zip(box, sizes, strict=True):
         if length > 1 and b - a != n:

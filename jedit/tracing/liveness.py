@@ -20,7 +20,7 @@ class Flow(enum.IntEnum):
 
 
 def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
-    """The flow of every equation and of every variable, given those of the outputs.
+    """Return the flow of every equation and of every variable, given those of the outputs.
 
     An equation that stops gradients, or whose outputs are no floating-point numbers, is of values
     alone, and so is what only such equations read. What only dead code reads is not used.
@@ -55,7 +55,7 @@ def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
 
 
 def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
-    """How often each variable is read by equations and outputs through which gradients flow."""
+    """Say how often each variable is read by equations and outputs through which gradients flow."""
     counts: Counter = Counter()
     for eqn, flow in zip(jaxpr.eqns, found, strict=True):
         if flow == Flow.GRADIENT:
@@ -69,7 +69,7 @@ def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
 
 
 def carry_flows(body, num_consts: int, num_carry: int, out_flows: list[Flow]) -> list[Flow]:
-    """The flows of a loop's carries: of those used after it, or by what is used in it."""
+    """Return the flows of a loop's carries: of those used after it, or by what is used in it."""
     carried = list(out_flows[:num_carry])
     while True:
         _, inside = flows(body, [*carried, *out_flows[num_carry:]])

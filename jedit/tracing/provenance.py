@@ -56,12 +56,12 @@ class Provenance:
 
     @classmethod
     def of_leaf(cls, path: str, shape: tuple[int, ...]) -> "Provenance":
-        """A parameter leaf as it is."""
+        """Return a parameter leaf as it is."""
         return cls(path, shape, (), shape, tuple(range(len(shape))), shape)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaf, as one of several might be."""
+        """Return the leaf, as one of several might be."""
         return (self.path,)
 
     @property
@@ -71,11 +71,11 @@ class Provenance:
 
     @property
     def layer_depths(self) -> tuple[int, ...]:
-        """The nesting depths of the scans that slice the leaf, outermost first."""
+        """Return the nesting depths of the scans that slice the leaf, outermost first."""
         return tuple(op[1] for op in self.ops if op[0] == "layer")
 
     def scaled(self, factor: float) -> "Provenance":
-        """The value times a constant."""
+        """Return the value times a constant."""
         return dataclasses.replace(self, scale=self.scale * factor)
 
     def feature_ops(self) -> tuple[Op, ...]:

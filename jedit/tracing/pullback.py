@@ -87,7 +87,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
 
 
 def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:
-    """What a traced `apply` is evaluated on."""
+    """Return what a traced `apply` is evaluated on."""
     leaves = jax.tree.leaves((params, inputs))
     return [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
 
@@ -117,7 +117,7 @@ def weight_gradients(
 
 
 def site_gradient(site: Site, activation: Array | None, cotangent: Array) -> Array:
-    """One site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
+    """Return one site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
     g = _flat(site.canonical_gradients(cotangent))
     bias = site.bias_scale * g.sum(axis=1, keepdims=True)
     if activation is None:
@@ -147,10 +147,10 @@ def scatter_rows(site: Site, indices: Array, values: Array) -> Array:
 
 
 def _flat(canonical: Array) -> Array:
-    """(layers, positions, features)."""
+    """Return (layers, positions, features)."""
     return canonical.reshape(canonical.shape[0], -1, canonical.shape[-1])
 
 
 def parameter_leaves(params: PyTree) -> dict[str, Any]:
-    """{path: leaf}."""
+    """Return {path: leaf}."""
     return dict(parameter_paths(params))

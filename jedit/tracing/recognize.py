@@ -80,7 +80,7 @@ def _holds_a_loop(eqn) -> bool:
 
 
 def ints(values) -> tuple[int, ...]:
-    """Python's integers: JAX's parameters may hold NumPy's."""
+    """Return Python's integers: JAX's parameters may hold NumPy's."""
     return tuple(int(value) for value in values)
 
 
@@ -115,7 +115,7 @@ def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more)
 
 
 def _is_cut_around_a_branch(origin: Provenance | Joined, scope: Scope) -> bool:
-    """Whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
+    """Say whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
     depths = [depth for piece in pieces_of(origin) for depth, _, _ in piece.layers]
     return scope.branch is not None and any(depth < scope.num_outer for depth in depths)
 
@@ -155,7 +155,7 @@ def _matrix_weight(origin, scope, ops, extra_layers, d_in, d_out) -> Weight:
 
 
 def _which_is_weight(values) -> tuple[int, int] | str:
-    """(weight operand, activation operand), or why neither is."""
+    """Return (weight operand, activation operand), or why neither is."""
     as_weight = [k for k in (0, 1) if values[k].origin and not values[k].origin.is_broadcast]
     if len(as_weight) == 2:
         return "is contracted with another parameter"
@@ -183,7 +183,7 @@ def _dense(eqn, values, scope) -> list[Draft] | str:
 
 
 def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draft:
-    """The site of one leaf, the whole of the weight or one of several that were joined."""
+    """Return the site of one leaf, the whole of the weight or one of several that were joined."""
     w, a = which
     contract, batch = eqn.params["dimension_numbers"]
     # In the order in which they lie in the parameter, whatever order the product names them in.
@@ -404,7 +404,7 @@ def _vector_sites(eqn, scope, origin, kind, reads) -> list[Draft] | str:
 
 
 def _vector_site(eqn, scope, piece: Piece, kind, reads) -> Draft:
-    """The site of one leaf; its output, and what it reads, have the box's shape."""
+    """Return the site of one leaf; its output, and what it reads, have the box's shape."""
     origin, inside = piece.origin, scope.within(piece.layers)
     shape = origin.shape
     layers, uses = _scan_axes(origin, inside)

@@ -134,7 +134,7 @@ class Relation(NamedTuple):
     reshaped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def to_output(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Where an operand's index stands in the output; None where it is lost."""
+        """Say where an operand's index stands in the output; None where it is lost."""
         pairs = self.pairs + self.near if with_near else self.pairs
         found = next((place._replace(axis=b) for a, b in pairs if a == place.axis), None)
         if found is None or self.reshaped is None:
@@ -142,7 +142,7 @@ class Relation(NamedTuple):
         return _relocated(found, *self.reshaped)
 
     def to_operand(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Where an output's index stands in the operand; None where it is no index of it."""
+        """Say where an output's index stands in the operand; None where it is no index of it."""
         found: Place | None = place
         if self.reshaped is not None:
             found = _relocated(place, *self.reshaped[::-1])
@@ -154,7 +154,7 @@ Relations = Mapping[tuple[int, int], Relation]  # by operand and output
 
 
 def relate(eqn, counted: Mapping[int, int]) -> Relations:
-    """How the axes of an equation's operands are those of its outputs.
+    """Say how the axes of an equation's operands are those of its outputs.
 
     Args:
         eqn: the equation.
@@ -174,7 +174,7 @@ def relate(eqn, counted: Mapping[int, int]) -> Relations:
 
 
 def _relocated(place: Place, old: tuple[int, ...], new: tuple[int, ...]) -> Place | None:
-    """An index's place after a reshape; None where it does not lie in one axis."""
+    """Return an index's place after a reshape; None where it does not lie in one axis."""
     stride = place.inner * math.prod(old[place.axis + 1 :])
     if not math.prod(old):
         return None
@@ -190,7 +190,7 @@ def _shapes(eqn) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
 
 
 def _equal(pairs: Iterable[tuple[int, int]], old, new) -> Pairs:
-    """Pairs of axes of one length: an axis that was broadcast, or cut, is another one."""
+    """Return pairs of axes of one length: an axis that was broadcast, or cut, is another one."""
     return tuple((int(a), int(b)) for a, b in pairs if old[a] == new[b])
 
 
@@ -207,7 +207,7 @@ def _elementwise(eqn) -> Relations:
 
 
 def _all_outputs(eqn, skipped: Iterable[int]) -> Relations:
-    """Every output has the operands' axes where the lengths still agree, but for some."""
+    """Return every output has the operands' axes where the lengths still agree, but for some."""
     (ins, outs), skipped = _shapes(eqn), set(skipped)
     return {
         (k, j): Relation(_equal(_same(old, skipped).pairs, old, new))

@@ -51,17 +51,17 @@ class Weight:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The parameters this matrix is made of."""
+        """Return the parameters this matrix is made of."""
         return (self.path,) if self.bias_path is None else (self.path, self.bias_path)
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix: d_in, and one more for a bias."""
+        """Return rows of the matrix: d_in, and one more for a bias."""
         return self.d_in + (self.bias_path is not None)
 
     @property
     def kernel(self) -> "Weight":
-        """The matrix without the bias's row."""
+        """Return the matrix without the bias's row."""
         return dataclasses.replace(self, bias_path=None, bias_shape=(), bias_ops=())
 
     @property
@@ -109,11 +109,11 @@ class Axes:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The array's axes that become positions, in their order."""
+        """Return the array's axes that become positions, in their order."""
         return self.permutation[self.num_layers : self.num_layers + self.num_positions]
 
     def canonical(self, array: Array) -> Array:
-        """(layers, positions..., features)."""
+        """Return (layers, positions..., features)."""
         array = jnp.transpose(array, self.permutation)
         end = self.num_layers + self.num_positions
         shape = array.shape
@@ -140,7 +140,7 @@ class Patches:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The output's axes that become positions, in their order."""
+        """Return the output's axes that become positions, in their order."""
         n = len(self.scan_axes)
         space = (n + i for i in (self.out_spec[0], *self.out_spec[2:]))
         return (*space, *(i for i, kind in enumerate(self.scan_axes) if kind == "use"))
@@ -175,12 +175,12 @@ class Patches:
         return self._split(patches, lead)
 
     def gradients(self, array: Array) -> Array:
-        """(layers, batch, space..., d_out)."""
+        """Return (layers, batch, space..., d_out)."""
         return self._split(*self._merge(array, self.out_spec))
 
 
 def cut(array: Array, window: tuple[tuple[int, int], ...] | None) -> Array:
-    """A window of an array, all of it for None."""
+    """Return a window of an array, all of it for None."""
     if window is None:
         return array
     return jax.lax.slice(array, [start for start, _ in window], [stop for _, stop in window])
@@ -234,7 +234,7 @@ class Site:
 
     @property
     def path(self) -> str:
-        """The parameter's path."""
+        """Return the parameter's path."""
         return self.weight.path
 
     def canonical_inputs(self, activation: Array) -> Array:
@@ -250,7 +250,7 @@ class Site:
         return canonical[..., self.index_column] if self.kind == "embedding" else canonical
 
     def canonical_gradients(self, gradient: Array) -> Array:
-        """(layers, positions..., d_out)."""
+        """Return (layers, positions..., d_out)."""
         if isinstance(self.axes_out, Patches):
             return self.axes_out.gradients(gradient)
         return self.axes_out.canonical(gradient)
@@ -298,7 +298,7 @@ class Sites(Mapping[str, Site]):
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """Paths of the parameters that have sites, biases included."""
+        """Return paths of the parameters that have sites, biases included."""
         return tuple(dict.fromkeys(p for site in self.values() for p in site.weight.paths))
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ IDENTITY = (
 
 
 def inner_jaxprs(eqn) -> list[jex_core.ClosedJaxpr]:
-    """The jaxprs in an equation's parameters, closed."""
+    """Return the jaxprs in an equation's parameters, closed."""
     found = []
     for value in eqn.params.values():
         for x in value if isinstance(value, (tuple, list)) else (value,):
@@ -58,7 +58,7 @@ def rebind(eqn, inputs: list) -> list:
 
 
 def scan_layout(eqn) -> tuple[int, int]:
-    """How many constants and how many carried values lead a scan's operands."""
+    """Return how many constants and how many carried values lead a scan's operands."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()  # jax >= 0.12

@@ -67,7 +67,7 @@ class Walker:
         return ("new", self._fresh)
 
     def record(self, number: Any) -> int:
-        """The record of the activation with that number."""
+        """Return the record of the activation with that number."""
         return self._records.setdefault(number, len(self._records))
 
     def refuse(self, origin: Provenance | Joined | None, reason, scope: Scope, eqn=None) -> None:
@@ -145,13 +145,13 @@ class Walker:
         return _without_shared_views(outs, jaxpr.outvars, uses), plan
 
     def _stopped(self, values: list[Value]) -> list[Value]:
-        """What enters where no gradient flows: parameters there are numbers like others."""
+        """Return what enters where no gradient flows: parameters there are numbers like others."""
         for value in values:
             self.stopped.update(() if value.origin is None else value.origin.paths)
         return [dataclasses.replace(v, origin=None, view=None, factor=()) for v in values]
 
     def _without_factors(self, values: list[Value], scope: Scope) -> list[Value]:
-        """What was multiplied by an array is not followed into, or out of, another jaxpr."""
+        """Return what was multiplied by an array is not followed into, or out of, another jaxpr."""
         for value in values:
             if value.factor:
                 self.refuse(value.origin, BY_ARRAY, scope, value.factor[0].eqn)
@@ -299,7 +299,7 @@ class Walker:
 
     @staticmethod
     def _fold(eqn, values) -> np.ndarray | None:
-        """The value of a scalar equation whose inputs are known."""
+        """Return the value of a scalar equation whose inputs are known."""
         if len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape != () or eqn.effects:
             return None
         if not values or any(v.constant is None for v in values) or inner_jaxprs(eqn):
@@ -379,7 +379,7 @@ def _without_shared_views(values: list[Value], atoms, uses) -> list[Value]:
 
 
 def _known_scalar(value) -> np.ndarray | None:
-    """A number known while tracing, as NumPy holds it."""
+    """Return a number known while tracing, as NumPy holds it."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
         return None
     dtype = getattr(value, "dtype", np.asarray(0.0).dtype)

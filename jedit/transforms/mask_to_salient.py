@@ -76,7 +76,7 @@ def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
 
 
 def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> Any:
-    """The leaf of this path; a Flax variable's array has one more key than the bare array.
+    """Return the leaf of this path; a Flax variable's array has one more key than the bare array.
 
     Raises:
         ValueError: there is none.

@@ -114,7 +114,7 @@ def contract(
 
 
 def _pad(x: Array, multiples: dict[int, int]) -> Array:
-    """Zeros at the end of some axes; the same array where there is nothing to add."""
+    """Return zeros at the end of some axes; the same array where there is nothing to add."""
     amounts = [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, amounts) if any(end for _, end in amounts) else x
 

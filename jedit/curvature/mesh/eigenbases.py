@@ -21,7 +21,7 @@ from jedit.curvature.types import Factor
 def factorize_all(
     moments: Mapping[str, Moment], dtype: DTypeLike | None = None
 ) -> dict[str, Factor]:
-    """The eigenbases of all factors; where they lie on a mesh, each device decomposes some.
+    """Return the eigenbases of all factors; where they lie on a mesh, each device decomposes some.
 
     A basis lies as its matrix does. Beside the factors a device holds some four whole matrices of
     the largest size. Devices that are CPUs of one process take turns: they share its cores, and
@@ -73,7 +73,7 @@ def _factorize_spread(
 
 
 def _on_device(matrix: Array, sharding: NamedSharding, layer: int, device: Any) -> Array | None:
-    """One layer's matrix on one device; None when that is another process's."""
+    """Return one layer's matrix on one device; None when that is another process's."""
     # Waited for: else copies of a whole turn would be under way to every device.
     copies = jax.block_until_ready(_layer(matrix, jnp.int32(layer), whole(sharding)))
     mine = [x.data for x in copies.addressable_shards if x.device == device]
@@ -87,7 +87,7 @@ def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
 
 
 def _devices(sharding: NamedSharding) -> list[Any]:
-    """All of a mesh, in its order."""
+    """Return all of a mesh, in its order."""
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)  # an array's is never abstract
     return list(np.asarray(mesh.devices).flat)
@@ -132,7 +132,7 @@ def _sum_devices(x: Array, place: NamedSharding) -> Array:
 
 
 def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:
-    """(bases, eigenvalues) of all layers."""
+    """Return (bases, eigenvalues) of all layers."""
     values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
     bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
     values = jax.device_put(jnp.maximum(values, 0), whole(sharding))

@@ -100,7 +100,7 @@ def _reshaped(
 
 
 def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> NamedSharding:
-    """The sharding for an array whose dimensions are those `dims` of it; None: a whole one.
+    """Return the sharding for an array whose dimensions are those `dims` of it; None: a whole one.
 
     A dimension that the devices do not divide is whole too, and so is one whose axes came before.
     """
@@ -115,7 +115,7 @@ def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> 
 
 
 def along(sharding: NamedSharding, dim: int) -> NamedSharding:
-    """All the axes that rows and columns are split over, on one of the two: 1 or 2.
+    """Return all the axes that rows and columns are split over, on one of the two: 1 or 2.
 
     Its own come first: getting there from `sharding`, and back, is one all-to-all.
     """
@@ -136,32 +136,32 @@ def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 
 
 def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
-    """Where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
+    """Say where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
     dims = (0, dim, None)[: len(shape)]
     found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
     return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
 
 
 def num_pieces(sharding: NamedSharding) -> int:
-    """Into how many a matrix is cut along `along`."""
+    """Say into how many a matrix is cut along `along`."""
     axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
     return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
 def without(sharding: NamedSharding, axes: MeshAxes) -> NamedSharding | None:
-    """The sharding without some axes; None when nothing is left."""
+    """Return the sharding without some axes; None when nothing is left."""
     split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
     return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
 
 
 def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
-    """The curvature for use where something else is split over these axes of its mesh."""
+    """Return the curvature for use where something else is split over these axes of its mesh."""
     placed = block_shardings(curvature)
     return with_shardings(curvature, {name: without(x, axes) for name, x in placed.items()})
 
 
 def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
-    """How the blocks' matrices lie, of those that are on a mesh."""
+    """Say how the blocks' matrices lie, of those that are on a mesh."""
     found = {n: b.sharding for n, b in curvature.blocks.items() if isinstance(b, Kronecker)}
     return {name: sharding for name, sharding in found.items() if sharding is not None}
 
@@ -169,7 +169,10 @@ def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
 def with_shardings(
     curvature: Curvature, shardings: Mapping[str, NamedSharding | None]
 ) -> Curvature:
-    """The curvature with other statements of how its blocks' matrices lie; None where unnamed."""
+    """Return the curvature with other statements of how its blocks' matrices lie.
+
+    None where unnamed.
+    """
     blocks = {
         name: dataclasses.replace(b, sharding=shardings.get(name))
         if isinstance(b, Kronecker)
@@ -180,18 +183,21 @@ def with_shardings(
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:
-    """A copy on every device."""
+    """Return a copy on every device."""
     return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
-    """A tree of shardings, all of them whole copies on the parameters' mesh."""
+    """Return a tree of shardings, all of them whole copies on the parameters' mesh."""
     everywhere = whole(next(iter(leaves.values())))
     return jax.tree.map(lambda _: everywhere, tree)
 
 
 def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
-    """Zeros of given shapes, made where they belong; `places` None: on the default device."""
+    """Return zeros of given shapes, made where they belong.
+
+    `places` None: on the default device.
+    """
     if places is None:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     specs, treedef = jax.tree.flatten(shapes)

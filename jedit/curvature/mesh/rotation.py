@@ -17,7 +17,7 @@ from jedit.tracing.sites import Weight
 
 @functools.partial(jax.jit, static_argnums=2)
 def sharded_products(a: Array, g: Array, sharding: NamedSharding) -> Array:
-    """The eigenvalues a_i g_j (layers, rows, d_out), made where the matrix lies."""
+    """Return the eigenvalues a_i g_j (layers, rows, d_out), made where the matrix lies."""
     products = a[:, :, None] * g[:, None, :]
     return with_sharding_constraint(products, best_split(sharding, products.shape))
 
@@ -64,7 +64,7 @@ def sharded_rotation(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def sharded_gather(leaves: dict[str, Array], weight: Weight, sharding: NamedSharding) -> Array:
-    """A parameter's matrix with the bias's row below it.
+    """Return a parameter's matrix with the bias's row below it.
 
     Both are split by columns when they are joined: no row has to move.
     """

@@ -23,7 +23,7 @@ def rotate_scale(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "layers d_in d_out"]:
-    """(F + λ)⁻¹ T for a block of F with these eigenvalues in these bases.
+    """Return (F + λ)⁻¹ T for a block of F with these eigenvalues in these bases.
 
     Costs 4 d_in d_out (d_in + d_out) flops a layer. Between the products the matrix has the dtype
     of `matrix`; sums are in `eigenvalues`'s, float32 or wider.
