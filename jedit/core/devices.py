@@ -33,7 +33,7 @@ def axes_of(entry: Any) -> MeshAxes:
 
 
 def spec_of(*split: MeshAxes) -> PartitionSpec:
-    """The reverse, for all dimensions."""
+    """Return the `PartitionSpec` that splits each dimension over these mesh axes."""
     return PartitionSpec(*(axes or None for axes in split))
 
 
@@ -48,12 +48,12 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 
 def on_auto_axes(function: Function) -> Function:
-    """The function, for arguments on a mesh with explicit axes too, or in the context of one.
+    """Let a function take arguments on a mesh with explicit axes too, or run in their context.
 
     Its body sees arrays and the context with Auto axes. What it returns lies on the explicit mesh
-    again: as it came out, and under a trace as the argument that is shaped like it, or whole. So
-    does what the callback in a keyword argument `watch` is given. Where the caller works with Auto
-    axes himself, results stay so.
+    again: as it came out, and under a trace as the argument that is shaped like it, or whole. What
+    the callback in a keyword argument `watch` is given lies there too. Where the caller works with
+    Auto axes himself, results stay on Auto axes.
     """
 
     @functools.wraps(function)
@@ -66,6 +66,8 @@ def on_auto_axes(function: Function) -> Function:
         if watch is not None and watch.callback is not None:
             callback = _called_outside(watch.callback, mesh, context)
             kwargs["watch"] = watch._replace(callback=callback)
+        # A traced array's type names its mesh, and the context must name the same one; concrete
+        # arrays need no context, and computing on one device inside one would be refused.
         is_traced = any(isinstance(x, Tracer) for x in _leaves((args, kwargs)))
         inside_args, inside_kwargs = on_auto((args, kwargs))
         with _within(_auto(mesh) if is_traced or context.axis_names else None):
@@ -78,13 +80,15 @@ def on_auto_axes(function: Function) -> Function:
 
 
 def on_auto(tree: PyTree) -> PyTree:
-    """A tree whose arrays on meshes with explicit axes lie on the same meshes with Auto axes."""
+    """Return the tree with arrays on explicit meshes put on the same meshes with Auto axes."""
 
     def moved(x: Any) -> Any:
         sharding = _typed_sharding(x)
         if sharding is None or not _is_explicit(sharding.mesh):
             return x
         auto = _auto(sharding.mesh)
+        # Under a trace there are no buffers to rename, so the type is changed by a reshard; Auto
+        # axes have no place in a type, so that its spec is all None.
         if isinstance(x, Tracer):
             return _retyped(x, NamedSharding(auto, PartitionSpec(*(None,) * x.ndim)))
         return _renamed(x, auto)
@@ -107,11 +111,12 @@ def no_mesh() -> contextlib.AbstractContextManager:
     """Return a context of no mesh, for what is computed on one of its devices alone."""
     if not jax.sharding.get_abstract_mesh().axis_names:
         return contextlib.nullcontext()
+    # A mesh of no axes: JAX has no context manager that takes a mesh away.
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Callable:
-    """The callback, in the caller's context and on its mesh."""
+    """Return the callback as one that runs in the caller's context and sees its mesh."""
 
     def called(*given):
         with _within(context if context.axis_names else None):
@@ -121,12 +126,14 @@ def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Cal
 
 
 def _on_explicit(tree: PyTree, mesh: Any, references: list) -> PyTree:
-    """Return what was computed with Auto axes, on the mesh with explicit axes that it came from."""
+    """Put what was computed with Auto axes on the mesh with explicit axes that it came from."""
 
     def shapes(tree):
         structure = jax.tree.structure(tree, is_leaf=_is_iterator)
         return structure, [getattr(x, "shape", None) for x in _leaves(tree)]
 
+    # A traced result has lost its explicit spec; an argument of the same shapes tells it. Without
+    # one the result is typed like itself, which is whole.
     like = next((other for other in references if shapes(other) == shapes(tree)), tree)
 
     def moved(x: Any, y: Any) -> Any:
@@ -149,11 +156,12 @@ def _retyped(x: Tracer, sharding: NamedSharding) -> Any:
 
 
 def _renamed(x: Any, mesh: Any) -> Any:
-    """The same buffers on a mesh of the same devices."""
+    """Return an array of the same buffers on a mesh of the same devices; nothing is copied."""
     old = x.sharding
     new = NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=new)
+    # Keys cannot be assembled from shards: their raw words can.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _renamed(jax.random.key_data(x), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
@@ -179,7 +187,7 @@ def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh |
 
 
 def _is_iterator(x: Any) -> bool:
-    """Batches that come one by one, say; JAX is to take them as they are."""
+    """Say whether this is an iterator (of batches, say), which JAX must not look into."""
     return isinstance(x, Iterator)
 
 
@@ -188,7 +196,7 @@ def _leaves(tree: PyTree) -> list[Any]:
 
 
 def _is_inside(tree: PyTree, context: AbstractMesh) -> bool:
-    """Whether the caller is itself at work with Auto axes, and what is explicit came with it."""
+    """Say whether the caller itself works with Auto axes, beside arrays on explicit ones."""
     shardings = [_typed_sharding(x) for x in _leaves(tree)]
     meshes = [context, *(s.mesh for s in shardings if s is not None)]
     return any(mesh.axis_names and not _is_explicit(mesh) for mesh in meshes)
@@ -210,11 +218,11 @@ def _within(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManag
 
 @dataclasses.dataclass(frozen=True)
 class RowSharding:
-    """Rows of data that several devices share; hashable.
+    """How rows of data are split over several devices, as a hashable value.
 
     Attributes:
-        mesh: of the devices.
-        axes: that the rows are split over.
+        mesh: the mesh of the devices that share the rows.
+        axes: the mesh axes that the rows are split over.
     """
 
     mesh: Mesh | AbstractMesh
@@ -226,7 +234,7 @@ class RowSharding:
         return math.prod(self.mesh.shape[a] for a in self.axes)
 
     def at(self, axis: int) -> NamedSharding:
-        """Of an array whose rows are this axis."""
+        """Return the sharding of an array whose rows lie along this axis."""
         return NamedSharding(self.mesh, spec_of(*((),) * axis, self.axes))
 
 
@@ -241,7 +249,7 @@ def row_sharding(rows: PyTree) -> RowSharding | None:
 
 
 def split_rows(rows: PyTree, over: RowSharding | None) -> PyTree:
-    """Rows of such a set, split as it is; under jit."""
+    """Hold the rows to the split of the set that they were taken from, under jit."""
     if over is None:
         return rows
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over.at(0)), rows)

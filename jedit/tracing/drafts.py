@@ -16,11 +16,11 @@ class Scope:
     """Where an equation stands: the scans and the `cond` branch around it, and the call's line.
 
     Attributes:
-        lengths: of the scans around, outermost first.
-        key: tells the jaxprs apart in which equal numbers are equal arrays.
+        lengths: the lengths of the scans around, outermost first.
+        key: a value that tells the jaxprs apart in which equal numbers are equal arrays.
         branch: index of the branch around, or None.
         num_outer: how many of the scans are around that branch.
-        source: the call's line.
+        source: the user's line that calls the jaxpr in which the equation stands.
     """
 
     lengths: tuple[int, ...] = ()
@@ -30,28 +30,28 @@ class Scope:
     source: str = ""
 
     def scan(self, length: int, key: Any) -> "Scope":
-        """Inside a scan's body."""
+        """Return the scope inside a scan's body."""
         return dataclasses.replace(self, lengths=(*self.lengths, length), key=key)
 
     def branched(self, key: Any, branch: int) -> "Scope":
-        """Inside a branch."""
+        """Return the scope inside a branch of a `cond`."""
         return dataclasses.replace(self, key=key, branch=branch, num_outer=len(self.lengths))
 
     def within(self, layers: Sequence[tuple[int, int, int]]) -> "Scope":
-        """In only these iterations, (depth, start, stop), of the scans around."""
+        """Return the scope cut to these iterations, (depth, start, stop), of the scans around."""
         lengths = list(self.lengths)
         for depth, start, stop in layers:
             lengths[depth] = stop - start
         return dataclasses.replace(self, lengths=tuple(lengths))
 
     def called_from(self, eqn) -> "Scope":
-        """Inside a call: equations without a line of their own take the call's."""
+        """Return the scope inside a call, whose equations without a line of their own take its."""
         return dataclasses.replace(self, source=source_line(eqn, self.source))
 
 
 @dataclasses.dataclass(eq=False)
 class Draft:
-    """A site in the making.
+    """A site in the making, whose bias and coverage are not settled yet.
 
     Attributes:
         site: the site so far.
@@ -68,7 +68,7 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Offer:
-    """A bias as the last row of the matrix of the site `host`."""
+    """The offer of a bias to become the last row of the matrix of the site `host`."""
 
     host: Draft
     path: str
@@ -78,7 +78,7 @@ class Offer:
 
     @property
     def row(self) -> tuple:
-        """Equal for two offers that would make the same matrix of one host."""
+        """Return a value equal for two offers that would make the same matrix of one host."""
         return (self.path, self.ops, self.scale)
 
     def to_site(self) -> Site:
@@ -132,7 +132,7 @@ class View:
         for n, stride, core in reversed(
             list(zip(self.shape, self.strides, bias.view, strict=True))
         ):
-            if n == 1:
+            if n == 1:  # an axis of one entry has no stride to speak of
                 continue
             if (stride is None) != (core is None) or stride not in (None, expected):
                 return False
@@ -148,6 +148,7 @@ def _regroup(strides, old, new) -> tuple | None:
     out: list[int | None] = []
     for before, after in axis_groups(old, new):
         axes = [i for i in before if old[i] != 1]
+        # Axes merge only where they lie row-major, each stride the next one's times its length.
         if all(strides[i] is None for i in axes):
             out += [None] * len(after)
             continue

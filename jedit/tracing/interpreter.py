@@ -17,10 +17,10 @@ from jedit.tracing.versions import inner_jaxprs, rebind, scan_layout
 
 
 class Step(NamedTuple):
-    """How a parameter's constant multiplier went on: through an equation, or times an operand.
+    """One step in the making of a parameter's constant multiplier: a relayout, or a product.
 
     Attributes:
-        eqn: the equation.
+        eqn: the equation that relays the multiplier out, or multiplies it.
         operand: which of its operands multiplies, or divides; None for a relayout.
     """
 
@@ -37,7 +37,7 @@ class Kept(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """At an equation: put a probe of this shape and dtype on the output, and keep something."""
+    """An order at one equation: add a probe of this shape and dtype to its output; keep inputs."""
 
     probe: int
     kept: tuple[Kept, ...]
@@ -65,7 +65,7 @@ class Plan:
         return bool(self.taps or self.inner)
 
     def restricted(self, probes: set[int]) -> "Plan":
-        """Without the taps whose probe is not wanted."""
+        """Return the plan without the taps whose probe is not wanted."""
         taps = {i: [t for t in taps if t.probe in probes] for i, taps in self.taps.items()}
         inner = {i: tuple(p.restricted(probes) for p in plans) for i, plans in self.inner.items()}
         return Plan(
@@ -96,7 +96,7 @@ class Records:
     is_watching: bool = False  # whether outputs are kept
 
     def inside(self, *, sees_arrays: bool = False) -> "Records":
-        """Fresh records for a jaxpr of its own, that of a loop or one that sees the same arrays."""
+        """Return fresh records for an inner jaxpr: a loop's, or one that sees the same arrays."""
         known = self.known | set(self.activations) if sees_arrays else frozenset()
         return Records(known=known, is_watching=self.is_watching)
 
@@ -128,10 +128,13 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
             probe = probes[tap.probe]
+            # The equation's own context: the sum must see the mesh and precision that the model
+            # set.
             with eqn.ctx.manager:
-                if callable(probe):  # of what enters there
+                if callable(probe):  # a change that is computed from what enters there
                     probe = probe(on_auto(_kept(tap.kept[0], ins, read)))
                 for kept in tap.kept:
+                    # Sites that read one activation have one record: it is kept once.
                     if kept.record not in {*records.known, *records.activations}:
                         records.activations[kept.record] = on_auto(_kept(kept, ins, read))
                 if isinstance(probe, Replacement):
@@ -153,6 +156,8 @@ def _kept(kept: Kept, ins: list, read: Callable) -> Any:
             factor = rebind(eqn, [factor])[0]
             continue
         by = jnp.broadcast_to(read(eqn.invars[operand]), eqn.outvars[0].aval.shape)
+        # The multiplier may be of lower rank than the weight was: it grows to the output's shape
+        # here.
         by = 1 / by if eqn.primitive.name == "div" else by
         factor = by if factor is None else factor * by
     if kept.operand is None:
@@ -169,6 +174,8 @@ def _enter(eqn, ins, plans, probes, records) -> list:
         return _enter_cond(eqn, ins, plans, probes, records)
     jaxpr = inner_jaxprs(eqn)[0]
     if name in versions.REMAT:
+        # Probes and records pass through `checkpoint` as arguments and results: closed over, a
+        # tracer of its inside would leak.
         mine = _needed(plans[0], probes)
 
         def body(inputs, mine):
@@ -195,6 +202,8 @@ def _enter_scan(eqn, ins, plan, probes, records) -> list:
     num_consts, num_carry = scan_layout(eqn)
     consts, init = ins[:num_consts], ins[num_consts : num_consts + num_carry]
 
+    # Probes go in as sliced inputs and activations come out as stacked outputs, so that each
+    # iteration has its own: both get the loop's axis in front.
     def step(carry, sliced):
         xs, mine = sliced
         kept = records.inside()
@@ -229,6 +238,8 @@ def _enter_cond(eqn, ins, plans, probes, records) -> list:
 
         return run
 
+    # All branches of a switch must return one structure: what a branch does not keep is zero there,
+    # and `ran` tells these zeros from data.
     shapes = [jax.eval_shape(runner(k), operands, mine)[1] for k in range(len(branches))]
 
     def padded(k):

@@ -28,7 +28,7 @@ def factorize_all(
     LAPACK may not come back when it is called side by side.
 
     Raises:
-        FloatingPointError: one is not finite.
+        FloatingPointError: a factor is not finite.
     """
     factors, spread = {}, {}
     for name, moment in moments.items():
@@ -47,10 +47,12 @@ def factorize_all(
 def _factorize_spread(
     matrices: Mapping[str, tuple[Array, NamedSharding]], dtype: DTypeLike | None
 ) -> dict[str, Factor]:
-    """As many layers' matrices at once as there are devices, those of equal size together."""
+    """Decompose as many layers' matrices at once as there are devices, equal sizes together."""
     if not matrices:
         return {}
     devices = _devices(next(iter(matrices.values()))[1])
+    # By size, so that the devices of one turn have matrices of one size and end together; the sort
+    # is stable, hence alike in every process, which all must enter the same collectives.
     names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
     tasks = [(name, layer) for name in names for layer in range(len(matrices[name][0]))]
     pieces: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
@@ -62,6 +64,7 @@ def _factorize_spread(
         pairs = []
         for matrix, device in zip(mine, devices, strict=False):
             pairs.append(None if matrix is None else eigh(matrix, dtype or matrix.dtype))
+            # CPUs of one process share LAPACK's threads; accelerators go on side by side.
             if device.platform == "cpu":
                 jax.block_until_ready(pairs[-1])
         for ((name, _), device), pair in zip(turn, pairs, strict=True):
@@ -96,12 +99,13 @@ def _devices(sharding: NamedSharding) -> list[Any]:
 def _from_owner(
     pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
 ) -> tuple[Array, ...]:
-    """Eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds, on all of the mesh.
+    """Give all of the mesh the eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds.
 
-    None: another process holds them. A sum over the devices, of zeros but for the owner's: exact,
-    and a collective that needs nobody to see the others' memory.
+    The pair is None where another process holds it. It travels as a sum over the devices, of zeros
+    but for the owner's: exact, and a collective for which nobody needs to see the others' memory.
     """
     devices = _devices(sharding)
+    # A flat mesh of one axis, whatever the parameters' mesh is: one row of the sum for a device.
     by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
     axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
     split = even(
@@ -134,6 +138,7 @@ def _sum_devices(x: Array, place: NamedSharding) -> Array:
 def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:
     """Return (bases, eigenvalues) of all layers."""
     values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
+    # After the concatenation, which has the layers in front: only now can they be split too.
     bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
     values = jax.device_put(jnp.maximum(values, 0), whole(sharding))
     return bases, values

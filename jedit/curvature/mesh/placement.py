@@ -26,7 +26,7 @@ from jedit.tracing.sites import Weight
 
 
 def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
-    """By path, the sharding of every parameter that is an array on a mesh of several devices."""
+    """Return, by path, the sharding of every parameter that lies on a mesh of several devices."""
     found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
     return {path: sharding for path, sharding in found.items() if sharding is not None}
 
@@ -34,10 +34,10 @@ def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
 def matrix_sharding(
     weight: Weight, leaves: Mapping[str, NamedSharding], *, is_flipped: bool = False
 ) -> NamedSharding | None:
-    """How a parameter's matrix (layers, d_in, d_out) lies, or its transpose; None: on one device.
+    """Return how a parameter's matrix (layers, d_in, d_out), or its transpose, lies on its mesh.
 
     Axes of the leaf are followed through its relayouts; one that is cut, or whose devices do not
-    divide what it becomes, is lost: the matrix is whole along it.
+    divide what it becomes, is lost: the matrix is whole along it. None stands for a matrix on one device.
     """
     sharding = leaves.get(weight.path)
     if sharding is None:
@@ -47,6 +47,7 @@ def matrix_sharding(
     dims = list(zip(weight.shape, spec, strict=True))
     num_layers = 0
     for name, *arguments in weight.ops:
+        # A scan's slice puts a layer axis in front; the later relayouts see only what is behind it.
         rest = dims[num_layers:]
         if name == "layer":
             num_layers += 1
@@ -77,6 +78,8 @@ def _reshaped(
 ) -> list[tuple[int, MeshAxes]]:
     """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
     found: list[tuple[int, MeshAxes]] = []
+    # Dimensions are matched in runs of equal product, row-major; only the first of a run can stay
+    # split, as the pieces of a later one do not lie together in memory.
     queue = [d for d in dims if d[0] != 1]
     new = 0
     while new < len(shape):
@@ -126,9 +129,9 @@ def along(sharding: NamedSharding, dim: int) -> NamedSharding:
 
 
 def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Of what has the matrix's shape, but where a bias makes the rows odd: as it is, or by columns.
+    """Return how to split an array like the matrix whose rows a bias makes odd: the smaller pieces.
 
-    Arrays between programs have pieces of equal size.
+    It is split as the matrix is, or by columns: arrays between programs have pieces of equal size.
     """
     by_columns = along(sharding, 2)
     found = [even(place, shape, 0, 1, 2) for place in (sharding, by_columns)]
@@ -138,6 +141,7 @@ def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
     """Say where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
     dims = (0, dim, None)[: len(shape)]
+    # Over all axes if the devices divide the side, else over its own; the smaller piece wins.
     found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
     return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
 
