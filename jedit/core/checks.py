@@ -20,10 +20,10 @@ class Range(NamedTuple):
     """Which numbers an argument may be; none of them is infinite or NaN.
 
     Attributes:
-        least: the smallest.
-        most: the largest.
+        least: the smallest number allowed.
+        most: the largest number allowed.
         is_open: the smallest itself is left out.
-        is_whole: only whole numbers.
+        is_whole: only whole numbers are allowed.
     """
 
     least: float = -math.inf
@@ -55,7 +55,7 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
     """Refuse numbers that are out of their range, by their names.
 
     Args:
-        allowed: the range.
+        allowed: the range in which each number has to lie.
         **numbers: by the name that the caller knows: numbers, arrays of them, None, or traced.
 
     Raises:
@@ -154,11 +154,11 @@ def loop_failure(
     """Say where a training loop left the finite numbers, and why, as a sentence.
 
     Args:
-        losses: of the steps taken last.
-        first: the number of the first of them.
-        reached: the parameters after them.
-        start: those that the loop began with.
-        sets: the rows, by name.
+        losses: the losses of the steps taken last.
+        first: the number of the first of these steps.
+        reached: the parameters after these steps.
+        start: the parameters that the loop began with.
+        sets: the rows that the loop read, by name.
     """
     values = np.asarray(losses)
     wrong = np.flatnonzero(~np.isfinite(values))

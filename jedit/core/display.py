@@ -51,7 +51,7 @@ def short_repr(self: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in few characters: arrays by dtype and shape, unless they hold a few numbers."""
+    """Show a value in few characters: an array of many numbers by its dtype and shape."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _short_array(value)
     if isinstance(value, functools.partial):
@@ -87,13 +87,13 @@ def num_megabytes(tree: Any) -> float:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them headings, as lines of even columns."""
+    """Set rows, the first of them headings, as lines of even columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def html_table(rows: Sequence[Sequence[str]], below: Iterable[str] = ()) -> str:
-    """The same for a notebook, and lines below it; whatever the texts hold is shown as it is."""
+    """Set rows as a table for a notebook, with lines below it; all text is escaped."""
     heading, *body = ([html.escape(cell) for cell in row] for row in rows)
     lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in heading) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]

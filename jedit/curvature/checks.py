@@ -32,7 +32,7 @@ def check_has(weights: Iterable[Weight], tree: PyTree, owner: str) -> dict[str, 
 
     Args:
         weights: what the owner covers.
-        tree: of arrays.
+        tree: a pytree of arrays.
         owner: what to call it in a message.
 
     Returns:
@@ -64,7 +64,7 @@ def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
     """Refuse a mean over no output: it protects nothing, and names nothing to be forgotten.
 
     Raises:
-        ValueError: nothing was counted.
+        ValueError: no output was counted.
     """
     if is_known(num_outputs) and not np.all(np.asarray(num_outputs) > 0):
         raise ValueError(

@@ -29,11 +29,11 @@ def ekfac(
     fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
-    """EK-FAC: the spectrum of a K-FAC curvature corrected in its own eigenbasis.
+    """Correct the spectrum of a K-FAC curvature in its own eigenbasis, by EK-FAC.
 
     Args:
-        apply: as for `kfac`.
-        likelihood: as for `kfac`; the same one, as a rule.
+        apply: the model, `apply(params, inputs) -> outputs`.
+        likelihood: what the outputs mean; as a rule the one that `kfac` was given.
         kfac_curvature: whose eigenbases and parameters are taken.
         fisher: "sampled", "exact" or "empirical", as for `kfac`.
         samples: draws of labels a batch, for "sampled".

@@ -95,7 +95,7 @@ def estimate(
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
-        params: where to linearise.
+        params: the parameters at which the curvature is taken.
         batches: a `Batch`, or any iterable of them.
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result
             does not depend on how examples are cut into batches.
@@ -140,6 +140,7 @@ def estimate(
         batches = tqdm(batches, desc="curvature", unit="batch")
     update = estimator.update
     if not isinstance(update, jax.tree_util.Partial):
+        # A Partial is a pytree: jit takes its function as static, its arrays (bases) as arguments.
         update = jax.tree_util.Partial(update)
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
@@ -154,6 +155,7 @@ def estimate(
                     done, state, _ = checkpoint.resume("estimate", (params, key), state)
             if checkpoint is not None:
                 checkpoint.see(batch)
+            # Batches of before the checkpoint are drawn and hashed, but not summed again.
             if number > done:
                 state = add_batch(update, state, params, batch, key)
                 if checkpoint is not None and number % checkpoint.every == 0:
@@ -172,7 +174,7 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
     """Return the groups' estimators, and batches that can be passed over for each.
 
     Raises:
-        ValueError: as `estimate`.
+        ValueError: `group_bytes` cannot be used with these arguments of `estimate`.
     """
     if estimator.groups is None:
         raise ValueError("group_bytes needs an estimator with `groups`: kfac, ekfac or diagonal")

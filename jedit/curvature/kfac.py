@@ -57,16 +57,16 @@ from jedit.curvature.types import Curvature, Diagonal, pytree
 @pytree("blocks", "draws", "shardings")
 @dataclasses.dataclass(frozen=True)
 class KfacState:
-    """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
+    """Sums of moments over batches; states of disjoint data merge by adding leaf by leaf.
 
     Attributes:
         inputs: by input group, sums over what enters.
         outputs: by site, Σ g gᵀ (layers, d_out, d_out), of which the lower block triangle counts;
             or its diagonal (layers, d_out).
         squares: by block of a vector parameter, Σ_n (∂ℓ_n)² (layers, 1, d).
-        num_outputs: M, int32.
+        num_outputs: M, the number of outputs that counted, int32.
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
-        blocks: static.
+        blocks: static; the parameters and sites of each block.
         draws: static; how many pullbacks a batch's gradients are the mean of.
         shardings: static; how each block's parameter lies on a mesh; empty on one device.
     """
@@ -116,7 +116,7 @@ def kfac(
     sharing: Sharing = "expand",
     max_dim: int = 16384,
 ) -> Estimator:
-    """K-FAC of the mean output loss.
+    """Estimate the curvature of the mean output loss by K-FAC.
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.

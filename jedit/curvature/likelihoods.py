@@ -299,7 +299,7 @@ def check_likelihood(likelihood: Likelihood) -> None:
     """Refuse what is no likelihood, such as a class that was not called.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the argument is no likelihood.
     """
     check_kind(likelihood, Likelihood, "likelihood", "such as Categorical()")
 

@@ -18,10 +18,10 @@ from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 class Need(NamedTuple):
-    """What one block needs.
+    """What the sums of one block need of a device's memory.
 
     Attributes:
-        paths: its parameters.
+        paths: the block's parameters.
         sums: bytes on a device of each sum it adds to; blocks may share one, under one name.
     """
 
@@ -44,7 +44,7 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
     What cannot be parted may be larger than the limit.
 
     Raises:
-        ValueError: a limit below one.
+        ValueError: the limit is below one.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
     units: list[Need] = []
@@ -82,7 +82,7 @@ def to_host(curvature: Curvature) -> Curvature:
 
 
 def to_device(curvature: Curvature) -> Curvature:
-    """The curvature with its matrices back in the memory of the devices, as `to_host` took them."""
+    """Return the curvature with its matrices back in the devices' memory, undoing `to_host`."""
     return _moved(curvature, fetched)
 
 

@@ -134,7 +134,10 @@ def _mean_over_positions(a: Array, v: Array | None) -> tuple[Array, Array | None
 def _token_moment(
     site: Site, indices: Array, v: Array | None, dtype: jnp.dtype, sharing: Sharing
 ) -> tuple[Array, Array]:
-    """Return the diagonal moment of one-hot rows, token frequencies, and how many rows there are."""
+    """Return the diagonal moment of one-hot rows, and how many rows were summed.
+
+    It holds tokens' frequencies, or with "reduce" the sums of their squares by example.
+    """
     layers, examples, _ = indices.shape
     ones = jnp.ones(indices.shape, dtype)
     ones = ones if v is None else jnp.where(v, ones, 0)

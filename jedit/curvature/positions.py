@@ -31,8 +31,8 @@ class Alignment:
     """Where the outputs' leading axes are in one site.
 
     Attributes:
-        shape: of the site's output, scans in front.
-        axes: those of its axes that are positions, in the order of the canonical form.
+        shape: the shape of the site's output, scans in front.
+        axes: the output's axes that are positions, in the order of the canonical form.
         lead: the outputs' leading shape.
         example: where the examples' number stands, by which positions are told apart; None: they
             cannot be.
@@ -65,9 +65,9 @@ class Alignment:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the positions, flattened, are the examples in order, and in each its outputs'.
+        """Say whether the positions, flattened, are the outputs in order, example by example.
 
-        Or what else an example has, where its outputs are one.
+        Where an example has one output, whatever else it has may be its positions.
         """
         total, number = math.prod(self.positions), self.lead[0]
         if number > 1 and (self.example is None or self._stride(self.example) * number != total):
@@ -91,7 +91,7 @@ class Alignment:
         return all(n == 1 or Place(skipped + i, 1, n) in places for i, (n, places) in lead)
 
     def _stride(self, place: Place) -> int:
-        """Say how far apart its neighbours are among the positions, flattened."""
+        """Return how far apart a place's neighbours are among the positions, flattened."""
         return place.inner * math.prod(self.positions[self.axes.index(place.axis) + 1 :])
 
     def by_example(self, x: Array) -> Array:
@@ -111,7 +111,7 @@ class Alignment:
         return x.reshape(layers, number, -1, *rest)
 
     def spread(self, valid: Array) -> Array | None:
-        """`valid` of the site's positions, (1, examples, positions); None where it is unknown."""
+        """Return `valid` of the site's positions, (1, examples, positions); None: it is unknown."""
         choices = self._choices(self.axes)
         if not choices:
             return None
@@ -123,16 +123,15 @@ class Alignment:
         return self.by_example(_placed(valid, chosen, self.positions)[None])
 
     def at_output(self, valid: Array) -> Array | None:
-        """`valid` of the site's output as it is, of its shape; None where it is unknown."""
+        """Return `valid` laid out like the site's output as it is; None: it is unknown."""
         choices = self._choices(range(len(self.shape)))
         return _placed(valid, choices, self.shape) if choices else None
 
     def _choices(self, axes: Iterable[int]) -> list[tuple[Place | None, ...]]:
         """Return every way to find all of `lead` among these axes.
 
-        An axis of one entry is everywhere.
-
-        An entry is data if it is by all of them: that of a query and a key, if both are.
+        An axis of one entry is everywhere. An entry is data if all ways say so: that of a query and
+        a key, if both are.
         """
         axes = tuple(axes)
         found = [
@@ -147,11 +146,11 @@ def align(program: Program, lead: tuple[int, ...]) -> dict[str, Alignment]:
     """Return the alignment of every site of a traced function.
 
     Args:
-        program: the trace.
+        program: the traced function, with its sites.
         lead: the outputs' leading shape, (examples, ...).
 
     Returns:
-        By the site's name.
+        The alignments, by the site's name.
 
     Raises:
         ValueError: the examples of the inputs are not the outputs' leading axis.
@@ -198,7 +197,7 @@ def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
 
 
 def _placed(valid: Array, choices, shape: tuple[int, ...]) -> Array:
-    """`valid` laid out like an array of that shape; where there are several choices, their and."""
+    """Lay `valid` out like an array of that shape; an entry is valid if all choices say so."""
     laid = [_placed_once(valid, tuple(choice), shape) for choice in choices]
     whole = laid[0]
     for other in laid[1:]:

@@ -32,9 +32,9 @@ def add_squared_gradients(
 
     Args:
         done: the captured batch.
-        block: the block.
-        pulled: gradients at the sites' outputs.
-        total: (layers, rows, d_out).
+        block: the block's parameters and sites.
+        pulled: the gradients of one pullback at the sites' outputs.
+        total: the sum so far, (layers, rows, d_out).
         bases: eigenvectors of A (bias included) and of G; None for the standard basis.
 
     Returns:

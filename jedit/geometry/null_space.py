@@ -129,7 +129,8 @@ def null_space(
     """Return the projector onto the input directions that the retain set hardly uses.
 
     Args:
-        curvature: the curvature of the retain outputs; only the factors A of its Kronecker blocks are read.
+        curvature: the retain outputs' curvature; only the factors A of its Kronecker blocks are
+            read.
         threshold: τ: a share of the energy (0 to 1), a number of directions, or an eigenvalue.
         by: "energy", "rank" or "eigenvalue".
         relaxation: ρ; 0 is a hard projector, larger ones let more of the used directions through.
@@ -167,7 +168,6 @@ def _weights(
 ) -> Float[Array, "layers d"]:
     order = jnp.argsort(a, axis=1)  # a diagonal factor's are in the order of its axis
     ascending = jnp.take_along_axis(a, order, axis=1)
-    # Cumulated from the smallest: summed from the largest, small ones would drown in rounding.
     if by == "energy":
         is_free = jnp.cumsum(ascending, axis=1) <= threshold * jnp.sum(a, axis=1, keepdims=True)
     elif by == "rank":

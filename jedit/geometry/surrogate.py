@@ -89,21 +89,21 @@ def retain_neutral_perturbation(
     scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
-    """Return the perturbation of norm ρ that gains most forget loss at no first-order retain change.
+    """Return the perturbation of norm ρ that raises the forget loss most, by ROSU's problem.
 
     Args:
         forget_grads: g_f, a pytree.
         retain_grads: g_r, a pytree of the same structure.
         radius: ρ, in the metric's norm.
-        scope: whether the constraint is "global" or one for every "leaf", as `retain_orthogonal` has it.
+        scope: "global", one constraint, or "leaf", one for every leaf.
         metric: M⁻¹ as a function on trees; None: the identity.
 
     Returns:
         δ, zero if the gradients are parallel, and the info.
 
     Raises:
-        ValueError: the scope is unknown, the trees differ in structure, or the radius is not positive
-            and finite.
+        ValueError: the scope is unknown, the trees differ in structure, or the radius is not
+            positive and finite.
     """
     check_numbers(POSITIVE, radius=radius)
     direction, found, info = _direction(forget_grads, retain_grads, scope, metric)
@@ -193,7 +193,7 @@ def _direction(forget, retain, scope, metric):
     gradient, direction = off(gradient, direction, left)
     # g_fᵀq is ‖q‖², q being M-orthogonal to M⁻¹g_r; out of two small factors, it keeps its digits.
     norm = jnp.sqrt(jnp.maximum(total(jax.tree.map(jnp.vdot, gradient, direction)), 0))
-    # 100 roundings, arbitrary: what is left below them has no direction of its own.
+    # What is left within 100 roundings has no direction of its own.
     is_parallel = norm <= 100 * jnp.finfo(norm.dtype).eps * size_f
     direction = jax.tree.map(lambda q: jnp.where(is_parallel, 0, q), direction)
     change = total(jax.tree.map(jnp.vdot, retain, direction))

@@ -99,7 +99,7 @@ def scale_to_kl_budget(
         quadratic = price.predicted(move)
     else:
         quadratic = 0.5 * float(quadratic_form(curvature, step))
-    # A quadratic of nearly nothing would divide to infinity: 1e-12 is MAX_SCALE squared.
+    # A quadratic of nearly nothing would divide to infinity: the floor leaves MAX_SCALE.
     start = math.sqrt(budget / max(quadratic, budget * 1e-12))
     start = min(start, MAX_SCALE)
     scale = largest_step_within(functools.partial(price, move), start, budget, limit=MAX_SCALE)
@@ -253,7 +253,7 @@ def largest_step_within(
     position in a bracket; a value that is not finite counts as too large. What is returned was
     evaluated and is within.
     """
-    # KL(0) is not zero where θ₀ is rounded, or moved to `start`, so that it is asked.
+    # KL(0) is not zero where the move begins at a change of its own, so that it is measured.
     inside, low = 0.0, math.sqrt(max(kl_at(0.0), 0.0))
     outside, high = math.inf, math.inf
     target = math.sqrt(allowed)

@@ -24,10 +24,10 @@ class Program:
     """A traced `apply` with its sites and the plan to tap them.
 
     Attributes:
-        jaxpr: of `apply`.
-        sites: of the selected parameters.
+        jaxpr: the jaxpr of `apply`, with its constants.
+        sites: the sites of the selected parameters.
         plan: where probes are put.
-        num_branches: of all `cond`s.
+        num_branches: how many branches all `cond`s have together.
         num_params: leaves of the parameters; the inputs' follow them.
         stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
     """
@@ -67,7 +67,7 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     """Trace `apply` abstractly and find its sites.
 
     Raises:
-        ValueError: see `find_sites`.
+        ValueError: the parameters or inputs are refused as by `find_sites`.
     """
     check_function(apply)
     check_params(params)

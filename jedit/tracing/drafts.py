@@ -141,9 +141,9 @@ class View:
 
 
 def _regroup(strides, old, new) -> tuple | None:
-    """Return strides after a reshape.
+    """Return the strides after a reshape.
 
-    None where features meet positions or features out of order.
+    They are None where features meet positions, or features out of order.
     """
     out: list[int | None] = []
     for before, after in axis_groups(old, new):

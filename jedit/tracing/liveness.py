@@ -48,6 +48,7 @@ def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
         if eqn.primitive.name in versions.INLINED:
             body = inner_jaxprs(eqn)[0].jaxpr
             _, inside = flows(body, outs)
+            # An argument that the body does not read is as dead as if the call were written out.
             reads = [min(flow, inside.get(v, Flow.DEAD)) for v in body.invars]
         for atom, read in zip(eqn.invars, reads, strict=True):
             need(atom, read)
@@ -71,6 +72,7 @@ def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
 def carry_flows(body, num_consts: int, num_carry: int, out_flows: list[Flow]) -> list[Flow]:
     """Return the flows of a loop's carries: of those used after it, or by what is used in it."""
     carried = list(out_flows[:num_carry])
+    # What a carry feeds in one iteration, another carry may use in the next: a fixed point.
     while True:
         _, inside = flows(body, [*carried, *out_flows[num_carry:]])
         read = [inside.get(v, Flow.DEAD) for v in body.invars[num_consts:][:num_carry]]

@@ -18,13 +18,13 @@ class Capture(NamedTuple):
     """One captured pass.
 
     Attributes:
-        sites: the sites.
+        sites: the sites that were captured, by name.
         outputs: what `apply` returned.
         activations: per site the array that enters it; sites that read the same activation hold the
             same array. Sites of kind "bias" have none.
         ran: per branch of a `cond` that holds sites, 1 where it ran and 0 where it did not.
         pullback: maps a cotangent of the outputs to the gradients at the sites' outputs.
-        program: what was traced.
+        program: the traced `apply`, with its plan.
     """
 
     sites: Sites
@@ -62,7 +62,7 @@ def capture(
 
 
 def run_capture(apply, params, inputs, select=None) -> Capture:
-    """As `capture`, with the sites and the branch indicators."""
+    """Run `capture` for a curvature, which needs the sites and the branch indicators too."""
     program = trace_program(apply, params, inputs, select)
     sites, jaxpr = program.sites, program.jaxpr
     leaves = argument_leaves(params, inputs)
@@ -147,10 +147,10 @@ def scatter_rows(site: Site, indices: Array, values: Array) -> Array:
 
 
 def _flat(canonical: Array) -> Array:
-    """Return (layers, positions, features)."""
+    """Merge the axes of positions: return (layers, positions, features)."""
     return canonical.reshape(canonical.shape[0], -1, canonical.shape[-1])
 
 
 def parameter_leaves(params: PyTree) -> dict[str, Any]:
-    """Return {path: leaf}."""
+    """Return the parameters' leaves by path."""
     return dict(parameter_paths(params))

@@ -237,7 +237,7 @@ def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draf
 
 
 def _concatenate(eqn, values, scope) -> list[Draft] | Joined | str:
-    """Join parameters among themselves; beside an activation each is the bias of nothing, a site."""
+    """Join parameters among themselves; beside an activation each is a bias, added to nothing."""
     shapes = [atom.aval.shape for atom in eqn.invars]
     origins = [value.origin for value in values]
     axis = int(eqn.params["axis" if eqn.primitive.name == "stack" else "dimension"])

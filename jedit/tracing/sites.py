@@ -28,13 +28,13 @@ class Weight:
 
     Attributes:
         path: the parameter's path, as `jedit.core.paths.parameter_paths` names it.
-        shape: that leaf's shape.
+        shape: the shape of the parameter's leaf.
         ops: relayouts from the leaf to (layers, d_in, d_out); to (layers, d_out) for kinds
             "scale" and "bias", whose d_in is 1.
         layers: number of independent matrices; 1 for an ordinary weight.
         is_stacked: whether the factors keep a leading axis of length `layers`.
         bias_path: the bias's path, or None.
-        bias_shape: that leaf's shape.
+        bias_shape: the shape of the bias's leaf.
         bias_ops: relayouts from the bias leaf to (layers, d_out).
     """
 
@@ -56,7 +56,7 @@ class Weight:
 
     @property
     def rows(self) -> int:
-        """Return rows of the matrix: d_in, and one more for a bias."""
+        """Return the number of the matrix's rows: d_in, and one more for a bias."""
         return self.d_in + (self.bias_path is not None)
 
     @property
@@ -66,14 +66,14 @@ class Weight:
 
     @property
     def bias_row(self) -> "Weight":
-        """That row, a matrix of one row by itself; there must be a bias."""
+        """Return the bias's row, a matrix of one row by itself; there must be a bias."""
         assert self.bias_path is not None
         return dataclasses.replace(
             self.kernel, path=self.bias_path, shape=self.bias_shape, ops=self.bias_ops, d_in=1
         )
 
     def gather(self, leaves: Mapping[str, Array]) -> Array:
-        """The matrix (layers, rows, d_out) out of `{path: array}`; the bias is the last row."""
+        """Return the matrix (layers, rows, d_out) of `{path: array}`; the bias is the last row."""
         matrix = apply_ops(self.ops, leaves[self.path])
         matrix = matrix.reshape(self.layers, self.d_in, self.d_out)
         if self.bias_path is None:
@@ -82,7 +82,7 @@ class Weight:
         return jnp.concatenate([matrix, bias.reshape(self.layers, 1, self.d_out)], axis=1)
 
     def scatter(self, matrix: Array) -> dict[str, Array]:
-        """The adjoint of `gather`: shaped like the parameters, zero where nothing was read."""
+        """Put a matrix back: arrays like the parameters, zero where `gather` reads nothing."""
 
         def back(part, ops, shape):
             target = jax.eval_shape(
@@ -113,7 +113,7 @@ class Axes:
         return self.permutation[self.num_layers : self.num_layers + self.num_positions]
 
     def canonical(self, array: Array) -> Array:
-        """Return (layers, positions..., features)."""
+        """Return the array laid out as (layers, positions..., features)."""
         array = jnp.transpose(array, self.permutation)
         end = self.num_layers + self.num_positions
         shape = array.shape
@@ -151,7 +151,7 @@ class Patches:
         return array.reshape(-1, *array.shape[n + 1 :]), array.shape[: n + 1]
 
     def _split(self, array: Array, lead: tuple[int, ...]) -> Array:
-        """(scans·batch, groups·features, space...) to the canonical form."""
+        """Bring (scans·batch, groups·features, space...) to the canonical form."""
         n, space = len(self.scan_axes), array.ndim - 2
         array = array.reshape(*lead, self.groups, -1, *array.shape[2:])
         layers = [i for i, kind in enumerate(self.scan_axes) if kind == "layer"]
@@ -161,7 +161,7 @@ class Patches:
         return axes.canonical(array)
 
     def inputs(self, array: Array) -> Array:
-        """(layers, batch, space..., d_in) patches, channel-major as a kernel (I, window...)."""
+        """Return patches (layers, batch, space..., d_in), channel-major as a kernel is."""
         merged, lead = self._merge(array, self.lhs_spec)
         patches = jax.lax.conv_general_dilated_patches(
             merged,
@@ -175,7 +175,7 @@ class Patches:
         return self._split(patches, lead)
 
     def gradients(self, array: Array) -> Array:
-        """Return (layers, batch, space..., d_out)."""
+        """Return the output gradient laid out as (layers, batch, space..., d_out)."""
         return self._split(*self._merge(array, self.out_spec))
 
 
@@ -199,9 +199,9 @@ class Site:
         axes_in: canonical form of the activation (`Patches` for a convolution, None for a bias).
         axes_out: canonical form of the output gradient.
         scale: constant factor between the parameter and the operand.
-        bias_scale: the same for the bias: the value of A's homogeneous coordinate.
+        bias_scale: constant factor of the bias, the value of A's homogeneous coordinate.
         input_shape: the activation's shape, scans in front (empty for a bias).
-        output_shape: the output's.
+        output_shape: the output's shape, scans in front.
         num_uses: how often the equation runs with the same weight in one call.
         branch: index of the indicator that its `cond` branch ran, or None.
         source: file and line of the equation.
@@ -209,7 +209,7 @@ class Site:
         index_column: for an embedding, which column of the indices chooses the row.
         window_in: by axis, which part of what is captured is this site's (several parameters joined
             to one operand), (start, stop); None for all of it.
-        window_out: the same for its equation's output.
+        window_out: by axis, which part of its equation's output is this site's; None for all.
     """
 
     name: str
@@ -238,7 +238,7 @@ class Site:
         return self.weight.path
 
     def canonical_inputs(self, activation: Array) -> Array:
-        """(layers, positions..., d_in), unscaled; for a gather indices (layers, positions...)."""
+        """Return (layers, positions..., d_in), unscaled; for a gather its indices, without d_in."""
         if isinstance(self.axes_in, Patches):
             return self.axes_in.inputs(activation)
         if self.kind == "scale":
@@ -250,19 +250,19 @@ class Site:
         return canonical[..., self.index_column] if self.kind == "embedding" else canonical
 
     def canonical_gradients(self, gradient: Array) -> Array:
-        """Return (layers, positions..., d_out)."""
+        """Return the output gradient laid out as (layers, positions..., d_out)."""
         if isinstance(self.axes_out, Patches):
             return self.axes_out.gradients(gradient)
         return self.axes_out.canonical(gradient)
 
     @property
     def shared_input(self) -> tuple:
-        """Equal for two sites exactly when their canonical inputs are the same array."""
+        """Return a value equal for two sites exactly when their canonical inputs are one array."""
         column = self.index_column if self.kind == "embedding" else None
         return (self.record, self.axes_in, self.window_in, column)
 
     def row(self) -> tuple[str, ...]:
-        """This site's line in the coverage table."""
+        """Return this site's line in the coverage table."""
         bias = f" + {self.weight.bias_path}" if self.weight.bias_path else ""
         stacked = f"{self.weight.layers} x " if self.weight.is_stacked else ""
         return (

@@ -63,7 +63,7 @@ class Walker:
         self._num_probes = 0
 
     def fresh(self) -> tuple:
-        """A number that no other value has."""
+        """Return a number that no other value has."""
         self._fresh += 1
         return ("new", self._fresh)
 
@@ -234,7 +234,7 @@ class Walker:
         plan.taps.setdefault(i, []).append(tap)
 
     def _structure(self, eqn, values) -> Value | None:
-        """Follow a relayout or a cast: equal inputs keep equal numbers, origin and view are kept."""
+        """Follow a relayout or a cast: equal inputs have equal numbers; origin and view stay."""
         name = eqn.primitive.name
         value, params = values[0] if values else None, eqn.params
         if value is None or len(eqn.outvars) != 1:
@@ -285,7 +285,7 @@ class Walker:
         return Value(number, value.on_data, value.on_params, origin, constant, view, factor)
 
     def _split(self, eqn, value: Value, scope: Scope) -> list[Value]:
-        """Cut several slices along one axis, numbered as `slice` (and `squeeze`) would number them."""
+        """Cut several slices along one axis, numbered as `slice` (and `squeeze`) number theirs."""
         [value] = self._without_factors([value], scope)
         axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
         outs, end = [], 0

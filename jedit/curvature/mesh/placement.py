@@ -37,7 +37,8 @@ def matrix_sharding(
     """Return how a parameter's matrix (layers, d_in, d_out), or its transpose, lies on its mesh.
 
     Axes of the leaf are followed through its relayouts; one that is cut, or whose devices do not
-    divide what it becomes, is lost: the matrix is whole along it. None stands for a matrix on one device.
+    divide what it becomes, is lost: the matrix is whole along it. None says that it lies on one
+    device.
     """
     sharding = leaves.get(weight.path)
     if sharding is None:

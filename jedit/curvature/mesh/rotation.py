@@ -61,8 +61,8 @@ def sharded_rotation(
     else:
         matrix = rotated((matrix, bases))
     place = best_split(sharding, shape)
-    # Before the slice and after it: cutting the zeros off makes the pieces uneven, and XLA would
-    # gather the whole matrix to do it.
+    # Before the slice and after it, so that XLA cuts the zeros off where the pieces lie, and does
+    # not gather the matrix to do it.
     matrix = with_sharding_constraint(matrix, place)[:, : shape[1], : shape[2]]
     return with_sharding_constraint(matrix, place)
 
