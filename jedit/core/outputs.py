@@ -49,7 +49,7 @@ def check_contents(
     For the functions that users enter by; a `Batch` itself is built under transformations too.
 
     Args:
-        batch: of rows, or of several sets of rows stacked.
+        batch: a batch of rows, or of several sets of rows stacked.
         name: what to call it in the message.
         limits: the lowest and the highest label; None: labels are not looked at. Those of outputs
             that do not count may be anything.
@@ -107,7 +107,7 @@ def check_sets(sets: Mapping[str, Any]) -> None:
         sets: by name; batches, trees of batches, or of other arrays, which are not looked at.
 
     Raises:
-        ValueError: as `check_contents`.
+        ValueError: a set is refused as a batch is by `check_contents`.
     """
     for name, rows in sets.items():
         for batch in jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Batch)):

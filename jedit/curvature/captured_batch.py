@@ -112,7 +112,8 @@ class Pass:
         """Return (a, v); an embedding's a is indices (layers, examples, positions). v None: all.
 
         They have the dtype that the model computed in: a product of bfloat16 rows is exact in
-        float32, and takes a device's fast path. What is not such a product has to widen them to `dtype` first.
+        float32, and takes a device's fast path. What is not such a product has to widen them to
+        `dtype` first.
         """
         a = site.canonical_inputs(self.captured.activations[site.name])
         v = self._valid(site)
@@ -148,7 +149,7 @@ class Pass:
         )
 
     def poison(self, site: Site) -> Array:
-        """Zero; not a number where there is padding that cannot be told from data in this site.
+        """Return zero, or NaN where there is padding that cannot be told from data in this site.
 
         Added to what is summed, it makes `finalize` name the block: no silently polluted moment.
         """

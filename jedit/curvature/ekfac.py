@@ -34,7 +34,7 @@ def ekfac(
     Args:
         apply: the model, `apply(params, inputs) -> outputs`.
         likelihood: what the outputs mean; as a rule the one that `kfac` was given.
-        kfac_curvature: whose eigenbases and parameters are taken.
+        kfac_curvature: the K-FAC curvature whose eigenbases and parameters are taken.
         fisher: "sampled", "exact" or "empirical", as for `kfac`.
         samples: draws of labels a batch, for "sampled".
 
@@ -43,8 +43,8 @@ def ekfac(
         the per-example gradients, d_in² + d_out² + d_in d_out multiply-adds a position and site.
 
     Raises:
-        TypeError: an argument that is something else.
-        ValueError: an unknown `fisher`, or a model without the curvature's parameters.
+        TypeError: an argument is something else.
+        ValueError: `fisher` is another word, or the model is without the curvature's parameters.
     """
     check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)

@@ -113,7 +113,7 @@ def estimate(
         The curvature.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument is something else.
         ValueError: no batch, none that counts an output, or what the estimator finds wrong with
             one; a call under `jax.jit` or another transformation; the checkpoint is of another
             call; or `group_bytes` with a checkpoint, with batches that come only once, or with an
@@ -192,7 +192,7 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
 
 
 def _joined(curvatures: Sequence[Curvature]) -> Curvature:
-    """One curvature of several that cover different parameters, taken over the same data."""
+    """Join curvatures of different parameters, taken over the same data, into one."""
     blocks, factors = {}, {}
     for curvature in curvatures:
         blocks |= curvature.blocks

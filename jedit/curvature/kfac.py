@@ -140,7 +140,7 @@ def kfac(
 
     Raises:
         TypeError: `apply` is no function, or `likelihood` no likelihood.
-        ValueError: an unknown `fisher` or `sharing`.
+        ValueError: `fisher` or `sharing` is another word.
     """
     check_numbers(COUNT, max_dim=max_dim)
     check_function(apply)

@@ -31,7 +31,7 @@ def add_squared_gradients(
     """Add one batch's squared gradients of one block to `total` (None: zero).
 
     Args:
-        done: the captured batch.
+        done: the captured batch, ready to be summed.
         block: the block's parameters and sites.
         pulled: the gradients of one pullback at the sites' outputs.
         total: the sum so far, (layers, rows, d_out).

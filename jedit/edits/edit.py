@@ -258,7 +258,7 @@ def _brought(delta: Delta, place: NamedSharding) -> Delta:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _sharded_sum(leaf: Array, delta: Delta, scale: Scalar, place: NamedSharding) -> Array:
-    """In one program, so that a thin block is multiplied out in pieces, each where it belongs."""
+    """Add a block in one program, which multiplies a thin one out in pieces, where they belong."""
     return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
 
 

@@ -26,8 +26,8 @@ class LowRank:
     """A change of one parameter, of low rank; further axes may lead both matrices.
 
     Attributes:
-        left: (..., layers, d_in, rank).
-        right: (..., layers, rank, d_out).
+        left: L (..., layers, d_in, rank).
+        right: R (..., layers, rank, d_out).
         weight: how a parameter is such a matrix; it has no bias.
     """
 
@@ -39,12 +39,12 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter's change, behind the axes that lead."""
+        """Return the shape of the parameter's change, behind the axes that lead."""
         return (*self.left.shape[:-3], *self.weight.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of both matrices."""
+        """Return the dtype of both matrices."""
         return self.left.dtype
 
     @property
@@ -53,7 +53,7 @@ class LowRank:
         return self.left.shape[-1]
 
     def astype(self, dtype: DTypeLike) -> "LowRank":
-        """The same in another dtype."""
+        """Return the block in another dtype."""
         return LowRank(self.left.astype(dtype), self.right.astype(dtype), self.weight)
 
     def scaled(self, factor: Array) -> "LowRank":
@@ -61,7 +61,7 @@ class LowRank:
         return LowRank(self.left * factor, self.right, self.weight)
 
     def plus(self, other: "LowRank") -> "LowRank":
-        """The sum, of the sum of the ranks."""
+        """Return the sum of two blocks, of the sum of their ranks; nothing is multiplied out."""
         left = jnp.concatenate([self.left, other.left], axis=-1)
         return LowRank(left, jnp.concatenate([self.right, other.right], axis=-2), self.weight)
 

@@ -55,7 +55,7 @@ EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
 
 
 def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
-    """Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ the bias-corrected second moment."""
+    """Return Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ bias-corrected."""
     check_numbers(NOT_NEGATIVE, eps=eps)
     roots = jax.tree.map(lambda v: jnp.sqrt(jnp.sqrt(v) + eps), second_moment)
     return Whitening(
@@ -208,7 +208,7 @@ def joint_direction(
         The direction z, in `forget`'s dtypes.
 
     Raises:
-        ValueError: an unknown scope, or a number out of its range.
+        ValueError: the scope is another word, or a number is out of its range.
     """
     check_numbers(NOT_NEGATIVE, threshold=threshold, ratio=ratio, pull=pull)
     check_word(Scope, scope=scope)

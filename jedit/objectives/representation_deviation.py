@@ -37,7 +37,7 @@ class RepresentationDeviation:
 
     Attributes:
         hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
-        seed: of the direction u; 0 is arbitrary.
+        seed: the seed of the direction u; 0 is arbitrary.
         tilt: τ; 0.1 is arbitrary.
     """
 
@@ -78,6 +78,6 @@ def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Arr
 
 
 def _about_one(x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
-    """The rows with entries of one at most, which no cosine sees: squares of small ones vanish."""
+    """Scale rows to entries of one at most, which no cosine sees: squares of small ones vanish."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     return x / jnp.where(largest > 0, largest, 1)

@@ -40,8 +40,8 @@ class RMU:
 
     Attributes:
         hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
-        seed: of the direction u; 0 is arbitrary.
-        steering: c.
+        seed: the seed of the direction u; 0 is arbitrary.
+        steering: c, the length of the target c u.
     """
 
     hidden: Hidden
@@ -73,7 +73,7 @@ class RetainStates:
     """What RMU holds: the retain rows' hidden states, where they were before unlearning.
 
     Attributes:
-        hidden: as of `RMU`.
+        hidden: `(apply, params, inputs) -> states`, hashable, as `RMU` takes it.
     """
 
     hidden: Hidden

@@ -346,7 +346,7 @@ def _exchanged(frame: _Frame, carried, depth: int) -> bool:
     A label along the loop's own axis is no exchange: it names another iteration on the other side.
 
     Returns:
-        Whether there was something to exchange.
+        Whether there was something new to exchange.
     """
     has_grown = False
     for a, b in carried:

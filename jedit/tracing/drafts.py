@@ -82,7 +82,7 @@ class Offer:
         return (self.path, self.ops, self.scale)
 
     def to_site(self) -> Site:
-        """The host's site with that row."""
+        """Return the host's site with the bias as the last row of its matrix."""
         site = self.host.site
         weight = dataclasses.replace(
             site.weight, bias_path=self.path, bias_shape=self.shape, bias_ops=self.ops

@@ -174,8 +174,8 @@ def _enter(eqn, ins, plans, probes, records) -> list:
         return _enter_cond(eqn, ins, plans, probes, records)
     jaxpr = inner_jaxprs(eqn)[0]
     if name in versions.REMAT:
-        # Probes and records pass through `checkpoint` as arguments and results: closed over, a
-        # tracer of its inside would leak.
+        # Records leave `checkpoint` as results: put into the outer ones from its inside, its
+        # tracers would leak.
         mine = _needed(plans[0], probes)
 
         def body(inputs, mine):

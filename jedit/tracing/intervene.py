@@ -57,7 +57,7 @@ def intervene(
         The outputs, the activations and the sites' outputs.
 
     Raises:
-        ValueError: a name is no site, or is in both mappings; and as in `find_sites`.
+        ValueError: a name is no site, or is in both mappings; or `find_sites` refuses.
     """
     add, replace = dict(add or {}), dict(replace or {})
     program = trace_program(apply, params, inputs, select)

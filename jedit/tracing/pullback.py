@@ -101,8 +101,8 @@ def weight_gradients(
     weight-gradient pass.
 
     Args:
-        sites: as found by `find_sites`.
-        activations: as captured, `{site: array}`.
+        sites: the sites, as `find_sites` finds them.
+        activations: what entered each site, as captured: `{site: array}`.
         cotangents: what the pullback returned, `{site: array}`.
 
     Returns:

@@ -17,7 +17,7 @@ class LoopState(NamedTuple):
     Attributes:
         step: updates made so far.
         params: the parameters, frozen ones included.
-        optimizer_state: of the trained ones; None: that of a beginning.
+        optimizer_state: the optimizer's state, of the trained parameters; None: it begins anew.
         reference: the params before unlearning, which objectives compare with; None: `params` are.
     """
 

@@ -79,7 +79,7 @@ def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> An
     """Return the leaf of this path; a Flax variable's array has one more key than the bare array.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no leaf has this path.
     """
     names = _names(path)
     wrapped = [leaf for other, leaf in known.items() if other[:-1] == names]

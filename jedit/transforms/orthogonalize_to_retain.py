@@ -32,7 +32,7 @@ class OrthogonalizeToRetainState(NamedTuple):
     Attributes:
         subspace: the last `rank` retain gradients, raw.
         second_moment: running mean of squared updates, for metric "adam"; else zero-sized.
-        count: updates made, int32.
+        count: the number of updates made, int32.
         curvature: the metric if it is one; else None.
     """
 
@@ -85,9 +85,10 @@ def orthogonalize_to_retain(
             gradient). A curvature's copy stands in the state, where `refresh_curvature` replaces
             it.
         sketch: "fifo" (paper) or "frequent_directions".
-        decay: of the running mean, 0.999, Adam's b2.
+        decay: the decay of the running mean, 0.999, Adam's b2.
         eps: 1e-8, Adam's.
-        damping: of a curvature, in units of each block's mean eigenvalue; 0.1 is arbitrary.
+        damping: λ of a curvature's metric, in units of each block's mean eigenvalue; 0.1 is
+            arbitrary.
 
     Returns:
         The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter; in a

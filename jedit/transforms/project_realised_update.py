@@ -24,7 +24,7 @@ class ProjectRealisedUpdateState(NamedTuple):
     """The projector, and what has leaked.
 
     Attributes:
-        projector: P.
+        projector: P, the projector that updates pass through.
         leak: e, a tree like params in float32 or wider.
     """
 
@@ -43,7 +43,7 @@ def project_realised_update(
         optax.chain(optax.adamw(1e-4), project_realised_update(projector))
 
     Args:
-        projector: from `null_space`.
+        projector: P, as `null_space` returns it.
         uncovered: "zero" (the default) or "identity", as for `project_to_null_space`.
 
     Returns:

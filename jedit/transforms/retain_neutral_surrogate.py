@@ -55,7 +55,7 @@ def retain_neutral_surrogate(
             along q̂ where a step against g would undo forgetting [derived]; "push",
             g - strength ‖g‖ q̂ [derived].
         strength: γ; 1 is arbitrary.
-        scope: of the constraint, "global" (the stated problem) or "leaf".
+        scope: where the constraint holds, "global" (the stated problem) or "leaf".
         constrained: True; False leaves the constraint out, δ = ρ g_f/‖g_f‖: UAM.
 
     Returns:

@@ -24,7 +24,7 @@ def choose(implementation: str | None, faster_on: frozenset[str], *operands: Arr
         "xla" or "mosaic".
 
     Raises:
-        ValueError: any other name.
+        ValueError: `implementation` is any other name.
     """
     if implementation is None:
         is_possible = is_jax_new_enough() and _are_narrow(operands)

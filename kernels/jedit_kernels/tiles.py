@@ -9,7 +9,7 @@ BAND = 4  # rows of tiles that run at one time, so that they find each other's o
 
 
 def all_tiles(rows: int, columns: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """(row, column) of every tile of a matrix, the last of each partly outside; band by band."""
+    """Return (row, column) of every tile, band by band; the last ones are partly outside."""
     height, width = math.ceil(rows / shape[0]), math.ceil(columns / shape[1])
     return [
         (i, j)

@@ -77,7 +77,7 @@ def matrix_sharding(
 def _reshaped(
     dims: list[tuple[int, MeshAxes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> list[tuple[int, MeshAxes]]:
-    """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
+    """Follow axes through a reshape: a run's first dimension gives its axes to the first made."""
     found: list[tuple[int, MeshAxes]] = []
     # Dimensions are matched in runs of equal product, row-major; only the first of a run can stay
     # split, as the pieces of a later one do not lie together in memory.

@@ -19,7 +19,7 @@ def rotate_scale_xla(
 
 
 def divide(rotated: Array, eigenvalues: Array, damping: Array) -> Array:
-    """By λ_ij + λ; zero where that is zero."""
+    """Divide by λ_ij + λ; the result is zero where that is zero."""
     damped = eigenvalues + damping
     is_zero = damped == 0
     one, zero = jnp.ones_like(damped), jnp.zeros_like(rotated)
