@@ -191,9 +191,10 @@ def check_batch(value: Any, name: str) -> None:
 
 
 def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> Iterable[Batch]:
-    """Return batches, checked as they come; one by itself is a tuple, and would iterate its fields.
+    """Return batches that are checked as they come.
 
-    What can be gone through several times still can be.
+    One batch by itself is a tuple, and would iterate its fields. What can be gone through several
+    times still can be.
 
     Raises:
         TypeError: it is neither a batch nor several.
@@ -207,6 +208,7 @@ def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> 
             f"{name} must be a jedit.Batch, or several in a list, got {described(batches)}; write "
             "Batch(inputs, targets), with mask and valid where not all outputs count"
         )
+    # An iterator stays one: it comes once, and must not look like a list.
     checked = _Checked(batches, name)
     return iter(checked) if iter(batches) is batches else checked
 

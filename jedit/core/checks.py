@@ -17,7 +17,7 @@ from jedit.core.paths import leaves_with_paths
 
 
 class Range(NamedTuple):
-    """Which numbers an argument may be; none of them is infinite or NaN.
+    """A range of the numbers that an argument may be; none of them is infinite or NaN.
 
     Attributes:
         least: the smallest number allowed.

@@ -218,7 +218,7 @@ def _within(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManag
 
 @dataclasses.dataclass(frozen=True)
 class RowSharding:
-    """How rows of data are split over several devices, as a hashable value.
+    """A split of rows of data over several devices, as a hashable value.
 
     Attributes:
         mesh: the mesh of the devices that share the rows.
@@ -230,7 +230,7 @@ class RowSharding:
 
     @property
     def num_devices_along(self) -> int:
-        """Say into how many pieces the rows are cut."""
+        """Return the number of pieces that the rows are cut into."""
         return math.prod(self.mesh.shape[a] for a in self.axes)
 
     def at(self, axis: int) -> NamedSharding:
@@ -258,7 +258,7 @@ def split_rows(rows: PyTree, over: RowSharding | None) -> PyTree:
 def places_of(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
     """Return the shardings of a tree's leaves, hashable.
 
-    None when no leaf is on several devices.
+    It returns None when no leaf is on several devices.
     """
     found = tuple(sharding_of(x) for x in jax.tree.leaves(tree))
     return found if any(found) else None

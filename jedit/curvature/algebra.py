@@ -198,7 +198,7 @@ def matvec(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """Return (F + λ) T; arguments and errors as `solve`."""
+    """Return (F + λ) T; arguments and errors are as `solve`'s."""
     return apply_spectral(
         curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
     )

@@ -34,7 +34,7 @@ Total = TypeVar("Total")
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Which labels the gradients are taken at.
+    """The labels at which gradients are taken.
 
     Attributes:
         likelihood: what the outputs mean.
@@ -50,7 +50,7 @@ class Labels:
         """Refuse another `fisher`, no draw, and what is no likelihood.
 
         Raises:
-            TypeError: `likelihood` is none.
+            TypeError: `likelihood` is no likelihood.
             ValueError: `fisher` is another word, or `samples` is below one.
         """
         check_numbers(COUNT, samples=self.samples)
@@ -178,7 +178,7 @@ class Pass:
         return x if v is None else jnp.where(v[..., None], x, jnp.zeros((), x.dtype))
 
     def _valid(self, site: Site) -> Array | None:
-        """Return (layers or 1, examples, positions) booleans; None when every position is data."""
+        """Return v (layers or 1, examples, positions), booleans; None: every position is data."""
         valid = None if self.valid is None else self.alignments[site.name].spread(self.valid)
         ran = self._ran(site)
         if valid is None or ran is None:
@@ -323,6 +323,8 @@ def _cotangents(
         columns = likelihood.num_columns(outputs)
         shape = lead if is_one_by_one else (1, *lead[1:])
 
+        # Pullback k is class k % columns of output k // columns; every example has its own at once,
+        # unless examples cannot be told apart.
         def column(k):
             is_here = jnp.arange(math.prod(shape)).reshape(*shape, 1) == k // columns
             cotangent = likelihood.exact_cotangent(outputs, k % columns)

@@ -39,7 +39,7 @@ def factorize(
     dtype: DTypeLike | None = None,
     hint: str = "",
 ) -> Factor:
-    """Return the eigenbasis of every layer's matrix; a diagonal factor is its own.
+    """Return the eigenbasis of every layer's matrix; a diagonal factor needs none.
 
     Args:
         matrix: symmetric positive semi-definite, or a diagonal.
@@ -70,7 +70,7 @@ def eigh(
 ) -> tuple[Float[ArrayLike, " d"], Float[ArrayLike, "d d"]]:
     """Return eigenvalues and eigenvectors.
 
-    By NumPy, on the host, in a dtype that JAX has disabled.
+    In a dtype that JAX has disabled NumPy computes them, on the host.
     """
     # float64 without x64: JAX would silently take float32.
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):

@@ -61,6 +61,7 @@ def ekfac(
             block = kfac_curvature.blocks[name]
             field = "values" if isinstance(block, Diagonal) else "corrected"
             corrected[name] = dataclasses.replace(block, **{field: means[name]})
+        # A diagonal block uses no factor, and a group of blocks only its own.
         kronecker = [b for b in corrected.values() if isinstance(b, Kronecker)]
         used = {name for block in kronecker for name in (block.input, block.output)}
         return Curvature(corrected, {n: f for n, f in factors.items() if n in used}, num_outputs)

@@ -24,7 +24,7 @@ from jedit.curvature.types import Curvature
 
 
 class Estimator(NamedTuple):
-    """How to estimate a curvature.
+    """A way to estimate a curvature, as pure functions of a state of sums.
 
     States are sums, so those of disjoint data merge by adding them leaf by leaf,
     `jax.tree.map(jnp.add, one, other)`. They count outputs, positions and examples in int32: one

@@ -89,6 +89,7 @@ class KfacState:
             return None
         found = undivided(self, leaves)
         for block in self.blocks:
+            # A flipped member reads the transposed matrix: its rows lie as the block's columns do.
             for member in block.members:
                 matrix = matrix_sharding(block.weight, leaves, is_flipped=member.is_flipped)
                 if matrix is None:
@@ -150,6 +151,7 @@ def kfac(
     def shapes(params, batch):
         check_pass(params, batch)
 
+        # Only shapes are wanted: nothing is computed, and the key draws nothing.
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
@@ -187,6 +189,7 @@ def kfac(
         sites = done.captured.sites
         members = [m for b in state.blocks if not b.is_diagonal for m in b.members]
         diagonals = [b for b in state.blocks if b.is_diagonal]
+        # Sites that read one input share its sums, which are made once, from the first of them.
         first_reader = {m.group: m.site for m in reversed(members)}
         inputs = {
             group: add_inputs(sums, done, sites[first_reader[group]], sharing)

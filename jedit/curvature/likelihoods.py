@@ -31,7 +31,7 @@ from jedit.core.precision import wide
 
 
 class Likelihood(abc.ABC):
-    """What curvature needs to know of an output distribution; subclass it to bring your own.
+    """An output distribution, as far as curvature needs it; subclass it to bring your own.
 
     Instances are frozen, hashable and static in a pytree: they can be arguments of `jax.jit` or be
     closed over.

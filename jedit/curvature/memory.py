@@ -18,7 +18,7 @@ from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 class Need(NamedTuple):
-    """What the sums of one block need of a device's memory.
+    """The memory of a device that the sums of one block need.
 
     Attributes:
         paths: the block's parameters.
@@ -41,7 +41,7 @@ def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
 def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...], ...]:
     """Return the parameters of each group, in order.
 
-    What cannot be parted may be larger than the limit.
+    A group that cannot be parted may be larger than the limit.
 
     Raises:
         ValueError: the limit is below one.
@@ -49,6 +49,7 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
     check_numbers(COUNT, group_bytes=group_bytes)
     units: list[Need] = []
     for need in needs:
+        # What shares a sum or a parameter with this block is joined to it, and with one another.
         mine = [u for u in units if set(u.paths) & set(need.paths) or set(u.sums) & set(need.sums)]
         paths = dict.fromkeys(p for u in (*mine, need) for p in u.paths)
         sums = {k: size for u in (*mine, need) for k, size in u.sums.items()}

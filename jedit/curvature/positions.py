@@ -28,7 +28,7 @@ from jedit.tracing.relations import Place
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """Where the outputs' leading axes are in one site.
+    """The place of the outputs' leading axes in one site.
 
     Attributes:
         shape: the shape of the site's output, scans in front.
@@ -104,6 +104,8 @@ class Alignment:
             return x.reshape(layers, 1, -1, *rest)
         axis, inner, number = self.example
         where, shape = self.axes.index(axis), self.positions
+        # The example is a digit within one axis: what is outside of it, and within it, are
+        # positions.
         split = (shape[where] // (inner * number), number, inner)
         if math.prod((*shape[:where], split[0])) > 1:
             x = x.reshape(layers, *shape[:where], *split, *shape[where + 1 :], *rest)
@@ -186,7 +188,7 @@ def _align(site: Site, belonging: Belonging, lead: tuple[int, ...]) -> Alignment
 def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
     """Return the leading axes that stand somewhere, outermost first.
 
-    None where two are entangled.
+    It is None where two axes are entangled.
     """
     found = [(place, i) for i, place in enumerate(choice) if place is not None]
     found.sort(key=lambda one: (one[0].axis, -one[0].inner))

@@ -69,7 +69,7 @@ class Factor:
 @pytree("weight", "input", "output", "sharding")
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
-    """A ⊗ G of one parameter matrix.
+    """The Kronecker product A ⊗ G that stands for one parameter matrix's block.
 
     Attributes:
         weight: which parameters it is, and how they form a matrix.

@@ -111,7 +111,7 @@ class Edit:
 
 
 class CastLoss(NamedTuple):
-    """What the parameter's dtype took from one block of an edit.
+    """The part of one block of an edit that rounding to the parameter's dtype took.
 
     Attributes:
         rounded_away: norm of the part that did not arrive, over the norm of the block; 0 to 1.

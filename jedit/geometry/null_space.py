@@ -43,7 +43,7 @@ THRESHOLDS: dict[Selection, Range] = {
 
 
 class NullSpaceReport(NamedTuple):
-    """What a projector leaves free at one parameter; arrays (layers,).
+    """The share that a projector leaves free at one parameter; arrays (layers,).
 
     Attributes:
         rank: Σ w, the number of free directions (not whole when relaxed).

@@ -31,7 +31,7 @@ Scope = Literal["global", "leaf"]
 
 
 class RetainOrthogonalInfo(NamedTuple):
-    """How forget and retain gradients stand to one another; scalars.
+    """The angle of forget and retain gradients and what a direction gains, as scalars.
 
     Attributes:
         cos: cosine of the whole gradients, in the metric; 0 if one of them vanishes.
@@ -121,7 +121,7 @@ def retain_neutral_perturbation(
 
 
 class _Scaled(NamedTuple):
-    """What was found of gradients that powers of two had brought to entries of about one.
+    """Results on gradients that powers of two had brought to entries of about one.
 
     Attributes:
         norm: ‖q'‖ in the metric, of the direction q' = 2^-length q.

@@ -35,7 +35,7 @@ KEPT_BYTES = 2**28  # of θ₀'s outputs, on all retain rows; arbitrary
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a scaled step was predicted to cost and does cost; nats per counted output.
+    """The predicted and the true cost of a scaled step, in nats per counted output.
 
     Attributes:
         scale: α, the factor of the step.

@@ -70,7 +70,7 @@ class RMU:
 
 @dataclasses.dataclass(frozen=True)
 class RetainStates:
-    """What RMU holds: the retain rows' hidden states, where they were before unlearning.
+    """RMU's retain term: hold the retain rows' hidden states where they were before.
 
     Attributes:
         hidden: `(apply, params, inputs) -> states`, hashable, as `RMU` takes it.

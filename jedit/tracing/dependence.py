@@ -35,7 +35,7 @@ Label = tuple[int, Place]  # the outputs' axis, and where its index stands
 
 
 class Belonging(NamedTuple):
-    """To which example and position the entries of one site's output belong.
+    """The examples and positions to which the entries of one site's output belong.
 
     Attributes:
         reach: where the number of the one example stands that an entry influences, SEVERAL, or None
@@ -48,7 +48,7 @@ class Belonging(NamedTuple):
 
 
 class Dependence(NamedTuple):
-    """To which example and position the entries of a program's arrays belong.
+    """The examples and positions to which the entries of a program's arrays belong.
 
     Attributes:
         sites: by site, to whom the entries of its output belong.

@@ -26,9 +26,9 @@ class Program:
     Attributes:
         jaxpr: the jaxpr of `apply`, with its constants.
         sites: the sites of the selected parameters.
-        plan: where probes are put.
+        plan: the plan of where probes are put and what is kept.
         num_branches: how many branches all `cond`s have together.
-        num_params: leaves of the parameters; the inputs' follow them.
+        num_params: the number of the parameters' leaves, which the inputs' leaves follow.
         stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
     """
 
@@ -87,6 +87,8 @@ def trace_program(apply, params, inputs, select=None) -> Program:
             f"apply must return a real floating-point array, but its dtype is {shape.dtype}; "
             "return the logits, not what is decided from them"
         )
+    # A parameter that is not selected has no origin: it counts as a number that depends on
+    # parameters, and is neither followed nor refused.
     walker = Walker()
     values = []
     for i, variable in enumerate(jaxpr.jaxpr.invars):
@@ -99,6 +101,7 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     for value in outs:
         walker.refuse(value.origin, "is returned by apply as it is", Scope())
     drafts = walker.resolve(selected)
+    # Taps of drafts that were refused, or became another site's bias, are taken out again.
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}

@@ -13,7 +13,7 @@ from jedit.tracing.source import source_line
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Where an equation stands: the scans and the `cond` branch around it, and the call's line.
+    """The place of an equation: the scans and the `cond` branch around it, and the call's line.
 
     Attributes:
         lengths: the lengths of the scans around, outermost first.

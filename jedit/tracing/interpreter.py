@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a tap keeps, under a record: an operand, a multiplier, or the product of the two."""
+    """The operand, multiplier or product of both that a tap keeps, and its record's number."""
 
     record: int
     operand: int | None
@@ -55,7 +55,7 @@ class Replacement(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """What to do in one jaxpr: taps by equation, and plans of the inner jaxprs that hold some."""
+    """A plan of what to do in one jaxpr: taps by equation, and plans of inner jaxprs with taps."""
 
     taps: dict[int, list[Tap]] = dataclasses.field(default_factory=dict)
     inner: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Records:
-    """What one pass keeps: activations by record, whether each branch ran, outputs by probe."""
+    """The records of one pass: activations by record, whether branches ran, outputs by probe."""
 
     activations: dict[int, Any] = dataclasses.field(default_factory=dict)
     ran: dict[int, Any] = dataclasses.field(default_factory=dict)

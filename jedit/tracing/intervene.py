@@ -15,7 +15,7 @@ from jedit.tracing.sites import cut
 
 
 class Intervention(NamedTuple):
-    """A pass that was intervened in.
+    """The results of a forward pass in which the outputs of some sites were changed.
 
     Attributes:
         outputs: what `apply` returned.
@@ -68,6 +68,7 @@ def intervene(
         raise ValueError(f"{both} stand in add and in replace; a site is changed in one way")
     probes = program.plan.probes()
     for name, site in program.sites.items():
+        # Sites of joined parameters share one probe: each writes into its own window of it.
         window = tuple(slice(start, stop) for start, stop in site.window_out or ())
         shape, probe = site.output_shape, probes[site.probe]
         if name in replace:

@@ -12,7 +12,7 @@ from jedit.tracing.versions import inner_jaxprs
 
 
 class Flow(enum.IntEnum):
-    """What depends on an equation or a variable: nothing, values alone, or gradients too."""
+    """The kind of what depends on an equation or a variable: nothing, values, or gradients too."""
 
     DEAD = 0
     VALUE = 1

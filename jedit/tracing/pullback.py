@@ -15,7 +15,7 @@ from jedit.tracing.sites import Site, Sites, cut
 
 
 class Capture(NamedTuple):
-    """One captured pass.
+    """A forward pass that kept what enters every site, and can pull gradients back.
 
     Attributes:
         sites: the sites that were captured, by name.
@@ -67,6 +67,8 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
     sites, jaxpr = program.sites, program.jaxpr
     leaves = argument_leaves(params, inputs)
 
+    # Differentiated in the probes, which are added to the sites' outputs: their gradients are the
+    # output gradients, and no weight is differentiated at all.
     def tapped(probes):
         records = Records()
         outs = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, program.plan, probes, records)
@@ -87,7 +89,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
 
 
 def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:
-    """Return what a traced `apply` is evaluated on."""
+    """Return the leaves of params and inputs, as arrays, on which a traced `apply` is evaluated."""
     leaves = jax.tree.leaves((params, inputs))
     return [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
 
@@ -119,6 +121,7 @@ def weight_gradients(
 def site_gradient(site: Site, activation: Array | None, cotangent: Array) -> Array:
     """Return one site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
     g = _flat(site.canonical_gradients(cotangent))
+    # A bias's input is its constant factor at every position: its gradient is a sum.
     bias = site.bias_scale * g.sum(axis=1, keepdims=True)
     if activation is None:
         return site.scale * g.sum(axis=1, keepdims=True)

@@ -113,7 +113,7 @@ MATRICES = frozenset(["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve"]
 
 
 class Place(NamedTuple):
-    """Where an index stands in an array: as `(i // inner) % size` of the index i along `axis`."""
+    """The place of an index in an array: `(i // inner) % size` of the index i along `axis`."""
 
     axis: int
     inner: int
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """Which of an operand's axes are axes of an output.
+    """The axes of an operand that are axes of an output.
 
     Attributes:
         pairs: (operand's axis, output's axis) of axes where each entry depends on its own alone.

@@ -24,7 +24,7 @@ from jedit.tracing.provenance import Op, apply_ops, transpose_ops
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Where in the parameters a site's matrix lives: hashable, and the same for every batch.
+    """The place of a site's matrix in the parameters: hashable, and the same for every batch.
 
     Attributes:
         path: the parameter's path, as `jedit.core.paths.parameter_paths` names it.
@@ -98,9 +98,10 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """How a captured array becomes (layers, positions..., features): a transpose, then merges.
+    """The relayout of a captured array to (layers, positions..., features).
 
-    The first `num_layers` axes after the transpose are layers, the next `num_positions` positions.
+    It is transposed, then axes are merged: the first `num_layers` axes after the transpose are
+    layers, the next `num_positions` positions.
     """
 
     permutation: tuple[int, ...]
@@ -126,7 +127,7 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """How a convolution's input becomes patches, in `conv_general_dilated`'s own terms."""
+    """The making of patches from a convolution's input, in `conv_general_dilated`'s own terms."""
 
     lhs_spec: tuple[int, ...]
     out_spec: tuple[int, ...]
@@ -153,6 +154,7 @@ class Patches:
     def _split(self, array: Array, lead: tuple[int, ...]) -> Array:
         """Bring (scans·batch, groups·features, space...) to the canonical form."""
         n, space = len(self.scan_axes), array.ndim - 2
+        # `lead` is (scans..., batch); groups become layers, as each has a matrix of its own.
         array = array.reshape(*lead, self.groups, -1, *array.shape[2:])
         layers = [i for i, kind in enumerate(self.scan_axes) if kind == "layer"]
         uses = [i for i, kind in enumerate(self.scan_axes) if kind == "use"]
@@ -162,6 +164,7 @@ class Patches:
 
     def inputs(self, array: Array) -> Array:
         """Return patches (layers, batch, space..., d_in), channel-major as a kernel is."""
+        # Scans are merged into the batch, as the patches of all iterations are cut alike.
         merged, lead = self._merge(array, self.lhs_spec)
         patches = jax.lax.conv_general_dilated_patches(
             merged,
@@ -193,7 +196,7 @@ class Site:
     Attributes:
         name: the parameter's path, with "#k" from its second site on.
         kind: "dense", "conv", "embedding", "scale" or "bias".
-        weight: where its matrix lives in the parameters.
+        weight: the place of its matrix in the parameters.
         record: which captured activation it reads; sites with the same `record` share one array.
         probe: which probe stands at its equation's output; sites of one equation share it.
         axes_in: canonical form of the activation (`Patches` for a convolution, None for a bias).

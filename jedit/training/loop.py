@@ -149,7 +149,7 @@ def fit(
 
 
 class _How(NamedTuple):
-    """What is trained, whatever the sets are."""
+    """The functions and settings of a loop that do not depend on its sets."""
 
     objective: Callable
     optimizer: optax.GradientTransformation

@@ -15,10 +15,10 @@ from jedit.training.watch import History, Watch
 
 
 class TrainingInfo(NamedTuple):
-    """What a method that trains has to say of its run.
+    """The Info of a method that trains: the history of its run.
 
     Attributes:
-        history: per step "loss" and what the objective's aux holds, as of `unlearn`.
+        history: per step "loss" and what the objective's aux holds, as `unlearn` returns it.
     """
 
     history: History

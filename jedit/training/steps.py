@@ -23,7 +23,7 @@ from jedit.training.watch import History
 
 
 class Program(NamedTuple):
-    """All that is fixed when the steps are compiled; equal values share one program.
+    """Everything that is fixed when the steps are compiled; equal values share one program.
 
     Attributes:
         objective: `(params, rows of each set, reference) -> (scalar, aux)`.
@@ -43,7 +43,7 @@ class Program(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What the steps read and do not change.
+    """The arrays that the steps read and do not change.
 
     Attributes:
         params: the parameters as they were, whose frozen ones stay.
@@ -62,7 +62,7 @@ Taken = tuple[PyTree, PyTree, History, Bool[Array, ""]]
 def advance(program: Program, trained: PyTree, state: PyTree, read: Read, streams: tuple) -> Taken:
     """Take as many steps as the streams have rows, in one compiled call.
 
-    Or one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions for its fast
+    They are taken one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions for its fast
     kernels at the top of a program alone (jax issue 12868), so that the gradient of one takes six
     times as long inside a loop.
 

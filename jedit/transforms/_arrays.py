@@ -11,7 +11,7 @@ from jedit.geometry.parts import part_of, with_part
 
 
 def owned(tree: PyTree) -> PyTree:
-    """A copy of each array, for an optimizer's state: a loop that donates it would delete others'.
+    """Copy each array for an optimizer's state: a loop that donates it would delete others'.
 
     Two transforms of a chain may hold the same curvature, and no array can be donated twice.
     """

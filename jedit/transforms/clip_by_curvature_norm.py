@@ -14,7 +14,7 @@ from jedit.transforms._arrays import owned
 
 
 class ClipByCurvatureNormState(NamedTuple):
-    """The curvature, as an argument of the jitted step, and the last update's predicted price.
+    """The curvature, as an argument of the jitted step, and the last update's predicted cost.
 
     Attributes:
         curvature: F, the curvature of the retain outputs.

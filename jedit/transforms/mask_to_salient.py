@@ -17,7 +17,7 @@ from jedit.core.devices import on_auto_axes
 
 
 class MaskToSalientState(NamedTuple):
-    """Which entries may change: in the state, so that it is an argument of the jitted step."""
+    """The mask of entries that may change, as an argument of the jitted step."""
 
     mask: PyTree
 

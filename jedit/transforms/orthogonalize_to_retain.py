@@ -131,6 +131,7 @@ def orthogonalize_to_retain(
             grads = retain_grads if retain_grad_fn is None else retain_grad_fn(params)
             return subspace.update(seen, grads)
 
+        # In a `cond`, so that between refreshes no retain gradient is computed.
         seen = jax.lax.cond(state.count % refresh == 0, add, lambda seen: seen, state.subspace)
         count = state.count + 1
         second = state.second_moment

@@ -25,7 +25,7 @@ Outer = Literal["transport", "amplify", "push"]
 
 
 class RetainNeutralSurrogateState(NamedTuple):
-    """What the last step saw: angle of the gradients, first-order gain of the perturbation."""
+    """The last step's angle between the gradients and first-order gain of the perturbation."""
 
     info: RetainOrthogonalInfo
 

@@ -69,7 +69,7 @@ def _are_narrow(operands: Iterable[Array]) -> bool:
 def _capability(faster_on: frozenset[str]) -> str:
     """Return the default device's compute capability.
 
-    "" where nothing depends on it, or off a GPU.
+    It is "" where nothing depends on it, or off a GPU.
     """
     if not faster_on or jax.default_backend() != "gpu":
         return ""

@@ -176,7 +176,7 @@ def with_shardings(
 ) -> Curvature:
     """Return the curvature with other statements of how its blocks' matrices lie.
 
-    None where unnamed.
+    Blocks that `shardings` does not name get None, one device.
     """
     blocks = {
         name: dataclasses.replace(b, sharding=shardings.get(name))
