@@ -59,8 +59,8 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
         **numbers: by the name that the caller knows: numbers, arrays of them, None, or traced.
 
     Raises:
-        ValueError: one lies outside, or is NaN or infinite.
-        TypeError: one is no number.
+        ValueError: a number lies outside, or is NaN or infinite.
+        TypeError: an argument is no number.
     """
     for name, given in numbers.items():
         if not is_known(given):
@@ -151,7 +151,7 @@ def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
 def loop_failure(
     losses: Any, first: int, reached: PyTree, start: PyTree, sets: Mapping[str, PyTree]
 ) -> str:
-    """Say where a training loop left the finite numbers, and why, as a sentence.
+    """Return where a training loop left the finite numbers, and why, as a sentence.
 
     Args:
         losses: the losses of the steps taken last.

@@ -239,7 +239,7 @@ class RowSharding:
 
 
 def row_sharding(rows: PyTree) -> RowSharding | None:
-    """Say how the leading axis of all leaves lies; None when it is not split, or not alike."""
+    """Return how the leading axis of all leaves lies; None when it is not split, or not alike."""
     found = set()
     for leaf in jax.tree.leaves(rows):
         sharding = sharding_of(leaf)

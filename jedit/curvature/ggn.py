@@ -55,8 +55,8 @@ def quadratic_kl(
 ) -> Float[Array, ""]:
     """Return ½ vᵀ G v, the mean output KL that the step `vector` costs to second order.
 
-    It needs the forward pass with tangents alone.  It is a prediction: on a saturated model the true
-    KL(θ || θ + v) can be larger by orders of magnitude.
+    It needs the forward pass with tangents alone.  It is a prediction: on a saturated model the
+    true KL(θ || θ + v) can be larger by orders of magnitude.
     """
     outputs, tangent = jax.jvp(_forward(apply, batch), (params,), (vector,))
     tangent, product = _masked_products(likelihood, batch, outputs, tangent)

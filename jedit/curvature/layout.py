@@ -132,7 +132,7 @@ def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
 def _relation(
     first: Weight, second: Weight
 ) -> Literal["equal", "transposed", "disjoint", "overlapping"]:
-    """Say how two matrices of one leaf lie to each other."""
+    """Return how two matrices of one leaf lie to each other."""
     if first == second:
         return "equal"
     if _are_slices_apart(first, second):

@@ -191,6 +191,7 @@ def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
     It is None where two axes are entangled.
     """
     found = [(place, i) for i, place in enumerate(choice) if place is not None]
+    # Two places in one axis are its digits: the outer one must step over all of the inner one.
     found.sort(key=lambda one: (one[0].axis, -one[0].inner))
     for (one, _), (other, _) in itertools.pairwise(found):
         if one.axis == other.axis and one.inner % (other.inner * other.size):

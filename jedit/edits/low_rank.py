@@ -62,6 +62,7 @@ class LowRank:
 
     def plus(self, other: "LowRank") -> "LowRank":
         """Return the sum of two blocks, of the sum of their ranks; nothing is multiplied out."""
+        # [L₁ L₂] [R₁; R₂] = L₁R₁ + L₂R₂.
         left = jnp.concatenate([self.left, other.left], axis=-1)
         return LowRank(left, jnp.concatenate([self.right, other.right], axis=-2), self.weight)
 

@@ -173,7 +173,7 @@ def _simplest(pieces: list[Piece], shape: tuple[int, ...]) -> Joined | Provenanc
 
 
 def _span(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int] | None:
-    """Say where a box begins and ends in the flattened axes; None unless it is without gaps."""
+    """Return where a box begins and ends in the flattened axes; None unless it is without gaps."""
     start, length = 0, 1
     for (a, b), n in zip(box, sizes, strict=True):
         # Behind an axis of which the box has several entries, every axis must be whole.

@@ -56,7 +56,7 @@ def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
 
 
 def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
-    """Say how often each variable is read by equations and outputs through which gradients flow."""
+    """Count how often equations and outputs through which gradients flow read each variable."""
     counts: Counter = Counter()
     for eqn, flow in zip(jaxpr.eqns, found, strict=True):
         if flow == Flow.GRADIENT:

@@ -135,7 +135,7 @@ class Relation(NamedTuple):
     reshaped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def to_output(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Say where an operand's index stands in the output; None where it is lost."""
+        """Return where an operand's index stands in the output; None where it is lost."""
         pairs = self.pairs + self.near if with_near else self.pairs
         found = next((place._replace(axis=b) for a, b in pairs if a == place.axis), None)
         if found is None or self.reshaped is None:
@@ -143,7 +143,7 @@ class Relation(NamedTuple):
         return _relocated(found, *self.reshaped)
 
     def to_operand(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Say where an output's index stands in the operand; None where it is no index of it."""
+        """Return where an output's index stands in the operand; None where it is no index of it."""
         found: Place | None = place
         if self.reshaped is not None:
             found = _relocated(place, *self.reshaped[::-1])
@@ -155,7 +155,7 @@ Relations = Mapping[tuple[int, int], Relation]  # by operand and output
 
 
 def relate(eqn, counted: Mapping[int, int]) -> Relations:
-    """Say how the axes of an equation's operands are those of its outputs.
+    """Return how the axes of an equation's operands are those of its outputs.
 
     Args:
         eqn: the equation, of any primitive.

@@ -44,6 +44,7 @@ def rebind(eqn, inputs: list) -> list:
         RuntimeError: a JAX of later date re-binds equations in a way not known here.
     """
     bound = eqn.primitive.get_bind_params(eqn.params)
+    # In the context that the equation was traced in: mesh, precision and x64 are read off it.
     with eqn.ctx.manager:
         if isinstance(bound, dict):  # jax >= 0.10
             outs = eqn.primitive.bind(*inputs, **bound)

@@ -150,13 +150,13 @@ class Walker:
         return _without_shared_views(outs, jaxpr.outvars, uses), plan
 
     def _stopped(self, values: list[Value]) -> list[Value]:
-        """Return what enters where no gradient flows: parameters there are numbers like others."""
+        """Forget which values are parameters: where no gradient flows they are mere numbers."""
         for value in values:
             self.stopped.update(() if value.origin is None else value.origin.paths)
         return [dataclasses.replace(v, origin=None, view=None, factor=()) for v in values]
 
     def _without_factors(self, values: list[Value], scope: Scope) -> list[Value]:
-        """Return what was multiplied by an array is not followed into, or out of, another jaxpr."""
+        """Refuse to follow what was multiplied by an array into, or out of, another jaxpr."""
         for value in values:
             if value.factor:
                 self.refuse(value.origin, BY_ARRAY, scope, value.factor[0].eqn)

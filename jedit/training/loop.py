@@ -247,6 +247,7 @@ def _train(
                 begin = done
                 histories.append(past)
         stop = max(steps, begin)
+        # Where the loop stops to be looked at; with no step to take it runs once, for the history.
         marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
         for first, last in itertools.pairwise(marks):
             if first == last and histories:

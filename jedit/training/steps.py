@@ -62,9 +62,9 @@ Taken = tuple[PyTree, PyTree, History, Bool[Array, ""]]
 def advance(program: Program, trained: PyTree, state: PyTree, read: Read, streams: tuple) -> Taken:
     """Take as many steps as the streams have rows, in one compiled call.
 
-    They are taken one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions for its fast
-    kernels at the top of a program alone (jax issue 12868), so that the gradient of one takes six
-    times as long inside a loop.
+    They are taken one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions
+    for its fast kernels at the top of a program alone (jax issue 12868), so that the gradient of
+    one takes six times as long inside a loop.
 
     Returns:
         What is trained, the optimizer's state, the history, and whether losses and parameters are

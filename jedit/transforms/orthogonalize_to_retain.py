@@ -151,6 +151,7 @@ def orthogonalize_to_retain(
         wide = jax.tree.map(lambda u: u.astype(wide_dtype(u.dtype)), updates)
         basis = subspace.value(seen, whitening)
         left = project_out(basis, whitening.whiten(wide), scope=scope)
+        # Adam's metric gives a step, W z_⊥, in Adam's place; any other a gradient, W⁻¹ z_⊥.
         left = whitening.whiten(left) if metric == "adam" else whitening.unwhiten(left)
         left = jax.tree.map(lambda x, u: x.astype(u.dtype), left, updates)
         return left, OrthogonalizeToRetainState(seen, second, count, state.curvature)

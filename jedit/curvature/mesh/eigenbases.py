@@ -90,7 +90,7 @@ def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
 
 
 def _devices(sharding: NamedSharding) -> list[Any]:
-    """Return all of a mesh, in its order."""
+    """Return all devices of a mesh, in the mesh's order."""
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)  # an array's is never abstract
     return list(np.asarray(mesh.devices).flat)

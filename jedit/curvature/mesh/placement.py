@@ -140,7 +140,7 @@ def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 
 
 def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
-    """Say where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
+    """Return where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
     dims = (0, dim, None)[: len(shape)]
     # Over all axes if the devices divide the side, else over its own; the smaller piece wins.
     found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
@@ -148,7 +148,7 @@ def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> N
 
 
 def num_pieces(sharding: NamedSharding) -> int:
-    """Say into how many a matrix is cut along `along`."""
+    """Return into how many pieces a matrix is cut along `along`."""
     axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
     return math.prod(sharding.mesh.shape[a] for a in axes)
 
@@ -166,7 +166,7 @@ def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
 
 
 def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
-    """Say how the blocks' matrices lie, of those that are on a mesh."""
+    """Return how the blocks' matrices lie, of those that are on a mesh."""
     found = {n: b.sharding for n, b in curvature.blocks.items() if isinstance(b, Kronecker)}
     return {name: sharding for name, sharding in found.items() if sharding is not None}
 
@@ -188,7 +188,7 @@ def with_shardings(
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:
-    """Return a copy on every device."""
+    """Return the sharding of which every device holds a whole copy."""
     return NamedSharding(sharding.mesh, PartitionSpec())
 
 
@@ -201,7 +201,7 @@ def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
 def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
     """Return zeros of given shapes, made where they belong.
 
-    `places` None: on the default device.
+    Where `places` is None they lie on the default device.
     """
     if places is None:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
