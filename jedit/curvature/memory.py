@@ -17,8 +17,8 @@ from jedit.core.devices import fetched
 from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
-class Need(NamedTuple):
-    """The memory of a device that the sums of one block need.
+class Footprint(NamedTuple):
+    """The memory of a device that the sums of one block take.
 
     Attributes:
         paths: the block's parameters.
@@ -38,7 +38,7 @@ def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
     )
 
 
-def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...], ...]:
+def group_paths(needs: Iterable[Footprint], group_bytes: int) -> tuple[tuple[str, ...], ...]:
     """Return the parameters of each group, in order.
 
     A group that cannot be parted may be larger than the limit.
@@ -47,13 +47,13 @@ def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...
         ValueError: the limit is below one.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
-    units: list[Need] = []
+    units: list[Footprint] = []
     for need in needs:
         # What shares a sum or a parameter with this block is joined to it, and with one another.
         mine = [u for u in units if set(u.paths) & set(need.paths) or set(u.sums) & set(need.sums)]
         paths = dict.fromkeys(p for u in (*mine, need) for p in u.paths)
         sums = {k: size for u in (*mine, need) for k, size in u.sums.items()}
-        joined = Need(tuple(paths), sums)
+        joined = Footprint(tuple(paths), sums)
         where = units.index(mine[0]) if mine else len(units)
         units = [u for u in units if u not in mine]
         units.insert(where, joined)

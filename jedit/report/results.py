@@ -73,6 +73,7 @@ class Method(NamedTuple):
         strength: what its strength is, with its unit.
         grid: the settings that were tried; every one has a curve.
         fit_seconds: what it needs once before any edit, in seconds, without compiling.
+        keeps_budget: whether its strength is a retain KL that it keeps in truth; shaded in figures.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method(NamedTuple):
     strength: str
     grid: dict[str, tuple[float, ...]]
     fit_seconds: float = 0.0
+    keeps_budget: bool = False
 
 
 class Answer(NamedTuple):

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_batch, check_function, check_key, check_kind
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, POSITIVE, check_numbers, culprit
 from jedit.core.devices import on_auto_axes, sharding_of
 from jedit.core.display import short_repr
@@ -40,7 +40,7 @@ from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, dense
 from jedit.geometry.parts import Part, moved, part_of, with_part
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 from jedit.requests.batch import Solver, batch_unlearn
 
 # Of the largest α: from a 32nd of it to the whole, by cube roots of two; and none.

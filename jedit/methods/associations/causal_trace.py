@@ -33,13 +33,13 @@ from jedit.core.arguments import (
     check_params,
     nearest,
 )
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.precision import wide
 from jedit.curvature.positions import align
-from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.objectives.token_nll import counted_nll
 from jedit.tracing import intervene
 from jedit.tracing.discover import trace_program
 

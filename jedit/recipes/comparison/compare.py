@@ -290,7 +290,7 @@ def _by_budget(
             yield Curve(row.name, setting, tuple(points)), models
 
     strength = "budget (true retain KL on the line search's rows, nats per output)"
-    return curves(), Method(row.name, row.description, strength, tried)
+    return curves(), Method(row.name, row.description, strength, tried, keeps_budget=True)
 
 
 def _by_scale(
