@@ -242,8 +242,7 @@ def quadratic_form(
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
         rotated = rotate(curvature, name, gather(block, mine))
         damped = values + _damping(values, damping, absolute)
-        # Rotated once, not twice: Tᵀ Q Λ Qᵀ T is a weighted norm of Qᵀ T, never negative by
-        # rounding.
+        # Tᵀ Q Λ Qᵀ T is a weighted square of Qᵀ T: one rotation, and never negative by rounding.
         parts.append(jnp.sum(damped * rotated**2))
     return _sum(parts)
 

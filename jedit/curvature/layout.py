@@ -137,7 +137,7 @@ def _relation(
         return "equal"
     if _are_slices_apart(first, second):
         return "disjoint"
-    # Relayouts of another wording may do the same: numbered entries tell, at the leaf's own size.
+    # Relayouts of another wording may do the same: only numbering the leaf's entries can tell.
     x, y = _entries(first), _entries(second)
     if x.shape == y.shape and np.array_equal(x, y) and first.paths == second.paths:
         return "equal"

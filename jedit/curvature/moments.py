@@ -99,8 +99,7 @@ def add_outputs(
     """Add the output gradients of one pullback."""
     g = done.gradients(site, pulled)
     if sharing == "reduce":
-        # The sum, not the mean as of a: the weight's gradient is Σ_s a gᵀ, which is ā ĝᵀ if all a
-        # agree.
+        # The sum, not a mean: the weight's gradient is Σ_s a gᵀ, which is ā ĝᵀ if all a agree.
         g = jnp.sum(g.astype(done.dtype), axis=2)
     rows = g.reshape(g.shape[0], -1, g.shape[-1])
     if total.ndim == 2:

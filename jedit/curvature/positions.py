@@ -104,8 +104,7 @@ class Alignment:
             return x.reshape(layers, 1, -1, *rest)
         axis, inner, number = self.example
         where, shape = self.axes.index(axis), self.positions
-        # The example is a digit within one axis: what is outside of it, and within it, are
-        # positions.
+        # The example is a digit of one axis: the digits outside and inside of it are positions.
         split = (shape[where] // (inner * number), number, inner)
         if math.prod((*shape[:where], split[0])) > 1:
             x = x.reshape(layers, *shape[:where], *split, *shape[where + 1 :], *rest)

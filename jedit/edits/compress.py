@@ -98,8 +98,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 
     check_numbers(COUNT, rank=rank)
     d_out = (left if right is None else right).shape[-1]
-    # Twice the rank and two: the leading directions converge as fast as the gap beyond them is
-    # wide.
+    # Twice the rank and two: how fast the leading directions come depends on the gap beyond.
     columns = min(2 * rank + 2, left.shape[-2], d_out)
     start = jax.random.normal(jax.random.key(SEED), (d_out, columns), left.dtype)
     basis = _orthonormal(times(jnp.broadcast_to(start, (*left.shape[:-2], d_out, columns))))

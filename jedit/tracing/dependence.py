@@ -146,7 +146,7 @@ class _Frame:
         else:
             return []
         # A cond's first operand chooses the branch. A call whose operands are not one by one those
-        # of its jaxpr (a custom rule that takes more) is followed by nothing, which is safe.
+        # of its jaxpr (a custom rule that takes more) is not followed into, which is safe.
         num_inputs = len(eqn.invars) - (name == "cond")
         if any(
             (len(j.jaxpr.invars), len(j.jaxpr.outvars)) != (num_inputs, len(eqn.outvars))
@@ -375,8 +375,7 @@ class _Counting:
     def __init__(self, jaxpr, consts) -> None:
         self.along: dict = {}  # variables that count, and along which axis
         self.joined: dict = {}  # variables with columns that count, and along which axis
-        # JAX indexes by `select(i < 0, i + n, i)`: of a count i the test is false, and the result
-        # i.
+        # JAX indexes by `select(i < 0, i + n, i)`, which for a count i is i: none is below zero.
         self.never: set = set()  # variables that are false throughout
         for variable, const in zip(jaxpr.constvars, consts, strict=True):
             if variable.aval.ndim == 1 and _is_count(const):

@@ -128,8 +128,7 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
             probe = probes[tap.probe]
-            # The equation's own context: the sum must see the mesh and precision that the model
-            # set.
+            # In the equation's own context: the sum must see the mesh that the model set.
             with eqn.ctx.manager:
                 if callable(probe):  # a change that is computed from what enters there
                     probe = probe(on_auto(_kept(tap.kept[0], ins, read)))
@@ -156,8 +155,7 @@ def _kept(kept: Kept, ins: list, read: Callable) -> Any:
             factor = rebind(eqn, [factor])[0]
             continue
         by = jnp.broadcast_to(read(eqn.invars[operand]), eqn.outvars[0].aval.shape)
-        # The multiplier may be of lower rank than the weight was: it grows to the output's shape
-        # here.
+        # The multiplier may be of lower rank than the weight: here it gets the output's shape.
         by = 1 / by if eqn.primitive.name == "div" else by
         factor = by if factor is None else factor * by
     if kept.operand is None:

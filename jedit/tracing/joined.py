@@ -124,7 +124,7 @@ class Joined:
         pieces = []
         for piece in self.pieces:
             (start, stop), *box = piece.box
-            # The scan slices the joined array: a leaf that is some of its layers is seen only then.
+            # A leaf that is only some layers of the array is seen by only those iterations.
             is_whole = stop - start == self.shape[0]
             layers = piece.layers if is_whole else (*piece.layers, (depth, start, stop))
             pieces.append(Piece(piece.origin.scanned(depth), tuple(box), layers))

@@ -26,8 +26,7 @@ def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
     """Lay out a leaf; an axis that a scan slices ("layer") stays in front of what follows it."""
     for i, (name, *arguments) in enumerate(ops):
         if name == "layer":
-            # What follows was recorded inside the scan, of one layer: it is mapped over all of
-            # them.
+            # What follows was recorded inside the scan, of one layer: it is mapped over all.
             return jax.vmap(lambda x, rest=ops[i + 1 :]: apply_ops(rest, x))(leaf)
         if name == "transpose":
             leaf = jnp.transpose(leaf, arguments[0])
