@@ -49,7 +49,7 @@ def retain_neutral_surrogate(
     retain objective.
 
     Args:
-        radius: ρ.
+        radius: ρ, the norm of the perturbation δ.
         outer: what is made of the gradient g at θ + δ, with q̂ = δ/‖δ‖: "transport", g itself (as in
             the code of the parent method, UAM); "amplify", g without `strength` times its part
             along q̂ where a step against g would undo forgetting [derived]; "push",
