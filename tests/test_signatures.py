@@ -39,7 +39,8 @@ def is_given(thing):
     if isinstance(thing, types.FunctionType):
         return True
     rooms = ("jedit.methods", "jedit.requests", "jedit.curvature.likelihoods", "jedit.objectives")
-    return dataclasses.is_dataclass(thing) and thing.__module__.startswith(rooms)
+    is_row = thing.__module__ == "jedit.methods.row"  # of the catalogue, and what a scene has
+    return dataclasses.is_dataclass(thing) and thing.__module__.startswith(rooms) and not is_row
 
 
 CALLED = [(name, thing) for name, thing in public() if is_given(thing)]
@@ -68,7 +69,7 @@ def test_its_arguments_are_in_the_one_order(name, thing):
     found = [argument for argument in positional if argument in ORDER]
     assert found == sorted(found, key=ORDER.index), name
     if {"apply", "params"} <= set(positional):
-        assert positional[:2] == ["apply", "params"], name
+        assert found[:2] == ["apply", "params"], name
 
 
 @each

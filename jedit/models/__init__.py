@@ -4,7 +4,6 @@
 a Hugging Face folder; they need the extra `llm`, and import it when they are called.
 """
 
-from jedit.core.batch import Apply
 from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode
 from jedit.models.functional import cast_params, mixed_precision, to_pure
@@ -16,7 +15,6 @@ from jedit.models.mlp import mlp
 
 __all__ = [
     "Adapted",
-    "Apply",
     "Stepper",
     "cached_decode",
     "cast_params",

@@ -100,11 +100,12 @@ class Answering:
     """How one request is answered.
 
     Attributes:
-        tries: edits for one request, at most.
-        damping: λ over each block's mean eigenvalue.
+        tries: edits for one request, at most; 3 is arbitrary.
+        damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
         rank: of each matrix's change; see `Solver`.
-        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none.
-        request_size: rows of one request, at most.
+        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none. 32 is
+            arbitrary.
+        request_size: rows of one request, at most; 1 is one row.
     """
 
     tries: int = 3
@@ -129,12 +130,12 @@ class Refresh:
     """When the curvature follows the stream, and how.
 
     Attributes:
-        every: requests between two looks at the curvature.
+        every: requests between two looks at the curvature; 10 is arbitrary.
         max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
-            all rows that are left. Arbitrary: in our one measurement the statistics were older at
+            all rows that are left. 0.5 is arbitrary: in our one measurement the statistics were older at
             every look, and it made little difference.
-        probe: rows that its age is measured on.
-        chunk: rows in one pass of the estimation.
+        probe: rows that its age is measured on, 32 (arbitrary).
+        chunk: rows in one pass of the estimation, 32 (arbitrary).
     """
 
     every: int = 10

@@ -39,11 +39,13 @@ from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.precision import wide
 from jedit.curvature.positions import align
+from jedit.curvature.types import pytree
 from jedit.objectives.token_nll import counted_nll
 from jedit.tracing import intervene
 from jedit.tracing.discover import trace_program
 
 
+@pytree("embedding", "noise", "samples")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corruption:
     """What a run is corrupted by: noise on the embeddings of a subject's tokens.
@@ -70,6 +72,7 @@ class Corruption:
         check_numbers(NOT_NEGATIVE, noise=self.noise)
 
 
+@pytree("layers", "window")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Restoration:
     """What of a corrupted run is put back to its clean values.
