@@ -23,13 +23,13 @@ def check_kind(value: Any, kind: type, name: str, example: str) -> None:
     """Refuse what is no instance of a class.
 
     Args:
-        value: what was given.
-        kind: the class.
-        name: of the argument.
+        value: what was given as the argument.
+        kind: the class that it must be an instance of.
+        name: the argument's name, for the message.
         example: where such an instance comes from.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is no such instance.
     """
     if isinstance(value, kind):
         return
@@ -49,7 +49,7 @@ def check_word(words: Any, **given: Any) -> None:
         **given: by the name of the option.
 
     Raises:
-        ValueError: which one, and what there is.
+        ValueError: a word is none of them; the message says which there are.
     """
     known = get_args(words)
     for name, word in given.items():
@@ -61,7 +61,7 @@ def check_function(value: Any, name: str = "apply", form: str = "(params, inputs
     """Refuse what cannot be called.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: the value cannot be called, or is a class.
     """
     if not callable(value) or isinstance(value, type):
         raise TypeError(
@@ -89,7 +89,7 @@ def check_params(params: PyTree, name: str = "params") -> None:
     """Refuse parameters that are a batch, or hold something else than arrays and numbers.
 
     Raises:
-        TypeError: what they hold, and where.
+        TypeError: a leaf is something else; the message says what, and where.
     """
     if is_batch(params):
         raise TypeError(
@@ -116,7 +116,7 @@ def check_inputs(inputs: PyTree) -> None:
     """Refuse a whole batch in place of its inputs.
 
     Raises:
-        TypeError: it is one.
+        TypeError: the inputs are a batch.
     """
     if is_batch(inputs):
         raise TypeError("inputs must be what apply takes, got a Batch; give batch.inputs")
@@ -126,7 +126,7 @@ def check_key(key: Any) -> None:
     """Refuse what is no random key.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the value is no random key.
     """
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (
@@ -138,7 +138,7 @@ def check_key(key: Any) -> None:
 
 
 def check_checkpoint(checkpoint: Any) -> None:
-    """Refuse what a job cannot save itself with; None is none.
+    """Refuse what a job cannot save itself with; None passes.
 
     Raises:
         TypeError: it is something else, a folder for instance.
@@ -151,9 +151,9 @@ def refuse_tracers(what: str, given: PyTree, instead: str) -> None:
     """Refuse to run under a transformation of JAX, where numbers are not known yet.
 
     Args:
-        what: cannot run so.
-        given: its arguments.
-        instead: what to do.
+        what: the name of the job that cannot run so.
+        given: the arguments of the job.
+        instead: what to do instead, as the end of a sentence.
 
     Raises:
         ValueError: some of the arguments are traced.
@@ -166,7 +166,7 @@ def refuse_tracers(what: str, given: PyTree, instead: str) -> None:
 
 
 def is_batch(value: Any) -> bool:
-    """Whether a value is a `Batch`, or has all that one has."""
+    """Say whether a value is a `Batch`, or has all that one has."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in Batch._fields)
 
 
@@ -174,7 +174,7 @@ def check_batch(value: Any, name: str) -> None:
     """Refuse what is no batch.
 
     Raises:
-        TypeError: it is none, or its targets, mask or valid are no arrays.
+        TypeError: the value is no batch, or its targets, mask or valid are no arrays.
     """
     if not is_batch(value):
         raise TypeError(
@@ -191,9 +191,10 @@ def check_batch(value: Any, name: str) -> None:
 
 
 def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> Iterable[Batch]:
-    """Return batches, checked as they come; one by itself is a tuple, and would iterate its fields.
+    """Return batches that are checked as they come.
 
-    What can be gone through several times still can be.
+    One batch by itself is a tuple, and would iterate its fields. What can be gone through several
+    times still can be.
 
     Raises:
         TypeError: it is neither a batch nor several.
@@ -207,6 +208,7 @@ def checked_batches(batches: Iterable[Batch] | Batch, name: str = "batches") -> 
             f"{name} must be a jedit.Batch, or several in a list, got {described(batches)}; write "
             "Batch(inputs, targets), with mask and valid where not all outputs count"
         )
+    # An iterator stays one: it comes once, and must not look like a list.
     checked = _Checked(batches, name)
     return iter(checked) if iter(batches) is batches else checked
 
@@ -216,7 +218,7 @@ def batch_list(batches: Iterable[Batch] | Batch, name: str) -> list[Batch]:
 
     Raises:
         TypeError: it is neither a batch nor several.
-        ValueError: there is none.
+        ValueError: there is no batch.
     """
     found = list(checked_batches(batches, name))
     if not found:
@@ -241,7 +243,7 @@ def check_labels(targets: Any, name: str) -> None:
     """Refuse labels that are no integers; their shape and range are not asked.
 
     Raises:
-        TypeError: they are none.
+        TypeError: the labels are no integers.
     """
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(

@@ -56,7 +56,7 @@ class Resumable(Protocol):
     def resume(
         self, job: str, given: PyTree, state: PyTree
     ) -> tuple[int, PyTree, dict[str, Array]]:
-        """Begin, or go on: the steps that are done, the state and the history after them."""
+        """Begin, or go on: return the steps that are done, and the state and history after them."""
         ...
 
     def see(self, data: PyTree) -> None:

@@ -17,13 +17,13 @@ from jedit.core.paths import leaves_with_paths
 
 
 class Range(NamedTuple):
-    """Which numbers an argument may be; none of them is infinite or NaN.
+    """A range of the numbers that an argument may be; none of them is infinite or NaN.
 
     Attributes:
-        least: the smallest.
-        most: the largest.
+        least: the smallest number allowed.
+        most: the largest number allowed.
         is_open: the smallest itself is left out.
-        is_whole: only whole numbers.
+        is_whole: only whole numbers are allowed.
     """
 
     least: float = -math.inf
@@ -55,12 +55,12 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
     """Refuse numbers that are out of their range, by their names.
 
     Args:
-        allowed: the range.
+        allowed: the range in which each number has to lie.
         **numbers: by the name that the caller knows: numbers, arrays of them, None, or traced.
 
     Raises:
-        ValueError: one lies outside, or is NaN or infinite.
-        TypeError: one is no number.
+        ValueError: a number lies outside, or is NaN or infinite.
+        TypeError: an argument is no number.
     """
     for name, given in numbers.items():
         if not is_known(given):
@@ -83,20 +83,20 @@ def check_numbers(allowed: Range, **numbers: Any) -> None:
 
 
 def example(values: np.ndarray, holds: np.ndarray) -> str:
-    """The first value for which something does not hold, and where it stands."""
+    """Return the first value for which something does not hold, and where it stands."""
     place = tuple(int(i) for i in np.argwhere(~holds)[0])
     return f"{values[place]} at {list(place)}"
 
 
 def is_known(value: Any) -> bool:
-    """Whether a value is given, not traced, and can be read by this process."""
+    """Say whether a value is given, not traced, and can be read by this process."""
     if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
         return False
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
 def not_finite(tree: PyTree) -> list[str]:
-    """The paths of the arrays of a tree that hold NaN or infinity."""
+    """Return the paths of the arrays of a tree that hold NaN or infinity."""
     return [path for path, leaf in leaves_with_paths(tree) if not _is_finite(leaf)]
 
 
@@ -125,7 +125,7 @@ def check_finite(what: str, tree: PyTree, hint: str | Callable[[], str] = "") ->
 
 
 def rows_not_finite(tree: PyTree) -> list[int]:
-    """The numbers of the rows, along the first axis of every array, that are not finite."""
+    """Return the numbers of the rows, along the first axis of every array, that are not finite."""
     rows: set[int] = set()
     for leaf in jax.tree.leaves(tree):
         if is_known(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and leaf.ndim:
@@ -136,7 +136,7 @@ def rows_not_finite(tree: PyTree) -> list[int]:
 
 
 def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
-    """Why something that was computed from parameters and rows is not finite, as a sentence."""
+    """Say why something that was computed from parameters and rows is not finite, as a sentence."""
     if paths := not_finite(params):
         return f"the parameters {paths[:4]} are not finite themselves"
     for name, rows in sets.items():
@@ -151,14 +151,14 @@ def culprit(params: PyTree, sets: Mapping[str, PyTree]) -> str:
 def loop_failure(
     losses: Any, first: int, reached: PyTree, start: PyTree, sets: Mapping[str, PyTree]
 ) -> str:
-    """Where a training loop left the finite numbers, and why, as a sentence.
+    """Return where a training loop left the finite numbers, and why, as a sentence.
 
     Args:
-        losses: of the steps taken last.
-        first: the number of the first of them.
-        reached: the parameters after them.
-        start: those that the loop began with.
-        sets: the rows, by name.
+        losses: the losses of the steps taken last.
+        first: the number of the first of these steps.
+        reached: the parameters after these steps.
+        start: the parameters that the loop began with.
+        sets: the rows that the loop read, by name.
     """
     values = np.asarray(losses)
     wrong = np.flatnonzero(~np.isfinite(values))

@@ -28,17 +28,17 @@ MeshAxes = tuple[str, ...]  # mesh axes that one dimension is split over
 
 
 def axes_of(entry: Any) -> MeshAxes:
-    """The mesh axes in one entry of a `PartitionSpec`."""
+    """Return the mesh axes in one entry of a `PartitionSpec`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def spec_of(*split: MeshAxes) -> PartitionSpec:
-    """The reverse, for all dimensions."""
+    """Return the `PartitionSpec` that splits each dimension over these mesh axes."""
     return PartitionSpec(*(axes or None for axes in split))
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """An array's sharding over several devices; None when it is traced, or on one device."""
+    """Return an array's sharding over several devices; None when it is traced, or on one device."""
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
@@ -48,12 +48,12 @@ def sharding_of(x: Any) -> NamedSharding | None:
 
 
 def on_auto_axes(function: Function) -> Function:
-    """The function, for arguments on a mesh with explicit axes too, or in the context of one.
+    """Let a function take arguments on a mesh with explicit axes too, or run in their context.
 
     Its body sees arrays and the context with Auto axes. What it returns lies on the explicit mesh
-    again: as it came out, and under a trace as the argument that is shaped like it, or whole. So
-    does what the callback in a keyword argument `watch` is given. Where the caller works with Auto
-    axes himself, results stay so.
+    again: as it came out, and under a trace as the argument that is shaped like it, or whole. What
+    the callback in a keyword argument `watch` is given lies there too. Where the caller works with
+    Auto axes himself, results stay on Auto axes.
     """
 
     @functools.wraps(function)
@@ -66,6 +66,8 @@ def on_auto_axes(function: Function) -> Function:
         if watch is not None and watch.callback is not None:
             callback = _called_outside(watch.callback, mesh, context)
             kwargs["watch"] = watch._replace(callback=callback)
+        # A traced array's type names its mesh, and the context must name the same one; concrete
+        # arrays need no context, and computing on one device inside one would be refused.
         is_traced = any(isinstance(x, Tracer) for x in _leaves((args, kwargs)))
         inside_args, inside_kwargs = on_auto((args, kwargs))
         with _within(_auto(mesh) if is_traced or context.axis_names else None):
@@ -78,13 +80,15 @@ def on_auto_axes(function: Function) -> Function:
 
 
 def on_auto(tree: PyTree) -> PyTree:
-    """A tree whose arrays on meshes with explicit axes lie on the same meshes with Auto axes."""
+    """Return the tree with arrays on explicit meshes put on the same meshes with Auto axes."""
 
     def moved(x: Any) -> Any:
         sharding = _typed_sharding(x)
         if sharding is None or not _is_explicit(sharding.mesh):
             return x
         auto = _auto(sharding.mesh)
+        # Under a trace there are no buffers to rename, so the type is changed by a reshard; Auto
+        # axes have no place in a type, so that its spec is all None.
         if isinstance(x, Tracer):
             return _retyped(x, NamedSharding(auto, PartitionSpec(*(None,) * x.ndim)))
         return _renamed(x, auto)
@@ -93,7 +97,7 @@ def on_auto(tree: PyTree) -> PyTree:
 
 
 def typed_like(x: Any, like: Any) -> Any:
-    """A traced array with the explicit axes of another of its shape; without such, as it is.
+    """Return a traced array with the explicit axes of another of its shape; without such, as it is.
 
     A model inside `jax.sharding.explicit_axes` is a stretch of explicit axes in jedit's programs.
     """
@@ -104,14 +108,15 @@ def typed_like(x: Any, like: Any) -> Any:
 
 
 def no_mesh() -> contextlib.AbstractContextManager:
-    """A context of no mesh, for what is computed on one of its devices alone."""
+    """Return a context of no mesh, for what is computed on one of its devices alone."""
     if not jax.sharding.get_abstract_mesh().axis_names:
         return contextlib.nullcontext()
+    # A mesh of no axes: JAX has no context manager that takes a mesh away.
     return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Callable:
-    """The callback, in the caller's context and on its mesh."""
+    """Return the callback as one that runs in the caller's context and sees its mesh."""
 
     def called(*given):
         with _within(context if context.axis_names else None):
@@ -121,12 +126,14 @@ def _called_outside(callback: Callable, mesh: Any, context: AbstractMesh) -> Cal
 
 
 def _on_explicit(tree: PyTree, mesh: Any, references: list) -> PyTree:
-    """What was computed with Auto axes, on the mesh with explicit axes that it came from."""
+    """Put what was computed with Auto axes on the mesh with explicit axes that it came from."""
 
     def shapes(tree):
         structure = jax.tree.structure(tree, is_leaf=_is_iterator)
         return structure, [getattr(x, "shape", None) for x in _leaves(tree)]
 
+    # A traced result has lost its explicit spec; an argument of the same shapes tells it. Without
+    # one the result is typed like itself, which is whole.
     like = next((other for other in references if shapes(other) == shapes(tree)), tree)
 
     def moved(x: Any, y: Any) -> Any:
@@ -149,11 +156,12 @@ def _retyped(x: Tracer, sharding: NamedSharding) -> Any:
 
 
 def _renamed(x: Any, mesh: Any) -> Any:
-    """The same buffers on a mesh of the same devices."""
+    """Return an array of the same buffers on a mesh of the same devices; nothing is copied."""
     old = x.sharding
     new = NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=new)
+    # Keys cannot be assembled from shards: their raw words can.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _renamed(jax.random.key_data(x), mesh)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
@@ -162,7 +170,7 @@ def _renamed(x: Any, mesh: Any) -> Any:
 
 
 def _typed_sharding(x: Any) -> NamedSharding | None:
-    """The sharding of an array, traced or not, or of a shape."""
+    """Return the sharding of an array, traced or not, or of a shape."""
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return None
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
@@ -170,7 +178,7 @@ def _typed_sharding(x: Any) -> NamedSharding | None:
 
 
 def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh | None:
-    """The first mesh with explicit axes that something lies on, or that of the context."""
+    """Return the first mesh with explicit axes that something lies on, or that of the context."""
     for x in _leaves(tree):
         sharding = _typed_sharding(x)
         if sharding is not None and _is_explicit(sharding.mesh):
@@ -179,7 +187,7 @@ def _explicit_mesh(tree: PyTree, context: AbstractMesh) -> Mesh | AbstractMesh |
 
 
 def _is_iterator(x: Any) -> bool:
-    """Batches that come one by one, say; JAX is to take them as they are."""
+    """Say whether this is an iterator (of batches, say), which JAX must not look into."""
     return isinstance(x, Iterator)
 
 
@@ -188,7 +196,7 @@ def _leaves(tree: PyTree) -> list[Any]:
 
 
 def _is_inside(tree: PyTree, context: AbstractMesh) -> bool:
-    """Whether the caller is itself at work with Auto axes, and what is explicit came with it."""
+    """Say whether the caller itself works with Auto axes, beside arrays on explicit ones."""
     shardings = [_typed_sharding(x) for x in _leaves(tree)]
     meshes = [context, *(s.mesh for s in shardings if s is not None)]
     return any(mesh.axis_names and not _is_explicit(mesh) for mesh in meshes)
@@ -210,11 +218,11 @@ def _within(mesh: Mesh | AbstractMesh | None) -> contextlib.AbstractContextManag
 
 @dataclasses.dataclass(frozen=True)
 class RowSharding:
-    """Rows of data that several devices share; hashable.
+    """A split of rows of data over several devices, as a hashable value.
 
     Attributes:
-        mesh: of the devices.
-        axes: that the rows are split over.
+        mesh: the mesh of the devices that share the rows.
+        axes: the mesh axes that the rows are split over.
     """
 
     mesh: Mesh | AbstractMesh
@@ -222,16 +230,16 @@ class RowSharding:
 
     @property
     def num_devices_along(self) -> int:
-        """Into how many pieces the rows are cut."""
+        """Return the number of pieces that the rows are cut into."""
         return math.prod(self.mesh.shape[a] for a in self.axes)
 
     def at(self, axis: int) -> NamedSharding:
-        """Of an array whose rows are this axis."""
+        """Return the sharding of an array whose rows lie along this axis."""
         return NamedSharding(self.mesh, spec_of(*((),) * axis, self.axes))
 
 
 def row_sharding(rows: PyTree) -> RowSharding | None:
-    """How the leading axis of all leaves lies; None when it is not split, or not alike."""
+    """Return how the leading axis of all leaves lies; None when it is not split, or not alike."""
     found = set()
     for leaf in jax.tree.leaves(rows):
         sharding = sharding_of(leaf)
@@ -241,20 +249,23 @@ def row_sharding(rows: PyTree) -> RowSharding | None:
 
 
 def split_rows(rows: PyTree, over: RowSharding | None) -> PyTree:
-    """Rows of such a set, split as it is; under jit."""
+    """Hold the rows to the split of the set that they were taken from, under jit."""
     if over is None:
         return rows
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, over.at(0)), rows)
 
 
 def places_of(tree: PyTree) -> tuple[NamedSharding | None, ...] | None:
-    """The shardings of a tree's leaves, hashable; None when no leaf is on several devices."""
+    """Return the shardings of a tree's leaves, hashable.
+
+    It returns None when no leaf is on several devices.
+    """
     found = tuple(sharding_of(x) for x in jax.tree.leaves(tree))
     return found if any(found) else None
 
 
 def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTree:
-    """The tree with its leaves held to these places, under jit."""
+    """Return the tree with its leaves held to these places, under jit."""
     if places is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
@@ -266,7 +277,7 @@ def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTre
 
 
 def fetched(x: Array) -> Array:
-    """The array in the device's memory, if it is in the host's."""
+    """Return the array in the device's memory, if it is in the host's."""
     space = getattr(jax.typeof(x), "memory_space", None)
     if space != jax.memory.Space.Host:
         return x

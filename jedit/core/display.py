@@ -20,7 +20,7 @@ MAX_TEXT = 60
 
 
 def described(value: Any) -> str:
-    """What a value is, short enough for a sentence."""
+    """Return what a value is, short enough for a sentence."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -31,7 +31,7 @@ def described(value: Any) -> str:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value has a shape and a dtype, if it is no more than that of an array."""
+    """Say whether a value has a shape and a dtype, if it is no more than that of an array."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
@@ -41,7 +41,7 @@ def with_article(name: str) -> str:
 
 
 def short_repr(self: Any) -> str:
-    """The `repr` of a named tuple or dataclass: its fields, each in few characters."""
+    """Return the `repr` of a named tuple or dataclass: its fields, each in few characters."""
     if dataclasses.is_dataclass(self):
         names = [field.name for field in dataclasses.fields(self)]
     else:
@@ -51,7 +51,7 @@ def short_repr(self: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in few characters: arrays by dtype and shape, unless they hold a few numbers."""
+    """Show a value in few characters: an array of many numbers by its dtype and shape."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return _short_array(value)
     if isinstance(value, functools.partial):
@@ -74,26 +74,26 @@ def short(value: Any) -> str:
 
 
 def is_concrete(array: Any) -> bool:
-    """Whether an array's numbers can be looked at here and now."""
+    """Say whether an array's numbers can be looked at here and now."""
     if isinstance(array, Tracer) or not isinstance(array, jax.Array):
         return isinstance(array, np.ndarray)
     return not array.is_deleted() and array.is_fully_addressable
 
 
 def num_megabytes(tree: Any) -> float:
-    """What the arrays of a tree take, in units of 10⁶ bytes."""
+    """Return what the arrays of a tree take, in units of 10⁶ bytes."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "size") and hasattr(x, "dtype")]
     return sum(x.size * x.dtype.itemsize for x in leaves) / 1e6
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them headings, as lines of even columns."""
+    """Set rows, the first of them headings, as lines of even columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def html_table(rows: Sequence[Sequence[str]], below: Iterable[str] = ()) -> str:
-    """The same for a notebook, and lines below it; whatever the texts hold is shown as it is."""
+    """Set rows as a table for a notebook, with lines below it; all text is escaped."""
     heading, *body = ([html.escape(cell) for cell in row] for row in rows)
     lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in heading) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]

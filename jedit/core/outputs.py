@@ -22,7 +22,7 @@ def counted_outputs(batch: Batch, lead_shape: tuple[int, ...]) -> Bool[Array, "*
     """Return which outputs count: those in `mask` that are also `valid`.
 
     Raises:
-        ValueError: if one of the two does not have the outputs' leading shape.
+        ValueError: `mask` or `valid` does not have the outputs' leading shape.
     """
     counted = jnp.ones(lead_shape, bool)
     for name, given in (("mask", batch.mask), ("valid", batch.valid)):
@@ -49,17 +49,18 @@ def check_contents(
     For the functions that users enter by; a `Batch` itself is built under transformations too.
 
     Args:
-        batch: of rows, or of several sets of rows stacked.
-        name: what to call it in the message.
+        batch: a batch of rows, or of several sets of rows stacked.
+        name: what the message calls the batch.
         limits: the lowest and the highest label; None: labels are not looked at. Those of outputs
             that do not count may be anything.
-        must_count: refuse one that counts no output, or has no rows.
+        must_count: a batch that counts no output, or has no rows, is refused.
 
     Returns:
         Whether an output counts, or may, where that is not known.
 
     Raises:
-        ValueError: a mask of anything but 0 and 1, a label out of its limits, or nothing counted.
+        ValueError: a mask holds something but 0 and 1, a label is out of its limits, or nothing
+            is counted.
     """
     counted: np.ndarray | bool = True
     for field in ("mask", "valid"):
@@ -107,7 +108,7 @@ def check_sets(sets: Mapping[str, Any]) -> None:
         sets: by name; batches, trees of batches, or of other arrays, which are not looked at.
 
     Raises:
-        ValueError: as `check_contents`.
+        ValueError: a set is refused as a batch is by `check_contents`.
     """
     for name, rows in sets.items():
         for batch in jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Batch)):
@@ -122,7 +123,7 @@ def by_example(batch: Batch, values: Array) -> Array:
     """Return the outputs' values with each example's on one axis, (batch, outputs of an example).
 
     Raises:
-        ValueError: if the batch is packed, so that what leads are not examples.
+        ValueError: the batch is packed, so that what leads are not examples.
     """
     if isinstance(batch.inputs, PackedTokens):
         raise ValueError(

@@ -11,13 +11,13 @@ from jedit.core.display import described
 
 
 def leaves_with_paths(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in flattening order; two leaves may have one path."""
+    """Return (path, leaf) of every leaf, in flattening order; two leaves may have one path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
 
 
 def parameter_paths(params: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of every leaf, in flattening order.
+    """Return (path, leaf) of every leaf, in flattening order; no two leaves have one path.
 
     Raises:
         ValueError: two leaves have one path, as those of `{"a": {"b": W}, "a/b": V}`.
@@ -31,11 +31,11 @@ def parameter_paths(params: PyTree) -> list[tuple[str, Any]]:
 
 
 def matcher(patterns: str | Sequence[str], name: str) -> Callable[[str], bool]:
-    """Return whether one of some regular expressions is found in a text, as a function of it.
+    """Return a function of a text that says whether one of several patterns is found in it.
 
     Raises:
-        TypeError: they are no texts.
-        ValueError: one is no regular expression.
+        TypeError: the patterns are no texts.
+        ValueError: a pattern is no regular expression.
     """
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, Iterable) or not all(isinstance(x, str) for x in several):
@@ -58,8 +58,8 @@ def selected_paths(paths: list[str], select: str | Sequence[str] | None) -> list
     """Return the paths in which one of some regular expressions is found; None: all.
 
     Raises:
-        TypeError: they are no texts.
-        ValueError: one is no regular expression, or is found in no path.
+        TypeError: the patterns are no texts.
+        ValueError: a pattern is no regular expression, or is found in no path.
     """
     if select is None:
         return paths
@@ -74,5 +74,5 @@ def selected_paths(paths: list[str], select: str | Sequence[str] | None) -> list
 
 
 def exactly(paths: Iterable[str]) -> list[str]:
-    """The `select` that names these parameters and no others."""
+    """Return the `select` that names these parameters and no others."""
     return [f"^{re.escape(path)}$" for path in paths]

@@ -18,7 +18,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype that sums over values of `dtype` accumulate in: float32, or float64 for float64."""
+    """Return the dtype that sums over values of `dtype` accumulate in: float32, or float64."""
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
@@ -44,11 +44,13 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
-    """The even n with 2ⁿ near the largest magnitude, at every leaf; 0 if that is 0 or not finite.
+    """Return the even n with 2ⁿ near the largest magnitude, at every leaf.
+
+    n is 0 where the largest magnitude is 0 or not finite.
 
     Args:
-        tree: real arrays.
-        by_leaf: the largest of each leaf, and not of the whole tree.
+        tree: a pytree of real arrays.
+        by_leaf: n is of the largest entry of each leaf, and not of the whole tree.
 
     Returns:
         Scalars, int32; 2ⁿ and 2⁻ⁿ are normal numbers of every leaf's dtype.
@@ -58,10 +60,12 @@ def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
     if not by_leaf:
         whole = functools.reduce(jnp.maximum, jax.tree.leaves(largest))
         largest = jax.tree.map(lambda _: whole, largest)
+    # 8 below the dtype's limit, so that 2ⁿ and 2⁻ⁿ are both normal numbers.
     most = min(jnp.finfo(x.dtype).maxexp for x in jax.tree.leaves(tree)) - 8
 
     def exponent(size: Array) -> Array:
         _, n = jnp.frexp(size)
+        # Even, so that the square root of 2ⁿ is a power of two too, and rounds nothing.
         n = jnp.where((size > 0) & jnp.isfinite(size), n - n % 2, 0)
         return jnp.clip(n, -most, most).astype(jnp.int32)
 

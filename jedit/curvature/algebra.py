@@ -27,12 +27,13 @@ from jedit.tracing.sites import Weight
 
 
 def eigenvalues(curvature: Curvature, name: str) -> Float[Array, "layers rows d_out"]:
-    """A block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
+    """Return a block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return block.values
     if block.corrected is not None:
         return fetched(block.corrected)
+    # All pairs a_i g_j, as large as the weight itself: made when needed, never stored.
     a = curvature.factors[block.input].eigenvalues
     g = curvature.factors[block.output].eigenvalues
     if block.sharding is not None:
@@ -41,7 +42,7 @@ def eigenvalues(curvature: Curvature, name: str) -> Float[Array, "layers rows d_
 
 
 def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
-    """Into a block's eigenbasis (or back) for (layers, rows, d_out)."""
+    """Rotate a matrix (layers, rows, d_out) into a block's eigenbasis, or back."""
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return matrix
@@ -54,8 +55,9 @@ def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False
 
 
 def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
-    """A block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
+    """Return a block's matrix (layers, rows, d_out) out of `{path: array}`, on a mesh in pieces."""
     sharding = block.sharding if isinstance(block, Kronecker) else None
+    # A row added to a matrix split by rows would move every piece; `sharded_gather` avoids it.
     if sharding is None or block.weight.bias_path is None:
         return block.weight.gather(leaves)
     return sharded_gather(dict(leaves), block.weight, sharding)
@@ -65,10 +67,10 @@ class Spectrum(NamedTuple):
     """One block of a linear map on params, T -> Q [values ∘ (Qᵀ T)].
 
     Attributes:
-        weight: which parameters T is of.
-        values: broadcast to (layers, rows, d_out).
+        weight: the parameters whose matrix T is.
+        values: the map's eigenvalues, of a shape that broadcasts to (layers, rows, d_out).
         gather: `gather({path: array}) -> T`.
-        rotate: `rotate(T, back=False) -> Qᵀ T`, or Q T, back.
+        rotate: `rotate(T, back=False) -> Qᵀ T`; with `back=True` it returns Q T.
     """
 
     weight: Weight
@@ -86,10 +88,10 @@ def apply_spectral(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
+    """Return f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
 
     Raises:
-        ValueError: as `solve`.
+        ValueError: the arguments are refused as by `solve`.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = check_covers(curvature, tree)
@@ -106,19 +108,19 @@ def apply_spectral(
 def apply_spectra(
     spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: Uncovered
 ) -> PyTree:
-    """The linear map of these blocks on a tree; an iterator's blocks are made one by one.
+    """Apply the linear map of these blocks to a tree; an iterator's blocks are made one by one.
 
     Args:
         spectra: blocks of different parameters, or of disjoint slices of one.
-        tree: T.
-        leaves: T by path.
-        uncovered: as in `solve`.
+        tree: T, a pytree shaped like params.
+        leaves: the leaves of T by path, checked to hold all parameters of the blocks.
+        uncovered: what becomes of parameters without a block: "zero" or "identity".
 
     Returns:
         A tree like T, in its dtypes and where it lies.
 
     Raises:
-        ValueError: an unknown `uncovered`.
+        ValueError: `uncovered` is another word.
     """
     check_word(Uncovered, uncovered=uncovered)
     total: dict[str, Array] = {}
@@ -128,6 +130,8 @@ def apply_spectra(
         result = turn(values * turn(matrix), back=True)
         for path, part in weight.scatter(result).items():
             total[path] = total[path] + part if path in total else part
+        # Blocks may cover slices of a leaf: what they read is taken off the rest, so that
+        # "identity" passes exactly what no block has read.
         if uncovered == "identity":
             for path, part in weight.scatter(matrix).items():
                 rest[path] = rest[path] - part.astype(rest[path].dtype)
@@ -141,7 +145,7 @@ def apply_spectra(
 
 
 def _damping(values: Array, damping, absolute: bool) -> Array:
-    """λ: in units of the mean eigenvalue, so that every layer of a stacked block has its own."""
+    """Return λ: in units of the mean eigenvalue every layer of a stacked block has its own."""
     damping = jnp.asarray(damping, values.dtype)
     if absolute:
         return damping
@@ -157,10 +161,10 @@ def solve(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """(F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
+    """Return (F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
 
     Args:
-        curvature: the blocks.
+        curvature: F, as `estimate` returns it.
         tree: a pytree shaped like params, e.g. a gradient.
         damping: λ, in units of each block's mean eigenvalue; directions of zero eigenvalue are left
             at zero when it is zero.
@@ -175,6 +179,7 @@ def solve(
             that is negative or not finite.
     """
 
+    # Guarded twice: in `where`, the branch not taken still makes the NaN of a gradient.
     def invert(values):
         is_zero = values == 0
         return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
@@ -193,7 +198,7 @@ def matvec(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """(F + λ) T; arguments and errors as `solve`."""
+    """Return (F + λ) T; arguments and errors are as `solve`'s."""
     return apply_spectral(
         curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
     )
@@ -209,7 +214,10 @@ def power(
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
-    """(F + λ)^exponent T; arguments and errors as `solve`. Exponent -1/2 whitens a gradient."""
+    """Return (F + λ)^exponent T; exponent -1/2 whitens a gradient.
+
+    Arguments and errors are as `solve`'s.
+    """
     check_numbers(FINITE, exponent=exponent)
 
     def raised(values):
@@ -225,7 +233,7 @@ def power(
 def quadratic_form(
     curvature: Curvature, tree: PyTree, *, damping: float | Array = 0.0, absolute: bool = False
 ) -> Array:
-    """Tᵀ (F + λ) T over the covered parameters, a scalar; half of it predicts the KL of step T."""
+    """Return Tᵀ (F + λ) T over the covered parameters; half of it predicts the KL of step T."""
     check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = check_covers(curvature, tree)
     parts = []
@@ -234,13 +242,14 @@ def quadratic_form(
         mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
         rotated = rotate(curvature, name, gather(block, mine))
         damped = values + _damping(values, damping, absolute)
+        # Tᵀ Q Λ Qᵀ T is a weighted square of Qᵀ T: one rotation, and never negative by rounding.
         parts.append(jnp.sum(damped * rotated**2))
     return _sum(parts)
 
 
 @on_auto_axes
 def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool = False) -> Array:
-    """The trace of F + λ over the covered parameters, a scalar."""
+    """Return the trace of F + λ over the covered parameters, a scalar."""
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
@@ -251,19 +260,19 @@ def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool 
 
 
 def _sum(parts: list[Array]) -> Array:
-    """The sum of scalars in the widest of their dtypes; blocks of one model may differ."""
+    """Return the sum of scalars in the widest of their dtypes; blocks of one model may differ."""
     dtype = jnp.float64 if any(p.dtype == jnp.float64 for p in parts) else jnp.float32
     return sum((p.astype(dtype) for p in parts), jnp.zeros((), dtype))
 
 
 @on_auto_axes
 def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
-    """(A, G) of a parameter; A's last coordinate is the bias, where the site has one.
+    """Return (A, G) of a parameter; A's last coordinate is the bias, where the site has one.
 
     A stacked parameter's factors have a leading layer axis; a diagonal factor is a vector.
 
     Raises:
-        ValueError: no such block, or one that is diagonal.
+        ValueError: there is no such block, or it is diagonal.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     block = curvature.blocks.get(path)

@@ -22,18 +22,18 @@ def assemble(
     moments: dict[str, Moment],
     sharding: NamedSharding | None = None,
 ) -> Kronecker:
-    """One block; its moments are added to `moments`, unless another block has put A there.
+    """Make one block, and add its moments to `moments` unless another block has put A there.
 
     Args:
-        block: the block.
-        inputs: sums by input group.
-        outputs: sums by site.
+        block: the block's parameters and sites.
+        inputs: sums over inputs, by input group.
+        outputs: sums over output gradients, by site.
         number: M times the draws, what G is a mean over.
-        moments: all so far, by the factor's name.
+        moments: all moments made so far, by the factor's name; it is added to.
         sharding: how the block's parameter lies on a mesh; None: on one device.
 
     Returns:
-        The block.
+        The block, which names its two factors.
     """
     has_bias = block.weight.bias_path is not None
     pairs = []
@@ -61,7 +61,7 @@ def assemble(
 # Compiled once for blocks of equal shape, of which a model has many.
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Array:
-    """A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
+    """Return A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
     count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
     moment, count_of = sums.moment, count
     if moment.ndim == 3:
@@ -80,14 +80,14 @@ def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Ar
 
 @jax.jit
 def _output_moment(total: Array, number: Array) -> Array:
-    """G of one site."""
+    """Return G of one site."""
     mean = total / number.astype(total.dtype)
     return _symmetrized(mean) if mean.ndim == 3 else mean
 
 
 @jax.jit
 def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """The Kronecker product that has the two partial traces of a sum of Kronecker products.
+    """Return the Kronecker product that has the partial traces of a sum of Kronecker products.
 
     A = Σ_k A_k tr G_k / t and G = Σ_k G_k tr A_k, with t = Σ_k tr A_k tr G_k: its trace is the
     sum's. Cross terms between the sites are left out, as between the positions of one site.
@@ -106,7 +106,7 @@ def _trace(matrix: Array) -> Array:
 
 
 def _weighted_sum(matrices: list[Array], weights: list[Array]) -> Array:
-    """Dense where one of them is, (layers, d, d), or diagonal as all of them are, (layers, d)."""
+    """Return a weighted sum: dense (layers, d, d) if one of them is, else diagonal (layers, d)."""
     if any(m.ndim == 3 for m in matrices):
         eye = jnp.eye(matrices[0].shape[1], dtype=matrices[0].dtype)[None]
         matrices = [m if m.ndim == 3 else m[..., None] * eye for m in matrices]
@@ -116,7 +116,7 @@ def _weighted_sum(matrices: list[Array], weights: list[Array]) -> Array:
 
 
 def _symmetrized(total: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
-    """The whole matrix, of which `kernels.moment` sums little more than the lower triangle."""
+    """Return the whole matrix, of which `kernels.moment` sums the lower triangle."""
     lower = jnp.tril(total, -1)
     diagonal = jnp.diagonal(total, axis1=-2, axis2=-1)
     eye = jnp.eye(total.shape[-1], dtype=total.dtype)

@@ -34,12 +34,12 @@ Total = TypeVar("Total")
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Which labels the gradients are taken at.
+    """The labels at which gradients are taken.
 
     Attributes:
         likelihood: what the outputs mean.
         fisher: "sampled" from the model, "exact" (all of them) or "empirical" (the given ones).
-        samples: draws, for "sampled".
+        samples: how many labels are drawn for each output; read for "sampled" alone.
     """
 
     likelihood: Likelihood
@@ -47,11 +47,11 @@ class Labels:
     samples: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what is unknown.
+        """Refuse another `fisher`, no draw, and what is no likelihood.
 
         Raises:
-            TypeError: what is no likelihood.
-            ValueError: an unknown `fisher`, or no draw.
+            TypeError: `likelihood` is no likelihood.
+            ValueError: `fisher` is another word, or `samples` is below one.
         """
         check_numbers(COUNT, samples=self.samples)
         check_likelihood(self.likelihood)
@@ -61,7 +61,8 @@ class Labels:
         """Refuse masks that are none and, where they are used, labels that are none.
 
         Raises:
-            ValueError: as `check_contents`, or no rows; a batch that counts nothing passes.
+            ValueError: masks or labels are refused by `check_contents`, or there are no rows; a
+                batch that counts nothing passes.
         """
         if any(0 in np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch.inputs)):
             raise ValueError(f"{name} has no rows: the curvature is of no outputs then")
@@ -72,7 +73,7 @@ class Labels:
 
     @property
     def draws(self) -> int:
-        """How many draws a batch's sums hold, to be divided by."""
+        """Return how many draws a batch's sums hold, to be divided by."""
         return self.samples if self.fisher == "sampled" else 1
 
 
@@ -81,15 +82,15 @@ class Pass:
     """A captured batch, ready to be summed.
 
     Attributes:
-        captured: the capture.
+        captured: the captured pass, with its activations and its pullback.
         alignments: by site, where its examples and outputs are.
         lead: the outputs' leading shape, (examples, ...).
         valid: which positions are data, (lead) booleans; None when all are.
         counted: which outputs count in the loss, (lead) booleans.
-        dtype: in which sums accumulate, float32 or wider.
+        dtype: the dtype in which sums accumulate, float32 or wider.
         num_pullbacks: how often gradients flow back.
-        is_one_by_one: whether each time those of one example do.
-        cotangent: from the pullback's number to a cotangent of the outputs.
+        is_one_by_one: whether each pullback takes the gradients of one example alone.
+        cotangent: a function from a pullback's number to a cotangent of the outputs.
     """
 
     captured: Capture
@@ -104,14 +105,15 @@ class Pass:
 
     @property
     def num_outputs(self) -> Array:
-        """How many outputs the batch counts."""
+        """Return how many outputs the batch counts."""
         return jnp.sum(self.counted, dtype=jnp.int32)
 
     def inputs(self, site: Site) -> tuple[Array, Array | None]:
-        """(a, v); an embedding's a is token indices (layers, examples, positions). v None: all.
+        """Return (a, v); an embedding's a is indices (layers, examples, positions). v None: all.
 
-        In the dtype that the model computed in: a product of bfloat16 rows is exact in float32, and
-        takes a device's fast path. What is not such a product has to widen them to `dtype` first.
+        They have the dtype that the model computed in: a product of bfloat16 rows is exact in
+        float32, and takes a device's fast path. What is not such a product has to widen them to
+        `dtype` first.
         """
         a = site.canonical_inputs(self.captured.activations[site.name])
         v = self._valid(site)
@@ -121,9 +123,9 @@ class Pass:
         return self._only_valid(self._as_computed(a), v), v
 
     def gradients(self, site: Site, pulled: dict[str, Array]) -> Array:
-        """The g of one pullback.
+        """Return the g of one pullback.
 
-        A padded position's is zero in any case if the model takes nothing from it; it is set to
+        At a padded position it is zero in any case if the model takes nothing from it; it is set to
         zero for the sake of positions that hold no numbers, where zero times that is not zero.
         """
         raw = self._as_computed(pulled[site.name])
@@ -137,7 +139,7 @@ class Pass:
         )
 
     def one_group(self, sites: Sequence[Site]) -> bool:
-        """Whether the examples of these sites are one group, whose gradient is squared as a whole.
+        """Say whether the examples of these sites are one group, squared as a whole.
 
         Either there is but one that has a gradient, or some site cannot tell them apart: labels of
         different examples being independent, cross terms then have mean zero.
@@ -147,7 +149,7 @@ class Pass:
         )
 
     def poison(self, site: Site) -> Array:
-        """Zero; not a number where there is padding that cannot be told from data in this site.
+        """Return zero, or NaN where there is padding that cannot be told from data in this site.
 
         Added to what is summed, it makes `finalize` name the block: no silently polluted moment.
         """
@@ -167,7 +169,7 @@ class Pass:
         return jax.lax.fori_loop(0, self.num_pullbacks, one, total)
 
     def _as_computed(self, x: Array) -> Array:
-        """Narrower numbers than the sums' stay as they are, all others become as wide."""
+        """Leave numbers narrower than the sums' as they are, and make all others as wide."""
         is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
         return x if is_narrow else x.astype(self.dtype)
 
@@ -176,7 +178,7 @@ class Pass:
         return x if v is None else jnp.where(v[..., None], x, jnp.zeros((), x.dtype))
 
     def _valid(self, site: Site) -> Array | None:
-        """(layers or 1, examples, positions) booleans; None when every position is data."""
+        """Return v (layers or 1, examples, positions), booleans; None: every position is data."""
         valid = None if self.valid is None else self.alignments[site.name].spread(self.valid)
         ran = self._ran(site)
         if valid is None or ran is None:
@@ -184,7 +186,7 @@ class Pass:
         return valid & ran
 
     def _ran(self, site: Site) -> Array | None:
-        """The same, of whether the site's branch of a `cond` ran; None where it is in none."""
+        """Return whether the site's branch of a `cond` ran, laid out as v; None: it is in none."""
         if site.branch is None:
             return None
         ran = self.captured.ran[site.branch] > 0  # (scans...)
@@ -206,15 +208,16 @@ def run_pass(
 
     Args:
         apply: the model, `apply(params, inputs) -> outputs`.
-        labels: at which labels.
-        params: where to linearise.
+        labels: the labels at which gradients are taken.
+        params: the parameters at which the model is linearised.
         batch: the examples; `targets` are read by empirical labels alone.
-        key: of the whole estimate, not of the batch: labels depend on it and on the example's id.
+        key: the key of the whole estimate, not of the batch: labels depend on it and on the
+            example's id.
         first_example: id of the batch's first example, a running number.
-        select: which parameters.
+        select: regular expressions for the paths of the parameters; None: all.
 
     Returns:
-        The pass.
+        The captured batch.
 
     Raises:
         TypeError: parameters or a batch that are something else.
@@ -247,6 +250,7 @@ def run_pass(
         labels, captured.outputs, batch, key, first_example, lead, is_one_by_one
     )
 
+    # Masked here and not in the loss, so that any likelihood's cotangent may be given.
     def masked(k):
         return jnp.where(counted[..., None], cotangent(k), jnp.zeros((), outputs.dtype))
 
@@ -278,7 +282,7 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
     """Refuse outputs or targets that do not lead with the inputs' examples.
 
     Raises:
-        ValueError: they do not.
+        ValueError: some leaf has another number of examples.
     """
     lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(batch.inputs) if jnp.ndim(x) > 0}
     if not lead or lengths - {lead[0]}:
@@ -300,10 +304,10 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
 def _cotangents(
     labels: Labels, outputs: Array, batch: Batch, key, first_example, lead, is_one_by_one: bool
 ) -> tuple[int, Callable[[int | Array], Array]]:
-    """How many pullbacks, and the cotangent of each.
+    """Return how many pullbacks, and the cotangent of each.
 
     Raises:
-        ValueError: empirical labels without targets.
+        ValueError: the labels are empirical, and there are no targets.
     """
     likelihood = labels.likelihood
     if labels.fisher == "sampled":
@@ -319,6 +323,8 @@ def _cotangents(
         columns = likelihood.num_columns(outputs)
         shape = lead if is_one_by_one else (1, *lead[1:])
 
+        # Pullback k is class k % columns of output k // columns; every example has its own at once,
+        # unless examples cannot be told apart.
         def column(k):
             is_here = jnp.arange(math.prod(shape)).reshape(*shape, 1) == k // columns
             cotangent = likelihood.exact_cotangent(outputs, k % columns)

@@ -20,7 +20,7 @@ def check_covers(curvature: Curvature, tree: PyTree) -> dict[str, Array]:
     """Return a tree's leaves by path; every parameter of the curvature must be among them.
 
     Raises:
-        TypeError: something else than a curvature, or than a tree of arrays.
+        TypeError: the curvature is something else, or the tree is no tree of arrays.
         ValueError: the tree lacks a parameter, or has it in another shape.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
@@ -31,16 +31,16 @@ def check_has(weights: Iterable[Weight], tree: PyTree, owner: str) -> dict[str, 
     """Return a tree's leaves by path; the parameters that something covers must be among them.
 
     Args:
-        weights: what the owner covers.
-        tree: of arrays.
-        owner: what to call it in a message.
+        weights: the matrices of the parameters that the owner covers.
+        tree: a pytree of arrays.
+        owner: what a message calls that which covers them.
 
     Returns:
-        The leaves.
+        The tree's leaves by path.
 
     Raises:
         TypeError: the tree is no tree of arrays.
-        ValueError: it lacks a parameter, or has it in another shape.
+        ValueError: the tree lacks a parameter, or has it in another shape.
     """
     check_params(tree, "the tree")
     leaves = dict(parameter_paths(tree))
@@ -64,7 +64,7 @@ def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
     """Refuse a mean over no output: it protects nothing, and names nothing to be forgotten.
 
     Raises:
-        ValueError: nothing was counted.
+        ValueError: no output was counted.
     """
     if is_known(num_outputs) and not np.all(np.asarray(num_outputs) > 0):
         raise ValueError(

@@ -39,13 +39,13 @@ from jedit.curvature.types import Curvature, Diagonal, pytree
 @pytree("blocks", "draws")
 @dataclasses.dataclass(frozen=True)
 class SquaresState:
-    """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
+    """Sums of squared gradients over batches; states of disjoint data merge by adding leaves.
 
     Attributes:
         squares: by block, the sum of squared per-example gradients (layers, rows, d_out).
-        num_outputs: M, int32.
+        num_outputs: M, the number of outputs that counted, int32.
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
-        blocks: static.
+        blocks: static; the parameters and sites of each block.
         draws: static; how many pullbacks a batch's gradients are the mean of.
     """
 
@@ -58,7 +58,7 @@ class SquaresState:
     __repr__ = short_repr
 
     def places(self, params: PyTree) -> "SquaresState | None":
-        """The shardings of all sums, after those of the parameters; None on one device."""
+        """Return the shardings of all sums, after those of the parameters; None on one device."""
         leaves = leaf_shardings(params)
         if not leaves:
             return None
@@ -78,7 +78,9 @@ def diagonal(
     fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
-    """The diagonal of the Gauss-Newton matrix of the mean loss; arguments and errors as `kfac`.
+    """Return the diagonal of the Gauss-Newton matrix of the mean loss.
+
+    Arguments and errors are as `kfac`'s.
 
     A pass costs one forward, one activation-backward pass and the per-example gradients, d_in d_out
     multiply-adds a position and site.
@@ -102,9 +104,9 @@ def squares_estimator(
     """Estimate mean squares of per-example gradients, by block in bases of its own.
 
     Args:
-        apply: the model.
-        labels: at which labels.
-        select: which parameters.
+        apply: the model, `apply(params, inputs) -> outputs`.
+        labels: the labels at which gradients are taken.
+        select: regular expressions for the paths of the parameters; None: all.
         bases: by block, eigenvectors of A and of G; None, or no entry, for the standard basis.
         finish: makes a curvature of blocks, their mean squares and M.
 
@@ -174,13 +176,13 @@ def squares_estimator(
 
 
 def zero_squares(block: BlockSites, dtype: jnp.dtype) -> Array:
-    """No sum yet: (layers, rows, d_out)."""
+    """Return a block's zero sum (layers, rows, d_out)."""
     weight = block.weight
     return jnp.zeros((weight.layers, weight.rows, weight.d_out), dtype)
 
 
 def mean_squares(squares: Array, number: Array, block: BlockSites) -> Array:
-    """A block's sum of squares over `number`, M times the draws."""
+    """Return a block's sum of squares over `number`, M times the draws."""
     mean = squares / number.astype(squares.dtype)
     check_layers_finite(mean, block.name, block.hint)
     return mean

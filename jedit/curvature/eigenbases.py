@@ -19,11 +19,11 @@ from jedit.curvature.types import Factor
 
 
 class Moment(NamedTuple):
-    """A factor before its decomposition.
+    """A factor A or G before its decomposition.
 
     Attributes:
         matrix: (layers, d, d), or (layers, d) for a diagonal one.
-        block: of which block, for errors.
+        block: the name of the block that it belongs to, for error messages.
         hint: what to say when it is not finite.
     """
 
@@ -39,41 +39,47 @@ def factorize(
     dtype: DTypeLike | None = None,
     hint: str = "",
 ) -> Factor:
-    """The eigenbasis of every layer's matrix; a diagonal factor is its own.
+    """Return the eigenbasis of every layer's matrix; a diagonal factor needs none.
 
     Args:
         matrix: symmetric positive semi-definite, or a diagonal.
-        name: of the block, for the error.
-        dtype: to decompose in; None: the matrix's own.
+        name: the name of its block, for the error message.
+        dtype: the dtype to decompose in; None: the matrix's own.
         hint: what to say when it is not finite.
 
     Returns:
         The factor, in the matrix's dtype; eigenvalues that rounding made negative are zero.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: the matrix is not finite.
     """
     check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
+    # Waited for one by one: dispatched side by side, they are the batch that may deadlock.
     pairs = [jax.block_until_ready(eigh(layer, dtype or matrix.dtype)) for layer in matrix]
     values, bases = (
         jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
     )
+    # A sum of outer products has no negative eigenvalue: those of rounding would make a power NaN.
     return Factor(matrix, bases, jnp.maximum(values, 0))
 
 
 def eigh(
     matrix: Float[Array, "d d"], dtype: DTypeLike
 ) -> tuple[Float[ArrayLike, " d"], Float[ArrayLike, "d d"]]:
-    """Eigenvalues and eigenvectors; by NumPy, on the host, in a dtype that JAX has disabled."""
+    """Return eigenvalues and eigenvectors.
+
+    In a dtype that JAX has disabled NumPy computes them, on the host.
+    """
+    # float64 without x64: JAX would silently take float32.
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         return np.linalg.eigh(np.asarray(matrix, dtype))
     return jnp.linalg.eigh(matrix.astype(dtype))
 
 
 def rotate_axis(basis: Array | None, x: Array, axis: int, *, back: bool = False) -> Array:
-    """Qᵀ x along an axis of (layers, d_in, d_out), or Q x, back; no basis leaves x as it is."""
+    """Multiply x by Qᵀ along an axis of (layers, d_in, d_out), or by Q, back; None: by nothing."""
     if basis is None:
         return x
     # Contracted as it lies: a transposed basis would be a copy of it.

@@ -29,12 +29,12 @@ def ekfac(
     fisher: Fisher = "sampled",
     samples: int = 1,
 ) -> Estimator:
-    """EK-FAC: the spectrum of a K-FAC curvature corrected in its own eigenbasis.
+    """Correct the spectrum of a K-FAC curvature in its own eigenbasis, by EK-FAC.
 
     Args:
-        apply: as for `kfac`.
-        likelihood: as for `kfac`; the same one, as a rule.
-        kfac_curvature: whose eigenbases and parameters are taken.
+        apply: the model, `apply(params, inputs) -> outputs`.
+        likelihood: what the outputs mean; as a rule the one that `kfac` was given.
+        kfac_curvature: the K-FAC curvature whose eigenbases and parameters are taken.
         fisher: "sampled", "exact" or "empirical", as for `kfac`.
         samples: draws of labels a batch, for "sampled".
 
@@ -43,8 +43,8 @@ def ekfac(
         the per-example gradients, d_in² + d_out² + d_in d_out multiply-adds a position and site.
 
     Raises:
-        TypeError: an argument that is something else.
-        ValueError: an unknown `fisher`, or a model without the curvature's parameters.
+        TypeError: an argument is something else.
+        ValueError: `fisher` is another word, or the model is without the curvature's parameters.
     """
     check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)
@@ -61,6 +61,7 @@ def ekfac(
             block = kfac_curvature.blocks[name]
             field = "values" if isinstance(block, Diagonal) else "corrected"
             corrected[name] = dataclasses.replace(block, **{field: means[name]})
+        # A diagonal block uses no factor, and a group of blocks only its own.
         kronecker = [b for b in corrected.values() if isinstance(b, Kronecker)]
         used = {name for block in kronecker for name in (block.input, block.output)}
         return Curvature(corrected, {n: f for n, f in factors.items() if n in used}, num_outputs)

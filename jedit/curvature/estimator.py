@@ -24,7 +24,7 @@ from jedit.curvature.types import Curvature
 
 
 class Estimator(NamedTuple):
-    """How to estimate a curvature.
+    """A way to estimate a curvature, as pure functions of a state of sums.
 
     States are sums, so those of disjoint data merge by adding them leaf by leaf,
     `jax.tree.map(jnp.add, one, other)`. They count outputs, positions and examples in int32: one
@@ -95,7 +95,7 @@ def estimate(
 
     Args:
         estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
-        params: where to linearise.
+        params: the parameters at which the curvature is taken.
         batches: a `Batch`, or any iterable of them.
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result
             does not depend on how examples are cut into batches.
@@ -113,7 +113,7 @@ def estimate(
         The curvature.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument is something else.
         ValueError: no batch, none that counts an output, or what the estimator finds wrong with
             one; a call under `jax.jit` or another transformation; the checkpoint is of another
             call; or `group_bytes` with a checkpoint, with batches that come only once, or with an
@@ -140,6 +140,7 @@ def estimate(
         batches = tqdm(batches, desc="curvature", unit="batch")
     update = estimator.update
     if not isinstance(update, jax.tree_util.Partial):
+        # A Partial is a pytree: jit takes its function as static, its arrays (bases) as arguments.
         update = jax.tree_util.Partial(update)
     state, number, done = None, 0, 0
     with contextlib.nullcontext() if checkpoint is None else contextlib.closing(checkpoint):
@@ -154,6 +155,7 @@ def estimate(
                     done, state, _ = checkpoint.resume("estimate", (params, key), state)
             if checkpoint is not None:
                 checkpoint.see(batch)
+            # Batches of before the checkpoint are drawn and hashed, but not summed again.
             if number > done:
                 state = add_batch(update, state, params, batch, key)
                 if checkpoint is not None and number % checkpoint.every == 0:
@@ -169,10 +171,10 @@ def estimate(
 
 
 def _grouped(estimator, params, batches, group_bytes, checkpoint):
-    """The groups' estimators, and batches that can be passed over for each.
+    """Return the groups' estimators, and batches that can be passed over for each.
 
     Raises:
-        ValueError: as `estimate`.
+        ValueError: `group_bytes` cannot be used with these arguments of `estimate`.
     """
     if estimator.groups is None:
         raise ValueError("group_bytes needs an estimator with `groups`: kfac, ekfac or diagonal")
@@ -190,7 +192,7 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
 
 
 def _joined(curvatures: Sequence[Curvature]) -> Curvature:
-    """One curvature of several that cover different parameters, taken over the same data."""
+    """Join curvatures of different parameters, taken over the same data, into one."""
     blocks, factors = {}, {}
     for curvature in curvatures:
         blocks |= curvature.blocks

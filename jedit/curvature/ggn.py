@@ -38,6 +38,7 @@ def ggn_vector_product(
     check_likelihood(likelihood)
     run = _forward(apply, batch)
     outputs, tangent = jax.jvp(run, (params,), (vector,))
+    # G = Jᵀ H J: tangents forward, H at the outputs, and cotangents back; J is never formed.
     _, pull_back = jax.vjp(run, params)
     _, product = _masked_products(likelihood, batch, outputs, tangent)
     (product,) = pull_back(product.astype(outputs.dtype))
@@ -54,8 +55,8 @@ def quadratic_kl(
 ) -> Float[Array, ""]:
     """Return ½ vᵀ G v, the mean output KL that the step `vector` costs to second order.
 
-    Needs the forward pass with tangents alone.  It is a prediction: on a saturated model the true
-    KL(θ || θ + v) can be larger by orders of magnitude.
+    It needs the forward pass with tangents alone.  It is a prediction: on a saturated model the
+    true KL(θ || θ + v) can be larger by orders of magnitude.
     """
     outputs, tangent = jax.jvp(_forward(apply, batch), (params,), (vector,))
     tangent, product = _masked_products(likelihood, batch, outputs, tangent)
@@ -73,7 +74,7 @@ def _masked_products(
 ) -> tuple[Array, Array]:
     """Return t and H t / M in float32 or wider, zero where an output does not count.
 
-    Zero by selection and not by product, so that a padded output may hold anything.
+    They are zero by selection and not by product, so that a padded output may hold anything.
     """
     counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     tangent = jnp.where(counted[..., None], wide(tangent), 0)

@@ -57,16 +57,16 @@ from jedit.curvature.types import Curvature, Diagonal, pytree
 @pytree("blocks", "draws", "shardings")
 @dataclasses.dataclass(frozen=True)
 class KfacState:
-    """Sums over batches; states of disjoint data merge by adding them leaf by leaf.
+    """Sums of moments over batches; states of disjoint data merge by adding leaf by leaf.
 
     Attributes:
         inputs: by input group, sums over what enters.
         outputs: by site, Σ g gᵀ (layers, d_out, d_out), of which the lower block triangle counts;
             or its diagonal (layers, d_out).
         squares: by block of a vector parameter, Σ_n (∂ℓ_n)² (layers, 1, d).
-        num_outputs: M, int32.
+        num_outputs: M, the number of outputs that counted, int32.
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
-        blocks: static.
+        blocks: static; the parameters and sites of each block.
         draws: static; how many pullbacks a batch's gradients are the mean of.
         shardings: static; how each block's parameter lies on a mesh; empty on one device.
     """
@@ -83,12 +83,13 @@ class KfacState:
     __repr__ = short_repr
 
     def places(self, params: PyTree) -> "KfacState | None":
-        """The shardings of all sums, after those of the parameters; None on one device."""
+        """Return the shardings of all sums, after those of the parameters; None on one device."""
         leaves = leaf_shardings(params)
         if not leaves:
             return None
         found = undivided(self, leaves)
         for block in self.blocks:
+            # A flipped member reads the transposed matrix: its rows lie as the block's columns do.
             for member in block.members:
                 matrix = matrix_sharding(block.weight, leaves, is_flipped=member.is_flipped)
                 if matrix is None:
@@ -116,7 +117,7 @@ def kfac(
     sharing: Sharing = "expand",
     max_dim: int = 16384,
 ) -> Estimator:
-    """K-FAC of the mean output loss.
+    """Estimate the curvature of the mean output loss by K-FAC.
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
@@ -140,7 +141,7 @@ def kfac(
 
     Raises:
         TypeError: `apply` is no function, or `likelihood` no likelihood.
-        ValueError: an unknown `fisher` or `sharing`.
+        ValueError: `fisher` or `sharing` is another word.
     """
     check_numbers(COUNT, max_dim=max_dim)
     check_function(apply)
@@ -150,6 +151,7 @@ def kfac(
     def shapes(params, batch):
         check_pass(params, batch)
 
+        # Only shapes are wanted: nothing is computed, and the key draws nothing.
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, first, select)
@@ -187,6 +189,7 @@ def kfac(
         sites = done.captured.sites
         members = [m for b in state.blocks if not b.is_diagonal for m in b.members]
         diagonals = [b for b in state.blocks if b.is_diagonal]
+        # Sites that read one input share its sums, which are made once, from the first of them.
         first_reader = {m.group: m.site for m in reversed(members)}
         inputs = {
             group: add_inputs(sums, done, sites[first_reader[group]], sharing)

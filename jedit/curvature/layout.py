@@ -21,8 +21,8 @@ class Member:
     """One site of a block; static, holds nothing that depends on a batch.
 
     Attributes:
-        site: its name.
-        kind: its kind.
+        site: the site's name.
+        kind: the site's kind, such as "dense".
         group: the first site that reads the same canonical input; empty for a bias.
         is_flipped: whether its matrix is the transpose of the block's.
         scale: constant factor of the parameter, squared into the moment.
@@ -41,7 +41,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSites:
-    """A block's parameters and sites."""
+    """The parameters of a block, as one matrix, and the sites that read it."""
 
     name: str
     weight: Weight
@@ -49,18 +49,18 @@ class BlockSites:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether it is a vector parameter, whose block is diagonal."""
+        """Say whether it is a vector parameter, whose block is diagonal."""
         return self.members[0].kind in ("scale", "bias")
 
     @property
     def hint(self) -> str:
-        """Why its sums may hold no number, if it is known beforehand; else empty."""
+        """Say why its sums may hold no number, if it is known beforehand; else empty."""
         unclear = [m.site for m in self.members if not m.is_maskable]
         return padding_hint(unclear) if unclear else ""
 
 
 def padding_hint(names: list[str]) -> str:
-    """What to say of sites whose padding cannot be told from data."""
+    """Say of sites that their padding cannot be told from data, and what to do."""
     return (
         f"the positions of {', '.join(names)} cannot be matched with the outputs' leading axes, "
         "and some batch has padding (a zero in `valid`); leave the parameter out by `select`, or "
@@ -69,14 +69,14 @@ def padding_hint(names: list[str]) -> str:
 
 
 def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[BlockSites, ...]:
-    """The blocks of all sites, in their order.
+    """Return the blocks of all sites, in their order.
 
     Args:
-        sites: as captured.
-        alignments: by site.
+        sites: the captured sites.
+        alignments: by site, where the outputs' axes are.
 
     Returns:
-        The blocks.
+        The blocks, in the order of their first sites.
 
     Raises:
         ValueError: sites of one parameter overlap in different layouts.
@@ -106,10 +106,11 @@ def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Bloc
 
 
 def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
-    """The block that a site belongs to, and whether flipped; None for a block of its own.
+    """Return the block that a site belongs to, and whether flipped; None for a block of its own.
 
     Raises:
-        ValueError: its matrix overlaps the block's, and is neither that one nor its transpose.
+        ValueError: the site's matrix overlaps the block's, and is neither that one nor its
+            transpose.
     """
     for name, block in blocks.items():
         if block.weight.path != site.path:
@@ -131,11 +132,12 @@ def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
 def _relation(
     first: Weight, second: Weight
 ) -> Literal["equal", "transposed", "disjoint", "overlapping"]:
-    """How two matrices of one leaf lie to each other."""
+    """Return how two matrices of one leaf lie to each other."""
     if first == second:
         return "equal"
     if _are_slices_apart(first, second):
         return "disjoint"
+    # Relayouts of another wording may do the same: only numbering the leaf's entries can tell.
     x, y = _entries(first), _entries(second)
     if x.shape == y.shape and np.array_equal(x, y) and first.paths == second.paths:
         return "equal"
@@ -147,9 +149,9 @@ def _relation(
 
 
 def _are_slices_apart(first: Weight, second: Weight) -> bool:
-    """Whether the first relayout that differs slices other parts: layers unrolled out of one leaf.
+    """Say whether the first relayout that differs slices other parts, as unrolled layers do.
 
-    Quick where `_entries` is not: there are as many pairs as the square of the layers.
+    It is quick where `_entries` is not: there are as many pairs as the square of the layers.
     """
     for one, other in zip(first.ops, second.ops, strict=False):
         if one == other:
@@ -163,7 +165,7 @@ def _are_slices_apart(first: Weight, second: Weight) -> bool:
 
 
 def _entries(weight: Weight) -> np.ndarray:
-    """Which entry of the leaf stands where in the matrix (layers, d_in, d_out)."""
+    """Return which entry of the leaf stands where in the matrix (layers, d_in, d_out)."""
     entries = np.arange(np.prod(weight.shape, dtype=np.int64)).reshape(weight.shape)
     num_layers = 0  # leading axes that a scan slices; what follows acts on the others
     for name, *arguments in weight.ops:

@@ -31,7 +31,7 @@ from jedit.core.precision import wide
 
 
 class Likelihood(abc.ABC):
-    """What curvature needs to know of an output distribution; subclass it to bring your own.
+    """An output distribution, as far as curvature needs it; subclass it to bring your own.
 
     Instances are frozen, hashable and static in a pytree: they can be arguments of `jax.jit` or be
     closed over.
@@ -159,12 +159,14 @@ class Categorical(Likelihood):
     def hessian_product(self, outputs: Array, tangent: Array) -> Array:
         """Return (diag(p) - p pᵀ) t / T², as p times the tangent less its mean under p."""
         p, t = self._probabilities(outputs), wide(tangent)
+        # Centred before it is weighted: the two terms nearly cancel where p is nearly one label.
         centred = t - jnp.sum(p * t, axis=-1, keepdims=True)
         return (p * centred / self.temperature**2).astype(outputs.dtype)
 
     def kl(self, outputs: Array, other_outputs: Array) -> Array:
         """Return the sum over classes of p log(p / q)."""
         z, other = wide(outputs) / self.temperature, wide(other_outputs) / self.temperature
+        # Summing p log p/q as it stands would lose a small KL; these terms are never negative.
         terms = kl_terms(jax.nn.log_softmax(z, axis=-1), jax.nn.log_softmax(other, axis=-1))
         return jnp.sum(terms, axis=-1)
 
@@ -299,7 +301,7 @@ def check_likelihood(likelihood: Likelihood) -> None:
     """Refuse what is no likelihood, such as a class that was not called.
 
     Raises:
-        TypeError: it is none.
+        TypeError: the argument is no likelihood.
     """
     check_kind(likelihood, Likelihood, "likelihood", "such as Categorical()")
 

@@ -18,10 +18,10 @@ from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 class Footprint(NamedTuple):
-    """What one block takes of a device.
+    """The memory of a device that the sums of one block take.
 
     Attributes:
-        paths: its parameters.
+        paths: the block's parameters.
         sums: bytes on a device of each sum it adds to; blocks may share one, under one name.
     """
 
@@ -30,7 +30,7 @@ class Footprint(NamedTuple):
 
 
 def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
-    """Bytes of every array on one of the devices that share it."""
+    """Return the bytes of every array on one of the devices that share it."""
     if places is None:
         return jax.tree.map(lambda x: math.prod(x.shape) * x.dtype.itemsize, shapes)
     return jax.tree.map(
@@ -39,14 +39,17 @@ def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
 
 
 def group_paths(needs: Iterable[Footprint], group_bytes: int) -> tuple[tuple[str, ...], ...]:
-    """Parameters of each group, in order; what cannot be parted may be larger than the limit.
+    """Return the parameters of each group, in order.
+
+    A group that cannot be parted may be larger than the limit.
 
     Raises:
-        ValueError: a limit below one.
+        ValueError: the limit is below one.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
     units: list[Footprint] = []
     for need in needs:
+        # What shares a sum or a parameter with this block is joined to it, and with one another.
         mine = [u for u in units if set(u.paths) & set(need.paths) or set(u.sums) & set(need.sums)]
         paths = dict.fromkeys(p for u in (*mine, need) for p in u.paths)
         sums = {k: size for u in (*mine, need) for k, size in u.sums.items()}
@@ -67,7 +70,7 @@ def group_paths(needs: Iterable[Footprint], group_bytes: int) -> tuple[tuple[str
 
 
 def to_host(curvature: Curvature) -> Curvature:
-    """The curvature with its matrices in the host's pinned memory, each split as before.
+    """Return the curvature with its matrices in the host's pinned memory, each split as before.
 
     `solve`, `matvec`, `power`, `quadratic_form`, `trace` and `ekfac` fetch what they need, block by
     block; `batch_unlearn` fetches all of it; anything else needs `to_device` first.
@@ -80,7 +83,7 @@ def to_host(curvature: Curvature) -> Curvature:
 
 
 def to_device(curvature: Curvature) -> Curvature:
-    """The curvature with its matrices back in the memory of the devices, as `to_host` took them."""
+    """Return the curvature with its matrices back in the devices' memory, undoing `to_host`."""
     return _moved(curvature, fetched)
 
 

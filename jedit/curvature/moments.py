@@ -23,12 +23,12 @@ Sharing = Literal["expand", "reduce"]
 
 
 class InputSums(NamedTuple):
-    """Sums over what enters a site.
+    """Running sums over the activations that enter a site.
 
     Attributes:
         moment: Σ a aᵀ (layers, d_in, d_in), of which the lower block triangle counts; or its
             diagonal (layers, d_in).
-        total: Σ a (layers, d_in): the bias's off-diagonal part of A. For an embedding zero-sized.
+        total: Σ a (layers, d_in), the bias's off-diagonal part of A; zero-sized for an embedding.
         count: how many a were summed, (layers,), int32.
     """
 
@@ -40,7 +40,7 @@ class InputSums(NamedTuple):
 
 
 def zero_input_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> InputSums:
-    """No sum yet. The moment is diagonal for an embedding, and for a d_in above `max_dim`."""
+    """Return zero sums; the moment is diagonal for an embedding, or a d_in above `max_dim`."""
     layers, d = site.weight.layers, site.weight.d_in
     is_diagonal = site.kind == "embedding" or d > max_dim
     return InputSums(
@@ -51,7 +51,7 @@ def zero_input_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> InputSums:
 
 
 def zero_output_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> Array:
-    """No sum yet: (layers, d_out, d_out), or (layers, d_out) for a d_out above `max_dim`."""
+    """Return a zero (layers, d_out, d_out), or (layers, d_out) for a d_out above `max_dim`."""
     layers, d = site.weight.layers, site.weight.d_out
     return jnp.zeros((layers, d) if d > max_dim else (layers, d, d), dtype)
 
@@ -76,12 +76,14 @@ def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: Sharing) -> Inp
     a, v = done.inputs(site)
     if site.kind == "embedding":
         moment, count = _token_moment(site, a, v, done.dtype, sharing)
+        # One-hot rows need no product: their moment is diagonal, and counts tokens.
         moment = sums.moment + moment
         total = sums.total
     else:
         if sharing == "reduce":
             a, v = _mean_over_positions(a.astype(done.dtype), v)
         rows = a.reshape(a.shape[0], -1, a.shape[-1])
+        # The sum is over wide numbers; the product takes narrow rows, and sums wide itself.
         wide = rows.astype(done.dtype)
         total, count = sums.total + jnp.sum(wide, axis=1), _count(a, v)
         if sums.moment.ndim == 2:
@@ -97,6 +99,7 @@ def add_outputs(
     """Add the output gradients of one pullback."""
     g = done.gradients(site, pulled)
     if sharing == "reduce":
+        # The sum, not a mean: the weight's gradient is Σ_s a gᵀ, which is ā ĝᵀ if all a agree.
         g = jnp.sum(g.astype(done.dtype), axis=2)
     rows = g.reshape(g.shape[0], -1, g.shape[-1])
     if total.ndim == 2:
@@ -105,7 +108,7 @@ def add_outputs(
 
 
 def _count(a: Array, v: Array | None) -> Array:
-    """How many positions of (layers, examples, positions, ...) are data, for each layer."""
+    """Return how many positions of (layers, examples, positions, ...) are data, for each layer."""
     layers, examples, positions = a.shape[:3]
     if v is None:
         return jnp.full((layers,), examples * positions, jnp.int32)
@@ -113,23 +116,27 @@ def _count(a: Array, v: Array | None) -> Array:
 
 
 def _num_valid(x: Array, v: Array | None, dtype: jnp.dtype) -> Array:
-    """How many positions each example of `x` has, (layers or 1, examples), at least one."""
+    """Return how many positions each example of `x` has, (layers or 1, examples), at least one."""
     if v is None:
         return jnp.full((1, x.shape[1]), x.shape[2], dtype)
+    # One at least, to divide by; an example without data is dropped by its mask, not by this.
     return jnp.maximum(jnp.sum(v, axis=2, dtype=jnp.int32), 1).astype(dtype)
 
 
 def _mean_over_positions(a: Array, v: Array | None) -> tuple[Array, Array | None]:
-    """ā as one position for each example; an example without data has none."""
+    """Return ā as the one position of each example; an example without data has none."""
     number = _num_valid(a, v, a.dtype)[:, :, None, None]
-    mean = jnp.sum(a, axis=2, keepdims=True) / number
+    mean = jnp.sum(a, axis=2, keepdims=True) / number  # `inputs` has set padding to zero
     return mean, None if v is None else jnp.any(v, axis=2, keepdims=True)
 
 
 def _token_moment(
     site: Site, indices: Array, v: Array | None, dtype: jnp.dtype, sharing: Sharing
 ) -> tuple[Array, Array]:
-    """Diagonal of the moment of one-hot rows, and how many: frequencies, or their mean squares."""
+    """Return the diagonal moment of one-hot rows, and how many rows were summed.
+
+    It holds tokens' frequencies, or with "reduce" the sums of their squares by example.
+    """
     layers, examples, _ = indices.shape
     ones = jnp.ones(indices.shape, dtype)
     ones = ones if v is None else jnp.where(v, ones, 0)
@@ -139,6 +146,8 @@ def _token_moment(
         return add_tokens(*flat), _count(indices, v)
     weights = ones / _num_valid(indices, v, dtype)[:, :, None]
 
+    # One example a step: the square is of an example's whole frequencies, and those of all examples
+    # would be (examples, vocabulary) at once.
     def example(total, one):
         index, weight = one
         return total + jnp.square(add_tokens(index, weight[..., None])), None

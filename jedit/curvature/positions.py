@@ -28,11 +28,11 @@ from jedit.tracing.relations import Place
 
 @dataclasses.dataclass(frozen=True)
 class Alignment:
-    """Where the outputs' leading axes are in one site.
+    """The place of the outputs' leading axes in one site.
 
     Attributes:
-        shape: of the site's output, scans in front.
-        axes: those of its axes that are positions, in the order of the canonical form.
+        shape: the shape of the site's output, scans in front.
+        axes: the output's axes that are positions, in the order of the canonical form.
         lead: the outputs' leading shape.
         example: where the examples' number stands, by which positions are told apart; None: they
             cannot be.
@@ -51,12 +51,12 @@ class Alignment:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The lengths of the positions' axes in the canonical form."""
+        """Return the lengths of the positions' axes in the canonical form."""
         return tuple(self.shape[axis] for axis in self.axes)
 
     @property
     def is_maskable(self) -> bool:
-        """Whether padding in this site can be told from data, or does not matter.
+        """Say whether padding in this site can be told from data, or does not matter.
 
         It does not matter to a site of kind "bias", which has no input: its gradient is the
         output's, and that is zero at a padded position already.
@@ -65,9 +65,9 @@ class Alignment:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether the positions, flattened, are the examples in order, and in each its outputs'.
+        """Say whether the positions, flattened, are the outputs in order, example by example.
 
-        Or what else an example has, where its outputs are one.
+        Where an example has one output, whatever else it has may be its positions.
         """
         total, number = math.prod(self.positions), self.lead[0]
         if number > 1 and (self.example is None or self._stride(self.example) * number != total):
@@ -82,7 +82,7 @@ class Alignment:
         )
 
     def leads_with_outputs(self, skipped: int = 0) -> bool:
-        """Whether the site's output begins with the outputs' leading axes, as they are.
+        """Say whether the site's output begins with the outputs' leading axes, as they are.
 
         Args:
             skipped: how many axes in front are those of scans.
@@ -91,11 +91,11 @@ class Alignment:
         return all(n == 1 or Place(skipped + i, 1, n) in places for i, (n, places) in lead)
 
     def _stride(self, place: Place) -> int:
-        """How far apart its neighbours are among the positions, flattened."""
+        """Return how far apart a place's neighbours are among the positions, flattened."""
         return place.inner * math.prod(self.positions[self.axes.index(place.axis) + 1 :])
 
     def by_example(self, x: Array) -> Array:
-        """(layers, positions..., rest...) as (layers, examples, positions, rest...).
+        """Return (layers, positions..., rest...) as (layers, examples, positions, rest...).
 
         Where examples cannot be told apart, all is one example.
         """
@@ -104,6 +104,7 @@ class Alignment:
             return x.reshape(layers, 1, -1, *rest)
         axis, inner, number = self.example
         where, shape = self.axes.index(axis), self.positions
+        # The example is a digit of one axis: the digits outside and inside of it are positions.
         split = (shape[where] // (inner * number), number, inner)
         if math.prod((*shape[:where], split[0])) > 1:
             x = x.reshape(layers, *shape[:where], *split, *shape[where + 1 :], *rest)
@@ -111,7 +112,7 @@ class Alignment:
         return x.reshape(layers, number, -1, *rest)
 
     def spread(self, valid: Array) -> Array | None:
-        """`valid` of the site's positions, (1, examples, positions); None where it is unknown."""
+        """Return `valid` of the site's positions, (1, examples, positions); None: it is unknown."""
         choices = self._choices(self.axes)
         if not choices:
             return None
@@ -123,14 +124,15 @@ class Alignment:
         return self.by_example(_placed(valid, chosen, self.positions)[None])
 
     def at_output(self, valid: Array) -> Array | None:
-        """`valid` of the site's output as it is, of its shape; None where it is unknown."""
+        """Return `valid` laid out like the site's output as it is; None: it is unknown."""
         choices = self._choices(range(len(self.shape)))
         return _placed(valid, choices, self.shape) if choices else None
 
     def _choices(self, axes: Iterable[int]) -> list[tuple[Place | None, ...]]:
-        """Every way to find all of `lead` among these axes; an axis of one entry is everywhere.
+        """Return every way to find all of `lead` among these axes.
 
-        An entry is data if it is by all of them: that of a query and a key, if both are.
+        An axis of one entry is everywhere. An entry is data if all ways say so: that of a query and
+        a key, if both are.
         """
         axes = tuple(axes)
         found = [
@@ -142,14 +144,14 @@ class Alignment:
 
 
 def align(program: Program, lead: tuple[int, ...]) -> dict[str, Alignment]:
-    """The alignment of every site of a traced function.
+    """Return the alignment of every site of a traced function.
 
     Args:
-        program: the trace.
+        program: the traced function, with its sites.
         lead: the outputs' leading shape, (examples, ...).
 
     Returns:
-        By the site's name.
+        The alignments, by the site's name.
 
     Raises:
         ValueError: the examples of the inputs are not the outputs' leading axis.
@@ -183,8 +185,12 @@ def _align(site: Site, belonging: Belonging, lead: tuple[int, ...]) -> Alignment
 
 
 def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
-    """The leading axes that stand somewhere, outermost first; None where two are entangled."""
+    """Return the leading axes that stand somewhere, outermost first.
+
+    It is None where two axes are entangled.
+    """
     found = [(place, i) for i, place in enumerate(choice) if place is not None]
+    # Two places in one axis are its digits: the outer one must step over all of the inner one.
     found.sort(key=lambda one: (one[0].axis, -one[0].inner))
     for (one, _), (other, _) in itertools.pairwise(found):
         if one.axis == other.axis and one.inner % (other.inner * other.size):
@@ -193,7 +199,7 @@ def _order(choice: tuple[Place | None, ...]) -> list[int] | None:
 
 
 def _placed(valid: Array, choices, shape: tuple[int, ...]) -> Array:
-    """`valid` laid out like an array of that shape; where there are several choices, their and."""
+    """Lay `valid` out like an array of that shape; an entry is valid if all choices say so."""
     laid = [_placed_once(valid, tuple(choice), shape) for choice in choices]
     whole = laid[0]
     for other in laid[1:]:

@@ -31,10 +31,10 @@ def add_squared_gradients(
     """Add one batch's squared gradients of one block to `total` (None: zero).
 
     Args:
-        done: the captured batch.
-        block: the block.
-        pulled: gradients at the sites' outputs.
-        total: (layers, rows, d_out).
+        done: the captured batch, ready to be summed.
+        block: the block's parameters and sites.
+        pulled: the gradients of one pullback at the sites' outputs.
+        total: the sum so far, (layers, rows, d_out).
         bases: eigenvectors of A (bias included) and of G; None for the standard basis.
 
     Returns:
@@ -66,7 +66,7 @@ def add_squared_gradients(
 def example_factors(
     done: Pass, site: Site, member: Member, pulled, bases
 ) -> tuple[Array, Array | None]:
-    """(a, g) of one site, rotated, (layers, examples, positions, features)."""
+    """Return (a, g) of one site, rotated, (layers, examples, positions, features)."""
     g = done.gradients(site, pulled).astype(done.dtype)
     basis_in, basis_out = bases[::-1] if member.is_flipped else bases
     g = _rotate(g, basis_out)
@@ -98,7 +98,7 @@ def _rotate(x: Array, basis: Array | None) -> Array:
 
 
 def example_gradient(part, site: Site, member: Member, bases) -> Array:
-    """One example's gradient (layers, rows, d_out) in the block's bases and orientation."""
+    """Return one example's gradient (layers, rows, d_out) in the block's bases and orientation."""
     a, g = part
     if site.kind == "embedding":
         basis_in = bases[1] if member.is_flipped else bases[0]

@@ -69,7 +69,7 @@ class Factor:
 @pytree("weight", "input", "output", "sharding", "is_merged")
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
-    """A ⊗ G of one parameter matrix.
+    """The Kronecker product A ⊗ G that stands for one parameter matrix's block.
 
     Attributes:
         weight: which parameters it is, and how they form a matrix.
@@ -118,7 +118,7 @@ class Curvature:
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """Paths of the parameters it covers."""
+        """Return paths of the parameters it covers."""
         return tuple(dict.fromkeys(p for b in self.blocks.values() for p in b.weight.paths))
 
     def __str__(self) -> str:

@@ -31,8 +31,8 @@ class Truncation(NamedTuple):
     """A truncated product; further axes may lead each.
 
     Attributes:
-        left: (..., d_in, rank), orthonormal columns, or zero ones beyond the true rank.
-        right: (..., rank, d_out).
+        left: Q (..., d_in, rank), orthonormal columns, or zero ones beyond the true rank.
+        right: Qᵀ Δ (..., rank, d_out).
         error: (...), the Frobenius norm of what was cut off over the norm of the whole.
     """
 
@@ -47,13 +47,13 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
 
     Args:
         edit: dense or thin. A stack of edits goes through `jax.vmap`.
-        rank: at most.
+        rank: the largest rank that a matrix keeps.
 
     Returns:
         The edit, and by path of each block that was cut the relative Frobenius error, a scalar.
 
     Raises:
-        ValueError: a rank below one.
+        ValueError: the rank is below one.
     """
     check_numbers(COUNT, rank=rank)
     blocks: dict[str, Delta] = {}
@@ -75,12 +75,12 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
 
 
 def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
-    """The leading part of a product L R, whose product is never formed.
+    """Return the leading part of a product L R, whose product is never formed.
 
     Args:
         left: (..., d_in, k).
         right: (..., k, d_out); None: the matrix is `left` alone, (..., d_in, d_out).
-        rank: of the result.
+        rank: the number of columns that the leading part has.
 
     Returns:
         The leading part; its cost is some six products of each matrix with 2 rank columns.
@@ -98,6 +98,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 
     check_numbers(COUNT, rank=rank)
     d_out = (left if right is None else right).shape[-1]
+    # Twice the rank and two: how fast the leading directions come depends on the gap beyond.
     columns = min(2 * rank + 2, left.shape[-2], d_out)
     start = jax.random.normal(jax.random.key(SEED), (d_out, columns), left.dtype)
     basis = _orthonormal(times(jnp.broadcast_to(start, (*left.shape[:-2], d_out, columns))))
@@ -118,7 +119,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 
 
 def _norm2(left: Array, right: Array | None) -> Array:
-    """‖L R‖², from the two small Gram matrices."""
+    """Return ‖L R‖², from the two small Gram matrices."""
     if right is None:
         return jnp.sum(left * left, axis=(-1, -2))
     inner = jnp.matmul(jnp.swapaxes(left, -1, -2), left, precision=HIGHEST)
@@ -127,20 +128,20 @@ def _norm2(left: Array, right: Array | None) -> Array:
 
 
 def _over_layers(cut: Truncation, left: Array, right: Array) -> Array:
-    """One relative error of a block of several layers."""
+    """Return the one relative error of a block of several layers."""
     whole = _norm2(left, right)
     total = jnp.sum(whole)
     return jnp.sqrt(jnp.sum(cut.error**2 * whole) / jnp.where(total > 0, total, 1))
 
 
 def _orthonormal(columns: Array) -> Array:
-    """Gram-Schmidt, twice for each column; a column in the span of those before it becomes zero."""
+    """Orthonormalise by Gram-Schmidt, each column twice; one in the span of others becomes zero."""
     tiny = 10 * jnp.finfo(columns.dtype).eps
 
     def add(j: int | Array, basis: Array) -> Array:
         column = jax.lax.dynamic_slice_in_dim(columns, j, 1, axis=-1)
         length = jnp.linalg.norm(column, axis=-2, keepdims=True)
-        for _ in range(2):
+        for _ in range(2):  # the second time takes off what cancellation has left
             inner = jnp.matmul(jnp.swapaxes(basis, -1, -2), column, precision=HIGHEST)
             column = column - jnp.matmul(basis, inner, precision=HIGHEST)
         rest = jnp.linalg.norm(column, axis=-2, keepdims=True)

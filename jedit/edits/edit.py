@@ -111,7 +111,7 @@ class Edit:
 
 
 class CastLoss(NamedTuple):
-    """What the parameter's dtype took from one block of an edit.
+    """The part of one block of an edit that rounding to the parameter's dtype took.
 
     Attributes:
         rounded_away: norm of the part that did not arrive, over the norm of the block; 0 to 1.
@@ -245,7 +245,7 @@ def _edited(leaf: Array, delta: Delta, scale: Scalar) -> Array:
 
 
 def _brought(delta: Delta, place: NamedSharding) -> Delta:
-    """A block from other devices, as a file gives it: in pieces, or thin and whole."""
+    """Return a block from other devices, as a file gives it: in pieces, or thin and whole."""
     whole = NamedSharding(place.mesh, PartitionSpec())
     target = whole if isinstance(delta, LowRank) else place
 
@@ -258,12 +258,12 @@ def _brought(delta: Delta, place: NamedSharding) -> Delta:
 
 @functools.partial(jax.jit, static_argnums=3)
 def _sharded_sum(leaf: Array, delta: Delta, scale: Scalar, place: NamedSharding) -> Array:
-    """In one program, so that a thin block is multiplied out in pieces, each where it belongs."""
+    """Add a block in one program, which multiplies a thin one out in pieces, where they belong."""
     return jax.lax.with_sharding_constraint(_sum(leaf, delta, scale).astype(leaf.dtype), place)
 
 
 def _shown_norm(block: Any) -> str:
-    """The norm of a block in a few digits, if its numbers are there to be looked at."""
+    """Return the norm of a block in a few digits, if its numbers are there to be looked at."""
     if not all(map(is_concrete, jax.tree.leaves(block))):
         return "-"
     with jax.ensure_compile_time_eval():  # what is printed under jit is no part of the program

@@ -26,8 +26,8 @@ class LowRank:
     """A change of one parameter, of low rank; further axes may lead both matrices.
 
     Attributes:
-        left: (..., layers, d_in, rank).
-        right: (..., layers, rank, d_out).
+        left: L (..., layers, d_in, rank).
+        right: R (..., layers, rank, d_out).
         weight: how a parameter is such a matrix; it has no bias.
     """
 
@@ -39,34 +39,35 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the parameter's change, behind the axes that lead."""
+        """Return the shape of the parameter's change, behind the axes that lead."""
         return (*self.left.shape[:-3], *self.weight.shape)
 
     @property
     def dtype(self) -> Any:
-        """Of both matrices."""
+        """Return the dtype of both matrices."""
         return self.left.dtype
 
     @property
     def rank(self) -> int:
-        """The number of columns of the left matrix."""
+        """Return the number of columns of the left matrix."""
         return self.left.shape[-1]
 
     def astype(self, dtype: DTypeLike) -> "LowRank":
-        """The same in another dtype."""
+        """Return the block in another dtype."""
         return LowRank(self.left.astype(dtype), self.right.astype(dtype), self.weight)
 
     def scaled(self, factor: Array) -> "LowRank":
-        """The block times a number."""
+        """Return the block times a number."""
         return LowRank(self.left * factor, self.right, self.weight)
 
     def plus(self, other: "LowRank") -> "LowRank":
-        """The sum, of the sum of the ranks."""
+        """Return the sum of two blocks, of the sum of their ranks; nothing is multiplied out."""
+        # [L₁ L₂] [R₁; R₂] = L₁R₁ + L₂R₂.
         left = jnp.concatenate([self.left, other.left], axis=-1)
         return LowRank(left, jnp.concatenate([self.right, other.right], axis=-2), self.weight)
 
     def dense(self) -> Array:
-        """The change as an array like the parameter."""
+        """Return the change as an array like the parameter."""
         return as_parameter(self.weight, jnp.matmul(self.left, self.right, precision=HIGHEST))
 
 
@@ -82,19 +83,19 @@ def as_parameter(weight: Weight, matrix: Array) -> Array:
 
 
 def dense(block: Delta) -> Array:
-    """A block as an array."""
+    """Return a block as an array."""
     return block.dense() if isinstance(block, LowRank) else block
 
 
 def scaled(block: Delta, factor: Array) -> Delta:
-    """A block times a number, in the number's dtype."""
+    """Return a block times a number, in the number's dtype."""
     if isinstance(block, LowRank):
         return block.scaled(factor)
     return block * factor
 
 
 def added(one: Delta, other: Delta) -> Delta:
-    """The sum of two blocks of one parameter; thin if both are, and laid out alike."""
+    """Return the sum of two blocks of one parameter; thin if both are, and laid out alike."""
     if isinstance(one, LowRank) and isinstance(other, LowRank) and one.weight == other.weight:
         return one.plus(other)
     return dense(one) + dense(other)

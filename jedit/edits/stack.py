@@ -29,7 +29,7 @@ def sum_edits(edits: Edit, mask: Array | None = None, *, like: PyTree | None = N
         One dense edit. The products of thin blocks are summed in one contraction each.
 
     Raises:
-        ValueError: a mask of another length than the stack.
+        ValueError: the mask has another length than the stack.
     """
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(edits)}
     if len(lengths) != 1 or (mask is not None and mask.shape != (next(iter(lengths)),)):
@@ -64,7 +64,7 @@ def _total(block: Delta, weights: Array) -> Array:
 def _sharded_total(
     block: Delta, weights: Array, place: NamedSharding, over: RowSharding | None
 ) -> Array:
-    """What is summed goes to where its rows and columns are wanted, before it is summed.
+    """Move what is summed to where its rows and columns are wanted, then sum it.
 
     A sum over requests that lie on several devices would make partial sums of a whole matrix.
     """

@@ -43,13 +43,13 @@ THRESHOLDS: dict[Selection, Range] = {
 
 
 class NullSpaceReport(NamedTuple):
-    """What a projector leaves free at one parameter; arrays (layers,).
+    """The share that a projector leaves free at one parameter; arrays (layers,).
 
     Attributes:
         rank: Σ w, the number of free directions (not whole when relaxed).
-        dimension: of the inputs, bias included.
+        dimension: the number of the inputs' directions, bias included.
         energy: Σ w a / Σ a, the share of the retained inputs' energy that is free.
-        leakage: ‖A P‖ / ‖A‖, Frobenius norms.
+        leakage: ‖A P‖ / ‖A‖ in Frobenius norms.
     """
 
     rank: Array
@@ -63,12 +63,14 @@ class NullSpaceReport(NamedTuple):
 @pytree("blocks")
 @dataclasses.dataclass(frozen=True)
 class Projector:
-    """Weights in the eigenbasis of each factor A; sites that read one activation share it.
+    """A map P of input directions: weights in the eigenbasis of each factor A.
+
+    Sites that read one activation share a factor.
 
     Attributes:
-        bases: by factor, (layers, d, d), eigenvectors in columns; None for a diagonal factor.
-        eigenvalues: by factor, (layers, d).
-        weights: by factor, w (layers, d).
+        bases: by factor, eigenvectors in columns (layers, d, d); None for a diagonal factor.
+        eigenvalues: by factor, the eigenvalues a (layers, d).
+        weights: by factor, the weights w (layers, d).
         blocks: static; (name, parameter matrix, factor) of each block.
     """
 
@@ -78,7 +80,7 @@ class Projector:
     blocks: tuple[tuple[str, Weight, str], ...]
 
     def report(self) -> dict[str, NullSpaceReport]:
-        """What is free, by parameter path."""
+        """Return what is free, by parameter path."""
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
@@ -124,10 +126,11 @@ def null_space(
     by: Selection = "energy",
     relaxation: float = 0.0,
 ) -> Projector:
-    """The projector onto the input directions that the retain set hardly uses.
+    """Return the projector onto the input directions that the retain set hardly uses.
 
     Args:
-        curvature: of the retain outputs; only the factors A of its Kronecker blocks are read.
+        curvature: the retain outputs' curvature; only the factors A of its Kronecker blocks are
+            read.
         threshold: τ: a share of the energy (0 to 1), a number of directions, or an eigenvalue.
         by: "energy", "rank" or "eigenvalue".
         relaxation: ρ; 0 is a hard projector, larger ones let more of the used directions through.
@@ -173,18 +176,20 @@ def _weights(
         is_free = ascending <= threshold
     w = jnp.where(is_free, 1.0, 0.0).astype(a.dtype)
     if relaxation > 0:
+        # 1 stands in for the free ones: their share is not used, but must not divide by zero.
         cut = jnp.max(jnp.where(is_free, ascending, 0), axis=1, keepdims=True)
         share = cut / jnp.where(is_free, 1, ascending)
         w = jnp.where(is_free, w, share ** jnp.asarray(1 / relaxation, a.dtype))
+    # The argsort of a permutation is its inverse.
     return jnp.take_along_axis(w, jnp.argsort(order, axis=1), axis=1)
 
 
 @on_auto_axes
 def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero") -> PyTree:
-    """P T for every matrix of a tree shaped like params, bias included as its last row.
+    """Return P T for every matrix of a tree shaped like params, bias included as its last row.
 
     Args:
-        projector: from `null_space`.
+        projector: P, as `null_space` returns it.
         tree: gradients, updates or a change of params.
         uncovered: parameters without a projector become "zero" (frozen) or pass by "identity".
 

@@ -19,7 +19,7 @@ Part = dict[str, Array]
 
 
 def part_of(params: PyTree, paths: Iterable[str]) -> Part:
-    """The parameters of these paths, in the order of `params`; others are not named."""
+    """Return the parameters of these paths, in the order of `params`; others are not named."""
     chosen = set(paths)
     return {path: leaf for path, leaf in dict(parameter_paths(params)).items() if path in chosen}
 
@@ -48,7 +48,7 @@ def moved(params: PyTree, move: Mapping[str, Array], alpha: float | Array = 1.0)
     """Return params + alpha·move, rounded once to the params' own dtypes, as `apply_edit` does it.
 
     Raises:
-        ValueError: as `with_part`.
+        ValueError: the move names a path that `params` lacks, or has another shape.
     """
     _check(dict(parameter_paths(params)), move)
     far = ahead({}, move, alpha)

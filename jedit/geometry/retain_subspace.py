@@ -41,8 +41,8 @@ class Whitening(NamedTuple):
     """A metric as its square root: two linear functions on trees, each the other's inverse.
 
     Attributes:
-        whiten: z = W g.
-        unwhiten: g = W⁻¹ z.
+        whiten: the function g -> z = W g.
+        unwhiten: the function z -> g = W⁻¹ z.
     """
 
     whiten: Callable[[PyTree], PyTree]
@@ -55,7 +55,7 @@ EUCLIDEAN = Whitening(lambda tree: tree, lambda tree: tree)
 
 
 def adam_whitening(second_moment: PyTree, eps: float = 1e-8) -> Whitening:
-    """Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ the bias-corrected second moment."""
+    """Return Adam's metric: z = g / sqrt(h), h = sqrt(v̂) + eps, v̂ bias-corrected."""
     check_numbers(NOT_NEGATIVE, eps=eps)
     roots = jax.tree.map(lambda v: jnp.sqrt(jnp.sqrt(v) + eps), second_moment)
     return Whitening(
@@ -70,7 +70,7 @@ def _leafwise(function: Callable, one: PyTree, other: PyTree) -> PyTree:
 
 
 def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whitening:
-    """A curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
+    """Return a curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
 
     λ is in units of each block's mean eigenvalue.
     """
@@ -97,7 +97,7 @@ class SubspaceState(NamedTuple):
 
 
 class RetainSubspace(NamedTuple):
-    """Three pure functions.
+    """A streaming basis of retain gradients, as three pure functions.
 
     Attributes:
         init: `init(params) -> SubspaceState`, empty.
@@ -114,10 +114,10 @@ class RetainSubspace(NamedTuple):
 
 
 def retain_subspace(rank: int, *, scope: Scope = "leaf", sketch: Sketch = "fifo") -> RetainSubspace:
-    """A basis of at most `rank` retain gradients, kept up to date as they come.
+    """Return a basis of at most `rank` retain gradients, kept up to date as they come.
 
     Args:
-        rank: r, rows. Costs r times the parameters in memory.
+        rank: r, the number of rows. The state takes r times the parameters' memory.
         scope: "leaf", a basis for every parameter, or "global", one for the whole tree.
         sketch: "fifo", the last r gradients, or "frequent_directions", whose covariance is within
             ‖all gradients‖² / r of the true one.
@@ -165,13 +165,13 @@ def project_out(basis: PyTree, tree: PyTree, *, scope: Scope = "leaf") -> PyTree
     Args:
         basis: orthonormal rows, from `RetainSubspace.value`.
         tree: z, whitened as the basis was.
-        scope: as the basis was made with.
+        scope: the scope that the basis was made with, "leaf" or "global".
 
     Returns:
         A tree like `tree`, in its dtypes.
 
     Raises:
-        ValueError: an unknown scope.
+        ValueError: the scope is another word.
     """
     check_word(Scope, scope=scope)
     return cast_like(_off(basis, tree, scope), tree)
@@ -188,27 +188,27 @@ def joint_direction(
     pull: float = 0.0,
     scope: Scope = "leaf",
 ) -> PyTree:
-    """GU's sign-aware rule: what is off the subspace, and of what is in it the parts that agree.
+    """Return what is off the subspace, and of what is in it the parts that agree, by GU's rule.
 
     The parts are those along the basis's own rows. Gram-Schmidt makes them one after the other, so
     that the same gradients in another order span the same subspace and have other parts.
 
     Args:
-        basis: orthonormal rows.
+        basis: orthonormal rows, from `RetainSubspace.value`.
         forget: z_f, whitened, of a loss to be lowered.
-        retain: z_r, likewise.
+        retain: z_r, whitened, of a loss to be lowered.
         threshold: τ, in units of ‖z_f‖ ‖z_r‖; None: 1000 times the dtype's rounding, 1e-4 in
             float32, as in the rule by which a row of the basis counts as dependent. Zero leaves it
             to rounding which directions agree.
-        ratio: κ.
-        pull: β.
-        scope: as the basis was made with.
+        ratio: κ, the greatest length of the agreeing part over that of z_⊥.
+        pull: β, the weight of the retain gradient's part in the subspace.
+        scope: the scope that the basis was made with, "leaf" or "global".
 
     Returns:
         The direction z, in `forget`'s dtypes.
 
     Raises:
-        ValueError: an unknown scope, or a number out of its range.
+        ValueError: the scope is another word, or a number is out of its range.
     """
     check_numbers(NOT_NEGATIVE, threshold=threshold, ratio=ratio, pull=pull)
     check_word(Scope, scope=scope)
@@ -236,7 +236,7 @@ def joint_direction(
 
 
 def _coefficients(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
-    """Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
+    """Return Q z, (rank,) at every leaf: of the leaf, or of the whole tree."""
     own = jax.tree.map(
         lambda q, z: jnp.einsum(
             "rn,n->r",
@@ -251,7 +251,7 @@ def _coefficients(basis: PyTree, tree: PyTree, scope: Scope) -> PyTree:
 
 
 def _combine(basis: PyTree, coefficients: PyTree) -> PyTree:
-    """Qᵀ c."""
+    """Return the combination Qᵀ c of the basis's rows."""
     return jax.tree.map(
         lambda q, c: jnp.tensordot(c, q, axes=1, precision=jax.lax.Precision.HIGHEST),
         basis,
@@ -276,7 +276,7 @@ def _norms(tree: PyTree, scope: Scope) -> PyTree:
 
 
 def _orthonormal(rows: PyTree, scope: Scope) -> PyTree:
-    """Gram-Schmidt, each row twice; a row that depends on those before becomes zero."""
+    """Orthonormalise by Gram-Schmidt, each row twice; one that depends on others becomes zero."""
     rank = jax.tree.leaves(rows)[0].shape[0]
     sizes = _norms(rows, scope)  # all rows together, the scale of what counts as nothing
 
@@ -298,7 +298,7 @@ def _orthonormal(rows: PyTree, scope: Scope) -> PyTree:
 
 
 def _shrink(rows: PyTree, grads: PyTree, scope: Scope) -> PyTree:
-    """Frequent directions: r + 1 rows, of whose squared singular values the least is taken off."""
+    """Put r + 1 rows into r by frequent directions: the least squared singular value is lost."""
     stacked = jax.tree.map(lambda r, g: jnp.concatenate([r, g[None]]), rows, grads)
     # The maps do not depend on how long the rows are together, and their squares may not be held.
     by = exponents(stacked, by_leaf=scope == "leaf")
@@ -326,9 +326,10 @@ def _shrink(rows: PyTree, grads: PyTree, scope: Scope) -> PyTree:
 
 
 def _shrinking(gram: Array) -> Array:
-    """The map (r, r + 1) from rows UΣVᵀ to new ones: sqrt(1 - σ²_min/σ²) Uᵀ, less a zero row."""
+    """Return the map (r, r + 1) from rows UΣVᵀ to new ones: sqrt(1 - σ²_min/σ²) Uᵀ."""
     values, vectors = jnp.linalg.eigh(gram)
     values = jnp.maximum(values, 0)
     is_kept = values > len(gram) * jnp.finfo(gram.dtype).eps * values[-1]
     ratio = jnp.where(is_kept, (values - values[0]) / jnp.where(is_kept, values, 1), 0)
+    # `eigh` is ascending: the first row is the one that became zero.
     return (jnp.sqrt(ratio)[:, None] * vectors.T)[1:]

@@ -31,13 +31,13 @@ Scope = Literal["global", "leaf"]
 
 
 class RetainOrthogonalInfo(NamedTuple):
-    """How forget and retain gradients stand to one another; scalars.
+    """The angle of forget and retain gradients and what a direction gains, as scalars.
 
     Attributes:
         cos: cosine of the whole gradients, in the metric; 0 if one of them vanishes.
-        sin: ‖q‖ / ‖g_f‖: of the angle for scope "global", of a mean angle for "leaf".
-        forget_gain: g_fᵀ of the direction or perturbation returned: first order.
-        retain_change: g_rᵀ of it; zero but for rounding.
+        sin: ‖q‖ / ‖g_f‖: the sine of the angle for scope "global", of a mean angle for "leaf".
+        forget_gain: g_fᵀ times the direction or perturbation returned, the first-order gain.
+        retain_change: g_rᵀ times the direction or perturbation, zero but for rounding.
         is_parallel: nothing but rounding is left of g_f off g_r, and the direction is zero.
 
     Gradients may be of any length; the two products of theirs are infinite, or zero, where they
@@ -59,11 +59,11 @@ def retain_orthogonal(
     scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
-    """The direction M⁻¹g_f with its component along the retain gradient taken off.
+    """Return the direction M⁻¹g_f with its component along the retain gradient taken off.
 
     Args:
         forget_grads: g_f, a pytree.
-        retain_grads: g_r, like it.
+        retain_grads: g_r, a pytree of the same structure.
         scope: "global", one constraint, or "leaf", one for every leaf.
         metric: M⁻¹ as a function on trees, linear and symmetric, for instance
             `partial(jedit.solve, curvature, damping=0.1)`; None: the identity.
@@ -89,20 +89,21 @@ def retain_neutral_perturbation(
     scope: Scope = "global",
     metric: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, RetainOrthogonalInfo]:
-    """The perturbation of norm ρ that raises the forget loss most at no first-order retain change.
+    """Return the perturbation of norm ρ that raises the forget loss most, by ROSU's problem.
 
     Args:
-        forget_grads: g_f.
-        retain_grads: g_r.
+        forget_grads: g_f, a pytree.
+        retain_grads: g_r, a pytree of the same structure.
         radius: ρ, in the metric's norm.
-        scope: as for `retain_orthogonal`.
-        metric: as for `retain_orthogonal`.
+        scope: "global", one constraint, or "leaf", one for every leaf.
+        metric: M⁻¹ as a function on trees; None: the identity.
 
     Returns:
         δ, zero if the gradients are parallel, and the info.
 
     Raises:
-        ValueError: as `retain_orthogonal`, or a radius that is not positive and finite.
+        ValueError: the scope is unknown, the trees differ in structure, or the radius is not
+            positive and finite.
     """
     check_numbers(POSITIVE, radius=radius)
     direction, found, info = _direction(forget_grads, retain_grads, scope, metric)
@@ -120,14 +121,14 @@ def retain_neutral_perturbation(
 
 
 class _Scaled(NamedTuple):
-    """What was found of gradients brought to entries of about one, and by which powers of two.
+    """Results on gradients that powers of two had brought to entries of about one.
 
     Attributes:
         norm: ‖q'‖ in the metric, of the direction q' = 2^-length q.
         retain_change: r'ᵀq', r' = 2^-retain g_r.
-        forget: n of g_f.
-        retain: n of g_r.
-        metric: n of what the metric makes of 2^-forget g_f; even.
+        forget: the n by which g_f was scaled, 2^-n g_f.
+        retain: the n by which g_r was scaled.
+        metric: the n by which the metric's image of 2^-forget g_f was scaled; even.
     """
 
     norm: Array
@@ -138,7 +139,7 @@ class _Scaled(NamedTuple):
 
     @property
     def length(self) -> Array:
-        """The n of the direction."""
+        """Return the n of q' = 2^-n q."""
         return self.forget + self.metric
 
 
@@ -155,6 +156,8 @@ def _direction(forget, retain, scope, metric):
             f"{jax.tree.structure(forget)} and {jax.tree.structure(retain)}"
         )
     metric = metric or (lambda tree: tree)
+    # Powers of two are exact: products of short or long gradients stay within the dtype, and the
+    # exponents are put back in the end, by `ldexp`.
     (forget, n_f), (retain, n_r) = (_unit(_widened(tree)) for tree in (forget, retain))
     (up_f, m_f), (up_r, m_r) = (_unit(metric(tree)) for tree in (forget, retain))
     norm_f, norm_r = (
@@ -163,6 +166,7 @@ def _direction(forget, retain, scope, metric):
     size_f, size_r = (jnp.sqrt(jnp.maximum(norm, 0)) for norm in (norm_f, norm_r))
     size = size_f * size_r
     cos = total(jax.tree.map(jnp.vdot, forget, up_r)) / jnp.where(size > 0, size, 1)
+    # m_f and m_r are even: the root of a power of two is one again.
     cos = jnp.clip(jnp.ldexp(cos, (m_r - m_f) // 2), -1, 1)
     # A constraint does not depend on the length of its gradient, which may be another in each leaf.
     by_leaf = scope == "leaf"
@@ -174,7 +178,7 @@ def _direction(forget, retain, scope, metric):
     norms = _products(along, up, by_leaf)
 
     def off(gradient, direction, products):
-        """Both less their part along g_r; c is the coefficient."""
+        """Return gradient and direction less their parts along g_r, c times g_r and M⁻¹g_r."""
         c = jax.tree.map(
             lambda p, n: jnp.where(n > 0, p / jnp.where(n > 0, n, 1), 0), products, norms
         )
@@ -189,6 +193,7 @@ def _direction(forget, retain, scope, metric):
     gradient, direction = off(gradient, direction, left)
     # g_fᵀq is ‖q‖², q being M-orthogonal to M⁻¹g_r; out of two small factors, it keeps its digits.
     norm = jnp.sqrt(jnp.maximum(total(jax.tree.map(jnp.vdot, gradient, direction)), 0))
+    # What is left within 100 roundings has no direction of its own.
     is_parallel = norm <= 100 * jnp.finfo(norm.dtype).eps * size_f
     direction = jax.tree.map(lambda q: jnp.where(is_parallel, 0, q), direction)
     change = total(jax.tree.map(jnp.vdot, retain, direction))
@@ -204,7 +209,7 @@ def _direction(forget, retain, scope, metric):
 
 
 def _unit(tree: PyTree) -> tuple[PyTree, Array]:
-    """The tree with entries of about one at most, and the n of the power of two it was over."""
+    """Return the tree divided by a power of two to entries of about one at most, and its n."""
     by = exponents(tree)
     return shifted(tree, jax.tree.map(jnp.negative, by)), jax.tree.leaves(by)[0]
 

@@ -35,10 +35,10 @@ KEPT_BYTES = 2**28  # of θ₀'s outputs, on all retain rows; arbitrary
 
 
 class TrustRegionInfo(NamedTuple):
-    """What a scaled step was predicted to cost and does cost; nats per counted output.
+    """The predicted and the true cost of a scaled step, in nats per counted output.
 
     Attributes:
-        scale: α.
+        scale: α, the factor of the step.
         predicted_kl: ½ α² dᵀG d, by the matrix-free Gauss-Newton matrix of the retain outputs.
         true_kl: KL(θ₀ ‖ θ₀ + α d) on the retain rows.
     """
@@ -65,7 +65,7 @@ def scale_to_kl_budget(
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
-        params: θ₀.
+        params: θ₀, where the step begins.
         step: d, a change of params, of any length but zero: a tree like params, or some of its
             leaves by path. Leaves that are zero throughout, as `solve` makes those that no
             curvature covers, cost no memory in the search.
@@ -99,6 +99,7 @@ def scale_to_kl_budget(
         quadratic = price.predicted(move)
     else:
         quadratic = 0.5 * float(quadratic_form(curvature, step))
+    # A quadratic of nearly nothing would divide to infinity: the floor leaves MAX_SCALE.
     start = math.sqrt(budget / max(quadratic, budget * 1e-12))
     start = min(start, MAX_SCALE)
     scale = largest_step_within(functools.partial(price, move), start, budget, limit=MAX_SCALE)
@@ -109,14 +110,14 @@ def scale_to_kl_budget(
 
 
 class RetainKl:
-    """The price of a change: KL(θ₀ ‖ θ) on the retain batches.
+    """A function that prices a change of parameters: KL(θ₀ ‖ θ) on the retain batches.
 
     θ₀'s outputs are kept if those of all batches are `kept_bytes` at most. Beyond that they are
     computed anew for each batch and each evaluation, by the same program: the numbers are the
     same, to the bit, and an evaluation costs two forward passes instead of one.
 
     Attributes:
-        batches: the retain batches.
+        batches: the retain batches, on which the KL is measured.
     """
 
     @on_auto_axes
@@ -133,15 +134,15 @@ class RetainKl:
 
         Args:
             apply: `apply(params, inputs) -> outputs`.
-            params: θ₀.
-            retain: one batch, or several.
+            params: θ₀, whose outputs are kept as the reference.
+            retain: the rows on which the KL is measured, one batch or several.
             likelihood: what the outputs mean.
             kept_bytes: how many bytes of outputs are kept, on the device. 256 MiB, arbitrary: the
                 logits of 2,000 tokens at a vocabulary of 32,000.
 
         Raises:
-            TypeError: an argument that is something else.
-            ValueError: they count no output, there are none, or something is traced.
+            TypeError: an argument is something else.
+            ValueError: the batches count no output, there are none, or something is traced.
         """
         check_numbers(COUNT_OR_ZERO, kept_bytes=kept_bytes)
         check_function(apply)
@@ -168,11 +169,13 @@ class RetainKl:
         *,
         start: Mapping[str, Array] | None = None,
     ) -> float:
-        """True KL at θ₀ + start + alpha·move, rounded to θ₀'s dtypes; nats per counted output.
+        """Return the true KL at θ₀ + start + alpha·move, rounded to θ₀'s dtypes.
+
+        Nats per counted output.
 
         Args:
             move: changes by path; parameters that it leaves out stay.
-            alpha: how far.
+            alpha: how many times the move is made.
             start: the change that the move begins at, by path; None: none.
         """
 
@@ -188,7 +191,7 @@ class RetainKl:
 
     @on_auto_axes
     def predicted(self, change: Mapping[str, Array]) -> float:
-        """Second-order KL of a change from θ₀, by path."""
+        """Return the second-order KL of a change from θ₀, by path."""
         return self._mean(
             _predicted_kl(self._apply, self._likelihood, self._params, batch, change)
             for batch in self.batches
@@ -200,7 +203,7 @@ class RetainKl:
 
 
 def num_counted(apply: Callable, likelihood: Likelihood, params: PyTree, batch: Batch) -> int:
-    """How many outputs a batch counts."""
+    """Return how many outputs a batch counts."""
     lead = likelihood.lead_shape(jax.eval_shape(apply, params, batch.inputs))
     return int(jnp.sum(counted_outputs(batch, lead)))
 
@@ -217,7 +220,7 @@ def _outputs(apply, params, batch):
 
 @functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
 def _moved_kl(apply, likelihood, params, start, move, alpha, base, batch):
-    """Mean KL of the original outputs from those of the moved params, over counted outputs."""
+    """Return the mean KL of the original outputs from the moved params', over counted outputs."""
     outputs = apply(moved(params, ahead(start, move, alpha)), batch.inputs)
     counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
@@ -226,7 +229,7 @@ def _moved_kl(apply, likelihood, params, start, move, alpha, base, batch):
 
 @functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
 def _predicted_kl(apply, likelihood, params, batch, change):
-    """As `quadratic_kl`, of the parameters that change: no others have tangents."""
+    """Return `quadratic_kl` of the parameters that change: no others have tangents."""
     part = part_of(params, change)
     tangents = {path: change[path].astype(p.dtype) for path, p in part.items()}
 
@@ -244,12 +247,13 @@ def _is_nonzero(step: PyTree):
 def largest_step_within(
     kl_at: Callable[[float], float], start: float, allowed: float, *, limit: float = math.inf
 ) -> float:
-    """The largest α <= limit with KL(α) <= allowed, to one percent: bracket, then interpolate.
+    """Return the largest α <= limit with KL(α) <= allowed, to one percent.
 
     sqrt(KL), which is nearly linear in α where the quadratic model holds, is followed by false
     position in a bracket; a value that is not finite counts as too large. What is returned was
     evaluated and is within.
     """
+    # KL(0) is not zero where the move begins at a change of its own, so that it is measured.
     inside, low = 0.0, math.sqrt(max(kl_at(0.0), 0.0))
     outside, high = math.inf, math.inf
     target = math.sqrt(allowed)
@@ -259,10 +263,13 @@ def largest_step_within(
         root = math.sqrt(max(value, 0.0)) if math.isfinite(value) else math.inf
         if root <= target:
             inside, low = alpha, root
+            # Half a percent of the root is one of the KL.
             if root >= 0.995 * target or alpha >= limit:
                 break
         else:
             outside, high = alpha, root
+        # Not bracketed yet: as the quadratic says and a little more, but at most four times as far,
+        # as a memorised model's KL explodes.
         if math.isinf(outside):
             alpha = min(inside * min(4.0, max(1.2, 1.1 * target / max(low, 1e-30))), limit)
         elif math.isinf(high) or inside == 0.0:
@@ -270,6 +277,8 @@ def largest_step_within(
             if inside == 0.0 and not math.isinf(high):
                 alpha = outside * 0.95 * target / high
         else:
+            # Aimed at the middle of what is accepted; never at an end of the bracket, where false
+            # position creeps.
             share = (0.9975 * target - low) / (high - low)
             alpha = inside + (outside - inside) * min(0.95, max(0.05, share))
     return inside

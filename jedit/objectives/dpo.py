@@ -25,7 +25,7 @@ class DPO:
     """Preference of refusals to answers, against the reference.
 
     Attributes:
-        beta: β.
+        beta: β, the factor of the preference inside the sigmoid, an inverse temperature.
     """
 
     beta: float = 0.1

@@ -15,7 +15,7 @@ from jedit.objectives.token_nll import counted_nll, masked_mean
 
 @dataclasses.dataclass(frozen=True)
 class GA:
-    """Gradient ascent."""
+    """Gradient ascent on the forget set: the negative of its mean NLL."""
 
     def __call__(
         self,

@@ -26,7 +26,7 @@ class NPO:
     """Bounded ascent, measured from the reference.
 
     Attributes:
-        beta: β.
+        beta: β, how soon an example's weight falls as it is forgotten; 0 would be ascent.
     """
 
     beta: float = 0.1

@@ -25,7 +25,7 @@ def needed(reference: Given | None, objective: object) -> Given:
     """Return the reference that an objective cannot do without.
 
     Raises:
-        ValueError: it is None.
+        ValueError: the reference is None.
     """
     if reference is None:
         name = type(objective).__name__

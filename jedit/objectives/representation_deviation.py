@@ -37,7 +37,7 @@ class RepresentationDeviation:
 
     Attributes:
         hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
-        seed: of the direction u; 0 is arbitrary.
+        seed: the seed of the direction u; 0 is arbitrary.
         tilt: τ; 0.1 is arbitrary.
     """
 
@@ -69,15 +69,17 @@ class RepresentationDeviation:
 
 
 def _cosine(x: Float[Array, "*lead d"], y: Float[Array, "*lead d"]) -> Float[Array, "*lead"]:
-    """Cosine along the last axis; 0, with no gradient, where either vanishes."""
+    """Return the cosine along the last axis; 0, with no gradient, where either vanishes."""
     x, y = _about_one(x), _about_one(y)
     squares = jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1)
     is_there = squares > 0
+    # 1 under the root where it is 0: the gradient of a root at 0 is infinite, also unselected.
     norms = jnp.sqrt(jnp.where(is_there, squares, 1))
     return jnp.where(is_there, jnp.sum(x * y, axis=-1) / norms, 0)
 
 
 def _about_one(x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
-    """The rows with entries of one at most, which no cosine sees: squares of small ones vanish."""
+    """Scale rows to entries of one at most, which no cosine sees: squares of small ones vanish."""
+    # A constant to the gradient: the cosine does not depend on it.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     return x / jnp.where(largest > 0, largest, 1)

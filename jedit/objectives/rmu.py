@@ -40,8 +40,8 @@ class RMU:
 
     Attributes:
         hidden: `(apply, params, inputs) -> states`, hashable, such as `jedit.tracing.Entering`.
-        seed: of the direction u; 0 is arbitrary.
-        steering: c.
+        seed: the seed of the direction u; 0 is arbitrary.
+        steering: c, the length of the target c u.
     """
 
     hidden: Hidden
@@ -70,10 +70,10 @@ class RMU:
 
 @dataclasses.dataclass(frozen=True)
 class RetainStates:
-    """What RMU holds: the retain rows' hidden states, where they were before unlearning.
+    """RMU's retain term: hold the retain rows' hidden states where they were before.
 
     Attributes:
-        hidden: as of `RMU`.
+        hidden: `(apply, params, inputs) -> states`, hashable, as `RMU` takes it.
     """
 
     hidden: Hidden

@@ -25,9 +25,9 @@ class SimNPO:
     """Bounded ascent on each example's loss per token.
 
     Attributes:
-        beta: β.
-        delta: δ.
-        gamma: γ, so that a retain term of weight 1 is the published one.
+        beta: β, how soon an example's weight falls as it is forgotten.
+        delta: δ, the margin that the loss per token is measured from, in nats.
+        gamma: γ, the factor of the loss, so that a retain term of weight 1 is the published one.
     """
 
     beta: float = 4.5

@@ -54,10 +54,11 @@ def labelled_logits(
     """Return logits in float32 or wider, targets (0 where they do not count), and which count.
 
     Raises:
-        TypeError: if it is no batch, or its targets are no integers.
+        TypeError: it is no batch, or its targets are no integers.
         ValueError: if the batch has no targets, or not one per output.
     """
     check_batch(batch, "the objective's batch")
+    # Wide before the softmax: in bfloat16 the NLL of a memorised token has no digit left.
     logits = wide(apply(params, batch.inputs))
     if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
         got = None if batch.targets is None else batch.targets.shape
@@ -65,6 +66,7 @@ def labelled_logits(
             f"batch.targets has shape {got}, expected one label per output, {logits.shape[:-1]}"
         )
     check_labels(batch.targets, "batch.targets")
+    # Class 0 stands in for targets such as -100, which would index out of range.
     counted = counted_outputs(batch, logits.shape[:-1])
     return logits, jnp.where(counted, batch.targets, 0), counted
 
@@ -87,7 +89,7 @@ def sequence_nll(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " b
     """Return each example's negative log-likelihood, summed over its outputs that count.
 
     Raises:
-        ValueError: if the batch is packed.
+        ValueError: the batch is packed.
     """
     nll, _ = counted_nll(apply, params, batch)
     return jnp.sum(by_example(batch, nll), axis=-1)

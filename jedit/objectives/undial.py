@@ -29,7 +29,7 @@ class UNDIAL:
     """Distillation of the reference with its labels pushed down.
 
     Attributes:
-        beta: β.
+        beta: β, by how much the label's logit is pushed down, in nats.
     """
 
     beta: float = 10.0

@@ -27,7 +27,7 @@ class WGA:
     """Ascent that leaves alone what is forgotten already.
 
     Attributes:
-        beta: β.
+        beta: β, the power of a token's probability that is its weight.
     """
 
     beta: float = 1.0
@@ -52,8 +52,8 @@ class SatImp:
     """Ascent weighted by saturation times importance.
 
     Attributes:
-        beta_saturation: β₁.
-        beta_importance: β₂.
+        beta_saturation: β₁, the power of p: tokens forgotten already weigh less.
+        beta_importance: β₂, the power of 1 - p: tokens that are certain weigh less.
     """
 
     beta_saturation: float = 5.0

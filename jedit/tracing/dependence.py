@@ -35,7 +35,7 @@ Label = tuple[int, Place]  # the outputs' axis, and where its index stands
 
 
 class Belonging(NamedTuple):
-    """Whose the entries of one site's output are.
+    """The examples and positions to which the entries of one site's output belong.
 
     Attributes:
         reach: where the number of the one example stands that an entry influences, SEVERAL, or None
@@ -48,11 +48,12 @@ class Belonging(NamedTuple):
 
 
 class Dependence(NamedTuple):
-    """Whose the entries of a program's arrays are.
+    """The examples and positions to which the entries of a program's arrays belong.
 
     Attributes:
-        sites: by site, its output's.
-        outputs: of the outputs, where the inputs' examples stand; empty if that is not known.
+        sites: by site, to whom the entries of its output belong.
+        outputs: where the number of an input's example stands in the outputs; empty if that is not
+            known.
     """
 
     sites: dict[str, Belonging]
@@ -67,7 +68,7 @@ def dependence(program: Program, lead: Sequence[int]) -> Dependence:
         lead: the leading axes of the output: examples, and positions.
 
     Returns:
-        Where they stand.
+        Where examples and positions stand in every site's output, and in the outputs.
     """
     jaxpr = program.jaxpr
     frame = _Frame(jaxpr.jaxpr, jaxpr.consts, program.plan, 0, keeps_integers=False)
@@ -75,6 +76,8 @@ def dependence(program: Program, lead: Sequence[int]) -> Dependence:
     for v in jaxpr.jaxpr.invars[program.num_params :]:
         if v.aval.shape:
             frame.add(v, [(0, Place(0, 1, v.aval.shape[0]))])
+    # The order matters: before the outputs' own labels are put on, what reaches them is the inputs'
+    # examples alone.
     frame.settle()
     outputs = frozenset(place for _, place in frame.of(output))
     frame.pull([Place(0, 1, lead[0])])
@@ -100,7 +103,7 @@ def dependence(program: Program, lead: Sequence[int]) -> Dependence:
 
 
 def _within(belonging: Belonging, window: Window | None, shape: Sequence[int]) -> Belonging:
-    """What is left of it in a site's window: along an axis that is cut no place keeps its index."""
+    """Drop what is said of axes that a site's window cuts: along them no place keeps its index."""
     if window is None:
         return belonging
     is_cut = {i for i, part in enumerate(window) if part != (0, shape[i])}
@@ -112,7 +115,10 @@ def _within(belonging: Belonging, window: Window | None, shape: Sequence[int]) -
 
 
 class _Frame:
-    """One call of one jaxpr, `depth` scans deep; inner calls have frames of their own."""
+    """What is known of the variables in one call of one jaxpr, `depth` scans deep.
+
+    Inner calls have frames of their own.
+    """
 
     def __init__(self, jaxpr, consts, plan: Plan, depth: int, *, keeps_integers: bool) -> None:
         self.jaxpr, self.plan, self.depth = jaxpr, plan, depth
@@ -130,7 +136,7 @@ class _Frame:
             counting.see(eqn)
 
     def _entered(self, i: int, eqn) -> list["_Frame"]:
-        """Frames of what an equation calls, if it is known how it calls it."""
+        """Return frames of what an equation calls, if it is known how it calls it."""
         name, jaxprs = eqn.primitive.name, inner_jaxprs(eqn)
         is_rule = name in versions.CUSTOM_RULE
         if name == "cond":
@@ -139,6 +145,8 @@ class _Frame:
             jaxprs = jaxprs[:1]
         else:
             return []
+        # A cond's first operand chooses the branch. A call whose operands are not one by one those
+        # of its jaxpr (a custom rule that takes more) is not followed into, which is safe.
         num_inputs = len(eqn.invars) - (name == "cond")
         if any(
             (len(j.jaxpr.invars), len(j.jaxpr.outvars)) != (num_inputs, len(eqn.outvars))
@@ -159,7 +167,7 @@ class _Frame:
         ]
 
     def at_probes(self) -> tuple[dict[int, Reach], dict[int, Iterable[Label]]]:
-        """By probe, what is reached and the labels; of this frame and of all within."""
+        """Return, by probe, what is reached and the labels, of this frame and of all within."""
         reached = dict(self.reached)
         labelled: dict[int, Iterable[Label]] = {
             tap.probe: self.of(self.jaxpr.eqns[i].outvars[0])
@@ -175,7 +183,7 @@ class _Frame:
     # What is reached, from the outputs back.
 
     def pull(self, outs: Sequence[Reach]) -> list[Reach]:
-        """What each input reaches, given what each output reaches."""
+        """Return what each input reaches, given what each output reaches."""
         found: dict = {}
         for atom, reach in zip(self.jaxpr.outvars, outs, strict=True):
             self._meet(found, atom, reach)
@@ -192,6 +200,7 @@ class _Frame:
     def _meet(self, found: dict, atom, reach: Reach) -> None:
         if reach is None or isinstance(atom, jex_core.Literal):
             return
+        # No gradient flows through integers, so that what they influence is of no account.
         if self.keeps_integers or jnp.issubdtype(atom.aval.dtype, jnp.inexact):
             found[atom] = _joined(found.get(atom), reach)
 
@@ -202,7 +211,7 @@ class _Frame:
         if name == "cond" and self.inner[i]:
             branches = [frame.pull(given) for frame in self.inner[i]]
             joined = [_joined(*reaches) for reaches in zip(*branches, strict=True)]
-            return [SEVERAL, *joined]
+            return [SEVERAL, *joined]  # one index chooses the branch for all examples
         if self.inner[i]:
             return self.inner[i][0].pull(given)
         if name in versions.NO_GRADIENT and not self.keeps_integers:
@@ -222,6 +231,8 @@ class _Frame:
     def _pull_scan(self, eqn, body: "_Frame", given: list[Reach]) -> list[Reach]:
         num_consts, num_carry = scan_layout(eqn)
         end = num_consts + num_carry
+        # A carry reaches what every later iteration's carry reaches: iterate to a fixed point,
+        # which exists, as a reach can only go from nothing to one example to several.
         carry = [self._inward(reach) for reach in given[:num_carry]]
         while True:
             ins = body.pull([*carry, *given[num_carry:]])
@@ -232,13 +243,16 @@ class _Frame:
             carry = grown
 
     def _inward(self, reach: Reach) -> Reach:
-        """Of an array that has no axis for the loop, as its body sees it."""
+        """Return how a loop's body sees the reach of an array that has no axis for the loop."""
         if not isinstance(reach, Place) or reach.axis < self.depth:
             return reach
         return _moved(reach, 1)
 
     def _outward(self, reach: Reach) -> Reach:
-        """The inverse; what belongs to one iteration's example reaches several outside."""
+        """Return how the code around a loop sees a reach in its body that has no axis for the loop.
+
+        What belongs to the example of one iteration's number reaches several outside.
+        """
         if not isinstance(reach, Place) or reach.axis < self.depth:
             return reach
         return SEVERAL if reach.axis == self.depth else _moved(reach, -1)
@@ -246,7 +260,7 @@ class _Frame:
     # Labels, in both directions.
 
     def of(self, atom) -> frozenset[Label]:
-        """The labels of a variable."""
+        """Return the labels of a variable."""
         if isinstance(atom, jex_core.Literal):
             return frozenset()
         return self.labels.get(atom, frozenset())
@@ -262,10 +276,12 @@ class _Frame:
             self.has_grown = True
 
     def settle(self) -> bool:
-        """Spread all labels until nothing changes; returns whether something has."""
+        """Spread all labels until nothing changes, and return whether something has."""
         has_changed = False
         while True:
             self.has_grown = False
+            # Forth and back in one sweep: a chain of equations settles in two sweeps, not in as
+            # many as it is long.
             order = range(len(self.jaxpr.eqns))
             for i in (*order, *reversed(order)):
                 self._spread(i, self.jaxpr.eqns[i])
@@ -274,6 +290,7 @@ class _Frame:
             has_changed = True
 
     def _spread(self, i: int, eqn) -> None:
+        # Labels only grow, so that equal counts mean equal sets: nothing new to spread.
         known = [len(self.of(v)) for v in (*eqn.invars, *eqn.outvars)]
         if self.settled.get(i) == known or not any(known):
             return
@@ -310,6 +327,7 @@ class _Frame:
                 labels = self.of(mine)
                 frame.add(its, self._reindexed(labels, self._inward) if has_no_loop else labels)
             carried = list(zip(ins[num_consts:], outs[:num_carry], strict=False))[:num_carry]
+            # `|`, not `or`: both must run in every round.
             while frame.settle() | _exchanged(frame, carried, self.depth):
                 pass
             for mine, its, has_no_loop in pairs:
@@ -323,10 +341,12 @@ class _Frame:
 
 
 def _exchanged(frame: _Frame, carried, depth: int) -> bool:
-    """A loop's state enters an iteration as it left the one before; the loop's own axis does not.
+    """Exchange labels between a loop's state as it enters and as it leaves an iteration.
+
+    A label along the loop's own axis is no exchange: it names another iteration on the other side.
 
     Returns:
-        Whether there was something to exchange.
+        Whether there was something new to exchange.
     """
     has_grown = False
     for a, b in carried:
@@ -342,7 +362,7 @@ def _moved(place: Place, by: int) -> Place:
 
 
 def _joined(*reaches: Reach) -> Reach:
-    """What is reached by way of several uses."""
+    """Return what is reached by way of several uses: one example only if all agree on it."""
     different = {reach for reach in reaches if reach is not None}
     if len(different) > 1:
         return SEVERAL
@@ -350,18 +370,19 @@ def _joined(*reaches: Reach) -> Reach:
 
 
 class _Counting:
-    """Which arrays count along one of their axes: an `arange`, and what indexing makes of it."""
+    """A record of which arrays count along an axis: an `arange`, and what indexing makes of it."""
 
     def __init__(self, jaxpr, consts) -> None:
         self.along: dict = {}  # variables that count, and along which axis
         self.joined: dict = {}  # variables with columns that count, and along which axis
+        # JAX indexes by `select(i < 0, i + n, i)`, which for a count i is i: none is below zero.
         self.never: set = set()  # variables that are false throughout
         for variable, const in zip(jaxpr.constvars, consts, strict=True):
             if variable.aval.ndim == 1 and _is_count(const):
                 self.along[variable] = 0
 
     def columns(self, eqn) -> dict[int, int]:
-        """Of a gather's indices."""
+        """Return, of a gather's indices, the columns that count, and along which axis each does."""
         if eqn.primitive.name != "gather":
             return {}
         return self._columns(eqn.invars[1])
@@ -401,7 +422,7 @@ class _Counting:
 
 
 def _is_count(const) -> bool:
-    """Whether a constant is 0, 1, 2, ..."""
+    """Say whether a constant is 0, 1, 2, ..."""
     if isinstance(const, Tracer) or not jnp.issubdtype(const.dtype, jnp.integer):
         return False
     return np.array_equal(np.asarray(const), np.arange(len(const)))

@@ -24,11 +24,11 @@ class Program:
     """A traced `apply` with its sites and the plan to tap them.
 
     Attributes:
-        jaxpr: of `apply`.
-        sites: of the selected parameters.
-        plan: where probes are put.
-        num_branches: of all `cond`s.
-        num_params: leaves of the parameters; the inputs' follow them.
+        jaxpr: the jaxpr of `apply`, with its constants.
+        sites: the sites of the selected parameters.
+        plan: the plan of where probes are put and what is kept.
+        num_branches: how many branches all `cond`s have together.
+        num_params: the number of the parameters' leaves, which the inputs' leaves follow.
         stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
     """
 
@@ -67,7 +67,7 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     """Trace `apply` abstractly and find its sites.
 
     Raises:
-        ValueError: see `find_sites`.
+        ValueError: the parameters or inputs are refused as by `find_sites`.
     """
     check_function(apply)
     check_params(params)
@@ -87,6 +87,8 @@ def trace_program(apply, params, inputs, select=None) -> Program:
             f"apply must return a real floating-point array, but its dtype is {shape.dtype}; "
             "return the logits, not what is decided from them"
         )
+    # A parameter that is not selected has no origin: it counts as a number that depends on
+    # parameters, and is neither followed nor refused.
     walker = Walker()
     values = []
     for i, variable in enumerate(jaxpr.jaxpr.invars):
@@ -99,6 +101,7 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     for value in outs:
         walker.refuse(value.origin, "is returned by apply as it is", Scope())
     drafts = walker.resolve(selected)
+    # Taps of drafts that were refused, or became another site's bias, are taken out again.
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}

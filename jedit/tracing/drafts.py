@@ -13,14 +13,14 @@ from jedit.tracing.source import source_line
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """Where an equation stands: the scans and the `cond` branch around it, and the call's line.
+    """The place of an equation: the scans and the `cond` branch around it, and the call's line.
 
     Attributes:
-        lengths: of the scans around, outermost first.
-        key: tells the jaxprs apart in which equal numbers are equal arrays.
+        lengths: the lengths of the scans around, outermost first.
+        key: a value that tells the jaxprs apart in which equal numbers are equal arrays.
         branch: index of the branch around, or None.
         num_outer: how many of the scans are around that branch.
-        source: the call's line.
+        source: the user's line that calls the jaxpr in which the equation stands.
     """
 
     lengths: tuple[int, ...] = ()
@@ -30,28 +30,28 @@ class Scope:
     source: str = ""
 
     def scan(self, length: int, key: Any) -> "Scope":
-        """Inside a scan's body."""
+        """Return the scope inside a scan's body."""
         return dataclasses.replace(self, lengths=(*self.lengths, length), key=key)
 
     def branched(self, key: Any, branch: int) -> "Scope":
-        """Inside a branch."""
+        """Return the scope inside a branch of a `cond`."""
         return dataclasses.replace(self, key=key, branch=branch, num_outer=len(self.lengths))
 
     def within(self, layers: Sequence[tuple[int, int, int]]) -> "Scope":
-        """In only these iterations, (depth, start, stop), of the scans around."""
+        """Return the scope cut to these iterations, (depth, start, stop), of the scans around."""
         lengths = list(self.lengths)
         for depth, start, stop in layers:
             lengths[depth] = stop - start
         return dataclasses.replace(self, lengths=tuple(lengths))
 
     def called_from(self, eqn) -> "Scope":
-        """Inside a call: equations without a line of their own take the call's."""
+        """Return the scope inside a call, whose equations without a line of their own take its."""
         return dataclasses.replace(self, source=source_line(eqn, self.source))
 
 
 @dataclasses.dataclass(eq=False)
 class Draft:
-    """A site in the making.
+    """A site in the making, whose bias and coverage are not settled yet.
 
     Attributes:
         site: the site so far.
@@ -68,7 +68,7 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Offer:
-    """A bias as the last row of the matrix of the site `host`."""
+    """The offer of a bias to become the last row of the matrix of the site `host`."""
 
     host: Draft
     path: str
@@ -78,11 +78,11 @@ class Offer:
 
     @property
     def row(self) -> tuple:
-        """Equal for two offers that would make the same matrix of one host."""
+        """Return a value equal for two offers that would make the same matrix of one host."""
         return (self.path, self.ops, self.scale)
 
     def to_site(self) -> Site:
-        """The host's site with that row."""
+        """Return the host's site with the bias as the last row of its matrix."""
         site = self.host.site
         weight = dataclasses.replace(
             site.weight, bias_path=self.path, bias_shape=self.shape, bias_ops=self.ops
@@ -104,14 +104,14 @@ class View:
 
     @classmethod
     def of_output(cls, draft: Draft, shape: tuple[int, ...], features: Sequence[int]) -> "View":
-        """A site's output, of which the axes `features` are the weight's, in its order."""
+        """Return a site's output, of which the axes `features` are the weight's, in its order."""
         strides: list[int | None] = [None] * len(shape)
         for k, i in enumerate(features):
             strides[i] = math.prod(shape[f] for f in features[k + 1 :])
         return cls(draft, tuple(strides), shape)
 
     def after(self, name: str, eqn) -> "View | None":
-        """The view after a relayout; None where features and positions would be mixed."""
+        """Return the view after a relayout; None where features and positions would be mixed."""
         shape = eqn.outvars[0].aval.shape
         if name == "transpose":
             strides = tuple(self.strides[i] for i in eqn.params["permutation"])
@@ -125,14 +125,14 @@ class View:
         return None if strides is None else View(self.draft, strides, shape)
 
     def accepts(self, bias: Provenance) -> bool:
-        """Whether the bias varies along exactly the feature axes, in the weight's own order."""
+        """Say whether the bias varies along exactly the feature axes, in the weight's own order."""
         if bias.shape != self.shape:
             return False
         expected = 1
         for n, stride, core in reversed(
             list(zip(self.shape, self.strides, bias.view, strict=True))
         ):
-            if n == 1:
+            if n == 1:  # an axis of one entry has no stride to speak of
                 continue
             if (stride is None) != (core is None) or stride not in (None, expected):
                 return False
@@ -141,10 +141,14 @@ class View:
 
 
 def _regroup(strides, old, new) -> tuple | None:
-    """Strides after a reshape; None where features meet positions or features out of order."""
+    """Return the strides after a reshape.
+
+    They are None where features meet positions, or features out of order.
+    """
     out: list[int | None] = []
     for before, after in axis_groups(old, new):
         axes = [i for i in before if old[i] != 1]
+        # Axes merge only where they lie row-major, each stride the next one's times its length.
         if all(strides[i] is None for i in axes):
             out += [None] * len(after)
             continue

@@ -17,7 +17,7 @@ class Entering:
         states = hidden(apply, params, inputs)
 
     Attributes:
-        site: its name, as `find_sites` prints it.
+        site: the site's name, as `find_sites` prints it.
     """
 
     site: str

@@ -17,10 +17,10 @@ from jedit.tracing.versions import inner_jaxprs, rebind, scan_layout
 
 
 class Step(NamedTuple):
-    """How a parameter's constant multiplier went on: through an equation, or times an operand.
+    """One step in the making of a parameter's constant multiplier: a relayout, or a product.
 
     Attributes:
-        eqn: the equation.
+        eqn: the equation that relays the multiplier out, or multiplies it.
         operand: which of its operands multiplies, or divides; None for a relayout.
     """
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a tap keeps, under a record: an operand, a multiplier, or the product of the two."""
+    """The operand, multiplier or product of both that a tap keeps, and its record's number."""
 
     record: int
     operand: int | None
@@ -37,7 +37,7 @@ class Kept(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """At an equation: put a probe of this shape and dtype on the output, and keep something."""
+    """An order at one equation: add a probe of this shape and dtype to its output; keep inputs."""
 
     probe: int
     kept: tuple[Kept, ...]
@@ -55,7 +55,7 @@ class Replacement(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """What to do in one jaxpr: taps by equation, and plans of the inner jaxprs that hold some."""
+    """A plan of what to do in one jaxpr: taps by equation, and plans of inner jaxprs with taps."""
 
     taps: dict[int, list[Tap]] = dataclasses.field(default_factory=dict)
     inner: dict[int, tuple["Plan", ...]] = dataclasses.field(default_factory=dict)
@@ -65,7 +65,7 @@ class Plan:
         return bool(self.taps or self.inner)
 
     def restricted(self, probes: set[int]) -> "Plan":
-        """Without the taps whose probe is not wanted."""
+        """Return the plan without the taps whose probe is not wanted."""
         taps = {i: [t for t in taps if t.probe in probes] for i, taps in self.taps.items()}
         inner = {i: tuple(p.restricted(probes) for p in plans) for i, plans in self.inner.items()}
         return Plan(
@@ -75,11 +75,11 @@ class Plan:
         )
 
     def probes(self) -> dict[int, Any]:
-        """Zeros for every probe."""
+        """Return zeros for every probe."""
         return {tap.probe: jnp.zeros(tap.shape, tap.dtype) for tap in self.all_taps()}
 
     def all_taps(self) -> list[Tap]:
-        """Every tap, inner ones included."""
+        """Return every tap, inner ones included."""
         mine = [tap for taps in self.taps.values() for tap in taps]
         plans = [plan for plans in self.inner.values() for plan in plans]
         return mine + [tap for plan in plans for tap in plan.all_taps()]
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Records:
-    """What one pass keeps: activations by record, whether each branch ran, outputs by probe."""
+    """The records of one pass: activations by record, whether branches ran, outputs by probe."""
 
     activations: dict[int, Any] = dataclasses.field(default_factory=dict)
     ran: dict[int, Any] = dataclasses.field(default_factory=dict)
@@ -96,13 +96,13 @@ class Records:
     is_watching: bool = False  # whether outputs are kept
 
     def inside(self, *, sees_arrays: bool = False) -> "Records":
-        """Fresh records for a jaxpr of its own, that of a loop or one that sees the same arrays."""
+        """Return fresh records for an inner jaxpr: a loop's, or one that sees the same arrays."""
         known = self.known | set(self.activations) if sees_arrays else frozenset()
         return Records(known=known, is_watching=self.is_watching)
 
     @property
     def tree(self) -> tuple[dict, dict, dict]:
-        """The records as a pytree."""
+        """Return the records as a pytree."""
         return self.activations, self.ran, self.outputs
 
     def update(self, tree: tuple[dict, dict, dict]) -> None:
@@ -112,7 +112,7 @@ class Records:
 
 
 def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records: Records) -> list:
-    """The jaxpr's outputs, probes put where `plan` says and activations put in `records`."""
+    """Return the jaxpr's outputs, probes put where `plan` says and activations put in `records`."""
     env: dict[Any, Any] = {}
 
     def read(atom):
@@ -128,10 +128,12 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
             outs = rebind(eqn, ins)
         for tap in plan.taps.get(i, ()):
             probe = probes[tap.probe]
+            # In the equation's own context: the sum must see the mesh that the model set.
             with eqn.ctx.manager:
-                if callable(probe):  # of what enters there
+                if callable(probe):  # a change that is computed from what enters there
                     probe = probe(on_auto(_kept(tap.kept[0], ins, read)))
                 for kept in tap.kept:
+                    # Sites that read one activation have one record: it is kept once.
                     if kept.record not in {*records.known, *records.activations}:
                         records.activations[kept.record] = on_auto(_kept(kept, ins, read))
                 if isinstance(probe, Replacement):
@@ -146,13 +148,14 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
 
 
 def _kept(kept: Kept, ins: list, read: Callable) -> Any:
-    """What is to be kept of an equation's operands."""
+    """Return what is to be kept of an equation's operands."""
     factor = None
     for eqn, operand in kept.factor:
         if operand is None:
             factor = rebind(eqn, [factor])[0]
             continue
         by = jnp.broadcast_to(read(eqn.invars[operand]), eqn.outvars[0].aval.shape)
+        # The multiplier may be of lower rank than the weight: here it gets the output's shape.
         by = 1 / by if eqn.primitive.name == "div" else by
         factor = by if factor is None else factor * by
     if kept.operand is None:
@@ -169,6 +172,8 @@ def _enter(eqn, ins, plans, probes, records) -> list:
         return _enter_cond(eqn, ins, plans, probes, records)
     jaxpr = inner_jaxprs(eqn)[0]
     if name in versions.REMAT:
+        # Records leave `checkpoint` as results: put into the outer ones from its inside, its
+        # tracers would leak.
         mine = _needed(plans[0], probes)
 
         def body(inputs, mine):
@@ -195,6 +200,8 @@ def _enter_scan(eqn, ins, plan, probes, records) -> list:
     num_consts, num_carry = scan_layout(eqn)
     consts, init = ins[:num_consts], ins[num_consts : num_consts + num_carry]
 
+    # Probes go in as sliced inputs and activations come out as stacked outputs, so that each
+    # iteration has its own: both get the loop's axis in front.
     def step(carry, sliced):
         xs, mine = sliced
         kept = records.inside()
@@ -229,6 +236,8 @@ def _enter_cond(eqn, ins, plans, probes, records) -> list:
 
         return run
 
+    # All branches of a switch must return one structure: what a branch does not keep is zero there,
+    # and `ran` tells these zeros from data.
     shapes = [jax.eval_shape(runner(k), operands, mine)[1] for k in range(len(branches))]
 
     def padded(k):

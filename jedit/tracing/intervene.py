@@ -15,7 +15,7 @@ from jedit.tracing.sites import cut
 
 
 class Intervention(NamedTuple):
-    """A pass that was intervened in.
+    """The results of a forward pass in which the outputs of some sites were changed.
 
     Attributes:
         outputs: what `apply` returned.
@@ -57,7 +57,7 @@ def intervene(
         The outputs, the activations and the sites' outputs.
 
     Raises:
-        ValueError: a name is no site, or is in both mappings; and as in `find_sites`.
+        ValueError: a name is no site, or is in both mappings; or `find_sites` refuses.
     """
     add, replace = dict(add or {}), dict(replace or {})
     program = trace_program(apply, params, inputs, select)
@@ -68,6 +68,7 @@ def intervene(
         raise ValueError(f"{both} stand in add and in replace; a site is changed in one way")
     probes = program.plan.probes()
     for name, site in program.sites.items():
+        # Sites of joined parameters share one probe: each writes into its own window of it.
         window = tuple(slice(start, stop) for start, stop in site.window_out or ())
         shape, probe = site.output_shape, probes[site.probe]
         if name in replace:

@@ -14,12 +14,12 @@ Box = tuple[tuple[int, int], ...]  # by axis, from where to where
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A leaf that fills a box of an array.
+    """A parameter leaf that fills a box of an array.
 
     Attributes:
         origin: the leaf, of the box's shape.
-        box: by axis of the array.
-        layers: (depth, start, stop) of the scans of whose iterations only these see the leaf.
+        box: where it begins and ends along each axis of the array.
+        layers: (depth, start, stop) for each scan of whose iterations only those see the leaf.
     """
 
     origin: Provenance
@@ -29,23 +29,23 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """An array of which boxes are parameters, and the rest depends on no input."""
+    """An array of which some boxes are parameters, and the rest depends on no input."""
 
     pieces: tuple[Piece, ...]
     shape: tuple[int, ...]
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaves in it."""
+        """Return the leaves in it."""
         return tuple(piece.origin.path for piece in self.pieces)
 
     @property
     def is_broadcast(self) -> bool:
-        """Whether some piece was expanded."""
+        """Say whether some piece was expanded."""
         return any(piece.origin.is_broadcast for piece in self.pieces)
 
     def scaled(self, factor: float) -> "Joined":
-        """The value times a constant."""
+        """Return the value times a constant."""
         return Joined(
             tuple(
                 dataclasses.replace(piece, origin=piece.origin.scaled(factor))
@@ -55,7 +55,7 @@ class Joined:
         )
 
     def transposed(self, permutation: tuple[int, ...]) -> "Joined | None":
-        """After `transpose`."""
+        """Return the value after `transpose`; None where it cannot be followed."""
         return self._each(
             tuple(self.shape[i] for i in permutation),
             lambda box: tuple(box[i] for i in permutation),
@@ -63,7 +63,7 @@ class Joined:
         )
 
     def broadcast(self, shape: tuple[int, ...], dims: tuple[int, ...]) -> "Joined | None":
-        """After `broadcast_in_dim`."""
+        """Return the value after `broadcast_in_dim`; None where it cannot be followed."""
 
         def moved(box: Box) -> Box:
             new = [(0, n) for n in shape]
@@ -75,7 +75,7 @@ class Joined:
         return self._each(shape, moved, lambda origin, sizes: origin.broadcast(sizes, dims))
 
     def reshaped(self, shape: tuple[int, ...]) -> "Joined | None":
-        """After `reshape`; None where a box would no longer be one."""
+        """Return the value after `reshape`; None where a box would no longer be one."""
         if 0 in shape:
             return None
         groups = axis_groups(self.shape, shape)
@@ -94,7 +94,7 @@ class Joined:
         return self._each(shape, moved, lambda origin, sizes: origin.reshaped(sizes))
 
     def sliced(self, start, limit, strides) -> "Joined | Provenance | None":
-        """After `slice`; None where entries are skipped."""
+        """Return the value after `slice`; None where entries are skipped."""
         if strides is not None and any(stride != 1 for stride in strides):
             return None
         pieces = []
@@ -120,10 +120,11 @@ class Joined:
         return _simplest(pieces, shape)
 
     def scanned(self, depth: int) -> "Joined":
-        """The slices of a value that a scan takes apart along its leading axis."""
+        """Return the slices of a value that a scan takes apart along its leading axis."""
         pieces = []
         for piece in self.pieces:
             (start, stop), *box = piece.box
+            # A leaf that is only some layers of the array is seen by only those iterations.
             is_whole = stop - start == self.shape[0]
             layers = piece.layers if is_whole else (*piece.layers, (depth, start, stop))
             pieces.append(Piece(piece.origin.scanned(depth), tuple(box), layers))
@@ -143,14 +144,14 @@ class Joined:
 
 
 def pieces_of(origin: Provenance | Joined) -> tuple[Piece, ...]:
-    """The pieces; a leaf by itself is one that fills all."""
+    """Return the pieces; a leaf by itself is one that fills all."""
     if isinstance(origin, Joined):
         return origin.pieces
     return (Piece(origin, tuple((0, n) for n in origin.shape)),)
 
 
 def joined(origins: Sequence[Provenance | Joined | None], shapes, axis: int) -> Joined:
-    """After `concatenate` of operands of these shapes; an origin of None is no parameter."""
+    """Return what `concatenate` makes of operands of these shapes; origin None: no parameter."""
     pieces, offset = [], 0
     for origin, shape in zip(origins, shapes, strict=True):
         for piece in () if origin is None else pieces_of(origin):
@@ -165,16 +166,17 @@ def joined(origins: Sequence[Provenance | Joined | None], shapes, axis: int) -> 
 
 
 def _simplest(pieces: list[Piece], shape: tuple[int, ...]) -> Joined | Provenance:
-    """A piece that fills everything stands for itself."""
+    """Return the pieces as one value: a piece that fills everything stands for itself."""
     if len(pieces) == 1 and pieces[0].origin.shape == shape and not pieces[0].layers:
         return pieces[0].origin
     return Joined(tuple(pieces), shape)
 
 
 def _span(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int] | None:
-    """Where a box begins and ends in the flattened axes; None unless it is without gaps."""
+    """Return where a box begins and ends in the flattened axes; None unless it is without gaps."""
     start, length = 0, 1
     for (a, b), n in zip(box, sizes, strict=True):
+        # Behind an axis of which the box has several entries, every axis must be whole.
         if length > 1 and b - a != n:
             return None
         start, length = start * n + a, length * (b - a)
@@ -182,11 +184,11 @@ def _span(box: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, in
 
 
 def _box_of(start: int, stop: int, sizes: Sequence[int]) -> Box | None:
-    """The inverse of `_span`."""
+    """Return the box that begins and ends there, `_span`'s inverse; None where it is no box."""
     box = []
     for i in range(len(sizes)):
         rest = math.prod(sizes[i + 1 :])
-        first, last = start // rest, -(-stop // rest)
+        first, last = start // rest, -(-stop // rest)  # rounded down, and up
         if last - first > 1 and (start % rest or stop % rest):
             return None
         if last - first > 1:

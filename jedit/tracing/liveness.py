@@ -12,7 +12,7 @@ from jedit.tracing.versions import inner_jaxprs
 
 
 class Flow(enum.IntEnum):
-    """What depends on an equation or a variable: nothing, values alone, or gradients too."""
+    """The kind of what depends on an equation or a variable: nothing, values, or gradients too."""
 
     DEAD = 0
     VALUE = 1
@@ -20,7 +20,7 @@ class Flow(enum.IntEnum):
 
 
 def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
-    """The flow of every equation and of every variable, given those of the outputs.
+    """Return the flow of every equation and of every variable, given those of the outputs.
 
     An equation that stops gradients, or whose outputs are no floating-point numbers, is of values
     alone, and so is what only such equations read. What only dead code reads is not used.
@@ -48,6 +48,7 @@ def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
         if eqn.primitive.name in versions.INLINED:
             body = inner_jaxprs(eqn)[0].jaxpr
             _, inside = flows(body, outs)
+            # An argument that the body does not read is as dead as if the call were written out.
             reads = [min(flow, inside.get(v, Flow.DEAD)) for v in body.invars]
         for atom, read in zip(eqn.invars, reads, strict=True):
             need(atom, read)
@@ -55,7 +56,7 @@ def flows(jaxpr, out_flows: list[Flow]) -> tuple[list[Flow], dict[Any, Flow]]:
 
 
 def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
-    """How often each variable is read by equations and outputs through which gradients flow."""
+    """Count how often equations and outputs through which gradients flow read each variable."""
     counts: Counter = Counter()
     for eqn, flow in zip(jaxpr.eqns, found, strict=True):
         if flow == Flow.GRADIENT:
@@ -69,8 +70,9 @@ def use_counts(jaxpr, found: list[Flow], out_flows: list[Flow]) -> Counter:
 
 
 def carry_flows(body, num_consts: int, num_carry: int, out_flows: list[Flow]) -> list[Flow]:
-    """The flows of a loop's carries: of those used after it, or by what is used in it."""
+    """Return the flows of a loop's carries: of those used after it, or by what is used in it."""
     carried = list(out_flows[:num_carry])
+    # What a carry feeds in one iteration, another carry may use in the next: a fixed point.
     while True:
         _, inside = flows(body, [*carried, *out_flows[num_carry:]])
         read = [inside.get(v, Flow.DEAD) for v in body.invars[num_consts:][:num_carry]]

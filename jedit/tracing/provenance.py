@@ -26,6 +26,7 @@ def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
     """Lay out a leaf; an axis that a scan slices ("layer") stays in front of what follows it."""
     for i, (name, *arguments) in enumerate(ops):
         if name == "layer":
+            # What follows was recorded inside the scan, of one layer: it is mapped over all.
             return jax.vmap(lambda x, rest=ops[i + 1 :]: apply_ops(rest, x))(leaf)
         if name == "transpose":
             leaf = jnp.transpose(leaf, arguments[0])
@@ -37,7 +38,7 @@ def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
 
 
 def transpose_ops(ops: tuple[Op, ...], value: Array, shape: tuple[int, ...]) -> Array:
-    """The adjoint of `apply_ops`: entries go back where they came from, all others are zero."""
+    """Apply the adjoint of `apply_ops`: entries go back where they came from, others are zero."""
     leaf = jax.ShapeDtypeStruct(shape, value.dtype)
     return jax.linear_transpose(lambda x: apply_ops(ops, x), leaf)(value)[0]
 
@@ -56,30 +57,30 @@ class Provenance:
 
     @classmethod
     def of_leaf(cls, path: str, shape: tuple[int, ...]) -> "Provenance":
-        """A parameter leaf as it is."""
+        """Return a parameter leaf as it is."""
         return cls(path, shape, (), shape, tuple(range(len(shape))), shape)
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The leaf, as one of several might be."""
+        """Return the leaf's path alone in a tuple, as `Joined` returns several."""
         return (self.path,)
 
     @property
     def is_broadcast(self) -> bool:
-        """Whether some axis was expanded, so that the value no longer is a weight to contract."""
+        """Say whether some axis was expanded, so that it is no longer a weight to contract."""
         return any(c is None and n != 1 for c, n in zip(self.view, self.shape, strict=True))
 
     @property
     def layer_depths(self) -> tuple[int, ...]:
-        """The nesting depths of the scans that slice the leaf, outermost first."""
+        """Return the nesting depths of the scans that slice the leaf, outermost first."""
         return tuple(op[1] for op in self.ops if op[0] == "layer")
 
     def scaled(self, factor: float) -> "Provenance":
-        """The value times a constant."""
+        """Return the value times a constant."""
         return dataclasses.replace(self, scale=self.scale * factor)
 
     def feature_ops(self) -> tuple[Op, ...]:
-        """Relayouts from the leaf to the core's axes of more than one entry, in the view's order.
+        """Return relayouts from the leaf to the core's long axes, in the order of the view.
 
         Whether an axis of size one was broadcast depends on the batch; leaving it out keeps the
         relayouts the same for every batch.
@@ -91,7 +92,7 @@ class Provenance:
         return simplified((*self.ops, *perm, ("reshape", shape)))
 
     def materialized(self) -> "Provenance":
-        """The same value with its view folded into the relayouts; only without a true broadcast."""
+        """Fold the view into the relayouts; the value must not be truly broadcast."""
         if self.view == tuple(range(len(self.core_shape))):
             return self
         ops = (*self.feature_ops(), ("reshape", self.shape))
@@ -99,12 +100,12 @@ class Provenance:
         return dataclasses.replace(self, ops=ops, core_shape=self.shape, view=view)
 
     def transposed(self, permutation: tuple[int, ...]) -> "Provenance":
-        """After `transpose`."""
+        """Return the value after `transpose`."""
         view = tuple(self.view[i] for i in permutation)
         return dataclasses.replace(self, view=view, shape=tuple(self.shape[i] for i in permutation))
 
     def broadcast(self, shape: tuple[int, ...], dims: tuple[int, ...]) -> "Provenance":
-        """After `broadcast_in_dim`."""
+        """Return the value after `broadcast_in_dim`."""
         view: list[int | None] = [None] * len(shape)
         for axis, core in zip(dims, self.view, strict=True):
             if core is not None and self.core_shape[core] == shape[axis]:
@@ -112,7 +113,7 @@ class Provenance:
         return dataclasses.replace(self, view=tuple(view), shape=shape)
 
     def reshaped(self, shape: tuple[int, ...]) -> "Provenance | None":
-        """After `reshape`; None when a broadcast axis would be merged with a parameter's axis."""
+        """Return the value after `reshape`; None if a broadcast axis would merge with another."""
         if not self.is_broadcast:
             base = self.materialized()
             ops = simplified((*base.ops, ("reshape", shape)))
@@ -128,7 +129,7 @@ class Provenance:
         return dataclasses.replace(self, view=tuple(relaid), shape=shape)
 
     def sliced(self, start, limit, strides) -> "Provenance | None":
-        """After `slice`; None when a broadcast value is cut (nobody writes that)."""
+        """Return the value after `slice`; None when it is broadcast (nobody writes that)."""
         if self.is_broadcast:
             return None
         base = self.materialized()
@@ -138,7 +139,7 @@ class Provenance:
         return dataclasses.replace(base, ops=ops, core_shape=shape, shape=shape)
 
     def scanned(self, depth: int) -> "Provenance":
-        """One iteration's slice of a value that a scan takes apart along its leading axis."""
+        """Return one iteration's slice of a value that a scan takes apart along its first axis."""
         if self.view and self.view[0] is None:
             return dataclasses.replace(self, view=self.view[1:], shape=self.shape[1:])
         if self.is_broadcast:
@@ -164,6 +165,7 @@ def axis_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[i
     i = j = 0
     while i < len(old) or j < len(new):
         size_old, size_new, i0, j0 = 1, 1, i, j
+        # On equal sizes the old side goes on first, so that an axis of length one has a group.
         while size_old != size_new or (i, j) == (i0, j0):
             if j == len(new) or (i < len(old) and size_old <= size_new):
                 size_old, i = size_old * old[i], i + 1

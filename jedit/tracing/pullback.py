@@ -15,16 +15,16 @@ from jedit.tracing.sites import Site, Sites, cut
 
 
 class Capture(NamedTuple):
-    """One captured pass.
+    """A forward pass that kept what enters every site, and can pull gradients back.
 
     Attributes:
-        sites: the sites.
+        sites: the sites that were captured, by name.
         outputs: what `apply` returned.
         activations: per site the array that enters it; sites that read the same activation hold the
             same array. Sites of kind "bias" have none.
         ran: per branch of a `cond` that holds sites, 1 where it ran and 0 where it did not.
         pullback: maps a cotangent of the outputs to the gradients at the sites' outputs.
-        program: what was traced.
+        program: the traced `apply`, with its plan.
     """
 
     sites: Sites
@@ -62,11 +62,13 @@ def capture(
 
 
 def run_capture(apply, params, inputs, select=None) -> Capture:
-    """As `capture`, with the sites and the branch indicators."""
+    """Run `capture` for a curvature, which needs the sites and the branch indicators too."""
     program = trace_program(apply, params, inputs, select)
     sites, jaxpr = program.sites, program.jaxpr
     leaves = argument_leaves(params, inputs)
 
+    # Differentiated in the probes, which are added to the sites' outputs: their gradients are the
+    # output gradients, and no weight is differentiated at all.
     def tapped(probes):
         records = Records()
         outs = evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, program.plan, probes, records)
@@ -87,7 +89,7 @@ def run_capture(apply, params, inputs, select=None) -> Capture:
 
 
 def argument_leaves(params: PyTree, inputs: PyTree) -> list[Array]:
-    """What a traced `apply` is evaluated on."""
+    """Return the leaves of params and inputs, as arrays, on which a traced `apply` is evaluated."""
     leaves = jax.tree.leaves((params, inputs))
     return [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
 
@@ -101,8 +103,8 @@ def weight_gradients(
     weight-gradient pass.
 
     Args:
-        sites: as found by `find_sites`.
-        activations: as captured, `{site: array}`.
+        sites: the sites, as `find_sites` finds them.
+        activations: what entered each site, as captured: `{site: array}`.
         cotangents: what the pullback returned, `{site: array}`.
 
     Returns:
@@ -117,8 +119,9 @@ def weight_gradients(
 
 
 def site_gradient(site: Site, activation: Array | None, cotangent: Array) -> Array:
-    """One site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
+    """Return one site's gradient as its matrix (layers, rows, d_out), summed over all positions."""
     g = _flat(site.canonical_gradients(cotangent))
+    # A bias's input is its constant factor at every position: its gradient is a sum.
     bias = site.bias_scale * g.sum(axis=1, keepdims=True)
     if activation is None:
         return site.scale * g.sum(axis=1, keepdims=True)
@@ -147,10 +150,10 @@ def scatter_rows(site: Site, indices: Array, values: Array) -> Array:
 
 
 def _flat(canonical: Array) -> Array:
-    """(layers, positions, features)."""
+    """Merge the axes of positions: return (layers, positions, features)."""
     return canonical.reshape(canonical.shape[0], -1, canonical.shape[-1])
 
 
 def parameter_leaves(params: PyTree) -> dict[str, Any]:
-    """{path: leaf}."""
+    """Return the parameters' leaves by path."""
     return dict(parameter_paths(params))

@@ -37,6 +37,8 @@ def recognize(
     """
     if not any(v.origin is not None for v in values):
         return None
+    # The order matters: sums and constant factors are followed first, as they are what may still
+    # happen to a parameter that was multiplied by an array; any other equation refuses that one.
     name = eqn.primitive.name
     if name in versions.CUSTOM_RULE:
         return LOOP_WITH_A_RULE if _holds_a_loop(eqn) else A_CUSTOM_RULE
@@ -80,18 +82,18 @@ def _holds_a_loop(eqn) -> bool:
 
 
 def ints(values) -> tuple[int, ...]:
-    """Python's integers: JAX's parameters may hold NumPy's."""
+    """Return Python's integers: JAX's parameters may hold NumPy's."""
     return tuple(int(value) for value in values)
 
 
 def _scan_axes(origin: Provenance, scope: Scope) -> tuple[list[int], list[int]]:
-    """The recorded array's leading axes that are layers of the weight, and those that are uses."""
+    """Return which scans' axes of a recorded array are layers of the weight, and which are uses."""
     layers = [d for d in range(len(scope.lengths)) if d in origin.layer_depths]
     return layers, [d for d in range(len(scope.lengths)) if d not in origin.layer_depths]
 
 
 def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more) -> Site:
-    """A site that sees all of its operand (of this shape, None where none is kept) and output."""
+    """Return a site of its whole operand (of this shape; None: none is kept) and whole output."""
     _, uses = _scan_axes(origin, scope)
     shape = () if shape_in is None else (*scope.lengths, *shape_in)
     return Site(
@@ -115,13 +117,14 @@ def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more)
 
 
 def _is_cut_around_a_branch(origin: Provenance | Joined, scope: Scope) -> bool:
-    """Whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
+    """Say whether only some iterations of a scan around the `cond` see a leaf: did *they* run?"""
     depths = [depth for piece in pieces_of(origin) for depth, _, _ in piece.layers]
     return scope.branch is not None and any(depth < scope.num_outer for depth in depths)
 
 
 def _windowed(site: Site, scope: Scope, piece: Piece, box_in: Box | None, box_out: Box) -> Site:
-    """The site with only these parts of its operand (None: nothing is kept) and of its output."""
+    """Return the site cut to these parts of its operand (None: nothing is kept) and output."""
+    # A scan over joined leaves records all iterations; those that see this leaf are a window too.
     cut = {depth: (start, stop) for depth, start, stop in piece.layers}
 
     def window(box: Box, whole: tuple[int, ...]):
@@ -155,7 +158,7 @@ def _matrix_weight(origin, scope, ops, extra_layers, d_in, d_out) -> Weight:
 
 
 def _which_is_weight(values) -> tuple[int, int] | str:
-    """(weight operand, activation operand), or why neither is."""
+    """Return (weight operand, activation operand), or why neither is."""
     as_weight = [k for k in (0, 1) if values[k].origin and not values[k].origin.is_broadcast]
     if len(as_weight) == 2:
         return "is contracted with another parameter"
@@ -178,12 +181,13 @@ def _dense(eqn, values, scope) -> list[Draft] | str:
         return [_dense_site(eqn, (w, a), pieces_of(origin)[0], scope)]
     if _is_cut_around_a_branch(origin, scope):
         return STACKED_AROUND_A_BRANCH
+    # The views go: a bias added later spans the outputs of several leaves, and is no row of one.
     drafts = [_dense_site(eqn, (w, a), piece, scope) for piece in origin.pieces]
     return [dataclasses.replace(draft, view=None) for draft in drafts]
 
 
 def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draft:
-    """The site of one leaf, the whole of the weight or one of several that were joined."""
+    """Return the site of one leaf, the whole of the weight or one of several that were joined."""
     w, a = which
     contract, batch = eqn.params["dimension_numbers"]
     # In the order in which they lie in the parameter, whatever order the product names them in.
@@ -219,6 +223,8 @@ def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draf
     )
     box_in = [(0, size) for size in a_shape]
     box_out = [(0, size) for size in eqn.outvars[0].aval.shape]
+    # A leaf meets the part of the operand along its own box's contracted axes, and makes the part
+    # of the output along its free ones.
     for axis, k in (*zip(ac, wc, strict=True), *zip(ab, wb, strict=True)):
         box_in[axis] = piece.box[k]
     for axis, k in (*enumerate(wb), *zip(features, w_free, strict=True)):
@@ -231,7 +237,7 @@ def _dense_site(eqn, which: tuple[int, int], piece: Piece, scope: Scope) -> Draf
 
 
 def _concatenate(eqn, values, scope) -> list[Draft] | Joined | str:
-    """Parameters that join an activation are added to nothing; among themselves they are joined."""
+    """Join parameters among themselves; beside an activation each is a bias, added to nothing."""
     shapes = [atom.aval.shape for atom in eqn.invars]
     origins = [value.origin for value in values]
     axis = int(eqn.params["axis" if eqn.primitive.name == "stack" else "dimension"])
@@ -329,6 +335,7 @@ def _embedding(eqn, values, scope) -> list[Draft] | str:
         len(layers) + len(batch),
         len(index_free) + len(uses),
     )
+    # A gather puts the features at `offset_dims` and the axes of its indices, in order, elsewhere.
     offset = ints(numbers.offset_dims)
     others = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in offset]
     place = dict(zip(range(last), others, strict=True))
@@ -345,11 +352,12 @@ def _embedding(eqn, values, scope) -> list[Draft] | str:
 
 
 def _dynamic_slice(eqn, values) -> Provenance | str:
-    """A slice whose start is known is a slice; one chosen at run time cannot be followed."""
+    """Follow a slice whose start is known as a plain one; one chosen at run time is refused."""
     origin, starts = values[0].origin, [v.constant for v in values[1:]]
     if origin is None or any(s is None for s in starts):
         return "is sliced at an index known only at run time"
     sizes, shape = eqn.params["slice_sizes"], eqn.invars[0].aval.shape
+    # XLA moves a slice that would reach over the end back inside.
     start = tuple(int(np.clip(s, 0, n - k)) for s, n, k in zip(starts, shape, sizes, strict=True))
     limit = tuple(s + k for s, k in zip(start, sizes, strict=True))
     return origin.sliced(start, limit, None) or "is sliced after a broadcast"
@@ -381,6 +389,7 @@ def _elementwise(eqn, values, scope) -> list[Draft] | Provenance | Joined | Mult
         if isinstance(drafts, list) and isinstance(origin, Provenance) and not is_negated:
             _offer_as_bias(drafts[0], other.view, origin)
         return drafts
+    # What depends on no input moves a parameter by a constant: its derivative is the same.
     if name in ("add", "add_any", "sub"):
         return origin.scaled(sign)
     if other.constant is None:
@@ -397,14 +406,14 @@ def _elementwise(eqn, values, scope) -> list[Draft] | Provenance | Joined | Mult
 
 
 def _vector_sites(eqn, scope, origin, kind, reads) -> list[Draft] | str:
-    """Parameters that multiply, or are added to, every position of an activation."""
+    """Return the sites of parameters that multiply, or are added to, every position."""
     if _is_cut_around_a_branch(origin, scope):
         return STACKED_AROUND_A_BRANCH
     return [_vector_site(eqn, scope, piece, kind, reads) for piece in pieces_of(origin)]
 
 
 def _vector_site(eqn, scope, piece: Piece, kind, reads) -> Draft:
-    """The site of one leaf; its output, and what it reads, have the box's shape."""
+    """Return the site of one leaf; its output, and what it reads, have the box's shape."""
     origin, inside = piece.origin, scope.within(piece.layers)
     shape = origin.shape
     layers, uses = _scan_axes(origin, inside)
@@ -420,7 +429,7 @@ def _vector_site(eqn, scope, piece: Piece, kind, reads) -> Draft:
     d_out = math.prod(shape[i] for i in features)
     base = dataclasses.replace(origin, ops=origin.feature_ops())
     weight = _matrix_weight(base, inside, (("reshape", (1, d_out)),), (), 1, d_out)
-    is_scale = kind == "scale"
+    is_scale = kind == "scale"  # a bias reads nothing, a scale the other factor
     shape_in = None
     if is_scale:
         shape_in = eqn.outvars[0].aval.shape if reads is None else eqn.invars[reads].aval.shape
@@ -436,6 +445,7 @@ def _offer_as_bias(draft: Draft, view: View | None, origin: Provenance) -> None:
     if view is None or not view.accepts(origin):
         return
     host = view.draft
+    # Weight and bias must be sliced by the same scans, or they have different numbers of layers.
     if tuple(op[1] for op in host.site.weight.ops if op[0] == "layer") != origin.layer_depths:
         return
     ops = simplified((*origin.feature_ops(), ("reshape", (draft.site.weight.d_out,))))

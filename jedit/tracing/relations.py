@@ -113,7 +113,7 @@ MATRICES = frozenset(["cholesky", "eigh", "lu", "qr", "svd", "triangular_solve"]
 
 
 class Place(NamedTuple):
-    """Where an index stands in an array: `(i // inner) % size` of the index i along `axis`."""
+    """The place of an index in an array: `(i // inner) % size` of the index i along `axis`."""
 
     axis: int
     inner: int
@@ -121,12 +121,13 @@ class Place(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """How an operand's axes are an output's.
+    """The axes of an operand that are axes of an output.
 
     Attributes:
-        pairs: (operand's axis, output's axis), entry by entry.
-        near: the same, but an entry also depends on entries beside its own: a convolution's space.
-        reshaped: shapes before and after, where axes are merged or parted behind the pairs.
+        pairs: (operand's axis, output's axis) of axes where each entry depends on its own alone.
+        near: (operand's axis, output's axis) of axes where an entry also depends on entries beside
+            its own, as a convolution's along its space.
+        reshaped: the shapes before and after a reshape that follows the pairs; None: none does.
     """
 
     pairs: Pairs = ()
@@ -134,7 +135,7 @@ class Relation(NamedTuple):
     reshaped: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def to_output(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Where an operand's index stands in the output; None where it is lost."""
+        """Return where an operand's index stands in the output; None where it is lost."""
         pairs = self.pairs + self.near if with_near else self.pairs
         found = next((place._replace(axis=b) for a, b in pairs if a == place.axis), None)
         if found is None or self.reshaped is None:
@@ -142,7 +143,7 @@ class Relation(NamedTuple):
         return _relocated(found, *self.reshaped)
 
     def to_operand(self, place: Place, *, with_near: bool = False) -> Place | None:
-        """Where an output's index stands in the operand; None where it is no index of it."""
+        """Return where an output's index stands in the operand; None where it is no index of it."""
         found: Place | None = place
         if self.reshaped is not None:
             found = _relocated(place, *self.reshaped[::-1])
@@ -154,10 +155,10 @@ Relations = Mapping[tuple[int, int], Relation]  # by operand and output
 
 
 def relate(eqn, counted: Mapping[int, int]) -> Relations:
-    """How the axes of an equation's operands are those of its outputs.
+    """Return how the axes of an equation's operands are those of its outputs.
 
     Args:
-        eqn: the equation.
+        eqn: the equation, of any primitive.
         counted: for a gather, the columns of its indices that count along one of their axes (the
             `arange` of `x[arange(n), picked]`), and which.
 
@@ -174,7 +175,9 @@ def relate(eqn, counted: Mapping[int, int]) -> Relations:
 
 
 def _relocated(place: Place, old: tuple[int, ...], new: tuple[int, ...]) -> Place | None:
-    """An index's place after a reshape; None where it does not lie in one axis."""
+    """Return an index's place after a reshape; None where it does not lie in one axis."""
+    # Row-major: the place is digit (flat // stride) % size of the flat index, and so it is after
+    # the reshape, where it must lie within the digits of one new axis.
     stride = place.inner * math.prod(old[place.axis + 1 :])
     if not math.prod(old):
         return None
@@ -190,7 +193,7 @@ def _shapes(eqn) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
 
 
 def _equal(pairs: Iterable[tuple[int, int]], old, new) -> Pairs:
-    """Pairs of axes of one length: an axis that was broadcast, or cut, is another one."""
+    """Return the pairs of axes of equal length: an axis that was broadcast, or cut, is another."""
     return tuple((int(a), int(b)) for a, b in pairs if old[a] == new[b])
 
 
@@ -207,7 +210,7 @@ def _elementwise(eqn) -> Relations:
 
 
 def _all_outputs(eqn, skipped: Iterable[int]) -> Relations:
-    """Every output has the operands' axes where the lengths still agree, but for some."""
+    """Relate equal axes of all operands and outputs, but those skipped or of another length."""
     (ins, outs), skipped = _shapes(eqn), set(skipped)
     return {
         (k, j): Relation(_equal(_same(old, skipped).pairs, old, new))
@@ -272,6 +275,7 @@ def _windows(eqn) -> Relations:
         params["window_dilation"],
         strict=True,
     )
+    # A window of one entry that neither moves nor pads leaves its axis strictly as it was.
     still = {i for i, window in enumerate(fixed) if window == (1, 1, (0, 0), 1, 1)}
     strict = _equal(((i, i) for i in still), old, new)
     near = _equal(((i, i) for i in range(len(old)) if i not in still), old, new)
@@ -281,6 +285,7 @@ def _windows(eqn) -> Relations:
 def _dot_general(eqn) -> Relations:
     (contract, batch), (ins, _) = eqn.params["dimension_numbers"], _shapes(eqn)
     found: dict[tuple[int, int], Relation] = {}
+    # The output's axes are the batch, then the left operand's free axes, then the right one's.
     start = len(batch[0])
     for k in (0, 1):
         bound = {*contract[k], *batch[k]}
@@ -293,7 +298,7 @@ def _dot_general(eqn) -> Relations:
 
 
 def _ragged_dot(eqn) -> Relations:
-    """Rows stay rows; which matrix multiplies them, the sizes of the groups say."""
+    """Relate the rows alone: which matrix multiplies a row, only the sizes of the groups say."""
     (left, right, *_), _ = _shapes(eqn)
     if (len(left), len(right)) != (2, 3):
         return {}
@@ -304,6 +309,7 @@ def _conv(eqn) -> Relations:
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     (left, right), (out,) = _shapes(eqn)
     found = {}
+    # Batch groups mix the examples with the output's features; then nothing is claimed of the left.
     if params["batch_group_count"] == 1:
         batch = ((int(numbers.lhs_spec[0]), int(numbers.out_spec[0])),)
         space = [
@@ -328,7 +334,7 @@ def _slice(eqn) -> Relations:
 
 
 def _update_slice(eqn) -> Relations:
-    """An axis that is replaced in its whole length begins at zero."""
+    """Relate the update's axes of whole length: a window as long as its axis begins at zero."""
     (old, update, *_), (new,) = _shapes(eqn)
     return {(0, 0): _same(old), (1, 0): Relation(_equal(_same(update).pairs, update, new))}
 
@@ -342,6 +348,7 @@ def _concatenate(eqn) -> Relations:
 
 
 def _pad(eqn) -> Relations:
+    # Even padding at the end alone would keep the indices; it is rare, and a claim less is safe.
     moved = {i for i, config in enumerate(eqn.params["padding_config"]) if any(config)}
     return {(0, 0): _same(eqn.invars[0].aval.shape, moved)}
 
@@ -365,8 +372,9 @@ def _fft(eqn) -> Relations:
 
 
 def _matrices(eqn) -> Relations:
-    """Stacks of matrices, each by itself."""
+    """Relate the leading axes of stacked matrices, each of which is decomposed by itself."""
     ins, outs = _shapes(eqn)
+    # The last two axes are the matrix; results such as `eigh`'s values have one axis less.
     lead = min(len(shape) for shape in ins) - 2
     pairs = tuple((i, i) for i in range(lead))
     return {
@@ -383,11 +391,13 @@ def _gather(eqn, counted: Mapping[int, int]) -> Relations:
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     windows = [i for i in range(len(operand)) if i not in gone]
     pairs = [(a, b) for a, b in zip(windows, numbers.offset_dims, strict=True)]
+    # A window over a whole axis must begin at zero, whatever the indices say: it cannot move.
     pairs = [(a, b) for a, b in pairs if sizes[a] == operand[a]]
     for a, b in zip(
         numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
     ):
         pairs.append((a, place[b]))
+    # `x[arange(n), picked]` takes entry i of this axis for output i: as if the axis were a batch.
     for column, a in enumerate(numbers.start_index_map):
         if a in numbers.collapsed_slice_dims and column in counted:
             pairs += _equal([(a, place[counted[column]])], operand, out)
@@ -401,11 +411,13 @@ def _scatter(eqn) -> Relations:
     places = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
     gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
     windows = [i for i in range(len(operand)) if i not in gone]
+    # An update's axis is the operand's only where no index moves it and it is written whole.
     from_updates = [
         (u, a)
         for a, u in zip(windows, numbers.update_window_dims, strict=True)
         if a not in numbers.scatter_dims_to_operand_dims and updates[u] == operand[a]
     ]
+    # The updates' axes outside the windows are those of the indices, in order, less the last.
     batch = (numbers.scatter_indices_batching_dims, numbers.operand_batching_dims)
     from_indices = tuple(zip(*batch, strict=True))
     from_updates += [(places[i], a) for i, a in from_indices]

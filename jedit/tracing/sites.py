@@ -24,17 +24,17 @@ from jedit.tracing.provenance import Op, apply_ops, transpose_ops
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Where in the parameters a site's matrix lives: hashable, and the same for every batch.
+    """The place of a site's matrix in the parameters: hashable, and the same for every batch.
 
     Attributes:
         path: the parameter's path, as `jedit.core.paths.parameter_paths` names it.
-        shape: that leaf's shape.
+        shape: the shape of the parameter's leaf.
         ops: relayouts from the leaf to (layers, d_in, d_out); to (layers, d_out) for kinds
             "scale" and "bias", whose d_in is 1.
         layers: number of independent matrices; 1 for an ordinary weight.
         is_stacked: whether the factors keep a leading axis of length `layers`.
         bias_path: the bias's path, or None.
-        bias_shape: that leaf's shape.
+        bias_shape: the shape of the bias's leaf.
         bias_ops: relayouts from the bias leaf to (layers, d_out).
     """
 
@@ -51,29 +51,29 @@ class Weight:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The parameters this matrix is made of."""
+        """Return the parameters this matrix is made of."""
         return (self.path,) if self.bias_path is None else (self.path, self.bias_path)
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix: d_in, and one more for a bias."""
+        """Return the number of the matrix's rows: d_in, and one more for a bias."""
         return self.d_in + (self.bias_path is not None)
 
     @property
     def kernel(self) -> "Weight":
-        """The matrix without the bias's row."""
+        """Return the matrix without the bias's row."""
         return dataclasses.replace(self, bias_path=None, bias_shape=(), bias_ops=())
 
     @property
     def bias_row(self) -> "Weight":
-        """That row, a matrix of one row by itself; there must be a bias."""
+        """Return the bias's row, a matrix of one row by itself; there must be a bias."""
         assert self.bias_path is not None
         return dataclasses.replace(
             self.kernel, path=self.bias_path, shape=self.bias_shape, ops=self.bias_ops, d_in=1
         )
 
     def gather(self, leaves: Mapping[str, Array]) -> Array:
-        """The matrix (layers, rows, d_out) out of `{path: array}`; the bias is the last row."""
+        """Return the matrix (layers, rows, d_out) of `{path: array}`; the bias is the last row."""
         matrix = apply_ops(self.ops, leaves[self.path])
         matrix = matrix.reshape(self.layers, self.d_in, self.d_out)
         if self.bias_path is None:
@@ -82,7 +82,7 @@ class Weight:
         return jnp.concatenate([matrix, bias.reshape(self.layers, 1, self.d_out)], axis=1)
 
     def scatter(self, matrix: Array) -> dict[str, Array]:
-        """The adjoint of `gather`: shaped like the parameters, zero where nothing was read."""
+        """Put a matrix back: arrays like the parameters, zero where `gather` reads nothing."""
 
         def back(part, ops, shape):
             target = jax.eval_shape(
@@ -98,9 +98,10 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """How a captured array becomes (layers, positions..., features): a transpose, then merges.
+    """The relayout of a captured array to (layers, positions..., features).
 
-    The first `num_layers` axes after the transpose are layers, the next `num_positions` positions.
+    It is transposed, then axes are merged: the first `num_layers` axes after the transpose are
+    layers, the next `num_positions` positions.
     """
 
     permutation: tuple[int, ...]
@@ -109,11 +110,11 @@ class Axes:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The array's axes that become positions, in their order."""
+        """Return the array's axes that become positions, in their order."""
         return self.permutation[self.num_layers : self.num_layers + self.num_positions]
 
     def canonical(self, array: Array) -> Array:
-        """(layers, positions..., features)."""
+        """Return the array laid out as (layers, positions..., features)."""
         array = jnp.transpose(array, self.permutation)
         end = self.num_layers + self.num_positions
         shape = array.shape
@@ -126,7 +127,7 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """How a convolution's input becomes patches, in `conv_general_dilated`'s own terms."""
+    """The making of patches from a convolution's input, in `conv_general_dilated`'s own terms."""
 
     lhs_spec: tuple[int, ...]
     out_spec: tuple[int, ...]
@@ -140,7 +141,7 @@ class Patches:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The output's axes that become positions, in their order."""
+        """Return the output's axes that become positions, in their order."""
         n = len(self.scan_axes)
         space = (n + i for i in (self.out_spec[0], *self.out_spec[2:]))
         return (*space, *(i for i, kind in enumerate(self.scan_axes) if kind == "use"))
@@ -151,8 +152,9 @@ class Patches:
         return array.reshape(-1, *array.shape[n + 1 :]), array.shape[: n + 1]
 
     def _split(self, array: Array, lead: tuple[int, ...]) -> Array:
-        """(scans·batch, groups·features, space...) to the canonical form."""
+        """Bring (scans·batch, groups·features, space...) to the canonical form."""
         n, space = len(self.scan_axes), array.ndim - 2
+        # `lead` is (scans..., batch); groups become layers, as each has a matrix of its own.
         array = array.reshape(*lead, self.groups, -1, *array.shape[2:])
         layers = [i for i, kind in enumerate(self.scan_axes) if kind == "layer"]
         uses = [i for i, kind in enumerate(self.scan_axes) if kind == "use"]
@@ -161,7 +163,8 @@ class Patches:
         return axes.canonical(array)
 
     def inputs(self, array: Array) -> Array:
-        """(layers, batch, space..., d_in) patches, channel-major as a kernel (I, window...)."""
+        """Return patches (layers, batch, space..., d_in), channel-major as a kernel is."""
+        # Scans are merged into the batch, as the patches of all iterations are cut alike.
         merged, lead = self._merge(array, self.lhs_spec)
         patches = jax.lax.conv_general_dilated_patches(
             merged,
@@ -175,12 +178,12 @@ class Patches:
         return self._split(patches, lead)
 
     def gradients(self, array: Array) -> Array:
-        """(layers, batch, space..., d_out)."""
+        """Return the output gradient laid out as (layers, batch, space..., d_out)."""
         return self._split(*self._merge(array, self.out_spec))
 
 
 def cut(array: Array, window: tuple[tuple[int, int], ...] | None) -> Array:
-    """A window of an array, all of it for None."""
+    """Return a window of an array, all of it for None."""
     if window is None:
         return array
     return jax.lax.slice(array, [start for start, _ in window], [stop for _, stop in window])
@@ -193,15 +196,15 @@ class Site:
     Attributes:
         name: the parameter's path, with "#k" from its second site on.
         kind: "dense", "conv", "embedding", "scale" or "bias".
-        weight: where its matrix lives in the parameters.
+        weight: the place of its matrix in the parameters.
         record: which captured activation it reads; sites with the same `record` share one array.
         probe: which probe stands at its equation's output; sites of one equation share it.
         axes_in: canonical form of the activation (`Patches` for a convolution, None for a bias).
         axes_out: canonical form of the output gradient.
         scale: constant factor between the parameter and the operand.
-        bias_scale: the same for the bias: the value of A's homogeneous coordinate.
+        bias_scale: constant factor of the bias, the value of A's homogeneous coordinate.
         input_shape: the activation's shape, scans in front (empty for a bias).
-        output_shape: the output's.
+        output_shape: the output's shape, scans in front.
         num_uses: how often the equation runs with the same weight in one call.
         branch: index of the indicator that its `cond` branch ran, or None.
         source: file and line of the equation.
@@ -209,7 +212,7 @@ class Site:
         index_column: for an embedding, which column of the indices chooses the row.
         window_in: by axis, which part of what is captured is this site's (several parameters joined
             to one operand), (start, stop); None for all of it.
-        window_out: the same for its equation's output.
+        window_out: by axis, which part of its equation's output is this site's; None for all.
     """
 
     name: str
@@ -234,11 +237,11 @@ class Site:
 
     @property
     def path(self) -> str:
-        """The parameter's path."""
+        """Return the parameter's path."""
         return self.weight.path
 
     def canonical_inputs(self, activation: Array) -> Array:
-        """(layers, positions..., d_in), unscaled; for a gather indices (layers, positions...)."""
+        """Return (layers, positions..., d_in), unscaled; for a gather its indices, without d_in."""
         if isinstance(self.axes_in, Patches):
             return self.axes_in.inputs(activation)
         if self.kind == "scale":
@@ -250,19 +253,19 @@ class Site:
         return canonical[..., self.index_column] if self.kind == "embedding" else canonical
 
     def canonical_gradients(self, gradient: Array) -> Array:
-        """(layers, positions..., d_out)."""
+        """Return the output gradient laid out as (layers, positions..., d_out)."""
         if isinstance(self.axes_out, Patches):
             return self.axes_out.gradients(gradient)
         return self.axes_out.canonical(gradient)
 
     @property
     def shared_input(self) -> tuple:
-        """Equal for two sites exactly when their canonical inputs are the same array."""
+        """Return a value equal for two sites exactly when their canonical inputs are one array."""
         column = self.index_column if self.kind == "embedding" else None
         return (self.record, self.axes_in, self.window_in, column)
 
     def row(self) -> tuple[str, ...]:
-        """This site's line in the coverage table."""
+        """Return this site's line in the coverage table."""
         bias = f" + {self.weight.bias_path}" if self.weight.bias_path else ""
         stacked = f"{self.weight.layers} x " if self.weight.is_stacked else ""
         return (
@@ -298,7 +301,7 @@ class Sites(Mapping[str, Site]):
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """Paths of the parameters that have sites, biases included."""
+        """Return paths of the parameters that have sites, biases included."""
         return tuple(dict.fromkeys(p for site in self.values() for p in site.weight.paths))
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "jaxtyping", "beartyp
 
 
 def source_line(eqn, default: str = "") -> str:
-    """`file:line` of the innermost frame outside of JAX, the layer libraries and this folder.
+    """Return `file:line` of the innermost frame outside of JAX, layer libraries and this folder.
 
     An equation inside a cached jitted function has no such frame; it gets `default`, the line of
     the call around it.

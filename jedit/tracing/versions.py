@@ -26,7 +26,7 @@ IDENTITY = (
 
 
 def inner_jaxprs(eqn) -> list[jex_core.ClosedJaxpr]:
-    """The jaxprs in an equation's parameters, closed."""
+    """Return the jaxprs in an equation's parameters, closed."""
     found = []
     for value in eqn.params.values():
         for x in value if isinstance(value, (tuple, list)) else (value,):
@@ -44,6 +44,7 @@ def rebind(eqn, inputs: list) -> list:
         RuntimeError: a JAX of later date re-binds equations in a way not known here.
     """
     bound = eqn.primitive.get_bind_params(eqn.params)
+    # In the context that the equation was traced in: mesh, precision and x64 are read off it.
     with eqn.ctx.manager:
         if isinstance(bound, dict):  # jax >= 0.10
             outs = eqn.primitive.bind(*inputs, **bound)
@@ -58,7 +59,7 @@ def rebind(eqn, inputs: list) -> list:
 
 
 def scan_layout(eqn) -> tuple[int, int]:
-    """How many constants and how many carried values lead a scan's operands."""
+    """Return how many constants and how many carried values lead a scan's operands."""
     if "num_consts" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
     consts, carry, _ = eqn.params["ft_in"].unpack()  # jax >= 0.12

@@ -28,16 +28,17 @@ COMPLEX = "meets complex numbers; only real arithmetic is covered"
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known about one variable.
+    """What is known about one variable of the jaxpr that is walked.
 
     Attributes:
-        number: equal numbers, equal arrays.
+        number: a hashable value; variables of equal numbers hold equal arrays.
         on_data: whether it depends on the inputs.
         on_params: whether it depends on parameters.
         origin: the parameter that it is, or several of them joined.
         constant: the number that it is, where that is known.
-        view: how it is the output of a site.
-        factor: what the parameter was multiplied with, an array, in this very jaxpr.
+        view: how a site's output was relaid to become it; None where it is none.
+        factor: the steps that made the array by which the parameter was multiplied, all in this
+            very jaxpr; empty where it was not.
     """
 
     number: Any
@@ -50,7 +51,7 @@ class Value:
 
 
 class Walker:
-    """Carries what a walk finds: site drafts, refusals, fresh numbers."""
+    """The state of a walk: site drafts, refusals, and the numbers given out so far."""
 
     def __init__(self) -> None:
         self.drafts: list[Draft] = []
@@ -62,12 +63,12 @@ class Walker:
         self._num_probes = 0
 
     def fresh(self) -> tuple:
-        """A number that no other value has."""
+        """Return a number that no other value has."""
         self._fresh += 1
         return ("new", self._fresh)
 
     def record(self, number: Any) -> int:
-        """The record of the activation with that number."""
+        """Return the record of the activation with that number."""
         return self._records.setdefault(number, len(self._records))
 
     def refuse(self, origin: Provenance | Joined | None, reason, scope: Scope, eqn=None) -> None:
@@ -89,6 +90,8 @@ class Walker:
             host = bias.offer.host
             if {host.site.path, bias.site.path} & set(self.refused):
                 return False
+            # One weight and one bias must meet in the same way wherever either is used: a bias with
+            # one use elsewhere would have a gradient that the joint matrix does not hold.
             hosts, biases = users[host.site.path], users[bias.site.path]
             offers = [b.offer for b in biases if b.offer is not None]
             return (
@@ -99,6 +102,7 @@ class Walker:
             )
 
         attached = [draft for draft in self.drafts if is_attached(draft)]
+        # Only now: `is_attached` compares the weights as they are without their biases.
         for offer in [draft.offer for draft in attached if draft.offer is not None]:
             offer.host.site = offer.to_site()
         kept = [d for d in self.drafts if d not in attached and d.site.path not in self.refused]
@@ -115,7 +119,7 @@ class Walker:
     def walk(
         self, jaxpr, consts, invals: list[Value], scope: Scope, out_flows: list[Flow]
     ) -> tuple[list[Value], Plan]:
-        """Follow values through one jaxpr; returns its outputs' values and the plan for it."""
+        """Follow values through one jaxpr, and return its outputs' values and the plan for it."""
         env: dict[Any, Value] = {}
         found, needed = flows(jaxpr, out_flows)
         uses = use_counts(jaxpr, found, out_flows)
@@ -134,6 +138,7 @@ class Walker:
             if found[i] == Flow.DEAD:
                 continue
             values = [read(atom) for atom in eqn.invars]
+            # A parameter through which no gradient flows is a number like others.
             if found[i] == Flow.VALUE:
                 values = self._stopped(values)
             values = _without_shared_views(values, eqn.invars, uses)
@@ -145,13 +150,13 @@ class Walker:
         return _without_shared_views(outs, jaxpr.outvars, uses), plan
 
     def _stopped(self, values: list[Value]) -> list[Value]:
-        """What enters where no gradient flows: parameters there are numbers like others."""
+        """Forget which values are parameters: where no gradient flows they are mere numbers."""
         for value in values:
             self.stopped.update(() if value.origin is None else value.origin.paths)
         return [dataclasses.replace(v, origin=None, view=None, factor=()) for v in values]
 
     def _without_factors(self, values: list[Value], scope: Scope) -> list[Value]:
-        """What was multiplied by an array is not followed into, or out of, another jaxpr."""
+        """Refuse to follow what was multiplied by an array into, or out of, another jaxpr."""
         for value in values:
             if value.factor:
                 self.refuse(value.origin, BY_ARRAY, scope, value.factor[0].eqn)
@@ -211,6 +216,8 @@ class Walker:
             record = None
             if draft.site.kind != "bias":
                 number = () if draft.reads is None else values[draft.reads].number
+                # Equal numbers are equal arrays only within one jaxpr: another iteration, or
+                # branch, has others. A product with a multiplier is nobody else's activation.
                 key = (scope.key, number) if not factor else self.fresh()
                 record = self.record(key)
                 kept.append(Kept(record, draft.reads, factor))
@@ -227,7 +234,7 @@ class Walker:
         plan.taps.setdefault(i, []).append(tap)
 
     def _structure(self, eqn, values) -> Value | None:
-        """A relayout or a cast of one value: same number for equal inputs, origin and view kept."""
+        """Follow a relayout or a cast: equal inputs have equal numbers; origin and view stay."""
         name = eqn.primitive.name
         value, params = values[0] if values else None, eqn.params
         if value is None or len(eqn.outvars) != 1:
@@ -263,6 +270,7 @@ class Walker:
             origin = origin and origin.sliced(*arguments)
         else:
             return None
+        # A parameter that cannot be followed is `recognize`'s to refuse, with a reason.
         if value.origin is not None and origin is None:
             return None
         if origin is not None and not origin.paths:
@@ -277,7 +285,7 @@ class Walker:
         return Value(number, value.on_data, value.on_params, origin, constant, view, factor)
 
     def _split(self, eqn, value: Value, scope: Scope) -> list[Value]:
-        """Several slices along one axis, as `slice` (and `squeeze`) would cut them."""
+        """Cut several slices along one axis, numbered as `slice` (and `squeeze`) number theirs."""
         [value] = self._without_factors([value], scope)
         axis, shape = eqn.params["axis"], eqn.invars[0].aval.shape
         outs, end = [], 0
@@ -291,6 +299,7 @@ class Walker:
                 self.refuse(value.origin, "is split after a broadcast", scope, eqn)
             elif not origin.paths:
                 origin = None
+            # Written as `slice` writes it, so that both ways of cutting share one record.
             number = ("slice", (start, limit, None), value.number)
             if out.aval.ndim < len(shape):
                 number = ("squeeze", (out.aval.shape, None), number)
@@ -299,13 +308,14 @@ class Walker:
 
     @staticmethod
     def _fold(eqn, values) -> np.ndarray | None:
-        """The value of a scalar equation whose inputs are known."""
+        """Return the value of a scalar equation whose inputs are known."""
         if len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape != () or eqn.effects:
             return None
         if not values or any(v.constant is None for v in values) or inner_jaxprs(eqn):
             return None
         if any(atom.aval.shape != () for atom in eqn.invars):
             return None
+        # The walk may itself run under a trace, where the scalar would become a tracer.
         with jax.ensure_compile_time_eval():
             return _known_scalar(rebind(eqn, [v.constant for v in values])[0])
 
@@ -314,9 +324,11 @@ class Walker:
         num_consts, num_carry = scan_layout(eqn)
         on_data = any(v.on_data for v in values)
         on_params = any(v.on_params for v in values)
+        # A fresh key for the body: equal numbers inside are equal arrays only there.
         inside = scope.scan(eqn.params["length"], self.fresh())
         carried = carry_flows(body.jaxpr, num_consts, num_carry, wanted)
         invals = []
+        # A carry that the body hands on as it is (weights, in some libraries) is like a constant.
         unchanged = [
             body.jaxpr.outvars[k] is body.jaxpr.invars[num_consts + k] for k in range(num_carry)
         ]
@@ -324,6 +336,7 @@ class Walker:
             carry = k - num_consts
             if carry >= num_carry:
                 origin = value.origin and value.origin.scanned(len(scope.lengths))
+                # All iterations' slices have one number: they are recorded as one stacked array.
                 number, constant = (inside.key, value.number, "slice"), value.constant
                 new = Value(number, value.on_data, value.on_params, origin, constant)
             elif carry >= 0 and not unchanged[carry]:
@@ -371,7 +384,7 @@ class Walker:
 
 
 def _without_shared_views(values: list[Value], atoms, uses) -> list[Value]:
-    """An output that is read more than once is not simply "its bias added": it loses its view."""
+    """Drop the views of outputs that are read more than once: more than a bias looks at them."""
     return [
         dataclasses.replace(v, view=None) if v.view is not None and uses.get(a, 0) != 1 else v
         for v, a in zip(values, atoms, strict=True)
@@ -379,7 +392,7 @@ def _without_shared_views(values: list[Value], atoms, uses) -> list[Value]:
 
 
 def _known_scalar(value) -> np.ndarray | None:
-    """A number known while tracing, as NumPy holds it."""
+    """Return a number known while tracing, as NumPy holds it."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) != 0:
         return None
     dtype = getattr(value, "dtype", np.asarray(0.0).dtype)

@@ -11,7 +11,7 @@ def which_are_trained(params: PyTree, trainable: str | None) -> tuple[bool, ...]
     """Return, leaf by leaf, whether it is trained; what is not real never is.
 
     Raises:
-        ValueError: if nothing is.
+        ValueError: no leaf is trained.
     """
     named = parameter_paths(params)
     is_found = matcher("" if trainable is None else trainable, "trainable")

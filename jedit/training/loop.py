@@ -67,9 +67,9 @@ def unlearn(
         params: where to start: parameters, or a `LoopState`, to go on with a run broken off there;
             it keeps the first reference.
         forget: the whole forget set, a Batch or any pytree whose leaves lead with the rows.
-        retain: the whole retain set likewise, or None for objectives that do without.
+        retain: the whole retain set, of the same kind, or None for objectives that do without.
         steps: number of updates in all, those before a given `LoopState` included.
-        key: decides the rows.
+        key: the random key that decides which rows a step sees.
         watch: who looks on, and what is saved; None: nobody and nothing.
 
     Returns:
@@ -77,7 +77,7 @@ def unlearn(
         holds, at the params before the step's update.
 
     Raises:
-        TypeError: an argument that is something else, or an objective that cannot be hashed.
+        TypeError: an argument is something else, or an objective cannot be hashed.
         ValueError: negative steps, sets without rows or that count no output, masks that are none,
             or nothing to train; the checkpoint is of another call, or its `every` is no multiple of
             the callback's.
@@ -120,21 +120,22 @@ def fit(
 
     Args:
         loss: what to minimise; aux is a dict of scalars.
-        optimizer: any optax transform.
-        params: where to start.
+        optimizer: any optax transform of the gradients.
+        params: where to start: parameters, or a `LoopState`, to go on with a run broken off there.
         data: the whole set, a Batch or any pytree whose leaves lead with the rows.
         epochs: how often each row is seen, in fractions too; rounded up to whole steps.
-        key: decides the rows.
+        key: the random key that decides which rows a step sees.
         batch_size: rows in a step, 32 (arbitrary); a smaller set is taken whole.
-        watch: as of `unlearn`.
+        watch: who looks on, and what is saved; None: nobody and nothing.
 
     Returns:
-        As `unlearn`.
+        The new params, and a dict of arrays with one entry per step taken, as `unlearn` returns.
 
     Raises:
-        TypeError: an argument that is something else.
-        ValueError: as `unlearn`.
-        FloatingPointError: as `unlearn`.
+        TypeError: an argument is something else.
+        ValueError: there are no rows or nothing to train, a number is out of its range, or the
+            checkpoint is of another call.
+        FloatingPointError: a loss or a parameter is not finite, as `unlearn` says it.
     """
     check_numbers(NOT_NEGATIVE, epochs=epochs)
     check_numbers(COUNT, batch_size=batch_size)
@@ -148,7 +149,7 @@ def fit(
 
 
 class _How(NamedTuple):
-    """What is trained, whatever the sets are."""
+    """The functions and settings of a loop that do not depend on its sets."""
 
     objective: Callable
     optimizer: optax.GradientTransformation
@@ -170,7 +171,7 @@ class _OfSets:
 
 @dataclasses.dataclass(frozen=True)
 class _OfRows:
-    """A loss of one set's rows likewise."""
+    """A loss of one set's rows, as the steps call it: equal by value."""
 
     function: Callable
 
@@ -246,6 +247,7 @@ def _train(
                 begin = done
                 histories.append(past)
         stop = max(steps, begin)
+        # Where the loop stops to be looked at; with no step to take it runs once, for the history.
         marks = [*(range(begin, stop, every or stop or 1) or [stop]), stop]
         for first, last in itertools.pairwise(marks):
             if first == last and histories:

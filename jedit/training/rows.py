@@ -56,7 +56,7 @@ def num_rows(rows: PyTree) -> int:
     """Return the common leading size of all leaves.
 
     Raises:
-        ValueError: if there is none, or it is 0.
+        ValueError: the leaves have no common size, or it is 0.
     """
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(rows)}
     if len(sizes) != 1 or sizes == {0}:

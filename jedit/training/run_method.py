@@ -16,10 +16,10 @@ from jedit.training.watch import History, Watch
 
 
 class TrainingInfo(NamedTuple):
-    """What a method that trains has to say of its run.
+    """The Info of a method that trains: the history of its run.
 
     Attributes:
-        history: per step "loss" and what the objective's aux holds, as of `unlearn`.
+        history: per step "loss" and what the objective's aux holds, as `unlearn` returns it.
     """
 
     history: History
@@ -52,20 +52,20 @@ def run_method(
     Args:
         method: a `TrainingMethod`, or any `(apply, params, forget=, retain=) -> (Edit, Info)`.
         apply: `apply(params, inputs) -> outputs`.
-        params: the trained parameters.
+        params: the parameters as they were trained, to be edited.
         forget: what to forget; several batches where a closed form takes them.
-        retain: what to keep, likewise.
-        steps: of a `TrainingMethod`, for which it is needed.
-        key: likewise; decides the rows.
-        watch: of a `TrainingMethod`, as of `unlearn`.
+        retain: what to keep; several batches where a closed form takes them.
+        steps: how many updates a `TrainingMethod` makes, which needs it.
+        key: the random key that decides which rows a `TrainingMethod` sees, which needs it.
+        watch: who looks on while a `TrainingMethod` trains, as `unlearn` takes it.
 
     Returns:
         The edit, of the trained parameters or of those that the closed form edits; and what it has
         to say: a `TrainingInfo`, or the closed form's own Info.
 
     Raises:
-        TypeError: the method is neither.
-        ValueError: a `TrainingMethod` without steps and key, or a closed form with one of them.
+        TypeError: the method is neither a `TrainingMethod` nor a function.
+        ValueError: a `TrainingMethod` lacks steps or key, or a closed form was given one of them.
     """
     check_numbers(COUNT_OR_ZERO, steps=steps)
     if isinstance(method, TrainingMethod):

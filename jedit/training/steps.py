@@ -23,15 +23,15 @@ from jedit.training.watch import History
 
 
 class Program(NamedTuple):
-    """All that is fixed when the steps are compiled; equal values share one program.
+    """Everything that is fixed when the steps are compiled; equal values share one program.
 
     Attributes:
         objective: `(params, rows of each set, reference) -> (scalar, aux)`.
-        optimizer: any optax transform.
+        optimizer: the optax transform that makes updates of gradients.
         update_args: `(params, rows of each set, reference) -> dict`, or None.
         is_trained: leaf by leaf of the parameters.
         places: the shardings of what is trained and of the optimizer's state.
-        over: those of the sets' rows.
+        over: how the rows of each set are split over devices; None: they are not.
     """
 
     objective: Callable
@@ -43,12 +43,12 @@ class Program(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What the steps read and do not change.
+    """The arrays that the steps read and do not change.
 
     Attributes:
         params: the parameters as they were, whose frozen ones stay.
         reference: the params before unlearning.
-        sets: the whole sets.
+        sets: the whole sets, of which each step gathers its rows.
     """
 
     params: PyTree
@@ -62,9 +62,9 @@ Taken = tuple[PyTree, PyTree, History, Bool[Array, ""]]
 def advance(program: Program, trained: PyTree, state: PyTree, read: Read, streams: tuple) -> Taken:
     """Take as many steps as the streams have rows, in one compiled call.
 
-    Or one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions for its fast
-    kernels at the top of a program alone (jax issue 12868), so that the gradient of one takes six
-    times as long inside a loop.
+    They are taken one by one where a loop would be slow: XLA's CPU compiler rewrites convolutions
+    for its fast kernels at the top of a program alone (jax issue 12868), so that the gradient of
+    one takes six times as long inside a loop.
 
     Returns:
         What is trained, the optimizer's state, the history, and whether losses and parameters are
@@ -118,7 +118,7 @@ def _take_steps(
     optimizer = optax.with_extra_args_support(program.optimizer)
 
     def cut(extra: Any) -> Any:
-        """What the optimizer sees of an extra argument: of whole params, the trained part."""
+        """Cut an extra argument to what the optimizer sees: of whole params, the trained part."""
         if callable(extra):
             return lambda tree: cut(extra(merge(tree, params, is_trained)))
         is_like_params = jax.tree.structure(extra) == structure
@@ -143,6 +143,7 @@ def _take_steps(
         trained = optax.apply_updates(trained, updates)
         return kept((trained, state), places), {**aux, "loss": loss}
 
+    # One step by itself is no scan, so that its convolutions stand at the top of the program.
     if len(jax.tree.leaves(streams)[0]) == 1:
         (trained, state), one = step((trained, state), jax.tree.map(lambda x: x[0], streams))
         history = jax.tree.map(lambda x: x[None], one)

@@ -12,12 +12,12 @@ History = dict[str, Array]
 
 
 class LoopState(NamedTuple):
-    """Where a loop stands, and all it needs to go on from there.
+    """The state of a loop after some steps: all it needs to go on from there.
 
     Attributes:
         step: updates made so far.
         params: the parameters, frozen ones included.
-        optimizer_state: of the trained ones; None: that of a beginning.
+        optimizer_state: the optimizer's state, of the trained parameters; None: it begins anew.
         reference: the params before unlearning, which objectives compare with; None: `params` are.
     """
 
@@ -30,7 +30,7 @@ class LoopState(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Who looks at a loop, how often, and what is saved of it.
+    """The observer of a loop: what is called, how often, and where the state is saved.
 
     A retain budget is a callback that says when it is spent:
 

@@ -11,7 +11,7 @@ from jedit.geometry.parts import part_of, with_part
 
 
 def owned(tree: PyTree) -> PyTree:
-    """A copy of each array, for an optimizer's state: a loop that donates it would delete others'.
+    """Copy each array for an optimizer's state: a loop that donates it would delete others'.
 
     Two transforms of a chain may hold the same curvature, and no array can be donated twice.
     """
@@ -19,7 +19,7 @@ def owned(tree: PyTree) -> PyTree:
 
 
 def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:
-    """The tree, each leaf sharded as the leaf of the reference, whose NaNs it takes over.
+    """Return the tree, each leaf sharded as the leaf of the reference, whose NaNs it takes over.
 
     Reading the reference entry by entry is what lets its sharding reach the result in any JAX.
     """
@@ -27,7 +27,7 @@ def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:
 
 
 def without_frozen(updates: PyTree, params: PyTree | None, covered: Iterable[str]) -> PyTree:
-    """What an update whose other parameters are frozen is to be sharded like.
+    """Return what an update whose other parameters are frozen is to be sharded like.
 
     Frozen ones are read off the params, if they are given: an update of zero that reads its
     gradient makes XLA compute that.

@@ -11,7 +11,7 @@ from jedit.core.checks import NOT_NEGATIVE, check_numbers
 
 
 class AddL1GradientState(NamedTuple):
-    """Updates made, int32: t."""
+    """The state of `add_l1_gradient`: t, the number of updates made, int32."""
 
     count: Array
 

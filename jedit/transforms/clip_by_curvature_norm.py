@@ -14,10 +14,10 @@ from jedit.transforms._arrays import owned
 
 
 class ClipByCurvatureNormState(NamedTuple):
-    """The curvature, as an argument of the jitted step, and the last update's predicted price.
+    """The curvature, as an argument of the jitted step, and the last update's predicted cost.
 
     Attributes:
-        curvature: of the retain outputs.
+        curvature: F, the curvature of the retain outputs.
         predicted_kl: ½ uᵀFu of the last update before clipping, nats per output.
     """
 
@@ -38,7 +38,7 @@ def clip_by_curvature_norm(
     Only covered parameters count, but the whole update is scaled.
 
     Args:
-        curvature: of the retain outputs, shaped for these params.
+        curvature: F, the curvature of the retain outputs, shaped for these params.
         predicted_kl: nats per unmasked output.
 
     Returns:

@@ -34,7 +34,7 @@ def ignore_top_fraction(
         The transform; it holds no state. A call sorts the entries' magnitudes.
 
     Raises:
-        ValueError: a fraction outside 0 to 1, or an unknown scope.
+        ValueError: the fraction is outside 0 to 1, or the scope is another word.
     """
     check_numbers(SHARE, fraction=fraction)
     check_word(Scope, scope=scope)

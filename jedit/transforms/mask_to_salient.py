@@ -17,7 +17,7 @@ from jedit.core.devices import on_auto_axes
 
 
 class MaskToSalientState(NamedTuple):
-    """Which entries may change: in the state, so that it is an argument of the jitted step."""
+    """The mask of entries that may change, as an argument of the jitted step."""
 
     mask: PyTree
 
@@ -76,10 +76,10 @@ def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
 
 
 def _found(known: dict[tuple[str, ...], Any], path: jax.tree_util.KeyPath) -> Any:
-    """The leaf of this path; a Flax variable's array has one more key than the bare array.
+    """Return the leaf of this path; a Flax variable's array has one more key than the bare array.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no leaf has this path.
     """
     names = _names(path)
     wrapped = [leaf for other, leaf in known.items() if other[:-1] == names]

@@ -32,7 +32,7 @@ class OrthogonalizeToRetainState(NamedTuple):
     Attributes:
         subspace: the last `rank` retain gradients, raw.
         second_moment: running mean of squared updates, for metric "adam"; else zero-sized.
-        count: updates made, int32.
+        count: the number of updates made, int32.
         curvature: the metric if it is one; else None.
     """
 
@@ -85,9 +85,10 @@ def orthogonalize_to_retain(
             gradient). A curvature's copy stands in the state, where `refresh_curvature` replaces
             it.
         sketch: "fifo" (paper) or "frequent_directions".
-        decay: of the running mean, 0.999, Adam's b2.
+        decay: the decay of the running mean, 0.999, Adam's b2.
         eps: 1e-8, Adam's.
-        damping: of a curvature, in units of each block's mean eigenvalue; 0.1 is arbitrary.
+        damping: λ of a curvature's metric, in units of each block's mean eigenvalue; 0.1 is
+            arbitrary.
 
     Returns:
         The transform. Costs `rank` copies of the params, and 8 rank² flops a parameter; in a
@@ -130,6 +131,7 @@ def orthogonalize_to_retain(
             grads = retain_grads if retain_grad_fn is None else retain_grad_fn(params)
             return subspace.update(seen, grads)
 
+        # In a `cond`, so that between refreshes no retain gradient is computed.
         seen = jax.lax.cond(state.count % refresh == 0, add, lambda seen: seen, state.subspace)
         count = state.count + 1
         second = state.second_moment
@@ -149,6 +151,7 @@ def orthogonalize_to_retain(
         wide = jax.tree.map(lambda u: u.astype(wide_dtype(u.dtype)), updates)
         basis = subspace.value(seen, whitening)
         left = project_out(basis, whitening.whiten(wide), scope=scope)
+        # Adam's metric gives a step, W z_⊥, in Adam's place; any other a gradient, W⁻¹ z_⊥.
         left = whitening.whiten(left) if metric == "adam" else whitening.unwhiten(left)
         left = jax.tree.map(lambda x, u: x.astype(u.dtype), left, updates)
         return left, OrthogonalizeToRetainState(seen, second, count, state.curvature)

@@ -24,7 +24,7 @@ class ProjectRealisedUpdateState(NamedTuple):
     """The projector, and what has leaked.
 
     Attributes:
-        projector: P.
+        projector: P, the projector that updates pass through.
         leak: e, a tree like params in float32 or wider.
     """
 
@@ -43,7 +43,7 @@ def project_realised_update(
         optax.chain(optax.adamw(1e-4), project_realised_update(projector))
 
     Args:
-        projector: from `null_space`.
+        projector: P, as `null_space` returns it.
         uncovered: "zero" (the default) or "identity", as for `project_to_null_space`.
 
     Returns:
@@ -64,6 +64,8 @@ def project_realised_update(
             raise ValueError("project_realised_update needs params: optimizer.update(g, s, params)")
         wide = jax.tree.map(lambda u, e: u.astype(e.dtype), updates, state.leak)
         kept = project(state.projector, wide, uncovered=uncovered)
+        # The leak is what the parameters have moved beyond all projected updates; it is made good
+        # now, and what this step's own rounding adds is measured below.
         kept = jax.tree.map(jnp.subtract, kept, state.leak)
         out = jax.tree.map(lambda u, like: u.astype(like.dtype), kept, updates)
         realised = jax.tree.map(_realised, params, out, state.leak)

@@ -25,7 +25,7 @@ def project_to_null_space(
         optax.chain(optax.adamw(1e-4), project_to_null_space(projector))
 
     Args:
-        projector: from `null_space`.
+        projector: P, as `null_space` returns it.
         uncovered: updates of parameters without a projector become "zero" (they stay frozen; the
             default), or pass as they are by "identity".
 

@@ -25,7 +25,7 @@ Outer = Literal["transport", "amplify", "push"]
 
 
 class RetainNeutralSurrogateState(NamedTuple):
-    """What the last step saw: angle of the gradients, first-order gain of the perturbation."""
+    """The last step's angle between the gradients and first-order gain of the perturbation."""
 
     info: RetainOrthogonalInfo
 
@@ -49,13 +49,13 @@ def retain_neutral_surrogate(
     retain objective.
 
     Args:
-        radius: ρ.
+        radius: ρ, the norm of the perturbation δ.
         outer: what is made of the gradient g at θ + δ, with q̂ = δ/‖δ‖: "transport", g itself (as in
             the code of the parent method, UAM); "amplify", g without `strength` times its part
             along q̂ where a step against g would undo forgetting [derived]; "push",
             g - strength ‖g‖ q̂ [derived].
         strength: γ; 1 is arbitrary.
-        scope: of the constraint, "global" (the stated problem) or "leaf".
+        scope: where the constraint holds, "global" (the stated problem) or "leaf".
         constrained: True; False leaves the constraint out, δ = ρ g_f/‖g_f‖: UAM.
 
     Returns:

@@ -34,7 +34,7 @@ def scale_by_curvature(
     Adam after it would undo most of it; weight decay belongs after it.
 
     Args:
-        curvature: of the retain outputs, shaped for these params.
+        curvature: F, the curvature of the retain outputs, shaped for these params.
         damping: λ, in units of each block's mean eigenvalue (ours: 0.01 to 0.1).
         absolute: True: λ is in units of the eigenvalues themselves; False, it is not.
         uncovered: updates of parameters without a block become "zero" (they stay frozen; the
@@ -73,7 +73,7 @@ def refresh_curvature(state, curvature: Curvature):
 
     Args:
         state: state of a chain that holds `scale_by_curvature` or `clip_by_curvature_norm`.
-        curvature: of the same structure as the old one.
+        curvature: the new one, of the same structure as the old.
 
     Returns:
         The new state.

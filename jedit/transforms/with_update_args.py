@@ -13,7 +13,7 @@ class WithUpdateArgsState(NamedTuple):
     """The inner transform's state, and the data that its arguments are made of.
 
     Attributes:
-        inner: of the transform.
+        inner: the state of the inner transform.
         data: a copy in the state, so that it is an argument of the jitted step and not a constant.
     """
 

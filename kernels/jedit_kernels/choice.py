@@ -13,7 +13,7 @@ NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 def choose(implementation: str | None, faster_on: frozenset[str], *operands: Array) -> str:
-    """The implementation that a wrapper takes.
+    """Return the implementation that a wrapper takes.
 
     Args:
         implementation: "xla", "mosaic", or None: the kernel where it has been measured faster.
@@ -24,7 +24,7 @@ def choose(implementation: str | None, faster_on: frozenset[str], *operands: Arr
         "xla" or "mosaic".
 
     Raises:
-        ValueError: any other name.
+        ValueError: `implementation` is any other name.
     """
     if implementation is None:
         is_possible = is_jax_new_enough() and _are_narrow(operands)
@@ -35,7 +35,7 @@ def choose(implementation: str | None, faster_on: frozenset[str], *operands: Arr
 
 
 def is_jax_new_enough() -> bool:
-    """Whether the installed JAX is one that the kernels are tested on."""
+    """Say whether the installed JAX is one that the kernels are tested on."""
     return tuple(jax.__version_info__[:2]) >= OLDEST_JAX
 
 
@@ -61,13 +61,16 @@ def check_mosaic(name: str, **operands: Array) -> None:
 
 
 def _are_narrow(operands: Iterable[Array]) -> bool:
-    """Whether all are bfloat16 or all float16."""
+    """Say whether all are bfloat16 or all float16."""
     dtypes = {operand.dtype for operand in operands}
     return len(dtypes) == 1 and dtypes <= set(NARROW)
 
 
 def _capability(faster_on: frozenset[str]) -> str:
-    """The default device's compute capability; "" where nothing depends on it, or off a GPU."""
+    """Return the default device's compute capability.
+
+    It is "" where nothing depends on it, or off a GPU.
+    """
     if not faster_on or jax.default_backend() != "gpu":
         return ""
     return str(getattr(jax.devices()[0], "compute_capability", ""))

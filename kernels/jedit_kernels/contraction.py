@@ -54,18 +54,18 @@ def contract(
     m or n that is no multiple of 64, or k that is none of 8, costs a padded copy of the operands.
 
     Args:
-        a: bfloat16 or float16, as `b`.
-        b: see the module.
-        addend: float32.
+        a: the left operand, in bfloat16 or float16.
+        b: the right operand, in the dtype of `a`.
+        addend: what the epilogue combines with the sums, in float32.
         epilogue: (sums, addend, scalar or None) -> tile, all float32, elementwise.
         tiles: (row, column) of the tiles to compute, in units of 256 and `width`.
         width: 128, 192 or 256; 128 when squared, where a thread holds two sums.
-        is_squared: f(x) = x².
+        is_squared: whether f(x) is x², and not x.
         keep: False for rows whose contents must not matter; not with several groups.
         scalars: one number a layer for the epilogue.
 
     Returns:
-        float32.
+        The combined sums, in float32.
     """
     (layers, _, k, _), (m, n) = a.shape, addend.shape[1:]
     if 0 in (*a.shape, *addend.shape):  # there is nothing to copy, nor to sum
@@ -114,25 +114,25 @@ def contract(
 
 
 def _pad(x: Array, multiples: dict[int, int]) -> Array:
-    """Zeros at the end of some axes; the same array where there is nothing to add."""
+    """Return zeros at the end of some axes; the same array where there is nothing to add."""
     amounts = [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, amounts) if any(end for _, end in amounts) else x
 
 
 def _swizzled(shape: tuple[int, ...], dtype):
-    """Shared memory in rows of 128 bytes, swizzled as the tensor cores and TMA both know."""
+    """Reserve shared memory in rows of 128 bytes, swizzled as tensor cores and TMA both know."""
     columns = 128 // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _loop(number, step: Callable[[Array], None]) -> None:
-    """`step` for 0 ... number - 1, counted in int32 whatever the width of JAX's integers."""
+    """Run `step` for 0 ... number - 1, counted in int32 whatever the width of JAX's integers."""
     lax.fori_loop(jnp.int32(0), jnp.int32(number), lambda i, _: step(i), None)
 
 
 def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
-    """One block of threads: one tile of one layer."""
+    """Run one block of threads, which computes its part of one tile of one layer."""
     a, b, addend, out, *shared = refs
     a_ring, b_ring, strips, filled, emptied, cleaned, ready = shared
     tile, layer = lax.axis_index("tile"), lax.axis_index("layer")
@@ -151,6 +151,7 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
 
     @pl.when(warpgroup == WARPGROUPS)
     def _copy():
+        # Copying needs few registers: those given up are what the sums of the others live in.
         plgpu.set_max_registers(40, action="decrease")
 
         def step(number):
@@ -192,6 +193,7 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
                 strip_at(addend, number), strips.at[warpgroup, number % 2], barrier
             )
 
+        # Two strips are under way from the start: they arrive while the products run.
         for number in range(2):
             load_strip(number)
 
@@ -205,7 +207,7 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
                         clean(block, slot)
                     left_operand = a_ring.at[slot, :, mine].transpose((1, 0))
                     plgpu.wgmma(sums, left_operand, b_ring.at[slot])
-                    plgpu.wgmma_wait(1)
+                    plgpu.wgmma_wait(1)  # all but the last product are done: their slots are free
 
                     @pl.when(block > 0)
                     def _():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class MomentShape(NamedTuple):
-    """Rows (layers, n, d)."""
+    """The shape of rows (layers, n, d), for `moment`."""
 
     layers: int
     n: int
@@ -16,7 +16,7 @@ class MomentShape(NamedTuple):
 
 
 class GradientShape(NamedTuple):
-    """Inputs (layers, n, s, d_in) and gradients (layers, n, s, d_out)."""
+    """The shapes of inputs (layers, n, s, d_in) and gradients (layers, n, s, d_out)."""
 
     layers: int
     n: int
@@ -26,7 +26,7 @@ class GradientShape(NamedTuple):
 
 
 class MatrixShape(NamedTuple):
-    """A matrix (layers, d_in, d_out) between two bases."""
+    """The shape of a matrix (layers, d_in, d_out) between two bases."""
 
     layers: int
     d_in: int

@@ -9,7 +9,7 @@ BAND = 4  # rows of tiles that run at one time, so that they find each other's o
 
 
 def all_tiles(rows: int, columns: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """(row, column) of every tile of a matrix, the last of each partly outside; band by band."""
+    """Return (row, column) of every tile, band by band; the last ones are partly outside."""
     height, width = math.ceil(rows / shape[0]), math.ceil(columns / shape[1])
     return [
         (i, j)
@@ -20,13 +20,13 @@ def all_tiles(rows: int, columns: int, shape: tuple[int, int]) -> list[tuple[int
 
 
 def lower_tiles(size: int, shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """The tiles of a square matrix that hold something on or below its diagonal."""
+    """Return the tiles of a square matrix that hold something on or below its diagonal."""
     lowest = ((i, j, (i + 1) * shape[0] - 1) for i, j in all_tiles(size, size, shape))
     return [(i, j) for i, j, row in lowest if min(row, size - 1) >= j * shape[1]]
 
 
 def best_width(count_tiles: Callable[[int], int], layers: int) -> int:
-    """The width that is expected to take the least time; no GPU has been asked yet.
+    """Return the width that is expected to take the least time; no GPU has been asked yet.
 
     A round over the multiprocessors is taken to last as long as reading a tile's operands from L2,
     which for tiles of this size is longer than multiplying them: 256 + width columns.

@@ -21,14 +21,14 @@ from jedit.curvature.types import Factor
 def factorize_all(
     moments: Mapping[str, Moment], dtype: DTypeLike | None = None
 ) -> dict[str, Factor]:
-    """The eigenbases of all factors; where they lie on a mesh, each device decomposes some.
+    """Return the eigenbases of all factors; where they lie on a mesh, each device decomposes some.
 
     A basis lies as its matrix does. Beside the factors a device holds some four whole matrices of
     the largest size. Devices that are CPUs of one process take turns: they share its cores, and
     LAPACK may not come back when it is called side by side.
 
     Raises:
-        FloatingPointError: one is not finite.
+        FloatingPointError: a factor is not finite.
     """
     factors, spread = {}, {}
     for name, moment in moments.items():
@@ -47,10 +47,12 @@ def factorize_all(
 def _factorize_spread(
     matrices: Mapping[str, tuple[Array, NamedSharding]], dtype: DTypeLike | None
 ) -> dict[str, Factor]:
-    """As many layers' matrices at once as there are devices, those of equal size together."""
+    """Decompose as many layers' matrices at once as there are devices, equal sizes together."""
     if not matrices:
         return {}
     devices = _devices(next(iter(matrices.values()))[1])
+    # By size, so that the devices of one turn have matrices of one size and end together; the sort
+    # is stable, hence alike in every process, which all must enter the same collectives.
     names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
     tasks = [(name, layer) for name in names for layer in range(len(matrices[name][0]))]
     pieces: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
@@ -62,6 +64,7 @@ def _factorize_spread(
         pairs = []
         for matrix, device in zip(mine, devices, strict=False):
             pairs.append(None if matrix is None else eigh(matrix, dtype or matrix.dtype))
+            # CPUs of one process share LAPACK's threads; accelerators go on side by side.
             if device.platform == "cpu":
                 jax.block_until_ready(pairs[-1])
         for ((name, _), device), pair in zip(turn, pairs, strict=True):
@@ -73,7 +76,7 @@ def _factorize_spread(
 
 
 def _on_device(matrix: Array, sharding: NamedSharding, layer: int, device: Any) -> Array | None:
-    """One layer's matrix on one device; None when that is another process's."""
+    """Return one layer's matrix on one device; None when that is another process's."""
     # Waited for: else copies of a whole turn would be under way to every device.
     copies = jax.block_until_ready(_layer(matrix, jnp.int32(layer), whole(sharding)))
     mine = [x.data for x in copies.addressable_shards if x.device == device]
@@ -87,7 +90,7 @@ def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
 
 
 def _devices(sharding: NamedSharding) -> list[Any]:
-    """All of a mesh, in its order."""
+    """Return all devices of a mesh, in the mesh's order."""
     mesh = sharding.mesh
     assert isinstance(mesh, Mesh)  # an array's is never abstract
     return list(np.asarray(mesh.devices).flat)
@@ -96,12 +99,13 @@ def _devices(sharding: NamedSharding) -> list[Any]:
 def _from_owner(
     pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
 ) -> tuple[Array, ...]:
-    """Eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds, on all of the mesh.
+    """Give all of the mesh the eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds.
 
-    None: another process holds them. A sum over the devices, of zeros but for the owner's: exact,
-    and a collective that needs nobody to see the others' memory.
+    The pair is None where another process holds it. It travels as a sum over the devices, of zeros
+    but for the owner's: exact, and a collective for which nobody needs to see the others' memory.
     """
     devices = _devices(sharding)
+    # A flat mesh of one axis, whatever the parameters' mesh is: one row of the sum for a device.
     by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
     axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
     split = even(
@@ -132,8 +136,9 @@ def _sum_devices(x: Array, place: NamedSharding) -> Array:
 
 
 def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:
-    """(bases, eigenvalues) of all layers."""
+    """Return (bases, eigenvalues) of all layers."""
     values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
+    # After the concatenation, which has the layers in front: only now can they be split too.
     bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
     values = jax.device_put(jnp.maximum(values, 0), whole(sharding))
     return bases, values

@@ -26,7 +26,7 @@ from jedit.tracing.sites import Weight
 
 
 def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
-    """By path, the sharding of every parameter that is an array on a mesh of several devices."""
+    """Return, by path, the sharding of every parameter that lies on a mesh of several devices."""
     found = {path: sharding_of(leaf) for path, leaf in parameter_paths(params)}
     return {path: sharding for path, sharding in found.items() if sharding is not None}
 
@@ -34,10 +34,11 @@ def leaf_shardings(params: PyTree) -> dict[str, NamedSharding]:
 def matrix_sharding(
     weight: Weight, leaves: Mapping[str, NamedSharding], *, is_flipped: bool = False
 ) -> NamedSharding | None:
-    """How a parameter's matrix (layers, d_in, d_out) lies, or its transpose; None: on one device.
+    """Return how a parameter's matrix (layers, d_in, d_out), or its transpose, lies on its mesh.
 
     Axes of the leaf are followed through its relayouts; one that is cut, or whose devices do not
-    divide what it becomes, is lost: the matrix is whole along it.
+    divide what it becomes, is lost: the matrix is whole along it. None says that it lies on one
+    device.
     """
     sharding = leaves.get(weight.path)
     if sharding is None:
@@ -47,6 +48,7 @@ def matrix_sharding(
     dims = list(zip(weight.shape, spec, strict=True))
     num_layers = 0
     for name, *arguments in weight.ops:
+        # A scan's slice puts a layer axis in front; the later relayouts see only what is behind it.
         rest = dims[num_layers:]
         if name == "layer":
             num_layers += 1
@@ -75,8 +77,10 @@ def matrix_sharding(
 def _reshaped(
     dims: list[tuple[int, MeshAxes]], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> list[tuple[int, MeshAxes]]:
-    """Axes after a reshape: those of the first dimension of a run go to the first of its result."""
+    """Follow axes through a reshape: a run's first dimension gives its axes to the first made."""
     found: list[tuple[int, MeshAxes]] = []
+    # Dimensions are matched in runs of equal product, row-major; only the first of a run can stay
+    # split, as the pieces of a later one do not lie together in memory.
     queue = [d for d in dims if d[0] != 1]
     new = 0
     while new < len(shape):
@@ -100,7 +104,7 @@ def _reshaped(
 
 
 def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> NamedSharding:
-    """The sharding for an array whose dimensions are those `dims` of it; None: a whole one.
+    """Return the sharding for an array whose dimensions are those `dims` of it; None: a whole one.
 
     A dimension that the devices do not divide is whole too, and so is one whose axes came before.
     """
@@ -115,7 +119,7 @@ def even(sharding: NamedSharding, shape: tuple[int, ...], *dims: int | None) -> 
 
 
 def along(sharding: NamedSharding, dim: int) -> NamedSharding:
-    """All the axes that rows and columns are split over, on one of the two: 1 or 2.
+    """Return all the axes that rows and columns are split over, on one of the two: 1 or 2.
 
     Its own come first: getting there from `sharding`, and back, is one all-to-all.
     """
@@ -126,9 +130,9 @@ def along(sharding: NamedSharding, dim: int) -> NamedSharding:
 
 
 def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Of what has the matrix's shape, but where a bias makes the rows odd: as it is, or by columns.
+    """Return how to split an array like the matrix whose rows a bias makes odd: the smaller pieces.
 
-    Arrays between programs have pieces of equal size.
+    It is split as the matrix is, or by columns: arrays between programs have pieces of equal size.
     """
     by_columns = along(sharding, 2)
     found = [even(place, shape, 0, 1, 2) for place in (sharding, by_columns)]
@@ -136,32 +140,33 @@ def best_split(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding
 
 
 def factor_place(sharding: NamedSharding, shape: tuple[int, ...], dim: int) -> NamedSharding:
-    """Where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
+    """Return where A (dim 1) or G (dim 2) of such a matrix lies, (layers, d, d) or (layers, d)."""
     dims = (0, dim, None)[: len(shape)]
+    # Over all axes if the devices divide the side, else over its own; the smaller piece wins.
     found = [even(place, shape, *dims) for place in (along(sharding, dim), sharding)]
     return min(found, key=lambda place: math.prod(place.shard_shape(shape)))
 
 
 def num_pieces(sharding: NamedSharding) -> int:
-    """Into how many a matrix is cut along `along`."""
+    """Return into how many pieces a matrix is cut along `along`."""
     axes = [a for e in sharding.spec[1:] for a in axes_of(e)]
     return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
 def without(sharding: NamedSharding, axes: MeshAxes) -> NamedSharding | None:
-    """The sharding without some axes; None when nothing is left."""
+    """Return the sharding without some axes; None when nothing is left."""
     split = [tuple(a for a in axes_of(e) if a not in axes) for e in sharding.spec]
     return NamedSharding(sharding.mesh, spec_of(*split)) if any(split) else None
 
 
 def off_axes(curvature: Curvature, axes: tuple[str, ...]) -> Curvature:
-    """The curvature for use where something else is split over these axes of its mesh."""
+    """Return the curvature for use where something else is split over these axes of its mesh."""
     placed = block_shardings(curvature)
     return with_shardings(curvature, {name: without(x, axes) for name, x in placed.items()})
 
 
 def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
-    """How the blocks' matrices lie, of those that are on a mesh."""
+    """Return how the blocks' matrices lie, of those that are on a mesh."""
     found = {n: b.sharding for n, b in curvature.blocks.items() if isinstance(b, Kronecker)}
     return {name: sharding for name, sharding in found.items() if sharding is not None}
 
@@ -169,7 +174,10 @@ def block_shardings(curvature: Curvature) -> dict[str, NamedSharding]:
 def with_shardings(
     curvature: Curvature, shardings: Mapping[str, NamedSharding | None]
 ) -> Curvature:
-    """The curvature with other statements of how its blocks' matrices lie; None where unnamed."""
+    """Return the curvature with other statements of how its blocks' matrices lie.
+
+    Blocks that `shardings` does not name get None, one device.
+    """
     blocks = {
         name: dataclasses.replace(b, sharding=shardings.get(name))
         if isinstance(b, Kronecker)
@@ -180,18 +188,21 @@ def with_shardings(
 
 
 def whole(sharding: NamedSharding) -> NamedSharding:
-    """A copy on every device."""
+    """Return the sharding of which every device holds a whole copy."""
     return NamedSharding(sharding.mesh, PartitionSpec())
 
 
 def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
-    """A tree of shardings, all of them whole copies on the parameters' mesh."""
+    """Return a tree of shardings, all of them whole copies on the parameters' mesh."""
     everywhere = whole(next(iter(leaves.values())))
     return jax.tree.map(lambda _: everywhere, tree)
 
 
 def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
-    """Zeros of given shapes, made where they belong; `places` None: on the default device."""
+    """Return zeros of given shapes, made where they belong.
+
+    Where `places` is None they lie on the default device.
+    """
     if places is None:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     specs, treedef = jax.tree.flatten(shapes)

@@ -17,7 +17,7 @@ from jedit.tracing.sites import Weight
 
 @functools.partial(jax.jit, static_argnums=2)
 def sharded_products(a: Array, g: Array, sharding: NamedSharding) -> Array:
-    """The eigenvalues a_i g_j (layers, rows, d_out), made where the matrix lies."""
+    """Return the eigenvalues a_i g_j (layers, rows, d_out), made where the matrix lies."""
     products = a[:, :, None] * g[:, None, :]
     return with_sharding_constraint(products, best_split(sharding, products.shape))
 
@@ -26,7 +26,7 @@ def sharded_products(a: Array, g: Array, sharding: NamedSharding) -> Array:
 def sharded_rotation(
     a: Factor, g: Factor, matrix: Array, back: bool, sharding: NamedSharding
 ) -> Array:
-    """Each axis is rotated while the matrix is split along the other: no device holds all of it.
+    """Rotate each axis while the matrix is split along the other: no device holds all of it.
 
     Left to itself, a sharded contraction makes partial sums of the whole matrix on every device.
     Zeros make both axes even: XLA moves only even pieces from one device to another. Layers that
@@ -44,10 +44,13 @@ def sharded_rotation(
     def rotated(given):
         matrix, bases = given
         for basis, axis, other in zip(bases, (1, 2), (2, 1), strict=True):
+            # Whole along the axis that is contracted: the product needs no sum over devices.
             matrix = with_sharding_constraint(matrix, along(sharding, other))
             if basis is not None:
                 basis = with_sharding_constraint(basis, NamedSharding(sharding.mesh, layers))
                 matrix = rotate_axis(basis, matrix, axis, back=back)
+            # Said again of the result, or XLA may choose another split for the product; then home,
+            # from where the other axis is one all-to-all away.
             matrix = with_sharding_constraint(matrix, along(sharding, other))
             matrix = with_sharding_constraint(matrix, sharding)
         return matrix
@@ -58,13 +61,15 @@ def sharded_rotation(
     else:
         matrix = rotated((matrix, bases))
     place = best_split(sharding, shape)
+    # Before the slice and after it, so that XLA cuts the zeros off where the pieces lie, and does
+    # not gather the matrix to do it.
     matrix = with_sharding_constraint(matrix, place)[:, : shape[1], : shape[2]]
     return with_sharding_constraint(matrix, place)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def sharded_gather(leaves: dict[str, Array], weight: Weight, sharding: NamedSharding) -> Array:
-    """A parameter's matrix with the bias's row below it.
+    """Return a parameter's matrix with the bias's row below it.
 
     Both are split by columns when they are joined: no row has to move.
     """

@@ -17,10 +17,10 @@ def moment_mosaic(
     """Add the lower tiles of Σ_n a aᵀ; what is above the diagonal means nothing.
 
     Args:
-        total: float32.
-        rows: bfloat16 or float16.
+        total: the running sum, in float32.
+        rows: the rows a, in bfloat16 or float16.
         mask: False for rows that are left out.
-        width: of a tile, 128, 192 or 256; None for `best_width`.
+        width: the columns of a tile, 128, 192 or 256; None for `best_width`.
 
     Returns:
         The new total.

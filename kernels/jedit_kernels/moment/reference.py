@@ -10,7 +10,7 @@ def moment_reference(
     rows: Float[Array, "layers n d"],
     mask: Bool[Array, "layers n"] | None = None,
 ) -> Float[Array, "layers d d"]:
-    """Total + Σ_n a aᵀ over unmasked rows, both triangles."""
+    """Return total + Σ_n a aᵀ over unmasked rows, both triangles."""
     rows = rows.astype(total.dtype)
     if mask is not None:
         rows = jnp.where(mask[..., None], rows, 0)

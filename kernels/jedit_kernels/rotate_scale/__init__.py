@@ -23,7 +23,7 @@ def rotate_scale(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "layers d_in d_out"]:
-    """(F + λ)⁻¹ T for a block of F with these eigenvalues in these bases.
+    """Return (F + λ)⁻¹ T for a block of F with these eigenvalues in these bases.
 
     Costs 4 d_in d_out (d_in + d_out) flops a layer. Between the products the matrix has the dtype
     of `matrix`; sums are in `eigenvalues`'s, float32 or wider.
@@ -31,7 +31,7 @@ def rotate_scale(
     Args:
         matrix: T. It and both bases in one dtype; "mosaic" takes bfloat16 or float16.
         basis_in: Q_A, eigenvectors in columns.
-        basis_out: Q_G, likewise.
+        basis_out: Q_G, eigenvectors in columns.
         eigenvalues: λ_ij.
         damping: λ, one number or one a layer, in their units. Where λ_ij + λ is zero the result's
             component is zero.

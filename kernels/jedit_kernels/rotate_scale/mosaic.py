@@ -19,7 +19,7 @@ def rotate_scale_mosaic(
     eigenvalues: Float[Array, "layers d_in d_out"],
     damping: Float[Array, "layers"],
 ) -> Float[Array, "layers d_in d_out"]:
-    """Q_A [ (Q_Aᵀ T Q_G) / (λ_ij + λ) ] Q_Gᵀ, sums in float32.
+    """Return Q_A [ (Q_Aᵀ T Q_G) / (λ_ij + λ) ] Q_Gᵀ, sums in float32.
 
     Raises:
         ValueError: operands not all bfloat16 or all float16, or an old JAX.

@@ -12,7 +12,7 @@ def rotate_scale_reference(
     eigenvalues: Float[Array, "layers d_in d_out"],
     damping: Float[Array, "layers"],
 ) -> Float[Array, "layers d_in d_out"]:
-    """Q_A [ (Q_Aᵀ T Q_G) / (λ_ij + λ) ] Q_Gᵀ in the eigenvalues' dtype."""
+    """Return Q_A [ (Q_Aᵀ T Q_G) / (λ_ij + λ) ] Q_Gᵀ in the eigenvalues' dtype."""
     t, q, r = (x.astype(eigenvalues.dtype) for x in (matrix, basis_in, basis_out))
     damped = eigenvalues + damping[:, None, None]
     with jax.default_matmul_precision("highest"):
