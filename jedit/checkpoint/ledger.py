@@ -140,6 +140,8 @@ class Ledger:
         with temporary_folder(folder.parent) as new:
             (new / ENTRIES).mkdir()
             (new / LOCK).touch(mode=0o600)
+            # The mode is given as the file is made: with a chmod afterwards others could open it
+            # before.
             handle = os.open(new / SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(32))
@@ -147,6 +149,8 @@ class Ledger:
             _write_head(new, 0, seal)
             for path in (new / SECRET, new / ENTRIES, new):
                 sync(path)
+            # Built beside its place and renamed: no reader meets a ledger without a base or a
+            # secret.
             os.rename(new, folder)
         sync(folder.parent)
         return cls(folder)
@@ -182,11 +186,12 @@ class Ledger:
             edit: one edit of the base's parameters, not a stack.
             request: the rows it forgets: texts, arrays, numbers, or lists and dicts of them. A
                 keyed hash of each is kept.
-            method: what made it.
-            settings: its hyper-parameters: numbers, short texts, None, or lists and dicts of them,
-                kept as they are; nothing of the rows belongs here.
-            seed: the seed of its random numbers.
-            effect: what was measured of it, likewise kept as it is.
+            method: name of the method that made the edit.
+            settings: the method's hyper-parameters: numbers, short texts, None, or lists and dicts
+                of them, kept as they are; nothing of the rows belongs here.
+            seed: the seed of the method's random numbers.
+            effect: measurements of the edit's effect: numbers, short texts, None, or lists and
+                dicts of them, kept as they are.
 
         Returns:
             The record.
@@ -206,6 +211,8 @@ class Ledger:
         if isinstance(request, str | bytes):
             raise ValueError("request must be a sequence of rows, got one text")
         edit_json, arrays = edit_to_json(edit), jax.tree.leaves(edit)
+        # Read back before anything is written: a record that could not be read would break the
+        # chain.
         edit_from_json(edit_json, method)
         fields = {
             "action": "edit",
@@ -346,6 +353,8 @@ class Ledger:
                 f"{self.folder / ENTRIES}: entry {len(entries) + 1:06d} is missing, there were "
                 f"{count}"
             )
+        # Records behind the head's are in order: a writer killed between record and head leaves
+        # one.
         if seals[count] != head:
             raise DamagedError(f"{self.folder / HEAD}: names another record than entry {count:06d}")
         return with_activity(entries)
@@ -389,6 +398,8 @@ class Ledger:
         if entry.action != "edit":
             raise ValueError(f"{folder}: records no edit but a {entry.action}")
         content, seal = read_sealed(folder, ENTRY_KIND)
+        # The chain was checked before this folder was read; it could have been exchanged in
+        # between.
         if seal != entry.seal:
             raise DamagedError(f"{folder}: was changed while it was read")
         return read_tree(folder, content["edit"], edit_from_json)
@@ -404,10 +415,12 @@ class Ledger:
         value = parse(read_plain(path, 1000), path)
         check_fields(value, {"count", "seal", "code"}, str(path))
         count, seal, code = value["count"], value["seal"], value["code"]
+        # `type`, not isinstance: a JSON true would count as 1.
         right = type(count) is int and count >= 0 and is_digest(seal) and is_digest(code)
         if not right:
             raise DamagedError(f"{path}: names no record")
         key = read_secret(self.folder)
+        # In constant time: how long the comparison takes must not tell how much of a code is right.
         if key is not None and not hmac.compare_digest(code, _code(key, count, seal)):
             raise DamagedError(f"{path}: was not written with this ledger's secret")
         return count, seal
@@ -442,4 +455,5 @@ def _write_head(folder: Path, count: int, seal: str) -> None:
 
 def _code(key: bytes, count: int, seal: str) -> str:
     message = f"head {count} {seal}".encode()
+    # `person` keeps these codes apart from the rows' hashes, which have the same key.
     return hashlib.blake2b(message, key=key, digest_size=32, person=b"jedit head").hexdigest()

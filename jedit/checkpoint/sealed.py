@@ -45,7 +45,7 @@ def write_sealed(
     """Write a sealed folder, or nothing.
 
     Args:
-        folder: its place; nothing may be there yet.
+        folder: where it is to be; nothing may be there yet.
         kind: what `read_sealed` must be asked for.
         content: what the manifest is to say, plain JSON.
         write: a function that writes the other files into the folder it is given.
@@ -99,6 +99,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
     """
     manifest = read_manifest(folder, kind)
     listed: dict[str, list] = manifest["files"]
+    # Everything that lies there, not only what is listed: an extra file is refused too.
     found = walk(folder)
     found.pop(MANIFEST)
     for name in listed.keys() - found.keys():
@@ -106,6 +107,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
     for name in found.keys() - listed.keys():
         raise DamagedError(f"{folder / name}: is not among the files that {MANIFEST} lists")
     for name, (size, digest) in sorted(listed.items()):
+        # The size first: it costs nothing, and a huge file need not be hashed to be refused.
         if (actual := found[name].stat().st_size) != size:
             raise DamagedError(f"{found[name]}: has {actual} bytes, {size} were written")
         if sha256(found[name]) != digest:
@@ -126,6 +128,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise DamagedError(f"{path}: has format {shown(manifest['format'])}, known is {FORMAT!r}")
     seal = manifest.pop("seal")
+    # The bytes, not the values: spaces, orders or a second spelling of a number are changes as
+    # well.
     if raw != _text({**manifest, "seal": _seal(manifest)}):
         raise DamagedError(f"{path}: was changed, its seal is not that of its contents")
     if manifest["kind"] != kind:
@@ -210,6 +214,9 @@ def read_plain(path: Path, most: int) -> bytes:
         DamagedError: it is missing, or something else.
     """
     try:
+        # O_NOFOLLOW refuses a link in the same step that opens, and O_NONBLOCK keeps a pipe from
+        # waiting for a writer; what was opened is then looked at, not the name, which may change
+        # meanwhile.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
