@@ -13,7 +13,7 @@ def run(options: RunFile, command: str) -> int:
     """Forget what the options say; return the exit code.
 
     Raises:
-        UsageError: what the user can mend.
+        UsageError: a mistake that the user can mend.
     """
     from jedit.data import DataError, read_rows, select_rows
 

@@ -24,9 +24,9 @@ class Choice(NamedTuple):
     """A multiple-choice question.
 
     Attributes:
-        question: the question.
-        choices: what can be answered.
-        answer: index of the right one.
+        question: text of the question.
+        choices: texts of the options.
+        answer: index of the right option.
     """
 
     question: str
@@ -41,10 +41,11 @@ class Rewrite(NamedTuple):
         prompt: text that the object follows.
         subject: whom or what the fact is about, as it stands in the prompt.
         target_true: the object that the model knows; for zsRE one that it may not know.
-        target_new: the object that it is to say.
+        target_new: the object that the model is to say after the edit.
         paraphrase_prompts: other texts that the same object follows.
         neighborhood_prompts: texts about other subjects.
-        neighborhood_answers: what follows those, one for each, and is to stay.
+        neighborhood_answers: the answers that follow `neighborhood_prompts`, one for each, which
+            are to stay.
     """
 
     prompt: str

@@ -17,12 +17,12 @@ from jedit.core.checks import COUNT, check_numbers
 
 
 class Packing(NamedTuple):
-    """Rows in sequences, and the way back.
+    """Rows laid several to a sequence, and the way back to the rows.
 
     Attributes:
         batch: the sequences; its inputs are `PackedTokens`. Padding is 0 everywhere.
-        index: (n, width), by row and position: where its token is among all those of the batch,
-            sequence after sequence; -1 on padding.
+        index: places (n, width), by row and position, of the row's tokens among all those of the
+            batch, sequence after sequence; -1 on padding.
     """
 
     batch: Batch

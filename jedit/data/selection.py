@@ -67,7 +67,7 @@ def rows_with(data: Sequence[QaRow], field: str, values: Sequence[Scalar]) -> li
     Args:
         data: rows to choose from.
         field: "question", "answer", or a name in the rows' `fields`.
-        values: what it may be; each has to be that of a row.
+        values: values that the field may have; each has to be that of a row.
 
     Returns:
         The rows, in the order of the data.
@@ -93,8 +93,8 @@ def check_disjoint(forget: Sequence[QaRow], retain: Sequence[QaRow]) -> None:
     """Refuse forget rows that also stand in retain, whatever their spacing.
 
     Args:
-        forget: rows to forget.
-        retain: rows to retain.
+        forget: the rows to forget.
+        retain: the rows to retain.
 
     Raises:
         DataError: a row is in both; the message names both places of the first, and their number.

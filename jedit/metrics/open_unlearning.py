@@ -41,13 +41,13 @@ SMALL = 1e-10
 
 
 class TokenScores(NamedTuple):
-    """One number for each row that has a labelled token.
+    """Four scores for each row that has a labelled token, arrays of shape (n,).
 
     Attributes:
-        exact_memorization: NaN for a row of one token.
-        extraction_strength: never 0 but for a row of one token.
-        min_k: lower for members.
-        min_k_plus_plus: likewise.
+        exact_memorization: share of right tokens; NaN for a row of one token.
+        extraction_strength: extraction strength; never 0 but for a row of one token.
+        min_k: Min-K% score, lower for members.
+        min_k_plus_plus: Min-K%++ score, lower for members.
     """
 
     exact_memorization: Float[np.ndarray, " n"]
@@ -60,11 +60,11 @@ class TokenScores(NamedTuple):
 def token_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> TokenScores:
-    """Return all that is made of single tokens' predictions, from one forward pass.
+    """Return all scores that are made of single tokens' predictions, from one forward pass.
 
     Args:
-        apply: the model.
-        params: its parameters.
+        apply: `apply(params, inputs) -> logits`.
+        params: the model's parameters.
         batches: rows; one none of whose tokens counts, such as fills up the last batch, is left
             out.
         share: k of Min-K%; 0.4, open-unlearning's for TOFU.
@@ -106,7 +106,7 @@ def gradient_norms(
 
 
 def truth_ratio(loss: ArrayLike, wrong_loss: ArrayLike) -> Float[np.ndarray, " n"]:
-    """Return each question's ratio, of the losses (n,) of right and (n, k) of wrong answers."""
+    """Return each question's truth ratio, of losses (n,) of right and (n, k) of wrong answers."""
     wrong = np.exp(-np.asarray(wrong_loss, np.float64).mean(axis=1))
     return wrong / (np.exp(-np.asarray(loss, np.float64)) + SMALL)
 
@@ -151,7 +151,7 @@ def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, A
 
 
 def _without_last(batch: Batch) -> tuple[Batch, np.ndarray]:
-    """The batch without each row's last counted token, and how many each row counts with it.
+    """Return the batch without each row's last counted token, and how many each counts with it.
 
     Raises:
         ValueError: if the batch is packed, or has no targets.

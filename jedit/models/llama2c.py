@@ -156,7 +156,7 @@ def read_checkpoint(path: str | Path) -> tuple[_Header, dict[str, Float32[np.nda
 def _halves_from_pairs(
     weights: Float32[np.ndarray, "layers d_out d_in"], head_dim: int
 ) -> Float32[np.ndarray, "layers d_out d_in"]:
-    """Each head's rows 0, 2, 4, ... and then 1, 3, 5, ...: what rotated as pairs, as halves."""
+    """Reorder each head's rows as 0, 2, 4, ... and then 1, 3, 5, ...: pairs become halves."""
     layers, d_out, d_in = weights.shape
     pairs = weights.reshape(layers, d_out // head_dim, head_dim // 2, 2, d_in)
     return pairs.swapaxes(2, 3).reshape(layers, d_out, d_in)

@@ -14,7 +14,7 @@ def ignore(text: str) -> None:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """A `Say` that wants to know how far a stage is, too."""
+    """A function that is told each stage and, unlike a plain `Say`, also how far the stage is."""
 
     def __call__(self, text: str) -> None:
         """Hear of a new stage."""
@@ -38,9 +38,9 @@ class Within:
         self.whole, self.say = whole, say
 
     def __call__(self, text: str) -> None:
-        """Say a stage."""
+        """Say a stage, with the larger thing's name in front."""
         self.say(f"{self.whole}: {text}")
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far it is."""
+        """Tell how far the stage is."""
         tell(self.say, done, total)

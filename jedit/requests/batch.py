@@ -422,7 +422,7 @@ def _dense_block(
     damping: Array,
     rank: int | None,
 ) -> _Blocks:
-    """Exact damping, or the factored one of a lookup's matrix."""
+    """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held, values = curvature.blocks[block.name], eigenvalues(curvature, block.name)
     if isinstance(held, Kronecker) and inverses:
         step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)

@@ -39,7 +39,7 @@ def kuda(
     threshold: float = 0.02,
     relaxation: float = 1.0,
 ) -> TrainingMethod:
-    """KUDA around any optimizer; all parameters but the selected ones stay.
+    """Make KUDA around any optimizer; all parameters but the selected ones stay.
 
         objective = with_retain(RepresentationDeviation(Entering("blocks/5/mlp/in/kernel")))
         method = kuda(curvature, objective, optax.adam(1e-4), select=r"blocks/(3|4)/mlp/")
@@ -55,11 +55,11 @@ def kuda(
         relaxation: 0 is the hard projector; 1, w = c/a above the cut, is arbitrary.
 
     Returns:
-        What `jedit.unlearn` takes. A step costs one gradient, one forward pass of the frozen model
-        and 4 d_in² d_out flops a matrix.
+        A method for `jedit.unlearn`. A step costs one gradient, one forward pass of the frozen
+        model and 4 d_in² d_out flops a matrix.
 
     Raises:
-        ValueError: `select` matches no parameter of the curvature; and as `null_space`.
+        ValueError: `select` matches no parameter of the curvature, or what `null_space` refuses.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_function(objective, "objective", "(apply, params, forget, retain, reference)")
