@@ -93,7 +93,7 @@ class Checkpoint:
 
         Args:
             job: the name of the job.
-            given: all that it was called with and that must be the same to go on: arrays, texts and
+            given: all arguments of the job that must be the same to go on: arrays, texts and
                 numbers.
             state: the state before the first step.
 
@@ -102,7 +102,8 @@ class Checkpoint:
 
         Raises:
             ValueError: the folder is of another job, or damaged.
-            OSError: it is not writable, has too little room, or another process is at the job.
+            OSError: the folder is not writable, has too little room, or belongs to another process
+                now.
         """
         if self._stack is not None:
             raise ValueError(f"{self.folder}: is in use by another job of this process")
@@ -299,7 +300,7 @@ def _is_weak(x: Any, path: str) -> bool:
     """Return whether a leaf's dtype gives way to others', as a Python number's does.
 
     Raises:
-        ValueError: it does, and no Python number would come back as it.
+        ValueError: the dtype gives way, and no Python number would come back as such a leaf.
     """
     if not getattr(x, "weak_type", False):
         return False

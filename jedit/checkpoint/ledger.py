@@ -89,10 +89,10 @@ class Ledger:
         """Open a ledger; no code of it is run, and nothing is read outside of the folder.
 
         Args:
-            folder: what `Ledger.create` was given.
+            folder: the folder that `Ledger.create` was given.
 
         Raises:
-            DamagedError: it is no ledger, or its description of the base is damaged.
+            DamagedError: the folder is no ledger, or its description of the base is damaged.
         """
         self.folder = Path(folder)
         for name in (BASE, ENTRIES):
@@ -160,7 +160,7 @@ class Ledger:
         """Return all records, with the chain checked and every file of theirs but the arrays.
 
         Raises:
-            ValueError: which record is damaged, changed, missing or out of order.
+            ValueError: a record is damaged, changed, missing or out of order; the message names it.
         """
         return self._entries(is_complete=False)
 
@@ -184,8 +184,8 @@ class Ledger:
 
         Args:
             edit: one edit of the base's parameters, not a stack.
-            request: the rows it forgets: texts, arrays, numbers, or lists and dicts of them. A
-                keyed hash of each is kept.
+            request: the rows that the edit forgets: texts, arrays, numbers, or lists and dicts of
+                them. A keyed hash of each is kept.
             method: name of the method that made the edit.
             settings: the method's hyper-parameters: numbers, short texts, None, or lists and dicts
                 of them, kept as they are; nothing of the rows belongs here.
@@ -251,7 +251,7 @@ class Ledger:
         """Read the edit of a record, onto JAX's first device.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: the ledger has no such edit, or its record is damaged.
         """
         entries = self.entries
         if type(number) is not int or not 0 < number <= len(entries):
@@ -264,15 +264,16 @@ class Ledger:
         """Return the base with the active edits, each by `apply_edit`, in their order.
 
         Args:
-            base_params: what `create` was given.
+            base_params: the parameters that `create` was given.
             upto: the ledger as it was after this entry; 0: the base, None: as it is now.
-            rebase: take another base of the same shapes, a newer one, knowingly.
+            rebase: whether another base of the same shapes, a newer one, is taken knowingly.
 
         Returns:
             The parameters.
 
         Raises:
-            ValueError: it is not the base and `rebase` is not given, or a record is damaged.
+            ValueError: `base_params` are not the base and `rebase` is not given, or a record is
+                damaged.
         """
         if not rebase and (found := params_hash(base_params)) != self.base:
             raise ValueError(
@@ -299,7 +300,7 @@ class Ledger:
         """Check every byte of every record, the chain, and that each edit can be read.
 
         Args:
-            head: what `Ledger.head` was at some time: it must still be in the chain.
+            head: a seal that `Ledger.head` was at some time, which must still be in the chain.
 
         Returns:
             The records.
@@ -430,7 +431,7 @@ def read_secret(folder: Path) -> bytes | None:
     """Read a ledger's secret; it is None for whoever was given the ledger without it.
 
     Raises:
-        DamagedError: it is there, and is none.
+        DamagedError: the file is there, and holds no secret.
     """
     path = folder / SECRET
     if not path.exists() and not path.is_symlink():

@@ -72,7 +72,7 @@ def save_curvature(curvature: Curvature, folder: str | Path) -> None:
     """Write a curvature to a new folder, as `save_edit` does an edit.
 
     Raises:
-        ValueError: something is there, or an array has a dtype that is not kept.
+        ValueError: something is there already, or an array has a dtype that is not kept.
         OSError: the folder cannot be written to, or has too little room.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
@@ -150,5 +150,6 @@ def _in_order(tree: Any, empty: Any) -> Any:
     for name in ("blocks", "factors"):
         if hasattr(tree, name):
             values = getattr(tree, name)
+            # The dataclass is frozen, and made a moment ago: nobody else has seen it yet.
             object.__setattr__(tree, name, {key: values[key] for key in getattr(empty, name)})
     return tree

@@ -46,8 +46,8 @@ def write_sealed(
 
     Args:
         folder: where it is to be; nothing may be there yet.
-        kind: what `read_sealed` must be asked for.
-        content: what the manifest is to say, plain JSON.
+        kind: the word that `read_sealed` must be given to read the folder.
+        content: the manifest's content, plain JSON.
         write: a function that writes the other files into the folder it is given.
 
     Returns:
@@ -55,7 +55,7 @@ def write_sealed(
 
     Raises:
         ValueError: something is there already.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder}: is there already; remove it, or give another folder")
@@ -95,7 +95,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
         Its content, whose form is still to be checked, and its seal.
 
     Raises:
-        DamagedError: what is wrong, and with which file.
+        DamagedError: a file is missing, changed or not listed; the message names it.
     """
     manifest = read_manifest(folder, kind)
     listed: dict[str, list] = manifest["files"]
@@ -119,7 +119,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Check a sealed folder's manifest, and none of the other files.
 
     Raises:
-        DamagedError: what is wrong with it.
+        DamagedError: the manifest is missing or changed, or is of another kind or format.
     """
     path = folder / MANIFEST
     raw = read_plain(path, MAX_BYTES)
@@ -161,7 +161,7 @@ def check_fields(value: Any, names: Iterable[str], source: str) -> None:
     """Refuse anything but an object with just these fields.
 
     Raises:
-        DamagedError: which fields are unknown or missing.
+        DamagedError: the value is no object, or has unknown or missing fields.
     """
     if type(value) is not dict:
         raise DamagedError(f"{source}: must be an object, is {shown(value)}")
@@ -181,7 +181,7 @@ def parse(raw: bytes, source: Path) -> dict[str, Any]:
     """Read JSON strictly: no repeated names, no NaN, no deep nesting.
 
     Raises:
-        DamagedError: what it is instead.
+        DamagedError: the bytes are no JSON of this form.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def read_plain(path: Path, most: int) -> bytes:
     """Read a file that is no link and not too large.
 
     Raises:
-        DamagedError: it is missing, or something else.
+        DamagedError: the file is missing, a link, no plain file, or too large.
     """
     try:
         # O_NOFOLLOW refuses a link in the same step that opens, and O_NONBLOCK keeps a pipe from

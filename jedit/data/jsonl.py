@@ -29,7 +29,7 @@ class QaRow(NamedTuple):
         paraphrased_question: the question in other words, or None.
         paraphrased_answer: the right answer in other words, or None.
         perturbed_answer: wrong answers; empty when the file gives none.
-        fields: what else is known of the row, by name: its author, its topic, ...
+        fields: all else that is known of the row, by name: its author, its topic, ...
         file: the file that the row comes from.
         line: number of the row's line in the file, from 1; 0 for a row that no file holds.
     """

@@ -97,6 +97,7 @@ def preference_scores(
     """
     efficacy = _preference("rewrite", rewrite.new, rewrite.old)
     general = _preference("paraphrase", paraphrase.new, paraphrase.old)
+    # The wanted answer stands first: of the neighbourhood that is the old one.
     specific = _preference("neighbourhood", neighbourhood.old, neighbourhood.new)
     successes = np.array([efficacy[0], general[0], specific[0]])
     score = float(3 / np.sum(1 / successes)) if np.all(successes > 0) else 0.0
@@ -156,6 +157,7 @@ def _preference(name: str, wanted: ArrayLike, other: ArrayLike) -> tuple[float, 
         raise ValueError(
             f"{name} must have NaN in the same places of both losses, and a prompt in every record"
         )
+    # First over a record's prompts, then over records: a record weighs one, however many it has.
     success = np.mean((a < b).mean(axis=1, where=is_prompt))
     magnitude = np.mean((np.exp(-a) - np.exp(-b)).mean(axis=1, where=is_prompt))
     return float(success), float(magnitude)

@@ -106,6 +106,7 @@ def membership_attack(
         thresholds = np.unique(np.concatenate([inside, outside]))
     missed = np.searchsorted(inside, thresholds) / len(inside)
     caught = np.searchsorted(outside, thresholds) / len(outside)
+    # Shares, not numbers, of both sets: the larger one would else set the threshold.
     accuracy = (1 - missed + caught) / 2
     chosen = int(np.argmax(accuracy))
     efficacy = np.mean(sets[2] < thresholds[chosen])

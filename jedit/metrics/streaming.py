@@ -107,6 +107,7 @@ def rows_of_sums(sums: list[RowSums]) -> tuple[Float[np.ndarray, " n"], Int[np.n
         if len(numbers) < len(parts):
             raise ValueError("some of the batches are packed and others are not; take all as one")
         rows = np.concatenate(numbers)
+        # Rows are numbered from 1; number 0 is padding, which counts nothing and drops out below.
         totals, counts = (np.bincount(rows, weights=x) for x in (totals, counts))
         counts = counts.astype(int)
     return totals[counts > 0], counts[counts > 0]

@@ -8,7 +8,7 @@ def optional(name: str) -> Any:
     """Import a module of an optional package.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: the package is not installed; the message says how to get it.
     """
     try:
         return importlib.import_module(name)

@@ -116,6 +116,7 @@ def _cached_decode(
 
     def step(carry: tuple[Array, Any], xs: tuple[Array, Array]):
         (added, cache), (given, position) = carry, xs
+        # Rows of different lengths go in step: a short one generates while a long one still reads.
         read = jnp.where(position < prompt_lengths, given, added)
         logits, cache = stepper.step(params, read, position, cache)
         added = jnp.argmax(logits, axis=-1).astype(read.dtype)

@@ -212,7 +212,8 @@ def read_config(folder: str | Path) -> Any:
     """Read a folder's config.json through `transformers`, which knows every family's defaults.
 
     Raises:
-        ValueError: there is none, or of a family that `transformers` does not know.
+        ValueError: the folder has no config.json, or one of a family that `transformers` does not
+            know.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -268,7 +269,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights: those of the index, else all there are.
 
     Raises:
-        ValueError: there are none, or the index names one that is not there.
+        ValueError: the folder has no safetensors file, or the index names one that is not there.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -326,7 +327,8 @@ def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return names, shapes and dtypes of a folder's tensors, without reading them.
 
     Raises:
-        ValueError: there are none, one stands twice, or they are no ordinary floats.
+        ValueError: the folder has no tensors, has one twice, or has some that are no ordinary
+            floats.
     """
     found, places = {}, {}
     for file in _weight_files(folder):
@@ -380,8 +382,7 @@ def _check_complete(
 ) -> None:
     wanted = _expected(kind)
     try:
-        # By shapes alone, before any weight is read: tunix's loader would leave what is missing at
-        # its random start.
+        # By shapes alone, so that what is missing is told by name before gigabytes are read.
         found = jax.eval_shape(lambda t: _converted(kind, t), dict(tensors))
     except TypeError as error:
         raise ValueError(f"{folder}: a tensor has not the shape of config.json: {error}") from error

@@ -99,6 +99,7 @@ def with_lora(
     lora: dict[str, Any] = {}
     for path, weight in weights.items():
         bound, dtype = 1 / math.sqrt(weight.d_in), leaves[path].dtype
+        # By path: selecting more parameters leaves the others' adapters as they were.
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         a = jax.random.uniform(own_key, (weight.d_in, rank), dtype, -bound, bound)
         node = lora
@@ -124,6 +125,8 @@ def with_lora(
         for path, weight in weights.items():
             leaf, wide = leaves[path], wide_dtype(leaves[path].dtype)
             a, b = (_at(params["lora"], path)[name].astype(wide) for name in ("a", "b"))
+            # `scatter` undoes whatever axes the products read the weight by; B = 0 makes it exactly
+            # zero.
             change = weight.scatter((a @ b * jnp.asarray(scale, wide))[None])[path]
             leaves[path] = (leaf.astype(wide) + change).astype(leaf.dtype)
         return jax.tree.unflatten(jax.tree.structure(params["base"]), leaves.values())
@@ -187,6 +190,7 @@ def _reason(path: str, sites: list[Site], looped: set[int]) -> str | None:
             return f"stands in a product over a batch of matrices at {site.source}"
         if site.window_in is not None or site.window_out is not None:
             return f"is joined to others at {site.source}"
+    # One A B cannot be the change of a matrix and of its transpose read by other axes.
     if len({site.weight.kernel for site in sites}) > 1:
         return "is read by different axes in two products"
     return None

@@ -27,7 +27,7 @@ def mlp(
     Args:
         key: for the initial parameters (LeCun normal kernels, zero biases).
         sizes: the input width, the hidden widths, the number of outputs.
-        activation: what stands between two layers; the identity gives a deep linear network.
+        activation: the function between two layers; the identity gives a deep linear network.
         dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:

@@ -86,6 +86,8 @@ def train(
         epochs = state.step // steps
         tell(say, epochs, max(recipe.epochs))
         if epochs in recipe.epochs:
+            # A copy, since the loop's next step writes into this memory; waited for, since dispatch
+            # is asynchronous and the seconds would else be too few.
             kept = jax.block_until_ready(jax.tree.map(jnp.copy, state.params))
             found.append(Trained(kept, epochs, time.perf_counter() - start))
 

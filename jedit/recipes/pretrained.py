@@ -176,7 +176,7 @@ def check_folder(out: Path, *sources: Path) -> None:
 def judge(
     apply: Callable, original: PyTree, params: PyTree, sets: dict[str, list[Batch]]
 ) -> dict[str, float]:
-    """What is known of the forget and the held-out rows, and how far the held-out outputs moved."""
+    """Measure what is known of the forget and held-out rows, and how far held-out outputs moved."""
     loss = metrics.answer_nll_per_row(apply, params, sets["forget"])
     memorized = metrics.exact_memorization(apply, params, sets["forget"])
     extracted = metrics.extraction_strength(apply, params, sets["forget"])

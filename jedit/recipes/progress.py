@@ -32,7 +32,7 @@ def tell(say: Say, done: int, total: int) -> None:
 
 
 class Within:
-    """Says every stage as a part of something larger: "digits-class: fitting ..."."""
+    """A watcher that says every stage as a part of something larger: "digits-class: fitting"."""
 
     def __init__(self, whole: str, say: Say):
         self.whole, self.say = whole, say

@@ -29,7 +29,10 @@ class OwnWords(NamedTuple):
     tokenizer: Any
 
     def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
-        """Questions with answers; longer rows are cut off at the right. None: the longest row's."""
+        """Encode questions with answers; without a `max_len` as wide as the longest row.
+
+        Longer rows than `max_len` are cut off at the right.
+        """
         return encode_rows(self.tokenizer, pairs, max_len, truncate=max_len is not None)
 
     def prompts(self, pairs: Pairs) -> Prompts:
@@ -68,7 +71,7 @@ class ModelWords(NamedTuple):
         return encode_rendered(self.tokenizer, rendered, max_len, pad=pad, truncate=is_cut)
 
     def prompts(self, pairs: Pairs) -> Prompts:
-        """What stands before the answers, which decide no more than what merges into them."""
+        """Encode what stands before the answers, which decide only what merges into them."""
         return prompts_of(self.rows(pairs))
 
     def prompt_texts(self, prompts: Prompts) -> list[str]:
@@ -118,6 +121,7 @@ def load_words(folder: str | Path) -> ModelWords:
     else:
         start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
         render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
+    # Chat models end a turn with a token of the template, which need not be the tokenizer's eos.
     last = tokenizer.backend_tokenizer.encode(render("?", ".").end, add_special_tokens=False).ids
     ends = {tokenizer.eos_token_id, *(last if len(last) == 1 else ())} - {None}
     return ModelWords(tokenizer, render, frozenset(ends))

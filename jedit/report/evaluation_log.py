@@ -170,6 +170,8 @@ def _write(value: Mapping[str, Any], path: Path) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text + "\n")
         os.chmod(temporary, 0o644)
+        # Written beside and renamed: whoever reads meanwhile sees the old file or the new one,
+        # whole.
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -94,7 +94,7 @@ class Answer(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What a classifier takes an image for, and the probability that it gives this class."""
+    """The class that a classifier takes an image for, and the probability that it gives it."""
 
     label: str
     probability: float
@@ -268,6 +268,7 @@ def best_quality(
 
     def rank(pair: tuple[Curve, Point]) -> tuple[bool, float]:
         quality, utility = pair[1].forget_quality or 0.0, pair[1].model_utility or 0.0
+        # A p-value above the limit says no more the higher it is: from there on utility decides.
         is_passing = quality > PASSING_QUALITY
         return is_passing, utility if is_passing else quality
 
@@ -308,6 +309,7 @@ def to_json(run: Run) -> dict[str, Any]:
 
     A number that is not finite (a model that an ascent has destroyed) becomes null.
     """
+    # Row by row results are files of their own; in here they would be most of the file.
     bare = [comparison._replace(evaluations={}) for comparison in run.comparisons]
     out = plain(run._replace(comparisons=tuple(bare)))
     for part, comparison in zip(out["comparisons"], run.comparisons, strict=True):

@@ -186,7 +186,7 @@ def setting_text(comparison: Comparison, curve: Curve, point: Point) -> str:
 
 
 def best_sheet(comparison: Comparison, *, by_loss: bool = False) -> Sheet:
-    """The untouched and the retrained model, and the best point of each method by either rule."""
+    """Lay out the untouched and the retrained model, and each method's best points by the rules."""
     choose = comparison.nearest_in_loss if by_loss else comparison.best
     nothing = "no point within budget" if by_loss else comparison.nothing
     columns = shown_columns(comparison)

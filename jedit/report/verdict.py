@@ -67,7 +67,10 @@ class Attack(NamedTuple):
 
     @property
     def known(self) -> float:
-        """The edited model's share of what the untouched one knows and the retrained does not."""
+        """Return how much the edited model still has of what only the untouched one should know.
+
+        It is a share: 0 is the retrained model's probability, and 1 the untouched one's.
+        """
         return (self.edited - self.retrained) / (self.untouched - self.retrained)
 
     @property
@@ -172,7 +175,7 @@ def is_costly(comparison: Comparison, point: Point) -> bool:
 
 
 def is_told_apart(comparison: Comparison, point: Point) -> bool:
-    """Whether the forget rows still tell the model from the retrained one: they are surer of it.
+    """Say whether the model is still surer of the forget rows than the retrained one.
 
     Either the test of the truth ratios says so, or the accuracy is higher by more than chance.
     """

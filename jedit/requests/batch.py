@@ -125,7 +125,7 @@ def batch_unlearn(
             output: one for all, or (R,). None: α = 1, the natural step itself; `0.1 * edits` are
             those of α = 0.1.
         damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
-        likelihood: what the outputs mean.
+        likelihood: the likelihood of the outputs.
         solver: the form of the damping and of the edits, and how many are solved for at a time.
 
     Returns:

@@ -297,7 +297,8 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
         The site, including its bias.
 
     Raises:
-        ValueError: there is none, or more than one; or positions that are not one a row.
+        ValueError: the parameter has no dense site, or several; or `subject` is not one position a
+            row.
     """
     subject = associations.subject
     num_rows = len(jax.tree.leaves(associations.batch.inputs)[0])

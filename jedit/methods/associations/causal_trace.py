@@ -139,8 +139,8 @@ def causal_trace(
         apply: `apply(params, tokens) -> logits`.
         params: the model's parameters.
         batch: inputs with answers as targets; `mask` says which outputs are the answer.
-        corruption: what is made unreadable.
-        restoration: what is put back.
+        corruption: the tokens that are made unreadable, and by how much noise.
+        restoration: the layers whose outputs are put back, and where.
         key: key of the noise; an example's draw depends on its number in the batch alone.
         chunk: number of passes made at a time; 8 is arbitrary.
 

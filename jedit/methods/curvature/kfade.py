@@ -106,8 +106,9 @@ class Ascent:
         step_size: α of every step, in place of a budget.
         refit: `params -> Curvature`, of the retain outputs there, called before every step but the
             first; None: the factors are kept.
-        objective: what is lowered, with θ₀ for its reference; `GA()` is the negative forget loss.
-        likelihood: what the outputs mean; its KL is what a budget is in.
+        objective: objective that is lowered, with θ₀ for its reference; `GA()` is the negative
+            forget loss.
+        likelihood: likelihood of the outputs; its KL is what a budget is in.
     """
 
     steps: int = 4
@@ -143,13 +144,14 @@ def kfade(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters θ₀.
-        curvature: of the retain outputs at θ₀, from `estimate`; only what it covers is edited.
-        forget: what to forget, with targets; one batch, or several of one shape.
+        curvature: curvature of the retain outputs at θ₀, from `estimate`; only what it covers is
+            edited.
+        forget: rows to forget, with targets; one batch, or several of one shape.
         retain: rows on which the KL is measured; not those of the final evaluation.
         budget: true retain KL to be spent, nats per unmasked output, and kept to. Give this or the
             ascent's `step_size`.
         damping: in units of each block's mean eigenvalue (ours; 0.01 to 0.1 were best).
-        ascent: what is raised, and in which steps.
+        ascent: the objective, the number of its steps and their measure.
 
     Returns:
         The edit, of the covered parameters alone, in float32 or wider; `cast_report` says what of

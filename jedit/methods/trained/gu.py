@@ -41,7 +41,7 @@ def gu(
     """Make gradient-orthogonal unlearning (GU) of any objective.
 
     Args:
-        objective: what is lowered; `GA()`, for instance.
+        objective: the objective that is lowered; `GA()`, for instance.
         learning_rate: η.
         rank: number of retain gradients in the basis (paper: 8).
         scope: "leaf", a basis for every parameter (paper), or "global".

@@ -46,7 +46,7 @@ def kuda(
         params, history = jedit.unlearn(method, apply, params, forget, retain, steps=100, key=key)
 
     Args:
-        curvature: of the retain rows at the frozen params; only input moments are read.
+        curvature: curvature of the retain rows at the frozen params; only input moments are read.
         objective: `with_retain(RepresentationDeviation(hidden))`, hidden at or after the last of
             the layers; any other may stand in its place.
         optimizer: learning rate included; the projection comes behind it.

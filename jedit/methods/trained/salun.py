@@ -56,7 +56,7 @@ def salun(
         forget: the forget rows with their right labels; one batch or several.
         optimizer: the optimizer, whose updates the mask cuts.
         fraction: share of the parameters that may change (paper: 0.5).
-        objective: what the loop lowers.
+        objective: the objective that is lowered.
 
     Returns:
         A method for `jedit.unlearn`, whose forget rows are to be the relabelled ones. Costs one

@@ -52,7 +52,7 @@ class Model(NamedTuple):
     max_len: int
 
     def make(self, vocab: int, num_positions: int, *, key: Array) -> tuple[Callable, PyTree]:
-        """The function and the initial params, for so many tokens and positions as there are."""
+        """Make the function and the initial params for these numbers of tokens and positions."""
         return gpt(
             key=key,
             vocab=vocab,
@@ -222,7 +222,7 @@ class _Rows:
     def truth_ratio_fn(
         self, apply: Callable, rows: Sequence[QaRow]
     ) -> Callable[[PyTree], np.ndarray] | None:
-        """Params to the truth ratio of each row, or None where wrong answers are missing."""
+        """Return a function from params to truth ratios by row, or None without wrong answers."""
         if not self.has_ratio:
             return None
         right = list(batches(self.encode(self._paraphrases(rows)), 32))

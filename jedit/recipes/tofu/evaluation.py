@@ -64,7 +64,7 @@ class LanguageModel(NamedTuple):
         return list(batches(sequences, min(self.chunk, rows_of(sequences))))
 
     def num_cut(self, rows: Sequence[QaRow]) -> int:
-        """How many right, paraphrased and wrong answers do not fit in with their questions."""
+        """Count the right, paraphrased and wrong answers that do not fit behind their questions."""
         pairs = [
             (row.question, answer)
             for row in rows

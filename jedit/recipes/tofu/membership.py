@@ -82,7 +82,7 @@ def auc(known: Float[np.ndarray, " n"], unseen: Float[np.ndarray, " m"]) -> floa
 
 
 def spread(answers: Answers) -> tuple[Batch, Int[np.ndarray, " taken"]]:
-    """As many rows as are differentiated, at equal distances, and their numbers."""
+    """Return as many rows as are differentiated, at equal distances, and their numbers."""
     # Padding stands behind all rows.
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *answers.encoded)
     num_rows = len(answers.rows)

@@ -137,7 +137,7 @@ class Scene(NamedTuple):
         task: the comparison's task.
         asked: the question sets that judge a point.
         description: a sentence that says what the model is.
-        training: by model, the description of its training; empty if both were given.
+        training: by model's name, the trained model and its seconds; empty if both were given.
         with_general: whether rows of real authors and world facts were among the training rows.
     """
 
@@ -360,7 +360,7 @@ def evaluate(
         params: the parameters of the model that is evaluated.
         asked: the encoded sets of questions.
         unseen: rows like the forget ones that no model was trained on.
-        reference: what the retrained model makes of the forget and the unseen rows.
+        reference: the retrained model's losses and truth ratios on the forget and the unseen rows.
 
     Returns:
         jedit's metrics, and the log, row by row, of open-unlearning's and of jedit's.
@@ -397,7 +397,9 @@ def _rows(model: LanguageModel, rows: Sequence[QaRow]):
 
 
 def _put_like(leaf: np.ndarray, other: jax.Array) -> jax.Array:
-    """Put a tree onto another's device, bound to it only if the other is.
+    """Put an array onto another's device, bound to it only if the other is.
+
+    Where the two differ in that, all programs are compiled once more.
 
     Where the two differ in that, all programs are compiled once more.
     """
