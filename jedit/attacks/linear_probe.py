@@ -15,7 +15,7 @@ from jedit.core.checks import POSITIVE, check_numbers
 
 
 class ProbeScores(NamedTuple):
-    """How often a linear probe reads the class out of hidden states, and how often chance does.
+    """Accuracy of a linear probe of hidden states, beside that of chance.
 
     Attributes:
         accuracy: share of the test examples put into their class.
@@ -47,7 +47,7 @@ def linear_probe(
         strength: scikit-learn's C, the inverse of the penalty; 1.0 is its default.
 
     Returns:
-        The scores.
+        The probe's accuracy on the test states, and that of chance.
 
     Raises:
         ValueError: shapes that do not fit, states that are not finite, or one class alone.

@@ -30,7 +30,7 @@ from jedit.training.watch import History, LoopState, Watch
 
 
 class Relearned(NamedTuple):
-    """What training brought back, look by look.
+    """Measurements of a model while it is trained again on what it forgot.
 
     Attributes:
         steps: numbers of updates after which the model was measured, 0 first.

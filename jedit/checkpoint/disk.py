@@ -1,4 +1,4 @@
-"""What folders go through on a disk: written aside, brought to it, renamed, locked; with room left.
+"""Folders written aside, brought to the disk, renamed and locked, with room looked for before.
 
 A rename is the only step that a reader can see. All that the folder holds is brought to the disk
 before it, and the list of names that the rename changed after it: in any other order a power cut

@@ -1,4 +1,4 @@
-"""What a record of a ledger says, and how it is read from somebody else's file."""
+"""Records of a ledger, and how one is read from a file that somebody else may have written."""
 
 import contextlib
 import hashlib

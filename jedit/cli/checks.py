@@ -1,4 +1,4 @@
-"""What stands on a command line and no command can do anything with."""
+"""Checks of a command line before any work: what no command can do anything with is refused."""
 
 import dataclasses
 import errno

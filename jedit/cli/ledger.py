@@ -127,6 +127,8 @@ def _apply(ledger: Ledger, options: LedgerOptions) -> None:
         return
     import orbax.checkpoint as ocp
 
+    # orbax writes in the background: renamed only when it is done, so that `out` is whole or
+    # absent.
     with temporary_folder(out.absolute().parent) as new, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(new / "params", params)
         checkpointer.wait_until_finished()

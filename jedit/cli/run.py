@@ -1,4 +1,4 @@
-"""`jedit run`: the same on questions and answers of one's own, or in a model folder."""
+"""`jedit run`: forget questions and answers of one's own, in a small GPT or in a model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the commands share: a line for each stage, and the report at the end."""
+"""The watcher and the report that all commands share: a line for each stage, and the end."""
 
 import resource
 import time
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Stages:
-    """A watcher that says on stderr what is being done: a line for each stage.
+    """A watcher that says on stderr, in a line for each stage, what is being done.
 
     On a terminal a bar below it shows how far the stage is, once it has said so, and the time left.
     """

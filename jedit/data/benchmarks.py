@@ -21,7 +21,7 @@ MUSE_TEXTS = ("raw", "privleak", "scal", "sust", "train")
 
 
 class Choice(NamedTuple):
-    """A multiple-choice question.
+    """A question with several options, of which one is right.
 
     Attributes:
         question: text of the question.
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class Rewrite(NamedTuple):
-    """A fact, what it is to become, and how to ask whether it has.
+    """A fact of CounterFact or zsRE, what it is to become, and prompts that ask whether it has.
 
     Attributes:
         prompt: text that the object follows.

@@ -16,7 +16,7 @@ from jedit.core.checks import COUNT, POSITIVE_SHARE, check_numbers
 
 
 class Digits(NamedTuple):
-    """Images with their labels.
+    """Images of handwritten digits with their labels.
 
     Attributes:
         images: one-channel images, values from 0 to 1.

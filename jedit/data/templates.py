@@ -114,7 +114,7 @@ def encode_rendered(
         truncate: whether longer rows are cut off at the right, instead of being refused.
 
     Returns:
-        The rows, in order.
+        One batch of the rows, in their order.
 
     Raises:
         ValueError: there are no rows, one is longer than `max_len`, or one has no token to

@@ -27,7 +27,7 @@ LENGTH = Range(2, is_whole=True)  # an input and a target
 
 
 class Prompts(NamedTuple):
-    """Questions to be continued, right padded.
+    """Tokens of questions that a model is to continue, right padded.
 
     Attributes:
         tokens: the questions' tokens; what follows a question is 0.
@@ -93,7 +93,7 @@ def encode_rows(
             cut has no end token, and one whose question fills it has no answer: its mask is zero.
 
     Returns:
-        The rows, in order.
+        One batch of the rows, in their order.
 
     Raises:
         ValueError: there are no rows, or a row is longer than `max_len` (the message names it and

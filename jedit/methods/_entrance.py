@@ -1,4 +1,4 @@
-"""What methods refuse before they begin, and what stops them: rows that count nothing, and NaN."""
+"""Refusals that methods share: rows that count nothing before they begin, NaN on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -43,7 +43,7 @@ Rule = Literal["midpoint", "best"]
 
 
 class MembershipAttack(NamedTuple):
-    """How many forget rows a threshold calls non-members, and how good the threshold is.
+    """A threshold attack: how many forget rows it calls non-members, and how good it is.
 
     Attributes:
         efficacy: share of the forget rows called non-members.

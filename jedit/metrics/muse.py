@@ -50,7 +50,7 @@ def knowmem(
         stops: strings at which an answer ends.
 
     Returns:
-        The mean.
+        The mean over the answers.
 
     Raises:
         ValueError: if there are none, or not as many of one as of the other.

@@ -94,7 +94,7 @@ def to_pure_method(module: Any, name: str) -> Callable:
         name: name of the method.
 
     Returns:
-        The function.
+        The function `call(params, *args)`.
     """
     from flax import nnx
 

@@ -1,4 +1,4 @@
-"""With what, and on what, a run was made; it is written into every report."""
+"""The software and the machine that a run was made with, as every report states them."""
 
 import os
 import platform

@@ -25,7 +25,7 @@ WARM_UP = 20
 
 
 class Recipe(NamedTuple):
-    """How a model is trained: for how long, in which batches, at which rate.
+    """Settings of a training with Adam: its length, its batches and its learning rate.
 
     Attributes:
         epochs: numbers of passes over the rows; the model is kept after each of these.

@@ -31,7 +31,7 @@ EDITED, RESULTS = "edited", "results.json"
 
 
 class Settings(NamedTuple):
-    """How the edit of a model folder is made.
+    """Settings of the edit of a model folder.
 
     Attributes:
         budget: retain KL that the edit may cost, in nats per answer token.
@@ -115,6 +115,7 @@ def forget_in_checkpoint(
         damping=settings.damping,
         ascent=Ascent(settings.steps),
     )
+    # Waited for, since dispatch is asynchronous and the clock would stop before the work does.
     edited = jax.block_until_ready(apply_edit(params, edit))
     made = time.perf_counter()
     say("judging")

@@ -1,4 +1,4 @@
-"""How a long run tells what it does: each stage in a few words, and how far the stage is."""
+"""Watchers of a long run: they are told each stage in a few words, and how far the stage is."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable

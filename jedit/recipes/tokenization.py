@@ -1,4 +1,4 @@
-"""How rows become tokens and tokens answers: by a tokenizer of our own, or by a model's."""
+"""Rows as tokens and tokens as answers: by a tokenizer of our own, or by a model's."""
 
 from collections.abc import Sequence
 from pathlib import Path

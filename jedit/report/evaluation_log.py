@@ -31,7 +31,7 @@ AGGREGATE, ROWS = "agg_value", "value_by_index"
 
 
 class Evaluation(NamedTuple):
-    """What one metric gave, as a whole and row by row.
+    """The results of one metric, as a whole and row by row.
 
     Attributes:
         aggregate: the metric's one number; None, or not finite: there is none.

@@ -18,7 +18,7 @@ WIDE_DPI, NARROW_DPI = 130, 200  # small screens have fine pixels
 
 
 class Section(NamedTuple):
-    """What the page shows of one comparison.
+    """The content of the page about one comparison, ready for the template.
 
     Attributes:
         comparison: the comparison, with its numbers.

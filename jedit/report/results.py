@@ -14,7 +14,7 @@ SCHEMA = "jedit.results/1"
 
 
 class Point(NamedTuple):
-    """What was measured at one model; losses and divergences are nats per counted output.
+    """Measurements of one model; losses and divergences are nats per counted output.
 
     Attributes:
         strength: how far the method was turned up, in the unit of its curve.

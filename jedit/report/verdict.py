@@ -25,7 +25,7 @@ NORMAL_95 = 1.959964
 
 
 class Outcome(enum.Enum):
-    """What the verdict comes to, in the words of its headline."""
+    """The outcomes that a verdict may have, with the words of its headline."""
 
     FORGOT = "It forgot, and kept the rest."
     IN_PART = "It forgot in part, and kept the rest."
@@ -83,7 +83,7 @@ class Attack(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What happened to the model that a comparison chose, with the numbers behind it.
+    """The verdict on the model that a comparison chose, with the numbers behind it.
 
     Attributes:
         outcome: which of the outcomes it is.

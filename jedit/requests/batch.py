@@ -52,7 +52,7 @@ THIN_KINDS = ("dense", "conv")
 
 
 class BatchInfo(NamedTuple):
-    """What was done for each of R requests, as arrays of shape (R,).
+    """Measurements of a stack of R edits, one for each request, arrays of shape (R,).
 
     Attributes:
         loss: the request's loss before the edit, nats per counted output.
@@ -75,7 +75,7 @@ class BatchInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How a stack of edits is solved for.
+    """Settings by which a stack of edits is solved for: the damping's form, the rank, the chunks.
 
     Attributes:
         exact: True damps the products of eigenvalues, and not the factors, which False does; it

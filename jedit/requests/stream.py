@@ -48,7 +48,7 @@ RUNGS = (0.0, *(2 ** (-k / 3) for k in reversed(range(16))))
 
 
 class ContinualState(NamedTuple):
-    """What is known between two requests: the model, what is gone, and the statistics.
+    """The state between two requests: the model, the rows that are gone, and the statistics.
 
     Attributes:
         params: the model's parameters after the requests so far.
@@ -70,7 +70,7 @@ class ContinualState(NamedTuple):
 
 
 class RequestInfo(NamedTuple):
-    """What answering one request came to.
+    """Measurements of one request's answer: losses, price, tries, and what became of the curvature.
 
     Attributes:
         num_new: rows that had not been asked for before.
@@ -101,7 +101,7 @@ class RequestInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-    """How one request is answered.
+    """Settings of how one request is answered: in how many tries, how thin, with what step back.
 
     Attributes:
         tries: number of edits for one request, at most.
@@ -131,7 +131,7 @@ class Answering:
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """When the curvature follows the stream, and how.
+    """Settings of when and how the curvature follows the stream.
 
     Attributes:
         every: number of requests between two looks at the curvature.

@@ -65,7 +65,7 @@ class KeyState(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Where associations are written, and what has been written there before.
+    """The layers that associations are written into, with what has been written there before.
 
     Attributes:
         paths: paths of the edited matrices, by depth; one, or several.
@@ -80,7 +80,7 @@ class Layers(NamedTuple):
 
 
 class AssociationInfo(NamedTuple):
-    """What writing associations found and did.
+    """Measurements of one writing of associations, with the state for the next.
 
     Attributes:
         residual: ‖v* - v‖ of every fact before each layer and after the last, (layers + 1, n).

@@ -46,7 +46,7 @@ from jedit.tracing.discover import trace_program
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corruption:
-    """What a run is corrupted by: noise on the embeddings of a subject's tokens.
+    """The corruption of a run: noise on the embeddings of a subject's tokens.
 
     Attributes:
         embedding: name of the site that embeds the tokens, output (batch, seq, width).
@@ -72,7 +72,7 @@ class Corruption:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Restoration:
-    """What of a corrupted run is put back to its clean values.
+    """The part of a corrupted run that is put back to its clean values, window by window.
 
     Attributes:
         layers: names of sites, one a layer, first to last, whose outputs are put back, MLP outputs

@@ -53,7 +53,7 @@ from jedit.tracing import Site, intervene
 
 
 class TargetInfo(NamedTuple):
-    """What the search found for each fact, arrays of shape (n,).
+    """Results of the search for target values, one for each fact, arrays of shape (n,).
 
     Attributes:
         nll_before: mean NLL of the new answer over its outputs that count, without δ.
@@ -72,7 +72,7 @@ class TargetInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How a target value is searched for; the figures are those of MEMIT's code for GPT-J.
+    """Settings of the search for a target value; the figures are those of MEMIT's code for GPT-J.
 
     Attributes:
         steps: number of Adam's steps; 24, one less than `v_num_grad_steps` of MEMIT's code.

@@ -65,7 +65,7 @@ from jedit.objectives import GA, Objective
 
 
 class KfadeInfo(NamedTuple):
-    """What K-FADE did, step by step, as arrays of shape (steps,).
+    """Measurements of K-FADE's steps, arrays of shape (steps,).
 
     Attributes:
         step_size: α.
@@ -99,7 +99,7 @@ def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) ->
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """How the forget loss is climbed: what it is, in which steps, and by what they are measured.
+    """Settings of the ascent of the forget loss: the objective, its steps and their measure.
 
     Attributes:
         steps: number of steps. Paper: a few; 4 is what our table was made with.

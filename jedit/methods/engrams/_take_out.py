@@ -1,4 +1,4 @@
-"""What engrams in two metrics share: groups of parts, strengths, and the edit out of the pieces."""
+"""Parts that engrams in two metrics share: groups, strengths, and the edit out of the pieces."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ Parts = Curvature | Sequence[Curvature]
 
 
 class EngramInfo(NamedTuple):
-    """What taking out an engram found, by block.
+    """Measurements of an engram that was taken out, by block.
 
     Attributes:
         relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, without the bias's row, (layers,).
@@ -48,7 +48,7 @@ def take_out(
         scale: the factor α.
 
     Returns:
-        The edit, and norms.
+        The edit, and each block's relative norms and strengths.
 
     Raises:
         TypeError: an argument that holds no parameters or curvatures.

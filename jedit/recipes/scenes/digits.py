@@ -43,7 +43,7 @@ SHOWN = 6  # images of the forget and of the held-out rows
 
 
 class _Part(NamedTuple):
-    """What one part of the scene forgets: row numbers of the training set, and how to say it."""
+    """One part of the scene: the rows of the training set that it forgets, and a title."""
 
     name: str
     title: str

@@ -115,6 +115,7 @@ def question_answer(
     say(f"{name}: training a GPT on {len(sets.data)} rows")
     originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key, say=say)
     say(f"{name}: retraining without the {len(sets.forget)} rows to forget")
+    # From the same start and in the same order: what differs is then due to the rows alone.
     retraineds = train(apply, initial, rows.encode(sets.kept), recipe, key=order_key, say=say)
     found = []
     for original, retrained in zip(originals, retraineds, strict=True):
@@ -140,6 +141,7 @@ def question_answer(
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
         edited = models[judged.chosen] if judged.chosen else original.params
         say(f"{part}: asking a few questions")
+        # Where no edit was good enough the page shows the untouched model as the edited one.
         answers = rows.ask(apply, sets, original.params, edited, retrained.params)
         found.append(
             Comparison(
@@ -181,7 +183,7 @@ def question_answer(
 
 
 class _Rows:
-    """Encodes rows, all to one width, so that the model compiles for one shape."""
+    """An encoder of rows, all to one width, so that the model compiles for one shape."""
 
     def __init__(self, sets: Sets, model: Model):
         self.tokenizer = train_tokenizer(text_of(sets.data), model.vocab)

@@ -31,7 +31,7 @@ class Answers(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What the retrained model makes of the rows, by which others are judged.
+    """The retrained model's losses and truth ratios on the rows, with which others' are compared.
 
     Attributes:
         truth_ratio: truth ratios of the forget questions.

@@ -30,7 +30,7 @@ ANSWER_TOKENS = 64  # positions beyond the longest row, for answers that go on
 
 
 class Pretrained(NamedTuple):
-    """How the model of a folder is run.
+    """Settings by which the model of a folder is run.
 
     Attributes:
         max_len: number of tokens of a row, at most; longer rows are cut off.
@@ -42,7 +42,7 @@ class Pretrained(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A model as it is before anything is learned or forgotten.
+    """A model before anything is learned or forgotten, with the places that methods edit.
 
     Attributes:
         model: the language model's functions and words.
@@ -125,6 +125,8 @@ def from_folders(
     params, other = cast_params(narrow, wide), None
     if retrained is not None:
         other = cast_params(load_model(retrained, dtype=dtype)[1], wide)
+        # Both run by the functions of the first: with other shapes they would fail deep inside, or
+        # not.
         if (ours := _shapes(params)) != (theirs := _shapes(other)):
             differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             raise ValueError(

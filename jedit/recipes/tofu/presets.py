@@ -1,4 +1,4 @@
-"""How large a run of TOFU is, and what the methods are tried at."""
+"""Presets of TOFU: the size of a run, and the settings that the methods are tried at."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from jedit.recipes.tofu.models import Pretrained
 
 
 class Preset(NamedTuple):
-    """How large a run of TOFU is, and what its methods are tried at.
+    """The size of a run of TOFU, and the settings that its methods are tried at.
 
     Attributes:
         authors: number of authors that the model learns, the forgotten ones included.

@@ -130,7 +130,7 @@ def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> S
 
 
 class Scene(NamedTuple):
-    """Two trained models, and what they are asked.
+    """Two trained models, the original and the retrained, with the questions that they are asked.
 
     Attributes:
         model: the functions of both models.
@@ -267,6 +267,7 @@ def tofu(
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
         if name in kept and np.dtype(model.dtype).itemsize < 4:
             leaderboard[name]["rounded_away"] = _rounded_away(model, task.original, params)
+    # After all models: what compares needs the retrained model's row whole.
     baseline = leaderboard["retrained"]["mia_min_k"]
     for name, row in leaderboard.items():
         if baseline < 1:  # else the retrained model gives the forget rows away itself
