@@ -27,10 +27,31 @@ START, END = (
 )
 
 
+def markdown_table() -> str:
+    """Return the README's table of methods: a line a row, its variants in the same."""
+    from jedit.methods.catalogue import ROWS, Need
+
+    lines = ["| method | use it for | needs besides two sets | paper |", "|---|---|---|---|"]
+    linked = set()
+    for row in ROWS:
+        if row.variant_of is not None:
+            continue
+        shown = [row, *(other for other in ROWS if other.variant_of == row.name)]
+        papers = dict.fromkeys(number for one in shown for number in one.papers)
+        links = []
+        for number in papers:  # each is linked once
+            is_new = number not in linked
+            linked.add(number)
+            links.append(f"[{number}](https://arxiv.org/abs/{number})" if is_new else number)
+        whose = ["ours"] if row.is_ours else []
+        names = ", ".join(one.name for one in shown)
+        needs = ", ".join(need.value for need in Need if need in row.needs) or "–"
+        lines.append(f"| {names} | {row.when} | {needs} | {', '.join(links + whose) or '–'} |")
+    return "\n".join(lines) + "\n"
+
+
 def with_table(text):
     """The README's text with the table of methods as the catalogue has it."""
-    from jedit.methods.catalogue import markdown_table
-
     before, rest = text.split(START)
     return f"{before}{START}{markdown_table()}{END}{rest.split(END)[1]}"
 

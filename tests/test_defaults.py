@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOMS = ("methods", "objectives", "transforms")
+ROOMS = ("methods", "objectives", "requests", "transforms")
 
 
 class Default(NamedTuple):
@@ -43,6 +43,14 @@ DEFAULTS = [
     Default("requests.interactions", "damping", 0.0, "0.0, none", OURS),
     Default("requests.interactions", "exact", False, "False there too", OURS),
     Default("requests.balanced", "ridge", 1e-6, "1e-6 (arbitrary)", OURS),
+    Default("requests.Answering", "tries", 3, "most; 3 is arbitrary", OURS),
+    Default("requests.Answering", "damping", 0.1, "eigenvalue; 0.1 is arbitrary", OURS),
+    Default("requests.Answering", "relearn", 32, "none. 32 is arbitrary", OURS),
+    Default("requests.Answering", "request_size", 1, "1 is one row", OURS),
+    Default("requests.Refresh", "every", 10, "10 is arbitrary", OURS),
+    Default("requests.Refresh", "max_age", 0.5, "0.5 is arbitrary", OURS),
+    Default("requests.Refresh", "probe", 32, "on, 32 (arbitrary)", OURS),
+    Default("requests.Refresh", "chunk", 32, "estimation, 32 (arbitrary)", OURS),
     Default("methods.Restoration", "window", 10, "together (ROME: 10)", "ROME's code"),
     Default("methods.Corruption", "noise", 3.0, "ν (ROME: 3)", "ROME's code"),
     Default("methods.Corruption", "samples", 10, "noise (ROME: 10)", "ROME's code"),
@@ -120,7 +128,12 @@ def functions(room):
     """The public functions of a room, and the dataclasses that are or that they take, by name."""
     package = importlib.import_module(f"jedit.{room}")
     found = {name: getattr(package, name) for name in package.__all__}
-    return {n: f for n, f in found.items() if inspect.isfunction(f) or dataclasses.is_dataclass(f)}
+    return {
+        name: thing
+        for name, thing in found.items()
+        if inspect.isfunction(thing)
+        or (dataclasses.is_dataclass(thing) and thing.__module__ != "jedit.methods.row")
+    }
 
 
 def said_by(function):

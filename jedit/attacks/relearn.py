@@ -20,10 +20,10 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.arguments import check_batch, check_function
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 from jedit.training.loop import fit
 from jedit.training.rows import num_rows
 from jedit.training.watch import History, LoopState, Watch

@@ -23,7 +23,7 @@ FIELDS: dict[type, tuple[str, ...]] = {
     Edit: ("blocks",),
     LowRank: ("left", "right", "weight"),
     Curvature: ("blocks", "factors", "num_outputs"),
-    Kronecker: ("weight", "input", "output", "corrected"),
+    Kronecker: ("weight", "input", "output", "corrected", "is_merged"),
     Diagonal: ("weight", "values"),
     Factor: ("matrix", "basis", "eigenvalues"),
     Weight: (
@@ -117,7 +117,9 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
                 _check_sides(corrected, weight, at)
-            blocks[name] = _bare(Kronecker, weight, *names, corrected, None)
+            if type(merged := fields["is_merged"]) is not bool:
+                raise DamagedError(f"{at}: is_merged is {shown(merged)}, no truth value")
+            blocks[name] = _bare(Kronecker, weight, *names, corrected, None, merged)
         else:
             raise DamagedError(f"{at}: is a {shown(kind)}; known are 'diagonal' and 'kronecker'")
     return _bare(Curvature, blocks, factors, described(value["num_outputs"], source))

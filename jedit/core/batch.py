@@ -1,11 +1,14 @@
 """Types that every folder may use; of jedit this module imports how they are shown alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Int, PyTree
 
 from jedit.core.display import short_repr
+
+# A model: `apply(params, inputs) -> outputs`.
+Apply = Callable[[PyTree, Any], Array]
 
 
 class Batch(NamedTuple):

@@ -53,7 +53,9 @@ def assemble(
     output_name = f"output of {block.name}"
     moments.setdefault(input_name, Moment(a, block.name, block.hint))
     moments[output_name] = Moment(g, block.name, block.hint)
-    return Kronecker(block.weight, input_name, output_name, sharding=sharding)
+    return Kronecker(
+        block.weight, input_name, output_name, sharding=sharding, is_merged=len(pairs) > 1
+    )
 
 
 # Compiled once for blocks of equal shape, of which a model has many.

@@ -24,7 +24,7 @@ from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites, padding_hint
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.memory import Need, device_bytes, group_paths
+from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.curvature.mesh.placement import (
     best_split,
     leaf_shardings,
@@ -163,7 +163,7 @@ def squares_estimator(
     def groups(params, batch, group_bytes):
         state = shapes(params, batch)
         sizes = device_bytes(state, state.places(params)).squares
-        needs = [Need(b.weight.paths, {b.name: sizes[b.name]}) for b in state.blocks]
+        needs = [Footprint(b.weight.paths, {b.name: sizes[b.name]}) for b in state.blocks]
         return tuple(
             squares_estimator(apply, labels, exactly(paths), bases, finish)
             for paths in group_paths(needs, group_bytes)

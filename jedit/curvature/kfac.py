@@ -31,7 +31,7 @@ from jedit.curvature.eigenbases import Moment
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Likelihood
-from jedit.curvature.memory import Need, device_bytes, group_paths
+from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.curvature.mesh.eigenbases import factorize_all
 from jedit.curvature.mesh.placement import (
     best_split,
@@ -225,7 +225,7 @@ def kfac(
             else:
                 sums = {f"output of {m.site}": sizes.outputs[m.site] for m in block.members}
                 sums |= {f"input {m.group}": sizes.inputs[m.group].moment for m in block.members}
-            needs.append(Need(block.weight.paths, sums))
+            needs.append(Footprint(block.weight.paths, sums))
         rest = {"fisher": fisher, "samples": samples, "sharing": sharing, "max_dim": max_dim}
         return tuple(
             kfac(apply, likelihood, select=exactly(paths), **rest)

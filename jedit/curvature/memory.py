@@ -17,8 +17,8 @@ from jedit.core.devices import fetched
 from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
-class Need(NamedTuple):
-    """What one block needs.
+class Footprint(NamedTuple):
+    """What one block takes of a device.
 
     Attributes:
         paths: its parameters.
@@ -38,19 +38,19 @@ def device_bytes(shapes: PyTree, places: PyTree | None) -> PyTree:
     )
 
 
-def group_paths(needs: Iterable[Need], group_bytes: int) -> tuple[tuple[str, ...], ...]:
+def group_paths(needs: Iterable[Footprint], group_bytes: int) -> tuple[tuple[str, ...], ...]:
     """Parameters of each group, in order; what cannot be parted may be larger than the limit.
 
     Raises:
         ValueError: a limit below one.
     """
     check_numbers(COUNT, group_bytes=group_bytes)
-    units: list[Need] = []
+    units: list[Footprint] = []
     for need in needs:
         mine = [u for u in units if set(u.paths) & set(need.paths) or set(u.sums) & set(need.sums)]
         paths = dict.fromkeys(p for u in (*mine, need) for p in u.paths)
         sums = {k: size for u in (*mine, need) for k, size in u.sums.items()}
-        joined = Need(tuple(paths), sums)
+        joined = Footprint(tuple(paths), sums)
         where = units.index(mine[0]) if mine else len(units)
         units = [u for u in units if u not in mine]
         units.insert(where, joined)

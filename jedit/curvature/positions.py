@@ -1,7 +1,7 @@
 """How a site's positions correspond to the examples and outputs that a batch's masks speak of.
 
 `mask` and `valid` have the outputs' leading shape, (examples,) or (examples, positions, ...). Where
-these axes are in a site is read off the program by what depends on what (`capture.dependence`),
+these axes are in a site is read off the program by what depends on what (`tracing.dependence`),
 never off lengths: a batch may have as many examples as positions, a model may put time first, or
 merge both axes in either order. What further axes a site has (heads, the pixels of a convolution)
 belongs to the same output.

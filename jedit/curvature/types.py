@@ -66,7 +66,7 @@ class Factor:
     __repr__ = short_repr
 
 
-@pytree("weight", "input", "output", "sharding")
+@pytree("weight", "input", "output", "sharding", "is_merged")
 @dataclasses.dataclass(frozen=True)
 class Kronecker:
     """A ⊗ G of one parameter matrix.
@@ -77,6 +77,7 @@ class Kronecker:
         output: name of the factor G.
         corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j.
         sharding: how the parameter's matrix (layers, d_in, d_out) lies on a mesh; None: one device.
+        is_merged: whether A and G are those of several sites, put together with weights.
     """
 
     weight: Weight
@@ -84,6 +85,7 @@ class Kronecker:
     output: str
     corrected: Array | None = None
     sharding: NamedSharding | None = None
+    is_merged: bool = False
 
     __repr__ = short_repr
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from jedit.core.batch import Batch
-from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.core.batch import Apply, Batch
+from jedit.objectives.token_nll import labelled_logits
 
 
 def greedy_hits(

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import each_batch, mean_of_sums
-from jedit.objectives.token_nll import Apply
 
 
 @on_auto_axes

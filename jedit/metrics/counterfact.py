@@ -32,9 +32,8 @@ import numpy as np
 from jaxtyping import PyTree
 from numpy.typing import ArrayLike
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.metrics.exact_memorization import exact_memorization
-from jedit.objectives.token_nll import Apply
 
 
 class AnswerLosses(NamedTuple):

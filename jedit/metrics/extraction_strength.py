@@ -24,12 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example
 from jedit.metrics._greedy import greedy_hits
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
-from jedit.objectives.token_nll import Apply
 
 
 @on_auto_axes

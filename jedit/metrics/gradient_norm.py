@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example
 from jedit.core.precision import wide
 from jedit.metrics.streaming import RowSums, each_batch, rows_of_sums
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 
 ORDERS = (1.0, 2.0, float("inf"))
 

@@ -30,12 +30,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import POSITIVE_SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.objectives.token_nll import labelled_logits
 
 SHARE = 0.4
 MIN_VARIANCE = 1e-6  # open-unlearning's: where the model is certain, log p hardly varies

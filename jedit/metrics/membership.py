@@ -34,9 +34,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jedit.core.arguments import check_word
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.objectives.token_nll import labelled_logits
 
 Kind = Literal["confidence", "entropy", "modified_entropy"]
 Rule = Literal["midpoint", "best"]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.metrics.streaming import (
     RowSums,
@@ -25,7 +25,7 @@ from jedit.metrics.streaming import (
     rows_of_sums,
     sums_by_row,
 )
-from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.objectives.token_nll import counted_nll
 
 
 @on_auto_axes

@@ -29,13 +29,13 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example, counted_outputs
 from jedit.metrics.gradient_norm import gradient_norm_scores
 from jedit.metrics.likelihood_attacks import SHARE, standardized
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import Apply, labelled_logits
+from jedit.objectives.token_nll import labelled_logits
 
 SMALL = 1e-10
 

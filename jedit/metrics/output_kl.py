@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import counted_outputs
 from jedit.metrics.streaming import each_batch, mean_of_sums
-from jedit.objectives.token_nll import Apply, token_kl
+from jedit.objectives.token_nll import token_kl
 
 
 @on_auto_axes

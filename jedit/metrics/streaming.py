@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jedit.core.arguments import check_function, check_params, checked_batches, refuse_tracers
-from jedit.core.batch import Batch, PackedTokens
+from jedit.core.batch import Apply, Batch, PackedTokens
 from jedit.core.devices import on_auto
 from jedit.core.outputs import by_example, check_contents
-from jedit.objectives.token_nll import Apply
 
 
 def each_batch(

@@ -6,7 +6,7 @@ a Hugging Face folder; they need the extra `llm`, and import it when they are ca
 
 from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode
-from jedit.models.functional import Apply, cast_params, mixed_precision, to_pure
+from jedit.models.functional import cast_params, mixed_precision, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, load_stepper, save_model
 from jedit.models.llama2c import convert_llama2c
@@ -15,7 +15,6 @@ from jedit.models.mlp import mlp
 
 __all__ = [
     "Adapted",
-    "Apply",
     "Stepper",
     "cached_decode",
     "cast_params",

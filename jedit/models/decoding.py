@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from jedit.core.batch import Apply
 from jedit.core.checks import COUNT, check_numbers
-from jedit.models.functional import Apply
 
 
 def greedy_decode(

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
+from jedit.core.batch import Apply
 from jedit.core.precision import wide_dtype
-
-Apply = Callable[[PyTree, Any], Array]
 
 
 def to_pure(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
 
+from jedit.core.batch import Apply
 from jedit.core.checks import COUNT, check_numbers
 from jedit.models.decoding import Stepper
-from jedit.models.functional import Apply, to_pure, to_pure_method
+from jedit.models.functional import to_pure, to_pure_method
 
 
 def gpt(

@@ -24,13 +24,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from jedit.core.batch import PackedTokens
+from jedit.core.batch import Apply, PackedTokens
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
 from jedit.models._optional import optional
 from jedit.models._tunix import Architecture, architecture
 from jedit.models.decoding import Stepper
-from jedit.models.functional import Apply, to_pure, to_pure_method
+from jedit.models.functional import to_pure, to_pure_method
 
 INDEX = "model.safetensors.index.json"
 # Other forms of the same weights, which would be the unedited ones beside the edited.

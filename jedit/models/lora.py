@@ -22,11 +22,11 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Key, PyTree
 
+from jedit.core.batch import Apply
 from jedit.core.checks import COUNT, FINITE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.paths import exactly, matcher, parameter_paths
 from jedit.core.precision import wide_dtype
-from jedit.models.functional import Apply
 from jedit.tracing.discover import Program, trace_program
 from jedit.tracing.interpreter import Plan, Records, evaluate
 from jedit.tracing.pullback import argument_leaves

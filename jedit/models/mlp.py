@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
+from jedit.core.batch import Apply
 from jedit.core.checks import COUNT, check_numbers
-from jedit.models.functional import Apply, to_pure
+from jedit.models.functional import to_pure
 
 
 def mlp(

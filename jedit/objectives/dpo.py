@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.outputs import by_example
 from jedit.objectives.objective import Value, needed
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, sequence_nll
+from jedit.objectives.token_nll import counted_nll, masked_mean, sequence_nll
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import dataclasses
 
 from jaxtyping import PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.objectives.objective import Value
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ import jax
 from jaxtyping import PyTree
 
 from jedit.core.arguments import check_function
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.outputs import counted_outputs
 from jedit.objectives.objective import Objective, Value, kept_rows, needed
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean, token_kl
+from jedit.objectives.token_nll import counted_nll, masked_mean, token_kl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import Range, check_numbers
 from jedit.core.outputs import check_contents
 from jedit.objectives.objective import Value
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 
 
 def relabel(batch: Batch, num_classes: int, *, key: Key[Array, ""]) -> Batch:

@@ -25,13 +25,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_batch
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT_OR_ZERO, FINITE, check_numbers
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide_dtype
 from jedit.objectives.hidden_states import Hidden, direction_like
 from jedit.objectives.objective import Value, kept_rows, needed
-from jedit.objectives.token_nll import Apply, masked_mean
+from jedit.objectives.token_nll import masked_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import FINITE, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.outputs import by_example
 from jedit.objectives.objective import Value
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,19 +5,14 @@ batch counts.  An output counts when it stands in `mask` and in `valid`.  Losses
 float32 or wider.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jedit.core.arguments import check_batch, check_labels
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.outputs import by_example, counted_outputs, kl_terms
 from jedit.core.precision import wide
-
-Apply = Callable[[PyTree, Any], Array]
 
 
 def token_nll(

@@ -17,17 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.precision import wide
 from jedit.objectives.objective import Value, needed
-from jedit.objectives.token_nll import (
-    Apply,
-    labelled_logits,
-    masked_mean,
-    soft_cross_entropy,
-    token_nll,
-)
+from jedit.objectives.token_nll import labelled_logits, masked_mean, soft_cross_entropy, token_nll
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.objectives.objective import Value
-from jedit.objectives.token_nll import Apply, counted_nll, masked_mean
+from jedit.objectives.token_nll import counted_nll, masked_mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,8 +170,8 @@ def _draw_numbers(axes: "Axes", comparison: Comparison, field: str, room: float)
         at = (edge * math.exp(u * width), v * top)
         axes.plot([x, at[0]], [y, at[1]], "-", color="0.5", lw=0.7, zorder=3)
         axes.plot(x, y, ".", color="black", ms=3, zorder=3)
-        is_ours = method.name.startswith("K-FADE")
-        box = {"boxstyle": "circle,pad=0.2", "fc": "0.8" if is_ours else "white", "ec": "black"}
+        shade = "0.8" if method.keeps_budget else "white"
+        box = {"boxstyle": "circle,pad=0.2", "fc": shade, "ec": "black"}
         axes.annotate(str(i), at, ha="center", va="center", fontsize=7, bbox=box, zorder=6)
 
 

@@ -1,11 +1,12 @@
 """The second table of a benchmark: every model at its best point, by every further metric."""
 
-from typing import NamedTuple
-
-from rich.table import Table
+from typing import TYPE_CHECKING, NamedTuple
 
 from jedit.report.results import Comparison
 from jedit.report.table import Heading, Row, Sheet, number
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class Measure(NamedTuple):
@@ -100,8 +101,8 @@ def leaderboard_sheet(comparison: Comparison) -> Sheet:
     return Sheet(headings, tuple(rows))
 
 
-def leaderboard_table(comparison: Comparison) -> Table:
-    """Make the terminal's table of the metrics that have a short heading."""
+def leaderboard_table(comparison: Comparison) -> "Table":
+    """The table for the terminal, with the metrics that have a short heading."""
     sheet = leaderboard_sheet(comparison)
     short = {measure.heading for measure in MEASURES.values()}
     shown = [i for i, heading in enumerate(sheet.headings) if heading.text in short]

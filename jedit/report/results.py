@@ -72,7 +72,8 @@ class Method(NamedTuple):
         description: description in one sentence: what the method does.
         strength: meaning of the method's strength, with its unit.
         grid: the settings that were tried; every one has a curve.
-        fit_seconds: seconds that it takes once before any edit, without compiling.
+        fit_seconds: what it needs once before any edit, in seconds, without compiling.
+        keeps_budget: whether its strength is a retain KL that it keeps in truth; shaded in figures.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method(NamedTuple):
     strength: str
     grid: dict[str, tuple[float, ...]]
     fit_seconds: float = 0.0
+    keeps_budget: bool = False
 
 
 class Answer(NamedTuple):

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-from rich.table import Table
+from typing import TYPE_CHECKING, NamedTuple
 
 from jedit.report.results import Comparison, Curve, Method, Point
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 REFERENCES = ("untouched", "retrained")
 
@@ -48,8 +49,10 @@ class Sheet(NamedTuple):
         rows = (row._replace(cells=tuple(row.cells[i] for i in places)) for row in self.rows)
         return Sheet(tuple(self.headings[i] for i in places), tuple(rows))
 
-    def for_terminal(self, title: str) -> Table:
-        """Return the table in the form that rich prints."""
+    def for_terminal(self, title: str) -> "Table":
+        """The table that rich prints."""
+        from rich.table import Table
+
         table = Table(title=title, title_justify="left", header_style="bold")
         table.add_column("model", no_wrap=True)
         if self.has_settings:
@@ -221,8 +224,8 @@ def all_sheet(comparison: Comparison) -> Sheet:
     return Sheet((*(c.heading for c in columns), *SECONDS), tuple(rows))
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Make the terminal's table of the best points."""
+def comparison_table(comparison: Comparison) -> "Table":
+    """The best points as a table for the terminal."""
     return best_sheet(comparison).for_terminal(comparison.title)
 
 

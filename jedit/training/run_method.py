@@ -7,6 +7,7 @@ from jaxtyping import Array, Key, PyTree
 
 from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
+from jedit.core.checks import COUNT_OR_ZERO, check_numbers
 from jedit.core.display import described, short_repr
 from jedit.edits import Edit, edit_between
 from jedit.training.loop import unlearn
@@ -66,6 +67,7 @@ def run_method(
         TypeError: the method is neither.
         ValueError: a `TrainingMethod` without steps and key, or a closed form with one of them.
     """
+    check_numbers(COUNT_OR_ZERO, steps=steps)
     if isinstance(method, TrainingMethod):
         if steps is None or key is None:
             raise ValueError(f"a TrainingMethod needs steps= and key=, got {steps=}, {key=}")

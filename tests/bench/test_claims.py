@@ -61,12 +61,10 @@ def test_rosu_measures_both_perturbations_at_every_angle(toy, key):
 
 
 def test_gu_arrives_at_the_same_forgetting(toy, key):
-    steps, price = gu.arrival(
-        toy, gu.method(toy.apply, "GradDiff", 0.03, 0, "leaf"), 1.5, 200, key=key
-    )
+    steps, price = gu.arrival(toy, gu.method("GradDiff", 0.03, 0, "leaf"), 1.5, 200, key=key)
     assert 1 < steps < 200
     assert price > 0
-    made = gu.method(toy.apply, "GradDiff", 0.03, 2, "leaf")
+    made = gu.method("GradDiff", 0.03, 2, "leaf")
     assert gu.arrival(toy, made, 1.5, 200, key=key)[1] < price
     assert gu.arrival(toy, made, 1e6, 3, key=key) is None
     runs = {

@@ -46,7 +46,7 @@ def make_curvature():
         "outs": Factor(numbers(2, 2, 2), numbers(2, 2, 2, seed=1), numbers(2, 2)),
     }
     blocks = {
-        "b|w": Kronecker(STACKED, "ids", "outs"),
+        "b|w": Kronecker(STACKED, "ids", "outs", is_merged=True),
         "a/kernel": Kronecker(PLAIN, "in", "out", numbers(1, 3, 2)),
         "c#1": Diagonal(SLICED, numbers(1, 5, 2)),
     }

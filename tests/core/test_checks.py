@@ -69,7 +69,7 @@ STRICTER = {
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
 # Records of what was found, and a helper whose numbers were computed.
-NOT_GIVEN_BY_USERS = {"Entry", "Site", "Weight", "largest_step_within"}
+NOT_GIVEN_BY_USERS = {"Entry", "Material", "Site", "Weight", "largest_step_within"}
 
 
 def _block():

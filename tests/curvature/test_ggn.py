@@ -62,8 +62,8 @@ def test_product_equals_the_dense_matrix(likelihood, key, tolerance):
     params, batch, vector = make_problem(key)
     dense = dense_ggn(likelihood, params, batch)
     flat = ravel_pytree(vector)[0]
-    product = jax.jit(ggn_vector_product, static_argnums=(0,))(
-        apply, likelihood, params, batch, vector
+    product = jax.jit(ggn_vector_product, static_argnums=0)(
+        apply, params, batch, vector, likelihood=likelihood
     )
     assert jax.tree.structure(product) == jax.tree.structure(params)
     tolerance.check(ravel_pytree(product)[0], dense @ flat)
@@ -78,8 +78,8 @@ def test_padding_changes_nothing(likelihood, key):
     garbage = batch._replace(inputs=jnp.where(counted[..., None], batch.inputs, 1e3))
     for function in (ggn_vector_product, quadratic_kl):
         call = jax.jit(function, static_argnums=0)
-        clean = call(apply, likelihood, params, batch, vector)
-        dirty = call(apply, likelihood, params, garbage, vector)
+        clean = call(apply, params, batch, vector, likelihood=likelihood)
+        dirty = call(apply, params, garbage, vector, likelihood=likelihood)
         jax.tree.map(np.testing.assert_array_equal, clean, dirty)
 
 

@@ -17,6 +17,7 @@ from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.curvature.positions import align
 from jedit.curvature.types import Diagonal
+from jedit.tracing.discover import trace_program
 from tests.curvature.programs import plus
 from tests.curvature.references import rows_as_trees, score_rows
 

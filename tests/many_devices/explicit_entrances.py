@@ -45,6 +45,15 @@ def found(params, rows, facts):
     values, info = jedit.methods.target_values(
         apply, params, associations, layer="down", search=search
     )
+    subject = jax.tree.map(lambda x: x == x[:, :1], facts.inputs)  # lies where the rows do
+    traced_back = jedit.methods.causal_trace(
+        apply,
+        params,
+        facts,
+        corruption=jedit.methods.Corruption("embed", subject, samples=2),
+        restoration=jedit.methods.Restoration(["up", "down"], window=1),
+        key=key,
+    )
     salun = jedit.methods.salun(apply, optax.sgd(0.1), params, rows)
     ones = jax.tree.map(jnp.ones_like, params)
     state = salun.optimizer.init(params)
@@ -70,6 +79,7 @@ def found(params, rows, facts):
         "capture, traced": traced(params, rows.inputs),
         "intervene": tuple(changed),
         "target_values": (values, tuple(info)),
+        "causal_trace": tuple(traced_back),
         "salun": salient,
         "RetainKl": (price(move, 0.1), price.predicted(move)),
         "continual": (after.params, forgotten.loss_after, again.loss_after),

@@ -69,15 +69,6 @@ def _unlearn(params, forget, retain, curvature):
     return unlearn(method, network, params, forget, retain, steps=2, key=jax.random.key(0))
 
 
-def _continual(params, forget, retain, curvature):
-    del retain, curvature
-    estimator = kfac(network, Categorical())
-    stream = jedit.continual(
-        network, estimator, forget, enough=3.0, predicted_kl=0.1, key=jax.random.key(0)
-    )
-    return stream.forget(stream.init(params), [0, 1])
-
-
 def _salun(params, forget, retain, curvature):
     del retain, curvature
     return salun(network, params, forget, SGD)

@@ -182,7 +182,7 @@ def test_a_function_refits_the_curvature_before_each_step_but_the_first(classifi
     # The second step is the natural one in the metric fitted where the first has led.
     first, _ = kfade(*given, ascent=Ascent(1, step_size=1e-2))
     there = apply_edit(params, first)
-    gradient = jax.grad(lambda p: ga(p, forget, apply=network)[0])(there)
+    gradient = jax.grad(lambda p: GA()(network, p, forget)[0])(there)
     move = solve(refit(there), gradient, damping=1e-2)
     found, _ = kfade(*given, ascent=Ascent(2, step_size=1e-2, refit=refit))
     for path, block in found.blocks.items():

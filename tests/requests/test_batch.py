@@ -294,7 +294,7 @@ def test_a_thin_edit_is_an_edit(scene, tolerance):
 def test_what_it_refuses(scene):
     apply, params, curvature, requests, _ = scene
     with pytest.raises(ValueError, match="predicted_kl must be positive, got 0"):
-        batch_unlearn(apply, params, curvature, requests, predicted_kl=0)
+        batch_unlearn(apply, params, curvature, requests, predicted_kl=0.0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         Solver(rank=0)
     with pytest.raises(ValueError, match="need targets"):

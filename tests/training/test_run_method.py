@@ -12,7 +12,7 @@ import jedit
 from jedit import Edit, run_method
 from jedit.core.batch import Batch
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import gu, kfade, rosu, sam
+from jedit.methods import Ascent, gu, kfade, rosu, sam
 from jedit.objectives import GA, NPO, RetainKL, SimNPO, with_retain
 from jedit.training import TrainingInfo, TrainingMethod, Watch, unlearn
 
@@ -77,9 +77,12 @@ def test_methods_are_exchanged_by_one_value(scene, curvature):
 
 def test_a_closed_form_is_called_with_its_own_arguments_alone(scene, curvature):
     params, forget, retain = scene
-    method = functools.partial(kfade, curvature=curvature, budget=0.05, steps=2)
+    ascent = Ascent(2)
+    method = functools.partial(kfade, curvature=curvature, budget=0.05, ascent=ascent)
     edit, info = run_method(method, apply, params, forget, retain)
-    expected, expected_info = kfade(apply, params, curvature, forget, retain, budget=0.05, steps=2)
+    expected, expected_info = kfade(
+        apply, params, curvature, forget, retain, budget=0.05, ascent=ascent
+    )
     jax.tree.map(np.testing.assert_array_equal, edit, expected)
     np.testing.assert_array_equal(info.true_kl, expected_info.true_kl)
 

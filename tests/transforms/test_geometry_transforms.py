@@ -287,7 +287,7 @@ def test_mistakes_get_a_sentence(scene):
         lambda: orthogonalize_to_retain(refresh=0),
         lambda: orthogonalize_to_retain(metric="fisher"),
     ):
-        with pytest.raises(ValueError, match="refresh must be at least 1|metric must be a curva"):
+        with pytest.raises(ValueError, match="refresh must be at least 1|metric must be one of"):
             make()
     transform = orthogonalize_to_retain()
     state = transform.init(params)

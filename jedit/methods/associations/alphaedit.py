@@ -3,7 +3,7 @@
     Δ = U₀ (K̃ᵀK̃ + K̃ₚᵀK̃ₚ + ℓ)⁻¹ K̃ᵀR,   K̃ = K U₀,  K̃ₚ = Kₚ U₀
 
     U₀      eigenvectors of the kept inputs' moment with eigenvalue below a threshold  `projector`
-    K, R    keys of the new facts, residuals of their values               `_associations`
+    K, R    keys of the new facts, residuals of their values               `_write`
     Kₚ      keys of all earlier batches                                    `layers`
     ℓ       ridge, 10                                                      `ridge`
 

@@ -33,17 +33,19 @@ from jedit.core.arguments import (
     check_params,
     nearest,
 )
-from jedit.core.batch import Batch
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.precision import wide
 from jedit.curvature.positions import align
-from jedit.objectives.token_nll import Apply, counted_nll
+from jedit.curvature.types import pytree
+from jedit.objectives.token_nll import counted_nll
 from jedit.tracing import intervene
 from jedit.tracing.discover import trace_program
 
 
+@pytree("embedding", "noise", "samples")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corruption:
     """The corruption of a run: noise on the embeddings of a subject's tokens.
@@ -70,6 +72,7 @@ class Corruption:
         check_numbers(NOT_NEGATIVE, noise=self.noise)
 
 
+@pytree("layers", "window")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Restoration:
     """The part of a corrupted run that is put back to its clean values, window by window.

@@ -5,7 +5,7 @@
     C   mean of k kᵀ over all that is to be kept, A of the curvature; damped
     λ   how many kept keys C counts for, 15000                            `preservation`
     ε   added to C, in units of its mean eigenvalue                       `damping`
-    K, R keys of the new facts, residuals of their values                 `_associations`
+    K, R keys of the new facts, residuals of their values                 `_write`
 
 Solved as S (SᵀKᵀKS + 1)⁻¹ SᵀKᵀR with S = Q (λc)^-½, C = Q diag(c) Qᵀ.
 

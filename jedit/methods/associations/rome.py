@@ -5,7 +5,7 @@
 
     C   mean of k kᵀ over all that is to be kept, A of the curvature; damped
     ε   added to C, in units of its mean eigenvalue                       `damping`
-    k, v* key and target value of the fact                                `_associations`
+    k, v* key and target value of the fact                                `_write`
 
 Several facts are written one after another, the next into what the last has left: so only the last
 is exact, and none knows of the others (MEMIT does).

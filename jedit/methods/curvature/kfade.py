@@ -55,7 +55,7 @@ from jedit.core.precision import exponents, shifted, wide, wide_dtype
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
-from jedit.curvature.memory import Need, group_paths
+from jedit.curvature.memory import Footprint, group_paths
 from jedit.edits import Edit
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved, part_of, with_part
@@ -286,7 +286,7 @@ def _block_by_block(curvature, gradient, damping):
     Blocks go in under numbers instead of their names, so that equal ones share a program.
     """
     move = {}
-    needs = (Need(block.weight.paths, {n: 1}) for n, block in curvature.blocks.items())
+    needs = (Footprint(block.weight.paths, {n: 1}) for n, block in curvature.blocks.items())
     for paths in group_paths(needs, 1):
         number = {path: str(i) for i, path in enumerate(paths)}
         part = {number[path]: gradient.pop(path) for path in paths}

@@ -65,7 +65,7 @@ def take_out(
         leaves = check_covers(curvature, params)
     refuse_tracers("an engram", (params, targets, rests), "take it outside")
     blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
-    if merged := [name for name, block in blocks.items() if block.input == f"input of {name}"]:
+    if merged := [name for name, block in blocks.items() if block.is_merged]:
         raise ValueError(
             f"{merged} are used at several sites, whose input moments a curvature merges with "
             "weights of their own; leave them out by `select`"

@@ -122,8 +122,13 @@ def compare(
             models[curve.method] = hold(params_of_points[curve.points.index(best[1])])
 
     rows = [CATALOGUE[name] for name in grid.methods]
+    _check_grid(grid, rows)
     fitted = _fit(task, grid, rows, key=curvature_key, say=say)
     material = material_of(task, grid, fitted, rows, key=curvature_key)
+    for row in rows:
+        # What is fitted by temperature is put in for each.
+        if lacking := [n.value for n in row.missing(material) if n is not Need.CORRECTED]:
+            raise ValueError(f"{row.name} needs {', '.join(lacking)}, which this task has not")
     for row in rows:
         if isinstance(row, ByBudget):
             curves, method = _by_budget(row, task, grid, judge, material, fitted)
@@ -150,6 +155,19 @@ def compare(
         chosen=None if overall is None else overall[0].method,
     )
     return judged, models
+
+
+def _check_grid(grid: Grid, rows: Sequence[Row]) -> None:
+    """Refuse a grid that has no rates or scales for one of its methods.
+
+    Raises:
+        ValueError: the method, and what it has none of.
+    """
+    for row in rows:
+        if isinstance(row, BySteps) and row.pace not in grid.rates:
+            raise ValueError(f"{row.name}: the grid has no rates for {row.pace}")
+        if isinstance(row, ByScale) and row.reach not in grid.scales:
+            raise ValueError(f"{row.name}: the grid has no scales for {row.reach}")
 
 
 def material_of(
@@ -206,7 +224,7 @@ def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -
     needed = frozenset().union(*(row.needs for row in rows))
     plain: dict[float, Curvature] = {}
     corrected: dict[float, Curvature] = {}
-    if not needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED}:
+    if not needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED, *MOMENTS}:
         return Fitted(plain, corrected, 0.0, 0.0)
     kinds = "K-FAC and EK-FAC" if Need.CORRECTED in needed else "K-FAC"
     seconds = np.zeros(2)
@@ -276,8 +294,7 @@ def _by_budget(
                 return run_method(bound, task.apply, task.original, forget, retain)
 
             # Compiles, so that the seconds below are the edit's own.
-            run_once = functools.partial(row.of(given, damping=damping, steps=1))
-            run(grid.budgets[0], run_once)
+            run(grid.budgets[0], row.of(given, damping=damping, steps=1))
             points, models = [], []
             for budget in grid.budgets:
                 start = time.perf_counter()
@@ -290,7 +307,7 @@ def _by_budget(
             yield Curve(row.name, setting, tuple(points)), models
 
     strength = "budget (true retain KL on the line search's rows, nats per output)"
-    return curves(), Method(row.name, row.description, strength, tried)
+    return curves(), Method(row.name, row.description, strength, tried, keeps_budget=True)
 
 
 def _by_scale(

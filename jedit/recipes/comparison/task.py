@@ -14,6 +14,11 @@ from jedit.methods.row import Pace, Reach
 MAIN = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO")
 
 
+# What `--methods all` leaves out: baselines that do not look at the forget rows, ROME, which writes
+# one fact after another, and SalUn, random labels behind a mask.
+ASIDE = frozenset({"fine-tune", "l1-sparse", "ROME", "SalUn"})
+
+
 class Grid(NamedTuple):
     """What every method is tried at; it is written into the report.
 

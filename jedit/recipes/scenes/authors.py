@@ -3,7 +3,7 @@
 from jedit.data import generate_authors
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
-from jedit.recipes.comparison.task import MAIN, Grid
+from jedit.recipes.comparison.task import ASIDE, MAIN, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import Model, question_answer
@@ -27,7 +27,7 @@ GRID = Grid(
     kl_budget=0.1,
 )
 # For `jedit demo --methods all`.
-ALL = GRID._replace(methods=tuple(CATALOGUE))
+ALL = GRID._replace(methods=tuple(name for name in CATALOGUE if name not in ASIDE))
 
 
 def authors(

@@ -13,7 +13,7 @@ from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
 from jedit.recipes.comparison.compare import compare
-from jedit.recipes.comparison.task import MAIN, Grid, Task
+from jedit.recipes.comparison.task import ASIDE, MAIN, Grid, Task
 from jedit.recipes.fitting import Recipe, Trained, spread, train
 from jedit.recipes.progress import Say, Within
 from jedit.report import Comparison, Guess, Picture
@@ -36,7 +36,11 @@ GRID = Grid(
 )
 # For `jedit demo --methods all`: all but those that need what a classifier has not.
 ALL = GRID._replace(
-    methods=tuple(r.name for r in CATALOGUE.values() if Need.REFUSALS not in r.needs)
+    methods=tuple(
+        row.name
+        for row in CATALOGUE.values()
+        if row.name not in ASIDE and Need.REFUSALS not in row.needs
+    )
 )
 SHARE_SEEN = 0.7
 SHOWN = 6  # images of the forget and of the held-out rows

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
-from jedit.recipes.comparison.task import Grid
+from jedit.recipes.comparison.task import ASIDE, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import RELEARNING_RATE
@@ -45,9 +45,8 @@ RATES = {
     Pace.ADAM_METRIC: (3e-5, 1e-4),
     Pace.PREDICTED_KL: (1.5e-4, 3e-4),
 }
-# Not ROME, whose facts are one at a time, nor what has classifiers in mind; and NPO by natural
-# steps at the beta alone that goes far enough.
-LEFT_OUT = {"ROME", "SalUn", "l1-sparse", "fine-tune", "NPO (natural)"}
+# NPO by natural steps at the beta alone that goes far enough.
+LEFT_OUT = ASIDE | {"NPO (natural)"}
 GRID = Grid(
     methods=tuple(name for name in CATALOGUE if name not in LEFT_OUT),
     budgets=(0.05, 0.1, 0.2, 0.4),

@@ -21,6 +21,7 @@ from jedit.report.results import PASSING_QUALITY
 from tests.bench.claims.evidence import interval, parser, shown, write
 
 METHODS = (
+    "K-FADE (K-FAC)",
     "NPO (natural, beta 0.04)",
     "NPO",
     "NPO (beta 0.04)",

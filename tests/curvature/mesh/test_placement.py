@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jedit
 from jedit.curvature.likelihoods import Categorical
-from jedit.curvature.memory import Need, group_paths
+from jedit.curvature.memory import Footprint, group_paths
 from jedit.curvature.mesh.placement import along, best_split, even, factor_place, matrix_sharding
 from jedit.tracing import Weight
 from tests.curvature.programs import BY_NAME, exact_kfac
@@ -82,12 +82,12 @@ def test_only_even_axes_are_split():
 
 def test_groups_keep_what_shares_a_sum():
     needs = [
-        Need(("q", "q bias"), {"in x": 4, "out q": 4}),
-        Need(("up",), {"in y": 4, "out up": 16}),
-        Need(("k",), {"in x": 4, "out k": 4}),
-        Need(("down",), {"in z": 16, "out down": 4}),
-        Need(("norm",), {"norm": 1}),
-        Need(("up",), {"in w": 1}),
+        Footprint(("q", "q bias"), {"in x": 4, "out q": 4}),
+        Footprint(("up",), {"in y": 4, "out up": 16}),
+        Footprint(("k",), {"in x": 4, "out k": 4}),
+        Footprint(("down",), {"in z": 16, "out down": 4}),
+        Footprint(("norm",), {"norm": 1}),
+        Footprint(("up",), {"in w": 1}),
     ]
     assert group_paths(needs, 1000) == (("q", "q bias", "k", "up", "down", "norm"),)
     assert group_paths(needs, 33) == (("q", "q bias", "k", "up"), ("down", "norm"))

@@ -83,7 +83,12 @@ def test_every_method_has_a_curve_for_every_setting(judged_and_models):
     judged, _ = judged_and_models
     assert [m.name for m in judged.methods] == METHODS
     kfades = [METHODS[0], METHODS[0], METHODS[1], METHODS[1]]  # at two numbers of steps
-    assert [c.method for c in judged.curves] == [*kfades, *METHODS[2:], "NPO"]
+    assert [c.method for c in judged.curves] == [
+        *kfades,
+        METHODS[2],
+        *2 * METHODS[3:4],
+        *2 * METHODS[4:],
+    ]
     assert [p.strength for p in judged.curves[0].points] == [0.003, 0.03]
     assert [p.strength for p in judged.curves[-1].points] == [2, 5]
     assert [c.setting for c in judged.curves[-2:]] == [
@@ -210,7 +215,7 @@ def test_the_same_key_gives_the_same_numbers_and_another_one_others(task, judged
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
-def test_engrams_of_texts_are_of_the_answers_tokens(task, monkeypatch):
+def test_engrams_of_texts_are_of_the_answers_tokens(task):
     """A task's mask is enough: what goes to the engrams is measured where the loss is."""
     rng = np.random.default_rng(2)
     masks = [np.arange(5)[None] >= rng.integers(1, 5, size=(n, 1)) for n in (7, 20)]
@@ -220,9 +225,13 @@ def test_engrams_of_texts_are_of_the_answers_tokens(task, monkeypatch):
     ]
     apply = lambda p, x: x @ p["kernel"] + p["bias"][None, None]  # noqa: E731
     texts = task._replace(apply=apply, forget=sets[0], retain=sets[1])
-    monkeypatch.setattr(compare_module, "make_editors", lambda *given: given)
-    given = compare_module._editors(texts, None, key=jax.random.key(0))
-    for curvature, rows, mask in zip(given[3:5], sets, masks, strict=True):
+    rows_of_engrams = [CATALOGUE["engram"]]
+    nothing = compare_module.Fitted({}, {}, 0.0, 0.0)
+    material = compare_module.material_of(
+        texts, GRID, nothing, rows_of_engrams, key=jax.random.key(0)
+    )
+    moments = (material.target_moments, material.rest_moments)
+    for curvature, rows, mask in zip(moments, sets, masks, strict=True):
         inputs = np.concatenate([rows.inputs[mask], np.ones((mask.sum(), 1))], axis=1)
         moment = curvature.factors[curvature.blocks["kernel"].input].matrix[0]
         np.testing.assert_allclose(moment, inputs.T @ inputs / len(inputs), atol=1e-5)
