@@ -102,7 +102,7 @@ def leaderboard_sheet(comparison: Comparison) -> Sheet:
 
 
 def leaderboard_table(comparison: Comparison) -> "Table":
-    """The table for the terminal, with the metrics that have a short heading."""
+    """Make the terminal's table of the metrics that have a short heading."""
     sheet = leaderboard_sheet(comparison)
     short = {measure.heading for measure in MEASURES.values()}
     shown = [i for i, heading in enumerate(sheet.headings) if heading.text in short]

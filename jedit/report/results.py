@@ -72,7 +72,7 @@ class Method(NamedTuple):
         description: description in one sentence: what the method does.
         strength: meaning of the method's strength, with its unit.
         grid: the settings that were tried; every one has a curve.
-        fit_seconds: what it needs once before any edit, in seconds, without compiling.
+        fit_seconds: seconds that it takes once before any edit, without compiling.
         keeps_budget: whether its strength is a retain KL that it keeps in truth; shaded in figures.
     """
 

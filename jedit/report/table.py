@@ -50,7 +50,7 @@ class Sheet(NamedTuple):
         return Sheet(tuple(self.headings[i] for i in places), tuple(rows))
 
     def for_terminal(self, title: str) -> "Table":
-        """The table that rich prints."""
+        """Return the table in the form that rich prints."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", header_style="bold")
@@ -225,7 +225,7 @@ def all_sheet(comparison: Comparison) -> Sheet:
 
 
 def comparison_table(comparison: Comparison) -> "Table":
-    """The best points as a table for the terminal."""
+    """Make the terminal's table of the best points."""
     return best_sheet(comparison).for_terminal(comparison.title)
 
 

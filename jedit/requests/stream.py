@@ -104,12 +104,12 @@ class Answering:
     """Settings of how one request is answered: in how many tries, how thin, with what step back.
 
     Attributes:
-        tries: edits for one request, at most; 3 is arbitrary.
+        tries: number of edits for one request, at most; 3 is arbitrary.
         damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
-        rank: of each matrix's change; see `Solver`.
-        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none. 32 is
-            arbitrary.
-        request_size: rows of one request, at most; 1 is one row.
+        rank: rank of each matrix's change, at most; None: as many as a request has positions.
+        relearn: number of kept rows drawn for a step back after each request that was edited; 0:
+            none. 32 is arbitrary.
+        request_size: number of rows of one request, at most; 1 is one row.
     """
 
     tries: int = 3
@@ -134,12 +134,12 @@ class Refresh:
     """Settings of when and how the curvature follows the stream.
 
     Attributes:
-        every: requests between two looks at the curvature; 10 is arbitrary.
-        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
-            all rows that are left. 0.5 is arbitrary: in our one measurement the statistics were older at
-            every look, and it made little difference.
-        probe: rows that its age is measured on, 32 (arbitrary).
-        chunk: rows in one pass of the estimation, 32 (arbitrary).
+        every: number of requests between two looks at the curvature; 10 is arbitrary.
+        max_age: the `age` from which on the curvature is estimated anew at the params as they are,
+            one pass over all rows that are left. 0.5 is arbitrary: in our one measurement the
+            statistics were older at every look, and it made little difference.
+        probe: number of rows that its age is measured on, 32 (arbitrary).
+        chunk: number of rows in one pass of the estimation, 32 (arbitrary).
     """
 
     every: int = 10
