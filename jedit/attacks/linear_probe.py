@@ -15,7 +15,7 @@ from jedit.core.checks import POSITIVE, check_numbers
 
 
 class ProbeScores(NamedTuple):
-    """What a probe reads out.
+    """Accuracy of a linear probe of hidden states, beside that of chance.
 
     Attributes:
         accuracy: share of the test examples put into their class.
@@ -34,20 +34,20 @@ def linear_probe(
     *,
     strength: float = 1.0,
 ) -> ProbeScores:
-    """Fit a probe and ask it.
+    """Fit a linear probe on hidden states, and score it on others.
 
     States are standardised by the mean and deviation of the first set. The regression is
     scikit-learn's, with an L2 penalty.
 
     Args:
         states: (n, d), hidden states to fit on.
-        labels: (n,), their classes.
-        test_states: (m, d).
-        test_labels: (m,).
+        labels: classes of the states to fit on, (n,).
+        test_states: hidden states to score the probe on, (m, d).
+        test_labels: classes of the states to score the probe on, (m,).
         strength: scikit-learn's C, the inverse of the penalty; 1.0 is its default.
 
     Returns:
-        The scores.
+        The probe's accuracy on the test states, and that of chance.
 
     Raises:
         ValueError: shapes that do not fit, states that are not finite, or one class alone.
@@ -66,6 +66,7 @@ def linear_probe(
     if len(np.unique(classes)) < 2:
         raise ValueError(f"a probe needs two classes, got {np.unique(classes).tolist()}")
     mean, deviation = fitted.mean(axis=0), fitted.std(axis=0)
+    # A unit that never fires has no deviation; it stays zero instead of becoming NaN.
     deviation[deviation == 0] = 1
     probe = _regression()(C=strength, max_iter=1000)
     probe.fit((fitted - mean) / deviation, classes)

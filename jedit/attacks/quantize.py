@@ -30,15 +30,15 @@ def quantize(
     select: str | None = None,
     channel_axes: Callable[[str, Array], tuple[int, ...]] | None = None,
 ) -> PyTree:
-    """Round the weights, and give them back in their own dtype.
+    """Round the weights to few bits, and give them back in their own dtype.
 
     Args:
         params: arrays of two or more axes are rounded, others (biases, gains) are left.
-        bits: 4 or 8.
+        bits: number of bits of an integer, 4 or 8.
         select: regular expression on parameter paths; None: all matrices. Embeddings are often
             left in full precision when a model is deployed.
-        channel_axes: of a path and an array, the axes along which each index has a scale of its
-            own; None: the last, which is the output axis of `x @ W`.
+        channel_axes: a function of a path and an array that returns the axes along which each index
+            has a scale of its own; None: the last, which is the output axis of `x @ W`.
 
     Returns:
         The params, rounded. A second call with the same arguments changes nothing more but by

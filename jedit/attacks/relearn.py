@@ -30,12 +30,12 @@ from jedit.training.watch import History, LoopState, Watch
 
 
 class Relearned(NamedTuple):
-    """What an attack brought back.
+    """Measurements of a model while it is trained again on what it forgot.
 
     Attributes:
-        steps: numbers of updates after which it was measured, 0 first.
-        values: what `measure` said there.
-        params: after the last of them.
+        steps: numbers of updates after which the model was measured, 0 first.
+        values: results of `measure` after so many updates.
+        params: the parameters after the last update.
     """
 
     steps: tuple[int, ...]
@@ -56,17 +56,18 @@ def relearn(
     key: Key[Array, ""],
     batch_size: int = 8,
 ) -> Relearned:
-    """Train on `rows` and measure along the way.
+    """Train the edited model on `rows`, and measure along the way what comes back.
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        params: the edited model's; they are not changed.
-        rows: what it is trained on, by the mean loss of the outputs that count.
-        optimizer: of the attacker.
+        params: the edited model's parameters; they are not changed.
+        rows: the rows that the attacker trains on, by the mean loss of the outputs that count.
+        optimizer: the attacker's optimizer.
         looks: numbers of updates after which to measure, rising.
-        measure: params to anything; the loss of the forget rows that are not in `rows`, say.
-        key: of the order of the rows.
-        batch_size: rows of a step, 8 (arbitrary); a smaller set is taken whole.
+        measure: a function from params to anything; the loss of the forget rows that are not in
+            `rows`, say.
+        key: key of the order of the rows.
+        batch_size: number of rows in a step, 8 (arbitrary); a smaller set is taken whole.
 
     Returns:
         The measurements, one before the first update included.
@@ -97,6 +98,7 @@ def relearn(
         epochs=looks[-1] * min(batch_size, count) / count,
         key=key,
         batch_size=batch_size,
+        # The loop stops only at multiples of one number: their common divisor meets every look.
         watch=Watch(look, math.gcd(*looks)),
     )
     return Relearned((0, *looks), tuple(values), end)

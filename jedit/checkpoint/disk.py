@@ -1,4 +1,4 @@
-"""What folders go through on a disk: written aside, brought to it, renamed, locked; with room left.
+"""Folders written aside, brought to the disk, renamed and locked, with room looked for before.
 
 A rename is the only step that a reader can see. All that the folder holds is brought to the disk
 before it, and the list of names that the rename changed after it: in any other order a power cut
@@ -101,14 +101,14 @@ def locked(path: Path, *, busy: str, patience: float = 0.0) -> Iterator[None]:
     Args:
         path: the file that is locked; it is made if it is not there, and never removed: whoever
             removed it would leave two processes with locks on two files of one name.
-        busy: what the error says.
+        busy: the text of the error.
         patience: seconds to wait for another process.
 
     Yields:
         Nothing.
 
     Raises:
-        TimeoutError: another process is at it.
+        TimeoutError: another process holds the lock all the time.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -132,7 +132,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
     A file is written there and removed; the folder is made if it is not there.
 
     Raises:
-        OSError: it is not writable, or its disk has less than `num_bytes` left.
+        OSError: the folder is not writable, or its disk has less than `num_bytes` left.
     """
     probe = temporary_name(folder)
     try:

@@ -1,4 +1,4 @@
-"""What a record of a ledger says, and how it is read from somebody else's file."""
+"""Records of a ledger, and how one is read from a file that somebody else may have written."""
 
 import contextlib
 import hashlib
@@ -31,18 +31,18 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Entry:
-    """One record of a ledger.
+    """One record of a ledger: an edit with all that is known of its making, or a revert.
 
     Attributes:
         number: the record's place in the ledger, counted from 1.
         action: "edit", or "revert" if it takes an earlier edit back.
         target: the number of the edit that is taken back; None for an edit.
         is_active: whether this is an edit that was not taken back.
-        date: when it was recorded, UTC.
+        date: time at which it was recorded, UTC.
         method: the name of what made the edit.
         settings: the hyper-parameters it was made with.
         seed: the seed it was made with.
-        effect: what was measured of the edit.
+        effect: measurements of the edit's effect.
         request: a keyed hash of each row that was to be forgotten.
         base: the hash of the base that it was recorded for.
         versions: the versions of Python and of the libraries that it was made with.

@@ -77,7 +77,7 @@ class Checkpoint:
             every: how many steps (batches, for `estimate`) lie between saves.
 
         Raises:
-            ValueError: `every` below one.
+            ValueError: `every` is below one.
         """
         check_numbers(COUNT, every=every)
         self.folder, self.every = Path(folder), every
@@ -93,7 +93,7 @@ class Checkpoint:
 
         Args:
             job: the name of the job.
-            given: all that it was called with and that must be the same to go on: arrays, texts and
+            given: all arguments of the job that must be the same to go on: arrays, texts and
                 numbers.
             state: the state before the first step.
 
@@ -102,22 +102,29 @@ class Checkpoint:
 
         Raises:
             ValueError: the folder is of another job, or damaged.
-            OSError: it is not writable, has too little room, or another process is at the job.
+            OSError: the folder is not writable, has too little room, or belongs to another process
+                now.
         """
         if self._stack is not None:
             raise ValueError(f"{self.folder}: is in use by another job of this process")
         leaves = [_stored(x) for x in jax.tree.leaves(state)]
+        # One more than is kept: the new save is whole on the disk before an old one goes.
         check_room(self.folder, (KEPT + 1) * num_bytes(leaves))
         with contextlib.ExitStack() as stack:
             busy = f"{self.folder}: another process is at this job"
             stack.enter_context(locked(self.folder / LOCK, busy=busy))
+            # Behind the lock: what looks abandoned could else be another process's save in the
+            # making.
             remove_abandoned(self.folder)
             self._done, self._steps = 0, 0
+            # Without a salt, hashes of small or guessable data would tell what the data were.
             self._salt = secrets.token_bytes(32)
             self._expected = ""
             self._job = job
             history = {}
             if steps := self._saved():
+                # Only the newest is tried: a save whose bytes are wrong is damage to report, not to
+                # step over.
                 state, history = self._read(steps[-1], job, given, state)
             else:
                 self._given = self._hash(given)
@@ -135,6 +142,8 @@ class Checkpoint:
         Raises:
             ValueError: the steps that were done had other data.
         """
+        # A chain, not a list: one digest says whether all data so far were the same, in the same
+        # order.
         self._seen = self._hash((self._seen, data))
         self._steps += 1
         if self._steps == self._done and self._seen != self._expected:
@@ -266,6 +275,7 @@ class Checkpoint:
             else:
                 continue  # a function: it cannot be compared
             for part in (path.encode(), head.encode(), body):
+                # The length first: "ab", "c" and "a", "bc" would else hash alike.
                 digest.update(len(part).to_bytes(8, "big"))
                 digest.update(part)
         return digest.hexdigest()
@@ -290,7 +300,7 @@ def _is_weak(x: Any, path: str) -> bool:
     """Return whether a leaf's dtype gives way to others', as a Python number's does.
 
     Raises:
-        ValueError: it does, and no Python number would come back as it.
+        ValueError: the dtype gives way, and no Python number would come back as such a leaf.
     """
     if not getattr(x, "weak_type", False):
         return False
@@ -305,6 +315,8 @@ def _is_weak(x: Any, path: str) -> bool:
 
 def _as_it_was(x: Array, is_weak: bool, like: Any) -> Array:
     if is_weak:
+        # Only a Python number makes an array weakly typed again; with another type a program would
+        # be compiled anew and its sums could round otherwise.
         return jnp.asarray(x.item())
     if _several(like) is None:
         x = jnp.array(np.asarray(x))  # bound to no device, as what a program is given mostly is

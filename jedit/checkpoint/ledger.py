@@ -89,10 +89,10 @@ class Ledger:
         """Open a ledger; no code of it is run, and nothing is read outside of the folder.
 
         Args:
-            folder: what `Ledger.create` was given.
+            folder: the folder that `Ledger.create` was given.
 
         Raises:
-            DamagedError: it is no ledger, or its description of the base is damaged.
+            DamagedError: the folder is no ledger, or its description of the base is damaged.
         """
         self.folder = Path(folder)
         for name in (BASE, ENTRIES):
@@ -140,6 +140,8 @@ class Ledger:
         with temporary_folder(folder.parent) as new:
             (new / ENTRIES).mkdir()
             (new / LOCK).touch(mode=0o600)
+            # The mode is given as the file is made: with a chmod afterwards others could open it
+            # before.
             handle = os.open(new / SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(secrets.token_bytes(32))
@@ -147,6 +149,8 @@ class Ledger:
             _write_head(new, 0, seal)
             for path in (new / SECRET, new / ENTRIES, new):
                 sync(path)
+            # Built beside its place and renamed: no reader meets a ledger without a base or a
+            # secret.
             os.rename(new, folder)
         sync(folder.parent)
         return cls(folder)
@@ -156,7 +160,7 @@ class Ledger:
         """Return all records, with the chain checked and every file of theirs but the arrays.
 
         Raises:
-            ValueError: which record is damaged, changed, missing or out of order.
+            ValueError: a record is damaged, changed, missing or out of order; the message names it.
         """
         return self._entries(is_complete=False)
 
@@ -180,13 +184,14 @@ class Ledger:
 
         Args:
             edit: one edit of the base's parameters, not a stack.
-            request: the rows it forgets: texts, arrays, numbers, or lists and dicts of them. A
-                keyed hash of each is kept.
-            method: what made it.
-            settings: its hyper-parameters: numbers, short texts, None, or lists and dicts of them,
-                kept as they are; nothing of the rows belongs here.
-            seed: the seed of its random numbers.
-            effect: what was measured of it, likewise kept as it is.
+            request: the rows that the edit forgets: texts, arrays, numbers, or lists and dicts of
+                them. A keyed hash of each is kept.
+            method: name of the method that made the edit.
+            settings: the method's hyper-parameters: numbers, short texts, None, or lists and dicts
+                of them, kept as they are; nothing of the rows belongs here.
+            seed: the seed of the method's random numbers.
+            effect: measurements of the edit's effect: numbers, short texts, None, or lists and
+                dicts of them, kept as they are.
 
         Returns:
             The record.
@@ -206,6 +211,8 @@ class Ledger:
         if isinstance(request, str | bytes):
             raise ValueError("request must be a sequence of rows, got one text")
         edit_json, arrays = edit_to_json(edit), jax.tree.leaves(edit)
+        # Read back before anything is written: a record that could not be read would break the
+        # chain.
         edit_from_json(edit_json, method)
         fields = {
             "action": "edit",
@@ -244,7 +251,7 @@ class Ledger:
         """Read the edit of a record, onto JAX's first device.
 
         Raises:
-            ValueError: there is none, or it is damaged.
+            ValueError: the ledger has no such edit, or its record is damaged.
         """
         entries = self.entries
         if type(number) is not int or not 0 < number <= len(entries):
@@ -257,15 +264,16 @@ class Ledger:
         """Return the base with the active edits, each by `apply_edit`, in their order.
 
         Args:
-            base_params: what `create` was given.
+            base_params: the parameters that `create` was given.
             upto: the ledger as it was after this entry; 0: the base, None: as it is now.
-            rebase: take another base of the same shapes, a newer one, knowingly.
+            rebase: whether another base of the same shapes, a newer one, is taken knowingly.
 
         Returns:
             The parameters.
 
         Raises:
-            ValueError: it is not the base and `rebase` is not given, or a record is damaged.
+            ValueError: `base_params` are not the base and `rebase` is not given, or a record is
+                damaged.
         """
         if not rebase and (found := params_hash(base_params)) != self.base:
             raise ValueError(
@@ -292,7 +300,7 @@ class Ledger:
         """Check every byte of every record, the chain, and that each edit can be read.
 
         Args:
-            head: what `Ledger.head` was at some time: it must still be in the chain.
+            head: a seal that `Ledger.head` was at some time, which must still be in the chain.
 
         Returns:
             The records.
@@ -346,6 +354,8 @@ class Ledger:
                 f"{self.folder / ENTRIES}: entry {len(entries) + 1:06d} is missing, there were "
                 f"{count}"
             )
+        # Records behind the head's are in order: a writer killed between record and head leaves
+        # one.
         if seals[count] != head:
             raise DamagedError(f"{self.folder / HEAD}: names another record than entry {count:06d}")
         return with_activity(entries)
@@ -389,6 +399,8 @@ class Ledger:
         if entry.action != "edit":
             raise ValueError(f"{folder}: records no edit but a {entry.action}")
         content, seal = read_sealed(folder, ENTRY_KIND)
+        # The chain was checked before this folder was read; it could have been exchanged in
+        # between.
         if seal != entry.seal:
             raise DamagedError(f"{folder}: was changed while it was read")
         return read_tree(folder, content["edit"], edit_from_json)
@@ -404,10 +416,12 @@ class Ledger:
         value = parse(read_plain(path, 1000), path)
         check_fields(value, {"count", "seal", "code"}, str(path))
         count, seal, code = value["count"], value["seal"], value["code"]
+        # `type`, not isinstance: a JSON true would count as 1.
         right = type(count) is int and count >= 0 and is_digest(seal) and is_digest(code)
         if not right:
             raise DamagedError(f"{path}: names no record")
         key = read_secret(self.folder)
+        # In constant time: how long the comparison takes must not tell how much of a code is right.
         if key is not None and not hmac.compare_digest(code, _code(key, count, seal)):
             raise DamagedError(f"{path}: was not written with this ledger's secret")
         return count, seal
@@ -417,7 +431,7 @@ def read_secret(folder: Path) -> bytes | None:
     """Read a ledger's secret; it is None for whoever was given the ledger without it.
 
     Raises:
-        DamagedError: it is there, and is none.
+        DamagedError: the file is there, and holds no secret.
     """
     path = folder / SECRET
     if not path.exists() and not path.is_symlink():
@@ -442,4 +456,5 @@ def _write_head(folder: Path, count: int, seal: str) -> None:
 
 def _code(key: bytes, count: int, seal: str) -> str:
     message = f"head {count} {seal}".encode()
+    # `person` keeps these codes apart from the rows' hashes, which have the same key.
     return hashlib.blake2b(message, key=key, digest_size=32, person=b"jedit head").hexdigest()

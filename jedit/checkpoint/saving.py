@@ -31,12 +31,12 @@ def save_edit(edit: Edit, folder: str | Path) -> None:
     of what is forgotten, and gradients can be inverted.
 
     Args:
-        edit: dense or thin, one or a stack of them.
-        folder: its place; nothing may be there yet.
+        edit: the edit, dense or thin, one or a stack of them.
+        folder: the new folder; nothing may be there yet.
 
     Raises:
-        ValueError: something is there, or an array has a dtype that is not kept.
-        OSError: it cannot be written to, or has too little room.
+        ValueError: something is there already, or an array has a dtype that is not kept.
+        OSError: the folder cannot be written to, or has too little room.
     """
     check_kind(edit, Edit, "edit", "of `edit_between` or a method")
     _save(edit, Path(folder), EDIT, edit_to_json, edit_from_json)
@@ -55,9 +55,10 @@ def load_edit(
     against, nor does a hash say who wrote it.
 
     Args:
-        folder: what `save_edit` was given.
-        like: the same edit of `jax.ShapeDtypeStruct`s, whose shardings the arrays get.
-        sharding: where all arrays are put; None: on JAX's first device.
+        folder: the folder that `save_edit` wrote.
+        like: an edit of the same structure made of `jax.ShapeDtypeStruct`s, whose shardings the
+            arrays get.
+        sharding: the sharding of all arrays; None: they lie on JAX's first device.
 
     Raises:
         ValueError: a file is damaged, or is not what it should be (`DamagedError` names it); or
@@ -71,7 +72,7 @@ def save_curvature(curvature: Curvature, folder: str | Path) -> None:
     """Write a curvature to a new folder, as `save_edit` does an edit.
 
     Raises:
-        ValueError: something is there, or an array has a dtype that is not kept.
+        ValueError: something is there already, or an array has a dtype that is not kept.
         OSError: the folder cannot be written to, or has too little room.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
@@ -149,5 +150,6 @@ def _in_order(tree: Any, empty: Any) -> Any:
     for name in ("blocks", "factors"):
         if hasattr(tree, name):
             values = getattr(tree, name)
+            # The dataclass is frozen, and made a moment ago: nobody else has seen it yet.
             object.__setattr__(tree, name, {key: values[key] for key in getattr(empty, name)})
     return tree

@@ -45,9 +45,9 @@ def write_sealed(
     """Write a sealed folder, or nothing.
 
     Args:
-        folder: its place; nothing may be there yet.
-        kind: what `read_sealed` must be asked for.
-        content: what the manifest is to say, plain JSON.
+        folder: where it is to be; nothing may be there yet.
+        kind: the word that `read_sealed` must be given to read the folder.
+        content: the manifest's content, plain JSON.
         write: a function that writes the other files into the folder it is given.
 
     Returns:
@@ -55,7 +55,7 @@ def write_sealed(
 
     Raises:
         ValueError: something is there already.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder}: is there already; remove it, or give another folder")
@@ -95,10 +95,11 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
         Its content, whose form is still to be checked, and its seal.
 
     Raises:
-        DamagedError: what is wrong, and with which file.
+        DamagedError: a file is missing, changed or not listed; the message names it.
     """
     manifest = read_manifest(folder, kind)
     listed: dict[str, list] = manifest["files"]
+    # Everything that lies there, not only what is listed: an extra file is refused too.
     found = walk(folder)
     found.pop(MANIFEST)
     for name in listed.keys() - found.keys():
@@ -106,6 +107,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
     for name in found.keys() - listed.keys():
         raise DamagedError(f"{folder / name}: is not among the files that {MANIFEST} lists")
     for name, (size, digest) in sorted(listed.items()):
+        # The size first: it costs nothing, and a huge file need not be hashed to be refused.
         if (actual := found[name].stat().st_size) != size:
             raise DamagedError(f"{found[name]}: has {actual} bytes, {size} were written")
         if sha256(found[name]) != digest:
@@ -117,7 +119,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Check a sealed folder's manifest, and none of the other files.
 
     Raises:
-        DamagedError: what is wrong with it.
+        DamagedError: the manifest is missing or changed, or is of another kind or format.
     """
     path = folder / MANIFEST
     raw = read_plain(path, MAX_BYTES)
@@ -126,6 +128,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise DamagedError(f"{path}: has format {shown(manifest['format'])}, known is {FORMAT!r}")
     seal = manifest.pop("seal")
+    # The bytes, not the values: spaces, orders or a second spelling of a number are changes as
+    # well.
     if raw != _text({**manifest, "seal": _seal(manifest)}):
         raise DamagedError(f"{path}: was changed, its seal is not that of its contents")
     if manifest["kind"] != kind:
@@ -157,7 +161,7 @@ def check_fields(value: Any, names: Iterable[str], source: str) -> None:
     """Refuse anything but an object with just these fields.
 
     Raises:
-        DamagedError: which fields are unknown or missing.
+        DamagedError: the value is no object, or has unknown or missing fields.
     """
     if type(value) is not dict:
         raise DamagedError(f"{source}: must be an object, is {shown(value)}")
@@ -177,7 +181,7 @@ def parse(raw: bytes, source: Path) -> dict[str, Any]:
     """Read JSON strictly: no repeated names, no NaN, no deep nesting.
 
     Raises:
-        DamagedError: what it is instead.
+        DamagedError: the bytes are no JSON of this form.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -207,9 +211,12 @@ def read_plain(path: Path, most: int) -> bytes:
     """Read a file that is no link and not too large.
 
     Raises:
-        DamagedError: it is missing, or something else.
+        DamagedError: the file is missing, a link, no plain file, or too large.
     """
     try:
+        # O_NOFOLLOW refuses a link in the same step that opens, and O_NONBLOCK keeps a pipe from
+        # waiting for a writer; what was opened is then looked at, not the name, which may change
+        # meanwhile.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)

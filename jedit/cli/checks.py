@@ -1,4 +1,4 @@
-"""What stands on a command line and no command can do anything with."""
+"""Checks of a command line before any work: what no command can do anything with is refused."""
 
 import dataclasses
 import errno
@@ -15,14 +15,14 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 class UsageError(Exception):
-    """What the user can mend; shown as one sentence, exit code 2."""
+    """An error that the user can mend; it is shown as one sentence, with exit code 2."""
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse texts that cannot be written into a report, and numbers that nothing counts to.
 
     Raises:
-        UsageError: which argument it is.
+        UsageError: an argument that is refused, by its name.
     """
     for argument in arguments:
         try:
@@ -38,10 +38,10 @@ def check_options(options: Any) -> None:
     """Refuse a seed out of range, names that no file can have, and an --out that is a dead link.
 
     Args:
-        options: a dataclass.
+        options: the options of a command, a dataclass.
 
     Raises:
-        UsageError: which option it is.
+        UsageError: an option that is refused, by its name.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -54,10 +54,10 @@ def check_options(options: Any) -> None:
 
 
 def disk_sentence(error: OSError) -> str:
-    """What a disk said that is full or may not be written to; another error goes on its way.
+    """Say what a disk refused that is full or may not be written to.
 
     Raises:
-        OSError: it is of another kind.
+        OSError: the error is of another kind, and goes on its way.
     """
     if error.errno not in DISK_ERRORS:
         raise error
@@ -66,7 +66,7 @@ def disk_sentence(error: OSError) -> str:
 
 
 def shortened(text: str | Path) -> str:
-    """A text as one line of printable characters, not too long."""
+    """Return a text as one line of printable characters, not too long."""
     text = str(text).encode("utf-8", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 15]}...{text[-12:]}"

@@ -8,7 +8,7 @@ from jedit.cli.stages import Stages, check_out, report
 
 
 class Cost(NamedTuple):
-    """What a scene takes on two CPU cores that do nothing else."""
+    """The time and memory that a scene takes on two CPU cores that do nothing else."""
 
     seconds: float
     gib: float

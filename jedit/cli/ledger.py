@@ -41,10 +41,10 @@ class LedgerOptions:
 
 
 def ledger(options: LedgerOptions, command: str) -> int:
-    """Do what the options say; return the exit code.
+    """Do what `jedit ledger`'s options say; return the exit code.
 
     Raises:
-        UsageError: what the user can mend.
+        UsageError: a mistake that the user can mend.
     """
     del command
     try:
@@ -54,10 +54,10 @@ def ledger(options: LedgerOptions, command: str) -> int:
 
 
 def run_ledger(options: LedgerOptions) -> int:
-    """Do what the options say; return the exit code.
+    """Do what the options say, with the errors of the library; return the exit code.
 
     Raises:
-        ValueError: what the user can mend.
+        ValueError: a mistake that the user can mend.
         OSError: a folder cannot be written to.
     """
     from rich.console import Console
@@ -87,10 +87,10 @@ def run_ledger(options: LedgerOptions) -> int:
 
 
 def load_params(folder: Path) -> PyTree:
-    """The parameters of a Hugging Face folder, or of one that orbax wrote.
+    """Load the parameters of a Hugging Face folder, or of one that orbax wrote.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the folder is neither.
     """
     if (folder / CONFIG).is_file():
         from jedit.models import load_model
@@ -127,6 +127,8 @@ def _apply(ledger: Ledger, options: LedgerOptions) -> None:
         return
     import orbax.checkpoint as ocp
 
+    # orbax writes in the background: renamed only when it is done, so that `out` is whole or
+    # absent.
     with temporary_folder(out.absolute().parent) as new, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(new / "params", params)
         checkpointer.wait_until_finished()

@@ -1,4 +1,4 @@
-"""`jedit run`: the same on questions and answers of one's own, or in a model folder."""
+"""`jedit run`: forget questions and answers of one's own, in a small GPT or in a model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ def run(options: RunFile, command: str) -> int:
     """Forget what the options say; return the exit code.
 
     Raises:
-        UsageError: what the user can mend.
+        UsageError: a mistake that the user can mend.
     """
     from jedit.data import DataError, read_rows, select_rows
 

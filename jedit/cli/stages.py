@@ -1,4 +1,4 @@
-"""What the commands share: a line for each stage, and the report at the end."""
+"""The watcher and the report that all commands share: a line for each stage, and the end."""
 
 import resource
 import time
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Stages:
-    """Says on stderr what is being done: a line for each stage.
+    """A watcher that says on stderr, in a line for each stage, what is being done.
 
     On a terminal a bar below it shows how far the stage is, once it has said so, and the time left.
     """
@@ -47,7 +47,7 @@ class Stages:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self.start
 
     def __enter__(self) -> "Stages":
@@ -116,7 +116,7 @@ def check_out(out: Path) -> None:
     """Refuse a folder that holds something else than an earlier report.
 
     Raises:
-        UsageError: it is such a folder.
+        UsageError: the folder holds something else.
     """
     from jedit.report import check_destination
 

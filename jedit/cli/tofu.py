@@ -17,7 +17,7 @@ def tofu_command(options: Tofu, command: str) -> int:
     """Run the benchmark; return the exit code.
 
     Raises:
-        UsageError: what the user can mend.
+        UsageError: a mistake that the user can mend.
     """
     from jedit.data import DataError
     from jedit.recipes.tofu.presets import PRESETS
@@ -80,7 +80,7 @@ def _check_folders(options: Tofu) -> None:
     """Refuse options that do not go with each other, and folders that are not there.
 
     Raises:
-        UsageError: what is to be mended.
+        UsageError: an option or a folder that is to be mended, by its name.
     """
     with_model = ("retrained", "tokenizer", "save")
     if options.model is None:

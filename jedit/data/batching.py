@@ -28,7 +28,7 @@ def batches(
 
     Args:
         examples: the arrays to cut; examples come first in each.
-        size: examples in a batch.
+        size: number of examples in a batch.
         drop_remainder: leave the examples out that do not fill a batch, instead of filling it up.
         order: indices of the examples in the order to take them (a permutation shuffles, a part
             selects); None: as they stand.
@@ -37,7 +37,7 @@ def batches(
         An iterator over batches of JAX arrays.
 
     Raises:
-        TypeError: the examples are something else.
+        TypeError: an argument of another type.
         ValueError: `size` is not positive, or leaves no batch, or there are no targets.
     """
     check_numbers(COUNT, size=size)
@@ -98,7 +98,7 @@ def stack_requests(requests: Sequence[Batch]) -> Batch:
         One batch whose leaves lead with R, (R, rows, ...), as wide as the largest set.
 
     Raises:
-        TypeError: one of them is something else.
+        TypeError: a request that is no batch, or that has several input arrays.
         ValueError: there are none, or they disagree in the number of axes.
     """
     if not requests:

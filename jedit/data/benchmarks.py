@@ -21,12 +21,12 @@ MUSE_TEXTS = ("raw", "privleak", "scal", "sust", "train")
 
 
 class Choice(NamedTuple):
-    """A multiple-choice question.
+    """A question with several options, of which one is right.
 
     Attributes:
-        question: the question.
-        choices: what can be answered.
-        answer: index of the right one.
+        question: text of the question.
+        choices: texts of the options.
+        answer: index of the right option.
     """
 
     question: str
@@ -35,16 +35,17 @@ class Choice(NamedTuple):
 
 
 class Rewrite(NamedTuple):
-    """A fact, what it is to become, and how to ask whether it has.
+    """A fact of CounterFact or zsRE, what it is to become, and prompts that ask whether it has.
 
     Attributes:
         prompt: text that the object follows.
         subject: whom or what the fact is about, as it stands in the prompt.
         target_true: the object that the model knows; for zsRE one that it may not know.
-        target_new: the object that it is to say.
+        target_new: the object that the model is to say after the edit.
         paraphrase_prompts: other texts that the same object follows.
         neighborhood_prompts: texts about other subjects.
-        neighborhood_answers: what follows those, one for each, and is to stay.
+        neighborhood_answers: the answers that follow `neighborhood_prompts`, one for each, which
+            are to stay.
     """
 
     prompt: str

@@ -16,11 +16,11 @@ from jedit.core.checks import COUNT, POSITIVE_SHARE, check_numbers
 
 
 class Digits(NamedTuple):
-    """Images with their labels.
+    """Images of handwritten digits with their labels.
 
     Attributes:
-        images: one channel, from 0 to 1.
-        labels: from 0 to 9.
+        images: one-channel images, values from 0 to 1.
+        labels: digits from 0 to 9.
     """
 
     images: Float32[np.ndarray, "n height width 1"]
@@ -31,7 +31,7 @@ class Digits(NamedTuple):
         return Digits(self.images[indices], self.labels[indices])
 
     def as_batch(self) -> Batch:
-        """Return all of them as one batch, in which every one counts."""
+        """Return all images as one batch, in which every one counts."""
         ones = jnp.ones(self.labels.shape, jnp.float32)
         return Batch(jnp.asarray(self.images), jnp.asarray(self.labels), ones, ones)
 
@@ -57,9 +57,9 @@ def split_digits(
     """Split into a training and a test part, class by class, in random order.
 
     Args:
-        digits: what to split.
+        digits: the images to split.
         seed: the seed of the split.
-        test_fraction: how much of each class is to test on, rounded to whole samples.
+        test_fraction: the share of each class to test on, rounded to whole samples.
 
     Returns:
         The training part and the test part.
@@ -87,8 +87,8 @@ def forget_class(digits: Digits, label: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose every sample of one class.
 
     Args:
-        digits: what to choose from, the training part.
-        label: the class.
+        digits: the images to choose from, those of the training part.
+        label: the class to forget.
 
     Returns:
         The indices to forget and the indices to retain, both rising.
@@ -109,10 +109,10 @@ def forget_cluster(
     whose size is nearest to the wanted one is taken.
 
     Args:
-        digits: what to choose from, the training part.
-        label: the class.
+        digits: the images to choose from, those of the training part.
+        label: the class that the cluster is of.
         seed: the seed of k-means, which keeps the best of 20 starts.
-        size: about so many samples.
+        size: about how many samples to choose.
 
     Returns:
         The indices to forget and the indices to retain, both rising.

@@ -24,14 +24,14 @@ class QaRow(NamedTuple):
     """One question with its answer.
 
     Attributes:
-        question: the question.
-        answer: its right answer.
+        question: text of the question.
+        answer: text of its right answer.
         paraphrased_question: the question in other words, or None.
         paraphrased_answer: the right answer in other words, or None.
         perturbed_answer: wrong answers; empty when the file gives none.
-        fields: what else is known of the row, by name: its author, its topic, ...
+        fields: all else that is known of the row, by name: its author, its topic, ...
         file: the file that the row comes from.
-        line: its line there, from 1; 0 for a row that no file holds.
+        line: number of the row's line in the file, from 1; 0 for a row that no file holds.
     """
 
     question: str
@@ -91,8 +91,8 @@ def write_rows(path: str | Path, rows: Sequence[QaRow]) -> None:
     """Write rows as a file that `read_rows` reads.
 
     Args:
-        path: the file's; an existing file is replaced.
-        rows: what to write; their `file` and `line` are left out.
+        path: where the file goes; an existing file is replaced.
+        rows: the rows to write; their `file` and `line` are left out.
     """
     lines = []
     for row in rows:

@@ -45,7 +45,7 @@ def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
         The array, in the shape that the file states.
 
     Raises:
-        ValueError: it is none, or is shorter or longer than it states.
+        ValueError: the file is no idx file of bytes, or is shorter or longer than it states.
     """
     path = Path(path)
     data = path.read_bytes()

@@ -17,12 +17,12 @@ from jedit.core.checks import COUNT, check_numbers
 
 
 class Packing(NamedTuple):
-    """Rows in sequences, and the way back.
+    """Rows laid several to a sequence, and the way back to the rows.
 
     Attributes:
         batch: the sequences; its inputs are `PackedTokens`. Padding is 0 everywhere.
-        index: (n, width), by row and position: where its token is among all those of the batch,
-            sequence after sequence; -1 on padding.
+        index: places (n, width), by row and position, of the row's tokens among all those of the
+            batch, sequence after sequence; -1 on padding.
     """
 
     batch: Batch
@@ -45,6 +45,7 @@ class Packing(NamedTuple):
             raise ValueError(f"expected values of shape {(*shape, '...')}, got {values.shape}.")
         flat = jnp.asarray(values).reshape(-1, *values.shape[2:])
         is_token = (self.index >= 0).reshape(*self.index.shape, *(1,) * (flat.ndim - 1))
+        # Index -1 reads the last token, which the mask then replaces.
         return jnp.where(is_token, flat[self.index], jnp.zeros((), flat.dtype))
 
 
@@ -98,6 +99,7 @@ def pack(rows: Batch, length: int) -> Packing:
         out[index[is_token]] = array[is_token]
         return jnp.asarray(out.reshape(num_sequences, length, *array.shape[2:]))
 
+    # From 1, so that the zeros of padding are a segment of their own that no row attends to.
     segments = np.broadcast_to(np.arange(1, len(tokens) + 1, dtype=np.int32)[:, None], tokens.shape)
     positions = np.broadcast_to(places, tokens.shape)
     inputs = PackedTokens(packed(tokens), packed(segments), packed(positions))
@@ -142,6 +144,7 @@ def _first_fit_decreasing(sizes: Int[np.ndarray, " n"], length: int) -> Int[np.n
     starts = np.zeros(len(sizes), np.int64)
     num_used = 0
     for row in np.argsort(-sizes, kind="stable"):
+        # One sequence more than is used: an empty one always fits, so argmax finds a True.
         sequence = int(np.argmax(space[: num_used + 1] >= sizes[row]))
         starts[row] = sequence * length + length - space[sequence]
         space[sequence] -= sizes[row]

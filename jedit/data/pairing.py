@@ -47,10 +47,10 @@ def pair_by_entity(
     """Return one retain row of each neighbour set for each forget row.
 
     Args:
-        entities: whom each forget row is about.
+        entities: names of whom each forget row is about.
         neighbors: neighbour sets (of the same profession, of the same country, unrelated, ...),
             each a mapping from an entity to the retain rows that are its neighbours.
-        epoch: from 0.
+        epoch: number of the epoch, from 0; another epoch takes other neighbours.
 
     Raises:
         ValueError: an entity has no neighbour in one of the sets.

@@ -67,7 +67,7 @@ def rows_with(data: Sequence[QaRow], field: str, values: Sequence[Scalar]) -> li
     Args:
         data: rows to choose from.
         field: "question", "answer", or a name in the rows' `fields`.
-        values: what it may be; each has to be that of a row.
+        values: values that the field may have; each has to be that of a row.
 
     Returns:
         The rows, in the order of the data.
@@ -93,12 +93,13 @@ def check_disjoint(forget: Sequence[QaRow], retain: Sequence[QaRow]) -> None:
     """Refuse forget rows that also stand in retain, whatever their spacing.
 
     Args:
-        forget: rows to forget.
-        retain: rows to retain.
+        forget: the rows to forget.
+        retain: the rows to retain.
 
     Raises:
         DataError: a row is in both; the message names both places of the first, and their number.
     """
+    # Reversed, so that of equal rows the first in the file is the one that is named.
     places = {row.identity: row for row in reversed(retain)}
     shared = [row for row in forget if row.identity in places]
     if shared:
@@ -136,6 +137,7 @@ def _by_file(data: Sequence[QaRow], path: str, role: str) -> list[QaRow]:
 
 
 def _by_field(data: Sequence[QaRow], field: str, value: str, role: str) -> list[QaRow]:
+    # A value with a comma in it is tried whole first: only then is the comma a separator.
     is_one = any(_scalars(row).get(field) == value for row in data)
     values = [value] if is_one else [part for part in value.split(",") if part.strip()]
     if not values:

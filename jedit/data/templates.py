@@ -21,11 +21,11 @@ from jedit.data.text import LENGTH, as_batch
 
 
 class Rendered(NamedTuple):
-    """A row as text.
+    """A question-answer row filled into a template, as texts.
 
     Attributes:
-        before: what the model is given, the special tokens at the start included.
-        answer: what it is to say.
+        before: text that the model is given, the special tokens at the start included.
+        answer: text that the model is to say.
         end: the token that ends the answer; empty for none.
     """
 
@@ -41,11 +41,12 @@ def plain_template(before: str, end: str) -> Render:
     """Make a template from its two parts.
 
     Args:
-        before: with {question} where the question stands: "Question: {question} Answer:".
+        before: text in front of the answer, with {question} where the question stands: "Question:
+            {question} Answer:".
         end: the end token's text, "</s>".
 
     Raises:
-        ValueError: no place for the question.
+        ValueError: `before` has no place for the question.
     """
     if before.count("{question}") != 1:
         raise ValueError(f"before must hold {{question}} once, got {before!r}.")
@@ -60,7 +61,7 @@ def chat_template(tokenizer: Any, system: str | None = None) -> Render:
     """Make a template of a tokenizer's own chat template.
 
     Args:
-        tokenizer: one of the package transformers, with a chat template.
+        tokenizer: a tokenizer of the package transformers, with a chat template.
         system: the system message, or None for what the template puts there by itself.
     """
     specials = [str(token) for token in tokenizer.all_special_tokens]
@@ -106,14 +107,14 @@ def encode_rendered(
     """Encode rendered rows as `encode_rows` does; no special tokens are added to their texts.
 
     Args:
-        tokenizer: one of the package tokenizers, or a fast one of transformers.
-        rows: at least one.
-        max_len: tokens a row may have; None: the longest row's.
+        tokenizer: a tokenizer of the package tokenizers, or a fast one of transformers.
+        rows: the rendered rows, at least one.
+        max_len: number of tokens a row may have; None: the longest row's.
         pad: the token to fill up with; it has no effect on anything.
         truncate: whether longer rows are cut off at the right, instead of being refused.
 
     Returns:
-        The rows, in order.
+        One batch of the rows, in their order.
 
     Raises:
         ValueError: there are no rows, one is longer than `max_len`, or one has no token to

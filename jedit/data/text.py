@@ -27,7 +27,7 @@ LENGTH = Range(2, is_whole=True)  # an input and a target
 
 
 class Prompts(NamedTuple):
-    """Questions to be continued, right padded.
+    """Tokens of questions that a model is to continue, right padded.
 
     Attributes:
         tokens: the questions' tokens; what follows a question is 0.
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level byte-pair tokenizer: every text can be encoded and decoded without loss.
 
     Args:
-        texts: what to train on, `text_of(rows)` for example.
+        texts: texts to train on, `text_of(rows)` for example.
         vocab_size: how many tokens there may be; at least the 256 bytes and two special tokens.
 
     Returns:
@@ -85,15 +85,15 @@ def encode_rows(
     end token included, and `valid` is 1 where input and target are tokens of the row.
 
     Args:
-        tokenizer: one with the special tokens of `train_tokenizer`.
-        rows: at least one; or pairs of a question and any answer to it, a paraphrased or a wrong
-            one for a truth ratio.
-        max_len: tokens a row may have, the end token included; None: the longest row's.
+        tokenizer: a tokenizer with the special tokens of `train_tokenizer`.
+        rows: the rows, at least one; or pairs of a question and any answer to it, a paraphrased or
+            a wrong one for a truth ratio.
+        max_len: number of tokens a row may have, the end token included; None: the longest row's.
         truncate: whether longer rows are cut off at the right, instead of being refused. A row so
             cut has no end token, and one whose question fills it has no answer: its mask is zero.
 
     Returns:
-        The rows, in order.
+        One batch of the rows, in their order.
 
     Raises:
         ValueError: there are no rows, or a row is longer than `max_len` (the message names it and
@@ -123,11 +123,11 @@ def as_batch(
     """Lay rows of tokens out as the batch that `encode_rows` describes.
 
     Args:
-        rows: how many tokens each has before its answer, and all its tokens.
+        rows: pairs of the number of tokens before the answer and all tokens of the row.
         pad: the token to fill up with.
-        max_len: tokens a row may have; None: the longest row's.
+        max_len: number of tokens a row may have; None: the longest row's.
         truncate: whether longer rows are cut off, instead of being refused.
-        names: what to call each row in a message.
+        names: names of the rows for messages.
 
     Raises:
         ValueError: there are no rows, or one is longer than `max_len`.

@@ -1,4 +1,4 @@
-"""What methods refuse before they begin, and what stops them: rows that count nothing, and NaN."""
+"""Refusals that methods share: rows that count nothing before they begin, NaN on the way."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -25,12 +25,13 @@ def check_rows(
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
-        likelihood: says which labels there are.
-        params: of the model.
-        **sets: batches, by the name of the set.
+        likelihood: the likelihood, which says which labels there are.
+        params: the model's parameters.
+        **sets: the batches of each set, by the set's name.
 
     Raises:
-        ValueError: as `check_contents`; of the batches of a set one may count nothing, but not all.
+        ValueError: a batch that `check_contents` refuses, or a set of which no batch counts an
+            output.
     """
     for name, batches in sets.items():
         found = []
@@ -53,7 +54,8 @@ def check_requests(
     """Refuse stacked requests that count nothing, one by one, and masks and labels that are none.
 
     Raises:
-        ValueError: as `check_contents`.
+        ValueError: a stack that `check_contents` refuses, or requests that count nothing, by
+            number.
     """
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), requests.inputs)
     limits = likelihood.label_limits(jax.eval_shape(apply, params, one))
@@ -75,14 +77,14 @@ def stop_if_not_finite(
     """Stop a method whose objective, or its gradient, is not finite, and say why.
 
     Args:
-        where: the step.
-        value: of the objective.
-        gradient: of it.
-        params: at which it was taken.
+        where: how the message names the step, such as "step 3".
+        value: value of the objective.
+        gradient: gradient of the objective.
+        params: the parameters at which the gradient was taken.
         sets: the rows it was taken over, by name.
 
     Raises:
-        FloatingPointError: one is not.
+        FloatingPointError: the value or the gradient is not finite.
     """
     paths = not_finite(gradient)
     if paths or not np.isfinite(value):
@@ -94,11 +96,11 @@ def refuse_zero_gradients(norms: ArrayLike, name: str) -> None:
     """Refuse rows whose gradient is zero: their edit would be none, and seem a success.
 
     Args:
-        norms: of the gradient, or of one for each request; traced ones pass.
-        name: of the rows, or of the requests.
+        norms: norm of the gradient, or of one gradient for each request; traced norms pass.
+        name: how the message names the rows or the requests.
 
     Raises:
-        ValueError: one is zero.
+        ValueError: a norm is zero.
     """
     if not is_known(norms):
         return

@@ -40,9 +40,9 @@ class AnswerLosses(NamedTuple):
     """Length-normalised losses of the two answers to the same prompts, in nats.
 
     Attributes:
-        new: (records, prompts), of the answer that was written in, or (records,), one prompt each;
-            NaN, in both losses, fills up a record that has fewer prompts.
-        old: the same shape, of the answer that was true before.
+        new: losses of the answer that was written in, (records, prompts), or (records,) with one
+            prompt each; NaN, in both losses, fills up a record that has fewer prompts.
+        old: losses of the answer that was true before, in the shape of `new`.
     """
 
     new: ArrayLike
@@ -50,15 +50,16 @@ class AnswerLosses(NamedTuple):
 
 
 class PreferenceScores(NamedTuple):
-    """The family P(new) > P(old); successes from 0 to 1, magnitudes from -1 to 1.
+    """Scores by P(new) > P(old); successes from 0 to 1, magnitudes from -1 to 1.
 
     Attributes:
-        efficacy_success: ROME's ES.
-        efficacy_magnitude: EM.
-        paraphrase_success: PS.
-        paraphrase_magnitude: PM.
-        neighbourhood_success: NS, the old answer still preferred.
-        neighbourhood_magnitude: NM.
+        efficacy_success: ES: share of the edited prompts that prefer the new answer.
+        efficacy_magnitude: EM: mean of P(new) - P(old) on the edited prompts.
+        paraphrase_success: PS: share of the paraphrases that prefer the new answer.
+        paraphrase_magnitude: PM: mean of P(new) - P(old) on the paraphrases.
+        neighbourhood_success: NS: share of other subjects' prompts that still prefer the old
+            answer.
+        neighbourhood_magnitude: NM: mean of P(old) - P(new) on other subjects' prompts.
         score: S, the harmonic mean of the three successes, 0 if one of them is.
     """
 
@@ -72,12 +73,12 @@ class PreferenceScores(NamedTuple):
 
 
 class AccuracyScores(NamedTuple):
-    """The family of teacher-forced token accuracies, from 0 to 1.
+    """Teacher-forced token accuracies, from 0 to 1.
 
     Attributes:
-        efficacy_accuracy: of the new answer after the edited prompt.
-        paraphrase_accuracy: of the new answer after paraphrases.
-        neighbourhood_accuracy: of the old answer after other subjects' prompts.
+        efficacy_accuracy: accuracy of the new answer after the edited prompts.
+        paraphrase_accuracy: accuracy of the new answer after paraphrases.
+        neighbourhood_accuracy: accuracy of the old answer after other subjects' prompts.
     """
 
     efficacy_accuracy: float
@@ -88,13 +89,14 @@ class AccuracyScores(NamedTuple):
 def preference_scores(
     rewrite: AnswerLosses, paraphrase: AnswerLosses, neighbourhood: AnswerLosses
 ) -> PreferenceScores:
-    """Return the scores by preference.
+    """Return the scores by preference, from the losses of both answers.
 
     Raises:
         ValueError: if two losses differ in shape or in where they have NaN, or a record has none.
     """
     efficacy = _preference("rewrite", rewrite.new, rewrite.old)
     general = _preference("paraphrase", paraphrase.new, paraphrase.old)
+    # The wanted answer stands first: of the neighbourhood that is the old one.
     specific = _preference("neighbourhood", neighbourhood.old, neighbourhood.new)
     successes = np.array([efficacy[0], general[0], specific[0]])
     score = float(3 / np.sum(1 / successes)) if np.all(successes > 0) else 0.0
@@ -108,13 +110,13 @@ def accuracy_scores(
     paraphrase: Iterable[Batch] | Batch,
     neighbourhood: Iterable[Batch] | Batch,
 ) -> AccuracyScores:
-    """Return the scores by accuracy.
+    """Return the scores by teacher-forced accuracy, from the model's outputs.
 
     Args:
-        apply: the model.
-        params: its parameters after the edit.
+        apply: `apply(params, inputs) -> logits`.
+        params: the model's parameters after the edit.
         rewrite: edited prompts, the new answers as targets.
-        paraphrase: the same answers after paraphrases.
+        paraphrase: paraphrased prompts, the new answers as targets.
         neighbourhood: other subjects' prompts, the old answers as targets.
 
     Returns:
@@ -137,7 +139,7 @@ def accuracy_scores(
 
 
 def _preference(name: str, wanted: ArrayLike, other: ArrayLike) -> tuple[float, float]:
-    """Return success and magnitude.
+    """Return how often, and by how much, the first answer is preferred to the second.
 
     Raises:
         ValueError: if the two do not fit each other.
@@ -154,6 +156,7 @@ def _preference(name: str, wanted: ArrayLike, other: ArrayLike) -> tuple[float, 
         raise ValueError(
             f"{name} must have NaN in the same places of both losses, and a prompt in every record"
         )
+    # First over a record's prompts, then over records: a record weighs one, however many it has.
     success = np.mean((a < b).mean(axis=1, where=is_prompt))
     magnitude = np.mean((np.exp(-a) - np.exp(-b)).mean(axis=1, where=is_prompt))
     return float(success), float(magnitude)

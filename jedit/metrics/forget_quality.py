@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 
 def forget_quality(truth_ratio: ArrayLike, retain_truth_ratio: ArrayLike) -> float:
-    """Return the p-value, two-sided.
+    """Return the two-sided p-value of the test that both models' truth ratios are alike.
 
     Args:
         truth_ratio: (n,), of the forget questions under the model that is judged.

@@ -41,9 +41,9 @@ def gradient_norm_scores(
     One row is differentiated at a time: the cost is a gradient per row, the memory one gradient.
 
     Args:
-        apply: the model; no row's outputs may depend on another row.
-        params: its parameters, all of them floating: the norm is over all.
-        batches: the rows.
+        apply: `apply(params, inputs) -> outputs`; no row's outputs may depend on another row.
+        params: the model's parameters, all of them floating: the norm is over all.
+        batches: the batches of rows to score.
         order: q: 1, 2 (open-unlearning) or infinity.
         by_tensor: take the mean of the leaves' norms, as open-unlearning does; False: the norm of
             all parameters.

@@ -45,7 +45,7 @@ def zlib_scores(loss: ArrayLike, texts: Sequence[str]) -> Float[np.ndarray, " n"
     """Return each row's loss over the length of its text when compressed, in nats per byte.
 
     Args:
-        loss: (n,), length-normalised.
+        loss: length-normalised losses in nats, (n,).
         texts: the n texts whose loss it is (for question and answer, the answers), as UTF-8.
 
     Returns:
@@ -84,9 +84,9 @@ def min_k_scores(
     """Return each row's Min-K% score, in nats.
 
     Args:
-        apply: the model.
-        params: its parameters.
-        batches: a row none of whose tokens counts is left out.
+        apply: `apply(params, inputs) -> logits`.
+        params: the model's parameters.
+        batches: batches of rows; a row none of whose tokens counts is left out.
         share: k, of the row's tokens that are looked at: int(k |y|) of them, one at least; 0.4,
             MUSE's and open-unlearning's, where the two papers try 0.1 to 0.6 and 1.
 
@@ -105,7 +105,10 @@ def min_k_scores(
 def min_k_plus_plus_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> Float[np.ndarray, " n"]:
-    """Return each row's Min-K%++ score, in standard deviations; arguments as of `min_k_scores`.
+    """Return each row's Min-K%++ score, in standard deviations.
+
+    The arguments are those of `min_k_scores`, with the same share of 0.4, MUSE's and open-
+    unlearning's.
 
     The share is 0.4, MUSE's and open-unlearning's, there and here.
 

@@ -43,12 +43,13 @@ Rule = Literal["midpoint", "best"]
 
 
 class MembershipAttack(NamedTuple):
-    """What an attack found.
+    """A threshold attack: how many forget rows it calls non-members, and how good it is.
 
     Attributes:
         efficacy: share of the forget rows called non-members.
         threshold: rows that score at least this are called members.
-        balanced_accuracy: of the attack on the rows it was fitted to; 0.5 is chance.
+        balanced_accuracy: balanced accuracy on the rows that the threshold was fitted to; 0.5 is
+            chance.
     """
 
     efficacy: float
@@ -79,9 +80,9 @@ def membership_attack(
     The numbers of members and non-members need not be equal, since each set weighs one half.
 
     Args:
-        members: (n,), scores of retain rows, higher for a member: entropies with their sign turned.
-        nonmembers: (m,), of test rows.
-        forget: (k,), of the forget rows.
+        members: scores of retain rows, (n,), higher for a member: entropies with their sign turned.
+        nonmembers: scores of test rows, (m,).
+        forget: scores of the forget rows, (k,).
         rule: "midpoint", or "best": of equally good thresholds the lowest.
 
     Returns:
@@ -105,6 +106,7 @@ def membership_attack(
         thresholds = np.unique(np.concatenate([inside, outside]))
     missed = np.searchsorted(inside, thresholds) / len(inside)
     caught = np.searchsorted(outside, thresholds) / len(outside)
+    # Shares, not numbers, of both sets: the larger one would else set the threshold.
     accuracy = (1 - missed + caught) / 2
     chosen = int(np.argmax(accuracy))
     efficacy = np.mean(sets[2] < thresholds[chosen])

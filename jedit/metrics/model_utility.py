@@ -33,9 +33,9 @@ class SetUtility(NamedTuple):
     """A model's means on one set of questions.
 
     Attributes:
-        probability: P.
-        rouge: R.
-        truth_ratio: T; higher is better, unlike the TR it is made of.
+        probability: P: the mean probability of the right answers.
+        rouge: R: the mean ROUGE-L recall of the generated answers.
+        truth_ratio: T: the mean of max(0, 1 - TR); higher is better, unlike the TR it is made of.
     """
 
     probability: float
@@ -50,7 +50,7 @@ def set_utility(
 
     Args:
         probability: (n,), `answer_probability` for the retain set, else `normalized_probability`.
-        rouge_recall: (n,), ROUGE-L recall.
+        rouge_recall: ROUGE-L recall of each generated answer, (n,).
         truth_ratio: (m,), TR; m may be another number, where not all have wrong answers.
 
     Returns:

@@ -43,16 +43,17 @@ def normalized_choice_accuracy(
     """Return the share of questions whose right option has the lowest loss per unit of length.
 
     Args:
-        option_loss: (n, k), as for `multiple_choice_accuracy`, summed.
-        lengths: (n, k), of the options: characters for the harness' `acc_norm`, or tokens; above 0,
-            also where a loss is infinite.
-        answers: (n,).
+        option_loss: losses (n, k), summed over each option's tokens, in nats; infinity where a
+            question has fewer options.
+        lengths: lengths (n, k) of the options: characters for the harness' `acc_norm`, or tokens;
+            above 0, also where a loss is infinite.
+        answers: the index of each question's right option, (n,).
 
     Returns:
         The share, from 0 to 1.
 
     Raises:
-        ValueError: as for `multiple_choice_accuracy`, or a length is not above 0.
+        ValueError: what `multiple_choice_accuracy` refuses, or a length that is not above 0.
     """
     losses, right = _checked(option_loss, answers)
     units = np.asarray(lengths, np.float64)

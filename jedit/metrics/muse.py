@@ -23,11 +23,11 @@ STOPS = ("\n\n", "\nQuestion", "Question:")  # MUSE's own
 
 
 def verbmem(continuations: Sequence[str], generations: Sequence[str]) -> float:
-    """Return VerbMem, from 0 to 100.
+    """Return VerbMem, how much of the true continuations the model recites, from 0 to 100.
 
     Args:
         continuations: the n true continuations, cut to as many tokens as are generated.
-        generations: the model's.
+        generations: the n continuations that the model generated.
 
     Returns:
         The mean; single rows are `rouge(..., use_stemmer=False).rougeL_f1`.
@@ -42,7 +42,7 @@ def verbmem(continuations: Sequence[str], generations: Sequence[str]) -> float:
 def knowmem(
     answers: Sequence[str], generations: Sequence[str], *, stops: Sequence[str] = STOPS
 ) -> float:
-    """Return KnowMem, from 0 to 100.
+    """Return KnowMem, how much of the true answers the model gives, from 0 to 100.
 
     Args:
         answers: the n true answers.
@@ -50,7 +50,7 @@ def knowmem(
         stops: strings at which an answer ends.
 
     Returns:
-        The mean.
+        The mean over the answers.
 
     Raises:
         ValueError: if there are none, or not as many of one as of the other.

@@ -57,6 +57,9 @@ def answer_nll_sum_per_row(
 ) -> Float[np.ndarray, " n"]:
     """Return each example's summed negative log-likelihood, in the order given.
 
+    An example none of whose outputs counts is left out. The examples of packed batches, all of one
+    `pack`, are its rows, in their order there.
+
     An example none of whose outputs counts is left out here too; packed batches as above.
     """
     return rows_of_sums(

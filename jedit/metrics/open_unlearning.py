@@ -41,13 +41,13 @@ SMALL = 1e-10
 
 
 class TokenScores(NamedTuple):
-    """One number for each row that has a labelled token.
+    """Four scores for each row that has a labelled token, arrays of shape (n,).
 
     Attributes:
-        exact_memorization: NaN for a row of one token.
-        extraction_strength: never 0 but for a row of one token.
-        min_k: lower for members.
-        min_k_plus_plus: likewise.
+        exact_memorization: share of right tokens; NaN for a row of one token.
+        extraction_strength: extraction strength; never 0 but for a row of one token.
+        min_k: Min-K% score, lower for members.
+        min_k_plus_plus: Min-K%++ score, lower for members.
     """
 
     exact_memorization: Float[np.ndarray, " n"]
@@ -60,11 +60,11 @@ class TokenScores(NamedTuple):
 def token_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, share: float = SHARE
 ) -> TokenScores:
-    """Return all that is made of single tokens' predictions, from one forward pass.
+    """Return all scores that are made of single tokens' predictions, from one forward pass.
 
     Args:
-        apply: the model.
-        params: its parameters.
+        apply: `apply(params, inputs) -> logits`.
+        params: the model's parameters.
         batches: rows; one none of whose tokens counts, such as fills up the last batch, is left
             out.
         share: k of Min-K%; 0.4, open-unlearning's for TOFU.
@@ -80,6 +80,7 @@ def token_scores(
         parts = jax.device_get(_tokens(apply, params, batch))
         for is_hit, log_p, z, counted in zip(*parts, strict=True):
             if counted.any():
+                # Without the last counted token, whatever it is, as open-unlearning has it.
                 kept = np.flatnonzero(counted)[:-1]
                 rows.append(_scores_of_row(is_hit[kept], log_p[kept], z[kept], share))
     return TokenScores(*np.array(rows, np.float64).reshape(-1, 4).T)
@@ -106,7 +107,7 @@ def gradient_norms(
 
 
 def truth_ratio(loss: ArrayLike, wrong_loss: ArrayLike) -> Float[np.ndarray, " n"]:
-    """Return each question's ratio, of the losses (n,) of right and (n, k) of wrong answers."""
+    """Return each question's truth ratio, of losses (n,) of right and (n, k) of wrong answers."""
     wrong = np.exp(-np.asarray(wrong_loss, np.float64).mean(axis=1))
     return wrong / (np.exp(-np.asarray(loss, np.float64)) + SMALL)
 
@@ -132,6 +133,7 @@ def _scores_of_row(is_hit, log_p, z, share: float) -> tuple[float, float, float,
     number = len(is_hit)
     if not number:
         return (np.nan, 0.0, 0.0, 0.0)
+    # The shortest hint ends behind the last miss: all tokens after it come by themselves.
     misses = np.flatnonzero(~is_hit)
     k = min(misses[-1] + 1, number - 1) if len(misses) else 0
     lowest = max(1, int(number * share))
@@ -143,7 +145,10 @@ def _scores_of_row(is_hit, log_p, z, share: float) -> tuple[float, float, float,
 
 @partial(jax.jit, static_argnums=0)
 def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, Array, Array]:
-    """Which tokens are the likeliest, log p, z of Min-K%++, and which count, (batch, t) each."""
+    """Return, of each token, whether it is the likeliest, log p, z of Min-K%++, and if it counts.
+
+    Each is of shape (batch, t).
+    """
     logits, targets, counted = labelled_logits(apply, params, batch)
     is_hit = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
     found = (is_hit, *standardized(logits, targets), counted)
@@ -151,7 +156,7 @@ def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, A
 
 
 def _without_last(batch: Batch) -> tuple[Batch, np.ndarray]:
-    """The batch without each row's last counted token, and how many each row counts with it.
+    """Return the batch without each row's last counted token, and how many each counts with it.
 
     Raises:
         ValueError: if the batch is packed, or has no targets.
@@ -160,6 +165,7 @@ def _without_last(batch: Batch) -> tuple[Batch, np.ndarray]:
         raise ValueError("batch.targets has shape None, expected one label per output")
     lead = batch.targets.shape
     counted = np.asarray(by_example(batch, counted_outputs(batch, lead)))
+    # Counted from the right, so that the last counted token is the one at which the sum is 1.
     shorter = counted & (np.cumsum(counted[:, ::-1], axis=1)[:, ::-1] > 1)
     mask = jnp.asarray(shorter.reshape(lead), jnp.float32)
     return batch._replace(mask=mask), counted.sum(axis=1)

@@ -27,8 +27,8 @@ def membership_auc(forget: ArrayLike, holdout: ArrayLike) -> float:
     """Return the area under the attack's ROC curve; the two sets need not be equally large.
 
     Args:
-        forget: (n,), scores of the forget rows, lower for members.
-        holdout: (m,), scores of rows like them that no model was trained on.
+        forget: scores of the forget rows, (n,), lower for members.
+        holdout: scores of rows like them that no model was trained on, (m,).
 
     Returns:
         The area, from 0 to 1. Costs one sort.

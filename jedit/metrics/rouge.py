@@ -23,12 +23,13 @@ from jaxtyping import Float
 
 
 class Rouge(NamedTuple):
-    """One number per row, from 0 to 1, in float64.
+    """Overlaps of generated with true answers, one number per row, from 0 to 1, in float64.
 
     Attributes:
         rouge1_recall: share of the answer's words that the generation has, in any order.
-        rougeL_recall: the same, in the answer's order.
-        rougeL_f1: harmonic mean of that and its precision.
+        rougeL_recall: share of the answer's words that the generation has in the answer's order.
+        rougeL_f1: harmonic mean of that recall and its precision, the share of the generation's
+            words.
     """
 
     rouge1_recall: Float[np.ndarray, " n"]
@@ -37,7 +38,7 @@ class Rouge(NamedTuple):
 
 
 def rouge(answers: Sequence[str], generations: Sequence[str], *, use_stemmer: bool = True) -> Rouge:
-    """Return each row's scores.
+    """Return each row's ROUGE scores.
 
     Args:
         answers: the n true answers.

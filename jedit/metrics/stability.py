@@ -38,14 +38,16 @@ from jedit.core.checks import FINITE, Range, check_numbers
 
 
 def minimum_accuracy(scores: ArrayLike) -> float:
-    """Return min-ACC.
+    """Return min-ACC, the mean over the tasks of the lowest score after any request.
 
     Args:
-        scores: (steps + 1, tasks), the first row before any request.
+        scores: one score for each task after each request, (steps + 1, tasks), the first row before
+            any.
 
     Raises:
         ValueError: another number of axes, fewer than two rows, no task, or NaN.
     """
+    # Without the first row: a task that was bad before any request is no harm of theirs.
     return float(np.mean(np.min(_checked(scores)[1:], axis=0)))
 
 
@@ -53,11 +55,11 @@ def worst_case_accuracy(scores: ArrayLike, newest: float) -> float:
     """Return WC-ACC, min-ACC with the score on the newest request, b, weighted as one task more.
 
     Args:
-        scores: as of `minimum_accuracy`.
+        scores: scores (steps + 1, tasks), the first row before any request.
         newest: b, for instance 1 less the accuracy on the rows forgotten last.
 
     Raises:
-        ValueError: as `minimum_accuracy`.
+        ValueError: scores that `minimum_accuracy` refuses.
     """
     check_numbers(FINITE, newest=newest)
     share = 1 / (_checked(scores).shape[1] + 1)
@@ -68,14 +70,15 @@ def windowed_forgetting(scores: ArrayLike, window: int) -> float:
     """Return WF^w: the deepest fall within so many steps in a row, mean over the tasks; 0 if none.
 
     Args:
-        scores: as of `minimum_accuracy`.
+        scores: scores (steps + 1, tasks), the first row before any request.
         window: w, the number of measurements in a window, at least 2.
 
     Raises:
-        ValueError: as `minimum_accuracy`, or a window below 2.
+        ValueError: scores that `minimum_accuracy` refuses, or a window below 2.
     """
     check_numbers(Range(2, is_whole=True), window=window)
     values = _checked(scores)
+    # For each distance of two measurements in one window, the deepest fall of each task.
     falls = [
         np.max(values[:-apart] - values[apart:], axis=0)
         for apart in range(1, min(window, len(values)))
@@ -88,7 +91,7 @@ def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
 
     Args:
         before: (n,), each row's score under the first model.
-        after: (n,), under the model now.
+        after: (n,), each row's score under the model now.
 
     Raises:
         ValueError: different shapes, no row, or scores before that sum to zero or less.
@@ -99,10 +102,12 @@ def forget_degree(before: ArrayLike, after: ArrayLike) -> float:
 def retained_utility(before: ArrayLike, after: ArrayLike) -> float:
     """Return the retained share of a score, ours: not FIT's R.U., which is `fit_retain_utility`.
 
-    Arguments as of `forget_degree`.
+    Args:
+        before: (n,), each row's score under the first model.
+        after: (n,), each row's score under the model now.
 
     Raises:
-        ValueError: as `forget_degree`.
+        ValueError: different shapes, no row, or scores before that sum to zero or less.
     """
     first, now = (np.asarray(x, np.float64) for x in (before, after))
     if first.shape != now.shape or first.ndim != 1 or not first.sum() > 0:
@@ -118,7 +123,8 @@ def fit_forget_degree(scores: Sequence[float], retrained: Sequence[float]) -> fl
 
     Args:
         scores: mean probability, ROUGE and accuracy of the forgotten rows, the model now.
-        retrained: the same of the model that never saw them.
+        retrained: mean probability, ROUGE and accuracy of the same rows, the model that never saw
+            them.
 
     Raises:
         ValueError: not three scores each, one that is not from 0 to 1, or a retrained one of 0.
@@ -131,6 +137,8 @@ def fit_forget_degree(scores: Sequence[float], retrained: Sequence[float]) -> fl
             "expected probability, ROUGE and accuracy, from 0 to 1, and the retrained model's "
             f"above 0: the score is relative to it; got {scores} and {retrained}"
         )
+    # A ratio to the retrained model's score, two-sided: forgetting more than it never knew counts
+    # against a model as much as forgetting less.
     ratio = np.cbrt(np.prod(now)) / np.cbrt(np.prod(reference))
     return float(max(0.0, 1 - abs(ratio - 1)))
 
@@ -139,11 +147,11 @@ def fit_retain_utility(scores: Sequence[float], retrained: Sequence[float]) -> f
     """Return FIT's R.U., from 0 to 1: how near the retrained model is on the kept rows.
 
     Args:
-        scores: as of `fit_forget_degree`, of the kept rows.
-        retrained: likewise.
+        scores: mean probability, ROUGE and accuracy of the kept rows, the model now.
+        retrained: mean probability, ROUGE and accuracy of the kept rows, the retrained model.
 
     Raises:
-        ValueError: as `fit_forget_degree`.
+        ValueError: scores that `fit_forget_degree` refuses.
     """
     return fit_forget_degree(scores, retrained)
 

@@ -21,19 +21,19 @@ def each_batch(
     *,
     has_labels: bool = True,
 ) -> Iterator[Batch]:
-    """Yield a metric's batches, once its arguments and they were looked at.
+    """Check a metric's arguments, and yield its batches.
 
     Args:
-        apply: the model.
-        params: its parameters, or several.
-        batches: the batches, or the one.
+        apply: the model's function, `apply(params, inputs) -> outputs`.
+        params: the model's parameters, or a sequence of several models'.
+        batches: one batch, or several.
         has_labels: whether the targets are to be classes of the outputs.
 
     Yields:
         Each batch.
 
     Raises:
-        TypeError: one of the arguments is something else.
+        TypeError: an argument of another type.
         ValueError: the params are traced; a mask of anything but 0 and 1, or a label that is no
             class of the outputs.
     """
@@ -64,12 +64,12 @@ def mean_of_sums(sums: list[tuple[Array, Array]]) -> float:
 
 
 class RowSums(NamedTuple):
-    """A batch's sums by row, on the device.
+    """Sums over the counted outputs of each row of one batch, on the device.
 
     Attributes:
-        totals: of each row; of each output, for a packed batch.
-        counts: how many outputs each is of.
-        rows: None, or the number of the row that each is of, for a packed batch.
+        totals: sum of each row; for a packed batch, the value of each output.
+        counts: number of counted outputs in each total.
+        rows: None, or for a packed batch the number of the row that each total belongs to.
     """
 
     totals: Shaped[Array, " sums"]
@@ -106,6 +106,7 @@ def rows_of_sums(sums: list[RowSums]) -> tuple[Float[np.ndarray, " n"], Int[np.n
         if len(numbers) < len(parts):
             raise ValueError("some of the batches are packed and others are not; take all as one")
         rows = np.concatenate(numbers)
+        # Rows are numbered from 1; number 0 is padding, which counts nothing and drops out below.
         totals, counts = (np.bincount(rows, weights=x) for x in (totals, counts))
         counts = counts.astype(int)
     return totals[counts > 0], counts[counts > 0]

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 
 def truth_ratio(paraphrased_loss: ArrayLike, perturbed_loss: ArrayLike) -> Float[np.ndarray, " n"]:
-    """Return each question's truth ratio.
+    """Return each question's truth ratio: wrong answers' probability over the paraphrase's.
 
     Args:
         paraphrased_loss: (n,), the loss of each question's paraphrased answer.

@@ -20,13 +20,13 @@ import numpy as np
 
 
 class UnlearningScores(NamedTuple):
-    """Shares from 0 to 1.
+    """The four numbers by which unlearning of a classifier is judged, shares from 0 to 1.
 
     Attributes:
         unlearning_accuracy: UA, 1 - accuracy on the forget rows.
-        retain_accuracy: RA.
-        test_accuracy: TA.
-        membership_efficacy: MIA.
+        retain_accuracy: RA, the accuracy on the retain rows.
+        test_accuracy: TA, the accuracy on the test rows.
+        membership_efficacy: MIA, the share of the forget rows that an attack calls non-members.
     """
 
     unlearning_accuracy: float

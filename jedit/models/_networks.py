@@ -64,7 +64,7 @@ class Cnn(nnx.Module):
 
 
 def _max_pool(x: Float[Array, "batch height width d"]) -> Float[Array, "batch height_2 width_2 d"]:
-    """The largest of each two by two square."""
+    """Return the largest of each two by two square."""
     # A reshape and a maximum, because the derivative of a windowed maximum is a scatter: a training
     # step of this network takes a quarter longer with one.
     batch, height, width, d = x.shape
@@ -223,7 +223,7 @@ def check_length(seq: int, max_len: int) -> None:
     """Refuse sequences that are longer than the model has positions.
 
     Raises:
-        ValueError: they are.
+        ValueError: the sequences are longer.
     """
     if seq > max_len:
         raise ValueError(

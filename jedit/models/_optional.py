@@ -5,10 +5,10 @@ from typing import Any
 
 
 def optional(name: str) -> Any:
-    """The module of that name.
+    """Import a module of an optional package.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: the package is not installed; the message says how to get it.
     """
     try:
         return importlib.import_module(name)

@@ -22,11 +22,11 @@ class Architecture(NamedTuple):
 
     Attributes:
         model_class: the NNX module, made by `model_class(config, rngs=...)`.
-        config: tunix's own.
+        config: tunix's own configuration of the model.
         key_mapping: `config -> {pattern of a tensor's name: (its path, (axes, shape) or None)}`.
         preprocess: makes the function that stacks tensors that are one parameter; or None.
         is_tied: whether the embedding is the last layer's matrix too.
-        finish: what is done to the loaded module.
+        finish: a function that changes the loaded module in place.
     """
 
     model_class: Any
@@ -38,11 +38,11 @@ class Architecture(NamedTuple):
 
 
 def architecture(config: Any, dtype: DTypeLike) -> Architecture:
-    """The tunix model that a `transformers` configuration describes.
+    """Find the tunix model that a `transformers` configuration describes.
 
     Args:
-        config: of `transformers.AutoConfig`.
-        dtype: of the parameters and of the computation.
+        config: a configuration as `transformers.AutoConfig` reads it.
+        dtype: dtype of the parameters and of the computation.
 
     Returns:
         What is needed to load it.
@@ -128,6 +128,7 @@ def _gemma3(config: Any, dtype: Any) -> Architecture:
     kinds = {"LOCAL_SLIDING": "sliding_attention", "GLOBAL": "full_attention"}
     cycle = [kinds[kind.name] for kind in model.GEMMA3_ATTENTION_PATTERN]
     pattern = [cycle[i % len(cycle)] for i in range(config.num_hidden_layers)]
+    # tunix has the pattern as a constant; a model with another one would load and compute wrongly.
     _expect(config, layer_types=(pattern,))
     (local_theta, local_scale), (theta, scale) = (
         _linear_rope(config, kind) for kind in ("sliding_attention", "full_attention")
@@ -202,7 +203,7 @@ def _gemma(config: Any, dtype: Any) -> Architecture:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    """The fields that tunix's configurations share."""
+    """Return the fields that tunix's configurations share."""
     heads = config.num_attention_heads
     rope = _rope(config)
     return {
@@ -226,7 +227,7 @@ def _expect(config: Any, **allowed: tuple[Any, ...]) -> None:
     """Check that each named field, where the configuration has it, is one of the values given.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a field has another value.
     """
     for name, values in allowed.items():
         value = getattr(config, name, values[0])
@@ -239,8 +240,9 @@ def _expect(config: Any, **allowed: tuple[Any, ...]) -> None:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """What is said about rotary positions, by the names of transformers 5 and before."""
+    """Return what is said about rotary positions, by the names of transformers 5 and before."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    # transformers 5 has `rope_parameters`; before, `rope_scaling` stood beside `rope_theta`.
     rope = rope or dict(getattr(config, "rope_scaling", None) or {})
     if "rope_theta" not in rope and getattr(config, "rope_theta", None) is not None:
         rope["rope_theta"] = config.rope_theta
@@ -263,7 +265,7 @@ def _expect_rope(config: Any, rope: Mapping[str, Any], kinds: tuple[str, ...]) -
 
 
 def _linear_rope(config: Any, kind: str) -> tuple[float, float]:
-    """(theta, factor) of one of Gemma 3's two kinds of layers."""
+    """Return (theta, factor) of one of Gemma 3's two kinds of layers."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if kind in rope:
         rope = dict(rope[kind])
@@ -277,7 +279,7 @@ def _linear_rope(config: Any, kind: str) -> tuple[float, float]:
 
 
 def _rope_bases(config: Any, head_dim: int) -> tuple[float, ...]:
-    """Per frequency the base whose power it is: `frequency[i] = base[i] ** (-2 i / head_dim)`.
+    """Return, for each frequency, the base in `frequency[i] = base[i] ** (-2 i / head_dim)`.
 
     Without scaling every base is rope_theta. Llama 3.1 and later divide the low frequencies by a
     factor, keep the high ones, and blend between (transformers' "llama3").
@@ -299,13 +301,15 @@ def _rope_bases(config: Any, head_dim: int) -> tuple[float, ...]:
     if kept[0] < 1:
         raise ValueError("rope_type 'llama3' that slows the fastest frequency is not supported.")
     scaled = frequencies * (kept + (1 - kept) / rope["factor"])
+    # tunix takes a base and not frequencies; one base for each frequency, by broadcasting, is any
+    # frequencies at all. The first has exponent 0 and is 1 with any base, hence the refusal above.
     bases = scaled[1:] ** (-1 / exponents[1:])
     return (theta, *bases.tolist())
 
 
 @functools.cache
 def _rotating_attention(model: types.ModuleType, bases: tuple[float, ...]) -> type:
-    """Tunix's attention with its own rotation, given the base.
+    """Make a class of tunix's attention that rotates with the base of the configuration.
 
     tunix 0.1.7 leaves the base out where Llama 3 and Qwen 3 rotate, which makes it 1,000,000
     whatever the configuration says: 500,000 for Llama 3, 5,000,000 for Qwen 3 4B.
@@ -317,6 +321,8 @@ def _rotating_attention(model: types.ModuleType, bases: tuple[float, ...]) -> ty
 
     source = model.Attention
     names = {**source.block.__globals__, "apply_rope": apply_rope}
+    # tunix's function is kept to the letter and meets another `apply_rope` under its global name: a
+    # copy of its code would fall behind it, and patching the module would change it for everybody.
     block = types.FunctionType(
         source.block.__code__, names, "block", source.block.__defaults__, source.block.__closure__
     )
@@ -325,4 +331,6 @@ def _rotating_attention(model: types.ModuleType, bases: tuple[float, ...]) -> ty
 
 def _rotate(module: Any, model: types.ModuleType, bases: tuple[float, ...]) -> None:
     for layer in module.layers:
+        # The class is changed on the loaded module: its parameters, and their paths, stay as they
+        # are.
         layer.attn.__class__ = _rotating_attention(model, bases)

@@ -33,7 +33,7 @@ def cnn(
         num_classes: number of logits.
         channels: output channels of each stage.
         hidden: width of the hidden dense layer.
-        dtype: of the parameters; the computation follows the parameters given to `apply`.
+        dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:
         `(apply, params)`, with `apply(params, images) -> logits` of shape `(batch, num_classes)`.

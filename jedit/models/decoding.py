@@ -45,11 +45,12 @@ def greedy_decode(
 
 
 class Stepper(NamedTuple):
-    """A causal model one position at a time.
+    """A causal model evaluated one position at a time, with a cache.
 
     Attributes:
-        init: `(params, batch, num_positions) -> cache`.
-        step: `(params, tokens (batch,), position, cache) -> (logits (batch, vocab), cache)`.
+        init: a function `(params, batch, num_positions) -> cache`.
+        step: a function `(params, tokens (batch,), position, cache) -> (logits (batch, vocab),
+            cache)`.
     """
 
     init: Callable[[PyTree, int, int], Any]
@@ -71,11 +72,11 @@ def cached_decode(
     with those of whole passes to rounding, so two tokens as good as level may change places.
 
     Args:
-        stepper: of the model, such as `gpt_stepper` makes.
+        stepper: the model's stepper, such as `gpt_stepper` makes.
         params: the model's parameters.
-        prompt_tokens: as of `greedy_decode`.
+        prompt_tokens: prompts, `(batch, seq)`, right padded to one length.
         num_steps: how many tokens to add.
-        prompt_lengths: as of `greedy_decode`.
+        prompt_lengths: `(batch,)`, the tokens of each prompt that count; None: all.
 
     Returns:
         The added tokens alone.
@@ -115,6 +116,7 @@ def _cached_decode(
 
     def step(carry: tuple[Array, Any], xs: tuple[Array, Array]):
         (added, cache), (given, position) = carry, xs
+        # Rows of different lengths go in step: a short one generates while a long one still reads.
         read = jnp.where(position < prompt_lengths, given, added)
         logits, cache = stepper.step(params, read, position, cache)
         added = jnp.argmax(logits, axis=-1).astype(read.dtype)

@@ -55,15 +55,15 @@ def to_pure(
 
 
 def mixed_precision(apply: Apply, dtype: DTypeLike) -> Apply:
-    """The same function computed in `dtype`, whatever the parameters are stored in.
+    """Make a function that computes in `dtype`, whatever the parameters are stored in.
 
     They are cast inside, so that small steps add up in the stored ones (in float32: the master
     weights of a training in bfloat16), and gradients and edits are of those. Outputs are float32 or
     wider.
 
     Args:
-        apply: its computation follows the parameters.
-        dtype: of the computation.
+        apply: `apply(params, inputs) -> outputs`, whose computation follows the parameters.
+        dtype: dtype of the computation.
 
     Returns:
         `apply(params, inputs)`: bit by bit that of `cast_params(params, dtype)`.
@@ -77,7 +77,7 @@ def mixed_precision(apply: Apply, dtype: DTypeLike) -> Apply:
 
 
 def cast_params(params: PyTree, dtype: DTypeLike) -> PyTree:
-    """The parameters in another dtype; integers stay as they are."""
+    """Cast the parameters to another dtype; integers stay as they are."""
 
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -86,14 +86,14 @@ def cast_params(params: PyTree, dtype: DTypeLike) -> PyTree:
 
 
 def to_pure_method(module: Any, name: str) -> Callable:
-    """Take one method of such a module as `call(params, *args)`, for the params of `to_pure`.
+    """Take one method of a module as `call(params, *args)`, for the params of `to_pure`.
 
     Args:
-        module: one made under `nnx.eval_shape` will do: its arrays are not looked at.
-        name: of the method.
+        module: the module; one made under `nnx.eval_shape` will do: its arrays are not looked at.
+        name: name of the method.
 
     Returns:
-        The function.
+        The function `call(params, *args)`.
     """
     from flax import nnx
 

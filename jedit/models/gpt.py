@@ -35,11 +35,11 @@ def gpt(
     Args:
         key: for the initial parameters.
         vocab: number of tokens, and of logits.
-        width: of the residual stream.
+        width: width of the residual stream.
         num_layers: number of blocks.
         num_heads: number of attention heads; divides the width.
         max_len: number of learned positions, the longest sequence that `apply` takes.
-        dtype: of the parameters; the computation follows the parameters given to `apply`.
+        dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:
         `(apply, params)`, with `apply(params, tokens (batch, seq)) -> logits (batch, seq, vocab)`.
@@ -62,7 +62,10 @@ def gpt(
 
 
 def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
-    """Make the same model's one-position step, with a cache of keys and values.
+    """Make the one-position step of a `gpt` model, with a cache of keys and values.
+
+    It is for `cached_decode`, with the parameters of `gpt`; the arguments are what the parameters
+    do not tell of the model.
 
     For `cached_decode`; the parameters are those of `gpt`, and what they do not tell of it are the
     arguments here.
@@ -81,6 +84,8 @@ def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
     def step(params: PyTree, tokens: Array, position: Array, caches: Sequence[tuple[Array, Array]]):
         vocab, width = params["embed"]["embedding"].shape
         max_len, dtype = len(params["positions"]), params["positions"].dtype
+        # Made without arrays, at trace time: only the module's structure is needed, which the
+        # shapes tell.
         module = nnx.eval_shape(
             lambda: Gpt(vocab, width, num_layers, num_heads, max_len, dtype, nnx.Rngs(0))
         )

@@ -57,9 +57,10 @@ def load_model(
     softmax are computed in float32 in Llama and Qwen.
 
     Args:
-        folder: with config.json and safetensors files: those that model.safetensors.index.json
-            names, or all where there is no index.
-        dtype: of the parameters and the computation; None: the files', float32 if those differ.
+        folder: a folder with config.json and safetensors files: those that
+            model.safetensors.index.json names, or all where there is no index.
+        dtype: dtype of the parameters and the computation; None: the files', float32 if those
+            differ.
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
@@ -96,21 +97,21 @@ def load_model(
 
 
 def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepper:
-    """Make the one-position step of the same model, for `cached_decode`; no weights are read.
+    """Make a folder's model one position at a time, for `cached_decode`; no weights are read.
 
     The keys and values are kept as tunix's attention keeps them. All rows stand at one position, so
     prompts are right padded, as `cached_decode` wants them.
 
     Args:
-        folder: as of `load_model`.
-        dtype: as of `load_model`, and the same as there.
+        folder: the folder that `load_model` is given.
+        dtype: the dtype that `load_model` is given.
 
     Returns:
         The stepper, for the params of `load_model`; compiled programs are kept by this object, so
         one is made for many calls.
 
     Raises:
-        ValueError: as `load_model`.
+        ValueError: what `load_model` refuses in the configuration, or no such folder.
     """
     folder = Path(folder)
     wanted = _common(_tensors(folder)) if dtype is None else jnp.dtype(dtype)
@@ -157,8 +158,8 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
     config.json says so.
 
     Args:
-        params: of `load_model(source)`, edited.
-        folder: the new one.
+        params: the edited parameters of `load_model(source)`.
+        folder: the new folder.
         source: the folder that the model was loaded from.
 
     Returns:
@@ -189,6 +190,8 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
             metadata = opened.metadata() or {"format": "pt"}
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 kept = name not in edited
+                # Each tensor goes back into the file it came from, one file in memory at a time:
+                # the index stays true.
                 value = opened.get_tensor(name) if kept else np.asarray(edited.pop(name))
                 tensors[name] = np.ascontiguousarray(value)  # the writer takes memory as it lies
                 num_bytes += tensors[name].nbytes
@@ -209,7 +212,8 @@ def read_config(folder: str | Path) -> Any:
     """Read a folder's config.json through `transformers`, which knows every family's defaults.
 
     Raises:
-        ValueError: there is none, or of a family that `transformers` does not know.
+        ValueError: the folder has no config.json, or one of a family that `transformers` does not
+            know.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -238,7 +242,7 @@ def _causal(module: Any, inputs: Array | PackedTokens) -> Array:
 
 
 def _by_the_usual_rules(apply: Apply) -> Apply:
-    """Tunix broadcasts and promotes by JAX's defaults; a stricter user meets no error in it."""
+    """Run a model by JAX's default rules of promotion, whatever stricter ones the user has set."""
 
     def run(params: PyTree, inputs: Any) -> Array:
         with _usual_rules():
@@ -256,16 +260,16 @@ def _usual_rules() -> Iterator[None]:
 
 
 def _common(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> jnp.dtype:
-    """The dtype of a folder's tensors, float32 if they differ."""
+    """Return the dtype of a folder's tensors, float32 if they differ."""
     stored = {spec.dtype for spec in tensors.values()}
     return jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: those of the index, else all there are.
+    """Return the files that hold a folder's weights: those of the index, else all there are.
 
     Raises:
-        ValueError: there are none, or the index names one that is not there.
+        ValueError: the folder has no safetensors file, or the index names one that is not there.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -284,7 +288,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _only_weights(folder: Path) -> Iterator[Path]:
-    """A folder of these files alone, since tunix reads whatever lies beside them.
+    """Make a folder of the weights' files alone, since tunix reads whatever lies beside them.
 
     Yields:
         The folder.
@@ -301,13 +305,13 @@ def _only_weights(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file.
+    """Open a safetensors file.
 
     Yields:
-        It, open.
+        The open file.
 
     Raises:
-        ValueError: it is none, or a part of one.
+        ValueError: the file is no safetensors file, or only a part of one.
     """
     safetensors = optional("safetensors")
     try:
@@ -320,10 +324,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and dtypes of a folder's tensors, without reading them.
+    """Return names, shapes and dtypes of a folder's tensors, without reading them.
 
     Raises:
-        ValueError: there are none, one stands twice, or they are no ordinary floats.
+        ValueError: the folder has no tensors, has one twice, or has some that are no ordinary
+            floats.
     """
     found, places = {}, {}
     for file in _weight_files(folder):
@@ -351,14 +356,14 @@ def _dotted(params: PyTree) -> dict[str, Any]:
 
 
 def _expected(kind: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of the model, as tunix's table names them."""
+    """Return the parameters of the model, as tunix's table names them."""
     nnx = optional("flax.nnx")
     module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(params=0)))
     return _dotted(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
 def _converted(kind: Architecture, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What tunix's loader makes of a folder's tensors, by tunix's names."""
+    """Convert a folder's tensors into what tunix's loader makes of them, by tunix's names."""
     find = optional("tunix.utils.torch_utils").torch_key_to_jax_key
     table, found = kind.key_mapping(kind.config), {}
     for name, value in tensors.items():
@@ -377,6 +382,7 @@ def _check_complete(
 ) -> None:
     wanted = _expected(kind)
     try:
+        # By shapes alone, so that what is missing is told by name before gigabytes are read.
         found = jax.eval_shape(lambda t: _converted(kind, t), dict(tensors))
     except TypeError as error:
         raise ValueError(f"{folder}: a tensor has not the shape of config.json: {error}") from error
@@ -398,7 +404,7 @@ def _from_params(
     specs: Mapping[str, jax.ShapeDtypeStruct],
     dtype: jnp.dtype,
 ) -> dict[str, Array]:
-    """The folder's tensors that are parameters, from the parameters.
+    """Convert the parameters back into the folder's tensors.
 
     Raises:
         ValueError: the parameters are not the model's.
@@ -418,7 +424,10 @@ def _from_params(
 
     tensors = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
     with _usual_rules():
+        # A transpose wants every input to matter; tensors of an image tower reach no parameter.
         used = _used(convert, tensors)
+        # Loading only permutes and stacks, a linear map with one 1 in each row: its transpose is
+        # its inverse, so no table of the way back has to be kept true to tunix's.
         (back,) = jax.linear_transpose(convert, used)(dict(values))
     if kind.is_tied and "lm_head.weight" in specs:  # some folders have it twice
         back["lm_head.weight"] = values["embedder.input_embedding"]
@@ -428,7 +437,7 @@ def _from_params(
 def _used(
     convert: Callable[[dict[str, Any]], Any], tensors: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The tensors that the result depends on."""
+    """Return the tensors that the result depends on."""
     names = sorted(tensors)  # the order in which JAX flattens a dict
     jaxpr = jax.make_jaxpr(convert)(dict(tensors)).jaxpr
     live = {id(variable) for variable in jaxpr.outvars}
@@ -440,7 +449,10 @@ def _used(
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration with another dtype, by the name it had: transformers 5 has a new one."""
+    """Return the configuration with another dtype, under the name that it has for it already.
+
+    Before transformers 5 that name was `torch_dtype`.
+    """
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {**config, name: dtype}
 

@@ -145,6 +145,8 @@ def read_checkpoint(path: str | Path) -> tuple[_Header, dict[str, Float32[np.nda
         value = np.frombuffer(data, "<f4", count, offset).reshape(shape)
         offset += 4 * count
         if "q_proj" in name or "k_proj" in name:
+            # llama2.c rotates neighbours (0, 1), (2, 3); transformers rotates (0, d/2), (1, d/2 +
+            # 1).
             value = _halves_from_pairs(value, head_dim)
         if "{}" in name:
             tensors |= {name.format(i): np.ascontiguousarray(v) for i, v in enumerate(value)}
@@ -156,7 +158,7 @@ def read_checkpoint(path: str | Path) -> tuple[_Header, dict[str, Float32[np.nda
 def _halves_from_pairs(
     weights: Float32[np.ndarray, "layers d_out d_in"], head_dim: int
 ) -> Float32[np.ndarray, "layers d_out d_in"]:
-    """Each head's rows 0, 2, 4, ... and then 1, 3, 5, ...: what rotated as pairs, as halves."""
+    """Reorder each head's rows as 0, 2, 4, ... and then 1, 3, 5, ...: pairs become halves."""
     layers, d_out, d_in = weights.shape
     pairs = weights.reshape(layers, d_out // head_dim, head_dim // 2, 2, d_in)
     return pairs.swapaxes(2, 3).reshape(layers, d_out, d_in)
@@ -201,6 +203,8 @@ def build_tokenizer(pieces: list[tuple[bytes, float]]) -> Any:
         for cut in range(1, len(name)):
             left, right = numbers.get(name[:cut]), numbers.get(name[cut:])
             if left is not None and right is not None:
+                # llama2.c merges the pair of the highest score first; tokenizers takes the first of
+                # a list.
                 merges.append((-pieces[number][1], number, left, right))
     merges = [(names[left], names[right]) for _, _, left, right in sorted(merges)]
 

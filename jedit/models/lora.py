@@ -35,10 +35,10 @@ from jedit.tracing.versions import inner_jaxprs
 
 
 class Adapted(NamedTuple):
-    """A function with adapters.
+    """A function with low-rank adapters, its parameters, and the way to merge them.
 
     Attributes:
-        apply: `(params, inputs) -> outputs`.
+        apply: `(params, inputs) -> outputs` of the adapted function.
         params: {"base": the given ones, "lora": {... the path's names ...: {"a": A, "b": B}}}.
         merge: `params -> params` of the given function, the adapters added to the weights; sums
             in float32 or wider, weights in their own dtype.
@@ -67,14 +67,14 @@ def with_lora(
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`, one array.
-        params: its parameters.
+        params: the function's parameters.
         inputs: an example of what it takes, of which only shapes and dtypes matter.
-        rank: r.
+        rank: rank r of the adapters.
         key: for A, uniform between ±1/√d_in as in the authors' code.
         select: regular expression; a parameter of two axes or more is adapted if it is found in
             its path. None: all that stand in products alone; not a table that is looked up in,
             such as a tied embedding, nor layers that a loop takes out of one array.
-        scale: of the adapters' product, the paper's α / r.
+        scale: factor of the adapters' product, the paper's α / r.
 
     Returns:
         The adapted function, its parameters (adapters in the dtype of their weight), and what adds
@@ -99,6 +99,7 @@ def with_lora(
     lora: dict[str, Any] = {}
     for path, weight in weights.items():
         bound, dtype = 1 / math.sqrt(weight.d_in), leaves[path].dtype
+        # By path: selecting more parameters leaves the others' adapters as they were.
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         a = jax.random.uniform(own_key, (weight.d_in, rank), dtype, -bound, bound)
         node = lora
@@ -124,6 +125,8 @@ def with_lora(
         for path, weight in weights.items():
             leaf, wide = leaves[path], wide_dtype(leaves[path].dtype)
             a, b = (_at(params["lora"], path)[name].astype(wide) for name in ("a", "b"))
+            # `scatter` undoes whatever axes the products read the weight by; B = 0 makes it exactly
+            # zero.
             change = weight.scatter((a @ b * jnp.asarray(scale, wide))[None])[path]
             leaves[path] = (leaf.astype(wide) + change).astype(leaf.dtype)
         return jax.tree.unflatten(jax.tree.structure(params["base"]), leaves.values())
@@ -132,7 +135,7 @@ def with_lora(
 
 
 def _change(site: Site, scale: float, a: Array, b: Array, x: Array) -> Array:
-    """What a site's adapter adds to its output."""
+    """Return what a site's adapter adds to its output."""
     assert isinstance(site.axes_in, Axes)
     assert isinstance(site.axes_out, Axes)
     inputs = site.axes_in.canonical(x)
@@ -150,10 +153,10 @@ def _at(tree: Any, path: str) -> Any:
 
 
 def _weights(program: Program, names: list[str], select: str | None) -> dict[str, Weight]:
-    """The matrix that each parameter is in all its products.
+    """Return the matrix that each parameter is in all its products.
 
     Raises:
-        ValueError: as `with_lora`.
+        ValueError: a parameter that `with_lora` refuses.
     """
     looped = _probes_in_loops(program.jaxpr.jaxpr, program.plan)
     sites: dict[str, list[Site]] = {}
@@ -177,7 +180,7 @@ def _weights(program: Program, names: list[str], select: str | None) -> dict[str
 
 
 def _reason(path: str, sites: list[Site], looped: set[int]) -> str | None:
-    """Why sites of one parameter cannot have an adapter, if so."""
+    """Say why sites of one parameter cannot have an adapter, if so."""
     for site in sites:
         if site.kind != "dense" or site.path != path:
             return f"stands in no product of matrices at {site.source}"
@@ -187,13 +190,14 @@ def _reason(path: str, sites: list[Site], looped: set[int]) -> str | None:
             return f"stands in a product over a batch of matrices at {site.source}"
         if site.window_in is not None or site.window_out is not None:
             return f"is joined to others at {site.source}"
+    # One A B cannot be the change of a matrix and of its transpose read by other axes.
     if len({site.weight.kernel for site in sites}) > 1:
         return "is read by different axes in two products"
     return None
 
 
 def _probes_in_loops(jaxpr: Any, plan: Plan) -> set[int]:
-    """The probes of which a scan takes one slice in each step."""
+    """Return the probes of which a scan takes one slice in each step."""
     found: set[int] = set()
     for i, plans in plan.inner.items():
         equation = jaxpr.eqns[i]

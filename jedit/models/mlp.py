@@ -28,8 +28,8 @@ def mlp(
     Args:
         key: for the initial parameters (LeCun normal kernels, zero biases).
         sizes: the input width, the hidden widths, the number of outputs.
-        activation: what stands between two layers; the identity gives a deep linear network.
-        dtype: of the parameters; the computation follows the parameters given to `apply`.
+        activation: the function between two layers; the identity gives a deep linear network.
+        dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:
         `(apply, params)`, with `apply(params, inputs) -> logits`.

@@ -1,4 +1,4 @@
-"""With what, and on what, a run was made; it is written into every report."""
+"""The software and the machine that a run was made with, as every report states them."""
 
 import os
 import platform
@@ -8,13 +8,13 @@ import jax
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of jedit and of what it stands on."""
+    """Return the versions of Python, of jedit and of what it stands on."""
     names = ("jedit", "jax", "jaxlib", "flax", "optax", "numpy")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def machine() -> dict[str, str | int | float]:
-    """System, cores, GiB of memory, and the devices as JAX names them."""
+    """Return the system, cores, GiB of memory, and the devices as JAX names them."""
     devices = jax.devices()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {

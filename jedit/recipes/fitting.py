@@ -25,12 +25,12 @@ WARM_UP = 20
 
 
 class Recipe(NamedTuple):
-    """How a model is trained.
+    """Settings of a training with Adam: its length, its batches and its learning rate.
 
     Attributes:
-        epochs: passes over the rows; the model is kept after each of these.
-        batch_size: rows of a step; an epoch is as many steps as there are whole batches.
-        learning_rate: of Adam, after the warm-up.
+        epochs: numbers of passes over the rows; the model is kept after each of these.
+        batch_size: number of rows in a step; an epoch is as many steps as there are whole batches.
+        learning_rate: Adam's learning rate after the warm-up.
     """
 
     epochs: tuple[int, ...]
@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
     learning_rate: float
 
     def __str__(self) -> str:
-        """The recipe in words."""
+        """Write the recipe in words."""
         lengths = " or ".join(map(str, self.epochs))
         return (
             f"{lengths} epochs, Adam at learning rate {self.learning_rate:g} after {WARM_UP} steps "
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model after so many epochs, and the seconds up to there (compiling included)."""
+    """A model after so many epochs, and the seconds up to there, compiling included."""
 
     params: PyTree
     epochs: int
@@ -67,11 +67,11 @@ def train(
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        params: where to begin.
-        rows: what to train on.
-        recipe: how.
-        key: of the order of the rows.
-        say: told after each epoch how far the training is.
+        params: the parameters to begin with.
+        rows: the rows to train on.
+        recipe: how long, in which batches and at which rate to train.
+        key: key of the order of the rows.
+        say: a watcher, told after each epoch how far the training is.
 
     Returns:
         The model after each of the recipe's numbers of epochs.
@@ -86,6 +86,8 @@ def train(
         epochs = state.step // steps
         tell(say, epochs, max(recipe.epochs))
         if epochs in recipe.epochs:
+            # A copy, since the loop's next step writes into this memory; waited for, since dispatch
+            # is asynchronous and the seconds would else be too few.
             kept = jax.block_until_ready(jax.tree.map(jnp.copy, state.params))
             found.append(Trained(kept, epochs, time.perf_counter() - start))
 
@@ -103,12 +105,12 @@ def train(
 
 
 def spread(length: int, number: int) -> list[int]:
-    """So many places at most, evenly spaced over a length, its first and last among them."""
+    """Return at most so many places, evenly spaced over a length, with its first and last."""
     return np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
 
 
 def rows_of(batch: Batch) -> int:
-    """How many examples a batch holds."""
+    """Return how many examples a batch holds."""
     return len(jax.tree.leaves(batch.inputs)[0])
 
 

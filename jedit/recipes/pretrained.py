@@ -31,16 +31,16 @@ EDITED, RESULTS = "edited", "results.json"
 
 
 class Settings(NamedTuple):
-    """How the edit is made.
+    """Settings of the edit of a model folder.
 
     Attributes:
-        budget: retain KL that it may cost, in nats per answer token.
-        temperature: of the likelihood whose curvature it steps in.
-        damping: in units of each block's mean eigenvalue.
-        steps: of the edit, with the curvature kept.
-        max_len: tokens of a row, at most; longer rows are cut off.
-        batch_size: rows evaluated at a time.
-        seed: of the split of the retain rows and the curvature's labels.
+        budget: retain KL that the edit may cost, in nats per answer token.
+        temperature: temperature of the likelihood in whose curvature it steps.
+        damping: damping in units of each block's mean eigenvalue.
+        steps: number of steps of the edit, with the curvature kept.
+        max_len: number of tokens of a row, at most; longer rows are cut off.
+        batch_size: number of rows evaluated at a time.
+        seed: seed of the split of the retain rows and of the curvature's labels.
     """
 
     budget: float = 0.05
@@ -69,15 +69,15 @@ def forget_in_checkpoint(
 
     Args:
         model: a Hugging Face folder; see `load_model`.
-        tokenizer: folder of its tokenizer.
-        forget: rows to forget.
-        retain: rows to keep, two at least.
-        out: the folder; results of an earlier run there are replaced.
-        settings: of the edit.
-        say: told of each stage.
+        tokenizer: folder of the model's tokenizer.
+        forget: the rows to forget.
+        retain: the rows to keep, two at least.
+        out: where the results go; those of an earlier run there are replaced.
+        settings: how the edit is made.
+        say: a watcher, told of each stage.
 
     Returns:
-        What was written to results.json.
+        The content of results.json.
 
     Raises:
         ValueError: a row that leaves no answer within `max_len`, or a model or a tokenizer that
@@ -115,6 +115,7 @@ def forget_in_checkpoint(
         damping=settings.damping,
         ascent=Ascent(settings.steps),
     )
+    # Waited for, since dispatch is asynchronous and the clock would stop before the work does.
     edited = jax.block_until_ready(apply_edit(params, edit))
     made = time.perf_counter()
     say("judging")
@@ -150,11 +151,11 @@ def check_folder(out: Path, *sources: Path) -> None:
     """Refuse a folder that holds what no run of this kind has written, or what is to be read.
 
     Args:
-        out: where the results are to go.
+        out: the folder into which the results are to go.
         sources: folders of the model and its tokenizer.
 
     Raises:
-        ValueError: it is a file, has other things in it, or a source would be replaced.
+        ValueError: `out` is a file, has other things in it, or would replace a source.
     """
     for source in sources:
         if source.resolve().is_relative_to((out / EDITED).resolve()):
@@ -176,7 +177,7 @@ def check_folder(out: Path, *sources: Path) -> None:
 def judge(
     apply: Callable, original: PyTree, params: PyTree, sets: dict[str, list[Batch]]
 ) -> dict[str, float]:
-    """What is known of the forget and the held-out rows, and how far the held-out outputs moved."""
+    """Measure what is known of the forget and held-out rows, and how far held-out outputs moved."""
     loss = metrics.answer_nll_per_row(apply, params, sets["forget"])
     memorized = metrics.exact_memorization(apply, params, sets["forget"])
     extracted = metrics.extraction_strength(apply, params, sets["forget"])

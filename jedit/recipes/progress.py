@@ -1,4 +1,4 @@
-"""How a long run tells what it does: each stage in a few words, and how far the stage is."""
+"""Watchers of a long run: they are told each stage in a few words, and how far the stage is."""
 
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ def ignore(text: str) -> None:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """A `Say` that wants to know how far a stage is, too."""
+    """A function that is told each stage and, unlike a plain `Say`, also how far the stage is."""
 
     def __call__(self, text: str) -> None:
         """Hear of a new stage."""
@@ -32,15 +32,15 @@ def tell(say: Say, done: int, total: int) -> None:
 
 
 class Within:
-    """Says every stage as a part of something larger: "digits-class: fitting ..."."""
+    """A watcher that says every stage as a part of something larger: "digits-class: fitting"."""
 
     def __init__(self, whole: str, say: Say):
         self.whole, self.say = whole, say
 
     def __call__(self, text: str) -> None:
-        """Say a stage."""
+        """Say a stage, with the larger thing's name in front."""
         self.say(f"{self.whole}: {text}")
 
     def progress(self, done: int, total: int) -> None:
-        """Say how far it is."""
+        """Tell how far the stage is."""
         tell(self.say, done, total)

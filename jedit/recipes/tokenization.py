@@ -1,4 +1,4 @@
-"""How rows become tokens and tokens answers: by a tokenizer of our own, or by a model's."""
+"""Rows as tokens and tokens as answers: by a tokenizer of our own, or by a model's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,33 +24,38 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class OwnWords(NamedTuple):
-    """The answer behind the question, by a tokenizer of `train_tokenizer`."""
+    """Rows as tokens, the answer behind the question, by a tokenizer of `train_tokenizer`."""
 
     tokenizer: Any
 
     def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
-        """Questions with answers; longer rows are cut off at the right. None: the longest row's."""
+        """Encode questions with answers; without a `max_len` as wide as the longest row.
+
+        Longer rows than `max_len` are cut off at the right.
+        """
         return encode_rows(self.tokenizer, pairs, max_len, truncate=max_len is not None)
 
     def prompts(self, pairs: Pairs) -> Prompts:
-        """What stands before the answers, to be continued."""
+        """Encode what stands before the answers, to be continued."""
         return prompts_of(self.rows(pairs))
 
     def prompt_texts(self, prompts: Prompts) -> list[str]:
-        """The texts of prompts."""
+        """Decode the texts of prompts."""
         return [self.tokenizer.decode(ids) for ids in _token_ids(prompts)]
 
     def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
-        """The texts of generated tokens, each up to its end."""
+        """Decode the texts of generated tokens, each up to its end."""
         return decode_answers(self.tokenizer, tokens)
 
 
 class ModelWords(NamedTuple):
-    """A template filled in, by a fast tokenizer of transformers; methods as of `OwnWords`.
+    """Rows as tokens of a template that is filled in, by a fast tokenizer of transformers.
+
+    Its methods do what those of `OwnWords` do.
 
     Attributes:
-        tokenizer: of transformers.
-        render: puts a question and its answer into the template.
+        tokenizer: a fast tokenizer of transformers.
+        render: a function that puts a question and its answer into the template.
         ends: the tokens that end an answer.
     """
 
@@ -59,23 +64,23 @@ class ModelWords(NamedTuple):
     ends: frozenset[int]
 
     def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
-        """Questions with answers in the template."""
+        """Encode questions with answers in the template."""
         rendered = [self.render(question, answer) for question, answer in pairs]
         pad = self.tokenizer.pad_token_id or 0
         is_cut = max_len is not None
         return encode_rendered(self.tokenizer, rendered, max_len, pad=pad, truncate=is_cut)
 
     def prompts(self, pairs: Pairs) -> Prompts:
-        """What stands before the answers, which decide no more than what merges into them."""
+        """Encode what stands before the answers, which decide only what merges into them."""
         return prompts_of(self.rows(pairs))
 
     def prompt_texts(self, prompts: Prompts) -> list[str]:
-        """The texts of prompts, without the template's special tokens."""
+        """Decode the texts of prompts, without the template's special tokens."""
         decode = self.tokenizer.decode
         return [decode(ids, skip_special_tokens=True) for ids in _token_ids(prompts)]
 
     def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
-        """The texts of generated tokens, each up to the first that ends an answer."""
+        """Decode the texts of generated tokens, each up to the first that ends an answer."""
         texts = []
         for row in np.asarray(tokens).tolist():
             stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
@@ -95,7 +100,8 @@ def load_words(folder: str | Path) -> ModelWords:
     """Read a tokenizer: rows go into its chat template, or into "Question: ... Answer: ...".
 
     Raises:
-        ValueError: there is none, or none that says where in the text a token stands.
+        ValueError: the folder has no tokenizer, or one that does not say where in the text a token
+            stands.
     """
     try:
         tokenizer = optional("transformers").AutoTokenizer.from_pretrained(str(folder))
@@ -115,6 +121,7 @@ def load_words(folder: str | Path) -> ModelWords:
     else:
         start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
         render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
+    # Chat models end a turn with a token of the template, which need not be the tokenizer's eos.
     last = tokenizer.backend_tokenizer.encode(render("?", ".").end, add_special_tokens=False).ids
     ends = {tokenizer.eos_token_id, *(last if len(last) == 1 else ())} - {None}
     return ModelWords(tokenizer, render, frozenset(ends))

@@ -31,11 +31,11 @@ AGGREGATE, ROWS = "agg_value", "value_by_index"
 
 
 class Evaluation(NamedTuple):
-    """What one metric gave.
+    """The results of one metric, as a whole and row by row.
 
     Attributes:
-        aggregate: the one number; None, or not finite: there is none.
-        rows: by field, a value for each of n rows: an array (n,) or (n, k), or n texts.
+        aggregate: the metric's one number; None, or not finite: there is none.
+        rows: values by field, one for each of n rows: an array (n,) or (n, k), or n texts.
         index: n names of the rows, the numbers in their data set; None: 0 to n - 1.
         parts: further evaluations beside this one, by name.
     """
@@ -170,6 +170,8 @@ def _write(value: Mapping[str, Any], path: Path) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text + "\n")
         os.chmod(temporary, 0o644)
+        # Written beside and renamed: whoever reads meanwhile sees the old file or the new one,
+        # whole.
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

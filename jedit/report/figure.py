@@ -30,7 +30,7 @@ NARROW_ROOM = 1.5
 
 
 def tradeoff_figure(comparison: Comparison, *, is_narrow: bool = False) -> "Figure":
-    """Two panels over the held-out retain KL: the forget loss, and the KL to the retrained model.
+    """Draw the forget loss and the KL to the retrained model over the held-out retain KL.
 
     Each method is drawn over its strength at its best setting, its other settings thin behind it;
     the best point by the stated rule is ringed. Of more methods than there are styles, only the
@@ -71,12 +71,12 @@ def tradeoff_figure(comparison: Comparison, *, is_narrow: bool = False) -> "Figu
 
 
 def is_numbered(comparison: Comparison) -> bool:
-    """Whether there are too many methods to draw each as a curve."""
+    """Say whether there are too many methods to draw each as a curve."""
     return len(comparison.methods) > len(STYLES)
 
 
 def caption(comparison: Comparison) -> str:
-    """How to read the figure."""
+    """Say how to read the figure."""
     if is_numbered(comparison):
         shown = "A number stands at a method's best point, or as near as others leave room."
     else:
@@ -155,7 +155,7 @@ def _draw_budget(axes: "Axes", budget: float) -> None:
 
 
 def _draw_numbers(axes: "Axes", comparison: Comparison, field: str, room: float) -> None:
-    """The number of each method at its best point, or at the nearest place that is free."""
+    """Write each method's number at its best point, or at the nearest place that is free."""
     edge, right = axes.get_xlim()
     top = axes.get_ylim()[1]
     width = math.log(right / edge)
@@ -178,7 +178,11 @@ def _draw_numbers(axes: "Axes", comparison: Comparison, field: str, room: float)
 def _free_place(
     u: float, v: float, taken: list[tuple[float, float]], room: float
 ) -> tuple[float, float]:
-    """The place nearest to (u, v), in parts of the panel, with no other number within a circle."""
+    """Return the place nearest to (u, v) with no other number within a circle.
+
+    Places are in parts of the panel; they are tried ring by ring, and (u, v) itself is the last
+    resort.
+    """
     for ring in range(40):
         for k in range(max(1, 8 * ring)):
             angle = 2 * math.pi * k / max(1, 8 * ring)

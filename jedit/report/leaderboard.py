@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class Measure(NamedTuple):
-    """A column.
+    """One metric of the leaderboard, and how its column is headed.
 
     Attributes:
-        heading: short, for a table.
-        meaning: what it is in full.
+        heading: short heading, for a table.
+        meaning: meaning in full, as a text.
         is_main: whether a narrow screen shows it.
-        attack: what was done to the model, where the number is the probability of the forget
-            answers under an attack that tries to bring them back.
+        attack: description of what was done to the model, where the number is the probability of
+            the forget answers under an attack that tries to bring them back.
     """
 
     heading: str
@@ -88,7 +88,7 @@ MEASURES = {
 
 
 def leaderboard_sheet(comparison: Comparison) -> Sheet:
-    """Each model with every metric that was measured, the known metrics first."""
+    """Lay out each model with every metric that was measured, the known metrics first."""
     given = {name for row in comparison.leaderboard.values() for name in row}
     names = [name for name in MEASURES if name in given] + sorted(given - set(MEASURES))
     unknown = {name: Measure(name.replace("_", "\n"), name) for name in given - set(MEASURES)}
@@ -102,7 +102,7 @@ def leaderboard_sheet(comparison: Comparison) -> Sheet:
 
 
 def leaderboard_table(comparison: Comparison) -> "Table":
-    """The table for the terminal, with the metrics that have a short heading."""
+    """Make the terminal's table of the metrics that have a short heading."""
     sheet = leaderboard_sheet(comparison)
     short = {measure.heading for measure in MEASURES.values()}
     shown = [i for i, heading in enumerate(sheet.headings) if heading.text in short]

@@ -18,20 +18,20 @@ WIDE_DPI, NARROW_DPI = 130, 200  # small screens have fine pixels
 
 
 class Section(NamedTuple):
-    """What the page shows of one comparison.
+    """The content of the page about one comparison, ready for the template.
 
     Attributes:
-        comparison: its numbers.
-        verdict: what they come to.
+        comparison: the comparison, with its numbers.
+        verdict: the verdict on the comparison's chosen model.
         glance: a name and a text of the untouched, the edited and the retrained model, by row.
-        wide: the figure, as a data URI.
-        narrow: the same for a narrow screen.
-        caption: how to read it.
+        wide: the figure for a wide screen, as a data URI.
+        narrow: the figure for a narrow screen, as a data URI.
+        caption: text that says how to read the figure.
         best: every method's best point by the rule.
-        nearest: and by the loss.
-        leaderboard: by every further metric, if any was measured.
-        everything: all points.
-        facts: names and texts of what was run.
+        nearest: every method's point nearest to the retrained model in loss.
+        leaderboard: every further metric of each model, if any was measured.
+        everything: every point of every curve.
+        facts: names and texts of the facts about what was run.
     """
 
     comparison: Comparison
@@ -48,7 +48,7 @@ class Section(NamedTuple):
 
 
 def page(run: Run) -> str:
-    """The whole page as text; it asks the network for nothing.
+    """Render the whole page as text; it asks the network for nothing.
 
     Raises:
         ImportError: jinja2 is not installed.
@@ -133,7 +133,7 @@ def _figure(comparison: Comparison, dpi: int, *, is_narrow: bool) -> str:
 
 
 def _picture(pixels: tuple[tuple[float, ...], ...]) -> str:
-    """Pixels as an image of one dot each, dark where they are 1."""
+    """Draw pixels as an image of one dot each, dark where they are 1."""
     from matplotlib.image import imsave
 
     image = io.BytesIO()

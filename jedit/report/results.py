@@ -14,27 +14,27 @@ SCHEMA = "jedit.results/1"
 
 
 class Point(NamedTuple):
-    """What was measured at one model. Losses and divergences are nats per counted output.
+    """Measurements of one model; losses and divergences are nats per counted output.
 
     Attributes:
         strength: how far the method was turned up, in the unit of its curve.
         edit_seconds: what the edit alone took, without fitting a curvature and without compiling.
         forget_nll: loss on the rows to be forgotten.
-        forget_accuracy: share of their counted outputs predicted right.
+        forget_accuracy: share of the forget rows' counted outputs predicted right.
         retain_nll: loss on the retain rows that edits see.
-        retain_accuracy: the same rows.
+        retain_accuracy: share of the retain rows' counted outputs predicted right.
         heldout_nll: loss on retain rows that the model was trained on and no edit sees.
-        heldout_accuracy: the same rows.
-        heldout_kl: KL(original || this model) on those rows.
+        heldout_accuracy: share of the held-out retain rows' counted outputs predicted right.
+        heldout_kl: KL(original || this model) on the held-out retain rows.
         forget_kl: KL(retrained || this model) on the rows to be forgotten.
         test_nll: loss on rows that no model was trained on, where there are any.
-        test_accuracy: the same rows.
+        test_accuracy: share of the test rows' counted outputs predicted right, where there are any.
         truth_ratio: mean truth ratio of the rows to be forgotten, where wrong answers exist.
         forget_quality: p-value of the Kolmogorov-Smirnov test between the truth ratios of this
             model and of the retrained one.
-        model_utility: TOFU's, where its question sets are at hand.
+        model_utility: TOFU's Model Utility, where its question sets are at hand.
         predicted_kl: the retain KL that the second-order model predicts, on the rows the edit saw.
-        true_kl: the true retain KL on those same rows.
+        true_kl: the true retain KL on the rows the edit saw.
     """
 
     strength: float
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One method at one setting, over its strength."""
+    """The points of one method at one setting, by rising strength."""
 
     method: str
     setting: dict[str, float]
@@ -65,14 +65,14 @@ class Curve(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A method of the comparison.
+    """One method of a comparison, in words, and the settings it was tried at.
 
     Attributes:
-        name: as shown.
-        description: one sentence: what it does.
-        strength: what its strength is, with its unit.
+        name: name as it is shown.
+        description: description in one sentence: what the method does.
+        strength: meaning of the method's strength, with its unit.
         grid: the settings that were tried; every one has a curve.
-        fit_seconds: what it needs once before any edit, in seconds, without compiling.
+        fit_seconds: seconds that it takes once before any edit, without compiling.
         keeps_budget: whether its strength is a retain KL that it keeps in truth; shaded in figures.
     """
 
@@ -85,7 +85,7 @@ class Method(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One question, and what the models answer."""
+    """One question, and what the untouched, the edited and the retrained model answer."""
 
     kind: str
     question: str
@@ -96,19 +96,19 @@ class Answer(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What a classifier takes an image for, and the probability that it gives this class."""
+    """The class that a classifier takes an image for, and the probability that it gives it."""
 
     label: str
     probability: float
 
 
 class Picture(NamedTuple):
-    """One image, and what the models take it for.
+    """One image, and the class that each of three models takes it for.
 
     Attributes:
         kind: which rows it comes from, "forget" or "retain".
-        pixels: by row, from 0 to 1; 1 is ink.
-        truth: its class.
+        pixels: values by row, from 0 to 1; 1 is ink.
+        truth: name of the image's class.
         original: the untouched model's guess.
         edited: the guess of the comparison's chosen model.
         retrained: the retrained model's guess.
@@ -123,7 +123,7 @@ class Picture(NamedTuple):
 
 
 class NumJudged(NamedTuple):
-    """How many rows the accuracies of a point were counted on."""
+    """Numbers of rows that the accuracies of a point were counted on."""
 
     forget: int
     heldout: int
@@ -133,22 +133,22 @@ class Comparison(NamedTuple):
     """Methods compared on one model and one forget set.
 
     Attributes:
-        name: of the files, one word.
-        title: one line.
-        notes: what was run, a sentence each.
-        num_rows: rows of each set.
-        num_judged: rows that judge a point.
-        settings: of the model, the training and the edits.
-        seconds: of training, retraining and the rest.
+        name: the files' name, one word.
+        title: title of the section, one line.
+        notes: texts about what was run, a sentence each.
+        num_rows: number of rows in each set.
+        num_judged: numbers of the rows that judge a point.
+        settings: settings of the model, the training and the edits.
+        seconds: seconds that training, retraining and the rest took.
         kl_budget: the held-out retain KL under which a method's best point is chosen.
         utility_share: None, or the share of the untouched model's Model Utility that a best point
             has to keep: best points are then chosen by `QUALITY_RULE`.
-        original: the untouched model.
-        retrained: the model trained without the forget set.
-        methods: what was compared.
+        original: the untouched model's point.
+        retrained: the point of the model trained without the forget set.
+        methods: the methods that were compared.
         curves: every setting of every method.
-        answers: a few, side by side; the edited model's are those of `chosen`.
-        pictures: a few, likewise.
+        answers: a few questions with each model's answer; the edited model's are those of `chosen`.
+        pictures: a few images with each model's guess; the edited model's are those of `chosen`.
         leaderboard: by model (untouched, retrained, each method at its best point) and metric,
             further numbers; empty where none were measured.
         evaluations: by model, what the leaderboard's metrics are made of, row by row; written as
@@ -175,46 +175,46 @@ class Comparison(NamedTuple):
 
     @property
     def rule(self) -> str:
-        """How best points are chosen, in words."""
+        """Say in words how best points are chosen."""
         if self.utility_share is None:
             return RULE.format(budget=self.kl_budget)
         return QUALITY_RULE.format(share=self.utility_share)
 
     @property
     def nothing(self) -> str:
-        """What to say of a method that the rule finds no point of."""
+        """Say what to write of a method that the rule finds no point of."""
         if self.utility_share is None:
             return f"no point within {self.kl_budget:g} nats"
         return f"no point keeps {self.utility_share:.0%} of the utility"
 
     def best(self, method: str | None) -> tuple[Curve, Point] | None:
-        """The best point by the rule of a method, or with None of all methods."""
+        """Return a method's best point by the rule, or with None the best of all methods."""
         if self.utility_share is None:
             return best_point(self.curves, method, self.kl_budget)
         return best_quality(self.curves, method, self.utility_share, self.original)
 
     @property
     def chosen(self) -> tuple[Curve, Point] | None:
-        """The best point of all by the rule: the edited model that the page is about."""
+        """Return the best point of all by the rule: the edited model that the page is about."""
         return self.best(None)
 
     def nearest_in_loss(self, method: str) -> tuple[Curve, Point] | None:
-        """The method's best point by `OTHER_RULE`."""
+        """Return the method's best point by `OTHER_RULE`."""
         return best_point(self.curves, method, self.kl_budget, self.retrained.forget_nll)
 
 
 class Run(NamedTuple):
-    """All of one call.
+    """All that one call of a command made, with how and on what.
 
     Attributes:
-        command: as it was typed.
-        date: when it started, ISO 8601 with the zone.
-        seed: of every random key.
-        seconds: of the whole run, compiling included.
-        peak_memory_gib: the most the process held.
-        versions: of Python, of jedit and of what it stands on.
-        machine: what it ran on.
-        comparisons: one or several.
+        command: the command as it was typed.
+        date: time at which it started, ISO 8601 with the zone.
+        seed: the seed that every random key is made from.
+        seconds: seconds of the whole run, compiling included.
+        peak_memory_gib: the most memory that the process held, in GiB.
+        versions: versions of Python, of jedit and of what it stands on.
+        machine: description of the machine it ran on.
+        comparisons: the comparisons that were made, one or several.
     """
 
     command: str
@@ -252,7 +252,7 @@ QUALITY_RULE = (
 def best_quality(
     curves: Iterable[Curve], method: str | None, share: float, original: Point
 ) -> tuple[Curve, Point] | None:
-    """A method's best point by `QUALITY_RULE`, with its curve; None if all are left out.
+    """Return a method's best point by `QUALITY_RULE`, with its curve; None if all are left out.
 
     With None for a method it is the best of all methods.
     """
@@ -270,6 +270,7 @@ def best_quality(
 
     def rank(pair: tuple[Curve, Point]) -> tuple[bool, float]:
         quality, utility = pair[1].forget_quality or 0.0, pair[1].model_utility or 0.0
+        # A p-value above the limit says no more the higher it is: from there on utility decides.
         is_passing = quality > PASSING_QUALITY
         return is_passing, utility if is_passing else quality
 
@@ -282,7 +283,7 @@ def best_point(
     kl_budget: float,
     forget_nll: float | None = None,
 ) -> tuple[Curve, Point] | None:
-    """A method's best point by `RULE`, with the curve it lies on; None if none is within budget.
+    """Return a method's best point by `RULE`, with its curve; None if none is within budget.
 
     With None for a method it is the best of all methods, with a `forget_nll` the best by
     `OTHER_RULE`. The retrained model is looked at to choose,
@@ -306,10 +307,11 @@ def best_point(
 
 
 def to_json(run: Run) -> dict[str, Any]:
-    """The run as plain JSON values, with every method's best points by both rules added.
+    """Return the run as plain JSON values, with every method's best points by both rules added.
 
     A number that is not finite (a model that an ascent has destroyed) becomes null.
     """
+    # Row by row results are files of their own; in here they would be most of the file.
     bare = [comparison._replace(evaluations={}) for comparison in run.comparisons]
     out = plain(run._replace(comparisons=tuple(bare)))
     for part, comparison in zip(out["comparisons"], run.comparisons, strict=True):
@@ -329,7 +331,7 @@ def to_json(run: Run) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value as plain JSON values; a number that is not finite becomes None."""
+    """Return the value as plain JSON values; a number that is not finite becomes None."""
     if hasattr(value, "_asdict"):
         return {name: plain(item) for name, item in value._asdict().items()}
     if isinstance(value, dict):

@@ -13,7 +13,7 @@ REFERENCES = ("untouched", "retrained")
 
 
 class Heading(NamedTuple):
-    """A column's heading, short, what it is in full, and whether a narrow screen shows it."""
+    """A column's heading: short, in full, and whether a narrow screen shows the column."""
 
     text: str
     meaning: str
@@ -21,7 +21,7 @@ class Heading(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row: which model, made at which setting, and a text for each column."""
+    """One row of a sheet: a model, the setting it was made at, and a text for each column."""
 
     name: str
     setting: str
@@ -29,28 +29,28 @@ class Row(NamedTuple):
 
     @property
     def is_reference(self) -> bool:
-        """Whether the model is one that no method has edited."""
+        """Say whether the model is one that no method has edited."""
         return self.name in REFERENCES
 
 
 class Sheet(NamedTuple):
-    """A table as the terminal and the page show it."""
+    """A table's content, which the terminal and the page each show in their way."""
 
     headings: tuple[Heading, ...]
     rows: tuple[Row, ...]
 
     @property
     def has_settings(self) -> bool:
-        """Whether any row says at which setting its model was made."""
+        """Say whether any row tells at which setting its model was made."""
         return any(row.setting for row in self.rows)
 
     def only(self, places: Sequence[int]) -> "Sheet":
-        """The sheet with the columns at these places alone."""
+        """Return the sheet with the columns at these places alone."""
         rows = (row._replace(cells=tuple(row.cells[i] for i in places)) for row in self.rows)
         return Sheet(tuple(self.headings[i] for i in places), tuple(rows))
 
     def for_terminal(self, title: str) -> "Table":
-        """The table that rich prints."""
+        """Return the table in the form that rich prints."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", header_style="bold")
@@ -75,7 +75,7 @@ class Column(NamedTuple):
 
 
 def number(value: float | None) -> str:
-    """About three digits; a dash for what was not measured, ∞ or NaN said as such."""
+    """Write a number to about three digits; a dash for what was not measured, ∞ or NaN by name."""
     if value is None:
         return "–"
     if math.isnan(value):
@@ -92,7 +92,7 @@ def number(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share in percent."""
+    """Write a share in percent."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
@@ -182,14 +182,14 @@ SECONDS = (
 
 
 def setting_text(comparison: Comparison, curve: Curve, point: Point) -> str:
-    """A setting and a strength, in words."""
+    """Write a setting and a strength in words."""
     method = next(m for m in comparison.methods if m.name == curve.method)
     parts = [f"{name} {value:g}" for name, value in curve.setting.items()]
     return ", ".join([*parts, f"{method.strength.split(' (')[0]} {point.strength:g}"])
 
 
 def best_sheet(comparison: Comparison, *, by_loss: bool = False) -> Sheet:
-    """The untouched and the retrained model, and the best point of each method by either rule."""
+    """Lay out the untouched and the retrained model, and each method's best points by the rules."""
     choose = comparison.nearest_in_loss if by_loss else comparison.best
     nothing = "no point within budget" if by_loss else comparison.nothing
     columns = shown_columns(comparison)
@@ -207,7 +207,7 @@ def best_sheet(comparison: Comparison, *, by_loss: bool = False) -> Sheet:
 
 
 def all_sheet(comparison: Comparison) -> Sheet:
-    """Every point of every curve."""
+    """Lay out every point of every curve."""
     columns = shown_columns(comparison)
     methods = {method.name: method for method in comparison.methods}
     rows = (
@@ -225,12 +225,12 @@ def all_sheet(comparison: Comparison) -> Sheet:
 
 
 def comparison_table(comparison: Comparison) -> "Table":
-    """The best points as a table for the terminal."""
+    """Make the terminal's table of the best points."""
     return best_sheet(comparison).for_terminal(comparison.title)
 
 
 def shown_columns(comparison: Comparison) -> list[Column]:
-    """The columns for which some model has a number."""
+    """Return the columns for which some model has a number."""
     points = [comparison.original, *(p for c in comparison.curves for p in c.points)]
     return [column for column in COLUMNS if any(column.is_given(p) for p in points)]
 

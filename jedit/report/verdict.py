@@ -25,7 +25,7 @@ NORMAL_95 = 1.959964
 
 
 class Outcome(enum.Enum):
-    """What the verdict comes to, in the words of its headline."""
+    """The outcomes that a verdict may have, with the words of its headline."""
 
     FORGOT = "It forgot, and kept the rest."
     IN_PART = "It forgot in part, and kept the rest."
@@ -37,7 +37,7 @@ class Outcome(enum.Enum):
 
 
 class Interval(NamedTuple):
-    """The 95% interval of a share."""
+    """The two ends of the 95% interval of a share."""
 
     low: float
     high: float
@@ -47,11 +47,11 @@ class Attack(NamedTuple):
     """The probability of the forget answers under an attack, by model.
 
     Attributes:
-        action: what was done to the models.
-        untouched: of the model that no method has edited.
-        edited: of the chosen one.
-        retrained: of the model that never saw the rows.
-        unasked: of the chosen one without an attack.
+        action: description of what was done to the models.
+        untouched: probability under the attack by the model that no method has edited.
+        edited: probability under the attack by the comparison's chosen model.
+        retrained: probability under the attack by the model that never saw the rows.
+        unasked: probability by the chosen model without an attack.
     """
 
     action: str
@@ -62,34 +62,40 @@ class Attack(NamedTuple):
 
     @property
     def is_telling(self) -> bool:
-        """Whether the models it could tell apart are told apart by it."""
+        """Say whether the attack tells the untouched from the retrained model at all."""
         return self.untouched - self.retrained > TELLING_GAP
 
     @property
     def known(self) -> float:
-        """The edited model's share of what the untouched one knows and the retrained does not."""
+        """Return how much the edited model still has of what only the untouched one should know.
+
+        It is a share: 0 is the retrained model's probability, and 1 the untouched one's.
+        """
         return (self.edited - self.retrained) / (self.untouched - self.retrained)
 
     @property
     def brings_back(self) -> bool:
-        """Whether it brings back more than the edited model tells unasked."""
+        """Say whether the attack brings back more than the edited model tells unasked."""
+        # An edit that forgot half tells the other half under any attack: only what exceeds that has
+        # come back.
         gained = (self.edited - self.unasked) / (self.untouched - self.retrained)
         return min(self.known, gained) > BROUGHT_BACK
 
 
 class Verdict(NamedTuple):
-    """What happened to the model.
+    """The verdict on the model that a comparison chose, with the numbers behind it.
 
     Attributes:
-        outcome: in a word.
+        outcome: which of the outcomes it is.
         point: the chosen model's; None if nothing was edited.
         way: how far the probability of the forget rows' outputs went, 1 being the retrained
             model's; None where nothing was edited, or the retrained model's is no smaller than the
             untouched one's.
-        forget: interval of the accuracy on the forget rows.
-        heldout: interval of the accuracy on the held-out retain rows.
-        attack: the strongest that was run, if any.
-        parts: of the sentence: what was forgotten, what it cost, what attacks do, how sure it is.
+        forget: the interval of the accuracy on the forget rows.
+        heldout: the interval of the accuracy on the held-out retain rows.
+        attack: the strongest attack that was run, if any tells the models apart.
+        parts: the sentence's parts: what was forgotten, what it cost, what attacks do, how sure it
+            is.
     """
 
     outcome: Outcome
@@ -102,12 +108,12 @@ class Verdict(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """The parts as one sentence."""
+        """Return the parts as one sentence."""
         return "; ".join(self.parts) + "."
 
 
 def wilson(share: float, num: int) -> Interval:
-    """The 95% score interval of a share that was counted on so many rows (Wilson 1927)."""
+    """Return the 95% score interval of a share that was counted on so many rows (Wilson 1927)."""
     check_numbers(SHARE, share=share)
     check_numbers(COUNT, num=num)
     z = NORMAL_95
@@ -131,7 +137,11 @@ def verdict(comparison: Comparison) -> Verdict:
     heldout = wilson(point.heldout_accuracy, num.heldout)
     attacks = [] if chosen is None else _attacks(comparison, chosen[0].method)
     telling = [attack for attack in attacks if attack.is_telling]
+    # An attack under which even the untouched model says no more than the retrained one proves
+    # nothing about the edited, and its share would divide by next to zero.
     attack = max(telling, key=lambda attack: attack.known, default=None)
+    # The order is by what matters most: a later outcome is only looked at where no earlier one
+    # holds, so that what attacks bring back outweighs what the edit cost.
     if before <= never:
         outcome = Outcome.NO_TRACE
     elif way is None:
@@ -155,7 +165,7 @@ def verdict(comparison: Comparison) -> Verdict:
 
 
 def is_costly(comparison: Comparison, point: Point) -> bool:
-    """Whether held-out accuracy fell by more than chance explains, or much utility was lost."""
+    """Say whether held-out accuracy fell by more than chance explains, or much utility was lost."""
     accuracy = comparison.original.heldout_accuracy
     has_lost = _is_larger(accuracy, point.heldout_accuracy, comparison.num_judged.heldout)
     utility = comparison.original.model_utility
@@ -165,7 +175,7 @@ def is_costly(comparison: Comparison, point: Point) -> bool:
 
 
 def is_told_apart(comparison: Comparison, point: Point) -> bool:
-    """Whether the forget rows still tell the model from the retrained one: they are surer of it.
+    """Say whether the model is still surer of the forget rows than the retrained one.
 
     Either the test of the truth ratios says so, or the accuracy is higher by more than chance.
     """
@@ -176,7 +186,7 @@ def is_told_apart(comparison: Comparison, point: Point) -> bool:
 
 
 def _is_larger(one: float, other: float, num: int) -> bool:
-    """Whether one share of so many rows is larger than another by more than chance explains.
+    """Say whether one share of so many rows is larger than another by more than chance explains.
 
     Chance is the 95% interval of a difference (Newcombe 1998, method 10). That takes the rows of
     the two for different ones; here they are the same, so it errs on the side of chance.
@@ -185,7 +195,7 @@ def _is_larger(one: float, other: float, num: int) -> bool:
 
 
 def _attacks(comparison: Comparison, method: str) -> list[Attack]:
-    """The attacks that were run on all three models."""
+    """Return the attacks that were run on all three models."""
     names = ("untouched", method, "retrained")
     rows = [comparison.leaderboard.get(name, {}) for name in names]
     unasked = rows[1].get(KNOWN, 0.0)

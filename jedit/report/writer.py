@@ -19,8 +19,8 @@ def check_destination(out: Path) -> None:
     """Refuse a destination that a report may not replace; call it before the work, not after.
 
     Raises:
-        ValueError: it is a file, a link to nothing, or a folder with something in it that is no
-            report.
+        ValueError: the destination is a file, a link to nothing, or a folder with something in it
+            that is no report.
     """
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out}: is a link to {os.readlink(out)}, which is not there")
@@ -49,7 +49,7 @@ def write_report(run: Run, out: Path) -> Path:
     old report or the new one. An earlier report there is replaced.
 
     Raises:
-        ValueError: as `check_destination`.
+        ValueError: a destination that `check_destination` refuses.
     """
     check_destination(out)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)

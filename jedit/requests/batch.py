@@ -46,16 +46,18 @@ from jedit.edits import Edit, LowRank, as_parameter, truncate
 from jedit.edits.low_rank import added
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
 
+# Sites whose gradient for one request is a product of two factors with as many rows as positions;
+# of a vector or a lookup the gradient itself is as small.
 THIN_KINDS = ("dense", "conv")
 
 
 class BatchInfo(NamedTuple):
-    """What was done for each request; arrays of shape (R,).
+    """Measurements of a stack of R edits, one for each request, arrays of shape (R,).
 
     Attributes:
-        loss: of the request before the edit, nats per counted output.
+        loss: the request's loss before the edit, nats per counted output.
         gradient_norm: ‖g‖ over the covered parameters.
-        step_size: α.
+        step_size: the step size α of the request's edit.
         predicted_gain: gᵀΔ, by which the loss rises to first order.
         predicted_kl: ½ ΔᵀFΔ, nats per counted retain output, by the curvature.
         cut_off: norm of what the truncation to `rank` took away, over the edit's norm.
@@ -73,14 +75,14 @@ class BatchInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How a stack of edits is solved for.
+    """Settings by which a stack of edits is solved for: the damping's form, the rank, the chunks.
 
     Attributes:
-        exact: damp the products of eigenvalues, and not the factors, which False does; needs a
-            `rank` to be thin.
-            An EK-FAC curvature's corrected eigenvalues are only used here.
-        rank: of each matrix's change, at most; None: as many as a request has positions.
-        chunk: requests computed at a time, on each device; 16 is arbitrary.
+        exact: True damps the products of eigenvalues, and not the factors, which False does; it
+            needs a `rank` to be thin. An EK-FAC curvature's corrected eigenvalues are only used
+            here.
+        rank: rank of each matrix's change, at most; None: as many as a request has positions.
+        chunk: number of requests computed at a time, on each device; 16 is arbitrary.
     """
 
     exact: bool = False
@@ -91,7 +93,7 @@ class Solver:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, rank=self.rank, chunk=self.chunk)
 
@@ -108,7 +110,7 @@ def batch_unlearn(
     likelihood: Likelihood = Categorical(),  # noqa: B008 - frozen and hashable
     solver: Solver = Solver(),  # noqa: B008 - frozen and hashable
 ) -> tuple[Edit, BatchInfo]:
-    """One edit for each of many requests, by one step of K-FADE each.
+    """Make one edit for each of many requests, by one step of K-FADE each.
 
     Compiles once for a number of requests and their shape. Beside the result it holds activations
     of the solver's `chunk` requests.
@@ -116,22 +118,22 @@ def batch_unlearn(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters.
-        curvature: of the retain outputs at `params`; only what it covers is edited.
+        curvature: curvature of the retain outputs at `params`; only what it covers is edited.
         requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
             R is split over the devices of a mesh, each answers its own and holds their edits.
         predicted_kl: retain KL that each edit costs by the quadratic model, nats per counted
             output: one for all, or (R,). None: α = 1, the natural step itself; `0.1 * edits` are
             those of α = 0.1.
         damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
-        likelihood: what the outputs mean.
-        solver: of what form the damping and the edits are, and how many are solved for at a time.
+        likelihood: the likelihood of the outputs.
+        solver: the form of the damping and of the edits, and how many are solved for at a time.
 
     Returns:
         The stack: `LowRank` blocks with R in front for matrices; arrays (R, ...) for vectors and
         embeddings, and for matrices when `exact` without a rank. And what was done.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument of another type.
         ValueError: a number out of its range; requests without targets or that count no output,
             masks or labels that are none, or a curvature of no outputs or of other parameters; or a
             request whose gradient is zero.
@@ -174,7 +176,7 @@ def batch_unlearn(
 
 
 class _Blocks(NamedTuple):
-    """One request's edit and its sums over the blocks."""
+    """One request's edit, and scalars about it that are summed over the blocks."""
 
     edit: dict[str, Array | LowRank]
     gradient_norm2: Array
@@ -200,6 +202,7 @@ def _batch_unlearn(
     solver,
     over,
 ):
+    # Labels are the given ones ("empirical"): the key of a pass is then never looked at.
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
     inverses = {} if solver.exact else _inverses(curvature, damping)
@@ -219,6 +222,7 @@ def _batch_unlearn(
         for k in range(done.num_pullbacks):
             found = jax.tree.map(wide, done.captured.pullback(done.cotangent(k)))
             pulled = {n: pulled[n] + g if n in pulled else g for n, g in found.items()}
+        # Pullbacks are summed over outputs: divided here, once, they are those of the mean loss.
         pulled = {name: g / number.astype(g.dtype) for name, g in pulled.items()}
         # By a power of two to entries of about one: a request that is known well has small ones,
         # and their squares would be zero.
@@ -228,6 +232,7 @@ def _batch_unlearn(
         blocks = _all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         if price is None:
+            # The natural step in units of the scaled gradient: α = 1 of the true one.
             alpha = jnp.ldexp(jnp.ones((), float), n)
         else:
             alpha = jnp.sqrt(2 * price / quadratic)
@@ -235,6 +240,8 @@ def _batch_unlearn(
         edit = Edit(blocks.edit) * alpha
         whole = jnp.where(blocks.norm2 > 0, blocks.norm2, 1)
         info = BatchInfo(
+            # What is linear in the scaled gradient is scaled back; KL is not, since α stands in it
+            # too.
             loss,
             jnp.ldexp(jnp.sqrt(blocks.gradient_norm2), n),
             jnp.ldexp(alpha, -n),
@@ -265,7 +272,7 @@ def _batch_unlearn(
 
 
 def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
-    """(A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one."""
+    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one."""
     return {
         name: _of_factor(factor, damping, lambda x: jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0))
         for name, factor in curvature.factors.items()
@@ -273,7 +280,10 @@ def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
 
 
 def _of_factor(factor: Factor, damping: Array, function: Callable[[Array], Array]) -> Array:
-    """f(A + λ_A), λ_A the mean eigenvalue times sqrt(damping): λ_A λ_G is the block's λ."""
+    """Return f(A + λ_A), λ_A the factor's mean eigenvalue times sqrt(damping).
+
+    The product λ_A λ_G of a block's two factors is then the block's λ.
+    """
     values = factor.eigenvalues
     mean = jnp.mean(values, axis=1, keepdims=True)
     found = function(values + jnp.sqrt(damping).astype(values.dtype) * mean)
@@ -291,7 +301,7 @@ def _all_blocks(
     exact: bool,
     rank: int | None,
 ) -> _Blocks:
-    """Directions d for one request, block by block."""
+    """Return one request's direction d in all blocks, with its sums."""
     zero = jnp.zeros((), done.dtype)
     total = _Blocks({}, zero, zero, zero, zero, zero)
     for block in group_sites(done.captured.sites, done.alignments):
@@ -300,6 +310,8 @@ def _all_blocks(
         if all(m.kind in THIN_KINDS for m in block.members):
             thin = _thin_gradient(done, block, pulled)
         if thin is not None and not exact and isinstance(held, Kronecker):
+            # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
+            # the matrix.
             part = _thin_block(*thin, curvature, held, inverses, rank)
         else:
             gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
@@ -315,13 +327,14 @@ def _all_blocks(
 
 
 def _thin_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> tuple[Array, Array]:
-    """(a, g), (layers, positions, rows) and (layers, positions, d_out), with gradient aᵀg."""
+    """Return (a, g) with gradient aᵀg: (layers, positions, rows) and (layers, positions, d_out)."""
     parts = []
     for member in block.members:
         site = done.captured.sites[member.site]
         a, g = example_factors(done, site, member, pulled, (None, None))
         assert g is not None  # a dense or convolutional site has both
         a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, g))
+        # A tied matrix that is met transposed has its inputs on the other side.
         parts.append((g, a) if member.is_flipped else (a, g))
     inputs, outputs = zip(*parts, strict=True)
     return jnp.concatenate(inputs, axis=1), jnp.concatenate(outputs, axis=1)
@@ -332,7 +345,7 @@ def _product(a: Array, g: Array) -> Array:
 
 
 def _dense_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> Array:
-    """(layers, rows, d_out), of vectors and lookups."""
+    """Return the gradient of a vector or a lookup's table, (layers, rows, d_out)."""
     sites = done.captured.sites
     total = jnp.zeros((), done.dtype)
     for member in block.members:
@@ -370,13 +383,17 @@ def _thin_block(
 ) -> _Blocks:
     factor_in, factor_out = curvature.factors[held.input], curvature.factors[held.output]
     left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
+    # ‖aᵀg‖² as a sum over pairs of positions: the matrix itself, rows by d_out, is never formed.
+    # All norms and products below are taken so.
     norm2 = jnp.sum(_inner(a, a) * _inner(g, g))
     edit_norm2 = jnp.sum(_inner(left, left) * _inner(right, right))
     thin, cut2 = jnp.swapaxes(left, 1, 2), jnp.zeros((), a.dtype)
     if rank is not None and rank < a.shape[1]:
         cut = truncate(thin, right, rank)
+        # The left factor of a truncation is orthonormal, so that the right one has all of the norm.
         cut2 = edit_norm2 - jnp.sum(cut.right**2)
         thin, right = cut.left, cut.right
+        # The gain and the KL reported are those of the edit after the cut.
         left = jnp.swapaxes(thin, 1, 2)
     gain = jnp.sum(_inner(a, left) * _inner(g, right))
     moved = _inner(left, _times(left, factor_in.matrix))
@@ -386,7 +403,7 @@ def _thin_block(
 
 
 def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
-    """The parameters' changes of (layers, rows, rank) times (layers, rank, d_out)."""
+    """Return the parameters' changes of (layers, rows, rank) times (layers, rank, d_out)."""
     weight = held.weight
     found: dict[str, Array | LowRank] = {
         weight.path: LowRank(left[:, : weight.d_in], right, weight.kernel)
@@ -405,7 +422,7 @@ def _dense_block(
     damping: Array,
     rank: int | None,
 ) -> _Blocks:
-    """Exact damping, or the factored one of a lookup's matrix."""
+    """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held, values = curvature.blocks[block.name], eigenvalues(curvature, block.name)
     if isinstance(held, Kronecker) and inverses:
         step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)

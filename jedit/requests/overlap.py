@@ -25,16 +25,17 @@ from jedit.edits import Edit, dense
 def interactions(
     curvature: Curvature, edits: Edit, *, damping: float = 0.0, exact: bool = False
 ) -> Float[Array, "requests requests"]:
-    """K_rs = Δ_rᵀ (F + λ) Δ_s for a stack of edits.
+    """Return the Gram matrix K_rs = Δ_rᵀ (F + λ) Δ_s of a stack of edits.
 
     Without damping, ½ cᵀKc predicts the retain KL of `sum_edits(edits, c)`; with that of
     `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter.
 
     Args:
-        curvature: the one they were made with.
+        curvature: the curvature that the edits were made with.
         edits: a stack of R edits.
         damping: λ over each block's mean eigenvalue; 0.0, none.
-        exact: as of the `Solver`; False there too.
+        exact: whether the products of eigenvalues are damped, as by the `Solver` that made the
+            edits; False there too.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
     return _interactions(curvature, edits, jnp.asarray(damping, float), exact=exact)
@@ -42,7 +43,7 @@ def interactions(
 
 @on_auto_axes
 def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) -> Array:
-    """Weights c of `sum_edits` with which no overlap is counted twice.
+    """Return weights c of `sum_edits` with which no overlap is counted twice.
 
     Args:
         gram: K, from `interactions` with the edits' own damping.
@@ -53,6 +54,8 @@ def balanced(gram: Float[Array, "requests requests"], *, ridge: float = 1e-6) ->
         c, (R,); 1 for a request that overlaps with no other.
     """
     check_numbers(NOT_NEGATIVE, ridge=ridge)
+    # Edits of very unlike sizes are brought to one before the ridge is added, which is in units of
+    # the mean.
     scale = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(scale > 0, scale, 1)
     unit = gram / scale[:, None] / scale[None]
@@ -69,6 +72,7 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
         values = eigenvalues(curvature, name)
         if isinstance(block, Kronecker) and not exact:
             ends = (curvature.factors[block.input], curvature.factors[block.output])
+            # The same two dampings that made the edits; another λ and K_rr would not be their gain.
             a, g = (
                 e.eigenvalues
                 + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e.eigenvalues, 1, keepdims=True)
@@ -82,6 +86,7 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
         def whitened(one: Edit, name=name, block=block, weights=weights) -> Array:
             leaves = {path: dense(one.blocks[path]) for path in block.weight.paths}
             matrix = block.weight.gather(leaves).astype(weights.dtype)
+            # With the root of the metric on each edit K is one matrix product, symmetric by itself.
             return (jnp.sqrt(weights) * rotate(curvature, name, matrix)).reshape(-1)
 
         rows = jax.lax.map(whitened, edits, batch_size=min(16, num_requests))

@@ -48,15 +48,15 @@ RUNGS = (0.0, *(2 ** (-k / 3) for k in reversed(range(16))))
 
 
 class ContinualState(NamedTuple):
-    """Between two requests.
+    """The state between two requests: the model, the rows that are gone, and the statistics.
 
     Attributes:
-        params: the model now.
+        params: the model's parameters after the requests so far.
         gone: (n,) booleans: the rows that were asked to be forgotten.
         anchor: the params at which the sums were taken.
-        sums: of K-FAC, over the rows that are not gone.
-        curvature: of the sums as they were at the last refresh.
-        since: requests since then.
+        sums: K-FAC's sums at the anchor, over the rows that are not gone.
+        curvature: the curvature made of the sums as they were at the last refresh.
+        since: number of requests since the last refresh.
     """
 
     params: PyTree
@@ -70,18 +70,22 @@ class ContinualState(NamedTuple):
 
 
 class RequestInfo(NamedTuple):
-    """What a request came to.
+    """Measurements of one request's answer: losses, price, tries, and what became of the curvature.
 
     Attributes:
         num_new: rows that had not been asked for before.
-        num_edited: those of them of which something was left to forget.
-        loss_before: mean loss of the edited rows, nats per token; NaN: none was edited.
-        loss_after: of the same.
+        num_edited: number of new rows of which something was left to forget.
+        loss_before: mean loss of the edited rows before the edits, nats per token; NaN: none was
+            edited.
+        loss_after: mean loss of the edited rows after the edits, nats per token; NaN: none was
+            edited.
         predicted_kl: sum over the tries of ½ ΔᵀFΔ, nats per counted output.
-        tries: edits that were made.
-        kept_loss: of the rows that were learnt again, before; NaN: there was no edit, or none left.
+        tries: number of edits that were made.
+        kept_loss: mean loss of the rows that were learnt again, before that step; NaN: there was no
+            edit, or no row left.
         age: how far the statistics have moved since they were taken; NaN: not looked at.
-        refresh: of the curvature, "decomposed" or "estimated"; None: it stayed as it was.
+        refresh: what was done to the curvature, "decomposed" or "estimated"; None: it stayed as it
+            was.
     """
 
     num_new: int
@@ -97,15 +101,15 @@ class RequestInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Answering:
-    """How one request is answered.
+    """Settings of how one request is answered: in how many tries, how thin, with what step back.
 
     Attributes:
-        tries: edits for one request, at most; 3 is arbitrary.
+        tries: number of edits for one request, at most; 3 is arbitrary.
         damping: λ over each block's mean eigenvalue; 0.1 is arbitrary.
-        rank: of each matrix's change; see `Solver`.
-        relearn: rows that stay, drawn for a step back after each request that was edited; 0: none. 32 is
-            arbitrary.
-        request_size: rows of one request, at most; 1 is one row.
+        rank: rank of each matrix's change, at most; None: as many as a request has positions.
+        relearn: number of kept rows drawn for a step back after each request that was edited; 0:
+            none. 32 is arbitrary.
+        request_size: number of rows of one request, at most; 1 is one row.
     """
 
     tries: int = 3
@@ -118,7 +122,7 @@ class Answering:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, tries=self.tries, rank=self.rank, request_size=self.request_size)
         check_numbers(NOT_NEGATIVE, damping=self.damping)
@@ -127,15 +131,15 @@ class Answering:
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """When the curvature follows the stream, and how.
+    """Settings of when and how the curvature follows the stream.
 
     Attributes:
-        every: requests between two looks at the curvature; 10 is arbitrary.
-        max_age: see `age`; at this it is estimated anew at the params as they are, one pass over
-            all rows that are left. 0.5 is arbitrary: in our one measurement the statistics were older at
-            every look, and it made little difference.
-        probe: rows that its age is measured on, 32 (arbitrary).
-        chunk: rows in one pass of the estimation, 32 (arbitrary).
+        every: number of requests between two looks at the curvature; 10 is arbitrary.
+        max_age: the `age` from which on the curvature is estimated anew at the params as they are,
+            one pass over all rows that are left. 0.5 is arbitrary: in our one measurement the
+            statistics were older at every look, and it made little difference.
+        probe: number of rows that its age is measured on, 32 (arbitrary).
+        chunk: number of rows in one pass of the estimation, 32 (arbitrary).
     """
 
     every: int = 10
@@ -147,18 +151,19 @@ class Refresh:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, every=self.every, probe=self.probe, chunk=self.chunk)
         check_numbers(POSITIVE, max_age=self.max_age)
 
 
 class Continual(NamedTuple):
-    """Answers requests one after the other.
+    """Two functions that answer requests to forget, one after the other.
 
     Attributes:
-        init: `params -> state`.
-        forget: `(state, row numbers) -> (state, info)`; the state given is left as it is.
+        init: a function `params -> state`, called once before the first request.
+        forget: a function `(state, row numbers) -> (state, info)`; the state given is left as it
+            is.
     """
 
     init: Callable[[PyTree], ContinualState]
@@ -178,26 +183,26 @@ def continual(
     answering: Answering = Answering(),  # noqa: B008 - frozen and hashable
     refresh: Refresh = Refresh(),  # noqa: B008 - frozen and hashable
 ) -> Continual:
-    """Unlearn on demand, request by request.
+    """Make the two functions that unlearn on demand, request by request.
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        estimator: from `kfac`; what it covers is edited.
+        estimator: an estimator that `kfac` made; only what it covers is edited.
         data: the training rows, with targets; requests name them by number.
         enough: nats per token at which a row counts as forgotten, such as the loss of a row like it
             that the model has never seen.
         predicted_kl: retain KL that one edit may cost by the quadratic model, nats per counted
             output.
-        key: of the curvature's sampled labels.
+        key: key of the curvature's sampled labels.
         answering: how one request is answered.
-        refresh: how the curvature follows.
+        refresh: when and how the curvature follows the edits.
 
     Returns:
         Two functions. A request costs a gradient and 17 forward passes of its rows for each
         try, and one pass of the estimator over its rows.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument of another type.
         ValueError: the data have no targets, or an argument that must be positive is not.
     """
     check_numbers(POSITIVE, enough=enough, predicted_kl=predicted_kl)
@@ -222,7 +227,7 @@ def continual(
 
 
 def age(then: KfacState, now: KfacState) -> float:
-    """How far K-FAC's sums over the same rows have moved, relative to what they were.
+    """Return how far K-FAC's sums over the same rows have moved, relative to what they were.
 
     The Frobenius norm of the difference over that of the first, of all moments of what enters the
     sites, or of all those of the gradients at their outputs, whichever has moved further.
@@ -239,7 +244,7 @@ def age(then: KfacState, now: KfacState) -> float:
 
 
 class _Sums(NamedTuple):
-    """K-FAC's sums over rows of the data."""
+    """Takes K-FAC's sums over chosen rows of the data."""
 
     estimator: Estimator
     data: Batch
@@ -250,13 +255,15 @@ class _Sums(NamedTuple):
         return len(jax.tree.leaves(self.data)[0])
 
     def is_counted(self, numbers: np.ndarray) -> np.ndarray:
-        """Whether a row counts an output, for each of these."""
+        """Say of each of these rows whether it counts an output."""
         mask, valid = (np.asarray(x)[numbers] for x in (self.data.mask, self.data.valid))
         counted = (mask != 0) & (valid != 0)
         return counted.any(axis=tuple(range(1, counted.ndim)))
 
     def rows(self, numbers: np.ndarray, size: int, counts: np.ndarray | bool = True) -> Batch:
-        """Rows that count where `counts` says, filled up with some that do not."""
+        """Return rows that count where `counts` says, filled up with some that do not."""
+        # Always `size` rows, so that a request of any length meets a program that is compiled
+        # already.
         filled, kept = np.zeros(size, int), np.zeros(size, np.float32)
         filled[: len(numbers)], kept[: len(numbers)] = numbers, counts
         batch = jax.tree.map(lambda x: x[filled], self.data)
@@ -267,9 +274,11 @@ class _Sums(NamedTuple):
     def over(
         self, params: PyTree, numbers: np.ndarray, size: int, counts: np.ndarray | None = None
     ) -> KfacState:
-        """Over rows of consecutive numbers, `size` at a time, each with its own labels."""
+        """Sum over rows of consecutive numbers, `size` at a time, each with its own labels."""
         update = self.estimator.update
         if not isinstance(update, jax.tree_util.Partial):
+            # As a Partial it is a pytree with a static function, which `add_batch` can compile
+            # with.
             update = jax.tree_util.Partial(update)
         state = None
         for first in range(0, len(numbers), size):
@@ -294,6 +303,7 @@ def _refreshed(
     found = age(*(whole.over(p, first, refresh.probe) for p in (state.anchor, state.params)))
     if found >= refresh.max_age:
         return _fresh(sums, refresh.chunk, state.params, state.gone), found, "estimated"
+    # Young enough: the sums, less what is gone, are decomposed once more, without a pass.
     curvature = sums.estimator.finalize(state.sums)
     return state._replace(curvature=curvature, since=0), found, "decomposed"
 
@@ -353,6 +363,8 @@ class _Stream(NamedTuple):
             batch = self.sums.rows(drawn[:num_rows], num_rows)
             params, loss = self.restore(params, state.curvature, batch)
             kept_loss = float(loss)
+        # One by one and at the anchor: only there, with the label of its own number, does a row add
+        # what it had added when the sums were taken, so that subtracting leaves nothing of it.
         for number in new:
             sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
         state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
@@ -373,7 +385,7 @@ class _Stream(NamedTuple):
     def edit(
         self, params: PyTree, curvature: Curvature, request: Batch
     ) -> tuple[PyTree, float, float]:
-        """One try: new params, the request's loss there, and the predicted KL."""
+        """Make one edit; return the new params, the request's loss there, and the predicted KL."""
         one = jax.tree.map(lambda x: x[None], request)
         stack, info = batch_unlearn(
             self.apply,
@@ -390,14 +402,14 @@ class _Stream(NamedTuple):
         return _replaced(params, part), float(loss), float(alpha**2 * unit)
 
     def restore(self, params: PyTree, curvature: Curvature, batch: Batch) -> tuple[PyTree, Array]:
-        """A step down the rows' loss in the metric, and the loss before it."""
+        """Step down the rows' loss in the metric; return the new params and the loss before."""
         limits = (self.answering.damping, self.predicted_kl)
         part, before = _lower_loss(self.apply, params, curvature, batch, *limits)
         return _replaced(params, part), before
 
 
 def _replaced(params: PyTree, part: Part) -> PyTree:
-    """The params with the part in place, each array where the one lay that it replaces."""
+    """Return the params with the part in place, each array where the one it replaces lay."""
     places = {path: sharding_of(old) for path, old in part_of(params, part).items()}
     return with_part(params, {n: jax.device_put(x, places[n]) for n, x in part.items()})
 
@@ -411,7 +423,7 @@ def _lower_loss(
     damping: float | Array,
     predicted_kl: float | Array,
 ) -> tuple[Part, Array]:
-    """The covered parameters after such a step, and the loss before it."""
+    """Return the covered parameters after one step down the loss, and the loss before it."""
     start = part_of(params, curvature.covered)
 
     def loss(part: Part) -> Array:
@@ -423,6 +435,7 @@ def _lower_loss(
     quadratic = quadratic_form(curvature, step)
     largest = jnp.sqrt(2 * predicted_kl / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
     alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)
+    # One after the other: all rungs at once would hold as many copies of the parameters.
     losses = jax.lax.map(lambda alpha: loss(moved(start, step, alpha)), alphas)
     alpha = jnp.where(jnp.min(losses) < before, alphas[jnp.argmin(losses)], 0)
     return moved(start, step, alpha), before
@@ -454,12 +467,13 @@ def _raise_loss(
     alphas = largest * jnp.asarray(RUNGS, largest.dtype)  # rising from zero
     losses = jax.lax.map(loss, alphas)
     reached = losses >= enough
+    # argmax of booleans is the first that holds: the least α that is enough.
     rung = jnp.where(jnp.any(reached), jnp.argmax(reached), jnp.argmax(losses))
     return moved(start, whole, alphas[rung]), alphas[rung], losses[rung]
 
 
 @jax.jit
 def _without(state: KfacState, part: KfacState) -> KfacState:
-    """The sums less what some rows had added to them."""
+    """Subtract from the sums what some rows had added to them."""
     left = jax.tree.map(jnp.subtract, state, part)
     return dataclasses.replace(left, next_example=state.next_example)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class Template(NamedTuple):
-    """The wordings of one attribute.
+    """The wordings of the questions and answers about one attribute of an author.
 
     Attributes:
-        questions: ways to ask.
-        answers: ways to answer; each holds the value as it is.
+        questions: wordings of the question.
+        answers: wordings of the answer; each holds the value as it is.
     """
 
     questions: tuple[str, ...]

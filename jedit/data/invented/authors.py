@@ -64,8 +64,8 @@ def generate_authors(seed: int, num_authors: int, facts_per_author: int) -> list
 
     Args:
         seed: the seed of the generator.
-        num_authors: up to 300.
-        facts_per_author: up to the number of attributes, 22.
+        num_authors: number of authors, up to 300.
+        facts_per_author: number of questions about each author, up to the number of attributes, 22.
 
     Returns:
         `num_authors * facts_per_author` rows.

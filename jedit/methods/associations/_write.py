@@ -37,10 +37,10 @@ from jedit.tracing.pullback import parameter_leaves
 
 
 class Associations(NamedTuple):
-    """Facts, one a row, each met at one position.
+    """Facts to be written, one a row, each met at one position of its row.
 
     Attributes:
-        batch: prompts, and in the targets the new answers, of which the mask counts some.
+        batch: prompts as inputs and the new answers as targets, of which the mask counts some.
         subject: position of the subject's last token in each row; None: the model has no positions.
     """
 
@@ -51,11 +51,11 @@ class Associations(NamedTuple):
 
 
 class KeyState(NamedTuple):
-    """The keys of all batches so far.
+    """The sum over the keys of all batches written so far, by which later batches keep them.
 
     Attributes:
         moments: KₚᵀKₚ, a sum, by parameter path.
-        num_keys: how many, int32.
+        num_keys: number of keys in the sums, int32.
     """
 
     moments: dict[str, Array]
@@ -65,13 +65,13 @@ class KeyState(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Where associations are written, and what has been written there before.
+    """The layers that associations are written into, with what has been written there before.
 
     Attributes:
-        paths: of the edited matrices, by depth; one, or several.
+        paths: paths of the edited matrices, by depth; one, or several.
         hidden: `(params, inputs) -> (n, seq, d)`, the residual stream behind the last layer; needed
             for several layers, and then by `target_values` too.
-        state: of the batches before, `info.state`, so that they are kept; None: there were none.
+        state: the `info.state` of the batches before, which are kept by it; None: there were none.
     """
 
     paths: str | Sequence[str]
@@ -80,12 +80,12 @@ class Layers(NamedTuple):
 
 
 class AssociationInfo(NamedTuple):
-    """What an edit found and did.
+    """Measurements of one writing of associations, with the state for the next.
 
     Attributes:
         residual: ‖v* - v‖ of every fact before each layer and after the last, (layers + 1, n).
-        keys: K by parameter path, (n, rows).
-        state: for the `Layers` of the next batch; it holds this one's keys too.
+        keys: K of each parameter, (n, rows), by its path.
+        state: the state for the `Layers` of the next batch; it holds this batch's keys too.
     """
 
     residual: Array
@@ -102,12 +102,16 @@ def regress(
     R: Float[Array, "n d_out"],
     ridge: Float[Array, ""],
 ) -> Float[Array, "d d_out"]:
-    """Δ of the header, M = KₚᵀKₚ; without one S Xᵀ(XXᵀ + ρ)⁻¹ R, X = KS, which is the same.
+    """Solve for Δ of the header with M = KₚᵀKₚ, or without an M in the dual form.
+
+    Without M it is S Xᵀ(XXᵀ + ρ)⁻¹ R with X = KS, n by n; with M the form of the header, r by r.
 
     By Cholesky, r³/3 flops, or n³/3; where that fails Δ is not finite.
     """
     dot = functools.partial(jnp.matmul, precision=HIGHEST)
     X = dot(K, S)
+    # Without M the n x n dual is exact and small (few facts); M couples all d directions, so only
+    # the r x r primal form can hold it.
     gram = dot(X, X.T) if M is None else dot(X.T, X) + dot(S.T, dot(M, S))
     factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(len(gram), dtype=K.dtype))
     if M is None:
@@ -127,13 +131,13 @@ def write(
     """Edit layer after layer, sharing out what is still missing among those to come.
 
     Args:
-        solve: `(path, K, KₚᵀKₚ or None, R) -> Δ`.
+        solve: the method's regression, `(path, K, KₚᵀKₚ or None, R) -> Δ`.
         weights: the matrices that can be edited, by path.
-        apply: the model.
-        params: W.
+        apply: `apply(params, inputs) -> outputs`.
+        params: the parameters W before the edit.
         associations: the facts.
         targets: v*; None: zero at every layer, R = -K W whole.
-        layers: which of them are, by depth.
+        layers: which of the weights are edited, by depth, and the batches written before.
 
     Returns:
         The edit, in float32 or wider, and what was found.
@@ -164,10 +168,15 @@ def write(
         K, V = _keys_and_values(apply, hidden, weight, current, associations)
         if targets is not None and targets.shape != V.shape:
             raise ValueError(f"targets have shape {targets.shape}, the values are {V.shape}")
+        # v is measured on the model with all earlier layers' edits in it: each layer takes its
+        # share of what they left, not of what was missing at first.
         missing = -V if targets is None else targets.astype(V.dtype) - V
+        # Removal is whole at each layer: R = -KW is the layer's own output, which no other layer
+        # shares.
         share = 1 if targets is None else len(weights) - i
         moment = None if state is None else _moment(state, path, weight.rows)
         delta = solve(path, K, moment, missing / share)
+        # A failed Cholesky gives NaN instead of raising under JAX: this is where it is noticed.
         check_finite(f"the edit of {path!r}", delta, lambda: culprit(params, sets))
         edit = edit + Edit(weight.scatter(delta[None]))
         keys[path] = K
@@ -200,20 +209,23 @@ def _remember(state: KeyState | None, keys: dict[str, Array]) -> KeyState:
 
 
 class InputMoment(NamedTuple):
-    """C = Q diag(c) Qᵀ of a matrix: `basis` (rows, rows) and `eigenvalues` (rows,)."""
+    """The moment C = Q diag(c) Qᵀ of the inputs that one matrix meets.
+
+    `basis` holds Q, (rows, rows), and `eigenvalues` c, (rows,).
+    """
 
     weight: Weight
     basis: Array
     eigenvalues: Array
 
     def damped(self, damping: float, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Q, and c + ε with ε in units of the mean of c."""
+        """Return Q, and c + ε with ε in units of the mean of c."""
         c = self.eigenvalues.astype(dtype)
         return self.basis.astype(dtype), c + damping * jnp.mean(c)
 
 
 def input_moments(curvature: Curvature) -> dict[str, InputMoment]:
-    """The dense input moments of a curvature, by path."""
+    """Return the dense input moments of a curvature, by path."""
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     found = {}
     for name, block in curvature.blocks.items():
@@ -224,17 +236,18 @@ def input_moments(curvature: Curvature) -> dict[str, InputMoment]:
 
 
 def chosen(paths: str | Sequence[str], weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The matrices of the named layers, in their order.
+    """Return the matrices of the named layers, in the order of their names.
 
     Args:
-        paths: of parameters, by depth.
-        weights: those that have a dense factor A.
+        paths: paths of the parameters, by depth.
+        weights: the weights that have a dense factor A, by path.
 
     Returns:
-        Them by path.
+        The named weights, by path.
 
     Raises:
-        ValueError: a path that is not among them or stands twice, none, or a stacked matrix.
+        ValueError: a path that is not among the weights or is named twice, no path, or a stacked
+            matrix.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     if not paths or len(set(paths)) < len(paths):
@@ -253,8 +266,8 @@ def check_subject(apply: Callable, params: PyTree, associations: Associations) -
     """Refuse subjects that are no positions of the model's outputs, where they are known already.
 
     Raises:
-        TypeError: the arguments are something else.
-        ValueError: which rows they are in.
+        TypeError: an argument of another type.
+        ValueError: rows whose subject is no position, by number.
     """
     check_function(apply)
     check_params(params)
@@ -272,19 +285,20 @@ def check_subject(apply: Callable, params: PyTree, associations: Associations) -
 
 
 def site_of(apply: Callable, params: PyTree, associations: Associations, path: str) -> Site:
-    """The one dense site at which a parameter meets activations.
+    """Return the one dense site at which a parameter meets activations.
 
     Args:
-        apply: the model.
-        params: its parameters.
+        apply: `apply(params, inputs) -> outputs`.
+        params: the model's parameters.
         associations: the facts.
-        path: of the parameter.
+        path: path of the parameter.
 
     Returns:
-        The site, its bias with it.
+        The site, including its bias.
 
     Raises:
-        ValueError: there is none, or more than one; or positions that are not one a row.
+        ValueError: the parameter has no dense site, or several; or `subject` is not one position a
+            row.
     """
     subject = associations.subject
     num_rows = len(jax.tree.leaves(associations.batch.inputs)[0])
@@ -306,6 +320,8 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
             f"{path!r} is used {site.num_uses} times at each of {positions} positions, in a scan "
             "for instance; a key is that of a single use"
         )
+    # `subject` counts positions of the outputs; at a site that flattens or permutes them the same
+    # number would silently read another token.
     lead = program.jaxpr.jaxpr.outvars[0].aval.shape[:-1]
     if not align(program, lead)[site.name].is_in_order:
         raise ValueError(
@@ -317,10 +333,10 @@ def site_of(apply: Callable, params: PyTree, associations: Associations, path: s
 
 
 def at_subject(values: Array, associations: Associations) -> Array:
-    """(n, d) out of (n, seq, d), or of anything that flattens to it.
+    """Read the values at the subjects: (n, d) out of (n, seq, d), or what flattens to it.
 
     Raises:
-        ValueError: there are positions, and no subject.
+        ValueError: rows have several positions, and no subject is named.
     """
     num_rows = len(jax.tree.leaves(associations.batch.inputs)[0])
     values = values.reshape(num_rows, -1, values.shape[-1])
@@ -336,9 +352,11 @@ def at_subject(values: Array, associations: Associations) -> Array:
 def value_at(
     apply: Callable, hidden: Callable | None, site: Site, params: PyTree, associations: Associations
 ) -> tuple[Array, Array]:
-    """Keys with the bias's coordinate, (n, rows), and values, (n, d)."""
+    """Return the keys with the bias's coordinate, (n, rows), and the values, (n, d)."""
     found = intervene(apply, params, associations.batch.inputs)
     k = at_subject(site.canonical_inputs(found.activations[site.name])[0], associations)
+    # The key in units in which output = k W exactly: a site's scale and its bias's coordinate
+    # belong to the input side, as in the factor A.
     k = site.scale * k.astype(wide_dtype(k.dtype))
     if site.weight.bias_path is not None:
         k = jnp.concatenate([k, jnp.full((len(k), 1), site.bias_scale, k.dtype)], axis=1)
@@ -353,7 +371,8 @@ def value_at(
 def _keys_and_values(
     apply: Any, hidden: Any, weight: Weight, params: PyTree, associations: Associations
 ) -> tuple[Array, Array]:
-    """K as the weight's factor A has it, and V."""
+    """Return K with the rows that the weight's factor A has, and V."""
     site = site_of(apply, params, associations, weight.path)
     k, v = value_at(apply, hidden, site, params, associations)
+    # A curvature may have left out the bias, and its factor A then has no row for it.
     return k[:, : weight.rows], v

@@ -46,7 +46,7 @@ def solve(
     R: Float[Array, "n d_out"],
     ridge: Float[Array, ""],
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra, M = KₚᵀKₚ."""
+    """Solve for the method's Δ by `regress` in the basis U0, with M = KₚᵀKₚ."""
     return regress(U0, K, M, R, ridge)
 
 
@@ -67,7 +67,7 @@ def alphaedit(
     Args:
         apply: `apply(params, inputs) -> outputs`.
         params: the parameters.
-        projector: from `null_space` of a curvature of what is to be kept.
+        projector: a projector that `null_space` made of a curvature of what is to be kept.
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values`; None: zero, R = -K W at every layer, which removes.
         layers: where they are written; with the state of the batches before, those are kept.
@@ -90,6 +90,9 @@ def alphaedit(
         U = projector.bases[factors[path]]
         assert U is not None
         w, a = projector.weights[factors[path]][0], projector.eigenvalues[factors[path]][0]
+        # Directions of weight zero are dropped, not multiplied by zero: r, which the cost is cubic
+        # in, shrinks to the free ones. It makes the shape depend on values, so this cannot be
+        # traced.
         U0 = (U[0] * jnp.sqrt(w)[None])[:, np.flatnonzero(w)]
         unit = jnp.ones((), a.dtype) if absolute else jnp.mean(a)
         return solve(U0.astype(K.dtype), K, M, R, (ridge * unit).astype(K.dtype))

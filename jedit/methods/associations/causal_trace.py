@@ -48,13 +48,13 @@ from jedit.tracing.discover import trace_program
 @pytree("embedding", "noise", "samples")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corruption:
-    """What a run is corrupted by: noise on the embeddings of a subject's tokens.
+    """The corruption of a run: noise on the embeddings of a subject's tokens.
 
     Attributes:
         embedding: name of the site that embeds the tokens, output (batch, seq, width).
         subject: the tokens that get noise.
         noise: ν (ROME: 3).
-        samples: draws of noise (ROME: 10).
+        samples: number of draws of noise (ROME: 10).
     """
 
     embedding: str
@@ -66,7 +66,7 @@ class Corruption:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, samples=self.samples)
         check_numbers(NOT_NEGATIVE, noise=self.noise)
@@ -75,12 +75,12 @@ class Corruption:
 @pytree("layers", "window")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Restoration:
-    """What of a corrupted run is put back to its clean values.
+    """The part of a corrupted run that is put back to its clean values, window by window.
 
     Attributes:
         layers: names of sites, one a layer, first to last, whose outputs are put back, MLP outputs
             for instance; or of one site that a scan runs through, layers in front.
-        window: layers put back together (ROME: 10).
+        window: number of layers put back together (ROME: 10).
         positions: where outputs are put back; None: at the subject's tokens.
     """
 
@@ -92,7 +92,7 @@ class Restoration:
         """Refuse a window below one, and no layer.
 
         Raises:
-            ValueError: which it is.
+            ValueError: a window below one, or no layer.
         """
         check_numbers(COUNT, window=self.window)
         if not self.layers:
@@ -100,13 +100,14 @@ class Restoration:
 
 
 class CausalTrace(NamedTuple):
-    """Probabilities of the answers, means over the draws of noise.
+    """Probabilities of the answers in clean, corrupted and restored runs, means over the noise.
 
     Attributes:
-        clean: (batch,).
-        corrupted: (batch,).
-        restored: (layers, batch); row l with the window around layer l put back.
-        windows: (layers, layers); row l says which layers that window holds.
+        clean: p(answer | x) of the clean run, (batch,).
+        corrupted: mean probability of the corrupted runs, (batch,).
+        restored: mean probabilities, (layers, batch), row l with the window around layer l put
+            back.
+        windows: (layers, layers) booleans; row l says which layers that window holds.
     """
 
     clean: Float[Array, " batch"]
@@ -118,7 +119,7 @@ class CausalTrace(NamedTuple):
 
     @property
     def indirect_effect(self) -> Float[Array, "layers batch"]:
-        """IE of each window on each example."""
+        """Return the indirect effect of each window on each example."""
         return self.restored - self.corrupted[None]
 
 
@@ -139,18 +140,18 @@ def causal_trace(
 
     Args:
         apply: `apply(params, tokens) -> logits`.
-        params: the model's.
+        params: the model's parameters.
         batch: inputs with answers as targets; `mask` says which outputs are the answer.
-        corruption: what is made unreadable.
-        restoration: what is put back.
-        key: of the noise; an example's draw depends on its number in the batch alone.
-        chunk: passes made at a time; 8 is arbitrary.
+        corruption: the tokens that are made unreadable, and by how much noise.
+        restoration: the layers whose outputs are put back, and where.
+        key: key of the noise; an example's draw depends on its number in the batch alone.
+        chunk: number of passes made at a time; 8 is arbitrary.
 
     Returns:
         The probabilities, and the windows.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument of another type.
         ValueError: a chunk below one; a name that is no site, or one whose output does not lead
             with (batch, seq).
     """
@@ -203,6 +204,8 @@ def _trace(
 
     def draw(sample):
         def one(example):
+            # Folded in by number, not split by the batch's size: a row added to the batch leaves
+            # the other rows' noise as it was.
             own = jax.random.fold_in(jax.random.fold_in(key, sample), example)
             return jax.random.normal(own, embedded.shape[1:], embedded.dtype)
 
@@ -218,22 +221,26 @@ def _trace(
         found = intervene(apply, params, batch.inputs, add=added, replace=replace)
         return _probability(found.outputs, batch)
 
+    # The corrupted run is the window that puts nothing back, so that it shares its draws of noise
+    # with the restored ones, whose difference is then free of them.
     rows = jnp.concatenate([jnp.zeros((1, num_layers), bool), windows])
     cases = (jnp.repeat(rows, samples, axis=0), jnp.tile(jnp.arange(samples), len(rows)))
+    # All cases run one program: masks say what is put back, since a program for each window would
+    # compile as often as there are layers.
     probabilities = jax.lax.map(run, cases, batch_size=chunk)
     means = jnp.mean(probabilities.reshape(len(rows), samples, -1), axis=1)
     return CausalTrace(_probability(clean.outputs, batch), means[0], means[1:], windows)
 
 
 def _windows(num_layers: int, window: int) -> Bool[Array, "layers layers"]:
-    """ROME's: from l - window // 2 on, `window` layers, as far as there are any."""
+    """Return ROME's windows: `window` layers from l - window // 2 on, as far as there are any."""
     first = jnp.arange(num_layers)[:, None] - window // 2
     layer = jnp.arange(num_layers)[None]
     return (layer >= first) & (layer < first + window)
 
 
 def _deviation(embedded: Array, subject: Array) -> Array:
-    """Standard deviation over all coordinates of the subject's tokens, in float32 or wider."""
+    """Return the deviation over all coordinates of the subjects' tokens, in float32 or wider."""
     embedded = wide(embedded)
     weight = jnp.broadcast_to(subject[..., None], embedded.shape).astype(embedded.dtype)
     count = jnp.maximum(jnp.sum(weight), 1)

@@ -45,7 +45,8 @@ def solve(
     R: Float[Array, "n d_out"],
     preservation: Float[Array, ""] | float,
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra: Δ = (λC + KᵀK + M)⁻¹ KᵀR, M = KₚᵀKₚ, C = Q diag(c) Qᵀ damped."""
+    """Solve for the method's Δ = (λC + KᵀK + M)⁻¹ KᵀR, C = Q diag(c) Qᵀ damped, M = KₚᵀKₚ."""
+    # The metric is whitened, S Sᵀ = (λC)⁻¹, so that ρ = 1 and no d x d matrix is ever inverted.
     S = Q / jnp.sqrt(preservation * c)[None]
     return regress(S, K, M, R, jnp.ones((), K.dtype))
 
@@ -67,7 +68,7 @@ def memit(
     Args:
         apply: `apply(params, inputs) -> outputs`.
         params: the parameters.
-        curvature: of what is to be kept; its factors A are read alone.
+        curvature: curvature of what is to be kept; only its factors A are read.
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values`; None: zero, R = -K W at every layer, which removes.
         layers: where they are written; with the state of the batches before, those are kept.

@@ -42,12 +42,14 @@ def solve(
     K: Float[Array, "n d"],
     R: Float[Array, "n d_out"],
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra, for each row of K in turn, C = Q diag(c) Qᵀ damped."""
+    """Write each row of K in turn by the method's rank-one change, C = Q diag(c) Qᵀ damped."""
     H = jnp.matmul(K, Q, precision=HIGHEST) / c[None]
     H = jnp.matmul(H, Q.T, precision=HIGHEST)  # rows C⁻¹k
 
     def one(delta, row):
         k, h, r = row
+        # Less what the facts before have written already: those that share a direction would count
+        # it twice.
         missing = r - jnp.matmul(k, delta, precision=HIGHEST)
         reach = jnp.vdot(k, h, precision=HIGHEST)  # 0 for a key of zero, which writes nothing
         return delta + jnp.outer(h, missing) / jnp.where(reach > 0, reach, 1), None
@@ -72,7 +74,7 @@ def rome(
     Args:
         apply: `apply(params, inputs) -> outputs`.
         params: the parameters.
-        curvature: of what is to be kept; its factor A is read alone.
+        curvature: curvature of what is to be kept; only its factor A is read.
         associations: the facts; only inputs and subjects are read.
         targets: v*, from `target_values` without `hidden`; None: zero, which removes.
         layer: path of the edited matrix.

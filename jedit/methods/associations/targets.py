@@ -53,11 +53,11 @@ from jedit.tracing import Site, intervene
 
 
 class TargetInfo(NamedTuple):
-    """What the search found, (n,) each.
+    """Results of the search for target values, one for each fact, arrays of shape (n,).
 
     Attributes:
-        nll_before: mean NLL of the new answer over its outputs that count, untouched.
-        nll: the same with δ.
+        nll_before: mean NLL of the new answer over its outputs that count, without δ.
+        nll: mean NLL of the new answer over its outputs that count, with δ.
         kl: KL(p_δ ‖ p_0) over the outputs of `essence` that count; 0 without it.
         relative_norm: ‖δ‖ / ‖v‖.
     """
@@ -72,11 +72,11 @@ class TargetInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How a target value is searched for; the figures are those of MEMIT's code for GPT-J.
+    """Settings of the search for a target value; the figures are those of MEMIT's code for GPT-J.
 
     Attributes:
-        steps: of Adam; 24, one less than `v_num_grad_steps` of MEMIT's code.
-        learning_rate: of Adam, in units of the value; 0.5, MEMIT's code.
+        steps: number of Adam's steps; 24, one less than `v_num_grad_steps` of MEMIT's code.
+        learning_rate: Adam's learning rate, in units of the value; 0.5, MEMIT's code.
         weight_decay: ω; 0.5, MEMIT's code.
         kl_weight: κ; 0.0625, MEMIT's code.
         max_norm: c; 0.75, MEMIT's code.
@@ -95,7 +95,7 @@ class Search:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT_OR_ZERO, steps=self.steps)
         check_numbers(POSITIVE, learning_rate=self.learning_rate, max_norm=self.max_norm)
@@ -118,7 +118,7 @@ def target_values(
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        params: the parameters.
+        params: the model's parameters.
         associations: the facts, with the new answers as targets.
         layer: path of the last edited matrix, at whose output δ is added.
         hidden: `(params, inputs) -> (n, seq, d)`, the residual stream to which that output is
@@ -130,7 +130,7 @@ def target_values(
         v* in float32 or wider, and what was found. A step costs one forward and one backward pass.
 
     Raises:
-        TypeError: a search that is none.
+        TypeError: a search that is no `Search`.
         ValueError: no targets, no dense site of the layer, or another number of essence rows.
         FloatingPointError: values are not finite; their facts are named.
     """
@@ -176,6 +176,8 @@ def _search(static, params, associations, essence, numbers):
         nll, kl = parts(delta)
         decay = numbers["weight_decay"] * _norm(delta) / norm**2
         rows = nll + numbers["kl_weight"] * kl + decay
+        # The sum over rows, not their mean: a row's gradient is then its own, whatever the batch's
+        # size.
         return jnp.sum(rows), rows
 
     adam = optax.scale_by_adam()
@@ -187,6 +189,7 @@ def _search(static, params, associations, essence, numbers):
         moved = delta - numbers["learning_rate"] * update
         size, most = _norm(moved), numbers["max_norm"] * norm
         shrink = jnp.where(size > most, most / jnp.where(size > 0, size, 1), 1)
+        # A fact that is done stays where it is; the loop cannot end early, since others still move.
         is_done = (rows < numbers["stop"])[:, None]
         return (jnp.where(is_done, delta, moved * shrink[:, None]), state), None
 
@@ -200,9 +203,9 @@ def _search(static, params, associations, essence, numbers):
 def _with_added(
     apply: Callable, site: Site, params: PyTree, associations: Associations, delta: Array
 ) -> Array:
-    """The model's outputs with δ added to the site's at the subjects."""
+    """Return the model's outputs with δ added to the site's output at the subjects."""
     output = jax.ShapeDtypeStruct(site.output_shape, delta.dtype)
-    # Placing is the adjoint of reading.
+    # Placing is the adjoint of reading: δ lands where `at_subject` reads, in any layout.
     (placed,) = jax.linear_transpose(
         lambda out: at_subject(site.canonical_gradients(out)[0], associations), output
     )(delta)
@@ -211,7 +214,7 @@ def _with_added(
 
 
 def _row_mean(values: Array, batch: Batch) -> Array:
-    """Each row's mean over its outputs that count."""
+    """Return each row's mean over its outputs that count."""
     counted = counted_outputs(batch, values.shape)
     values = jnp.where(counted, values, 0).reshape(len(values), -1)
     number = jnp.maximum(jnp.sum(counted.reshape(len(values), -1), axis=1), 1)
@@ -219,6 +222,8 @@ def _row_mean(values: Array, batch: Batch) -> Array:
 
 
 def _norm(delta: Array) -> Array:
-    """Norms of rows, with gradient zero at zero."""
+    """Return the norms of rows, with gradient zero at zero."""
+    # The search starts at δ = 0, where the norm's own gradient is 0/0. Both `where` are needed: the
+    # gradient of a branch that is not taken is multiplied by zero, and 0 · NaN is NaN.
     squares = jnp.sum(delta**2, axis=1)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

@@ -65,7 +65,7 @@ from jedit.objectives import GA, Objective
 
 
 class KfadeInfo(NamedTuple):
-    """What K-FADE did, step by step; arrays of shape (steps,).
+    """Measurements of K-FADE's steps, arrays of shape (steps,).
 
     Attributes:
         step_size: α.
@@ -92,22 +92,23 @@ class KfadeInfo(NamedTuple):
 
 
 def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
-    """The method's algebra: d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
+    """Return the method's d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
     step = solve(curvature, gradient, damping=damping)
     return jax.tree.map(jnp.negative, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """How the forget loss is climbed: what it is, in which steps, and by what they are measured.
+    """Settings of the ascent of the forget loss: the objective, its steps and their measure.
 
     Attributes:
         steps: number of steps. Paper: a few; 4 is what our table was made with.
         step_size: α of every step, in place of a budget.
         refit: `params -> Curvature`, of the retain outputs there, called before every step but the
             first; None: the factors are kept.
-        objective: what is lowered, with θ₀ for its reference; `GA()` is the negative forget loss.
-        likelihood: what the outputs mean; its KL is what a budget is in.
+        objective: objective that is lowered, with θ₀ for its reference; `GA()` is the negative
+            forget loss.
+        likelihood: likelihood of the outputs; its KL is what a budget is in.
     """
 
     steps: int = 4
@@ -120,7 +121,7 @@ class Ascent:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: the number, by its name.
+            ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, steps=self.steps)
         check_numbers(POSITIVE, step_size=self.step_size)
@@ -143,20 +144,21 @@ def kfade(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters θ₀.
-        curvature: of the retain outputs at θ₀, from `estimate`; only what it covers is edited.
-        forget: what to forget, with targets; one batch, or several of one shape.
+        curvature: curvature of the retain outputs at θ₀, from `estimate`; only what it covers is
+            edited.
+        forget: rows to forget, with targets; one batch, or several of one shape.
         retain: rows on which the KL is measured; not those of the final evaluation.
         budget: true retain KL to be spent, nats per unmasked output, and kept to. Give this or the
             ascent's `step_size`.
         damping: in units of each block's mean eigenvalue (ours; 0.01 to 0.1 were best).
-        ascent: what is raised, and in which steps.
+        ascent: the objective, the number of its steps and their measure.
 
     Returns:
         The edit, of the covered parameters alone, in float32 or wider; `cast_report` says what of
         it a narrower parameter takes. And what each step predicted and did.
 
     Raises:
-        TypeError: an argument that is something else.
+        TypeError: an argument of another type.
         ValueError: not exactly one of `budget` and `step_size`, or a number out of its range; no
             batch; rows or a curvature that count no output; a curvature of other parameters; masks
             or labels that are none; a gradient that is zero from the start; or a call under
@@ -205,13 +207,18 @@ def kfade(
         unit = 2.0 ** -int(n)
         allowed = math.inf
         if budget is not None and norm:
+            # KL grows with the square of the distance: by this schedule the steps are of about
+            # equal length.
             allowed = budget * ((k + 1) / steps) ** 2
+            # The search for α starts at the last step's, in the units of this step's scaled
+            # direction.
             start = alpha / unit if alpha else _first_guess(allowed, _quadratic(metric, move))
             along = functools.partial(price, move, start=change)
             alpha = unit * largest_step_within(along, start, allowed)
             del along
         alpha = alpha or 0.0  # later gradients may be zero, as of rows that are forgotten
         change = _ahead(change, move, alpha / unit, places_of(part_of(params, change)))
+        # Freed before the KL's forward pass: a direction is as large as the parameters.
         del move
         true_kl = price(change)
         check_finite(f"step {k}: the retain KL", true_kl, why)
@@ -237,7 +244,7 @@ def _wide_zeros(x: Array) -> Array:
 
 
 def _objective_gradient(objective, apply, where, forget, counts, retain):
-    """Mean of the objective and of its gradient over the forget batches, by counted outputs."""
+    """Average the objective and its gradient over the forget batches, by counted outputs."""
     total = None
     for i, batch in enumerate(forget):
         share = counts[i] / max(sum(counts), 1)
@@ -250,7 +257,7 @@ def _objective_gradient(objective, apply, where, forget, counts, retain):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=8)
 def _add_gradient(objective, apply, paths, params, change, forget, retain, share, total):
-    """Share of one batch's value and gradient in these parameters, added to those before."""
+    """Add one batch's share of value and gradient in these parameters to the sum so far."""
     current = moved(params, change)
 
     def lowered(part):
@@ -262,7 +269,9 @@ def _add_gradient(objective, apply, paths, params, change, forget, retain, share
 
 
 def _at_unit(part: dict[str, Array]) -> tuple[dict[str, Array], Array]:
-    """(x / 2ⁿ, n), the entries about one: a well known row's are so small that squares vanish."""
+    """Return (x / 2ⁿ, n) with the entries about one."""
+    # Rows that are known well have gradients so small that their squares vanish in float32. A power
+    # of two shifts the exponents alone: no digit of an entry changes.
     shift = exponents(part)
     return shifted(part, jax.tree.map(jnp.negative, shift)), next(iter(shift.values()))
 
@@ -272,7 +281,7 @@ def _first_guess(allowed: float, quadratic: Array) -> float:
 
 
 def _block_by_block(curvature, gradient, damping):
-    """The direction, with one block's temporaries at a time; `gradient` is used up.
+    """Return the direction, with one block's temporaries at a time; `gradient` is used up.
 
     Blocks go in under numbers instead of their names, so that equal ones share a program.
     """
@@ -288,7 +297,7 @@ def _block_by_block(curvature, gradient, damping):
 
 
 def _renumbered(curvature: Curvature, number: Mapping[str, str]) -> Curvature:
-    """The blocks of these paths, under their numbers; a block's own ones alone have them."""
+    """Return the blocks of these paths, and the factors they need, under numbers for names."""
     held = [b for b in curvature.blocks.values() if b.weight.path in number]
     names = [n for b in held if isinstance(b, Kronecker) for n in (b.input, b.output)]
     factor = {name: str(i) for i, name in enumerate(dict.fromkeys(names))}
@@ -330,7 +339,7 @@ def _dot(x, y):
 
 
 def _retain_cosine(apply, likelihood, where, gradient, retain) -> float:
-    """Cosine of the ascent gradient with the retain loss's, on the first retain batch."""
+    """Return the cosine of the ascent gradient with the retain loss's, on the first batch."""
     if retain[0].targets is None:
         return math.nan
     return -float(_cosine(apply, likelihood, *where, gradient, retain[0]))
@@ -346,6 +355,7 @@ def _cosine(apply, likelihood, paths, params, change, gradient, batch):
         nll = jnp.where(counted, likelihood.nll(outputs, batch.targets), 0)
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 
+    # Both are scaled by powers of two before they are squared, which no cosine notices.
     other = jax.tree.map(wide, jax.grad(loss)(part_of(current, paths)))
     gradient, other = (
         shifted(g, jax.tree.map(jnp.negative, exponents(g))) for g in (gradient, other)

@@ -1,4 +1,4 @@
-"""What engrams in two metrics share: groups of parts, strengths, and the edit out of the pieces."""
+"""Parts that engrams in two metrics share: groups, strengths, and the edit out of the pieces."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -20,11 +20,11 @@ Parts = Curvature | Sequence[Curvature]
 
 
 class EngramInfo(NamedTuple):
-    """What was found, by block.
+    """Measurements of an engram that was taken out, by block.
 
     Attributes:
         relative_norm: ‖W₊‖ / ‖W‖ of every layer of a block, without the bias's row, (layers,).
-        strength: f, (layers,).
+        strength: f of every layer of a block, (layers,).
     """
 
     relative_norm: dict[str, Array]
@@ -36,22 +36,22 @@ class EngramInfo(NamedTuple):
 def take_out(
     params: PyTree, target: Parts, rest: Parts, piece: Callable, *, strength: Strength, scale: float
 ) -> tuple[Edit, EngramInfo]:
-    """The edit -α f W₊ of every Kronecker block.
+    """Return the edit -α f W₊ of every Kronecker block.
 
     Args:
-        params: W.
+        params: the parameters W.
         target: curvature of what is to be forgotten, or of several disjoint parts of it.
-        rest: of all else, likewise.
+        rest: curvature of all other data, or of several disjoint parts of it.
         piece: `(targets, rests, name, weight) -> W₊`, the groups as lists; weight and W₊ are
             (layers, rows, d_out).
-        strength: which f.
-        scale: α.
+        strength: how f is chosen, "adaptive" or "whole".
+        scale: the factor α.
 
     Returns:
-        The edit, and norms.
+        The edit, and each block's relative norms and strengths.
 
     Raises:
-        TypeError: something else than parameters or curvatures.
+        TypeError: an argument that holds no parameters or curvatures.
         ValueError: an unknown strength, nothing in a group, curvatures of different sites or of no
             outputs, no Kronecker block, or a parameter that is used at several sites.
         FloatingPointError: parameters, or the edit, are not finite.
@@ -82,6 +82,8 @@ def take_out(
         dtype = targets[0].factors[block.input].matrix.dtype
         weight = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
         found[name] = piece(targets, rests, name, weight)
+        # Without the bias's row: its units are not the kernel's, and a large bias would set f
+        # alone.
         kernels = (m[:, : block.weight.d_in] for m in (weight, found[name]))
         size, kept = (jnp.sqrt(jnp.sum(m**2, axis=(1, 2))) for m in kernels)
         relative[name] = kept / jnp.where(size > 0, size, 1)
@@ -90,13 +92,14 @@ def take_out(
     for name, block in blocks.items():
         taken = -scale * strengths[name][:, None, None] * found[name]
         for path, part in block.weight.scatter(taken).items():
+            # Several blocks may write to one parameter: their changes add up.
             changes[path] = changes[path] + part if path in changes else part
     check_finite("the engram", changes, lambda: culprit(params, {}))
     return Edit(changes), EngramInfo(relative, strengths)
 
 
 def input_sums(curvature: Curvature, name: str) -> Array:
-    """S of a block: its A times the number of outputs."""
+    """Return S of a block, its factor A times the number of outputs."""
     block = curvature.blocks[name]
     assert isinstance(block, Kronecker)
     matrix = curvature.factors[block.input].matrix
@@ -104,7 +107,7 @@ def input_sums(curvature: Curvature, name: str) -> Array:
 
 
 def is_kept(eigenvalues: Array) -> Array:
-    """Which of a sum of moments' ascending eigenvalues are above rounding, not to be cut off.
+    """Say which of a sum of moments' ascending eigenvalues are above rounding.
 
     The moments are of activations that a model computed in float32 or narrower, whatever dtype they
     are held in: below d times float32's epsilon of the largest they are noise, in float64 as well,
@@ -116,5 +119,6 @@ def is_kept(eigenvalues: Array) -> Array:
 def _strengths(strength: Strength, relative: dict[str, Array]) -> dict[str, Array]:
     if strength == "whole":
         return {name: jnp.ones_like(r) for name, r in relative.items()}
+    # Over all blocks, not in each: f compares the matrices of a network with one another.
     largest = max(float(jnp.max(r)) for r in relative.values())
     return {name: r / max(largest, float(np.finfo(r.dtype).tiny)) for name, r in relative.items()}

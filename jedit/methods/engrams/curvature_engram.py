@@ -48,7 +48,9 @@ from jedit.methods.engrams._take_out import (
 
 
 class JointBasis(NamedTuple):
-    """X of two positive semi-definite matrices; of diagonal ones, its diagonal.
+    """The basis X in which two positive semi-definite matrices are diagonal at once.
+
+    Of diagonal matrices, which are given as vectors, X and its inverse are vectors too.
 
     Attributes:
         basis: X, columns of zeros where neither matrix has anything.
@@ -62,11 +64,13 @@ class JointBasis(NamedTuple):
 
 
 def joint_basis(plus: Array, minus: Array) -> JointBasis:
-    """The basis in which both are diagonal and add up to one, each at trace one.
+    """Return the basis in which both are diagonal and add up to one, each at trace one.
 
     Eigenvalues of their sum below d times float32's epsilon of the largest count as zero, in any
     dtype.
     """
+    # Each at trace one before they are added: what is cut off as rounding would else depend on how
+    # many rows the two sets have. `solve` puts the traces back.
     plus, minus = (m / _positive(_trace(m)) for m in (plus, minus))
     whole = plus + minus
     if whole.ndim == 1:
@@ -78,7 +82,9 @@ def joint_basis(plus: Array, minus: Array) -> JointBasis:
     kept = is_kept(values)
     root = jnp.sqrt(jnp.where(kept, values, 0))
     whitener = vectors * jnp.where(kept, 1 / _positive(root), 0)[None]
+    # Whitened, the two add up to the identity: the eigenvectors of one are those of the other.
     share, turn = jnp.linalg.eigh(_product(whitener.T, _product(plus, whitener)))
+    # X⁺ by its factors: X is not orthogonal, and inverting it would magnify what rounding left.
     inverse = _product(turn.T, root[:, None] * vectors.T)
     return JointBasis(_product(whitener, turn), inverse, jnp.clip(share, 0, 1))
 
@@ -89,7 +95,7 @@ def solve(
     weight: Float[Array, "d d_out"],
     damping: float = 0.0,
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra: V, of (S₊, G₊), (S₋, G₋), W and λ."""
+    """Solve for the method's V, of (S₊, G₊), (S₋, G₋), W and λ."""
     (s, g), (s_rest, g_rest) = ((s, _damped(g, damping)) for s, g in (target, rest))
     x, y = joint_basis(s, s_rest), joint_basis(g, g_rest)
     served = _trace(s) * _trace(g) * x.share[:, None] * y.share[None]
@@ -109,13 +115,14 @@ def curvature_engram(
     strength: Strength = "adaptive",
     scale: float = 1.0,
 ) -> tuple[Edit, EngramInfo]:
-    """The edit that takes out what the target's outputs need.
+    """Take out what the target's outputs need.
 
     Args:
-        params: W.
+        params: the parameters W.
         target: curvature of what is to be forgotten, or of several disjoint parts of it, which are
             merged. Estimated at `params`; corrected eigenvalues are not looked at.
-        rest: of all else, likewise; every one of the same sites.
+        rest: curvature of all other data, or of several disjoint parts of it, which are merged;
+            every curvature is of the same sites.
         damping: λ; 1, the best of a grid on the digits (tests/bench/claims/engrams.py); 0, the bare
             metric, was worse there than `engram`.
         strength: "adaptive" or "whole", as for `engram`; "adaptive" as there.
@@ -139,9 +146,10 @@ def curvature_engram(
 
 
 def _merged(group, name) -> tuple[Array, Array]:
-    """S and G of several parts as of one set."""
+    """Merge S and G of several parts as if they had been estimated as one set."""
     number = max(sum(int(c.num_outputs) for c in group), 1)
     inputs = [input_sums(c, name) for c in group]
+    # S is a sum over outputs and G a mean over them: their product is then summed once.
     outputs = [
         c.factors[c.blocks[name].output].matrix * (int(c.num_outputs) / number) for c in group
     ]
@@ -158,7 +166,7 @@ def _trace(m: Array) -> Array:
 
 
 def _positive(x: Array) -> Array:
-    """A divisor: one where there is nothing to divide by."""
+    """Return a divisor that is one where there is nothing to divide by."""
     return jnp.where(x > 0, x, 1)
 
 

@@ -47,7 +47,7 @@ from jedit.methods.engrams._take_out import (
 def solve(
     target: Float[Array, "d d"], whole: Float[Array, "d d"], weight: Float[Array, "d d_out"]
 ) -> Float[Array, "d d_out"]:
-    """The method's algebra: W₊ = (S₊ + S₋)⁺ S₊ W, by the eigenbasis of S₊ + S₋.
+    """Solve for the method's W₊ = (S₊ + S₋)⁺ S₊ W by the eigenbasis of S₊ + S₋.
 
     Eigenvalues below d times float32's epsilon of the largest count as zero, in any dtype [code].
     """
@@ -68,13 +68,14 @@ def engram(
     strength: Strength = "adaptive",
     scale: float = 1.0,
 ) -> tuple[Edit, EngramInfo]:
-    """The edit that takes out what serves the target's inputs.
+    """Take out the part of the weights that serves the target's inputs.
 
     Args:
-        params: W.
+        params: the parameters W.
         target: curvature of what is to be forgotten, or of several disjoint parts of it. For a
             language model estimate it from `answers_only` batches, and `rest` too: see above.
-        rest: of all else, likewise; every one of the same sites. Their factors A are read alone.
+        rest: curvature of all other data, or of several disjoint parts of it; every curvature is of
+            the same sites. Only the factors A are read.
         strength: "adaptive" (paper; ahead of the other on TOFU, 0.817 against 0.706); "whole", 1
             (paper, as "count ratio"): the engrams of a partition add up to W.
         scale: α. Paper: 1.0 with "adaptive", 0.6 with "whole" on TOFU.

@@ -38,18 +38,18 @@ def gu(
     refresh: int = 1,
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
-    """GU around any objective.
+    """Make gradient-orthogonal unlearning (GU) of any objective.
 
     Args:
-        objective: what is lowered; `GA()`, for instance.
+        objective: the objective that is lowered; `GA()`, for instance.
         learning_rate: η.
-        rank: retain gradients in the basis (paper: 8).
+        rank: number of retain gradients in the basis (paper: 8).
         scope: "leaf", a basis for every parameter (paper), or "global".
         refresh: steps between two new retain gradients; 1 is every step.
         held: the retain objective whose gradients span the subspace.
 
     Returns:
-        What `jedit.unlearn` takes. A step costs two gradients, and 8 rank² flops a parameter.
+        A method for `jedit.unlearn`. A step costs two gradients, and 8 rank² flops a parameter.
 
     Raises:
         ValueError: an unknown scope, or a rank or refresh below one.
@@ -63,7 +63,7 @@ def gu(
 
 @dataclasses.dataclass(frozen=True)
 class _RetainGradient:
-    """The projection's argument: the gradient of what is held, as a function of the parameters."""
+    """The argument that the projection needs: the gradient of what is held, as a function."""
 
     held: Objective
 

@@ -39,14 +39,14 @@ def kuda(
     threshold: float = 0.02,
     relaxation: float = 1.0,
 ) -> TrainingMethod:
-    """KUDA around any optimizer; all parameters but the selected ones stay.
+    """Make KUDA around any optimizer; all parameters but the selected ones stay.
 
         objective = with_retain(RepresentationDeviation(Entering("blocks/5/mlp/in/kernel")))
         method = kuda(curvature, objective, optax.adam(1e-4), select=r"blocks/(3|4)/mlp/")
         params, history = jedit.unlearn(method, apply, params, forget, retain, steps=100, key=key)
 
     Args:
-        curvature: of the retain rows at the frozen params; only input moments are read.
+        curvature: curvature of the retain rows at the frozen params; only input moments are read.
         objective: `with_retain(RepresentationDeviation(hidden))`, hidden at or after the last of
             the layers; any other may stand in its place.
         optimizer: learning rate included; the projection comes behind it.
@@ -55,11 +55,11 @@ def kuda(
         relaxation: 0 is the hard projector; 1, w = c/a above the cut, is arbitrary.
 
     Returns:
-        What `jedit.unlearn` takes. A step costs one gradient, one forward pass of the frozen model
-        and 4 d_in² d_out flops a matrix.
+        A method for `jedit.unlearn`. A step costs one gradient, one forward pass of the frozen
+        model and 4 d_in² d_out flops a matrix.
 
     Raises:
-        ValueError: `select` matches no parameter of the curvature; and as `null_space`.
+        ValueError: `select` matches no parameter of the curvature, or what `null_space` refuses.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_function(objective, "objective", "(apply, params, forget, retain, reference)")

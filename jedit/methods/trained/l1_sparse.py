@@ -28,16 +28,16 @@ def l1_sparse(
     steps: int,
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
-    """l1-sparse around any optimizer.
+    """Make l1-sparse fine-tuning with any optimizer.
 
     Args:
-        optimizer: takes the penalised gradient.
-        strength: γ.
+        optimizer: the optimizer, which takes the penalised gradient.
+        strength: γ, the penalty's weight at the first step.
         steps: T, the length of the run, or less.
         held: the retain objective.
 
     Returns:
-        What `jedit.unlearn` takes; the loss in its history is L_r alone.
+        A method for `jedit.unlearn`; the loss in its history is L_r alone.
 
     Raises:
         ValueError: a negative strength, or no steps.

@@ -38,19 +38,20 @@ def rosu(
     scope: Scope = "global",
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
-    """ROSU around any optimizer.
+    """Make ROSU around any optimizer.
 
     Args:
-        optimizer: takes the surrogate's gradient.
-        radius: ρ.
-        outer: "transport" (as the parent method's code), "amplify" or "push", as of
-            `retain_neutral_surrogate`.
-        strength: γ of the latter two; 1 is arbitrary.
-        scope: of the constraint: "global" (the stated problem), or "leaf", one for every parameter.
+        optimizer: the optimizer, which takes the surrogate's gradient.
+        radius: ρ, the perturbation's length.
+        outer: the outer gradient, one of those of `retain_neutral_surrogate`: "transport" (as the
+            parent method's code), "amplify" or "push".
+        strength: γ of "amplify" and "push"; 1 is arbitrary.
+        scope: where the constraint holds: "global" (the stated problem), or "leaf", for every
+            parameter by itself.
         held: the retain objective.
 
     Returns:
-        What `jedit.unlearn` takes. A step costs three gradients.
+        A method for `jedit.unlearn`. A step costs three gradients.
 
     Raises:
         ValueError: an unknown `outer` or scope, or a radius that is not positive.
@@ -65,14 +66,14 @@ def uam(
     radius: float,
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
-    """UAM: as `rosu`, with a perturbation that ascends the forget loss and minds nothing else."""
+    """Make UAM, which is ROSU with a perturbation that only ascends the forget loss."""
     surrogate = retain_neutral_surrogate(radius, constrained=False)
     return TrainingMethod(held, optax.chain(surrogate, optimizer), _Gradients(held))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Gradients:
-    """The surrogate's arguments: the gradient that δ follows, and the one that is taken there."""
+    """The surrogate's arguments: the gradient that δ follows, and the gradient taken at θ + δ."""
 
     held: Objective
 

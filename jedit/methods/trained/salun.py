@@ -44,7 +44,7 @@ def salun(
     fraction: float = 0.5,
     objective: Objective = with_retain(RandomLabel()),  # noqa: B008 - frozen and hashable
 ) -> TrainingMethod:
-    """SalUn around any optimizer.
+    """Make SalUn around any optimizer.
 
         method = salun(apply, params, forget, optax.sgd(0.01, momentum=0.9))
         other = relabel(forget, 10, key=key)
@@ -52,14 +52,14 @@ def salun(
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        params: θ₀.
+        params: the trained parameters θ₀, at which the saliency is measured.
         forget: the forget rows with their right labels; one batch or several.
-        optimizer: what the mask stands behind.
+        optimizer: the optimizer, whose updates the mask cuts.
         fraction: share of the parameters that may change (paper: 0.5).
-        objective: what the loop lowers.
+        objective: the objective that is lowered.
 
     Returns:
-        What `jedit.unlearn` takes, whose forget rows are to be the relabelled ones. Costs one
+        A method for `jedit.unlearn`, whose forget rows are to be the relabelled ones. Costs one
         gradient over the forget rows.
 
     Raises:
@@ -79,7 +79,7 @@ def salun(
 
 @on_auto_axes
 def _summed_gradient(apply: Callable, params: PyTree, batches: Sequence[Batch]) -> PyTree:
-    """The gradient of the summed loss: the mean's, but for a factor that no mask sees."""
+    """Return the gradient of the summed loss: the mean's, but for a factor that no mask sees."""
     gradients = [
         jax.tree.map(lambda g: g.astype(wide_dtype(g.dtype)), _gradient(apply, params, batch))
         for batch in batches

@@ -41,17 +41,17 @@ def sam(
     held: Objective = RetainNLL(),  # noqa: B008 - frozen and hashable
     weight: float = 1.0,
 ) -> TrainingMethod:
-    """Sharpness-aware unlearning around any optimizer and any forget objective.
+    """Make sharpness-aware unlearning of any forget objective, around any optimizer.
 
     Args:
-        optimizer: takes the min-max gradient.
+        optimizer: the optimizer, which takes the min-max gradient.
         radius: ρ (paper's code: 0.01).
-        objective: what forgets, without a retain term of its own.
+        objective: the objective that forgets, without a retain term of its own.
         held: the retain objective.
-        weight: of the retain objective; 1 is arbitrary.
+        weight: weight of the retain objective; 1 is arbitrary.
 
     Returns:
-        What `jedit.unlearn` takes; the angle and retain change in the optimizer's state are those
+        A method for `jedit.unlearn`; the angle and retain change in the optimizer's state are those
         to the gradient of the whole objective. A step costs three forget gradients and two retain
         gradients before the compiler finds those that are alike.
 
@@ -66,7 +66,7 @@ def sam(
 
 @dataclasses.dataclass(frozen=True)
 class _Gradients:
-    """The surrogate's arguments: δ follows the forget gradient, which alone is taken there."""
+    """The surrogate's arguments: δ follows the forget gradient, which alone is taken at θ + δ."""
 
     objective: Objective
     held: Objective

@@ -44,14 +44,14 @@ def authors(
     """Generate the authors, train, retrain, edit and compare.
 
     Args:
-        seed: of the generator, the training and the edits.
-        say: told of each stage.
-        num_authors: all of them.
-        facts_per_author: questions about each.
-        num_forgotten: the last so many are to be forgotten.
-        model: its size.
-        recipe: of the training; the comparison is made at each of its numbers of epochs.
-        grid: what the methods are tried at.
+        seed: seed of the generator, the training and the edits.
+        say: a watcher, told of each stage.
+        num_authors: number of invented authors, those to be forgotten included.
+        facts_per_author: number of questions about each author.
+        num_forgotten: number of authors to be forgotten, the last ones.
+        model: size of the GPT.
+        recipe: how the GPT is trained; the comparison is made at each of its numbers of epochs.
+        grid: settings that the methods are tried at.
 
     Returns:
         One comparison for each number of epochs.

@@ -47,7 +47,7 @@ SHOWN = 6  # images of the forget and of the held-out rows
 
 
 class _Part(NamedTuple):
-    """What one part forgets: row numbers of the training set, and how to say it."""
+    """One part of the scene: the rows of the training set that it forgets, and a title."""
 
     name: str
     title: str
@@ -70,12 +70,12 @@ def digits(
     """Train once, and for each part retrain without its forget set and compare.
 
     Args:
-        seed: of the split, the training and the edits.
-        say: told of each stage.
-        grid: what the methods are tried at.
-        recipe: of the training.
-        channels: of the network's stages.
-        hidden: width of its dense layer.
+        seed: seed of the split, the training and the edits.
+        say: a watcher, told of each stage.
+        grid: settings that the methods are tried at.
+        recipe: how the network is trained.
+        channels: numbers of channels of the network's stages.
+        hidden: width of the network's dense layer.
 
     Returns:
         The two parts: a cluster of look-alike samples of one class, and the whole class.
@@ -213,7 +213,7 @@ def _compare_part(
 def _pictures(
     apply: Callable, models: tuple[PyTree, PyTree, PyTree], kind: str, rows: Digits
 ) -> list[Picture]:
-    """A few images, and what the untouched, the edited and the retrained model take them for."""
+    """Return a few images with the guesses of the untouched, the edited and the retrained model."""
     shown = rows.take(np.array(spread(len(rows.labels), SHOWN)))
     inputs = shown.as_batch().inputs
     guesses = []

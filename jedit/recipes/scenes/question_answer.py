@@ -37,11 +37,12 @@ class Model(NamedTuple):
     """The size of the GPT and of its vocabulary.
 
     Attributes:
-        width: of the residual stream.
+        width: width of the residual stream.
         layers: number of blocks.
-        heads: of the attention.
-        vocab: tokens, at most.
-        max_len: tokens of a row, at most; longer rows are cut off at the right, and counted.
+        heads: number of attention heads.
+        vocab: number of tokens, at most.
+        max_len: number of tokens of a row, at most; longer rows are cut off at the right, and
+            counted.
     """
 
     width: int
@@ -51,7 +52,7 @@ class Model(NamedTuple):
     max_len: int
 
     def make(self, vocab: int, num_positions: int, *, key: Array) -> tuple[Callable, PyTree]:
-        """The function and the initial params, for so many tokens and positions as there are."""
+        """Make the function and the initial params for these numbers of tokens and positions."""
         return gpt(
             key=key,
             vocab=vocab,
@@ -89,17 +90,18 @@ def question_answer(
     """Run the comparison at each of the recipe's lengths of training.
 
     Args:
-        data: what the model is trained on.
-        forget: rows of it to forget.
-        retain: rows of it to keep; 70 percent are seen by the edits, the others judge them.
-        name: of the files.
-        title: of the sections.
-        note: where the rows come from, a sentence.
-        model: its size.
-        recipe: of the training.
-        grid: what the methods are tried at.
-        seed: of everything random.
-        say: told of each stage.
+        data: the rows that the model is trained on.
+        forget: the rows among them to forget.
+        retain: the rows among them to keep; 70 percent are seen by the edits, the others judge
+            them.
+        name: name of the files.
+        title: title of the sections.
+        note: a sentence that says where the rows come from.
+        model: size of the GPT.
+        recipe: how the GPT is trained.
+        grid: settings that the methods are tried at.
+        seed: seed of everything random.
+        say: a watcher, told of each stage.
 
     Returns:
         One comparison for each length of training.
@@ -113,6 +115,7 @@ def question_answer(
     say(f"{name}: training a GPT on {len(sets.data)} rows")
     originals = train(apply, initial, rows.encode(sets.data), recipe, key=order_key, say=say)
     say(f"{name}: retraining without the {len(sets.forget)} rows to forget")
+    # From the same start and in the same order: what differs is then due to the rows alone.
     retraineds = train(apply, initial, rows.encode(sets.kept), recipe, key=order_key, say=say)
     found = []
     for original, retrained in zip(originals, retraineds, strict=True):
@@ -138,6 +141,7 @@ def question_answer(
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
         edited = models[judged.chosen] if judged.chosen else original.params
         say(f"{part}: asking a few questions")
+        # Where no edit was good enough the page shows the untouched model as the edited one.
         answers = rows.ask(apply, sets, original.params, edited, retrained.params)
         found.append(
             Comparison(
@@ -179,7 +183,7 @@ def question_answer(
 
 
 class _Rows:
-    """Encodes rows, all to one width, so that the model compiles for one shape."""
+    """An encoder of rows, all to one width, so that the model compiles for one shape."""
 
     def __init__(self, sets: Sets, model: Model):
         self.tokenizer = train_tokenizer(text_of(sets.data), model.vocab)
@@ -210,17 +214,17 @@ class _Rows:
         return [(r.paraphrased_question or "", r.answer) for r in rows]
 
     def refusals(self, rows: Sequence[QaRow]) -> Batch:
-        """The questions with a refusal for an answer."""
+        """Return the questions with a refusal for an answer."""
         return self.encode([(r.question, REFUSAL) for r in rows])
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
-        """The rows with their questions in other words, which no model was trained on."""
+        """Return the rows with their questions in other words, which no model was trained on."""
         return self.encode(self._other_words(rows)) if self.has_other_words else None
 
     def truth_ratio_fn(
         self, apply: Callable, rows: Sequence[QaRow]
     ) -> Callable[[PyTree], np.ndarray] | None:
-        """Params to the truth ratio of each row, or None where wrong answers are missing."""
+        """Return a function from params to truth ratios by row, or None without wrong answers."""
         if not self.has_ratio:
             return None
         right = list(batches(self.encode(self._paraphrases(rows)), 32))
@@ -235,7 +239,7 @@ class _Rows:
     def ask(
         self, apply: Callable, sets: Sets, original: PyTree, edited: PyTree, retrained: PyTree
     ) -> tuple[Answer, ...]:
-        """What three models answer to three questions to forget and three held-out ones to keep."""
+        """Ask three models three questions to forget and three held-out ones to keep."""
         chosen = [("forget", sets.forget[i]) for i in spread(len(sets.forget), 3)]
         chosen += [("retain", sets.heldout[i]) for i in spread(len(sets.heldout), 3)]
         prompts = prompts_of(encode_rows(self.tokenizer, [row for _, row in chosen]))

@@ -43,15 +43,15 @@ def attack(
     key: Array,
     rate: float = RELEARNING_RATE,
 ) -> dict[str, float]:
-    """Attack one model in every way.
+    """Attack one model in every way that the benchmark knows.
 
     Args:
-        model: its functions.
-        params: its parameters.
-        task: of the comparison: its original model and forget rows.
-        asked: the question sets.
-        key: of the order of relearned rows.
-        rate: at which they are relearned, by Adam.
+        model: the language model's functions.
+        params: the parameters of the model that is attacked.
+        task: the comparison's task, with its original model and its forget rows.
+        asked: the encoded sets of questions.
+        key: key of the order of relearned rows.
+        rate: Adam's learning rate when rows are relearned.
 
     Returns:
         By attack, the mean probability of the forget answers; for the probe its accuracy, where
@@ -105,7 +105,7 @@ def _probability_of(model: LanguageModel, rows: list[QaRow]) -> Callable[[PyTree
 
 
 def _probe(model: LanguageModel, params: PyTree, task: Task, rows: list[QaRow]) -> float:
-    """Whether a question's hidden state says which author it is about: half fit, half asked."""
+    """Probe whether a question's hidden state says whose author it is: half fit, half asked."""
     encoded = _encoded(model, rows)
     last = jnp.argmax(jnp.asarray(encoded.mask) > 0, axis=1)
     hidden = _states(Entering(task.hidden_site), task.apply, params, encoded.inputs)
@@ -117,7 +117,7 @@ def _probe(model: LanguageModel, params: PyTree, task: Task, rows: list[QaRow]) 
 
 @functools.cache
 def _adam(rate: float) -> optax.GradientTransformation:
-    """One optimizer for all models."""
+    """Return the one optimizer that attacks all models."""
     return optax.adam(rate)
 
 

@@ -24,12 +24,13 @@ class LanguageModel(NamedTuple):
 
     Attributes:
         apply: `apply(params, tokens) -> logits`.
-        stepper: the same a position at a time, for generation.
-        words: how rows become tokens.
-        max_len: tokens of a row, at most; longer rows are cut off.
-        num_positions: that the model has.
-        chunk: rows evaluated at a time.
-        dtype: of the computation; `apply` casts to it by itself, what the stepper is given is cast.
+        stepper: the same model one position at a time, for generation.
+        words: a tokenizer with its way to write rows, `OwnWords` or `ModelWords`.
+        max_len: number of tokens of a row, at most; longer rows are cut off.
+        num_positions: number of positions that the model has.
+        chunk: number of rows evaluated at a time.
+        dtype: dtype of the computation; `apply` casts to it by itself, what the stepper is given is
+            cast.
     """
 
     apply: Callable
@@ -41,7 +42,7 @@ class LanguageModel(NamedTuple):
     dtype: DTypeLike = np.float32
 
     def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
-        """Questions with answers, as wide as the longest and a multiple of `STEP`.
+        """Encode questions with answers, as wide as the longest and a multiple of `STEP`.
 
         Raises:
             ValueError: nothing of an answer is left when the row is cut off.
@@ -58,12 +59,12 @@ class LanguageModel(NamedTuple):
         return encoded
 
     def packed(self, pairs: Sequence[tuple[str, str]]) -> list[Batch]:
-        """The same in few sequences, by chunks: half of what is padded is padding."""
+        """Encode rows packed into few sequences, by chunks: half of what is padded is padding."""
         sequences = pack(self.encode(pairs), self.max_len).batch
         return list(batches(sequences, min(self.chunk, rows_of(sequences))))
 
     def num_cut(self, rows: Sequence[QaRow]) -> int:
-        """How many right, paraphrased and wrong answers do not fit in with their questions."""
+        """Count the right, paraphrased and wrong answers that do not fit behind their questions."""
         pairs = [
             (row.question, answer)
             for row in rows
@@ -78,14 +79,15 @@ class Questions(NamedTuple):
     """A set of questions, encoded once for all models.
 
     Attributes:
-        rows: the questions.
-        answers: batches of them with their true answers.
-        paraphrases: with these in other words; None where there are none, and the true answers
-            stand for them.
-        wrong: with wrong answers, `num_wrong` to each question, one after the other.
-        num_wrong: of each question.
-        prompts: the questions alone.
-        num_steps: tokens to generate.
+        rows: the questions with all their answers.
+        answers: batches of the questions with their true answers.
+        paraphrases: batches of the questions with the true answers in other words; None where there
+            are none, and the true answers stand for them.
+        wrong: batches of the questions with wrong answers, `num_wrong` to each, one after the
+            other.
+        num_wrong: number of wrong answers to each question.
+        prompts: the questions alone, to be continued.
+        num_steps: number of tokens to generate.
     """
 
     rows: list[QaRow]
@@ -98,16 +100,17 @@ class Questions(NamedTuple):
 
 
 class SetScores(NamedTuple):
-    """One number for each question, and what the model answers.
+    """One number of each kind for each question, and what the model answers.
 
     Attributes:
-        loss: of the true answer, per token.
-        probability: of the true answer, or its share among the choices.
-        paraphrased_loss: of the paraphrase, per token, or of the true answer where there is none.
-        wrong_loss: of the wrong answers, likewise.
-        truth_ratio: TR, of wrong answers to the paraphrase.
+        loss: loss of the true answer, per token.
+        probability: probability of the true answer, or its share among the choices.
+        paraphrased_loss: loss of the paraphrase per token, or of the true answer where there is
+            none.
+        wrong_loss: losses of the wrong answers, per token.
+        truth_ratio: TR, the truth ratio of the wrong answers to the paraphrase.
         rouge: ROUGE-L recall of the greedy answer.
-        generations: the greedy answers.
+        generations: texts of the greedy answers.
     """
 
     loss: Float[np.ndarray, " n"]
@@ -120,12 +123,12 @@ class SetScores(NamedTuple):
 
     @property
     def utility(self) -> SetUtility:
-        """The set's three means."""
+        """Return the three means of the set."""
         return metrics.set_utility(self.probability, self.rouge, self.truth_ratio)
 
 
 def encode_questions(model: LanguageModel, rows: Sequence[QaRow]) -> Questions:
-    """Encode a set.
+    """Encode a set of questions once for all models.
 
     Raises:
         ValueError: a question has no wrong answers.
@@ -174,21 +177,21 @@ def score_set(model: LanguageModel, params: PyTree, asked: Questions) -> SetScor
 
 
 def truth_ratios(model: LanguageModel, params: PyTree, asked: Questions) -> np.ndarray:
-    """TR of each question, without asking the model to generate."""
+    """Return the truth ratio of each question, without asking the model to generate."""
     return metrics.truth_ratio(*_losses(model, params, asked))
 
 
 def _losses(
     model: LanguageModel, params: PyTree, asked: Questions
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n num_wrong"]]:
-    """Loss per token of the paraphrases (or true answers) and of the wrong answers."""
+    """Return the losses per token of the paraphrases (or true answers) and of the wrong answers."""
     right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases or asked.answers)
     wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
     return right, wrong.reshape(len(right), asked.num_wrong)
 
 
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:
-    """The greedy answers to the prompts, each up to its end token."""
+    """Generate the greedy answers to the prompts, each up to its end token."""
     # Never beyond the positions the model has; what is cut off so is an answer gone astray.
     num_steps = min(num_steps, model.num_positions + 1 - prompts.tokens.shape[1])
     tokens = cached_decode(

@@ -28,7 +28,7 @@ Log = dict[str, Evaluation]
 
 
 def set_log(name: str, words: Words, asked: Questions, found: SetScores) -> Log:
-    """What is measured on one set of questions, whose name is a key of `SHORT`."""
+    """Log what is measured on one set of questions, whose name is a key of `SHORT`."""
     short = SHORT[name]
     answers = [row.answer for row in asked.rows]
     prompts = words.prompt_texts(asked.prompts)
@@ -68,7 +68,7 @@ def set_log(name: str, words: Words, asked: Questions, found: SetScores) -> Log:
 
 
 def model_utility(log: Log) -> Evaluation:
-    """The harmonic mean of nine of a log's metrics."""
+    """Return the harmonic mean of nine of a log's metrics."""
     sets = []
     for short in ("retain", "ra", "wf"):
         kind = "Prob" if short == "retain" else "Prob_normalised"
@@ -83,13 +83,13 @@ def attack_log(
     answers: tuple[Answers, Answers],
     found: tuple[Scores, Scores],
 ) -> Log:
-    """The attacks on known and unseen answers, and what the model has by heart of the known.
+    """Log the attacks on known and unseen answers, and what the model has by heart of the known.
 
     Args:
-        model: its functions.
-        params: its parameters.
-        answers: the known and the unseen.
-        found: scores of jedit's attacks on the two.
+        model: the language model's functions.
+        params: the parameters of the model that is logged.
+        answers: the known answers and the unseen ones.
+        found: scores of jedit's attacks on the known and the unseen answers.
     """
     by_token = [open_unlearning.token_scores(model.apply, params, x.encoded) for x in answers]
     batches, taken = zip(*map(spread, answers), strict=True)
@@ -113,7 +113,7 @@ def attack_log(
 
 
 def against(log: Log, retrained: Log) -> Log:
-    """What compares a model's log with that of the retrained model."""
+    """Log what compares a model's log with that of the retrained model."""
     ratios = [np.nan_to_num(x["forget_truth_ratio"].rows["score"]) for x in (log, retrained)]
     aucs = [x["mia_min_k"].aggregate or 0.0 for x in (log, retrained)]
     return {
@@ -142,7 +142,7 @@ def _probability(loss: Float[np.ndarray, "n *k"]) -> Evaluation:
 
 
 def _rouge(answers: Sequence, prompts: list[str], generations: list[str]) -> Evaluation:
-    """Of one answer to each prompt, or of several."""
+    """Log the ROUGE of one answer to each prompt, or of several."""
     if isinstance(answers[0], str):
         found = metrics.rouge(answers, generations)
         rows = {**found._asdict(), "input": prompts, "ground_truth": answers}

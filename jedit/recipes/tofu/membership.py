@@ -24,19 +24,19 @@ Scores = dict[str, Float[np.ndarray, " _"]]  # a number for each row, by attack
 
 
 class Answers(NamedTuple):
-    """Rows, and batches of them with their true answers."""
+    """Rows, and batches of their questions with their true answers."""
 
     rows: list[QaRow]
     encoded: list[Batch]
 
 
 class Reference(NamedTuple):
-    """What the retrained model holds of the rows.
+    """The retrained model's losses and truth ratios on the rows, with which others' are compared.
 
     Attributes:
-        truth_ratio: of the forget questions.
-        known: loss of the forget answers, per token.
-        unseen: loss of the answers that no model was trained on.
+        truth_ratio: truth ratios of the forget questions.
+        known: losses of the forget answers, per token.
+        unseen: losses of the answers that no model was trained on, per token.
     """
 
     truth_ratio: Float[np.ndarray, " n"]
@@ -64,7 +64,7 @@ def reference_of(
 def membership_scores(
     model: LanguageModel, params: PyTree, known: Answers, unseen: Answers, reference: Reference
 ) -> tuple[Scores, Scores]:
-    """What six attacks hold of the known answers and of the unseen, lower for members."""
+    """Score the known and the unseen answers by six attacks, lower for members."""
     return (
         _scores(model, params, known, reference.known),
         _scores(model, params, unseen, reference.unseen),
@@ -72,17 +72,17 @@ def membership_scores(
 
 
 def membership_aucs(known: Scores, unseen: Scores) -> dict[str, float]:
-    """How well the attacks tell the known answers from the unseen; 1/2: not at all."""
+    """Return how well the attacks tell the known answers from the unseen; 1/2: not at all."""
     return {name: auc(known[name], unseen[name]) for name in known}
 
 
 def auc(known: Float[np.ndarray, " n"], unseen: Float[np.ndarray, " m"]) -> float:
-    """The area of one attack; a score that a destroyed model leaves undefined is a stranger's."""
+    """Return one attack's area; a score that a destroyed model leaves undefined is a stranger's."""
     return metrics.membership_auc(*(np.nan_to_num(x, nan=np.inf) for x in (known, unseen)))
 
 
 def spread(answers: Answers) -> tuple[Batch, Int[np.ndarray, " taken"]]:
-    """As many rows as are differentiated, at equal distances, and their numbers."""
+    """Return as many rows as are differentiated, at equal distances, and their numbers."""
     # Padding stands behind all rows.
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *answers.encoded)
     num_rows = len(answers.rows)

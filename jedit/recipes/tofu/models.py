@@ -30,11 +30,11 @@ ANSWER_TOKENS = 64  # positions beyond the longest row, for answers that go on
 
 
 class Pretrained(NamedTuple):
-    """How a folder's model is run.
+    """Settings by which the model of a folder is run.
 
     Attributes:
-        max_len: tokens of a row, at most; longer rows are cut off.
-        chunk: rows evaluated at a time.
+        max_len: number of tokens of a row, at most; longer rows are cut off.
+        chunk: number of rows evaluated at a time.
     """
 
     max_len: int
@@ -42,17 +42,17 @@ class Pretrained(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A model as it is before anything is learned or forgotten.
+    """A model before anything is learned or forgotten, with the places that methods edit.
 
     Attributes:
-        model: its functions and words.
-        params: in float32 or wider, whatever it computes in.
-        retrained: of the model that never learned the forget rows; None: both are still to learn
-            the rows, from `params`.
-        select: regular expression: which parameters K-FADE edits.
-        hidden_site: what enters this site is the hidden state of RMU and of the probe.
+        model: the language model's functions and words.
+        params: the parameters, in float32 or wider, whatever the model computes in.
+        retrained: the parameters of the model that never learned the forget rows; None: both are
+            still to learn the rows, from `params`.
+        select: regular expression of the parameters that K-FADE edits.
+        hidden_site: name of the site whose input is the hidden state of RMU and of the probe.
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
-        description: what it is.
+        description: a sentence that says what the model is.
     """
 
     model: LanguageModel
@@ -65,7 +65,7 @@ class Start(NamedTuple):
 
 
 def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start:
-    """A GPT that has learned nothing, and a tokenizer trained on the rows."""
+    """Make a GPT that has learned nothing, and a tokenizer trained on the rows."""
     tokenizer = train_tokenizer(text_of(rows), size.vocab)
     num_positions = size.max_len + ANSWER_TOKENS
     vocab = tokenizer.get_vocab_size()
@@ -91,7 +91,7 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
 
 @functools.cache
 def _functions(vocab: int, size: Model, dtype: jnp.dtype) -> tuple[Callable, Stepper]:
-    """The same objects for the same model, so that a second one compiles nothing."""
+    """Return the same objects for the same model, so that a second one compiles nothing."""
     apply, _ = size.make(vocab, size.max_len + ANSWER_TOKENS, key=jax.random.key(0))
     apply = apply if dtype == jnp.float32 else mixed_precision(apply, dtype)
     return apply, gpt_stepper(num_layers=size.layers, num_heads=size.heads)
@@ -110,11 +110,11 @@ def from_folders(
     that training and edits add up in them.
 
     Args:
-        folder: of the model; see `load_model`.
-        retrained: of the one retrained without the forget rows; None: there is none.
+        folder: folder of the model; see `load_model`.
+        retrained: folder of the model retrained without the forget rows; None: there is none.
         tokenizer: folder of the tokenizer; None: the model's.
-        settings: how it is run.
-        dtype: of the computation.
+        settings: how the model is run.
+        dtype: dtype of the computation.
 
     Raises:
         ValueError: something cannot be loaded, or the two are not of one shape.
@@ -125,6 +125,8 @@ def from_folders(
     params, other = cast_params(narrow, wide), None
     if retrained is not None:
         other = cast_params(load_model(retrained, dtype=dtype)[1], wide)
+        # Both run by the functions of the first: with other shapes they would fail deep inside, or
+        # not.
         if (ours := _shapes(params)) != (theirs := _shapes(other)):
             differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             raise ValueError(
@@ -158,7 +160,7 @@ def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _in_order(params: PyTree, pattern: str) -> tuple[str, ...]:
-    """The paths of that form, by the number in them."""
+    """Return the paths of that form, by the number in them."""
     found = [match for path in _shapes(params) if (match := re.search(pattern, path))]
     return tuple(match[0] for match in sorted(found, key=lambda match: int(match[1])))
 

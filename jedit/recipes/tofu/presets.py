@@ -1,4 +1,4 @@
-"""How large a run of TOFU is, and what the methods are tried at."""
+"""Presets of TOFU: the size of a run, and the settings that the methods are tried at."""
 
 from typing import NamedTuple
 
@@ -13,17 +13,17 @@ from jedit.recipes.tofu.models import Pretrained
 
 
 class Preset(NamedTuple):
-    """How large a run is.
+    """The size of a run of TOFU, and the settings that its methods are tried at.
 
     Attributes:
-        authors: how many the model learns, the forgotten ones included.
-        forgotten: the last so many of TOFU's, at most 20.
-        questions: of each set that judges the points, at most.
+        authors: number of authors that the model learns, the forgotten ones included.
+        forgotten: number of authors to forget, the last ones of TOFU's, at most 20.
+        questions: number of questions of each set that judge the points, at most.
         model: the GPT's size, or how a folder's model is run.
-        recipe: of the training.
-        grid: what the methods are tried at.
-        dtype: of the computation; parameters stay in float32, statistics too.
-        relearning_rate: of the attack that trains the model again.
+        recipe: how the model is trained.
+        grid: settings that the methods are tried at.
+        dtype: dtype of the computation; parameters stay in float32, statistics too.
+        relearning_rate: learning rate of the attack that trains the model again.
     """
 
     authors: int

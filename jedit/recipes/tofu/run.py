@@ -65,17 +65,17 @@ class Sets(NamedTuple):
 
     @property
     def kept(self) -> list[QaRow]:
-        """The fictitious authors that stay."""
+        """Return the rows of the fictitious authors that stay."""
         return [*self.seen, *self.heldout]
 
     @property
     def general(self) -> list[QaRow]:
-        """What a pretrained model knows, and one that begins with nothing has to learn."""
+        """Return what a pretrained model knows, and one that begins with nothing has to learn."""
         return [*self.real_authors, *self.world_facts]
 
 
 def read_sets(where: str | Path, preset: Preset) -> Sets:
-    """Read what a preset needs.
+    """Read the sets of TOFU that a preset needs.
 
     Raises:
         ValueError: more authors to forget than have paraphrases and wrong answers.
@@ -103,7 +103,7 @@ def read_sets(where: str | Path, preset: Preset) -> Sets:
 
 
 def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> Sets:
-    """Make what a preset needs out of `generate_authors`, where TOFU is not at hand.
+    """Make the sets that a preset needs out of `generate_authors`, where TOFU is not at hand.
 
     For the real authors and the world facts, which are asked by choice among the right and the
     wrong answers, stand two further groups of invented ones that the model learns as well; the
@@ -130,15 +130,15 @@ def invented_sets(preset: Preset, *, seed: int, facts_per_author: int = 10) -> S
 
 
 class Scene(NamedTuple):
-    """Two trained models, and what they are asked.
+    """Two trained models, the original and the retrained, with the questions that they are asked.
 
     Attributes:
-        model: their functions.
-        task: of the comparison.
+        model: the functions of both models.
+        task: the comparison's task.
         asked: the question sets that judge a point.
-        description: of the model.
-        training: by model, what its training came to; empty if both were given.
-        with_general: whether those of real authors and world facts were among them.
+        description: a sentence that says what the model is.
+        training: by model's name, the trained model and its seconds; empty if both were given.
+        with_general: whether rows of real authors and world facts were among the training rows.
     """
 
     model: LanguageModel
@@ -152,7 +152,7 @@ class Scene(NamedTuple):
 def prepare(
     sets: Sets, preset: Preset, *, seed: int, say: Say, begin: Start | None = None
 ) -> Scene:
-    """Train the models, or take those that are given; arguments and errors as of `tofu`.
+    """Train the models, or take those that are given, from the arguments of `tofu`.
 
     Raises:
         ValueError: neither a pretrained model nor the size of a GPT.
@@ -205,7 +205,7 @@ def prepare(
 
 
 def compare_key(seed: int) -> Array:
-    """The key of a run's curvature and batches."""
+    """Derive the key of a run's curvature and batches from its seed."""
     return jax.random.fold_in(jax.random.key(seed), 2)
 
 
@@ -219,16 +219,17 @@ def tofu(
     begin: Start | None = None,
     found_model: Callable[[str, PyTree], None] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Run the benchmark.
+    """Run the TOFU benchmark end to end.
 
     Args:
-        sets: of `read_sets` or `invented_sets`, for the same preset.
-        preset: the size; one of `PRESETS`.
-        seed: of everything random.
-        say: told of each stage.
+        sets: the rows of `read_sets` or `invented_sets`, for the same preset.
+        preset: size of the run, one of `PRESETS`.
+        seed: seed of everything random.
+        say: a watcher, told of each stage.
         with_attacks: whether the best models are attacked as well.
         begin: a pretrained model; None: a GPT of the preset's size is made and trained.
-        found_model: given the name and the params of each best model, if any are to be saved.
+        found_model: a function that is given the name and the params of each best model, if any are
+            to be saved.
 
     Returns:
         One comparison, its leaderboard filled.
@@ -266,6 +267,7 @@ def tofu(
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
         if name in kept and np.dtype(model.dtype).itemsize < 4:
             leaderboard[name]["rounded_away"] = _rounded_away(model, task.original, params)
+    # After all models: what compares needs the retrained model's row whole.
     baseline = leaderboard["retrained"]["mia_min_k"]
     for name, row in leaderboard.items():
         if baseline < 1:  # else the retrained model gives the forget rows away itself
@@ -309,7 +311,7 @@ def tofu(
 def _answers(
     sets: Sets, evaluations: dict[str, dict[str, Evaluation]], edited: str
 ) -> tuple[Answer, ...]:
-    """What three models generated when they were evaluated, for a few rows of two sets."""
+    """Return what three models generated when they were evaluated, for a few rows of two sets."""
     found = []
     for kind, rows in (("forget", sets.forget), ("retain", sets.heldout)):
         said = [
@@ -352,14 +354,14 @@ def evaluate(
     unseen: Answers,
     reference: Reference,
 ) -> tuple[dict[str, float], dict[str, Evaluation]]:
-    """Every metric of one model.
+    """Measure every metric of one model.
 
     Args:
-        model: its functions.
-        params: its parameters.
-        asked: the question sets.
+        model: the language model's functions.
+        params: the parameters of the model that is evaluated.
+        asked: the encoded sets of questions.
         unseen: rows like the forget ones that no model was trained on.
-        reference: what the retrained model holds of both.
+        reference: the retrained model's losses and truth ratios on the forget and the unseen rows.
 
     Returns:
         jedit's metrics, and the log, row by row, of open-unlearning's and of jedit's.
@@ -396,12 +398,17 @@ def _rows(model: LanguageModel, rows: Sequence[QaRow]):
 
 
 def _put_like(leaf: np.ndarray, other: jax.Array) -> jax.Array:
-    """Onto the other's device, bound to it only if that one is: else all is compiled once more."""
+    """Put an array onto another's device, bound to it only if the other is.
+
+    Where the two differ in that, all programs are compiled once more.
+
+    Where the two differ in that, all programs are compiled once more.
+    """
     return jax.device_put(leaf, other.sharding if other.committed else None)
 
 
 def _rounded_away(model: LanguageModel, original: PyTree, params: PyTree) -> float:
-    """What the dtype of the computation takes of an edit, where it takes most."""
+    """Return the share of an edit that the computation's dtype rounds away, where it is largest."""
     edit = edit_between(original, params)
     report = cast_report(cast_params(original, model.dtype), edit)
     return max(float(loss.rounded_away) for loss in report.values())
