@@ -29,7 +29,8 @@ START, END = (
 
 def markdown_table() -> str:
     """Return the README's table of methods: a line a row, its variants in the same."""
-    from jedit.methods.catalogue import ROWS, Need
+    from jedit.methods.catalogue import ROWS
+    from jedit.methods.row import Need
 
     lines = ["| method | use it for | needs besides two sets | paper |", "|---|---|---|---|"]
     linked = set()

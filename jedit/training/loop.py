@@ -84,6 +84,7 @@ def unlearn(
         FloatingPointError: a loss, or a parameter after the last step or before a callback, is not
             finite: it says at which step, and whether parameters or rows were so from the start.
     """
+    check_numbers(COUNT_OR_ZERO, steps=steps)
     check_kind(method, TrainingMethod, "method", "such as TrainingMethod(objective, optimizer)")
     check_function(apply)
     five = "(apply, params, forget, retain, reference)"

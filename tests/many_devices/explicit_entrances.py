@@ -119,6 +119,7 @@ if __name__ == "__main__":
         for name, one in expected.items():
             pairs = zip(jax.tree.leaves(one), jax.tree.leaves(seen[name]), strict=True)
             differences[f"{name}, {within=}"] = max(
-                float(np.max(np.abs(np.asarray(x) - np.asarray(y)), initial=0)) for x, y in pairs
+                float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float)), initial=0))
+                for x, y in pairs
             )
     sys.stdout.write(json.dumps(differences))

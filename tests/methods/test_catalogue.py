@@ -13,7 +13,7 @@ from jedit import methods
 from jedit.curvature import ekfac, estimate
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit
-from jedit.methods import CATALOGUE, ByBudget, BySteps, Material, Need, catalogue
+from jedit.methods import CATALOGUE, ByBudget, BySteps, Material, Need, _making, catalogue
 from jedit.objectives import NPO, with_retain
 from jedit.training import TrainingMethod, run_method
 from tests.test_contract import ESTIMATOR, make_scene, network
@@ -99,7 +99,7 @@ def test_names_are_said_once_and_settings_are_read(scene):
 
 
 def test_every_public_method_has_a_row():
-    text = Path(catalogue.__file__).read_text()
+    text = "".join(Path(module.__file__).read_text() for module in (catalogue, _making))
     public = {name for name in methods.__all__ if name.islower()} - PARTS
     assert {name for name in public if not re.search(rf"\b{name}[(),]", text)} == set()
 
