@@ -193,6 +193,13 @@ def test_settings_that_mean_nothing_are_refused(scene, changed):
 
 
 def test_data_without_targets_are_refused(scene):
-    apply, params, estimator, data = scene
+    apply, _, estimator, data = scene
     with pytest.raises(ValueError, match="need targets"):
-        stream_of((apply, params, estimator, data._replace(targets=None)), enough=1.0)
+        continual(
+            apply,
+            estimator,
+            data._replace(targets=None),
+            enough=1.0,
+            predicted_kl=0.05,
+            key=jax.random.key(KEY),
+        )
