@@ -137,15 +137,15 @@ def around(method: Callable[..., TrainingMethod], *given: Any, **settings: Any) 
 
 
 @functools.cache
-def _gu(scope: Scope) -> TrainingMethod:
-    made = gu(GRADDIFF, learning_rate=1.0, scope=scope)
+def _gu(scope: Scope, objective: Objective) -> TrainingMethod:
+    made = gu(objective, learning_rate=1.0, scope=scope)
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
     return made._replace(optimizer=optax.chain(made.optimizer, rate(learning_rate=1e-4)))
 
 
-def by_gu(material: Material, *, scope: Scope) -> TrainingMethod:
+def by_gu(material: Material, *, scope: Scope, objective: Objective) -> TrainingMethod:
     del material  # its metric is an Adam of its own
-    return _gu(scope)
+    return _gu(scope, objective)
 
 
 def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:

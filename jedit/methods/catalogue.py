@@ -285,7 +285,7 @@ ROWS: tuple[Row, ...] = (
         when="any objective, with retain losses held to first order",
         papers=("2511.17100",),
         make=_making.by_gu,
-        settings={"scope": "leaf"},
+        settings={"scope": "leaf", "objective": _making.GRADDIFF},
         pace=Pace.ADAM_METRIC,
     ),
     BySteps(
@@ -296,7 +296,7 @@ ROWS: tuple[Row, ...] = (
         when="the same, with one basis for all parameters",
         papers=("2511.17100",),
         make=_making.by_gu,
-        settings={"scope": "global"},
+        settings={"scope": "global", "objective": _making.GRADDIFF},
         pace=Pace.ADAM_METRIC,
     ),
     BySteps(

@@ -78,8 +78,12 @@ def test_a_row_runs_on_what_it_needs_and_says_what_is_missing(scene, name):
         if need not in row.needs:
             kept[need.field] = None
     least = Material(**kept)
+    before = jax.tree.map(np.array, material.params)
     edit = ran(row, least, retain)
     assert isinstance(edit, Edit)
+    # What any method promises: the given params stay, and the same again is the same, to the bit.
+    jax.tree.map(np.testing.assert_array_equal, material.params, before)
+    jax.tree.map(np.testing.assert_array_equal, ran(row, least, retain), edit)
     edited = apply_edit(material.params, edit)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(edited))
     assert any(np.any(edited[n] != material.params[n]) for n in edited)

@@ -23,7 +23,8 @@ from jedit.curvature import Curvature, Estimator, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.objectives import GA, RandomLabel, RetainNLL, relabel, with_retain
+from jedit.methods import CATALOGUE, Material, Need
+from jedit.objectives import GA, relabel
 from jedit.recipes.comparison.trajectories import destroyed
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from tests.bench.vision_protocol.vision import Method, Protocol, Setting, Task
@@ -49,7 +50,7 @@ def _trained(
     method: TrainingMethod,
     rate: float,
     key: Array,
-    forget: Batch | None = None,
+    forget: Batch,
 ) -> tuple[PyTree, float]:
     state = method.optimizer.init(task.params)
     zero = optax.tree_utils.tree_get(state, "learning_rate")
@@ -59,7 +60,7 @@ def _trained(
         method._replace(batch_size=protocol.batch_size),
         task.apply,
         LoopState(0, task.params, state),
-        task.forget if forget is None else forget,
+        forget,
         task.retain,
         key=key,
         watch=Watch(every=STRIDE),
@@ -72,72 +73,34 @@ def _trained(
     return params, seconds
 
 
-def _trainer(build: Callable[..., TrainingMethod], *options: str) -> Callable:
-    """A run of a method that its settings alone determine.
-
-    One optimizer for one setting, so that another run compiles nothing.
-    """
-    build = functools.cache(build)
+def _by_row(name: str, **fixed) -> Callable:
+    """A run of the catalogue's method that trains, at a setting's rate and its own settings."""
+    row = CATALOGUE[name]
 
     def run(task, protocol, setting, key):
-        method = build(*(setting[name] for name in options))
-        return _trained(task, protocol, method, setting["rate"], key)
+        settings = fixed | {name: value for name, value in setting.items() if name != "rate"}
+        material = Material(
+            task.apply,
+            task.params,
+            task.forget,
+            optimizer=SGD,
+            num_classes=NUM_CLASSES,
+            steps=_num_steps(task, protocol),
+        )
+
+        def made():
+            method = row.of(material, **settings)
+            return method, method.optimizer.init(task.params)  # with what it has computed
+
+        made()  # compiles
+        (method, _), making = _timed(made)
+        forget = task.forget
+        if Need.NUM_CLASSES in row.needs:  # wrong labels, others for each seed
+            forget = relabel(task.forget, NUM_CLASSES, key=jax.random.fold_in(key, 1))
+        params, seconds = _trained(task, protocol, method, setting["rate"], key, forget)
+        return params, seconds + making
 
     return run
-
-
-def _fine_tune():
-    return TrainingMethod(RetainNLL(), SGD)
-
-
-def _ascent():
-    return TrainingMethod(GA(), SGD)
-
-
-def _uam(radius):
-    return methods.uam(SGD, radius=radius)
-
-
-def _rosu(radius):
-    return methods.rosu(SGD, radius=radius)
-
-
-def _gu():
-    method = methods.gu(GA(), learning_rate=1.0)
-    scale = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
-    return method._replace(optimizer=optax.chain(method.optimizer, scale(learning_rate=0.0)))
-
-
-@functools.cache
-def _penalised(gamma, steps):
-    return methods.l1_sparse(SGD, strength=gamma, steps=steps)
-
-
-def _l1_sparse(task, protocol, setting, key):
-    method = _penalised(setting["gamma"], _num_steps(task, protocol))
-    return _trained(task, protocol, method, setting["rate"], key)
-
-
-def _random_label(task, protocol, setting, key):
-    other = relabel(task.forget, NUM_CLASSES, key=jax.random.fold_in(key, 1))
-    objective = with_retain(RandomLabel(), forget_weight=setting["gamma"])
-    method = TrainingMethod(objective, SGD)
-    return _trained(task, protocol, method, setting["rate"], key, other)
-
-
-def _salun(task, protocol, setting, key):
-    other = relabel(task.forget, NUM_CLASSES, key=jax.random.fold_in(key, 1))
-    objective = with_retain(RandomLabel(), forget_weight=setting["gamma"])
-    given = (task.apply, task.params, _chunks(task.forget, protocol), SGD)
-
-    def prepared():
-        method = methods.salun(*given, objective=objective)
-        return method, method.optimizer.init(task.params)  # with the mask in it
-
-    prepared()  # compiles
-    (method, _), saliency_seconds = _timed(prepared)
-    params, seconds = _trained(task, protocol, method, setting["rate"], key, other)
-    return params, seconds + saliency_seconds
 
 
 def _engram(task, protocol, setting, key):
@@ -201,14 +164,16 @@ def _grid(**axes: tuple) -> tuple[Setting, ...]:
 
 
 METHODS: dict[str, Method] = {
-    "fine-tune": Method(_trainer(_fine_tune), _grid(rate=(0.01, 0.03, 0.1, 0.15))),
-    "gradient ascent": Method(_trainer(_ascent), _grid(rate=(3e-5, 1e-4, 2e-4, 5e-4))),
-    "random label": Method(_random_label, _grid(rate=(0.003, 0.01), gamma=(0.01, 0.1))),
-    "SalUn": Method(_salun, _grid(rate=(0.003, 0.01), gamma=(0.01, 0.1))),
-    "l1-sparse": Method(_l1_sparse, _grid(rate=(0.03, 0.1), gamma=(1e-4, 1e-3))),
-    "UAM": Method(_trainer(_uam, "radius"), _grid(rate=(0.01, 0.03), radius=(0.3, 1.0))),
-    "ROSU": Method(_trainer(_rosu, "radius"), _grid(rate=(0.01, 0.03), radius=(0.3, 1.0))),
-    "GU": Method(_trainer(_gu), _grid(rate=(1e-5, 3e-5, 1e-4, 3e-4))),
+    "fine-tune": Method(_by_row("fine-tune"), _grid(rate=(0.01, 0.03, 0.1, 0.15))),
+    "gradient ascent": Method(_by_row("gradient ascent"), _grid(rate=(3e-5, 1e-4, 2e-4, 5e-4))),
+    "random label": Method(
+        _by_row("random label"), _grid(rate=(0.003, 0.01), forget_weight=(0.01, 0.1))
+    ),
+    "SalUn": Method(_by_row("SalUn"), _grid(rate=(0.003, 0.01), forget_weight=(0.01, 0.1))),
+    "l1-sparse": Method(_by_row("l1-sparse"), _grid(rate=(0.03, 0.1), strength=(1e-4, 1e-3))),
+    "UAM": Method(_by_row("UAM"), _grid(rate=(0.01, 0.03), radius=(0.3, 1.0))),
+    "ROSU": Method(_by_row("ROSU"), _grid(rate=(0.01, 0.03), radius=(0.3, 1.0))),
+    "GU": Method(_by_row("GU (leaf)", objective=GA()), _grid(rate=(1e-5, 3e-5, 1e-4, 3e-4))),
     "engram": Method(_engram, _grid(strength=("adaptive",), scale=(0.5, 1.0, 1.5, 2.0))),
     "K-FADE": Method(_kfade, _grid(budget=(1e-3, 1e-2, 3e-2, 0.1), damping=(0.1,))),
 }
