@@ -165,12 +165,16 @@ def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:
     return TrainingMethod(GRADDIFF, optimizer)
 
 
-def natural_npo(material: Material, *, beta: float, damping: float) -> TrainingMethod:
+def natural_npo(
+    material: Material, *, beta: float, damping: float, predicted_kl: float
+) -> TrainingMethod:
     curvature = material.take(Need.TEMPERED)
     clip = optax.inject_hyperparams(
         lambda learning_rate: clip_by_curvature_norm(curvature, predicted_kl=learning_rate)
     )
     optimizer = optax.chain(
-        scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip(learning_rate=3e-4)
+        scale_by_curvature(curvature, damping=damping),
+        optax.scale(-1.0),
+        clip(learning_rate=predicted_kl),
     )
     return TrainingMethod(with_retain(NPO(beta=beta)), optimizer)

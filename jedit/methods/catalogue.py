@@ -1,8 +1,10 @@
 """All methods, one row each: what a method is called, what it needs, how it is made, and its paper.
 
     row = jedit.methods.CATALOGUE["NPO"]
-    method = row.of(Material(apply, params, forget, optimizer=ADAM))
-    edit, info = jedit.run_method(method, apply, params, row.forget_rows(material), retain, ...)
+    material = Material(apply, params, forget, optimizer=optax.adam(1e-4))
+    method = row.of(material)
+    edit, info = jedit.run_method(method, apply, params, row.forget_rows(material), retain,
+                             steps=100, key=key)
 
 The command line, the comparisons of the demo and of TOFU, the tests and the README's table of
 methods read these rows. A new method is its file, its test, and its row here.
@@ -156,7 +158,7 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.natural_npo,
         needs=frozenset({Need.TEMPERED}),
-        settings={"beta": 0.1, "damping": 0.1},
+        settings={"beta": 0.1, "damping": 0.1, "predicted_kl": 3e-4},
         pace=Pace.PREDICTED_KL,
     ),
     BySteps(
@@ -167,7 +169,7 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.natural_npo,
         needs=frozenset({Need.TEMPERED}),
-        settings={"beta": 0.04, "damping": 0.1},
+        settings={"beta": 0.04, "damping": 0.1, "predicted_kl": 3e-4},
         pace=Pace.PREDICTED_KL,
     ),
     BySteps(

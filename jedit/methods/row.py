@@ -7,6 +7,7 @@ Methods come in three kinds, by what makes them stronger: training goes on for m
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,8 +75,8 @@ class Material:
         apply: `apply(params, inputs) -> outputs`.
         params: the trained parameters.
         forget: rows to be forgotten.
-        optimizer: what methods that train step by, its learning rate in its state, where it can be
-            set (`optax.inject_hyperparams`).
+        optimizer: what methods that train step by; by default `ADAM`, at a learning rate of 1e-5,
+            in whose state the rate can be set. GU and NPO by natural steps bring their own.
         curvature: of the retain outputs, at temperature 1 or the lowest there is.
         tempered: of the same at the highest temperature.
         corrected: EK-FAC of the retain outputs.
@@ -152,6 +153,11 @@ class Row:
     def of(self, material: Material, **settings: Any) -> Any:
         """Return the method, made of the material at its own settings or those given.
 
+            rows = row.forget_rows(material)  # wrong labels, refusals, or the rows themselves
+            edit, info = run_method(row.of(material), apply, params, rows, retain, ...)
+
+        A row of the kind `ByBudget` takes `budget=` here too, and its method wants one.
+
         Raises:
             ValueError: the material lacks something, or there is no such setting.
         """
@@ -162,6 +168,10 @@ class Row:
             known = ", ".join(self.settings) or "none"
             raise ValueError(f"{self.name} has no setting {', '.join(unknown)}; it has {known}")
         return self.make(material, **{**self.settings, **settings})
+
+    def forget_rows(self, material: Material) -> Batch | tuple[Batch, Batch]:
+        """Return the rows that the method is to be run on as the forget set."""
+        return material.forget
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +188,7 @@ class BySteps(Row):
     prepare: Callable[[Material], Batch | tuple[Batch, Batch]] | None = None
 
     def forget_rows(self, material: Material) -> Batch | tuple[Batch, Batch]:
-        """Return the forget set that the method trains on."""
+        """Return the forget set that the method trains on: with other labels, say, or refusals."""
         return material.forget if self.prepare is None else self.prepare(material)
 
 
@@ -199,3 +209,8 @@ class ByBudget(Row):
     """A closed form that takes `budget=`, the true retain KL it may cost: its strength."""
 
     make: Callable[..., ClosedForm]
+
+    def of(self, material: Material, *, budget: float | None = None, **settings: Any) -> ClosedForm:
+        """Return the method, as `Row.of`; without a budget it is the caller who gives one."""
+        method = super().of(material, **settings)
+        return method if budget is None else functools.partial(method, budget=budget)

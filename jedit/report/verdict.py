@@ -20,7 +20,9 @@ FORGOTTEN, FORGOTTEN_IN_PART = 0.9, 0.5
 OVERSHOT = 1.5  # times the retrained model's loss
 KEPT_UTILITY = 0.9
 BROUGHT_BACK = 0.1
-TELLING_GAP = 0.05  # of an attack's probability between the untouched and the retrained model
+# Between the untouched and the retrained model's probabilities, of the forget rows and under an
+# attack: below it there is nothing to be told. Arbitrary.
+TELLING_GAP = 0.05
 NORMAL_95 = 1.959964
 
 
@@ -132,7 +134,7 @@ def verdict(comparison: Comparison) -> Verdict:
     chosen = comparison.chosen
     point = original if chosen is None else chosen[1]
     before, after, never = (math.exp(-p.forget_nll) for p in (original, point, retrained))
-    way = (before - after) / (before - never) if chosen and before > never else None
+    way = (before - after) / (before - never) if chosen and before - never > TELLING_GAP else None
     forget = wilson(point.forget_accuracy, num.forget)
     heldout = wilson(point.heldout_accuracy, num.heldout)
     attacks = [] if chosen is None else _attacks(comparison, chosen[0].method)
@@ -142,7 +144,7 @@ def verdict(comparison: Comparison) -> Verdict:
     attack = max(telling, key=lambda attack: attack.known, default=None)
     # The order is by what matters most: a later outcome is only looked at where no earlier one
     # holds, so that what attacks bring back outweighs what the edit cost.
-    if before <= never:
+    if before - never <= TELLING_GAP:
         outcome = Outcome.NO_TRACE
     elif way is None:
         outcome = Outcome.NO_EDIT
