@@ -13,13 +13,13 @@ from numpy.testing import assert_array_equal
 
 from jedit import metrics
 from jedit.cli.main import main
-from jedit.cli.run import run as tofu_recipe
 from jedit.data import generate_authors
 from jedit.methods.row import Pace
 from jedit.models import cast_params, convert_llama2c, greedy_decode, load_model
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.tofu import presets as tofu_presets
+from jedit.recipes.tofu import run as tofu_recipe
 from jedit.recipes.tofu.evaluation import encode_questions, generate
 from jedit.recipes.tofu.models import Pretrained, from_folders
 from jedit.recipes.tofu.presets import Preset
