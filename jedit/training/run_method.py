@@ -75,7 +75,7 @@ def run_method(
             method, apply, params, forget, retain, steps=steps, key=key, watch=watch
         )
         return edit_between(params, after, method.trainable), TrainingInfo(history)
-    check_function(method, "method", "(apply, params, forget=, retain=), or a TrainingMethod,")
+    check_function(method, "method", "(apply, params, forget=, retain=) or a TrainingMethod")
     extra = {"steps": steps, "key": key, "watch": watch}
     if given := [name for name, value in extra.items() if value is not None]:
         raise ValueError(
