@@ -70,7 +70,9 @@ def test_methods_are_exchanged_by_one_value(scene, curvature):
         if name in closed:
             continue
         expected, history = unlearn(method, apply, params, forget, retain, **run)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), after, expected)
+        # The difference that is an edit is rounded once more when it is added.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+        jax.tree.map(close, after, expected)
         jax.tree.map(np.testing.assert_array_equal, info.history, history)
         assert set(edit.blocks) == ({"w"} if name == "SimNPO" else {"w", "v"})
 
