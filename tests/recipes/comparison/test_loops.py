@@ -63,10 +63,9 @@ def test_a_longer_ascent_passes_through_the_shorter_one(start, rows, key):
     )
     ((*looked,),) = run(looks=(3, 10))
     long = {steps: p for steps, _, p in looked}
-    (((_, _, short),),) = run(looks=(3,))
-    # Two programs, of which XLA may round the last place in another way.
-    for name, value in short.items():
-        np.testing.assert_allclose(long[3][name], value, rtol=1e-14, err_msg=name)
+    # Looks a step apart, as above: the same program, whose numbers are the same to the bit.
+    ((_, (_, _, short)),) = run(looks=(2, 3))
+    assert long[3] == short
     # Adam on a constant gradient moves by the learning rate a step.
     assert float(long[10]["a"]) == pytest.approx(1.0, rel=1e-4)
     assert float(long[10]["b"]) == 1.0
