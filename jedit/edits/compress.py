@@ -33,12 +33,12 @@ class Truncation(NamedTuple):
     Attributes:
         left: Q (..., d_in, rank), orthonormal columns, or zero ones beyond the true rank.
         right: Qᵀ Δ (..., rank, d_out).
-        error: (...), the Frobenius norm of what was cut off over the norm of the whole.
+        lost2: (...), the squared Frobenius norm of what was cut off.
     """
 
     left: Array
     right: Array
-    error: Array
+    lost2: Array
 
 
 @on_auto_axes
@@ -70,7 +70,7 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
             matrix = block.reshape(1, weight.d_in, weight.d_out)
             cut = truncate(matrix, None, rank)
             blocks[path] = LowRank(cut.left, cut.right, weight)
-            errors[path] = cut.error[0]
+            errors[path] = _over_layers(cut, matrix, None)
     return Edit(blocks), errors
 
 
@@ -113,9 +113,11 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
     chosen = jax.lax.fori_loop(0, SMALL_ITERATIONS, turn, _orthonormal(gram[..., :rank]))
     basis = jnp.matmul(basis, chosen, precision=HIGHEST)
     cut = jnp.matmul(jnp.swapaxes(chosen, -1, -2), core, precision=HIGHEST)
-    whole, kept = _norm2(left, right), jnp.sum(cut * cut, axis=(-1, -2))
-    lost = jnp.sqrt(jnp.maximum(whole - kept, 0) / jnp.where(whole > 0, whole, 1))
-    return Truncation(basis, cut, lost)
+    # Of the remainder itself: the whole norm less the kept one would leave of a small remainder
+    # nothing but the rounding of the two.
+    inside = jnp.matmul(jnp.swapaxes(basis, -1, -2), left, precision=HIGHEST)
+    rest = left - jnp.matmul(basis, inside, precision=HIGHEST)
+    return Truncation(basis, cut, jnp.maximum(_norm2(rest, right), 0))
 
 
 def _norm2(left: Array, right: Array | None) -> Array:
@@ -127,11 +129,10 @@ def _norm2(left: Array, right: Array | None) -> Array:
     return jnp.sum(inner * outer, axis=(-1, -2))
 
 
-def _over_layers(cut: Truncation, left: Array, right: Array) -> Array:
+def _over_layers(cut: Truncation, left: Array, right: Array | None) -> Array:
     """Return the one relative error of a block of several layers."""
-    whole = _norm2(left, right)
-    total = jnp.sum(whole)
-    return jnp.sqrt(jnp.sum(cut.error**2 * whole) / jnp.where(total > 0, total, 1))
+    total = jnp.sum(_norm2(left, right))
+    return jnp.sqrt(jnp.sum(cut.lost2) / jnp.where(total > 0, total, 1))
 
 
 def _orthonormal(columns: Array) -> Array:

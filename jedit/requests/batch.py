@@ -390,8 +390,7 @@ def _thin_block(
     thin, cut2 = jnp.swapaxes(left, 1, 2), jnp.zeros((), a.dtype)
     if rank is not None and rank < a.shape[1]:
         cut = truncate(thin, right, rank)
-        # The left factor of a truncation is orthonormal, so that the right one has all of the norm.
-        cut2 = edit_norm2 - jnp.sum(cut.right**2)
+        cut2 = jnp.sum(cut.lost2)
         thin, right = cut.left, cut.right
         # The gain and the KL reported are those of the edit after the cut.
         left = jnp.swapaxes(thin, 1, 2)
@@ -399,7 +398,7 @@ def _thin_block(
     moved = _inner(left, _times(left, factor_in.matrix))
     quadratic = jnp.sum(moved * _inner(right, _times(right, factor_out.matrix)))
     edit = _low_rank(held, thin, right)
-    return _Blocks(edit, norm2, gain, quadratic, jnp.maximum(cut2, 0), edit_norm2)
+    return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
 
 
 def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
@@ -439,7 +438,7 @@ def _dense_block(
         edit: dict[str, Array | LowRank] = dict(held.weight.scatter(step))
     else:
         cut = truncate(step, None, rank)
-        cut2 = jnp.maximum(norm2 - jnp.sum(cut.right**2), 0)
+        cut2 = jnp.sum(cut.lost2)
         step = jnp.matmul(cut.left, cut.right, precision=HIGHEST)
         rotated = rotate(curvature, block.name, step)
         edit = _low_rank(held, cut.left, cut.right)
