@@ -1,5 +1,6 @@
 """Every public signature: few arguments, in one order, by words that mean one thing each."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -10,6 +11,7 @@ import typing
 import pytest
 
 import jedit
+from tests.conftest import ROOT
 
 MOST = 8
 ORDER = ("apply", "params", "curvature", "forget", "retain")
@@ -58,6 +60,18 @@ def test_there_are_as_many_as_there_were():
 def test_it_takes_few_arguments(name, thing):
     number = len(inspect.signature(thing).parameters)
     assert number <= MOST, f"{name} takes {number} arguments"
+
+
+def test_so_does_every_function_without_an_underscore():
+    """Recipes and commands too, which no package names."""
+    found = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in sorted((ROOT / "jedit").rglob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name[0] != "_"
+        if len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) > MOST
+    ]
+    assert not found
 
 
 @each

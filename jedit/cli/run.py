@@ -1,5 +1,6 @@
 """`jedit run`: forget questions and answers of one's own, in a small GPT or in a model folder."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def run(options: RunFile, command: str) -> int:
     from jedit.data import DataError, read_rows, select_rows
 
     _check_numbers(options)
+    _check_used(options)
     if options.model is None:
         check_out(options.out)
     try:
@@ -37,7 +39,12 @@ def run(options: RunFile, command: str) -> int:
     def comparison() -> Sequence:
         from jedit.recipes.fitting import Recipe
         from jedit.recipes.scenes.authors import GRID
-        from jedit.recipes.scenes.question_answer import Model, question_answer
+        from jedit.recipes.scenes.question_answer import (
+            Caption,
+            Model,
+            Selection,
+            question_answer,
+        )
 
         size = (options.width, options.layers, options.heads, options.vocab, options.max_len)
         epochs = tuple(sorted(set(options.epochs)))
@@ -45,13 +52,10 @@ def run(options: RunFile, command: str) -> int:
             f"A small GPT learns the {len(rows)} rows of {options.data.name} and is then made to "
             f"forget {len(forget)} of them ({options.forget})."
         )
+        title = f"Forget {len(forget)} rows of {options.data.name}"
         return question_answer(
-            rows,
-            forget,
-            retain,
-            name="run",
-            title=f"Forget {len(forget)} rows of {options.data.name}",
-            note=note,
+            Selection(rows, forget, retain),
+            Caption("run", title, note),
             model=Model(*size),
             recipe=Recipe(epochs, options.batch_size, options.learning_rate),
             grid=GRID,
@@ -106,6 +110,25 @@ def _edit_checkpoint(
         highlight=False,
     )
     return 0
+
+
+# What only one of the two ways looks at: training a GPT, and editing a folder's model.
+OF_A_FOLDER = ("budget", "temperature", "tokenizer")
+OF_TRAINING = ("width", "layers", "heads", "epochs", "vocab", "learning_rate")
+
+
+def _check_used(options: RunFile) -> None:
+    """Refuse an option that would not be looked at.
+
+    Raises:
+        UsageError: the first such option.
+    """
+    is_folder = options.model is not None
+    defaults = {field.name: field.default for field in dataclasses.fields(RunFile)}
+    for name in OF_TRAINING if is_folder else OF_A_FOLDER:
+        if getattr(options, name) != defaults[name]:
+            where = "without --model, where a GPT is trained" if is_folder else "with --model"
+            raise UsageError(f"--{name.replace('_', '-')} is only looked at {where}.")
 
 
 def _check_numbers(options: RunFile) -> None:

@@ -35,7 +35,7 @@ class Outcome(enum.Enum):
     RETURNS = "It seems to have forgotten, but attacks bring it back."
     REMEMBERS = "It did not forget."
     NO_EDIT = "No edit was good enough, so nothing was changed."
-    NO_TRACE = "There was nothing to forget."
+    NO_TRACE = "There was next to nothing to forget."
 
 
 class Interval(NamedTuple):

@@ -203,7 +203,6 @@ def _train(
     watch = Watch() if watch is None else watch
     check_kind(watch, Watch, "watch", "such as Watch(callback, every=10)")
     callback, every, checkpoint = watch
-    check_numbers(COUNT_OR_ZERO, steps=steps)
     check_numbers(COUNT, batch_size=how.batch_size, every=every)
     start = params if isinstance(params, LoopState) else LoopState(0, params, None)
     check_optimizer(how.optimizer)

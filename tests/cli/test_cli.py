@@ -219,6 +219,7 @@ def test_forgetting_all_but_one_row(folder, capsys):
         ("--budget", "nan", "--budget must be a finite number, got nan"),
         ("--temperature", "-1", "--temperature must be positive, got -1.0"),
         ("--learning-rate", "inf", "--learning-rate must be a finite number, got inf"),
+        ("--budget", "0.1", "--budget is only looked at with --model"),
     ],
 )
 def test_a_size_that_makes_no_model(folder, capsys, option, value, sentence):
@@ -265,7 +266,9 @@ def test_tofu_files_are_read_as_they_are(folder, shared_data, monkeypatch):
     if not tofu.is_dir():
         pytest.skip(f"needs TOFU, which is not part of the repository: {tofu} is absent")
     calls = []
-    monkeypatch.setattr(qa_scene, "question_answer", lambda *sets, **_: calls.append(sets) or ())
+    monkeypatch.setattr(
+        qa_scene, "question_answer", lambda rows, *_, **__: calls.append(rows) or ()
+    )
     arguments = ["--data", str(tofu / "full.json"), "--out", str(folder / "out")]
     perturbed, retain = (str(tofu / f"{name}.json") for name in ("forget10_perturbed", "retain90"))
     assert main(["run", *arguments, "--forget", perturbed, "--retain", retain]) == 0

@@ -82,6 +82,8 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     given = ["run", "--data", str(data), "--forget", "rows=0:2", "--out", str(tmp_path / "out")]
     assert main([*given, "--model", str(tmp_path / "nothing")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+    assert main([*given, "--model", str(stories_folder), "--width", "64"]) == 2
+    assert "--width is only looked at without --model" in capsys.readouterr().err
     assert main([*given, "--model", str(stories_folder), "--batch-size", "4"]) == 0
     shown = capsys.readouterr().out
     assert "forget nll" in shown

@@ -73,6 +73,10 @@ CASES = {
         Outcome.FORGOT,
     ),
     "nothing to forget": (comparison(FORGOT, retrained=point(0.01, 1.0)), Outcome.NO_TRACE),
+    "hardly learnt": (
+        comparison(point(4.9, 0.1), original=point(4.4, 0.2, kl=0.0), retrained=point(5.1, 0.1)),
+        Outcome.NO_TRACE,
+    ),
 }
 
 

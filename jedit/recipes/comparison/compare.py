@@ -32,7 +32,6 @@ from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
-from jedit.tracing import intervene
 from jedit.training import run_method
 
 MOMENTS = {Need.TARGET_MOMENTS, Need.REST_MOMENTS}
@@ -62,19 +61,23 @@ class Judged(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The curvatures of the retain outputs.
+    """What is estimated once for all methods, and how long one takes that is compiled.
 
     Attributes:
-        plain: K-FAC by temperature.
-        corrected: EK-FAC by temperature; empty where no method needs it.
-        seconds: that one of the first takes, compiled.
-        corrected_seconds: that one of each takes together.
+        plain: K-FAC of the retain outputs by temperature; empty where no method needs one.
+        corrected: EK-FAC of the same; empty where no method needs it.
+        moments: K-FAC of the forget and of the retain answers, by the need; likewise.
+        seconds: of one K-FAC.
+        corrected_seconds: of one K-FAC and its EK-FAC.
+        moment_seconds: of the moments.
     """
 
-    plain: dict[float, Curvature]
-    corrected: dict[float, Curvature]
-    seconds: float
-    corrected_seconds: float
+    plain: dict[float, Curvature] = {}
+    corrected: dict[float, Curvature] = {}
+    moments: dict[Need, Curvature] = {}
+    seconds: float = 0.0
+    corrected_seconds: float = 0.0
+    moment_seconds: float = 0.0
 
 
 def compare(
@@ -124,7 +127,7 @@ def compare(
     rows = [CATALOGUE[name] for name in grid.methods]
     _check_grid(grid, rows)
     fitted = _fit(task, grid, rows, key=curvature_key, say=say)
-    material = material_of(task, grid, fitted, rows, key=curvature_key)
+    material = material_of(task, grid, fitted)
     for row in rows:
         # What is fitted by temperature is put in for each.
         if lacking := [n.value for n in row.missing(material) if n is not Need.CORRECTED]:
@@ -170,23 +173,10 @@ def _check_grid(grid: Grid, rows: Sequence[Row]) -> None:
             raise ValueError(f"{row.name}: the grid has no scales for {row.reach}")
 
 
-def material_of(
-    task: Task, grid: Grid, fitted: Fitted, rows: Sequence[Row], *, key: Array
-) -> Material:
-    """Return what a task can give to the methods, as far as one of these rows needs it."""
-    needed = frozenset().union(*(row.needs for row in rows))
-    one = intervene(task.apply, task.original, probe_batch(task.forget, 1).inputs)
+def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
+    """Return what a task can give to the methods, with what was fitted for them."""
+    outputs = jax.eval_shape(task.apply, task.original, task.forget.inputs)
     plain = fitted.plain
-    moments = {}
-    if needed & MOMENTS:
-        # Engrams want moments of their own: of the forget rows as well, and at answers alone.
-        estimator = _kfac(task.apply, Categorical(), task.select)
-        for i, (need, batch) in enumerate(
-            ((Need.TARGET_MOMENTS, task.forget), (Need.REST_MOMENTS, task.retain)), start=2
-        ):
-            chunks = map(answers_only, batches(batch, min(task.chunk, rows_of(batch))))
-            rng = jax.random.fold_in(key, i)
-            moments[need.field] = estimate(estimator, task.original, chunks, key=rng)
     return Material(
         apply=task.apply,
         params=task.original,
@@ -197,10 +187,11 @@ def material_of(
         layers=task.layers,
         subjects=_last_prompt_token(task.forget),
         refusals=task.refusals,
-        num_classes=one.outputs.shape[-1],
+        num_classes=outputs.shape[-1],
         steps=grid.looks[-1],
-        has_positions=one.outputs.ndim > 2,
-        **moments,
+        has_positions=outputs.ndim > 2,
+        target_moments=fitted.moments.get(Need.TARGET_MOMENTS),
+        rest_moments=fitted.moments.get(Need.REST_MOMENTS),
     )
 
 
@@ -220,13 +211,23 @@ def _searched(task: Task) -> tuple[list[Batch], list[Batch]]:
 
 
 def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -> Fitted:
-    """K-FAC, and EK-FAC where a method needs it, at each temperature, and what one takes."""
+    """Estimate what one of the rows needs."""
     needed = frozenset().union(*(row.needs for row in rows))
+    fitted = Fitted()
+    if needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED}:
+        fitted = _fit_retained(task, grid, Need.CORRECTED in needed, key=key, say=say)
+    if needed & MOMENTS:
+        say("taking moments at the answers of the forget and of the retain rows")
+        moments, seconds = _fit_moments(task, key=key)
+        fitted = fitted._replace(moments=moments, moment_seconds=seconds)
+    return fitted
+
+
+def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, say: Say) -> Fitted:
+    """Fit K-FAC of the retain outputs, and EK-FAC if it is wanted, at each temperature."""
+    kinds = "K-FAC and EK-FAC" if with_corrected else "K-FAC"
     plain: dict[float, Curvature] = {}
     corrected: dict[float, Curvature] = {}
-    if not needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED, *MOMENTS}:
-        return Fitted(plain, corrected, 0.0, 0.0)
-    kinds = "K-FAC and EK-FAC" if Need.CORRECTED in needed else "K-FAC"
     seconds = np.zeros(2)
     chunks = list(batches(task.retain, task.chunk))
     for temperature in grid.temperatures:
@@ -235,19 +236,35 @@ def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -
         estimator = _kfac(task.apply, likelihood, task.select)
         plain[temperature], first = _timed(estimator, task.original, chunks, key=key)
         second = 0.0
-        if Need.CORRECTED in needed:
+        if with_corrected:
             estimator = ekfac(task.apply, likelihood, plain[temperature])
             ekfac_key = jax.random.fold_in(key, 1)
             corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
         seconds += np.array([first, first + second]) / len(grid.temperatures)
-    return Fitted(plain, corrected, *seconds.tolist())
+    return Fitted(plain, corrected, {}, *seconds.tolist())
+
+
+def _fit_moments(task: Task, *, key: Array) -> tuple[dict[Need, Curvature], float]:
+    """Fit the curvatures that engrams want: of both sets, at the answers alone."""
+    estimator = _kfac(task.apply, Categorical(), task.select)
+    moments, total = {}, 0.0
+    for i, (need, rows) in enumerate(
+        ((Need.TARGET_MOMENTS, task.forget), (Need.REST_MOMENTS, task.retain)), start=2
+    ):
+        chunks = list(map(answers_only, batches(rows, min(task.chunk, rows_of(rows)))))
+        rng = jax.random.fold_in(key, i)
+        moments[need], seconds = _timed(estimator, task.original, chunks, key=rng)
+        total += seconds
+    return moments, total
 
 
 def _fit_seconds(row: Row, fitted: Fitted) -> float:
-    """What a method needs once before any edit."""
+    """Return what a method needs once before any edit."""
     if Need.CORRECTED in row.needs:
         return fitted.corrected_seconds
-    return fitted.seconds if row.needs & {Need.CURVATURE, Need.TEMPERED, *MOMENTS} else 0.0
+    if row.needs & MOMENTS:
+        return fitted.moment_seconds
+    return fitted.seconds if row.needs & {Need.CURVATURE, Need.TEMPERED} else 0.0
 
 
 def _timed(

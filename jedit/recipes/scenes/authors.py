@@ -6,7 +6,7 @@ from jedit.methods.row import Pace, Reach
 from jedit.recipes.comparison.task import ASIDE, MAIN, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.progress import Say
-from jedit.recipes.scenes.question_answer import Model, question_answer
+from jedit.recipes.scenes.question_answer import Caption, Model, Selection, question_answer
 from jedit.report import Comparison
 
 MODEL = Model(width=96, layers=2, heads=4, vocab=1024, max_len=96)
@@ -66,12 +66,8 @@ def authors(
         f"authors and is then made to forget {num_forgotten} of them."
     )
     return question_answer(
-        rows,
-        forget,
-        retain,
-        name="authors",
-        title="Authors: forget some people",
-        note=note,
+        Selection(rows, forget, retain),
+        Caption("authors", "Authors: forget some people", note),
         model=model,
         recipe=recipe,
         grid=grid,

@@ -73,14 +73,39 @@ class Sets(NamedTuple):
     heldout: list[QaRow]
 
 
+class Caption(NamedTuple):
+    """How a comparison is presented.
+
+    Attributes:
+        name: the name of its files.
+        title: the title of its sections.
+        note: a sentence that says where the rows come from.
+    """
+
+    name: str
+    title: str
+    note: str
+
+
+class Selection(NamedTuple):
+    """Rows, and what is to become of them.
+
+    Attributes:
+        data: the rows that the model is trained on.
+        forget: the rows among them to forget.
+        retain: the rows among them to keep; 70 percent are seen by the edits, the others judge
+            them.
+    """
+
+    data: Sequence[QaRow]
+    forget: Sequence[QaRow]
+    retain: Sequence[QaRow]
+
+
 def question_answer(
-    data: Sequence[QaRow],
-    forget: Sequence[QaRow],
-    retain: Sequence[QaRow],
+    selection: Selection,
+    caption: Caption,
     *,
-    name: str,
-    title: str,
-    note: str,
     model: Model,
     recipe: Recipe,
     grid: Grid,
@@ -90,13 +115,8 @@ def question_answer(
     """Run the comparison at each of the recipe's lengths of training.
 
     Args:
-        data: the rows that the model is trained on.
-        forget: the rows among them to forget.
-        retain: the rows among them to keep; 70 percent are seen by the edits, the others judge
-            them.
-        name: name of the files.
-        title: title of the sections.
-        note: a sentence that says where the rows come from.
+        selection: the rows, those to forget and those to keep.
+        caption: how the comparison is presented.
         model: size of the GPT.
         recipe: how the GPT is trained.
         grid: settings that the methods are tried at.
@@ -108,7 +128,8 @@ def question_answer(
     """
     key = jax.random.key(seed)
     init_key, order_key, split_key, compare_key = (jax.random.fold_in(key, i) for i in range(4))
-    sets = _split(data, forget, retain, key=split_key)
+    sets = _split(selection, key=split_key)
+    name, title, note = caption
     rows = _Rows(sets, model)
     vocab = rows.tokenizer.get_vocab_size()
     apply, initial = model.make(vocab, rows.width + ANSWER_TOKENS, key=init_key)
@@ -256,9 +277,8 @@ class _Rows:
         )
 
 
-def _split(
-    data: Sequence[QaRow], forget: Sequence[QaRow], retain: Sequence[QaRow], *, key: Array
-) -> Sets:
+def _split(selection: Selection, *, key: Array) -> Sets:
+    data, forget, retain = selection
     forgotten = {row.identity for row in forget}
     kept = [row for row in data if row.identity not in forgotten]
     order = np.asarray(jax.random.permutation(key, len(retain)))

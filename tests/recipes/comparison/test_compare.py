@@ -226,10 +226,12 @@ def test_engrams_of_texts_are_of_the_answers_tokens(task):
     apply = lambda p, x: x @ p["kernel"] + p["bias"][None, None]  # noqa: E731
     texts = task._replace(apply=apply, forget=sets[0], retain=sets[1])
     rows_of_engrams = [CATALOGUE["engram"]]
-    nothing = compare_module.Fitted({}, {}, 0.0, 0.0)
-    material = compare_module.material_of(
-        texts, GRID, nothing, rows_of_engrams, key=jax.random.key(0)
+    fitted = compare_module._fit(
+        texts, GRID, rows_of_engrams, key=jax.random.key(0), say=lambda _: None
     )
+    assert not fitted.plain, "an engram needs no curvature of the outputs"
+    assert fitted.moment_seconds > 0
+    material = compare_module.material_of(texts, GRID, fitted)
     moments = (material.target_moments, material.rest_moments)
     for curvature, rows, mask in zip(moments, sets, masks, strict=True):
         inputs = np.concatenate([rows.inputs[mask], np.ones((mask.sum(), 1))], axis=1)

@@ -125,7 +125,7 @@ def test_training_sees_every_row_and_a_shorter_one_is_a_part_of_it(key):
 def test_the_authors_scene_forgets_whole_authors(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        authors_scene, "question_answer", lambda *sets, **_: calls.append(sets) or ()
+        authors_scene, "question_answer", lambda rows, *_, **__: calls.append(rows) or ()
     )
     for seed in (3, 3, 4):
         authors(seed=seed, say=print, num_authors=6, facts_per_author=5, num_forgotten=2)
@@ -142,12 +142,13 @@ def test_the_authors_scene_forgets_whole_authors(monkeypatch):
 
 def test_held_out_rows_are_seen_by_no_edit_and_forgotten_rows_by_no_retraining():
     rows = [QaRow(f"Question {i}?", f"Answer {i}.") for i in range(20)]
-    sets = question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(0))
+    selection = question_answer.Selection(rows, rows[:4], rows[6:])
+    sets = question_answer._split(selection, key=jax.random.key(0))
     assert len(sets.kept) == 16
     assert not set(sets.kept) & set(sets.forget)
     assert not set(sets.seen) & set(sets.heldout)
     assert set(sets.seen) | set(sets.heldout) == set(rows[6:])
     assert len(sets.seen) == 10
-    again = question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(0))
+    again = question_answer._split(selection, key=jax.random.key(0))
     assert again == sets
-    assert question_answer._split(rows, rows[:4], rows[6:], key=jax.random.key(1)) != sets
+    assert question_answer._split(selection, key=jax.random.key(1)) != sets
