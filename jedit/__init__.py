@@ -79,7 +79,15 @@ from jedit.geometry import (
     retain_subspace,
     scale_to_kl_budget,
 )
-from jedit.requests import RequestInfo, batch_unlearn, continual
+from jedit.requests import (
+    ForgetInfo,
+    Forgetting,
+    RequestInfo,
+    Unseen,
+    batch_unlearn,
+    continual,
+    forget,
+)
 from jedit.tracing import Site, Sites, capture, find_sites, weight_gradients
 from jedit.training import LoopState, TrainingMethod, Watch, fit, run_method, unlearn
 
@@ -91,6 +99,8 @@ __all__ = [
     "Curvature",
     "Edit",
     "Estimator",
+    "ForgetInfo",
+    "Forgetting",
     "Ledger",
     "LoopState",
     "LowRank",
@@ -99,6 +109,7 @@ __all__ = [
     "Site",
     "Sites",
     "TrainingMethod",
+    "Unseen",
     "Watch",
     "apply_edit",
     "attacks",
@@ -120,6 +131,7 @@ __all__ = [
     "factors",
     "find_sites",
     "fit",
+    "forget",
     "geometry",
     "ggn_vector_product",
     "kfac",

@@ -28,7 +28,7 @@ TABLE = {
     },
     "requests": {
         *("tracing", "curvature", "geometry", "edits", "objectives", "transforms", "training"),
-        "methods",
+        *("methods", "attacks"),
     },
     "metrics": {"objectives", "training"},
     "attacks": {"objectives", "training"},

@@ -1,17 +1,23 @@
-"""Many requests to forget: a stack of them in one call, or a stream, one after the other."""
+"""Requests to forget: one, many in one call, or a stream, one after the other."""
 
 from jedit.requests.batch import BatchInfo, Solver, batch_unlearn
+from jedit.requests.forget import Comeback, ForgetInfo, Forgetting, Unseen, forget
 from jedit.requests.overlap import balanced, interactions
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
 
 __all__ = [
     "Answering",
     "BatchInfo",
+    "Comeback",
+    "ForgetInfo",
+    "Forgetting",
     "Refresh",
     "RequestInfo",
     "Solver",
+    "Unseen",
     "balanced",
     "batch_unlearn",
     "continual",
+    "forget",
     "interactions",
 ]

@@ -1,0 +1,188 @@
+"""`forget` on rows that share no parameter, where every loss and every stop can be told by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import jedit
+from jedit.core.batch import Batch
+from jedit.curvature.likelihoods import Categorical
+from jedit.metrics import output_kl
+from jedit.objectives import NPO, with_retain
+from jedit.requests.forget import Forgetting, _interval, _p_value, _targets, forget
+from jedit.training import TrainingMethod
+
+FORGOTTEN, KEPT, UNSEEN, CLASSES = 12, 30, 9, 5
+KEY = jax.random.key(3)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def apply(params, inputs):
+    return inputs["row"] @ params["table"] + inputs["shared"] @ params["shared"]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A table with logits for each row, all of which have been learnt, and one shared matrix."""
+    rng = np.random.default_rng(0)
+    number = FORGOTTEN + KEPT + UNSEEN
+    labels = rng.integers(0, CLASSES, number)
+    table = 3.0 * np.eye(CLASSES)[labels] * rng.uniform(0.5, 1, (number, 1))
+    table[FORGOTTEN + KEPT :] = 0
+    params = {"table": jnp.asarray(table), "shared": jnp.asarray(rng.normal(size=(3, CLASSES)))}
+    params = jax.tree.map(lambda x: x.astype(jnp.zeros(()).dtype), params)
+    shared = 0.3 * rng.normal(size=(number, 3))
+
+    def rows(first, last):
+        inputs = {"row": np.eye(number)[first:last], "shared": shared[first:last]}
+        inputs = jax.tree.map(lambda x: jnp.asarray(x, params["table"].dtype), inputs)
+        return Batch(inputs, jnp.asarray(labels[first:last], jnp.int32))
+
+    ends = np.cumsum((0, FORGOTTEN, KEPT, UNSEEN))
+    return params, *(rows(i, j) for i, j in zip(ends, ends[1:], strict=False))
+
+
+def losses_of(params, rows):
+    logits = np.array(apply(params, rows.inputs), np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    picked = logits[np.arange(len(logits)), np.asarray(rows.targets)]
+    return np.log(np.exp(logits).sum(axis=1)) - picked
+
+
+def by_row(optimizer):
+    """Each row rises by itself: a row that is not drawn does not move, unless by momentum."""
+    return TrainingMethod(NPO(beta=0.01), optimizer, trainable="table", batch_size=4)
+
+
+ADAM = by_row(optax.adam(0.2))
+
+
+def test_rows_rise_to_the_quantiles_of_unseen_rows_and_no_further(scene):
+    params, gone, kept, unseen = scene
+    how = Forgetting(method=by_row(optax.sgd(1.0)), steps=200, every=1, significance=0.999)
+    edit, info = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
+    after = losses_of(jedit.apply_edit(params, edit), gone)
+    np.testing.assert_allclose(info.loss_before, losses_of(params, gone), rtol=1e-5)
+    np.testing.assert_allclose(info.loss_after, after, rtol=1e-5)
+    level = np.sort(losses_of(params, unseen))
+    np.testing.assert_allclose(info.unseen_score, level, rtol=1e-5)
+    assert info.stopped == "unseen"
+    assert info.steps < 200
+    assert info.p_value[-1] == stats.ks_2samp(after, level, alternative="greater").pvalue
+    assert np.all(info.p_value[:-1] <= 0.999)
+    assert np.all(np.diff(info.p_value) >= -1e-9)  # each look was further on
+    # Rows that are done are drawn no more: a few steps of Adam's are all that one goes beyond.
+    assert np.max(after) < level[-1] + 1.0
+    without = dataclasses.replace(how, steps=info.steps)
+    _, blind = forget(apply, params, gone, kept, key=KEY, how=without)
+    assert np.max(blind.loss_after) > np.max(after)
+    assert blind.stopped == "steps"
+    assert not blind.is_done.any()
+    assert np.isnan(blind.p_value).all()
+
+
+def test_a_row_that_is_done_keeps_its_parameters(scene):
+    params, gone, kept, unseen = scene
+    # One row is unlikely from the start: above every unseen loss, so that it is done at once.
+    table = params["table"].at[0, gone.targets[0]].add(-30.0)
+    start = {**params, "table": table}
+    how = Forgetting(method=by_row(optax.sgd(0.5)), steps=6, every=2, significance=1.0)
+    edit, info = forget(apply, start, gone, kept, unseen=unseen, key=KEY, how=how)
+    first, _ = forget(
+        apply, start, gone, kept, unseen=unseen, key=KEY, how=dataclasses.replace(how, steps=2)
+    )
+    assert info.is_done[0]
+    # It was drawn before the first look alone, if at all.
+    np.testing.assert_array_equal(edit.blocks["table"][0], first.blocks["table"][0])
+    assert np.any(np.asarray(edit.blocks["table"][1:]) != np.asarray(first.blocks["table"][1:]))
+
+
+def test_the_budget_is_kept_in_truth_on_rows_that_no_step_sees(scene):
+    params, gone, kept, _ = scene
+    budget = 0.02
+    shared = TrainingMethod(NPO(beta=0.01), optax.sgd(1.0), trainable="shared", batch_size=4)
+    how = Forgetting(method=shared, steps=50, every=3)
+    edit, info = forget(apply, params, gone, kept, budget=budget, key=KEY, how=how)
+    held = jax.tree.map(lambda x: x[::10], kept)
+    edited = jedit.apply_edit(params, edit)
+    true = output_kl(apply, params, edited, held)
+    assert info.stopped == "budget"
+    assert info.steps < 50
+    np.testing.assert_allclose(info.true_kl[-1], true, rtol=1e-4)
+    assert 0.985 * budget < true <= budget
+    # One step less than the shortened piece is within as well; the whole piece is not.
+    free = dataclasses.replace(how, steps=info.steps)
+    whole, _ = forget(apply, params, gone, kept, key=KEY, how=free)
+    assert output_kl(apply, params, jedit.apply_edit(params, whole), held) > budget
+
+
+def test_held_out_rows_are_not_drawn(scene):
+    params, gone, kept, _ = scene
+    held = jax.tree.map(lambda x: x[:7], kept)
+    how = Forgetting(method=ADAM._replace(objective=with_retain(NPO())), steps=12, heldout=held)
+    edit, _ = forget(apply, params, gone, jax.tree.map(lambda x: x[7:], kept), key=KEY, how=how)
+    table = np.asarray(edit.blocks["table"])
+    assert not table[FORGOTTEN : FORGOTTEN + 7].any()
+    assert table[FORGOTTEN + 7 :].any()
+
+
+def test_natural_steps_are_the_default_and_cover_what_the_curvature_covers(scene):
+    params, gone, kept, unseen = scene
+    how = Forgetting(steps=4, every=2, select="shared", predicted_kl=1e-3)
+    edit, info = forget(apply, params, gone, kept, unseen=unseen, budget=0.5, key=KEY, how=how)
+    assert set(edit.blocks) == {"shared"}
+    assert info.loss_after.mean() > info.loss_before.mean()
+    # Four steps of predicted cost 1e-3: the sum's is at most 16 times that, were they parallel.
+    assert 0 < info.predicted_kl < 16e-3 * 1.5
+    # A curvature that is given is the one that is used.
+    chunk = jax.tree.map(lambda x: np.delete(np.asarray(x), slice(None, None, 10), 0), kept)
+    curvature = jedit.estimate(
+        jedit.kfac(apply, Categorical(), select="shared"), params, [chunk],
+        key=jax.random.split(KEY, 3)[0],
+    )  # fmt: skip
+    given = dataclasses.replace(how, curvature=curvature)
+    same, _ = forget(apply, params, gone, kept, unseen=unseen, budget=0.5, key=KEY, how=given)
+    np.testing.assert_allclose(same.blocks["shared"], edit.blocks["shared"], rtol=1e-4, atol=1e-7)
+
+
+def test_an_attack_brings_back_what_was_hidden(scene):
+    params, gone, kept, unseen = scene
+    how = Forgetting(method=ADAM, steps=20, attack=optax.adam(0.1))
+    edit, info = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
+    others = np.delete(np.arange(FORGOTTEN), slice(None, None, 6))
+    edited = losses_of(jedit.apply_edit(params, edit), gone)[others]
+    mean, low, high = info.comeback.before
+    np.testing.assert_allclose(mean, np.exp(-edited).mean(), rtol=1e-5)
+    assert low < mean < high
+    assert info.comeback.after != info.comeback.before
+    assert len(info.comeback.unseen) == 3
+
+
+def test_targets_and_test_by_hand():
+    losses = np.array([3.0, 1.0, 2.0])
+    level = np.array([10.0, 20.0, 30.0, 40.0])
+    np.testing.assert_allclose(_targets(losses, level), np.quantile(level, [5 / 6, 1 / 6, 1 / 2]))
+    rng = np.random.default_rng(1)
+    low, high = rng.normal(size=40), rng.normal(size=40) + 2
+    assert _p_value(low, high) < 1e-6 and _p_value(high, low) == 1.0  # one-sided
+    mean, least, most = _interval(low)
+    error = low.std() / np.sqrt(40)
+    np.testing.assert_allclose([least, most], mean + 1.96 * error * np.array([-1, 1]), atol=0.1)
+
+
+def test_what_is_refused(scene):
+    params, gone, kept, _ = scene
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        Forgetting(steps=0)
+    with pytest.raises(ValueError, match="significance must be from 0 to 1"):
+        Forgetting(significance=1.5)
+    with pytest.raises(ValueError, match="budget must be positive"):
+        forget(apply, params, gone, kept, budget=0.0, key=KEY)
+    one = jax.tree.map(lambda x: x[:1], kept)
+    with pytest.raises(ValueError, match=r"at least 2 are needed; got 1. Give heldout="):
+        forget(apply, params, gone, one, key=KEY)
