@@ -17,6 +17,7 @@ from jedit.curvature.estimator import Estimator, estimate
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.kfac import kfac
 from jedit.curvature.memory import to_device, to_host
+from jedit.curvature.temperature import choose_temperature
 from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Estimator",
     "Factor",
     "Kronecker",
+    "choose_temperature",
     "diagonal",
     "eigenvalues",
     "ekfac",

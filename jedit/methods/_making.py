@@ -168,7 +168,7 @@ def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:
 def natural_npo(
     material: Material, *, beta: float, damping: float, predicted_kl: float
 ) -> TrainingMethod:
-    curvature = material.take(Need.TEMPERED)
+    curvature = material.take(Need.CURVATURE)
     clip = optax.inject_hyperparams(
         lambda learning_rate: clip_by_curvature_norm(curvature, predicted_kl=learning_rate)
     )

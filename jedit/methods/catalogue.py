@@ -151,14 +151,13 @@ ROWS: tuple[Row, ...] = (
         name="NPO (natural)",
         is_ours=True,
         variant_of="NPO (natural, beta 0.04)",
-        description="NPO, beta 0.1, with the retain loss, by steps in the metric of the retain"
-        " outputs at the highest temperature (ours), damping 0.1; its rate is a step's predicted"
-        " KL, at most.",
+        description="NPO, beta 0.1, with the retain loss, by natural steps in the metric of the"
+        " retain outputs (ours); its rate is a step's predicted KL, at most.",
         when=NATURAL,
         papers=(),
         make=_making.natural_npo,
-        needs=frozenset({Need.TEMPERED}),
-        settings={"beta": 0.1, "damping": 0.1, "predicted_kl": 3e-4},
+        needs=frozenset({Need.CURVATURE}),
+        settings={"beta": 0.1, "damping": 0.01, "predicted_kl": 1e-4},
         pace=Pace.PREDICTED_KL,
     ),
     BySteps(
@@ -168,8 +167,8 @@ ROWS: tuple[Row, ...] = (
         when=NATURAL,
         papers=(),
         make=_making.natural_npo,
-        needs=frozenset({Need.TEMPERED}),
-        settings={"beta": 0.04, "damping": 0.1, "predicted_kl": 3e-4},
+        needs=frozenset({Need.CURVATURE}),
+        settings={"beta": 0.04, "damping": 0.01, "predicted_kl": 1e-4},
         pace=Pace.PREDICTED_KL,
     ),
     BySteps(

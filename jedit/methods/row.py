@@ -32,7 +32,6 @@ class Need(enum.Enum):
     """What a method needs beside a model, a forget set and a retain set; a field of `Material`."""
 
     CURVATURE = "retain curvature"
-    TEMPERED = "retain curvature at a higher temperature"
     CORRECTED = "EK-FAC of the retain rows"
     TARGET_MOMENTS = "moments of the forget answers"
     REST_MOMENTS = "moments of the retain answers"
@@ -77,8 +76,7 @@ class Material:
         forget: rows to be forgotten.
         optimizer: what methods that train step by; by default `ADAM`, at a learning rate of 1e-5,
             in whose state the rate can be set. GU and NPO by natural steps bring their own.
-        curvature: of the retain outputs, at temperature 1 or the lowest there is.
-        tempered: of the same at the highest temperature.
+        curvature: of the retain outputs, best at the temperature of `choose_temperature`.
         corrected: EK-FAC of the retain outputs.
         target_moments: curvature of the forget rows, of a text at its answers' tokens alone.
         rest_moments: of the retain rows, likewise.
@@ -97,7 +95,6 @@ class Material:
     forget: Batch
     optimizer: optax.GradientTransformation = ADAM
     curvature: Curvature | None = None
-    tempered: Curvature | None = None
     corrected: Curvature | None = None
     target_moments: Curvature | None = None
     rest_moments: Curvature | None = None

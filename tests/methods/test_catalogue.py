@@ -40,7 +40,6 @@ def scene():
         params,
         forget,
         curvature=curvature,
-        tempered=curvature,
         corrected=estimate(corrected, params, [retain], key=key),
         target_moments=estimate(ESTIMATOR, params, [forget], key=key),
         rest_moments=curvature,

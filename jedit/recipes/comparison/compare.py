@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.curvature import Curvature, Estimator, ekfac, estimate, kfac
+from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
@@ -67,6 +67,7 @@ class Fitted(NamedTuple):
         plain: K-FAC of the retain outputs by temperature; empty where no method needs one.
         corrected: EK-FAC of the same; empty where no method needs it.
         moments: K-FAC of the forget and of the retain answers, by the need; likewise.
+        temperature: the one of the grid's that methods without one of their own step at.
         seconds: of one K-FAC.
         corrected_seconds: of one K-FAC and its EK-FAC.
         moment_seconds: of the moments.
@@ -75,6 +76,7 @@ class Fitted(NamedTuple):
     plain: dict[float, Curvature] = {}
     corrected: dict[float, Curvature] = {}
     moments: dict[Need, Curvature] = {}
+    temperature: float = 1.0
     seconds: float = 0.0
     corrected_seconds: float = 0.0
     moment_seconds: float = 0.0
@@ -181,8 +183,7 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         apply=task.apply,
         params=task.original,
         forget=task.forget,
-        curvature=plain[min(plain)] if plain else None,
-        tempered=plain[max(plain)] if plain else None,
+        curvature=plain[fitted.temperature] if plain else None,
         hidden_site=task.hidden_site,
         layers=task.layers,
         subjects=_last_prompt_token(task.forget),
@@ -214,7 +215,7 @@ def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -
     """Estimate what one of the rows needs."""
     needed = frozenset().union(*(row.needs for row in rows))
     fitted = Fitted()
-    if needed & {Need.CURVATURE, Need.TEMPERED, Need.CORRECTED}:
+    if needed & {Need.CURVATURE, Need.CORRECTED}:
         fitted = _fit_retained(task, grid, Need.CORRECTED in needed, key=key, say=say)
     if needed & MOMENTS:
         say("taking moments at the answers of the forget and of the retain rows")
@@ -241,7 +242,8 @@ def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, s
             ekfac_key = jax.random.fold_in(key, 1)
             corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
         seconds += np.array([first, first + second]) / len(grid.temperatures)
-    return Fitted(plain, corrected, {}, *seconds.tolist())
+    temperature = choose_temperature(task.apply, task.original, chunks[0], among=grid.temperatures)
+    return Fitted(plain, corrected, {}, temperature, *seconds.tolist())
 
 
 def _fit_moments(task: Task, *, key: Array) -> tuple[dict[Need, Curvature], float]:
@@ -264,7 +266,7 @@ def _fit_seconds(row: Row, fitted: Fitted) -> float:
         return fitted.corrected_seconds
     if row.needs & MOMENTS:
         return fitted.moment_seconds
-    return fitted.seconds if row.needs & {Need.CURVATURE, Need.TEMPERED} else 0.0
+    return fitted.seconds if Need.CURVATURE in row.needs else 0.0
 
 
 def _timed(
