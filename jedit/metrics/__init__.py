@@ -8,6 +8,7 @@ from jedit.metrics.counterfact import (
     accuracy_scores,
     preference_scores,
 )
+from jedit.metrics.depth_score import DepthScores, depth_score
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
@@ -48,6 +49,7 @@ from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_o
 __all__ = [
     "AccuracyScores",
     "AnswerLosses",
+    "DepthScores",
     "MembershipAttack",
     "PreferenceScores",
     "Rouge",
@@ -59,6 +61,7 @@ __all__ = [
     "answer_nll_sum_per_row",
     "answer_probability",
     "average_gap",
+    "depth_score",
     "exact_memorization",
     "extraction_strength",
     "fit_forget_degree",
