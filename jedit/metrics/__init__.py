@@ -1,6 +1,12 @@
 """Numbers that judge any params, whichever method made them."""
 
 from jedit.metrics.accuracy import accuracy
+from jedit.metrics.aggregate_scores import (
+    memorization_score,
+    overall_score,
+    privacy_score,
+    utility_score,
+)
 from jedit.metrics.counterfact import (
     AccuracyScores,
     AnswerLosses,
@@ -74,6 +80,7 @@ __all__ = [
     "membership_attack",
     "membership_auc",
     "membership_scores",
+    "memorization_score",
     "min_k_plus_plus_scores",
     "min_k_scores",
     "minimum_accuracy",
@@ -84,7 +91,9 @@ __all__ = [
     "normalized_choice_accuracy",
     "normalized_probability",
     "output_kl",
+    "overall_score",
     "preference_scores",
+    "privacy_score",
     "privleak",
     "reference_scores",
     "retained_utility",
@@ -92,6 +101,7 @@ __all__ = [
     "set_utility",
     "truth_ratio",
     "tug_of_war",
+    "utility_score",
     "verbmem",
     "windowed_forgetting",
     "worst_case_accuracy",
