@@ -40,4 +40,4 @@ def depth_of(
     rows, index = spread(known)
     found = metrics.depth_score(model.apply, *three, rows, layers=stream)
     whole = None if np.isnan(found.mean) else found.mean
-    return Evaluation(whole, {"score": found.scores}, index)
+    return Evaluation(whole, {"score": found.scores}, index.tolist())
