@@ -118,6 +118,7 @@ DEFAULTS = [
     Default("transforms.scale_by_curvature", "uncovered", "zero", '"zero" (they stay', OURS),
     Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
     Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),
+    Default("metrics.depth_score", "threshold", 0.05, "0.05 is the paper's", "2605.24614"),
     Default("metrics.gradient_norm_scores", "order", 2.0, "2 (open-unlearning)", FRAMEWORK),
     Default("metrics.min_k_scores", "share", 0.4, "0.4, MUSE's", "MUSE and open-unlearning"),
     Default("metrics.min_k_plus_plus_scores", "share", 0.4, "0.4, MUSE's", "MUSE"),

@@ -30,7 +30,7 @@ TABLE = {
         *("tracing", "curvature", "geometry", "edits", "objectives", "transforms", "training"),
         *("methods", "attacks"),
     },
-    "metrics": {"objectives", "training"},
+    "metrics": {"tracing", "objectives", "training"},
     "attacks": {"objectives", "training"},
     "checkpoint": {"tracing", "curvature", "edits"},
     "models": {"tracing"},

@@ -3,14 +3,18 @@
 from jedit.attacks.linear_probe import ProbeScores, linear_probe
 from jedit.attacks.quantize import quantize
 from jedit.attacks.relearn import Relearned, relearn
+from jedit.attacks.relearning_curve import Attacker, RelearningCurve, relearning_curve
 from jedit.attacks.reword import in_other_words, with_prefix
 
 __all__ = [
+    "Attacker",
     "ProbeScores",
     "Relearned",
+    "RelearningCurve",
     "in_other_words",
     "linear_probe",
     "quantize",
     "relearn",
+    "relearning_curve",
     "with_prefix",
 ]

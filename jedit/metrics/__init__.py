@@ -1,6 +1,12 @@
 """Numbers that judge any params, whichever method made them."""
 
 from jedit.metrics.accuracy import accuracy
+from jedit.metrics.aggregate_scores import (
+    memorization_score,
+    overall_score,
+    privacy_score,
+    utility_score,
+)
 from jedit.metrics.counterfact import (
     AccuracyScores,
     AnswerLosses,
@@ -8,6 +14,7 @@ from jedit.metrics.counterfact import (
     accuracy_scores,
     preference_scores,
 )
+from jedit.metrics.depth_score import DepthScores, depth_score
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
@@ -48,6 +55,7 @@ from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_o
 __all__ = [
     "AccuracyScores",
     "AnswerLosses",
+    "DepthScores",
     "MembershipAttack",
     "PreferenceScores",
     "Rouge",
@@ -59,6 +67,7 @@ __all__ = [
     "answer_nll_sum_per_row",
     "answer_probability",
     "average_gap",
+    "depth_score",
     "exact_memorization",
     "extraction_strength",
     "fit_forget_degree",
@@ -71,6 +80,7 @@ __all__ = [
     "membership_attack",
     "membership_auc",
     "membership_scores",
+    "memorization_score",
     "min_k_plus_plus_scores",
     "min_k_scores",
     "minimum_accuracy",
@@ -81,7 +91,9 @@ __all__ = [
     "normalized_choice_accuracy",
     "normalized_probability",
     "output_kl",
+    "overall_score",
     "preference_scores",
+    "privacy_score",
     "privleak",
     "reference_scores",
     "retained_utility",
@@ -89,6 +101,7 @@ __all__ = [
     "set_utility",
     "truth_ratio",
     "tug_of_war",
+    "utility_score",
     "verbmem",
     "windowed_forgetting",
     "worst_case_accuracy",

@@ -43,6 +43,16 @@ MEASURES = {
     "forget_truth_ratio": Measure("forget\nTR", "mean of min(TR, 1/TR) on the forget questions"),
     "exact_memorization": Measure("exact\nmem.", "share of forget tokens predicted right"),
     "extraction_strength": Measure("extr.\nstr.", "share of a forget answer that its start yields"),
+    "depth_score": Measure(
+        "depth",
+        "share of the forget answers that is gone from the layers: 1 is the retrained model",
+    ),
+    "memorization_score": Measure("memo-\nrization", "harmonic mean of four; 1: none"),
+    "privacy_score": Measure(
+        "pri-\nvacy", "harmonic mean of four attacks' nearness to the retrained model; 1: the same"
+    ),
+    "utility_score": Measure("utility\nleft", "share of the original model's utility, 1 at most"),
+    "overall_score": Measure("over-\nall", "harmonic mean of memorization, privacy and utility"),
     "privleak": Measure("Priv-\nLeak", "by Min-K%, in percent: 0 is the retrained model"),
     "mia_min_k": Measure("AUC\nMin-K", "of Min-K% between forget and never seen rows; 1/2: blind"),
     "mia_reference": Measure("AUC\nref.", "of the loss less the retrained model's; 1/2: blind"),

@@ -2,7 +2,8 @@
 
     KEY          open-unlearning's metric of that name in `configs/eval/tofu_metrics`, with the
                  fields of its rows (`metrics.open_unlearning`: what it defines in its own way)
-    jedit_KEY    jedit's metric of that name where it is another: what the leaderboard shows
+    jedit_KEY    jedit's metric of that name where it is another: what the leaderboard shows; and
+                 the aggregates and the depth score, for which it has no metric in its logs
 
 The retrained model's log serves as `retain_model_logs`.  Where runs differ: rows are numbered from
 0 in the set that is asked; a generated answer may be as long as the run says, not 200 tokens; the
@@ -24,6 +25,7 @@ from jedit.report import Evaluation
 
 SHORT = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 ALIKE = ("loss", "zlib", "reference")  # attacks that are one and the same here and there
+PRIVACY = ("loss", "zlib", "min_k", "min_k_plus_plus")  # those of the aggregate
 Log = dict[str, Evaluation]
 
 
@@ -120,6 +122,27 @@ def against(log: Log, retrained: Log) -> Log:
         "forget_quality": Evaluation(metrics.forget_quality(*ratios)),
         "privleak": Evaluation(open_unlearning.privleak(*aucs)),
     }
+
+
+def aggregates(
+    row: dict[str, float], original: dict[str, float], retrained: dict[str, float]
+) -> dict[str, float]:
+    """Return what of OpenUnlearning's aggregates compares a leaderboard's row with two others.
+
+    What is left out would divide by zero: the privacy where the retrained model takes all forget
+    rows for strangers, the utility where the original model has none, and the overall score then.
+    """
+    found = {}
+    ours, theirs = ({name: x[f"mia_{name}"] for name in PRIVACY} for x in (row, retrained))
+    if min(theirs.values()) > 0:
+        found["privacy_score"] = metrics.privacy_score(ours, theirs)
+    if original["model_utility"] > 0:
+        found["utility_score"] = metrics.utility_score(
+            row["model_utility"], original["model_utility"]
+        )
+    if len(found) == 2:
+        found["overall_score"] = metrics.overall_score(row["memorization_score"], *found.values())
+    return found
 
 
 def _mean(scores: np.ndarray) -> Evaluation:

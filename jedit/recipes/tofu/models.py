@@ -52,6 +52,8 @@ class Start(NamedTuple):
         select: regular expression of the parameters that K-FADE edits.
         hidden_site: name of the site whose input is the hidden state of RMU and of the probe.
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
+        stream: by depth, the sites that write into the residual stream, as `depth_score` takes
+            them; empty: how deep an answer is erased is not measured.
         description: a sentence that says what the model is.
     """
 
@@ -61,6 +63,7 @@ class Start(NamedTuple):
     select: str
     hidden_site: str
     layers: tuple[str, ...]
+    stream: tuple[tuple[str, ...], ...]
     description: str
 
 
@@ -85,6 +88,10 @@ def small_gpt(rows: list, size: Model, dtype: DTypeLike, *, key: Array) -> Start
         select=SELECT,
         hidden_site=f"blocks/{size.layers - 1}/attn/query/kernel",
         layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(size.layers)),
+        stream=tuple(
+            (*begin, f"blocks/{i}/attn/out/kernel", f"blocks/{i}/mlp/down/kernel")
+            for i, begin in enumerate([("positions",)] + [()] * (size.layers - 1))
+        ),
         description=f"GPT, {size}, {_size(params)} parameters",
     )
 
@@ -150,6 +157,8 @@ def from_folders(
         select=checkpoint.SELECT,
         hidden_site=entrances[-1],
         layers=layers,
+        # Which of these models norm what a layer writes before it is added is not known here.
+        stream=(),
         description=f"{config.model_type} of {folder}, {_size(params)} parameters, computed in "
         f"{jnp.dtype(dtype).name}",
     )

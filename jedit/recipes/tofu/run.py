@@ -29,6 +29,7 @@ from jedit.recipes.fitting import Trained, spread, train
 from jedit.recipes.progress import Say, tell
 from jedit.recipes.scenes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu.attacks import attack
+from jedit.recipes.tofu.depth import Three, depth_of
 from jedit.recipes.tofu.evaluation import (
     LanguageModel,
     Questions,
@@ -36,7 +37,14 @@ from jedit.recipes.tofu.evaluation import (
     score_set,
     truth_ratios,
 )
-from jedit.recipes.tofu.log import SHORT, against, attack_log, model_utility, set_log
+from jedit.recipes.tofu.log import (
+    SHORT,
+    against,
+    aggregates,
+    attack_log,
+    model_utility,
+    set_log,
+)
 from jedit.recipes.tofu.membership import (
     Answers,
     Reference,
@@ -139,6 +147,7 @@ class Scene(NamedTuple):
         description: a sentence that says what the model is.
         training: by model's name, the trained model and its seconds; empty if both were given.
         with_general: whether rows of real authors and world facts were among the training rows.
+        stream: by depth, the sites that write into the residual stream, if they are known.
     """
 
     model: LanguageModel
@@ -147,6 +156,7 @@ class Scene(NamedTuple):
     description: str
     training: dict[str, Trained]
     with_general: bool
+    stream: tuple[tuple[str, ...], ...]
 
 
 def prepare(
@@ -201,7 +211,7 @@ def prepare(
         judged_rows=preset.questions,
         pack=lambda rows: pack(rows, model.max_len).batch,
     )
-    return Scene(model, task, asked, begin.description, training, bool(general))
+    return Scene(model, task, asked, begin.description, training, bool(general), begin.stream)
 
 
 def compare_key(seed: int) -> Array:
@@ -251,6 +261,8 @@ def tofu(
     }
     unseen = encode_answers(model, sets.holdout)
     reference = reference_of(model, task.retrained, whole["forget"], unseen)
+    known = Answers(sets.forget, whole["forget"].answers)
+    three = Three(task.original, task.original, task.retrained)
     attack_key = jax.random.fold_in(jax.random.key(seed), 3)
     evaluations, leaderboard = {}, {}
     say(f"evaluating {len(models)} models{' under attack' if with_attacks else ''}")
@@ -262,6 +274,11 @@ def tofu(
         if found_model is not None:
             found_model(name, params)
         leaderboard[name], evaluations[name] = evaluate(model, params, whole, unseen, reference)
+        if scene.stream:
+            depth = depth_of(model, three._replace(edited=params), known, scene.stream)
+            evaluations[name]["jedit_depth_score"] = depth
+            if depth.aggregate is not None:
+                leaderboard[name]["depth_score"] = depth.aggregate
         if with_attacks:
             rate = preset.relearning_rate
             leaderboard[name] |= attack(model, params, task, whole, key=attack_key, rate=rate)
@@ -274,6 +291,9 @@ def tofu(
             row["privleak"] = metrics.privleak(row["mia_min_k"], baseline)
             evaluations[name]["jedit_privleak"] = Evaluation(row["privleak"])
         evaluations[name] |= against(evaluations[name], evaluations["retrained"])
+        found = aggregates(row, leaderboard["untouched"], leaderboard["retrained"])
+        row |= found
+        evaluations[name] |= {f"jedit_{kind}": Evaluation(x) for kind, x in found.items()}
     trained_how = "none: both models were given"
     if training:
         trained_how = f"{preset.recipe}, of {model.max_len} tokens, filled with questions"
@@ -389,6 +409,14 @@ def evaluate(
     log["model_utility"] = model_utility(log)
     for name in ("exact_memorization", "extraction_strength"):
         ours[name] = log[f"jedit_{name}"].aggregate or 0.0
+    paraphrased = metrics.answer_probability(forget.paraphrased_loss)
+    ours["memorization_score"] = metrics.memorization_score(
+        ours["extraction_strength"],
+        ours["exact_memorization"],
+        float(np.nan_to_num(paraphrased).mean()),
+        forget.truth_ratio,
+    )
+    log["jedit_memorization_score"] = Evaluation(ours["memorization_score"])
     ours |= {f"mia_{name}": auc for name, auc in membership_aucs(*attacks).items()}
     return ours, log
 

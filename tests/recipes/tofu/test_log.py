@@ -11,7 +11,7 @@ import scipy.stats
 from jedit import metrics
 from jedit.data import QaRow
 from jedit.recipes.tofu.evaluation import encode_questions
-from jedit.recipes.tofu.log import against
+from jedit.recipes.tofu.log import against, aggregates
 from jedit.recipes.tofu.membership import encode_answers, reference_of
 from jedit.recipes.tofu.run import evaluate
 from jedit.report import read_evaluation_log, write_evaluation_log
@@ -150,3 +150,28 @@ def test_attacks_leave_the_last_token_out_where_theirs_do(logs, model_and_params
     scores = log["mia_min_k"].parts["holdout"].rows["score"]
     np.testing.assert_allclose(scores[1], expected, rtol=1e-4)
     assert not np.allclose(log["jedit_mia_min_k"].parts["holdout"].rows["score"], scores)
+
+
+def test_aggregates_are_of_the_leaderboards_numbers(logs):
+    ours, log, _ = logs
+    paraphrased = log["forget_Q_A_PARA_Prob"].rows["prob"]
+    ratios = log["jedit_forget_truth_ratio"].rows["score"]
+    expected = [
+        1 - ours["extraction_strength"],
+        1 - ours["exact_memorization"],
+        1 - np.mean(paraphrased),
+        1 - np.mean(1 / (1 + ratios)),
+    ]
+    np.testing.assert_allclose(ours["memorization_score"], scipy.stats.hmean(expected), rtol=1e-6)
+    assert log["jedit_memorization_score"].aggregate == ours["memorization_score"]
+    attacks = {"mia_loss": 0.9, "mia_zlib": 0.6, "mia_min_k": 0.7, "mia_min_k_plus_plus": 0.5}
+    retrained = dict.fromkeys(attacks, 0.5) | {"model_utility": 0.7}
+    row = attacks | {"model_utility": 0.3, "memorization_score": 0.8}
+    found = aggregates(row, attacks | {"model_utility": 0.6}, retrained)
+    privacy = scipy.stats.hmean([0.2, 0.8, 0.6, 1.0])
+    np.testing.assert_allclose(
+        list(found.values()), [privacy, 0.5, scipy.stats.hmean([0.8, privacy, 0.5])]
+    )
+    assert list(found) == ["privacy_score", "utility_score", "overall_score"]
+    assert list(aggregates(row, {"model_utility": 0.0}, retrained)) == ["privacy_score"]
+    assert not aggregates(row, {"model_utility": 0.0}, retrained | {"mia_zlib": 0.0})

@@ -13,6 +13,7 @@ from jedit.models import gpt, gpt_stepper
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
+from jedit.recipes.tofu.depth import Three, depth_of
 from jedit.recipes.tofu.evaluation import LanguageModel, encode_questions, generate, score_set
 from jedit.recipes.tofu.membership import (
     GRADIENT_ROWS,
@@ -23,6 +24,7 @@ from jedit.recipes.tofu.membership import (
     reference_of,
     spread,
 )
+from jedit.recipes.tofu.models import small_gpt
 from jedit.recipes.tofu.presets import PRESETS, Preset
 from jedit.recipes.tofu.run import invented_sets, read_sets, tofu
 from jedit.recipes.tokenization import OwnWords
@@ -202,6 +204,30 @@ def test_gradients_are_taken_of_rows_all_over_the_set(num_rows):
     assert taken[-1] >= num_rows - 1 - num_rows / len(taken)
 
 
+def test_depth_by_the_small_gpts_own_sites():
+    """Its head alone changed, a model has all its layers; all but its head, none of them."""
+    begin = small_gpt(ROWS, TOY.model._replace(vocab=280), "float32", key=jax.random.key(2))
+    assert len(begin.stream) == TOY.model.layers
+    noise = lambda x: x + jax.random.normal(jax.random.key(x.size), x.shape, x.dtype)  # noqa: E731
+    grown = jax.tree.map(noise, begin.params)
+    # What it says itself, it knows.
+    encoded = encode_answers(begin.model, ROWS)
+    known = encoded._replace(
+        encoded=[
+            batch._replace(targets=jnp.argmax(begin.model.apply(grown, batch.inputs), axis=-1))
+            for batch in encoded.encoded
+        ]
+    )
+    three = Three(grown, grown | {"head": begin.params["head"]}, begin.params)
+    found = depth_of(begin.model, three, known, begin.stream)
+    assert found.aggregate == 0
+    assert len(found.rows["score"]) == len(ROWS)
+    three = three._replace(edited=begin.params | {"head": grown["head"]})
+    assert depth_of(begin.model, three, known, begin.stream).aggregate == 1
+    nothing = depth_of(begin.model, three._replace(retrained=grown), known, begin.stream)
+    assert nothing.aggregate is None
+
+
 def test_generation_stops_where_the_positions_end(model_and_params):
     model, params = model_and_params
     asked = encode_questions(model, ROWS)
@@ -235,6 +261,9 @@ def test_a_toy_from_end_to_end(monkeypatch):
     retrained = found.leaderboard["retrained"]
     assert retrained["forget_quality"] == pytest.approx(1.0)
     assert retrained["privleak"] == 0
+    assert retrained["privacy_score"] == 1
+    depth = found.evaluations["NPO"]["jedit_depth_score"].rows["score"]
+    assert len(depth) == found.num_rows["forget"]
     assert found.original.forget_quality == pytest.approx(
         found.leaderboard["untouched"]["forget_quality"]
     )
