@@ -43,13 +43,13 @@ from jedit.core.checks import COUNT, POSITIVE, Range, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.outputs import by_example
-from jedit.curvature import Curvature, estimate, kfac
+from jedit.curvature import Curvature, choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved
-from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.natural import falling, natural
 from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.token_nll import counted_nll
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
@@ -61,6 +61,7 @@ MOST_HELD_OUT = 64  # rows: a KL of 64 texts is a tenth of a forget step's price
 LESSONS = 6  # the attack teaches every so many of the forget rows
 LESSON_STEPS = 20  # updates of the attack; both are those of TOFU's attack in `jedit run tofu`
 CHUNK = 32  # rows of one forward pass
+PROBED = 4  # chunks of retain rows that tell the temperature
 
 Stopped = Literal["unseen", "budget", "steps"]
 
@@ -71,13 +72,15 @@ class Forgetting:
 
     Attributes:
         objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
-        likelihood: what the outputs mean; its temperature is the metric's.
+        likelihood: what the outputs mean, for the metric and the price; None: `Categorical`, in the
+            metric at the temperature of `choose_temperature`.
         curvature: of the retain outputs at the given params; None: K-FAC is estimated of the retain
             rows that are not held out.
         select: regular expression; a parameter in whose path it is not found is not edited. It is
             looked at where the curvature is estimated.
         damping: λ, in units of each block's mean eigenvalue.
-        predicted_kl: predicted retain KL of one step at most, nats per output.
+        predicted_kl: predicted retain KL of the first step at most, nats per output; it falls to
+            nothing at the last, as `methods.falling` says.
         batch_size: forget rows, and retain rows, of one step.
         steps: how many steps are made at most.
         every: number of steps between two looks at the rows and at the price.
@@ -91,7 +94,7 @@ class Forgetting:
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
-    likelihood: Likelihood = Categorical()  # noqa: RUF009 - frozen and hashable
+    likelihood: Likelihood | None = None
     curvature: Curvature | None = None
     select: str | None = None
     damping: float = 0.01
@@ -241,12 +244,17 @@ def forget(
     if method is None:
         curvature = how.curvature
         if curvature is None:
-            estimator = kfac(apply, how.likelihood, select=how.select)
+            metric = how.likelihood
+            if metric is None:
+                metric = Categorical(choose_temperature(apply, params, _chunks(seen)[:PROBED]))
+            estimator = kfac(apply, metric, select=how.select)
             curvature = estimate(estimator, params, _chunks(seen), key=curvature_key)
         check_covers(curvature, params)
-        settings = {"damping": how.damping, "predicted_kl": how.predicted_kl}
+        price_of_steps = falling(how.predicted_kl, how.steps)
+        settings = {"damping": how.damping, "predicted_kl": price_of_steps}
         method = natural(how.objective, curvature, batch_size=how.batch_size, **settings)
-    price = RetainKl(apply, params, _chunks(heldout), likelihood=how.likelihood)
+    likelihood = Categorical() if how.likelihood is None else how.likelihood
+    price = RetainKl(apply, params, _chunks(heldout), likelihood=likelihood)
     before = _losses(apply, params, forget)
     level = score.level(params)
     path = _Path(apply, params, method, forget, seen, order_key)

@@ -9,7 +9,7 @@ from scipy import optimize
 
 import jedit
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import natural, natural_steps
+from jedit.methods import falling, natural, natural_steps
 from jedit.objectives import NPO, with_retain
 from jedit.training import LoopState, unlearn
 
@@ -125,3 +125,15 @@ def test_published_settings_and_refusals(dense):
         natural(NPO(), curvature, predicted_kl=0.0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         natural(NPO(), curvature, batch_size=0)
+
+
+@pytest.mark.usefixtures("standard_promotion")  # optax's schedules are in float32
+def test_the_price_of_a_step_falls_as_the_schedule_says(dense):
+    params, _, _, curvature, _ = dense
+    steps = natural_steps(curvature, predicted_kl=falling(1e-3, 4))
+    gradient = jax.tree.map(lambda p: 100 * jnp.ones_like(p), params)
+    state, prices = steps.init(params), []
+    for _ in range(4):
+        update, state = steps.update(gradient, state, params)
+        prices.append(0.5 * float(jedit.quadratic_form(curvature, update)))
+    np.testing.assert_allclose(prices, 1e-3 * (1 - np.arange(4) / 4) ** 2, rtol=1e-4)

@@ -169,7 +169,7 @@ def test_targets_and_test_by_hand():
     rng = np.random.default_rng(1)
     low, high = rng.normal(size=40), rng.normal(size=40) + 2
     assert _p_value(low, high) < 1e-6
-    assert _p_value(high, low) == 1.0, 'one-sided'
+    assert _p_value(high, low) == 1.0, "one-sided"
     mean, least, most = _interval(low)
     error = low.std() / np.sqrt(40)
     np.testing.assert_allclose([least, most], mean + 1.96 * error * np.array([-1, 1]), atol=0.1)
