@@ -25,6 +25,7 @@ from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
+    DPO,
     GA,
     NPO,
     RMU,
@@ -106,6 +107,10 @@ def npo(material: Material, *, beta: float) -> TrainingMethod:
     return TrainingMethod(with_retain(NPO(beta=beta)), material.optimizer)
 
 
+def altpo(material: Material, *, beta: float) -> TrainingMethod:
+    return TrainingMethod(with_retain(DPO(beta=beta)), material.optimizer)
+
+
 def random_label(material: Material, *, forget_weight: float) -> TrainingMethod:
     objective = with_retain(RandomLabel(), forget_weight=forget_weight)
     return TrainingMethod(objective, material.optimizer)
@@ -114,6 +119,20 @@ def random_label(material: Material, *, forget_weight: float) -> TrainingMethod:
 def relabelled(material: Material) -> Batch:
     forget = jax.tree.map(jax.numpy.asarray, material.forget)
     return relabel(forget, material.take(Need.NUM_CLASSES), key=jax.random.key(SEED))
+
+
+def with_alternates(material: Material) -> tuple[Batch, Batch]:
+    """Return the forget rows, each as often as it has alternates, and these.
+
+    Raises:
+        ValueError: some rows have more alternates than others.
+    """
+    forget, alternates = material.forget, material.take(Need.ALTERNATES)
+    rows, others = (len(jax.tree.leaves(batch)[0]) for batch in (forget, alternates))
+    if others % rows:
+        raise ValueError(f"{others} alternates are not as many for each of {rows} forget rows")
+    repeated = jax.tree.map(lambda leaf: jax.numpy.concatenate([leaf] * (others // rows)), forget)
+    return repeated, alternates
 
 
 def by_salun(material: Material, *, fraction: float, forget_weight: float) -> TrainingMethod:

@@ -226,6 +226,18 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="AltPO",
+        description="Prefers an alternate answer, sampled from the model, to the answer (DPO, beta"
+        " 0.1), with the retain loss.",
+        when="questions that are to be answered, wrongly",
+        papers=("2409.13474",),
+        make=_making.altpo,
+        needs=frozenset({Need.ALTERNATES}),
+        settings={"beta": 0.1},
+        prepare=_making.with_alternates,
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
         name="random label",
         description="Learns a wrong label for every forget row, drawn once, with the retain loss.",
         when="a baseline for classifiers",

@@ -40,6 +40,7 @@ class Need(enum.Enum):
     LAYERS = "layers to write into"
     SUBJECTS = "a position in each forget row"
     REFUSALS = "refusals"
+    ALTERNATES = "alternate answers"
     NUM_CLASSES = "the number of classes"
     STEPS = "the number of steps"
 
@@ -87,6 +88,8 @@ class Material:
         subjects: (n,) position in each forget row where a fact is met; None where outputs have no
             positions, which `has_positions` says.
         refusals: rows with refusals in place of the forget rows' answers.
+        alternates: rows with plausible wrong answers in their place: one for each forget row, or
+            several, all first ones before all second ones.
         num_classes: of the outputs.
         steps: how many a method that trains will take, at most.
         has_positions: whether the outputs of a row are several.
@@ -105,6 +108,7 @@ class Material:
     layers: tuple[str, ...] | None = None
     subjects: Array | None = None
     refusals: Batch | None = None
+    alternates: Batch | None = None
     num_classes: int | None = None
     steps: int | None = None
     has_positions: bool = True

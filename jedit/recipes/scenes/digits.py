@@ -39,7 +39,7 @@ ALL = GRID._replace(
     methods=tuple(
         row.name
         for row in CATALOGUE.values()
-        if row.name not in ASIDE and Need.REFUSALS not in row.needs
+        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES}
     )
 )
 SHARE_SEEN = 0.7
