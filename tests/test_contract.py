@@ -32,6 +32,7 @@ from jedit.methods import (
 )
 from jedit.requests import batch_unlearn
 from jedit.transforms import (
+    add_constraint_gradient,
     add_l1_gradient,
     clip_by_curvature_norm,
     ignore_top_fraction,
@@ -63,6 +64,10 @@ class Row:
 
 def _retain_grads(params):
     return {"retain_grads": jax.tree.map(lambda p: jnp.cos(p) + 0.5, params)}
+
+
+def _constraint(params):
+    return {**_retain_grads(params), "retain_loss": jnp.asarray(0.7)}
 
 
 def _surrogate(params):
@@ -115,6 +120,7 @@ TRANSFORMS = [
     ),
     Row("ignore_top_fraction", lambda _: ignore_top_fraction(0.3), MOVES_ALL),
     Row("mask_to_salient", lambda _: mask_to_salient(SALIENCY, 0.4)),
+    Row("add_constraint_gradient", lambda _: add_constraint_gradient(0.3), MOVES_ALL, _constraint),
     Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
 ]
 METHODS = [

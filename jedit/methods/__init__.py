@@ -24,6 +24,7 @@ from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, 
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
@@ -59,6 +60,7 @@ __all__ = [
     "kuda",
     "l1_sparse",
     "memit",
+    "pdu",
     "rome",
     "rosu",
     "salun",

@@ -25,6 +25,7 @@ from jedit.methods.row import (
     Row,
 )
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.sam import sam
 from jedit.objectives import (
@@ -114,6 +115,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="gradient ascent",
+        variant_of="GradDiff",
         description="Ascends the forget loss; nothing protects the retain rows.",
         when="a baseline",
         papers=(TOFU,),
@@ -196,6 +198,16 @@ ROWS: tuple[Row, ...] = (
         when="a baseline",
         papers=("2505.11953",),
         make=_making.lowered(with_retain(SatImp())),
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
+        name="PDU",
+        description="Flattens the forget outputs' logits, subject to a retain loss of at most 0.3"
+        " nats: the retain loss's weight, 100 at first, grows while it is higher.",
+        when="answers that are to become uniform, at a retain loss that is stated",
+        papers=("2506.05314",),
+        make=lambda material, **settings: _making.around(pdu, material.optimizer, **settings),
+        settings={"tolerance": 0.3, "dual": 100.0, "dual_rate": 5.0, "delay": 0},  # TOFU's runs
         pace=Pace.BOUNDED,
     ),
     BySteps(
@@ -324,6 +336,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="UAM",
+        variant_of="ROSU",
         description="Descends the retain loss as it is where a step of length 0.1 has raised the"
         " forget loss.",
         when="classifiers",
@@ -371,6 +384,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="fine-tune",
+        variant_of="GradDiff",
         description="Lowers the retain loss; the forget rows are not looked at.",
         when="a baseline",
         papers=(),

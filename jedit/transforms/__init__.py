@@ -1,5 +1,9 @@
 """Optax transforms that know the geometry of what is to be retained."""
 
+from jedit.transforms.add_constraint_gradient import (
+    AddConstraintGradientState,
+    add_constraint_gradient,
+)
 from jedit.transforms.add_l1_gradient import AddL1GradientState, add_l1_gradient
 from jedit.transforms.clip_by_curvature_norm import (
     ClipByCurvatureNormState,
@@ -31,6 +35,7 @@ from jedit.transforms.scale_by_curvature import (
 from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
+    "AddConstraintGradientState",
     "AddL1GradientState",
     "ClipByCurvatureNormState",
     "MaskToSalientState",
@@ -40,6 +45,7 @@ __all__ = [
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
     "WithUpdateArgsState",
+    "add_constraint_gradient",
     "add_l1_gradient",
     "clip_by_curvature_norm",
     "ignore_top_fraction",
