@@ -42,6 +42,7 @@ from jedit.transforms import (
     project_to_null_space,
     retain_neutral_surrogate,
     scale_by_curvature,
+    shrink_top_directions,
 )
 
 
@@ -91,6 +92,7 @@ TRANSFORMS = [
         lambda c: clip_by_curvature_norm(c, predicted_kl=1e-3),
         {"frozen": "it scales the whole update by one factor and freezes nothing"},
     ),
+    Row("shrink_top_directions", lambda c: shrink_top_directions(c, share=0.5)),
     Row("project_to_null_space", lambda c: project_to_null_space(null_space(c, threshold=0.2))),
     Row("project_realised_update", lambda c: project_realised_update(null_space(c, threshold=0.2))),
     Row("orthogonalize_to_retain", lambda _: orthogonalize_to_retain(2), MOVES_ALL, _retain_grads),

@@ -72,6 +72,9 @@ DEFAULTS = [
     Default("methods.pdu", "dual", 100.0, "100, the TOFU runs'", "PDU's code"),
     Default("methods.pdu", "dual_rate", 5.0, "5, the TOFU runs'", "PDU's code"),
     Default("methods.pdu", "delay", 0, "0, the code's default", "PDU's code"),
+    Default("methods.repselect", "learning_rate", 0.2, "0.2 is the code's", "RepSelect's code"),
+    Default("methods.repselect", "rank", 512, "at most: 512, the code's", "RepSelect's code"),
+    Default("methods.repselect", "share", 0.125, "0.125 is 512 of 4096", OURS),
     Default("methods.rome", "damping", 1e-4, "1e-4 (ours, arbitrary;", OURS),
     Default("methods.rosu", "outer", "transport", '"transport" (as the parent', "UAM's code"),
     Default("methods.rosu", "strength", 1.0, "1 is arbitrary", OURS),
@@ -122,6 +125,11 @@ DEFAULTS = [
     Default("transforms.scale_by_curvature", "damping", 0.01, "(ours: 0.01 to 0.1)", OURS),
     Default("transforms.scale_by_curvature", "absolute", False, "False, it is not", OURS),
     Default("transforms.scale_by_curvature", "uncovered", "zero", '"zero" (they stay', OURS),
+    Default(
+        "transforms.shrink_top_directions", "rank", 512, "512, RepSelect's", "RepSelect's code"
+    ),
+    Default("transforms.shrink_top_directions", "share", 0.125, "0.125 is what 512 is", OURS),
+    Default("transforms.shrink_top_directions", "uncovered", "zero", '"zero" (they stay', OURS),
     Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
     Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),
     Default("metrics.gradient_norm_scores", "order", 2.0, "2 (open-unlearning)", FRAMEWORK),

@@ -25,6 +25,7 @@ from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.pdu import pdu
+from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
@@ -61,6 +62,7 @@ __all__ = [
     "l1_sparse",
     "memit",
     "pdu",
+    "repselect",
     "rome",
     "rosu",
     "salun",

@@ -23,6 +23,7 @@ from jedit.methods.row import (
 )
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
+from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
     DPO,
@@ -176,6 +177,11 @@ def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:
     objective = with_retain(RepresentationDeviation(Entering(site), seed=SEED))
     given = (curvature, objective, material.optimizer)
     return kuda(*given, select=exactly(earlier), threshold=threshold)
+
+
+def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:
+    moments = material.take(Need.TARGET_MOMENTS)
+    return repselect(moments, rank=rank, share=share, objective=NPO(beta=beta))
 
 
 def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:

@@ -294,6 +294,17 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="RepSelect",
+        description="NPO by steps of one length, shrunk along the directions that hold most of the"
+        " forget answers' inputs and output gradients, an eighth of all.",
+        when="an attacker will fine-tune, and there are no retain rows",
+        papers=("2606.17168",),
+        make=_making.by_repselect,
+        needs=frozenset({Need.TARGET_MOMENTS}),
+        settings={"beta": 0.1, "rank": 512, "share": 0.125},  # the share is ours: 512 of 4096
+        pace=Pace.STEP_LENGTH,
+    ),
+    BySteps(
         name="null-space GradDiff",
         description="GradDiff by the optimizer, each step projected on the null space of the retain"
         " rows' inputs.",

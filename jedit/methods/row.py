@@ -58,6 +58,7 @@ class Pace(enum.Enum):
     BOUNDED = "the objective is bounded from below"
     ADAM_METRIC = "the step stands in Adam's metric, its length is the gradient's"
     PREDICTED_KL = "the rate is the predicted retain KL of one step, nats per output"
+    STEP_LENGTH = "the rate is the Euclidean length of one step, all parameters together"
     DESCENT = "the retain loss alone is lowered"
 
 
@@ -77,7 +78,8 @@ class Material:
         params: the trained parameters.
         forget: rows to be forgotten.
         optimizer: what methods that train step by; by default `ADAM`, at a learning rate of 1e-5,
-            in whose state the rate can be set. GU and NPO by natural steps bring their own.
+            in whose state the rate can be set. GU, RepSelect and NPO by natural steps bring their
+            own.
         curvature: of the retain outputs, at temperature 1 or the lowest there is.
         tempered: of the same at the highest temperature.
         corrected: EK-FAC of the retain outputs.

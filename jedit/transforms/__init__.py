@@ -32,6 +32,10 @@ from jedit.transforms.scale_by_curvature import (
     refresh_curvature,
     scale_by_curvature,
 )
+from jedit.transforms.shrink_top_directions import (
+    ShrinkTopDirectionsState,
+    shrink_top_directions,
+)
 from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
@@ -44,6 +48,7 @@ __all__ = [
     "ProjectToNullSpaceState",
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
+    "ShrinkTopDirectionsState",
     "WithUpdateArgsState",
     "add_constraint_gradient",
     "add_l1_gradient",
@@ -56,5 +61,6 @@ __all__ = [
     "refresh_curvature",
     "retain_neutral_surrogate",
     "scale_by_curvature",
+    "shrink_top_directions",
     "with_update_args",
 ]
