@@ -21,6 +21,7 @@ from jedit.core.devices import on_auto_axes
 from jedit.curvature import Curvature
 from jedit.curvature.algebra import Spectrum, apply_spectra, gather, rotate
 from jedit.curvature.checks import check_covers
+from jedit.curvature.mesh.rotation import sharded_products
 from jedit.curvature.types import Kronecker, Uncovered
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
@@ -111,7 +112,9 @@ def _shrunk(
         def gathered(leaves) -> Array:
             return gather(block, leaves)
 
-        return Spectrum(block.weight, a[:, :, None] * g[:, None, :], gathered, turn)
+        at = block.sharding
+        values = a[:, :, None] * g[:, None, :] if at is None else sharded_products(a, g, at)
+        return Spectrum(block.weight, values, gathered, turn)
 
     return apply_spectra(map(spectrum, names), updates, leaves, uncovered=uncovered)
 
