@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
 
@@ -49,7 +49,7 @@ def add_constraint_gradient(
         The transform.
 
     Raises:
-        ValueError: a number is negative or not finite.
+        ValueError: a number is negative or not finite; at `update`, an extra argument is missing.
     """
     check_numbers(NOT_NEGATIVE, tolerance=tolerance, dual=dual, dual_rate=dual_rate)
     check_numbers(COUNT_OR_ZERO, delay=delay)
@@ -60,15 +60,14 @@ def add_constraint_gradient(
         return AddConstraintGradientState(first, jnp.zeros((), jnp.int32))
 
     def update(
-        updates,
-        state,
-        params=None,
-        *,
-        retain_loss: float | Array,
-        retain_grads: PyTree,
-        **extra_args,
+        updates, state, params=None, *, retain_loss=None, retain_grads=None, **extra_args
     ) -> Any:
         del params, extra_args
+        if retain_loss is None or retain_grads is None:
+            raise ValueError(
+                "add_constraint_gradient needs the extra arguments retain_loss (a number) and "
+                "retain_grads (a tree) at update"
+            )
         added = jax.tree.map(
             lambda u, g: u + state.dual.astype(u.dtype) * g.astype(u.dtype), updates, retain_grads
         )

@@ -106,5 +106,8 @@ def test_the_row_has_the_published_figures_and_mistakes_get_a_sentence():
     assert row.settings == {"tolerance": 0.3, "dual": 100.0, "dual_rate": 5.0, "delay": 0}
     with pytest.raises(ValueError, match="dual must not be negative"):
         pdu(optax.sgd(0.1), tolerance=0.3, dual=-1.0)
+    alone = add_constraint_gradient(0.3)
+    with pytest.raises(ValueError, match="needs the extra arguments retain_loss"):
+        alone.update({"w": jnp.ones(2)}, alone.init(None), retain_loss=jnp.ones(()))
     with pytest.raises(ValueError, match="tolerance must not be negative"):
         pdu(optax.sgd(0.1), tolerance=-0.3)
