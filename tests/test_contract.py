@@ -32,6 +32,7 @@ from jedit.methods import (
 )
 from jedit.requests import batch_unlearn
 from jedit.transforms import (
+    add_constraint_gradient,
     add_l1_gradient,
     clip_by_curvature_norm,
     ignore_top_fraction,
@@ -41,6 +42,7 @@ from jedit.transforms import (
     project_to_null_space,
     retain_neutral_surrogate,
     scale_by_curvature,
+    shrink_top_directions,
 )
 
 
@@ -65,6 +67,10 @@ def _retain_grads(params):
     return {"retain_grads": jax.tree.map(lambda p: jnp.cos(p) + 0.5, params)}
 
 
+def _constraint(params):
+    return {**_retain_grads(params), "retain_loss": jnp.asarray(0.7)}
+
+
 def _surrogate(params):
     return {
         "forget_grads": jax.tree.map(lambda p: jnp.sin(3 * p), params),
@@ -86,6 +92,7 @@ TRANSFORMS = [
         lambda c: clip_by_curvature_norm(c, predicted_kl=1e-3),
         {"frozen": "it scales the whole update by one factor and freezes nothing"},
     ),
+    Row("shrink_top_directions", lambda c: shrink_top_directions(c, share=0.5)),
     Row("project_to_null_space", lambda c: project_to_null_space(null_space(c, threshold=0.2))),
     Row("project_realised_update", lambda c: project_realised_update(null_space(c, threshold=0.2))),
     Row("orthogonalize_to_retain", lambda _: orthogonalize_to_retain(2), MOVES_ALL, _retain_grads),
@@ -115,6 +122,7 @@ TRANSFORMS = [
     ),
     Row("ignore_top_fraction", lambda _: ignore_top_fraction(0.3), MOVES_ALL),
     Row("mask_to_salient", lambda _: mask_to_salient(SALIENCY, 0.4)),
+    Row("add_constraint_gradient", lambda _: add_constraint_gradient(0.3), MOVES_ALL, _constraint),
     Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
 ]
 METHODS = [

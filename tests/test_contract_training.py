@@ -44,6 +44,8 @@ TRAINERS = [
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
     Row("rosu", lambda *_: methods.rosu(SGD, radius=0.05)),
     Row("uam", lambda *_: methods.uam(SGD, radius=0.05)),
+    Row("pdu", lambda *_: methods.pdu(SGD, tolerance=0.3, dual=2.0)),
+    Row("repselect", lambda *scene: methods.repselect(scene[2], share=0.5)),
     Row("sam", lambda *_: methods.sam(SGD)),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
@@ -102,6 +104,7 @@ OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),
     "GA": objectives.GA(),
+    "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
     "RMU": objectives.RMU(states),
     "RandomLabel": objectives.RandomLabel(),

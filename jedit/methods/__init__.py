@@ -25,6 +25,8 @@ from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, 
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.pdu import pdu
+from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
@@ -63,6 +65,8 @@ __all__ = [
     "memit",
     "natural",
     "natural_steps",
+    "pdu",
+    "repselect",
     "rome",
     "rosu",
     "salun",

@@ -23,8 +23,10 @@ from jedit.methods.row import (
 )
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
+from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
+    DPO,
     GA,
     NPO,
     RMU,
@@ -106,6 +108,10 @@ def npo(material: Material, *, beta: float) -> TrainingMethod:
     return TrainingMethod(with_retain(NPO(beta=beta)), material.optimizer)
 
 
+def altpo(material: Material, *, beta: float) -> TrainingMethod:
+    return TrainingMethod(with_retain(DPO(beta=beta)), material.optimizer)
+
+
 def random_label(material: Material, *, forget_weight: float) -> TrainingMethod:
     objective = with_retain(RandomLabel(), forget_weight=forget_weight)
     return TrainingMethod(objective, material.optimizer)
@@ -114,6 +120,20 @@ def random_label(material: Material, *, forget_weight: float) -> TrainingMethod:
 def relabelled(material: Material) -> Batch:
     forget = jax.tree.map(jax.numpy.asarray, material.forget)
     return relabel(forget, material.take(Need.NUM_CLASSES), key=jax.random.key(SEED))
+
+
+def with_alternates(material: Material) -> tuple[Batch, Batch]:
+    """Return the forget rows, each as often as it has alternates, and these.
+
+    Raises:
+        ValueError: some rows have more alternates than others.
+    """
+    forget, alternates = material.forget, material.take(Need.ALTERNATES)
+    rows, others = (len(jax.tree.leaves(batch)[0]) for batch in (forget, alternates))
+    if others % rows:
+        raise ValueError(f"{others} alternates are not as many for each of {rows} forget rows")
+    repeated = jax.tree.map(lambda leaf: jax.numpy.concatenate([leaf] * (others // rows)), forget)
+    return repeated, alternates
 
 
 def by_salun(material: Material, *, fraction: float, forget_weight: float) -> TrainingMethod:
@@ -157,6 +177,11 @@ def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:
     objective = with_retain(RepresentationDeviation(Entering(site), seed=SEED))
     given = (curvature, objective, material.optimizer)
     return kuda(*given, select=exactly(earlier), threshold=threshold)
+
+
+def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:
+    moments = material.take(Need.TARGET_MOMENTS)
+    return repselect(moments, rank=rank, share=share, objective=NPO(beta=beta))
 
 
 def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:

@@ -25,6 +25,7 @@ from jedit.methods.row import (
     Row,
 )
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.sam import sam
 from jedit.objectives import (
@@ -114,6 +115,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="gradient ascent",
+        variant_of="GradDiff",
         description="Ascends the forget loss; nothing protects the retain rows.",
         when="a baseline",
         papers=(TOFU,),
@@ -198,6 +200,16 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="PDU",
+        description="Flattens the forget outputs' logits, subject to a retain loss of at most 0.3"
+        " nats: the retain loss's weight, 100 at first, grows while it is higher.",
+        when="answers that are to become uniform, at a retain loss that is stated",
+        papers=("2506.05314",),
+        make=lambda material, **settings: _making.around(pdu, material.optimizer, **settings),
+        settings={"tolerance": 0.3, "dual": 100.0, "dual_rate": 5.0, "delay": 0},  # TOFU's runs
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
         name="UNDIAL",
         description="Distils the model with its label's logit lowered by 10, with the retain loss.",
         when="answers that are to stay fluent",
@@ -222,6 +234,18 @@ ROWS: tuple[Row, ...] = (
         make=_making.lowered(with_retain(DPO())),
         needs=frozenset({Need.REFUSALS}),
         prepare=lambda material: (material.forget, material.take(Need.REFUSALS)),
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
+        name="AltPO",
+        description="Prefers an alternate answer, sampled from the model, to the answer (DPO, beta"
+        " 0.1), with the retain loss.",
+        when="questions that are to be answered, wrongly",
+        papers=("2409.13474",),
+        make=_making.altpo,
+        needs=frozenset({Need.ALTERNATES}),
+        settings={"beta": 0.1},
+        prepare=_making.with_alternates,
         pace=Pace.BOUNDED,
     ),
     BySteps(
@@ -269,6 +293,17 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="RepSelect",
+        description="NPO by steps of one length, shrunk along the directions that hold most of the"
+        " forget answers' inputs and output gradients, an eighth of all.",
+        when="an attacker will fine-tune, and there are no retain rows",
+        papers=("2606.17168",),
+        make=_making.by_repselect,
+        needs=frozenset({Need.TARGET_MOMENTS}),
+        settings={"beta": 0.1, "rank": 512, "share": 0.125},  # the share is ours: 512 of 4096
+        pace=Pace.STEP_LENGTH,
+    ),
+    BySteps(
         name="null-space GradDiff",
         description="GradDiff by the optimizer, each step projected on the null space of the retain"
         " rows' inputs.",
@@ -311,6 +346,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="UAM",
+        variant_of="ROSU",
         description="Descends the retain loss as it is where a step of length 0.1 has raised the"
         " forget loss.",
         when="classifiers",
@@ -358,6 +394,7 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="fine-tune",
+        variant_of="GradDiff",
         description="Lowers the retain loss; the forget rows are not looked at.",
         when="a baseline",
         papers=(),

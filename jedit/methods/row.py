@@ -39,6 +39,7 @@ class Need(enum.Enum):
     LAYERS = "layers to write into"
     SUBJECTS = "a position in each forget row"
     REFUSALS = "refusals"
+    ALTERNATES = "alternate answers"
     NUM_CLASSES = "the number of classes"
     STEPS = "the number of steps"
 
@@ -56,6 +57,7 @@ class Pace(enum.Enum):
     BOUNDED = "the objective is bounded from below"
     ADAM_METRIC = "the step stands in Adam's metric, its length is the gradient's"
     PREDICTED_KL = "the rate is the predicted retain KL of one step, nats per output"
+    STEP_LENGTH = "the rate is the Euclidean length of one step, all parameters together"
     DESCENT = "the retain loss alone is lowered"
 
 
@@ -75,7 +77,8 @@ class Material:
         params: the trained parameters.
         forget: rows to be forgotten.
         optimizer: what methods that train step by; by default `ADAM`, at a learning rate of 1e-5,
-            in whose state the rate can be set. GU and NPO by natural steps bring their own.
+            in whose state the rate can be set. GU, RepSelect and NPO by natural steps bring their
+            own.
         curvature: of the retain outputs, best at the temperature of `choose_temperature`.
         corrected: EK-FAC of the retain outputs.
         target_moments: curvature of the forget rows, of a text at its answers' tokens alone.
@@ -85,6 +88,8 @@ class Material:
         subjects: (n,) position in each forget row where a fact is met; None where outputs have no
             positions, which `has_positions` says.
         refusals: rows with refusals in place of the forget rows' answers.
+        alternates: rows with plausible wrong answers in their place: one for each forget row, or
+            several, all first ones before all second ones.
         num_classes: of the outputs.
         steps: how many a method that trains will take, at most.
         has_positions: whether the outputs of a row are several.
@@ -102,6 +107,7 @@ class Material:
     layers: tuple[str, ...] | None = None
     subjects: Array | None = None
     refusals: Batch | None = None
+    alternates: Batch | None = None
     num_classes: int | None = None
     steps: int | None = None
     has_positions: bool = True

@@ -5,7 +5,7 @@ a Hugging Face folder; they need the extra `llm`, and import it when they are ca
 """
 
 from jedit.models.cnn import cnn
-from jedit.models.decoding import Stepper, cached_decode, greedy_decode
+from jedit.models.decoding import Stepper, cached_decode, greedy_decode, sampled_decode
 from jedit.models.functional import cast_params, mixed_precision, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, load_stepper, save_model
@@ -27,6 +27,7 @@ __all__ = [
     "load_stepper",
     "mixed_precision",
     "mlp",
+    "sampled_decode",
     "save_model",
     "to_pure",
     "with_lora",

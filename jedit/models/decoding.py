@@ -1,4 +1,4 @@
-"""Greedy decoding with fixed shapes: by whole passes, or with a cache of keys and values."""
+"""Decoding with fixed shapes: by whole passes, or with a cache of keys and values."""
 
 import functools
 from collections.abc import Callable
@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jedit.core.batch import Apply
-from jedit.core.checks import COUNT, check_numbers
+from jedit.core.checks import COUNT, POSITIVE, check_numbers
+from jedit.core.precision import wide
 
 
 def greedy_decode(
@@ -85,7 +86,57 @@ def cached_decode(
         ValueError: no step is asked for, or the shapes do not fit.
     """
     prompt_tokens, prompt_lengths = _checked(prompt_tokens, num_steps, prompt_lengths)
-    return _cached_decode(stepper, num_steps, params, prompt_tokens, prompt_lengths)
+    return _cached_decode(stepper, num_steps, params, prompt_tokens, prompt_lengths, None)
+
+
+def sampled_decode(
+    stepper: Stepper,
+    params: PyTree,
+    prompt_tokens: Int[Array | np.ndarray, "..."],
+    num_steps: int,
+    *,
+    key: Key[Array, ""],
+    temperature: float | Array = 1.0,
+    prompt_lengths: Int[Array | np.ndarray, "..."] | None = None,
+) -> Int[Array, "batch num_steps"]:
+    """Continue every prompt by tokens drawn from softmax(logits / temperature).
+
+    It costs what `cached_decode` does. A row's draws depend on the key, on the row's number and on
+    the position, so further rows, or more steps, leave them as they are.
+
+    Args:
+        stepper: the model's stepper, such as `gpt_stepper` makes.
+        params: the model's parameters.
+        prompt_tokens: prompts, `(batch, seq)`, right padded to one length.
+        num_steps: how many tokens to add.
+        key: of all draws.
+        temperature: what logits are divided by; 1.0 is the model's own distribution.
+        prompt_lengths: `(batch,)`, the tokens of each prompt that count; None: all.
+
+    Returns:
+        The added tokens alone.
+
+    Raises:
+        ValueError: no step is asked for, the temperature is not positive, or the shapes do not fit.
+    """
+    check_numbers(POSITIVE, temperature=temperature)
+    prompt_tokens, prompt_lengths = _checked(prompt_tokens, num_steps, prompt_lengths)
+    draws = _Draws(key, jnp.asarray(temperature, jnp.float32))
+    return _cached_decode(stepper, num_steps, params, prompt_tokens, prompt_lengths, draws)
+
+
+class _Draws(NamedTuple):
+    """What tokens are drawn by: a key of all rows, and what their logits are divided by."""
+
+    key: Key[Array, ""]
+    temperature: Array
+
+    def __call__(self, logits: Float[Array, "batch vocab"], position: Array) -> Array:
+        def draw(row: Array, logits: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(self.key, row), position)
+            return jax.random.categorical(key, logits / self.temperature.astype(logits.dtype))
+
+        return jax.vmap(draw)(jnp.arange(len(logits)), wide(logits))
 
 
 def _checked(prompt_tokens: Any, num_steps: int, prompt_lengths: Any) -> tuple[Array, Array]:
@@ -109,6 +160,7 @@ def _cached_decode(
     params: PyTree,
     prompt_tokens: Int[Array, "batch seq"],
     prompt_lengths: Int[Array, " batch"],
+    draws: _Draws | None,
 ) -> Int[Array, "batch num_steps"]:
     batch, seq = prompt_tokens.shape
     total = seq + num_steps - 1  # the last token that is added is never read
@@ -119,7 +171,8 @@ def _cached_decode(
         # Rows of different lengths go in step: a short one generates while a long one still reads.
         read = jnp.where(position < prompt_lengths, given, added)
         logits, cache = stepper.step(params, read, position, cache)
-        added = jnp.argmax(logits, axis=-1).astype(read.dtype)
+        chosen = jnp.argmax(logits, axis=-1) if draws is None else draws(logits, position)
+        added = chosen.astype(read.dtype)
         return (added, cache), added
 
     positions = jnp.arange(total, dtype=prompt_lengths.dtype)

@@ -5,6 +5,18 @@
 y is the answer to be forgotten, r what is to be said in its place ("I do not know"), NLL the sum
 over the tokens that count; E the mean over the pairs of which both have one. β = 0.1 is
 open-unlearning's [code].
+
+AltPO, alternate preference optimisation (Mekala et al., arXiv 2409.13474), is the same loss with
+`with_retain` at a weight of 1, sums over tokens and no normalisation by length [code]; r is an
+alternate answer, plausible and wrong. Its β is unset in the released configuration; 0.1 stands
+beside it, and is the middle of the grid that open-unlearning's page states. A pair whose r is y has
+a gradient of zero: a question without an alternate falls out.
+
+Differences. AltPO's code samples alternates at temperature 1 from the model, prompted with the
+question, the answer, and an instruction to change its facts, five to a question in the files it
+comes with. `CATALOGUE["AltPO"]` takes those it is given, one to each forget row or several; the
+comparisons sample one, by the question alone, as their small models follow no instruction, and at
+higher temperatures what at 1 is the answer.
 """
 
 import dataclasses
@@ -22,7 +34,7 @@ from jedit.objectives.token_nll import counted_nll, masked_mean, sequence_nll
 
 @dataclasses.dataclass(frozen=True)
 class DPO:
-    """Preference of refusals to answers, against the reference.
+    """Preference of refusals, or of alternate answers, to answers, against the reference.
 
     Attributes:
         beta: β, the factor of the preference inside the sigmoid, an inverse temperature.
@@ -41,7 +53,7 @@ class DPO:
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
-        """Return the DPO loss; `forget` is (answers, refusals), row by row of the same questions.
+        """Return the DPO loss; `forget` is (answers, refusals or alternates), pair by pair.
 
         It costs four forward passes, two of them of the reference.
         """

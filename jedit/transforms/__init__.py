@@ -1,5 +1,9 @@
 """Optax transforms that know the geometry of what is to be retained."""
 
+from jedit.transforms.add_constraint_gradient import (
+    AddConstraintGradientState,
+    add_constraint_gradient,
+)
 from jedit.transforms.add_l1_gradient import AddL1GradientState, add_l1_gradient
 from jedit.transforms.clip_by_curvature_norm import (
     ClipByCurvatureNormState,
@@ -28,9 +32,14 @@ from jedit.transforms.scale_by_curvature import (
     refresh_curvature,
     scale_by_curvature,
 )
+from jedit.transforms.shrink_top_directions import (
+    ShrinkTopDirectionsState,
+    shrink_top_directions,
+)
 from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
+    "AddConstraintGradientState",
     "AddL1GradientState",
     "ClipByCurvatureNormState",
     "MaskToSalientState",
@@ -39,7 +48,9 @@ __all__ = [
     "ProjectToNullSpaceState",
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
+    "ShrinkTopDirectionsState",
     "WithUpdateArgsState",
+    "add_constraint_gradient",
     "add_l1_gradient",
     "clip_by_curvature_norm",
     "ignore_top_fraction",
@@ -50,5 +61,6 @@ __all__ = [
     "refresh_curvature",
     "retain_neutral_surrogate",
     "scale_by_curvature",
+    "shrink_top_directions",
     "with_update_args",
 ]

@@ -46,6 +46,7 @@ def scene():
         hidden_site="v",
         layers=("w",),
         refusals=forget._replace(targets=(jnp.asarray(forget.targets) + 1) % 3),
+        alternates=forget._replace(targets=(jnp.asarray(forget.targets) + 2) % 3),
         num_classes=3,
         steps=4,
         has_positions=False,

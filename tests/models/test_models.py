@@ -20,6 +20,7 @@ from jedit.models import (
     greedy_decode,
     mixed_precision,
     mlp,
+    sampled_decode,
     to_pure,
 )
 from jedit.tracing import find_sites
@@ -290,6 +291,42 @@ def test_greedy_decode_equals_a_loop(keys, float_dtype):
             tokens.append(int(np.argmax(numpy_gpt(tree, [tokens], 2)[0, -1])))
         assert list(row) == tokens[len(prompt) :]
     assert_array_equal(greedy_decode(apply, params, padded, 4)[::2], got[::2])
+
+
+def test_what_is_drawn_is_the_largest_of_the_logits_with_gumbel_noise(keys, float_dtype):
+    """Drawn from whole passes, position by position, and as often as the softmax says."""
+    apply, params = small_gpt(next(keys), float_dtype)
+    stepper = gpt_stepper(num_layers=len(params["blocks"]), num_heads=2)
+    padded = jnp.asarray([[3, 1, 4], [5, 9, 7]], jnp.int32)
+    lengths, key, temperature = np.array([3, 2]), next(keys), 2.5
+    options = {"key": key, "temperature": temperature}
+    forward = jax.jit(apply)
+    got = np.asarray(sampled_decode(stepper, params, padded, 3, prompt_lengths=lengths, **options))
+    for row, length in enumerate(lengths):
+        tokens = np.asarray(padded)[row, :length].tolist()
+        for token in got[row]:
+            whole = jnp.asarray([tokens + [0] * (6 - len(tokens))], jnp.int32)
+            logits = forward(params, whole)[0, len(tokens) - 1]
+            at = jax.random.fold_in(jax.random.fold_in(key, row), len(tokens) - 1)
+            noise = np.asarray(jax.random.gumbel(at, logits.shape, logits.dtype), np.float64)
+            assert token == np.argmax(np.asarray(logits, np.float64) / temperature + noise)
+            tokens.append(int(token))
+    # Neither other rows nor fewer steps change a draw.
+    fewer = sampled_decode(stepper, params, padded[:1], 2, prompt_lengths=lengths[:1], **options)
+    assert_array_equal(fewer, got[:1, :2])
+    cold = sampled_decode(
+        stepper, params, padded, 3, key=key, temperature=1e-4, prompt_lengths=lengths
+    )
+    assert_array_equal(cold, cached_decode(stepper, params, padded, 3, prompt_lengths=lengths))
+    n = 4000
+    same = sampled_decode(stepper, params, jnp.tile(padded[:1], (n, 1)), 1, **options)
+    p = np.asarray(
+        jax.nn.softmax(forward(params, jnp.pad(padded[:1], ((0, 0), (0, 3))))[0, 2] / temperature)
+    )
+    found = np.bincount(np.asarray(same)[:, 0], minlength=len(p)) / n
+    assert np.all(np.abs(found - p) <= 4 * np.sqrt(p * (1 - p) / n))
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        sampled_decode(stepper, params, padded, 3, key=key, temperature=0.0)
 
 
 def test_cached_decode_equals_whole_passes(keys, float_dtype):

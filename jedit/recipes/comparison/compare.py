@@ -68,6 +68,7 @@ class Fitted(NamedTuple):
         corrected: EK-FAC of the same; empty where no method needs it.
         moments: K-FAC of the forget and of the retain answers, by the need; likewise.
         temperature: the one of the grid's that methods without one of their own step at.
+        alternates: the forget rows' alternate answers; None where no method needs them.
         seconds: of one K-FAC.
         corrected_seconds: of one K-FAC and its EK-FAC.
         moment_seconds: of the moments.
@@ -77,6 +78,7 @@ class Fitted(NamedTuple):
     corrected: dict[float, Curvature] = {}
     moments: dict[Need, Curvature] = {}
     temperature: float = 1.0
+    alternates: Batch | None = None
     seconds: float = 0.0
     corrected_seconds: float = 0.0
     moment_seconds: float = 0.0
@@ -188,6 +190,7 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         layers=task.layers,
         subjects=_last_prompt_token(task.forget),
         refusals=task.refusals,
+        alternates=fitted.alternates,
         num_classes=outputs.shape[-1],
         steps=grid.looks[-1],
         has_positions=outputs.ndim > 2,
@@ -221,6 +224,9 @@ def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -
         say("taking moments at the answers of the forget and of the retain rows")
         moments, seconds = _fit_moments(task, key=key)
         fitted = fitted._replace(moments=moments, moment_seconds=seconds)
+    if Need.ALTERNATES in needed and task.alternates is not None:
+        say("sampling alternate answers to the forget rows' questions")
+        fitted = fitted._replace(alternates=task.alternates())
     return fitted
 
 
@@ -243,7 +249,8 @@ def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, s
             corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
         seconds += np.array([first, first + second]) / len(grid.temperatures)
     temperature = choose_temperature(task.apply, task.original, chunks[0], among=grid.temperatures)
-    return Fitted(plain, corrected, {}, temperature, *seconds.tolist())
+    first, both = seconds.tolist()
+    return Fitted(plain, corrected, temperature=temperature, seconds=first, corrected_seconds=both)
 
 
 def _fit_moments(task: Task, *, key: Array) -> tuple[dict[Need, Curvature], float]:

@@ -70,6 +70,8 @@ class Task(NamedTuple):
         hidden_site: what enters this site is the hidden state of RMU.
         layers: paths of the matrices that AlphaEdit and MEMIT edit, by depth.
         refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
+        alternates: makes what AltPO prefers to the answers of the forget rows, row by row, where a
+            method needs it; or None.
         utility: params to Model Utility, or None.
         judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
         pack: makes fewer sequences of the rows that judge a point; None: they stay as they are.
@@ -89,6 +91,7 @@ class Task(NamedTuple):
     hidden_site: str
     layers: tuple[str, ...]
     refusals: Batch | None = None
+    alternates: Callable[[], Batch] | None = None
     utility: Callable[[PyTree], float] | None = None
     judged_rows: int | None = None
     pack: Callable[[Batch], Batch] | None = None

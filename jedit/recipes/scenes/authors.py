@@ -14,13 +14,14 @@ MODEL = Model(width=96, layers=2, heads=4, vocab=1024, max_len=96)
 RECIPE = Recipe(epochs=(7, 25), batch_size=16, learning_rate=2e-3)
 RATES = (1e-4, 3e-4, 1e-3)
 SLOW = dict.fromkeys((Pace.PLAIN_ASCENT, Pace.ADAM_METRIC), (3e-5, 1e-4, 3e-4))
+OWN_UNITS = {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3), Pace.STEP_LENGTH: (0.03, 0.1, 0.3)}
 GRID = Grid(
-    methods=MAIN,
+    methods=(*MAIN, "NPO (natural, beta 0.04)"),
     budgets=(0.01, 0.03, 0.07, 0.2),
     temperatures=(1.0, 4.0),
     damping=(0.1,),
     kfade_steps=(1, 4),
-    rates=dict.fromkeys(Pace, RATES) | SLOW | {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3)},
+    rates=dict.fromkeys(Pace, RATES) | SLOW | OWN_UNITS,
     scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
     looks=(2, 4, 8, 16, 32, 64),
     batch_size=16,

@@ -22,13 +22,14 @@ LABEL = 7
 RECIPE = Recipe((20,), batch_size=64, learning_rate=2e-3)
 RATES = (1e-4, 3e-4, 1e-3)
 SLOW = dict.fromkeys((Pace.PLAIN_ASCENT, Pace.ADAM_METRIC), (3e-5, 1e-4, 3e-4))
+OWN_UNITS = {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3), Pace.STEP_LENGTH: (0.03, 0.1, 0.3)}
 GRID = Grid(
     methods=MAIN,
     budgets=(1e-3, 3e-3, 0.01, 0.03, 0.1),
     temperatures=(1.0, 4.0),
     damping=(0.01, 0.1),
     kfade_steps=(4,),
-    rates=dict.fromkeys(Pace, RATES) | SLOW | {Pace.PREDICTED_KL: (1e-4, 3e-4, 1e-3)},
+    rates=dict.fromkeys(Pace, RATES) | SLOW | OWN_UNITS,
     scales={Reach.WHOLE: (0.1, 0.3, 0.6, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
     looks=(2, 4, 8, 16, 32, 64, 128),
     batch_size=32,
@@ -39,7 +40,7 @@ ALL = GRID._replace(
     methods=tuple(
         row.name
         for row in CATALOGUE.values()
-        if row.name not in ASIDE and Need.REFUSALS not in row.needs
+        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES}
     )
 )
 SHARE_SEEN = 0.7

@@ -1,5 +1,6 @@
 """Question-answer rows and a small GPT: train, retrain without some rows, edit, compare, ask."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from jedit.data import (
     train_tokenizer,
 )
 from jedit.metrics import answer_nll_per_row, truth_ratio
-from jedit.models import gpt, greedy_decode
+from jedit.models import gpt, gpt_stepper, greedy_decode
+from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.fitting import Recipe, spread, train
@@ -127,7 +129,8 @@ def question_answer(
         One comparison for each length of training.
     """
     key = jax.random.key(seed)
-    init_key, order_key, split_key, compare_key = (jax.random.fold_in(key, i) for i in range(4))
+    keys = (jax.random.fold_in(key, i) for i in range(5))
+    init_key, order_key, split_key, compare_key, sample_key = keys
     sets = _split(selection, key=split_key)
     name, title, note = caption
     rows = _Rows(sets, model)
@@ -158,6 +161,9 @@ def question_answer(
             hidden_site=f"blocks/{model.layers - 1}/attn/query/kernel",
             layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(model.layers)),
             refusals=rows.refusals(sets.forget),
+            alternates=functools.partial(
+                rows.alternates, sets.forget, model, original.params, key=sample_key
+            ),
         )
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
         edited = models[judged.chosen] if judged.chosen else original.params
@@ -237,6 +243,21 @@ class _Rows:
     def refusals(self, rows: Sequence[QaRow]) -> Batch:
         """Return the questions with a refusal for an answer."""
         return self.encode([(r.question, REFUSAL) for r in rows])
+
+    def alternates(
+        self, rows: Sequence[QaRow], model: Model, params: PyTree, *, key: Array
+    ) -> Batch:
+        """Return the questions with what the model says to them, drawn until it is wrong."""
+        stepper = gpt_stepper(num_layers=model.layers, num_heads=model.heads)
+        prompts = prompts_of(self.encode(rows))
+
+        def ask(key: Array, temperature: float) -> list[str]:
+            given = (stepper, params, prompts, ANSWER_TOKENS)
+            chunk = min(32, len(rows))
+            tokens = sampled_tokens(*given, chunk=chunk, key=key, temperature=temperature)
+            return decode_answers(self.tokenizer, tokens)
+
+        return self.encode(sampled_alternates(rows, ask, key=key))
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
         """Return the rows with their questions in other words, which no model was trained on."""

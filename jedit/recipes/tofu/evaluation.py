@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow, batches, pack
 from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
+from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.tokenization import Words
 
@@ -188,6 +189,20 @@ def _losses(
     right = metrics.answer_nll_per_row(model.apply, params, asked.paraphrases or asked.answers)
     wrong = metrics.answer_nll_per_row(model.apply, params, asked.wrong)
     return right, wrong.reshape(len(right), asked.num_wrong)
+
+
+def alternates(model: LanguageModel, params: PyTree, asked: Questions, *, key: Array) -> Batch:
+    """Return the questions with what the model says to them, drawn until it is wrong."""
+    params = cast_params(params, model.dtype)
+    num_steps = min(asked.num_steps, model.num_positions + 1 - asked.prompts.tokens.shape[1])
+    chunk = min(model.chunk, len(asked.rows))
+
+    def ask(key: Array, temperature: float) -> list[str]:
+        given = (model.stepper, params, asked.prompts, num_steps)
+        tokens = sampled_tokens(*given, chunk=chunk, key=key, temperature=temperature)
+        return model.words.answers(tokens)
+
+    return model.encode(sampled_alternates(asked.rows, ask, key=key))
 
 
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:

@@ -43,17 +43,19 @@ RATES = {
     Pace.UNBOUNDED: (1e-4, 3e-4),
     Pace.BOUNDED: (3e-4, 1e-3),
     Pace.ADAM_METRIC: (3e-5, 1e-4),
-    Pace.PREDICTED_KL: (1.5e-4, 3e-4),
+    Pace.PREDICTED_KL: (5e-5, 1e-4),
+    Pace.STEP_LENGTH: (0.1, 0.3),
 }
+OWN_UNITS = {Pace.PREDICTED_KL, Pace.STEP_LENGTH}
 # NPO by natural steps at the beta alone that goes far enough.
 LEFT_OUT = ASIDE | {"NPO (natural)"}
 GRID = Grid(
     methods=tuple(name for name in CATALOGUE if name not in LEFT_OUT),
     budgets=(0.05, 0.1, 0.2, 0.4),
-    temperatures=(4.0,),
+    temperatures=(1.0,),  # no model here is saturated, where tempering costs a tenth of the utility
     damping=(0.1,),
     kfade_steps=(1,),
-    looks=(8, 24),
+    looks=(16, 48),
     batch_size=16,
     kl_budget=0.5,
     rates=RATES,
@@ -62,10 +64,10 @@ GRID = Grid(
     lost_kl=1.0,  # no model that far off kept four fifths of its utility
 )
 # Pretrained models take rates some thirty times as small: open-unlearning trains TOFU's, and
-# unlearns, at 1e-5. A predicted KL is the same for every model.
+# unlearns, at 1e-5. A predicted KL is the same for every model, and so is, about, a step's length.
 FINE_TUNING = GRID._replace(
     rates={
-        pace: rates if pace is Pace.PREDICTED_KL else tuple(rate / 30 for rate in rates)
+        pace: rates if pace in OWN_UNITS else tuple(rate / 30 for rate in rates)
         for pace, rates in RATES.items()
     }
 )

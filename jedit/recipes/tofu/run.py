@@ -33,6 +33,7 @@ from jedit.recipes.tofu.depth import Three, depth_of
 from jedit.recipes.tofu.evaluation import (
     LanguageModel,
     Questions,
+    alternates,
     encode_questions,
     score_set,
     truth_ratios,
@@ -167,7 +168,9 @@ def prepare(
     Raises:
         ValueError: neither a pretrained model nor the size of a GPT.
     """
-    init_key, order_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
+    # 2 is `compare_key`'s, 3 the attacks'.
+    keys = (jax.random.fold_in(jax.random.key(seed), i) for i in (0, 1, 4))
+    init_key, order_key, sample_key = keys
     general = []
     if begin is None:
         if not isinstance(preset.model, Model):
@@ -207,6 +210,7 @@ def prepare(
         hidden_site=begin.hidden_site,
         layers=begin.layers,
         refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
+        alternates=lambda: alternates(model, original, asked["forget"], key=sample_key),
         utility=lambda params: _utility(model, params, asked),
         judged_rows=preset.questions,
         pack=lambda rows: pack(rows, model.max_len).batch,

@@ -119,8 +119,9 @@ def test_every_method_of_the_demo_moves_the_model(task):
         scales=dict.fromkeys(Reach, (0.2, 1.0)),
         looks=(4,),
     )
-    with_refusals = task._replace(refusals=task.forget._replace(targets=task.forget.targets - 3))
-    judged, _ = compare(with_refusals, grid, key=jax.random.key(1), say=lambda _: None)
+    others = [task.forget._replace(targets=task.forget.targets - i) for i in (3, 2)]
+    with_answers = task._replace(refusals=others[0], alternates=lambda: others[1])
+    judged, _ = compare(with_answers, grid, key=jax.random.key(1), say=lambda _: None)
     assert [m.name for m in judged.methods] == names
     for curve in judged.curves:
         for point in curve.points:

@@ -44,7 +44,7 @@ TOY = Preset(
         temperatures=(1.0,),
         damping=(0.1,),
         kfade_steps=(1,),
-        methods=("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)"),
+        methods=("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)", "AltPO"),
         rates=dict.fromkeys(Pace, (1e-3,)),
         looks=(2,),
         batch_size=8,
@@ -256,7 +256,7 @@ def test_a_toy_from_end_to_end(monkeypatch):
     said = []
     (found,) = tofu(read_sets(TOFU, TOY), TOY, seed=0, say=said.append)
     methods = [method.name for method in found.methods]
-    assert methods == ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "engram", "NPO", "NPO (natural)"]
+    assert methods == list(TOY.grid.methods)
     assert list(found.leaderboard) == ["untouched", "retrained", *methods]
     retrained = found.leaderboard["retrained"]
     assert retrained["forget_quality"] == pytest.approx(1.0)
@@ -269,14 +269,14 @@ def test_a_toy_from_end_to_end(monkeypatch):
     )
     asked = found.evaluations["NPO"]["retain_Q_A_Prob"].rows["prob"]
     assert len(asked) == found.num_rows["heldout"] > TOY.questions
-    assert {m.name for m in found.methods if m.fit_seconds} == {*methods} - {"NPO"}
+    assert {m.name for m in found.methods if m.fit_seconds} == {*methods} - {"NPO", "AltPO"}
     columns = {name: set(row) for name, row in found.leaderboard.items()}
     assert columns.pop("retrained") == columns["untouched"] - {"reapplied"}
     assert len(set(map(frozenset, columns.values()))) == 1
     for name, row in found.leaderboard.items():
         assert all(np.isfinite(value) for value in row.values()), name
         assert 0 <= row["probe_accuracy"] <= 1
-    assert "evaluating 7 models under attack" in said
+    assert "evaluating 8 models under attack" in said
     assert [answer.kind for answer in found.answers] == ["forget"] * 3 + ["retain"] * 3
     edited = found.chosen[0].method if found.chosen else "untouched"
     log = found.evaluations[edited]["forget_Q_A_ROUGE"].rows["generation"]

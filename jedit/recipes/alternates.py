@@ -1,0 +1,71 @@
+"""Alternate answers: what a model itself says to the questions that it is to forget, if wrong.
+
+AltPO prompts an instruction-tuned model with the question, the answer and a wish for other facts;
+the small models of the comparisons follow no instruction, so they are asked the question alone.
+Wrong answers that come with the rows are not taken: the evaluation measures by them.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from jedit.data import Prompts, QaRow
+from jedit.models import Stepper, sampled_decode
+
+# AltPO samples at 1, where a model that has memorised a row gives its answer; what is above is
+# arbitrary.
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
+Ask = Callable[[Array, float], Sequence[str]]
+
+
+def sampled_alternates(rows: Sequence[QaRow], ask: Ask, *, key: Array) -> list[tuple[str, str]]:
+    """Return each question with one alternate answer.
+
+    Args:
+        rows: the questions with their right answers.
+        ask: of a key and a temperature, an answer to each question.
+        key: of all draws.
+
+    Returns:
+        Pairs of texts. The answer is the first that is neither empty nor the right one, out of one
+        draw at each of `TEMPERATURES`; the right one where all are, which AltPO then does not move.
+    """
+    found: dict[int, str] = {}
+    for i, temperature in enumerate(TEMPERATURES):
+        if len(found) == len(rows):
+            break
+        texts = ask(jax.random.fold_in(key, i), temperature)
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            if number not in found and text and text != row.answer.strip():
+                found[number] = text
+    return [(row.question, found.get(i, row.answer)) for i, row in enumerate(rows)]
+
+
+def sampled_tokens(
+    stepper: Stepper,
+    params: PyTree,
+    prompts: Prompts,
+    num_steps: int,
+    *,
+    chunk: int,
+    key: Array,
+    temperature: float,
+) -> np.ndarray:
+    """Return the tokens drawn after each prompt, `chunk` rows at a time: the cache takes room."""
+    given = list(zip(prompts.tokens, prompts.lengths, strict=True))
+    tokens = []
+    for start in range(0, len(given), chunk):
+        rows = [given[i % len(given)] for i in range(start, start + chunk)]  # one shape for all
+        drawn = sampled_decode(
+            stepper,
+            params,
+            np.stack([row for row, _ in rows]),
+            num_steps,
+            key=jax.random.fold_in(key, start),
+            temperature=temperature,
+            prompt_lengths=np.stack([length for _, length in rows]),
+        )
+        tokens.append(np.asarray(drawn))
+    return np.concatenate(tokens)[: len(given)]
