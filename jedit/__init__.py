@@ -82,6 +82,7 @@ from jedit.geometry import (
 from jedit.requests import (
     ForgetInfo,
     Forgetting,
+    Natural,
     RequestInfo,
     Unseen,
     batch_unlearn,
@@ -104,6 +105,7 @@ __all__ = [
     "Ledger",
     "LoopState",
     "LowRank",
+    "Natural",
     "Projector",
     "RequestInfo",
     "Site",

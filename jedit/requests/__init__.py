@@ -1,9 +1,11 @@
 """Requests to forget: one, many in one call, or a stream, one after the other."""
 
 from jedit.requests.batch import BatchInfo, Solver, batch_unlearn
-from jedit.requests.forget import Comeback, ForgetInfo, Forgetting, Unseen, forget
+from jedit.requests.comeback import Comeback
+from jedit.requests.forget import ForgetInfo, Forgetting, Natural, forget
 from jedit.requests.overlap import balanced, interactions
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
+from jedit.requests.unseen import Unseen
 
 __all__ = [
     "Answering",
@@ -11,6 +13,7 @@ __all__ = [
     "Comeback",
     "ForgetInfo",
     "Forgetting",
+    "Natural",
     "Refresh",
     "RequestInfo",
     "Solver",

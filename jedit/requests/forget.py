@@ -26,7 +26,6 @@ What comes of it, and where it fails: `tests/bench/claims/natural.md`.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -36,13 +35,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jedit.attacks import relearn
 from jedit.core.arguments import check_batch, check_function, check_key, check_kind, check_params
 from jedit.core.batch import Apply, Batch
-from jedit.core.checks import COUNT, POSITIVE, Range, check_numbers
+from jedit.core.checks import COUNT, POSITIVE, SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.core.outputs import by_example
 from jedit.curvature import Curvature, choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
@@ -51,59 +48,66 @@ from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved
 from jedit.methods.curvature.natural import falling, natural
 from jedit.objectives import NPO, Objective, with_retain
-from jedit.objectives.token_nll import counted_nll
+from jedit.requests.comeback import Comeback, attacked
+from jedit.requests.unseen import Score, Unseen, chunks, p_value_of, row_losses, take, targets
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.rows import num_rows as rows_in
 from jedit.training.watch import History
 
 HELD_OUT = 10  # every so many of the retain rows are held out of the steps; arbitrary
 MOST_HELD_OUT = 64  # rows: a KL of 64 texts is a tenth of a forget step's price; arbitrary
-LESSONS = 6  # the attack teaches every so many of the forget rows
-LESSON_STEPS = 20  # updates of the attack; both are those of TOFU's attack in `jedit run tofu`
-CHUNK = 32  # rows of one forward pass
 PROBED = 4  # chunks of retain rows that tell the temperature
 
 Stopped = Literal["unseen", "budget", "steps"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Forgetting:
-    """Settings of `forget`; the defaults are those of our tables.
+class Natural:
+    """Settings of the natural steps that `forget` takes; the defaults are those of our tables.
 
     Attributes:
         objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
-        likelihood: what the outputs mean, for the metric and the price; None: `Categorical`, in the
-            metric at the temperature of `choose_temperature`.
         curvature: of the retain outputs at the given params; None: K-FAC is estimated of the retain
             rows that are not held out.
         select: regular expression; a parameter in whose path it is not found is not edited. It is
             looked at where the curvature is estimated.
-        damping: λ, in units of each block's mean eigenvalue.
-        predicted_kl: predicted retain KL of the first step at most, nats per output; it falls to
-            nothing at the last, as `methods.falling` says.
-        batch_size: forget rows, and retain rows, of one step.
-        steps: how many steps are made at most.
-        every: number of steps between two looks at the rows and at the price.
-        significance: the edit stops when the test's p-value is above it; 0.05, the usual one, is
-            also what Forget Quality is held against.
-        method: any other `TrainingMethod`, in place of natural steps on the objective; the same
-            rows stop it.
-        heldout: retain rows on which the price is measured; None: every tenth, 64 at most, which no
-            step and no curvature sees.
-        attack: the optimizer of a relearning attack on the result; None: it is not attacked.
+        damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
+        predicted_kl: predicted retain KL of the first step at most, nats per output, 1e-4 as there;
+            it falls to nothing at the last, as `methods.falling` says.
+        batch_size: forget rows, and retain rows, of one step; 16, as there.
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
-    likelihood: Likelihood | None = None
     curvature: Curvature | None = None
     select: str | None = None
     damping: float = 0.01
     predicted_kl: float = 1e-4
     batch_size: int = 16
-    steps: int = 96
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forgetting:
+    """Settings of `forget`: how it steps, and what it is stopped and judged by.
+
+    Attributes:
+        method: settings of the natural steps; or any other `TrainingMethod`, which the same rows
+            then stop.
+        likelihood: what the outputs mean, for the metric and the price; None: `Categorical`, in the
+            metric at the temperature of `choose_temperature`.
+        steps: how many steps are made at most; 48 was enough on TOFU in small (ours).
+        every: number of steps between two looks at the rows and at the price; 4 is arbitrary.
+        significance: the edit stops when the test's p-value is above it; 0.05 is
+            also what Forget Quality is held against.
+        heldout: retain rows on which the price is measured; None: every tenth, 64 at most, which no
+            step and no curvature sees.
+        attack: the optimizer of a relearning attack on the result; None: it is not attacked.
+    """
+
+    method: Natural | TrainingMethod = Natural()  # noqa: RUF009 - frozen
+    likelihood: Likelihood | None = None
+    steps: int = 48
     every: int = 4
     significance: float = 0.05
-    method: TrainingMethod | None = None
     heldout: Batch | None = None
     attack: optax.GradientTransformation | None = None
 
@@ -113,58 +117,25 @@ class Forgetting:
         Raises:
             ValueError: a number out of its range, by its name.
         """
-        check_numbers(COUNT, batch_size=self.batch_size, steps=self.steps, every=self.every)
-        check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
-        check_numbers(Range(0, 1), significance=self.significance)
-
-
-class Unseen(NamedTuple):
-    """Rows that nobody trained on, with other answers to the questions of both sets.
-
-    Attributes:
-        rows: m unseen rows of the same kind as the forget rows; not packed.
-        beside_forget: n·k rows: k other answers to each forget row's question, row by row, of which
-            none was trained on; None: scores are losses alone.
-        beside_unseen: m·k rows: the same for the unseen rows.
-    """
-
-    rows: Batch
-    beside_forget: Batch | None = None
-    beside_unseen: Batch | None = None
-
-
-class Comeback(NamedTuple):
-    """What a relearning attack brings back: rows are taught again, and the others are asked about.
-
-    Every sixth row is taught, for 20 updates; probabilities are exp(-loss per output), means over
-    the rows that were not taught, with 95% intervals of a bootstrap over these rows.
-
-    Attributes:
-        before: (mean, low, high) of the forget rows under the edited model.
-        after: the same after the attack.
-        unseen: of the unseen rows under the edited model after the same attack with unseen rows for
-            lessons: what teaching brings to rows that nothing is known of.
-    """
-
-    before: tuple[float, float, float]
-    after: tuple[float, float, float]
-    unseen: tuple[float, float, float] | None
+        check_numbers(COUNT, steps=self.steps, every=self.every)
+        check_numbers(SHARE, significance=self.significance)
 
 
 class ForgetInfo(NamedTuple):
     """What `forget` found: why it stopped, which rows are done, what it cost.
 
     Attributes:
-        stopped: "unseen": the forget rows cannot be told from unseen ones; "budget": the price is
-            spent; "steps": neither, after all the steps.
+        stopped: "unseen": the forget rows cannot be told from unseen ones, maybe from the start;
+            "budget": the price is spent; "steps": neither, after all the steps.
         steps: number of steps taken.
         is_done: (n,), the rows whose score has reached its target; without unseen rows, none.
         loss_before: (n,), losses of the forget rows under θ₀, nats per output.
         loss_after: (n,), the same under the edited model.
         score: (n,), scores of the forget rows under the edited model.
         unseen_score: (m,), scores of the unseen rows under θ₀, sorted; empty where none were given.
-        p_value: (looks,), the test's p-value at each look; NaN without unseen rows.
-        true_kl: (looks,), KL(θ₀ ‖ θ) on the held-out retain rows at each look, nats per output.
+        p_value: (looks,), the test's p-value before the first step and at each look; NaN without
+            unseen rows.
+        true_kl: (looks,), KL(θ₀ ‖ θ) on the held-out retain rows there, nats per output.
         predicted_kl: the second-order KL of the whole edit on the same rows.
         comeback: what an attack brings back; None where none was asked for.
     """
@@ -226,7 +197,7 @@ def forget(
             parameters.
         FloatingPointError: a loss or a parameter is not finite, as `unlearn` says it.
     """
-    check_kind(how, Forgetting, "how", "such as Forgetting(steps=48)")
+    check_kind(how, Forgetting, "how", "such as Forgetting(steps=96)")
     check_function(apply)
     check_params(params)
     check_key(key)
@@ -237,30 +208,20 @@ def forget(
         check_kind(unseen, Unseen, "unseen", "such as Unseen(rows)")
     check_batch(forget, "forget")
     check_batch(retain, "retain")
-    score = _Score(apply, forget, unseen)
+    score = Score(apply, forget, unseen)
     seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
     method = how.method
-    if method is None:
-        curvature = how.curvature
-        if curvature is None:
-            metric = how.likelihood
-            if metric is None:
-                metric = Categorical(choose_temperature(apply, params, _chunks(seen)[:PROBED]))
-            estimator = kfac(apply, metric, select=how.select)
-            curvature = estimate(estimator, params, _chunks(seen), key=curvature_key)
-        check_covers(curvature, params)
-        price_of_steps = falling(how.predicted_kl, how.steps)
-        settings = {"damping": how.damping, "predicted_kl": price_of_steps}
-        method = natural(how.objective, curvature, batch_size=how.batch_size, **settings)
+    if isinstance(method, Natural):
+        method = _natural(method, how, apply, params, seen, key=curvature_key)
     likelihood = Categorical() if how.likelihood is None else how.likelihood
-    price = RetainKl(apply, params, _chunks(heldout), likelihood=likelihood)
-    before = _losses(apply, params, forget)
+    price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
+    before = row_losses(apply, params, forget)
     level = score.level(params)
     path = _Path(apply, params, method, forget, seen, order_key)
-    looks, done, after = [], np.zeros(len(before), bool), score.of(params)
-    stopped, change = "steps", {}
-    while path.state.step < how.steps:
+    after, change, stopped = score.of(params), {}, "steps"
+    done, looks = _judged(after, level), [(_p_value(after, level), 0.0)]
+    while path.state.step < how.steps and not looks[-1][0] > how.significance:
         number = min(how.every, how.steps - path.state.step)
         now = path.ahead(number, ~done)
         spent = price(now)
@@ -268,36 +229,54 @@ def forget(
         if is_over:
             assert budget is not None
             now, spent = _back(price, change, now, budget)
-        change = now
-        after = score.of(moved(params, change))
-        p_value = math.nan
-        if len(level):
-            done = after >= _targets(after, level)
-            p_value = _p_value(after, level)
-        looks.append((p_value, spent))
-        if is_over or p_value > how.significance:
-            stopped = "budget" if is_over else "unseen"
+        change, after = now, score.of(moved(params, now))
+        done = _judged(after, level)
+        looks.append((_p_value(after, level), spent))
+        if is_over:
+            stopped = "budget"
             break
-    edited = moved(params, change)
-    comeback = None
+    if looks[-1][0] > how.significance:
+        stopped = "unseen"
+    edited, comeback = moved(params, change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
-        comeback = _comeback(apply, edited, forget, control, how.attack, attack_key)
+        comeback = attacked(apply, edited, forget, control, optimizer=how.attack, key=attack_key)
     p_values, costs = np.asarray(looks).T
     info = ForgetInfo(
         stopped=stopped,
         steps=path.state.step,
         is_done=done,
         loss_before=before,
-        loss_after=_losses(apply, edited, forget),
+        loss_after=row_losses(apply, edited, forget),
         score=after,
         unseen_score=level,
         p_value=p_values,
         true_kl=costs,
-        predicted_kl=price.predicted(change),
+        predicted_kl=price.predicted(change) if change else 0.0,
         comeback=comeback,
     )
     return Edit(change), info
+
+
+def _natural(
+    steps: Natural, how: Forgetting, apply: Apply, params: PyTree, seen: Batch, *, key: Array
+) -> TrainingMethod:
+    """Make the method of natural steps, in a metric that is estimated unless it is given."""
+    curvature = steps.curvature
+    if curvature is None:
+        metric = how.likelihood
+        if metric is None:
+            metric = Categorical(choose_temperature(apply, params, chunks(seen)[:PROBED]))
+        estimator = kfac(apply, metric, select=steps.select)
+        curvature = estimate(estimator, params, chunks(seen), key=key)
+    check_covers(curvature, params)
+    return natural(
+        steps.objective,
+        curvature,
+        damping=steps.damping,
+        predicted_kl=falling(steps.predicted_kl, how.steps),
+        batch_size=steps.batch_size,
+    )
 
 
 class _Path:
@@ -337,39 +316,13 @@ class _Path:
         return _difference(self._start, self.state.params)
 
 
-class _Score:
-    """Scores of the forget and of the unseen rows: losses, less those of other answers."""
+def _judged(scores: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Return which rows have reached their targets; none where there are no unseen rows."""
+    return scores >= targets(scores, level) if len(level) else np.zeros(len(scores), bool)
 
-    def __init__(self, apply: Apply, forget: Batch, unseen: Unseen | None):
-        rows, beside, beside_unseen = (None, None, None) if unseen is None else unseen
-        if (beside is None) != (beside_unseen is None):
-            raise ValueError(
-                "Unseen takes other answers to the forget rows' questions and to the unseen rows', "
-                "beside_forget and beside_unseen, or none of both"
-            )
-        self._apply = apply
-        self._forget, self._unseen = (forget, beside), (rows, beside_unseen)
-        for name, pair in (("beside_forget", self._forget), ("beside_unseen", self._unseen)):
-            if pair[1] is not None and rows_in(pair[1]) % rows_in(pair[0]):
-                raise ValueError(
-                    f"{name} must hold as many other answers for each of the {rows_in(pair[0])} "
-                    f"rows; got {rows_in(pair[1])} rows in all"
-                )
 
-    def of(self, params: PyTree) -> np.ndarray:
-        """Return the forget rows' scores."""
-        return self._of(params, *self._forget)
-
-    def level(self, params: PyTree) -> np.ndarray:
-        """Return the unseen rows' scores, sorted; none where there are no such rows."""
-        return np.zeros(0) if self._unseen[0] is None else np.sort(self._of(params, *self._unseen))
-
-    def _of(self, params: PyTree, rows: Batch, beside: Batch | None) -> np.ndarray:
-        losses = _losses(self._apply, params, rows)
-        if beside is None:
-            return losses
-        others = _losses(self._apply, params, beside)
-        return losses - others.reshape(len(losses), -1).mean(axis=1)
+def _p_value(scores: np.ndarray, level: np.ndarray) -> float:
+    return p_value_of(scores, level) if len(level) else math.nan
 
 
 def _difference(before: PyTree, after: PyTree) -> dict[str, Array]:
@@ -406,74 +359,4 @@ def _held_out(retain: Batch) -> tuple[Batch, Batch]:
             f"{number}. Give heldout= in how"
         )
     stays = np.delete(np.arange(number), away)
-    return _rows(retain, stays), _rows(retain, away)
-
-
-def _rows(batch: Batch, which: np.ndarray | slice) -> Batch:
-    return jax.tree.map(lambda x: jnp.asarray(x)[which], batch)
-
-
-def _chunks(batch: Batch) -> list[Batch]:
-    return [_rows(batch, slice(i, i + CHUNK)) for i in range(0, rows_in(batch), CHUNK)]
-
-
-def _losses(apply: Apply, params: PyTree, batch: Batch) -> np.ndarray:
-    """Return each row's loss per output that counts."""
-    parts = [np.asarray(_row_losses(apply, params, chunk)) for chunk in _chunks(batch)]
-    return np.concatenate(parts).astype(np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _row_losses(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " rows"]:
-    nll, counted = (by_example(batch, x) for x in counted_nll(apply, params, batch))
-    number = jnp.maximum(jnp.sum(counted, axis=1), 1)
-    return jnp.sum(nll, axis=1) / number.astype(nll.dtype)
-
-
-def _targets(scores: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Return for each row the quantile of the unseen scores at its rank among the rows."""
-    rank = np.argsort(np.argsort(scores))
-    return np.quantile(level, (rank + 0.5) / len(scores))
-
-
-def _p_value(scores: np.ndarray, level: np.ndarray) -> float:
-    """Test whether the scores are smaller than unseen ones: small where they can be told apart."""
-    from scipy import stats  # half a second of import, needed here alone
-
-    found = stats.ks_2samp(scores, level, alternative="greater")
-    return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _comeback(apply, params, forget, unseen, optimizer, key) -> Comeback:
-    """Teach every sixth row again, and ask about the others; the same with unseen rows."""
-
-    def attacked(rows: Batch) -> tuple[np.ndarray, np.ndarray]:
-        number = rows_in(rows)
-        taught = np.arange(0, number, LESSONS)
-        others = _rows(rows, np.delete(np.arange(number), taught))
-        found = relearn(
-            apply,
-            params,
-            _rows(rows, taught),
-            optimizer=optimizer,
-            looks=(LESSON_STEPS,),
-            measure=lambda p: np.exp(-_losses(apply, p, others)),
-            key=key,
-        )
-        return found.values[0], found.values[1]
-
-    before, after = attacked(forget)
-    control = None if unseen is None else _interval(attacked(unseen)[1])
-    return Comeback(_interval(before), _interval(after), control)
-
-
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return mean and 95% interval of a bootstrap over the rows."""
-    from scipy import stats
-
-    mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:
-        return mean, mean, mean
-    seeded = {"random_state": np.random.default_rng(0)}
-    found = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", **seeded)
-    return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return take(retain, stays), take(retain, away)

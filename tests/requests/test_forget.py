@@ -14,7 +14,9 @@ from jedit.core.batch import Batch
 from jedit.curvature.likelihoods import Categorical
 from jedit.metrics import output_kl
 from jedit.objectives import NPO, with_retain
-from jedit.requests.forget import Forgetting, _interval, _p_value, _targets, forget
+from jedit.requests.comeback import interval
+from jedit.requests.forget import Forgetting, Natural, forget
+from jedit.requests.unseen import Unseen, p_value_of, targets
 from jedit.training import TrainingMethod
 
 FORGOTTEN, KEPT, UNSEEN, CLASSES = 12, 30, 9, 5
@@ -132,7 +134,8 @@ def test_held_out_rows_are_not_drawn(scene):
 
 def test_natural_steps_are_the_default_and_cover_what_the_curvature_covers(scene):
     params, gone, kept, unseen = scene
-    how = Forgetting(steps=4, every=2, select="shared", predicted_kl=1e-3)
+    natural = Natural(select="shared", predicted_kl=1e-3)
+    how = Forgetting(natural, steps=4, every=2)
     edit, info = forget(apply, params, gone, kept, unseen=unseen, budget=0.5, key=KEY, how=how)
     assert set(edit.blocks) == {"shared"}
     assert info.loss_after.mean() > info.loss_before.mean()
@@ -144,9 +147,40 @@ def test_natural_steps_are_the_default_and_cover_what_the_curvature_covers(scene
         jedit.kfac(apply, Categorical(), select="shared"), params, [chunk],
         key=jax.random.split(KEY, 3)[0],
     )  # fmt: skip
-    given = dataclasses.replace(how, curvature=curvature)
+    given = dataclasses.replace(natural, curvature=curvature)
+    given = dataclasses.replace(how, method=given)
     same, _ = forget(apply, params, gone, kept, unseen=unseen, budget=0.5, key=KEY, how=given)
     np.testing.assert_allclose(same.blocks["shared"], edit.blocks["shared"], rtol=1e-4, atol=1e-7)
+
+
+def test_rows_that_are_as_unseen_from_the_start_cost_nothing(scene):
+    params, _, kept, unseen = scene
+    fresh, control = (jax.tree.map(lambda x, i=i: x[i::2], unseen) for i in (0, 1))
+    edit, info = forget(apply, params, fresh, kept, unseen=control, key=KEY)
+    assert info.stopped == "unseen"
+    assert (info.steps, info.true_kl.tolist(), info.predicted_kl) == (0, [0.0], 0.0)
+    assert not edit.blocks
+    np.testing.assert_array_equal(info.loss_before, info.loss_after)
+
+
+def test_scores_are_losses_less_those_of_other_answers(scene):
+    params, gone, kept, unseen = scene
+
+    def other(rows, k):
+        """Rows with other labels: k for each."""
+        again = jax.tree.map(lambda x: jnp.repeat(x, k, axis=0), rows)
+        shift = 1 + jnp.arange(len(again.targets), dtype=jnp.int32) % k
+        return again._replace(targets=(again.targets + shift) % CLASSES)
+
+    beside = Unseen(unseen, other(gone, 2), other(unseen, 2))
+    how = Forgetting(method=ADAM, steps=2, every=2)
+    edit, info = forget(apply, params, gone, kept, unseen=beside, key=KEY, how=how)
+    edited = jedit.apply_edit(params, edit)
+    for found, rows, at in ((info.score, gone, edited), (info.unseen_score, unseen, params)):
+        others = losses_of(at, other(rows, 2)).reshape(-1, 2).mean(axis=1)
+        expected = losses_of(at, rows) - others
+        expected = np.sort(expected) if rows is unseen else expected
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_attack_brings_back_what_was_hidden(scene):
@@ -165,12 +199,12 @@ def test_an_attack_brings_back_what_was_hidden(scene):
 def test_targets_and_test_by_hand():
     losses = np.array([3.0, 1.0, 2.0])
     level = np.array([10.0, 20.0, 30.0, 40.0])
-    np.testing.assert_allclose(_targets(losses, level), np.quantile(level, [5 / 6, 1 / 6, 1 / 2]))
+    np.testing.assert_allclose(targets(losses, level), np.quantile(level, [5 / 6, 1 / 6, 1 / 2]))
     rng = np.random.default_rng(1)
     low, high = rng.normal(size=40), rng.normal(size=40) + 2
-    assert _p_value(low, high) < 1e-6
-    assert _p_value(high, low) == 1.0, "one-sided"
-    mean, least, most = _interval(low)
+    assert p_value_of(low, high) < 1e-6
+    assert p_value_of(high, low) == 1.0, "one-sided"
+    mean, least, most = interval(low)
     error = low.std() / np.sqrt(40)
     np.testing.assert_allclose([least, most], mean + 1.96 * error * np.array([-1, 1]), atol=0.1)
 
@@ -179,6 +213,10 @@ def test_what_is_refused(scene):
     params, gone, kept, _ = scene
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         Forgetting(steps=0)
+    with pytest.raises(ValueError, match="or none of both"):
+        forget(apply, params, gone, kept, unseen=Unseen(kept, gone), key=KEY)
+    with pytest.raises(ValueError, match="as many other answers for each of the 12 rows; got 30"):
+        forget(apply, params, gone, kept, unseen=Unseen(kept, kept, kept), key=KEY)
     with pytest.raises(ValueError, match="significance must be from 0 to 1"):
         Forgetting(significance=1.5)
     with pytest.raises(ValueError, match="budget must be positive"):

@@ -75,15 +75,15 @@ def natural(
 def natural_steps(
     curvature: Curvature, *, damping: float = 0.01, predicted_kl: float | optax.Schedule = 1e-4
 ) -> optax.GradientTransformation:
-    """Return the steps of `natural` as one optax transform, of whatever gradient it is given.
+    """Return the steps of `natural` as one optax transform of whatever gradient it is given.
 
     It takes the place of Adam and its learning rate: nothing belongs behind it in a chain.
 
     Args:
         curvature: F, the curvature of the retain outputs.
-        damping: λ, in units of each block's mean eigenvalue.
-        predicted_kl: ε, the predicted retain KL of one step at most, nats per output; or a schedule
-            of it, such as `falling`.
+        damping: λ, 0.01 as there, in units of each block's mean eigenvalue.
+        predicted_kl: ε, 1e-4 as there, the predicted retain KL of one step at most, nats per
+            output; or a schedule of it, such as `falling`.
 
     Raises:
         ValueError: a number out of its range.
