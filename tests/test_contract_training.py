@@ -41,6 +41,7 @@ def _kuda(*scene):
 
 
 TRAINERS = [
+    Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
     Row("rosu", lambda *_: methods.rosu(SGD, radius=0.05)),
     Row("uam", lambda *_: methods.uam(SGD, radius=0.05)),
@@ -163,6 +164,8 @@ NO_ROW = {
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
+    "falling": "makes a schedule",
+    "forget": "stops by itself, and is not to be traced (tests/requests/test_forget)",
     "interactions": "measures a stack of edits",
     "random_direction": "is what objectives are made of",
     "refresh_curvature": "changes a transform's state",

@@ -17,7 +17,7 @@ from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
-from jedit.methods.curvature.natural import falling, natural, natural_steps
+from jedit.methods.curvature.natural import natural
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
@@ -57,14 +57,12 @@ __all__ = [
     "causal_trace",
     "curvature_engram",
     "engram",
-    "falling",
     "gu",
     "kfade",
     "kuda",
     "l1_sparse",
     "memit",
     "natural",
-    "natural_steps",
     "pdu",
     "repselect",
     "rome",

@@ -16,6 +16,7 @@ from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.curvature.kfade import Ascent, kfade
+from jedit.methods.curvature.natural import natural
 from jedit.methods.row import (
     ClosedForm,
     Material,
@@ -39,7 +40,7 @@ from jedit.objectives import (
 )
 from jedit.tracing import Entering, find_sites
 from jedit.training import TrainingMethod
-from jedit.transforms import clip_by_curvature_norm, project_to_null_space, scale_by_curvature
+from jedit.transforms import natural_steps, project_to_null_space
 
 SEED = 0  # of random labels and directions, which are the same for all models
 GRADDIFF = with_retain(GA())
@@ -194,12 +195,9 @@ def natural_npo(
     material: Material, *, beta: float, damping: float, predicted_kl: float
 ) -> TrainingMethod:
     curvature = material.take(Need.CURVATURE)
-    clip = optax.inject_hyperparams(
-        lambda learning_rate: clip_by_curvature_norm(curvature, predicted_kl=learning_rate)
+    # The rate that a grid sets in the optimizer's state is a step's predicted KL.
+    steps = optax.inject_hyperparams(
+        lambda learning_rate: natural_steps(curvature, damping=damping, predicted_kl=learning_rate)
     )
-    optimizer = optax.chain(
-        scale_by_curvature(curvature, damping=damping),
-        optax.scale(-1.0),
-        clip(learning_rate=predicted_kl),
-    )
-    return TrainingMethod(with_retain(NPO(beta=beta)), optimizer)
+    method = natural(with_retain(NPO(beta=beta)), curvature)
+    return method._replace(optimizer=steps(learning_rate=predicted_kl))

@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jedit.core.arguments import check_batch, check_function, check_key, check_kind, check_params
 from jedit.core.batch import Apply, Batch
-from jedit.core.checks import COUNT, POSITIVE, SHARE, check_numbers
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, POSITIVE, SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature, choose_temperature, estimate, kfac
@@ -46,13 +46,15 @@ from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.edits import Edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved
-from jedit.methods.curvature.natural import falling, natural
+from jedit.methods.curvature.natural import natural
 from jedit.objectives import NPO, Objective, with_retain
+from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
 from jedit.requests.unseen import Score, Unseen, chunks, p_value_of, row_losses, take, targets
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.rows import num_rows as rows_in
 from jedit.training.watch import History
+from jedit.transforms import falling
 
 HELD_OUT = 10  # every so many of the retain rows are held out of the steps; arbitrary
 MOST_HELD_OUT = 64  # rows: a KL of 64 texts is a tenth of a forget step's price; arbitrary
@@ -73,7 +75,7 @@ class Natural:
             looked at where the curvature is estimated.
         damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
         predicted_kl: predicted retain KL of the first step at most, nats per output, 1e-4 as there;
-            it falls to nothing at the last, as `methods.falling` says.
+            it falls to nothing at the last, as `transforms.falling` says.
         batch_size: forget rows, and retain rows, of one step; 16, as there.
     """
 
@@ -96,6 +98,9 @@ class Forgetting:
             metric at the temperature of `choose_temperature`.
         steps: how many steps are made at most; 48 was enough on TOFU in small (ours).
         every: number of steps between two looks at the rows and at the price; 4 is arbitrary.
+        settle: number of steps at most after the rows cannot be told from unseen ones, of those
+            that are left: rows that fall back are raised again, and while there is none the
+            objective's retain term alone is lowered; 0, none. For natural steps on a `with_retain`.
         significance: the edit stops when the test's p-value is above it; 0.05 is
             also what Forget Quality is held against.
         heldout: retain rows on which the price is measured; None: every tenth, 64 at most, which no
@@ -107,6 +112,7 @@ class Forgetting:
     likelihood: Likelihood | None = None
     steps: int = 48
     every: int = 4
+    settle: int = 0
     significance: float = 0.05
     heldout: Batch | None = None
     attack: optax.GradientTransformation | None = None
@@ -118,6 +124,7 @@ class Forgetting:
             ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, steps=self.steps, every=self.every)
+        check_numbers(COUNT_OR_ZERO, settle=self.settle)
         check_numbers(SHARE, significance=self.significance)
 
 
@@ -211,19 +218,26 @@ def forget(
     score = Score(apply, forget, unseen)
     seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
-    method = how.method
+    method, rest = how.method, None
     if isinstance(method, Natural):
-        method = _natural(method, how, apply, params, seen, key=curvature_key)
+        method, rest = _natural(method, how, apply, params, seen, key=curvature_key)
+    if how.settle and rest is None:
+        raise ValueError("settle needs natural steps on an objective made by with_retain")
     likelihood = Categorical() if how.likelihood is None else how.likelihood
     price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
     before = row_losses(apply, params, forget)
     level = score.level(params)
-    path = _Path(apply, params, method, forget, seen, order_key)
+    path = _Path(apply, params, (method, rest), forget, seen, order_key)
     after, change, stopped = score.of(params), {}, "steps"
     done, looks = _judged(after, level), [(_p_value(after, level), 0.0)]
-    while path.state.step < how.steps and not looks[-1][0] > how.significance:
-        number = min(how.every, how.steps - path.state.step)
-        now = path.ahead(number, ~done)
+    last = how.steps
+    while True:
+        if stopped == "steps" and looks[-1][0] > how.significance:
+            stopped = "unseen"
+            last = min(last, path.state.step + how.settle) if path.state.step else 0
+        if path.state.step >= last:
+            break
+        now = path.ahead(min(how.every, last - path.state.step), ~done)
         spent = price(now)
         is_over = budget is not None and spent > budget
         if is_over:
@@ -235,8 +249,6 @@ def forget(
         if is_over:
             stopped = "budget"
             break
-    if looks[-1][0] > how.significance:
-        stopped = "unseen"
     edited, comeback = moved(params, change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
@@ -260,8 +272,8 @@ def forget(
 
 def _natural(
     steps: Natural, how: Forgetting, apply: Apply, params: PyTree, seen: Batch, *, key: Array
-) -> TrainingMethod:
-    """Make the method of natural steps, in a metric that is estimated unless it is given."""
+) -> tuple[TrainingMethod, TrainingMethod | None]:
+    """Make natural steps on the objective, and on its retain term alone, in one metric."""
     curvature = steps.curvature
     if curvature is None:
         metric = how.likelihood
@@ -270,20 +282,23 @@ def _natural(
         estimator = kfac(apply, metric, select=steps.select)
         curvature = estimate(estimator, params, chunks(seen), key=key)
     check_covers(curvature, params)
-    return natural(
+    method = natural(
         steps.objective,
         curvature,
         damping=steps.damping,
         predicted_kl=falling(steps.predicted_kl, how.steps),
         batch_size=steps.batch_size,
     )
+    if not isinstance(steps.objective, WithRetain):
+        return method, None
+    return method, method._replace(objective=steps.objective.held)
 
 
 class _Path:
     """The loop, piece by piece: where it stands, and the rows that are still to be raised."""
 
-    def __init__(self, apply, params, method, forget, retain, key):
-        self._given = (method, apply)
+    def __init__(self, apply, params, methods, forget, retain, key):
+        self._apply, self._methods = apply, methods
         self._sets, self._key = (forget, retain), key
         self._start = params
         self.state = LoopState(0, params, None)
@@ -295,6 +310,9 @@ class _Path:
         # program.
         left = np.flatnonzero(is_left)
         number = len(is_left)
+        method, rest = self._methods
+        if not len(left) and rest is not None:
+            method = rest
         rows = np.resize(left, number) if len(left) else np.arange(number)
         forget = jax.tree.map(lambda x: jnp.asarray(x)[rows], forget)
         reached: list[LoopState] = []
@@ -304,7 +322,8 @@ class _Path:
             reached.append(state)
 
         unlearn(
-            *self._given,
+            method,
+            self._apply,
             self.state,
             forget,
             retain,

@@ -11,6 +11,7 @@ from jedit.transforms.clip_by_curvature_norm import (
 )
 from jedit.transforms.ignore_top_fraction import ignore_top_fraction
 from jedit.transforms.mask_to_salient import MaskToSalientState, mask_to_salient
+from jedit.transforms.natural_steps import falling, natural_steps
 from jedit.transforms.orthogonalize_to_retain import (
     OrthogonalizeToRetainState,
     orthogonalize_to_retain,
@@ -53,8 +54,10 @@ __all__ = [
     "add_constraint_gradient",
     "add_l1_gradient",
     "clip_by_curvature_norm",
+    "falling",
     "ignore_top_fraction",
     "mask_to_salient",
+    "natural_steps",
     "orthogonalize_to_retain",
     "project_realised_update",
     "project_to_null_space",

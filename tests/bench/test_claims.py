@@ -8,8 +8,9 @@ import pytest
 from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac, solve
 from jedit.curvature.likelihoods import Categorical
+from jedit.data import QaRow
 from jedit.geometry import null_space, project
-from tests.bench.claims import evidence, gu, metric, rosu
+from tests.bench.claims import evidence, gu, metric, natural, rosu
 from tests.bench.claims.scenes import Scene
 
 
@@ -120,3 +121,26 @@ def test_metrics_are_compared_at_one_price(toy, key):
         if line["metric"] == "other"
     ]
     assert np.exp(line["log_ratio"]["mean"]) == pytest.approx(2)
+
+
+def test_other_answers_are_unseen_authors_with_the_rows_own_name(monkeypatch):
+    monkeypatch.setattr(natural, "ROWS_PER_AUTHOR", 2)
+
+    def author(name, town):
+        first = name.split()[0]
+        born = QaRow(f"Where was {name} born?", f"{name} was born in {town}.")
+        return [born, QaRow(f"What does {name} write?", f"{first} writes about {town}.")]
+
+    rows, unseen = (
+        author("Ann Brook", "York"),
+        [*author("Cy Dale", "Bath"), *author("Eve Fox", "Hove")],
+    )
+    assert natural.name_of(rows) == "Ann Brook"
+    asked, taught = zip(*natural.other_answers(rows, unseen, 2), strict=True)
+    assert asked == tuple(row.question for row in rows for _ in range(2))
+    born, writes = set(taught[:2]), set(taught[2:])
+    assert born == {"Ann Brook was born in Bath.", "Ann Brook was born in Hove."}
+    assert writes == {"Ann writes about Bath.", "Ann writes about Hove."}
+    # An unseen author's own answers are not other answers.
+    own = natural.other_answers(unseen, unseen, 1)
+    assert own[0] == (unseen[0].question, "Cy Dale was born in Hove.")

@@ -9,9 +9,10 @@ from scipy import optimize
 
 import jedit
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import falling, natural, natural_steps
+from jedit.methods import natural
 from jedit.objectives import NPO, with_retain
 from jedit.training import LoopState, unlearn
+from jedit.transforms import falling, natural_steps
 
 
 def apply(params, inputs):

@@ -30,11 +30,11 @@ tempering costs utility where the model is not saturated, and damping hardly mat
 
 import optax
 
-from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
+from jedit.core.checks import COUNT, check_numbers
 from jedit.curvature import Curvature
 from jedit.objectives import Objective
 from jedit.training import TrainingMethod
-from jedit.transforms import clip_by_curvature_norm, scale_by_curvature
+from jedit.transforms import natural_steps
 
 
 def natural(
@@ -50,7 +50,7 @@ def natural(
         method = natural(with_retain(NPO(beta=0.04)), curvature)
         edit, info = jedit.run_method(method, apply, params, forget, retain, steps=48, key=key)
 
-    The optimizer is an optax transform, `natural_steps`, for any other loop.
+    The optimizer is the optax transform `transforms.natural_steps`, which any other loop takes.
 
     Args:
         objective: what is lowered, best one that saturates, with a retain term: NPO at beta 0.04.
@@ -70,39 +70,3 @@ def natural(
     check_numbers(COUNT, batch_size=batch_size)
     optimizer = natural_steps(curvature, damping=damping, predicted_kl=predicted_kl)
     return TrainingMethod(objective, optimizer, batch_size=batch_size)
-
-
-def natural_steps(
-    curvature: Curvature, *, damping: float = 0.01, predicted_kl: float | optax.Schedule = 1e-4
-) -> optax.GradientTransformation:
-    """Return the steps of `natural` as one optax transform of whatever gradient it is given.
-
-    It takes the place of Adam and its learning rate: nothing belongs behind it in a chain.
-
-    Args:
-        curvature: F, the curvature of the retain outputs.
-        damping: λ, 0.01 as there, in units of each block's mean eigenvalue.
-        predicted_kl: ε, 1e-4 as there, the predicted retain KL of one step at most, nats per
-            output; or a schedule of it, such as `falling`.
-
-    Raises:
-        ValueError: a number out of its range.
-    """
-    check_numbers(NOT_NEGATIVE, damping=damping)
-    if callable(predicted_kl):
-        clip = optax.inject_hyperparams(clip_by_curvature_norm)(curvature, predicted_kl)
-    else:
-        check_numbers(POSITIVE, predicted_kl=predicted_kl)
-        clip = clip_by_curvature_norm(curvature, predicted_kl)
-    return optax.chain(scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip)
-
-
-def falling(predicted_kl: float, steps: int) -> optax.Schedule:
-    """Return ε (1 - t/steps)²: the length of a step, which is as √ε, falls linearly to nothing.
-
-    Steps of one length end in a walk around what they are to reach, at a retain KL that rises and
-    falls by a factor of three.
-    """
-    check_numbers(POSITIVE, predicted_kl=predicted_kl)
-    check_numbers(COUNT, steps=steps)
-    return optax.polynomial_schedule(predicted_kl, 0.0, 2, steps)
