@@ -43,6 +43,7 @@ DEFAULTS = [
     Default("requests.Natural", "batch_size", 16, "one step; 16, as there", OURS),
     Default("requests.Forgetting", "steps", 48, "most; 48 was enough", OURS),
     Default("requests.Forgetting", "every", 4, "price; 4 is arbitrary", OURS),
+    Default("requests.Forgetting", "settle", 0, "lowered; 0, none", OURS),
     Default("requests.Forgetting", "significance", 0.05, "above it; 0.05 is", "TOFU"),
     Default("methods.natural", "damping", 0.01, "eigenvalue; 0.01 (ours;", OURS),
     Default("methods.natural", "predicted_kl", 1e-4, "nats per output, 1e-4 (ours)", OURS),

@@ -7,6 +7,7 @@ The derivation is in `jedit.methods.natural`.
 """
 
 import optax
+from jaxtyping import Array
 
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.curvature import Curvature
@@ -15,7 +16,10 @@ from jedit.transforms.scale_by_curvature import scale_by_curvature
 
 
 def natural_steps(
-    curvature: Curvature, *, damping: float = 0.01, predicted_kl: float | optax.Schedule = 1e-4
+    curvature: Curvature,
+    *,
+    damping: float | Array = 0.01,
+    predicted_kl: float | Array | optax.Schedule = 1e-4,
 ) -> optax.GradientTransformation:
     """Return the steps of `jedit.methods.natural`, of whatever gradient is given.
 

@@ -183,6 +183,25 @@ def test_scores_are_losses_less_those_of_other_answers(scene):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_settles_lowers_the_retain_loss_alone(scene):
+    params, gone, kept, unseen = scene
+    natural = Natural(with_retain(NPO(beta=0.01)), predicted_kl=0.05, damping=0.1)
+    how = Forgetting(natural, steps=40, every=2)
+    runs = {}
+    for settle in (0, 6):
+        settled = dataclasses.replace(how, settle=settle)
+        edit, info = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=settled)
+        assert info.stopped == "unseen"
+        runs[settle] = (jedit.apply_edit(params, edit), info)
+    (before, short), (after, long) = runs[0], runs[6]
+    assert 0 < short.steps < long.steps <= short.steps + 6
+    np.testing.assert_array_equal(long.p_value[: len(short.p_value)], short.p_value)
+    seen = jax.tree.map(lambda x: np.delete(np.asarray(x), slice(None, None, 10), 0), kept)
+    assert losses_of(after, seen).mean() < losses_of(before, seen).mean()
+    with pytest.raises(ValueError, match="settle needs natural steps"):
+        forget(apply, params, gone, kept, key=KEY, how=Forgetting(method=ADAM, settle=3))
+
+
 def test_an_attack_brings_back_what_was_hidden(scene):
     params, gone, kept, unseen = scene
     how = Forgetting(method=ADAM, steps=20, attack=optax.adam(0.1))
