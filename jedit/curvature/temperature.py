@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import batch_list, check_function, check_params
@@ -59,11 +60,11 @@ def choose_temperature(
     check_params(params)
     batches = batch_list(batches, "batches")
     tried = sorted(among)
-    sums = sum(_traces(apply, params, batch, tuple(tried)) for batch in batches)
-    traces, number = sums[:-1], sums[-1]
-    if not float(number):
+    found = [_traces(apply, params, batch, tuple(tried)) for batch in batches]
+    *traces, number = np.sum(np.asarray(found, np.float64), axis=0).tolist()
+    if not number:
         raise ValueError(f"the {len(batches)} batches count no output: no temperature is told")
-    enough = [t for t, value in zip(tried, traces, strict=True) if float(value / number) >= least]
+    enough = [t for t, value in zip(tried, traces, strict=True) if value / number >= least]
     return enough[0] if enough else tried[-1]
 
 

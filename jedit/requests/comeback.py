@@ -1,6 +1,6 @@
 """What a relearning attack brings back of an edit, with intervals, beside rows nobody ever knew."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -72,7 +72,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     if len(values) < 2 or np.ptp(values) == 0:
         return mean, mean, mean
     rng = np.random.default_rng(0)
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", random_state=rng
-    )
+    # SciPy 1.15 calls it `rng`, and takes the old name still.
+    seeded: Any = {"random_state": rng}
+    found = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", **seeded)
     return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)

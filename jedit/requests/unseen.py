@@ -62,7 +62,8 @@ class Score:
 
     def level(self, params: PyTree) -> np.ndarray:
         """Return the unseen rows' scores, sorted; none where there are no such rows."""
-        return np.zeros(0) if self._unseen[0] is None else np.sort(self._of(params, *self._unseen))
+        rows, beside = self._unseen
+        return np.zeros(0) if rows is None else np.sort(self._of(params, rows, beside))
 
     def _of(self, params: PyTree, rows: Batch, beside: Batch | None) -> np.ndarray:
         losses = row_losses(self._apply, params, rows)
