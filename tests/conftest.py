@@ -32,7 +32,13 @@ JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 MAX_MEMORY_MAPS = 25_000
 # Where keys are given to jedit; elsewhere tests draw their data, as they like.
 KEYS_CHECKED = ("attacks", "curvature", "data", "methods", "objectives", "transforms")
-KEYS_CHECKED += ("test_continual.py", "test_contract.py", "test_package.py", "test_unlearn.py")
+KEYS_CHECKED += (
+    "test_forget.py",
+    "test_continual.py",
+    "test_contract.py",
+    "test_package.py",
+    "test_unlearn.py",
+)
 
 # All of this is read when JAX and the BLAS start, so it comes before their import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -4,9 +4,9 @@
 
 the trace, times T², of one output's Fisher matrix.  It is what K-FAC's factors are made of: where a
 model has its rows by heart p is nearly one label, the trace nearly zero, and the metric protects
-nothing.  Where it is not, tempering weighs outputs up that nobody will ever sample, and costs
-utility (`tests/bench/claims/natural.md`).  So the lowest temperature is taken at which the mean
-trace is `least`.
+nothing.  Where it has not, tempering weighs outputs up that nobody will ever sample, and cost
+utility on one trial (`tests/bench/claims/natural.md`).  So the lowest temperature is taken at which
+the mean trace is `least`.
 """
 
 import functools
@@ -60,6 +60,8 @@ def choose_temperature(
     check_params(params)
     batches = batch_list(batches, "batches")
     tried = sorted(among)
+    if not tried:
+        raise ValueError("among holds no temperature to choose from")
     found = [_traces(apply, params, batch, tuple(tried)) for batch in batches]
     *traces, number = np.sum(np.asarray(found, np.float64), axis=0).tolist()
     if not number:

@@ -199,5 +199,5 @@ def natural_npo(
     steps = optax.inject_hyperparams(
         lambda learning_rate: natural_steps(curvature, damping=damping, predicted_kl=learning_rate)
     )
-    method = natural(with_retain(NPO(beta=beta)), curvature)
-    return method._replace(optimizer=steps(learning_rate=predicted_kl))
+    objective = with_retain(NPO(beta=beta))
+    return natural(objective, curvature)._replace(optimizer=steps(learning_rate=predicted_kl))

@@ -41,7 +41,7 @@ from jedit.objectives import (
 )
 
 TOFU = "2401.06121"  # the benchmark's paper is where GradDiff and IdkDPO are usually taken from
-NATURAL = "natural steps in the retain metric: the strongest forgetting at a stated price (ours)"
+NATURAL = "strong forgetting with much of the rest kept; `jedit.forget` stops it by itself (ours)"
 ROWS: tuple[Row, ...] = (
     ByBudget(
         name="K-FADE (K-FAC)",

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Array, PyTree
@@ -55,7 +56,7 @@ def attacked(
             optimizer=optimizer,
             looks=(LESSON_STEPS,),
             measure=lambda p: np.exp(-row_losses(apply, p, others)),
-            key=key,
+            key=jax.random.clone(key),  # the same attack on both
         )
         return found.values[0], found.values[1]
 

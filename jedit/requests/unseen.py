@@ -7,7 +7,8 @@ D⁺     max_x (share of s <= x - share of u <= x), with its one-sided p-value (
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.batch import Apply, Batch
+from jedit.core.devices import sharding_of
 from jedit.core.outputs import by_example
 from jedit.objectives.token_nll import counted_nll
 from jedit.training.rows import num_rows as rows_in
@@ -87,9 +89,42 @@ def p_value_of(scores: np.ndarray, level: np.ndarray) -> float:
     return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def check_power(num_rows: int, num_unseen: int, significance: float) -> None:
+    """Refuse samples so small that the test could not tell them at any losses.
+
+    Where all n rows are below all m unseen ones the p-value is 1 / C(n + m, n).
+
+    Raises:
+        ValueError: the smallest p-value is above the significance.
+    """
+    least = 1 / math.comb(num_rows + num_unseen, num_rows)
+    if least > significance:
+        raise ValueError(
+            f"{num_rows} forget rows and {num_unseen} unseen ones are too few: no losses could be "
+            f"told apart at {significance:g} (p is at least {least:.2g}). Give more unseen rows"
+        )
+
+
+def spread(length: int, number: int) -> np.ndarray:
+    """Return at most so many places, at equal distances over a length."""
+    return np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
+
+
 def take(batch: Batch, which: np.ndarray | slice) -> Batch:
-    """Return some rows of a batch."""
-    return jax.tree.map(lambda x: jnp.asarray(x)[which], batch)
+    """Return some rows of a batch, split over devices as they were where their number allows it."""
+
+    def taken(x: Any) -> Array:
+        x = jnp.asarray(x)
+        rows, sharding = x[which], sharding_of(x)
+        if sharding is None:
+            return rows
+        try:
+            sharding.shard_shape(rows.shape)
+        except ValueError:  # not so many rows to each device
+            return rows
+        return jax.device_put(rows, sharding)
+
+    return jax.tree.map(taken, batch)
 
 
 def chunks(batch: Batch) -> list[Batch]:

@@ -74,6 +74,8 @@ def found(params, rows, facts):
     )
     after, forgotten = stream.forget(stream.init(params), [3])
     after, again = stream.forget(after, [5])
+    how = jedit.Forgetting(jedit.Natural(damping=0.3, batch_size=8), steps=2, every=1)
+    edit, told = jedit.forget(apply, params, facts, rows, unseen=rows, key=key, how=how)
     return {
         "capture": (outputs, activations, gradients),
         "capture, traced": traced(params, rows.inputs),
@@ -82,6 +84,7 @@ def found(params, rows, facts):
         "causal_trace": tuple(traced_back),
         "salun": salient,
         "RetainKl": (price(move, 0.1), price.predicted(move)),
+        "forget": (edit.blocks, told.true_kl, told.loss_after),
         "continual": (after.params, forgotten.loss_after, again.loss_after),
     }
 

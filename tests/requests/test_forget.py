@@ -156,6 +156,7 @@ def test_natural_steps_are_the_default_and_cover_what_the_curvature_covers(scene
 def test_rows_that_are_as_unseen_from_the_start_cost_nothing(scene):
     params, _, kept, unseen = scene
     fresh, control = (jax.tree.map(lambda x, i=i: x[i::2], unseen) for i in (0, 1))
+    assert len(fresh.targets) + len(control.targets) == UNSEEN
     edit, info = forget(apply, params, fresh, kept, unseen=control, key=KEY)
     assert info.stopped == "unseen"
     assert (info.steps, info.true_kl.tolist(), info.predicted_kl) == (0, [0.0], 0.0)
@@ -240,6 +241,13 @@ def test_what_is_refused(scene):
         Forgetting(significance=1.5)
     with pytest.raises(ValueError, match="budget must be positive"):
         forget(apply, params, gone, kept, budget=0.0, key=KEY)
+    pair = jax.tree.map(lambda x: x[:2], gone)
+    with pytest.raises(ValueError, match="2 forget rows and 2 unseen ones are too few"):
+        forget(apply, params, pair, kept, unseen=jax.tree.map(lambda x: x[:2], kept), key=KEY)
+    with pytest.raises(ValueError, match="damping must not be negative"):
+        Natural(damping=-1.0)
     one = jax.tree.map(lambda x: x[:1], kept)
+    with pytest.raises(ValueError, match="teaches some forget rows and asks about others"):
+        forget(apply, params, one, kept, key=KEY, how=Forgetting(ADAM, attack=optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r"at least 2 are needed; got 1. Give heldout="):
         forget(apply, params, gone, one, key=KEY)

@@ -12,9 +12,8 @@ By Lagrange's condition g + μ F Δ = 0, so that Δ = -α F⁻¹ g, and the cons
     Δ = -min(1, α) (F + λ)⁻¹ g,        ½ α² dᵀ F d = ε,  d = (F + λ)⁻¹ g
 
 A step is never longer than the natural gradient itself, which ends by itself where the objective's
-gradient does.  A quadratic budget for the whole path would be spent by its first steps; one of a
-step bounds their number times √ε instead: the distance grows with the steps, the KL with its
-square.  What the path costs in truth, `jedit.forget` measures.
+gradient does.  The bound is on each step: n steps reach √(2ε) n at most, in the metric of F, and a
+predicted KL of ε n².  What the path costs in truth, `jedit.forget` measures.
 
 Kin.  K-FADE (arXiv 2602.10568, `kfade`) makes one or a few long steps of the forget loss alone,
 whose length a line search sets: there the quadratic model has to hold over the whole edit.
@@ -24,8 +23,8 @@ the *retain* rows need.  Natural gradient descent (Amari 1998) has the metric of
 learns.  Ours [derived]: many short steps of a saturating objective with its retain term, the metric
 of the other set, and the bound on each step.
 
-What was measured is in `tests/bench/claims/natural.md`: many short steps beat few long ones,
-tempering costs utility where the model is not saturated, and damping hardly matters.
+What was measured is in `tests/bench/claims/natural.md`: on one trial many short steps kept more
+utility than few long ones, tempering cost a tenth of it, and damping hardly mattered.
 """
 
 import optax
@@ -55,14 +54,16 @@ def natural(
     Args:
         objective: what is lowered, best one that saturates, with a retain term: NPO at beta 0.04.
         curvature: F, the curvature of the retain outputs; what it does not cover is not edited.
-        damping: λ, in units of each block's mean eigenvalue; 0.01 (ours; 0.003 to 0.03 were alike).
+        damping: λ, in units of each block's mean eigenvalue; 0.01 (ours; on one trial 0.003 to 0.03
+            were alike).
         predicted_kl: ε, what a step may cost by the quadratic model, nats per output, 1e-4 (ours);
             or an optax schedule of the step's number: steps of one length never settle.
         batch_size: rows of each set in a step; 16 is what our tables were made with.
 
     Returns:
         A method for `jedit.unlearn` and `jedit.run_method`.  A step costs the objective's gradient,
-        one `solve` and one `quadratic_form`; parameters that the curvature does not cover stay.
+        one `solve` and one `quadratic_form`, and its state holds two copies of the curvature;
+        parameters that the curvature does not cover stay.
 
     Raises:
         ValueError: a number out of its range.

@@ -249,6 +249,8 @@ def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, s
             corrected[temperature], second = _timed(estimator, task.original, chunks, key=ekfac_key)
         seconds += np.array([first, first + second]) / len(grid.temperatures)
     temperature = choose_temperature(task.apply, task.original, chunks[0], among=grid.temperatures)
+    if len(grid.temperatures) > 1:
+        say(f"methods without a temperature of their own step at {temperature:g}")
     first, both = seconds.tolist()
     return Fitted(plain, corrected, temperature=temperature, seconds=first, corrected_seconds=both)
 

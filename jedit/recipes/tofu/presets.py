@@ -52,7 +52,7 @@ LEFT_OUT = ASIDE | {"NPO (natural)"}
 GRID = Grid(
     methods=tuple(name for name in CATALOGUE if name not in LEFT_OUT),
     budgets=(0.05, 0.1, 0.2, 0.4),
-    temperatures=(1.0,),  # no model here is saturated, where tempering costs a tenth of the utility
+    temperatures=(1.0,),  # the GPT is not saturated: tempering would cost utility
     damping=(0.1,),
     kfade_steps=(1,),
     looks=(16, 48),
@@ -66,10 +66,11 @@ GRID = Grid(
 # Pretrained models take rates some thirty times as small: open-unlearning trains TOFU's, and
 # unlearns, at 1e-5. A predicted KL is the same for every model, and so is, about, a step's length.
 FINE_TUNING = GRID._replace(
+    temperatures=(1.0, 4.0),  # a pretrained model may know its authors by heart
     rates={
         pace: rates if pace in OWN_UNITS else tuple(rate / 30 for rate in rates)
         for pace, rates in RATES.items()
-    }
+    },
 )
 PRESETS = {
     "cpu": Preset(

@@ -1,12 +1,12 @@
-"""Claim: natural steps pass TOFU's Forget Quality at the retrained model's utility, stop by
-themselves without a retrained model, and last.
+"""Claims: natural steps pass TOFU's Forget Quality at the retrained model's utility; they stop by
+themselves, without a retrained model; the edit lasts. The second holds so far: see natural.md.
 
     python -m tests.bench.claims.natural --data DIR [--seeds 5] [--field] [--steps 48 96]
 
 Each seed trains a full and a retrained model at the cpu preset, once: `out/claims` keeps them.
 `--field` is the field's protocol, in which methods see all retain rows; without it six authors are
-held out of everything but the judging. The edit is `jedit.forget`'s: it is told the holdout rows
-and no retrained model. By each model:
+held out of everything but the judging and the price. The edit is `jedit.forget`'s: it is told the
+holdout rows and no retrained model. By each model:
 
     quality, utility, nll, kl   Forget Quality, Model Utility, loss of the forget rows, held-out KL
     score                       mean log truth ratio of the forget rows, against answers of unseen
@@ -142,6 +142,7 @@ def main() -> None:
     options.add_argument("--first", type=int, default=0, help="the first seed")
     options.add_argument("--field", action="store_true", help="methods see all retain rows")
     options.add_argument("--steps", type=int, nargs="+", default=[48, 96])
+    options.add_argument("--settle", type=int, default=0, help="steps after the test is passed")
     options.add_argument("--predicted-kl", type=float, nargs="+", default=[1e-4])
     given = options.parse_args()
     sets = read_sets(given.data, PRESETS["cpu"])
@@ -159,9 +160,12 @@ def main() -> None:
         retain = seen if given.field else task.retain
         for steps, price in itertools.product(given.steps, given.predicted_kl):
             start = time.perf_counter()
-            how = Forgetting(Natural(predicted_kl=price, select=task.select), steps=steps)
-            if not given.field:
-                how = Forgetting(how.method, steps=steps, heldout=heldout)
+            how = Forgetting(
+                Natural(predicted_kl=price, select=task.select),
+                steps=steps,
+                settle=given.settle,
+                heldout=heldout,
+            )
             edit, info = forget(
                 task.apply, task.original, task.forget, retain,
                 unseen=unseen, key=compare_key(seed), how=how,
