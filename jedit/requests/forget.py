@@ -236,11 +236,11 @@ def forget(
             parameters, or fewer rows than the test needs to tell anything.
         FloatingPointError: a loss or a parameter is not finite, as `unlearn` says it.
     """
+    check_numbers(POSITIVE, budget=budget)
     check_kind(how, Forgetting, "how", "such as Forgetting(steps=96)")
     check_function(apply)
     check_params(params)
     check_key(key)
-    check_numbers(POSITIVE, budget=budget)
     if isinstance(unseen, Batch):
         unseen = Unseen(unseen)
     if unseen is not None:

@@ -71,12 +71,12 @@ def test_directions_that_no_token_has_are_no_floor(tolerance):
     """Of three rows the inputs span three directions; the fourth eigenvalue is rounding."""
     params, forget, curvature = scene(3)
     u = jax.tree.map(jnp.ones_like, params)
-    transform = shrink_top_directions(curvature, rank=6, share=1.0)
+    transform = shrink_top_directions(curvature, rank=4, share=1.0)
     found, _ = transform.update(u, transform.init(params), params)
     inputs = np.concatenate([forget.inputs, np.ones((3, 1))], axis=1)
     a, g = (np.asarray(m) for m in factors(curvature, "w"))
     np.testing.assert_allclose(a, inputs.T @ inputs / 3, atol=1e-6)
-    expected = collapse(a, 3) @ np.ones((D_IN + 1, WIDTH)) @ collapse(g, 6)
+    expected = collapse(a, 3) @ np.ones((D_IN + 1, WIDTH)) @ collapse(g, 4)
     tolerance.check(found["w"], expected[:-1], "factorization")
     dead = jax.tree.map(jnp.zeros_like, curvature)
     transform = shrink_top_directions(dead)
@@ -115,7 +115,9 @@ def test_the_rate_is_a_steps_length_however_small_the_gradient(key):
     assert float(rate) == pytest.approx(0.2)
     for steps, objective in ((1, tiny), (1, lambda _, p, *rest: (0.0 * jnp.sum(p["w"]), {}))):  # noqa: ARG005
         run = method._replace(objective=objective)
-        moved, _ = unlearn(run, network, params, forget, forget, steps=steps, key=key)
+        moved, _ = unlearn(
+            run, network, params, forget, forget, steps=steps, key=jax.random.clone(key)
+        )
         change = [np.asarray(moved[n] - params[n], np.float64).ravel() for n in params]
         length = np.linalg.norm(np.concatenate(change))
         assert length == pytest.approx(0.2 if objective is tiny else 0.0, rel=1e-5)
