@@ -42,7 +42,8 @@ def scene(num_rows=ROWS):
 def collapse(moment, k):
     """I - P (I - λ_k S⁻¹) Pᵀ over the top k directions, of those that hold anything."""
     values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
-    k = min(k, int(np.sum(values > 1e-10 * values[-1])))
+    least = len(values) * np.finfo(np.asarray(moment).dtype).eps  # of what rounding leaves
+    k = min(k, int(np.sum(values > least * values[-1])))
     s, p = values[-k:], vectors[:, -k:]
     return np.eye(len(values)) - p @ np.diag(1 - s[0] / s) @ p.T
 
@@ -71,12 +72,12 @@ def test_directions_that_no_token_has_are_no_floor(tolerance):
     """Of three rows the inputs span three directions; the fourth eigenvalue is rounding."""
     params, forget, curvature = scene(3)
     u = jax.tree.map(jnp.ones_like, params)
-    transform = shrink_top_directions(curvature, rank=4, share=1.0)
+    transform = shrink_top_directions(curvature, rank=6, share=1.0)
     found, _ = transform.update(u, transform.init(params), params)
     inputs = np.concatenate([forget.inputs, np.ones((3, 1))], axis=1)
     a, g = (np.asarray(m) for m in factors(curvature, "w"))
     np.testing.assert_allclose(a, inputs.T @ inputs / 3, atol=1e-6)
-    expected = collapse(a, 3) @ np.ones((D_IN + 1, WIDTH)) @ collapse(g, 4)
+    expected = collapse(a, 3) @ np.ones((D_IN + 1, WIDTH)) @ collapse(g, 6)
     tolerance.check(found["w"], expected[:-1], "factorization")
     dead = jax.tree.map(jnp.zeros_like, curvature)
     transform = shrink_top_directions(dead)
