@@ -280,7 +280,7 @@ def forget(
         is_over = budget is not None and not spent <= budget  # NaN is over, too
         if is_over:
             assert budget is not None
-            now, spent = _back(price, change, now, budget)
+            now, spent = _back(price, (change, now), (looks[-1][1], spent), budget)
         change, after = now, score.of(moved(params, now))
         done = _judged(after, level)
         looks.append((_p_value(after, level), spent))
@@ -391,16 +391,24 @@ def _difference(before: PyTree, after: PyTree) -> dict[str, Array]:
 
 
 def _back(
-    price: RetainKl, before: dict[str, Array], now: dict[str, Array], budget: float
+    price: RetainKl,
+    ends: tuple[dict[str, Array], dict[str, Array]],
+    prices: tuple[float, float],
+    budget: float,
 ) -> tuple[dict[str, Array], float]:
-    """Shorten the last piece of the path to what the budget allows; return it and its price."""
+    """Shorten the last piece of the path, between two changes, to what the budget allows.
+
+    Returns:
+        The change where it ends now, and its price.
+    """
+    before, now = ends
     move = ahead(now, before, -1.0)
 
     def along(alpha: float) -> float:
         return price(move, alpha, start=before)
 
     # The root of the KL is nearly linear between the ends of a short piece.
-    low, high = (math.sqrt(max(along(alpha), 0.0)) for alpha in (0.0, 1.0))
+    low, high = (math.sqrt(max(kl, 0.0)) for kl in prices)
     guess = 0.2
     if math.isfinite(high):
         guess = max((0.9975 * math.sqrt(budget) - low) / (high - low), 0.0)
