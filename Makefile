@@ -37,6 +37,7 @@ help:
 	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
 	@echo "make test         the tests, in float64"
 	@echo "make test-more    in float32 what a number's width changes, with JAX's check for reused keys"
+	@echo "                  (HALF=0 or 1: every second file of them)"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  tracing on the oldest supported versions"
@@ -114,9 +115,14 @@ ANY_WIDTH := bench checkpoint cli many_devices recipes report \
 WIDTH_FLAGS = $(patsubst %,--ignore=tests/%,$(ANY_WIDTH) $(if $(JEDIT_TEST_ALL),,tracing))
 # Annotations are checked in float64.
 MORE := $(FAST_COMPILE) JEDIT_TEST_X64=0 JEDIT_TEST_KEY_REUSE=1 JEDIT_TEST_TYPECHECK=0
+# All of their files; every second one, from the first or from the second on, with HALF=0 or 1.
+HALF ?=
+MORE_FILES = $(if $(HALF),$(shell find $(filter-out $(addprefix tests/,parity llm $(ANY_WIDTH)), \
+  $(wildcard tests/*)) -name 'test_*.py' $(if $(JEDIT_TEST_ALL),,-not -path '*/tracing/*') \
+  | LC_ALL=C sort | awk 'NR % 2 == $(HALF)'))
 
 test-more: .venv/.dev
-	$(MORE) .venv/bin/python $(PYTEST) $(WIDTH_FLAGS)
+	$(MORE) .venv/bin/python $(PYTEST) $(WIDTH_FLAGS) $(MORE_FILES)
 
 test-all: export JEDIT_TEST_ALL = 1
 test-all: SEED = 0:10000
@@ -150,7 +156,7 @@ test-newest:
 	$(call on_newest,$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST))
 
 more-newest:
-	$(call on_newest,$(MORE) .venv-newest/bin/python $(PYTEST) $(WIDTH_FLAGS))
+	$(call on_newest,$(MORE) .venv-newest/bin/python $(PYTEST) $(WIDTH_FLAGS) $(MORE_FILES))
 
 demo-newest:
 	$(call on_newest,.venv-newest/bin/jedit demo $(DEMO_FLAGS))
@@ -168,13 +174,15 @@ bench: .venv/.bench
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
-# Executed, and written as pages where the API reference links to them.
-EXECUTE := bin/jupyter nbconvert --execute --to html --output-dir out/docs/notebooks \
-  --ExecutePreprocessor.timeout=600
-
+# Executed, and written as pages where the API reference links to them; two at a time, since much of
+# their time is the compiler's, on one core.
 notebooks: .venv/.dev .venv-llm/.done
-	.venv-llm/$(EXECUTE) notebooks/00_*.ipynb
-	.venv/$(EXECUTE) $(filter-out notebooks/00_%,$(wildcard notebooks/*.ipynb))
+	@$(MAKE) --no-print-directory -j $(JOBS) $(wildcard notebooks/*.ipynb)
+
+.PHONY: $(wildcard notebooks/*.ipynb)
+$(wildcard notebooks/*.ipynb):
+	.venv$(if $(findstring /00_,$@),-llm)/bin/jupyter nbconvert --execute --to html \
+	  --output-dir out/docs/notebooks --ExecutePreprocessor.timeout=600 $@
 
 # The files of methods besides: a file's header is its method's derivation.
 METHODS = $(subst /,.,$(basename $(filter-out $(wildcard jedit/methods/*/_*.py), \

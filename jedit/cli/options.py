@@ -27,7 +27,8 @@ class RunFile:
 
     data: Path
     """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list
-    of wrong answers), paraphrased_question, and any others to choose rows by."""
+    of wrong answers), paraphrased_question, alternate_answer (what AltPO prefers), and others to
+    choose rows by."""
     forget: str
     """Rows to forget: a file, FIELD=VALUE[,VALUE] (author=Jane Doe), or rows=START:STOP counted
     from 0."""
@@ -40,10 +41,20 @@ class RunFile:
     trained, and the edited folder is written to OUT/edited. None: a small GPT learns the rows."""
     tokenizer: Path | None = None
     """Folder of the model's tokenizer; None: the model's."""
-    budget: float = 0.05
-    """With --model: retain KL that the edit may cost, nats per answer token."""
-    temperature: float = 1.0
-    """With --model: of the curvature's likelihood; 4 where the rows are known by heart."""
+    method: Literal["natural", "kfade"] = "natural"
+    """With --model: natural steps that stop by themselves, or one step in closed form."""
+    unseen: Path | None = None
+    """With --model: rows of the same kind that the model was not trained on, a file like --data;
+    natural steps stop where the rows to forget cannot be told from them."""
+    budget: float | None = None
+    """With --model: retain KL that the edit may cost, nats per answer token. None: 0.05 for kfade;
+    natural steps may cost what they take."""
+    temperature: float | None = None
+    """With --model: of the curvature's likelihood. None: 1 for kfade; natural steps measure it."""
+    steps: int = 48
+    """With --model: natural steps at most."""
+    attack: bool = True
+    """With --model: teach some rows again after natural steps, to see what comes back."""
     width: int = 128
     """Width of the GPT."""
     layers: int = 4

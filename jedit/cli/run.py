@@ -1,8 +1,10 @@
 """`jedit run`: forget questions and answers of one's own, in a small GPT or in a model folder."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jedit.cli.checks import UsageError
 from jedit.cli.options import RunFile
@@ -72,12 +74,16 @@ def _edit_checkpoint(
     from rich.console import Console
     from rich.table import Table
 
+    from jedit.data import read_rows
     from jedit.recipes.pretrained import Settings, check_folder, forget_in_checkpoint
     from jedit.report.table import number
 
     settings = Settings(
+        method=options.method,
         budget=options.budget,
         temperature=options.temperature,
+        steps=options.steps,
+        attack=options.attack,
         max_len=options.max_len,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -88,9 +94,10 @@ def _edit_checkpoint(
             raise UsageError(f"{folder}: there is no such folder.")
     try:
         check_folder(options.out, model, tokenizer)
+        unseen = [] if options.unseen is None else read_rows(options.unseen)
         with stages:
             found = forget_in_checkpoint(
-                model, tokenizer, forget, retain, options.out, settings, say=stages
+                model, tokenizer, forget, retain, options.out, settings, unseen=unseen, say=stages
             )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
@@ -103,17 +110,48 @@ def _edit_checkpoint(
     console.print(table)
     if num_cut := sum(found["num_cut_off"].values()):
         console.print(f"{num_cut} rows are longer than {options.max_len} tokens and were cut off.")
+    if "stopped" in found:
+        console.print(_how_it_went(found), soft_wrap=True, highlight=False)
     console.print(
-        f"Retain KL on the rows the edit saw: predicted {number(found['predicted_kl'])}, true "
-        f"{number(found['true_kl'])}. Edited model: {options.out / 'edited'}",
+        f"Retain KL on the rows the edit was priced on: predicted {number(found['predicted_kl'])}, "
+        f"true {number(found['true_kl'])}. Edited model: {options.out / 'edited'}",
         soft_wrap=True,
         highlight=False,
     )
     return 0
 
 
+def _how_it_went(found: dict[str, Any]) -> str:
+    """Say why natural steps stopped, which rows are done, and what an attack brings back."""
+    from jedit.report.table import number
+
+    why = {
+        "unseen": "the rows cannot be told from unseen ones",
+        "budget": "the budget is spent",
+        "steps": "all steps are taken; with --unseen they stop by themselves",
+    }
+    done = found["is_done"]
+    text = f"{found['steps']} natural steps: {why[found['stopped']]}."
+    if not math.isnan(found["p_value"][-1]):
+        text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
+    if comeback := found.get("comeback"):
+        before, after = (
+            f"{number(mean)} [{number(low)}, {number(high)}]"
+            for mean, low, high in (comeback["before"], comeback["after"])
+        )
+        text += (
+            " Probability of the rows to forget before and after a sixth of them is taught again: "
+            f"{before} and {after}"
+        )
+        if comeback["unseen"]:
+            text += f"; of unseen rows {number(comeback['unseen'][0])}"
+        text += "."
+    return text
+
+
 # What only one of the two ways looks at: training a GPT, and editing a folder's model.
-OF_A_FOLDER = ("budget", "temperature", "tokenizer")
+OF_A_FOLDER = ("method", "unseen", "budget", "temperature", "steps", "attack", "tokenizer")
+OF_NATURAL_STEPS = ("unseen", "steps", "attack")
 OF_TRAINING = ("width", "layers", "heads", "epochs", "vocab", "learning_rate")
 
 
@@ -129,12 +167,16 @@ def _check_used(options: RunFile) -> None:
         if getattr(options, name) != defaults[name]:
             where = "without --model, where a GPT is trained" if is_folder else "with --model"
             raise UsageError(f"--{name.replace('_', '-')} is only looked at {where}.")
+    if options.method != "natural":
+        for name in OF_NATURAL_STEPS:
+            if getattr(options, name) != defaults[name]:
+                raise UsageError(f"--{name} is only looked at with --method natural.")
 
 
 def _check_numbers(options: RunFile) -> None:
     numbers = {
         POSITIVE: ("learning_rate", "budget", "temperature"),
-        COUNT: ("width", "layers", "heads", "batch_size", "epochs"),
+        COUNT: ("width", "layers", "heads", "batch_size", "epochs", "steps"),
         Range(258, is_whole=True): ("vocab",),  # the bytes and two special tokens
         Range(8, is_whole=True): ("max_len",),
     }

@@ -17,6 +17,7 @@ from jedit.models import Stepper, sampled_decode
 # AltPO samples at 1, where a model that has memorised a row gives its answer; what is above is
 # arbitrary.
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0)
+FIELD = "alternate_answer"  # of a row that brings its own
 Ask = Callable[[Array, float], Sequence[str]]
 
 
@@ -24,7 +25,8 @@ def sampled_alternates(rows: Sequence[QaRow], ask: Ask, *, key: Array) -> list[t
     """Return each question with one alternate answer.
 
     Args:
-        rows: the questions with their right answers.
+        rows: the questions with their right answers; one with a text in the field
+            "alternate_answer" brings its own.
         ask: of a key and a temperature, an answer to each question.
         key: of all draws.
 
@@ -32,7 +34,8 @@ def sampled_alternates(rows: Sequence[QaRow], ask: Ask, *, key: Array) -> list[t
         Pairs of texts. The answer is the first that is neither empty nor the right one, out of one
         draw at each of `TEMPERATURES`; the right one where all are, which AltPO then does not move.
     """
-    found: dict[int, str] = {}
+    given = ((i, row.fields.get(FIELD)) for i, row in enumerate(rows))
+    found = {i: text for i, text in given if isinstance(text, str) and text}
     for i, temperature in enumerate(TEMPERATURES):
         if len(found) == len(rows):
             break

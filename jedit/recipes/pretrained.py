@@ -1,4 +1,4 @@
-"""A language model of one's own: forget rows of it in closed form, and save the edited folder."""
+"""A language model of one's own: make it forget rows, and save the edited folder."""
 
 import json
 import math
@@ -7,26 +7,31 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+import optax
+from jaxtyping import Array, PyTree
 
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, batches
-from jedit.edits import apply_edit, cast_report
+from jedit.edits import Edit, apply_edit, cast_report
 from jedit.methods import Ascent, kfade
 from jedit.models import load_model, save_model
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
+from jedit.requests import Forgetting, Natural, Unseen
+from jedit.requests import forget as forget_rows
 
 # The matrices of the blocks: what an embedding or a norm has learned serves every row.
 SELECT = r"^layers/\d+/(attn|mlp)/"
 SHARE_SEEN = 0.7
+KFADE_BUDGET, KFADE_DAMPING = 0.05, 0.1
+ATTACK_RATE = 1e-5  # of Adam: what open-unlearning trains TOFU's models with
 EDITED, RESULTS = "edited", "results.json"
 
 
@@ -34,19 +39,24 @@ class Settings(NamedTuple):
     """Settings of the edit of a model folder.
 
     Attributes:
-        budget: retain KL that the edit may cost, in nats per answer token.
-        temperature: temperature of the likelihood in whose curvature it steps.
-        damping: damping in units of each block's mean eigenvalue.
-        steps: number of steps of the edit, with the curvature kept.
+        method: "natural", steps that stop by themselves (`jedit.forget`), or "kfade", one step in
+            closed form.
+        budget: retain KL that the edit may cost, nats per answer token; None: 0.05 for K-FADE,
+            whatever it takes for natural steps.
+        temperature: of the likelihood in whose curvature it steps; None: 1 for K-FADE, for natural
+            steps the one of `choose_temperature`.
+        steps: number of natural steps at most.
+        attack: whether the rows are taught again after natural steps, to see what comes back.
         max_len: number of tokens of a row, at most; longer rows are cut off.
-        batch_size: number of rows evaluated at a time.
-        seed: seed of the split of the retain rows and of the curvature's labels.
+        batch_size: number of rows of a step, and evaluated at a time.
+        seed: seed of the split of the retain rows, of the steps and of the curvature's labels.
     """
 
-    budget: float = 0.05
-    temperature: float = 1.0
-    damping: float = 0.1
-    steps: int = 1
+    method: Literal["natural", "kfade"] = "natural"
+    budget: float | None = None
+    temperature: float | None = None
+    steps: int = 48
+    attack: bool = True
     max_len: int = 256
     batch_size: int = 8
     seed: int = 0
@@ -60,9 +70,10 @@ def forget_in_checkpoint(
     out: Path,
     settings: Settings,
     *,
+    unseen: Sequence[QaRow] = (),
     say: Say,
 ) -> dict[str, Any]:
-    """Load a folder, edit by K-FADE, judge, and save `out/edited` beside `out/results.json`.
+    """Load a folder, make it forget, judge, and save `out/edited` beside `out/results.json`.
 
     Rows are put into the tokenizer's chat template, or without one into "Question: ... Answer:
     ...". A part of the retain rows is seen by the edit, the rest judges it.
@@ -74,16 +85,18 @@ def forget_in_checkpoint(
         retain: the rows to keep, two at least.
         out: where the results go; those of an earlier run there are replaced.
         settings: how the edit is made.
+        unseen: rows of the same kind that the model was not trained on: natural steps stop where
+            the forget rows cannot be told from them; none: they stop at the budget, or the end.
         say: a watcher, told of each stage.
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValueError: a row that leaves no answer within `max_len`, or a model or a tokenizer that
-            cannot be loaded.
+        ValueError: a row that leaves no answer within `max_len`, a model or a tokenizer that
+            cannot be loaded, or too few rows for the method.
     """
-    split_key, label_key = jax.random.split(jax.random.key(settings.seed))
+    split_key, edit_key = jax.random.split(jax.random.key(settings.seed))
     say(f"loading {model}")
     apply, params, _ = load_model(model)
     encode = _encoder(load_words(tokenizer), settings.max_len)
@@ -94,27 +107,16 @@ def forget_in_checkpoint(
         "retain": [retain[i] for i in order[:cut]],
         "heldout": [retain[i] for i in order[cut:]],
     }
-    sets, num_cut = {}, {}
-    for name, part in rows.items():
-        encoded, num_cut[name] = encode(part)
-        sets[name] = list(batches(encoded, min(settings.batch_size, len(part))))
-    say(f"fitting K-FAC on {len(rows['retain'])} retain rows")
+    whole, num_cut = {}, {}
+    for name, part in (rows | ({"unseen": list(unseen)} if unseen else {})).items():
+        whole[name], num_cut[name] = encode(part)
+    sets = {
+        name: list(batches(whole[name], min(settings.batch_size, len(part))))
+        for name, part in rows.items()
+    }
+    edit_by = _naturally if settings.method == "natural" else _by_kfade
     start = time.perf_counter()
-    estimator = kfac(apply, Categorical(settings.temperature), select=SELECT)
-    curvature = estimate(estimator, params, sets["retain"], key=label_key)
-    jax.block_until_ready(curvature)
-    fitted = time.perf_counter()
-    say(f"forgetting {len(forget)} rows")
-    edit, info = kfade(
-        apply,
-        params,
-        curvature,
-        sets["forget"],
-        sets["retain"],
-        budget=settings.budget,
-        damping=settings.damping,
-        ascent=Ascent(settings.steps),
-    )
+    edit, found = edit_by(apply, params, whole, sets, settings, say=say, key=edit_key)
     # Waited for, since dispatch is asynchronous and the clock would stop before the work does.
     edited = jax.block_until_ready(apply_edit(params, edit))
     made = time.perf_counter()
@@ -126,10 +128,9 @@ def forget_in_checkpoint(
         "num_cut_off": num_cut,
         "before": judge(apply, params, params, sets),
         "after": judge(apply, params, edited, sets),
-        "predicted_kl": float(info.predicted_kl[-1]),
-        "true_kl": float(info.true_kl[-1]),
+        **found,
         "rounded_away": max((float(x.rounded_away) for x in lost.values()), default=0.0),
-        "seconds": {"fit": fitted - start, "edit": made - fitted},
+        "seconds": made - start,
     }
     say(f"saving {out / EDITED}")
     out.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,83 @@ def forget_in_checkpoint(
     text = json.dumps(_finite(result), indent=1, allow_nan=False)
     (out / RESULTS).write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _by_kfade(
+    apply: Callable,
+    params: PyTree,
+    whole: dict[str, Batch],
+    sets: dict[str, list[Batch]],
+    settings: Settings,
+    *,
+    say: Say,
+    key: Array,
+) -> tuple[Edit, dict[str, Any]]:
+    """Edit in one step in closed form."""
+    del whole
+    say("fitting K-FAC on the retain rows")
+    temperature = 1.0 if settings.temperature is None else settings.temperature
+    estimator = kfac(apply, Categorical(temperature), select=SELECT)
+    curvature = jax.block_until_ready(estimate(estimator, params, sets["retain"], key=key))
+    say("forgetting by K-FADE")
+    edit, info = kfade(
+        apply,
+        params,
+        curvature,
+        sets["forget"],
+        sets["retain"],
+        budget=KFADE_BUDGET if settings.budget is None else settings.budget,
+        damping=KFADE_DAMPING,
+        ascent=Ascent(1),
+    )
+    price = {"predicted_kl": float(info.predicted_kl[-1]), "true_kl": float(info.true_kl[-1])}
+    return edit, price
+
+
+def _naturally(
+    apply: Callable,
+    params: PyTree,
+    whole: dict[str, Batch],
+    sets: dict[str, list[Batch]],
+    settings: Settings,
+    *,
+    say: Say,
+    key: Array,
+) -> tuple[Edit, dict[str, Any]]:
+    """Edit by natural steps that stop by themselves."""
+    del sets
+    forget, unseen = whole["forget"], whole.get("unseen")
+    say(f"fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
+    likelihood = None if settings.temperature is None else Categorical(settings.temperature)
+    can_attack = settings.attack and len(forget.inputs) > 1  # some are taught, others asked about
+    how = Forgetting(
+        Natural(select=SELECT, batch_size=settings.batch_size),
+        likelihood=likelihood,
+        steps=settings.steps,
+        attack=optax.adam(ATTACK_RATE) if can_attack else None,
+    )
+    edit, info = forget_rows(
+        apply,
+        params,
+        forget,
+        whole["retain"],
+        unseen=None if unseen is None else Unseen(unseen),
+        budget=settings.budget,
+        key=key,
+        how=how,
+    )
+    found: dict[str, Any] = {
+        "stopped": info.stopped,
+        "steps": info.steps,
+        "is_done": info.is_done.tolist(),
+        "p_value": info.p_value.tolist(),
+        "path_kl": info.true_kl.tolist(),
+        "predicted_kl": info.predicted_kl,
+        "true_kl": float(info.true_kl[-1]),
+    }
+    if info.comeback is not None:
+        found["comeback"] = info.comeback._asdict()
+    return edit, found
 
 
 def check_folder(out: Path, *sources: Path) -> None:
@@ -210,4 +288,6 @@ def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Ba
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

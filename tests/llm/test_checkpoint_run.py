@@ -18,20 +18,23 @@ ROWS = [
 ]
 
 
+UNSEEN = [
+    QaRow(f"What did {name} do?", f"{name} sang a slow song about a fox in a far land.")
+    for name in ("Kim", "Lou", "Roy", "Eva", "Ida", "Leo", "Jim", "Zoe")
+]
+
+
+def forgotten(folder, out, settings, say=lambda _: None, **given):
+    sets = (ROWS[:2], ROWS[2:]) if "forget" not in given else (given.pop("forget"), ROWS[4:])
+    return forget_in_checkpoint(folder, folder, *sets, out, settings, say=say, **given)
+
+
 @pytest.fixture(scope="module")
 def run(stories_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     said = []
-    found = forget_in_checkpoint(
-        stories_folder,
-        stories_folder,
-        ROWS[:2],
-        ROWS[2:],
-        out,
-        Settings(budget=0.1, batch_size=4),
-        say=said.append,
-    )
-    return found, out, said
+    settings = Settings(method="kfade", budget=0.1, batch_size=4)
+    return forgotten(stories_folder, out, settings, said.append), out, said
 
 
 def test_it_forgets_within_the_budget_and_says_so(run):
@@ -44,7 +47,31 @@ def test_it_forgets_within_the_budget_and_says_so(run):
     assert found["before"]["heldout_kl"] == pytest.approx(0, abs=1e-6)
     assert found["after"]["heldout_kl"] > 0
     assert json.loads((out / "results.json").read_text())["after"] == found["after"]
-    assert any("forgetting 2 rows" in text for text in said)
+    assert any("forgetting by K-FADE" in text for text in said)
+
+
+def test_natural_steps_are_the_default_and_say_how_they_went(stories_folder, tmp_path):
+    """A test of eight unseen rows against four that the model finds likelier."""
+    settings = Settings(batch_size=4, steps=8)
+    found = forgotten(stories_folder, tmp_path / "out", settings, forget=ROWS[:4], unseen=UNSEEN)
+    assert found["stopped"] == "unseen" or found["steps"] == 8
+    assert len(found["is_done"]) == 4
+    assert len(found["p_value"]) == len(found["path_kl"]) >= 2
+    assert found["after"]["forget_nll"] > found["before"]["forget_nll"] + 0.05
+    mean, low, high = found["comeback"]["after"]
+    assert 0 < low <= mean <= high < 1
+    assert found["comeback"]["unseen"] is not None
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["p_value"][0] < 0.05
+
+
+def test_natural_steps_keep_the_budget(stories_folder, tmp_path):
+    settings = Settings(batch_size=4, steps=8, budget=0.02, attack=False)
+    found = forgotten(stories_folder, tmp_path / "out", settings)
+    assert found["stopped"] == "budget"
+    assert 0.015 < found["true_kl"] <= 0.02
+    assert "comeback" not in found
+    # NaN, where there are no unseen rows, is null in the file.
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["p_value"][0] is None
 
 
 def test_the_edited_folder_is_the_edited_model(run, stories_model, stories_folder):
@@ -84,9 +111,18 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     assert "there is no such folder" in capsys.readouterr().err
     assert main([*given, "--model", str(stories_folder), "--width", "64"]) == 2
     assert "--width is only looked at without --model" in capsys.readouterr().err
-    assert main([*given, "--model", str(stories_folder), "--batch-size", "4"]) == 0
+    by_hand = ["--method", "kfade", "--steps", "9"]
+    assert main([*given, "--model", str(stories_folder), *by_hand]) == 2
+    assert "--steps is only looked at with --method natural" in capsys.readouterr().err
+    write_rows(tmp_path / "unseen.jsonl", UNSEEN[:2])
+    more = ["--batch-size", "4", "--steps", "4", "--unseen", str(tmp_path / "unseen.jsonl")]
+    assert main([*given, "--model", str(stories_folder), *more]) == 2
+    assert "unseen" in capsys.readouterr().err  # two of either are too few for the test
+    assert main([*given, "--model", str(stories_folder), *more[:4]]) == 0
     shown = capsys.readouterr().out
     assert "forget nll" in shown
+    assert "4 natural steps: all steps are taken" in shown
+    assert "is taught again" in shown
     assert "Edited model:" in shown
     edited = tmp_path / "out" / "edited"
     assert main([*given, "--model", str(edited)]) == 2

@@ -40,6 +40,18 @@ def test_an_alternate_is_the_first_that_is_wrong(key):
     assert len(asked) == 1
 
 
+def test_a_row_that_brings_an_alternate_is_not_asked(key):
+    rows = [ROWS[0], ROWS[1]._replace(fields={"alternate_answer": "elsewhere"})]
+    found = sampled_alternates(rows, lambda *_: ["he", "wrong"], key=key)
+    assert found == [("who?", "he"), ("where?", "elsewhere")]
+    given = [row._replace(fields={"alternate_answer": "x"}) for row in rows]
+
+    def ask(*_):
+        raise AssertionError("nothing is to be drawn")
+
+    assert sampled_alternates(given, ask, key=key) == [("who?", "x"), ("where?", "x")]
+
+
 def test_chunks_have_one_shape_and_draws_of_their_own(key):
     _, params = gpt(key=key, vocab=20, width=8, num_layers=1, num_heads=2, max_len=8)
     inner, sizes = gpt_stepper(num_layers=1, num_heads=2), set()
