@@ -266,7 +266,10 @@ COLUMNS = {
 def table(records: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
     """Print mean and 95% interval of every column by method; return them."""
     rows = [r for r in records if r["kind"] == "report" and r["protocol"] == protocol]
-    by = {(r["method"], r["seed"]): r for r in rows}
+    by = {
+        (r["method"], r["seed"]): {name: x for name, x in r.items() if isinstance(x, float)}
+        for r in rows
+    }
     for (_, seed), row in by.items():
         row |= aggregates(row, by[UNTOUCHED, seed], by["retrained", seed])
     print("|  | passes | " + " | ".join(COLUMNS) + " |")

@@ -51,7 +51,7 @@ class Bands:
         self.curvature = curvature
         self.values = {name: np.asarray(eigenvalues(curvature, name)) for name in curvature.blocks}
         rising = np.sort(np.concatenate([v.ravel() for v in self.values.values()]))[::-1]
-        ends = [rising[round(share * len(rising)) - 1] for share in BANDS.values()]
+        ends = [rising[max(round(share * len(rising)), 1) - 1] for share in BANDS.values()]
         bounds = zip([np.inf, *ends[:-1]], ends, strict=True)
         self.masks = {
             band: {name: (v < high) & (v >= low) for name, v in self.values.items()}
