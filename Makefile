@@ -37,7 +37,7 @@ help:
 	@echo "make demo         the two scenes: train, forget, compare, report (DEMO_FLAGS='--scene digits')"
 	@echo "make test         the tests, in float64"
 	@echo "make test-more    in float32 what a number's width changes, with JAX's check for reused keys"
-	@echo "                  (HALF=0 or 1: every second file of them; make test HALF=... : all the others)"
+	@echo "                  (HALF=0 or 1: every second file of them; make test HALF=... : all the rest)"
 	@echo "make test-llm     the tests that need the extra llm"
 	@echo "make test-parity  language models against PyTorch (installs it: some 250 MB, gigabytes with CUDA)"
 	@echo "make test-oldest  tracing on the oldest supported versions"
@@ -107,7 +107,7 @@ demo: .venv/.demo
 	.venv/bin/jedit demo $(DEMO_FLAGS)
 
 test: .venv/.dev
-	$(FAST_COMPILE) .venv/bin/python $(PYTEST) $(REST_FLAGS)
+	$(REST) $(FAST_COMPILE) .venv/bin/python $(PYTEST)
 
 # Where the width of a number makes no difference, once is enough; recipes run in float32 in the demo.
 ANY_WIDTH := bench checkpoint cli many_devices recipes report \
@@ -120,8 +120,8 @@ HALF ?=
 MORE_FILES = $(if $(HALF),$(shell find $(filter-out $(addprefix tests/,parity llm $(ANY_WIDTH)), \
   $(wildcard tests/*)) -name 'test_*.py' $(if $(JEDIT_TEST_ALL),,-not -path '*/tracing/*') \
   | LC_ALL=C sort | awk 'NR % 2 == $(HALF)'))
-# What that leaves to `make test`.
-REST_FLAGS = $(MORE_FILES:%=--ignore=%)
+# What that leaves to `make test`: the other files, and of these what needs float64.
+REST = $(if $(HALF),JEDIT_TEST_ELSEWHERE="$(strip $(MORE_FILES))")
 
 test-more: .venv/.dev
 	$(MORE) .venv/bin/python $(PYTEST) $(WIDTH_FLAGS) $(MORE_FILES)
@@ -155,7 +155,7 @@ newest-python:
 	@echo "$(NEWEST_PYTHON)"
 
 test-newest:
-	$(call on_newest,$(FAST_COMPILE) .venv-newest/bin/python $(PYTEST) $(REST_FLAGS))
+	$(call on_newest,$(REST) $(FAST_COMPILE) .venv-newest/bin/python $(PYTEST))
 
 more-newest:
 	$(call on_newest,$(MORE) .venv-newest/bin/python $(PYTEST) $(WIDTH_FLAGS) $(MORE_FILES))
@@ -179,7 +179,7 @@ bench: .venv/.bench
 # Executed, and written as pages where the API reference links to them; two at a time, since much of
 # their time is the compiler's, on one core.
 notebooks: .venv/.dev .venv-llm/.done
-	@$(MAKE) --no-print-directory -j $(JOBS) $(wildcard notebooks/*.ipynb)
+	@$(MAKE) --no-print-directory -j $(patsubst 0,1,$(JOBS)) $(wildcard notebooks/*.ipynb)
 
 .PHONY: $(wildcard notebooks/*.ipynb)
 $(wildcard notebooks/*.ipynb):

@@ -8,7 +8,8 @@ calls for each, and costs a third of the suite's time.
 
 `JEDIT_TEST_FAST_COMPILE=1` compiles quickly what runs once: two thirds of the compiler's time go
 without LLVM's optimisation and XLA's slower emitter of fused kernels. `JEDIT_TEST_ALL=1` runs what
-is marked `exhaustive` too.
+is marked `exhaustive` too. `JEDIT_TEST_ELSEWHERE` names files that run in float32 elsewhere: of
+those only what needs float64 runs here.
 
 Compiled programs are kept in `.jax_cache`, a folder that all runs share: a second run finds them
 there, and so does a worker that needs what another has compiled. `JAX_COMPILATION_CACHE_DIR` names
@@ -26,6 +27,7 @@ IS_X64 = os.environ.get("JEDIT_TEST_X64", "1") != "0"
 IS_KEY_REUSE_CHECKED = os.environ.get("JEDIT_TEST_KEY_REUSE", "0") == "1"
 TYPECHECK = os.environ.get("JEDIT_TEST_TYPECHECK", "1")
 IS_COMPILED_FAST = os.environ.get("JEDIT_TEST_FAST_COMPILE", "0") == "1"
+ELSEWHERE = frozenset(os.environ.get("JEDIT_TEST_ELSEWHERE", "").split())
 IS_EXHAUSTIVE = os.environ.get("JEDIT_TEST_ALL", "0") == "1"
 ROOT = Path(__file__).resolve().parent.parent
 JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
@@ -126,6 +128,12 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out, visibly, what this run is not meant for."""
     left_out = ([] if IS_X64 else ["float64"]) + ([] if IS_EXHAUSTIVE else ["exhaustive"])
     dropped = {item for item in items if any(item.get_closest_marker(m) for m in left_out)}
+    dropped |= {
+        item
+        for item in items
+        if item.path.relative_to(ROOT).as_posix() in ELSEWHERE
+        and not item.get_closest_marker("float64")
+    }
     if dropped:
         config.hook.pytest_deselected(items=list(dropped))
         items[:] = [item for item in items if item not in dropped]

@@ -114,9 +114,13 @@ def forget_in_checkpoint(
         name: list(batches(whole[name], min(settings.batch_size, len(part))))
         for name, part in rows.items()
     }
-    edit_by = _naturally if settings.method == "natural" else _by_kfade
     start = time.perf_counter()
-    edit, found = edit_by(apply, params, whole, sets, settings, say=say, key=edit_key)
+    if settings.method == "natural":
+        edit, found = _naturally(apply, params, whole, settings, say=say, key=edit_key)
+    elif settings.method == "kfade":
+        edit, found = _by_kfade(apply, params, sets, settings, say=say, key=edit_key)
+    else:
+        raise ValueError(f'method must be "natural" or "kfade", got {settings.method!r}')
     # Waited for, since dispatch is asynchronous and the clock would stop before the work does.
     edited = jax.block_until_ready(apply_edit(params, edit))
     made = time.perf_counter()
@@ -130,7 +134,7 @@ def forget_in_checkpoint(
         "after": judge(apply, params, edited, sets),
         **found,
         "rounded_away": max((float(x.rounded_away) for x in lost.values()), default=0.0),
-        "seconds": made - start,
+        "seconds": {"fit, edit and attack": made - start},
     }
     say(f"saving {out / EDITED}")
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +155,6 @@ def forget_in_checkpoint(
 def _by_kfade(
     apply: Callable,
     params: PyTree,
-    whole: dict[str, Batch],
     sets: dict[str, list[Batch]],
     settings: Settings,
     *,
@@ -159,7 +162,6 @@ def _by_kfade(
     key: Array,
 ) -> tuple[Edit, dict[str, Any]]:
     """Edit in one step in closed form."""
-    del whole
     say("fitting K-FAC on the retain rows")
     temperature = 1.0 if settings.temperature is None else settings.temperature
     estimator = kfac(apply, Categorical(temperature), select=SELECT)
@@ -183,14 +185,12 @@ def _naturally(
     apply: Callable,
     params: PyTree,
     whole: dict[str, Batch],
-    sets: dict[str, list[Batch]],
     settings: Settings,
     *,
     say: Say,
     key: Array,
 ) -> tuple[Edit, dict[str, Any]]:
     """Edit by natural steps that stop by themselves."""
-    del sets
     forget, unseen = whole["forget"], whole.get("unseen")
     say(f"fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
     likelihood = None if settings.temperature is None else Categorical(settings.temperature)

@@ -130,7 +130,7 @@ def compare(
 
     rows = [CATALOGUE[name] for name in grid.methods]
     _check_grid(grid, rows)
-    fitted = _fit(task, grid, rows, key=curvature_key, say=say)
+    fitted = fit_material(task, grid, rows, key=curvature_key, say=say)
     material = material_of(task, grid, fitted)
     for row in rows:
         # What is fitted by temperature is put in for each.
@@ -214,7 +214,7 @@ def _searched(task: Task) -> tuple[list[Batch], list[Batch]]:
     return forget, retain
 
 
-def _fit(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -> Fitted:
+def fit_material(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say: Say) -> Fitted:
     """Estimate what one of the rows needs."""
     needed = frozenset().union(*(row.needs for row in rows))
     fitted = Fitted()

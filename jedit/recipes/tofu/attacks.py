@@ -58,14 +58,10 @@ def attack(
         there is more than one author to tell apart. Nothing is reapplied to the retrained model,
         which no edit has made.
     """
-    forget = asked["forget"]
-    rows = forget.rows
-    # Across all authors, so that something about each is taught and something asked.
-    taught_rows = rows[::LESSONS]
-    others = [row for i, row in enumerate(rows) if i % LESSONS]
-    known = _probability_of(model, others)
+    rows = asked["forget"].rows
+    lessons, others = lessons_of(asked)
+    known = probability_of(model, others)
     found = {}
-    lessons = {"harmful": taught_rows, "benign": asked["world_facts"].rows[: len(taught_rows)]}
     for kind, taught in lessons.items():
         again = relearn(
             model.apply,
@@ -81,20 +77,30 @@ def attack(
             # What the edit did is done once more to the model that has relearned.
             edit = edit_between(task.original, params)
             found["reapplied"] = known(apply_edit(again.params, edit))
-    whole = _probability_of(model, rows)
+    whole = probability_of(model, rows)
     found |= {f"quantized_{bits}_bits": whole(quantize(params, bits=bits)) for bits in (8, 4)}
-    found["with_prefix"] = _probability_of(model, with_prefix(rows, PREFIX))(params)
-    found["in_other_words"] = _probability_of(model, in_other_words(rows))(params)
+    found["with_prefix"] = probability_of(model, with_prefix(rows, PREFIX))(params)
+    found["in_other_words"] = probability_of(model, in_other_words(rows))(params)
     if len({row.fields.get("author") for row in rows}) > 1:
         found["probe_accuracy"] = _probe(model, params, task, rows)
     return found
+
+
+def lessons_of(asked: dict[str, Questions]) -> tuple[dict[str, list[QaRow]], list[QaRow]]:
+    """Return what relearning teaches, harmful and benign, and the forget rows it asks about."""
+    rows = asked["forget"].rows
+    # Across all authors, so that something about each is taught and something asked.
+    taught = rows[::LESSONS]
+    others = [row for i, row in enumerate(rows) if i % LESSONS]
+    return {"harmful": taught, "benign": asked["world_facts"].rows[: len(taught)]}, others
 
 
 def _encoded(model: LanguageModel, rows: list[QaRow]) -> Batch:
     return model.encode([(row.question, row.answer) for row in rows])
 
 
-def _probability_of(model: LanguageModel, rows: list[QaRow]) -> Callable[[PyTree], float]:
+def probability_of(model: LanguageModel, rows: list[QaRow]) -> Callable[[PyTree], float]:
+    """Return the function from params to the mean probability of the rows' answers."""
     encoded = model.packed([(row.question, row.answer) for row in rows])
 
     def probability(params: PyTree) -> float:

@@ -32,7 +32,7 @@ from jedit.methods import natural
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Material, Need
 from jedit.objectives import GA, NPO, RMU, UNDIAL, RetainStates, SimNPO, with_retain
-from jedit.recipes.comparison.compare import _fit, material_of
+from jedit.recipes.comparison.compare import fit_material, material_of
 from jedit.recipes.comparison.trajectories import destroyed
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.depth import Three, depth_of
@@ -63,26 +63,34 @@ class Tried(NamedTuple):
     row: str
     settings: tuple[float, ...]
     rates: tuple[float, ...]
-    make: Callable[[Material, float], TrainingMethod]
+    make: Callable[[Material, float, float], TrainingMethod]
 
 
-def _adam(objective) -> Callable[[Material, float], TrainingMethod]:
-    return lambda material, setting: TrainingMethod(objective(setting), material.optimizer)
+def _adam(objective) -> Callable[[Material, float, float], TrainingMethod]:
+    return lambda material, setting, _: TrainingMethod(objective(setting), material.optimizer)
 
 
-def _rmu(material: Material, steering: float) -> TrainingMethod:
+def _natural(material: Material, beta: float, rate: float) -> TrainingMethod:
+    # Steps of one length walk around; these fall to nothing over the longest run.
+    price = falling(rate, LOOKS[-1])
+    curvature = material.take(Need.CURVATURE)
+    return natural(with_retain(NPO(beta=beta)), curvature, predicted_kl=price)
+
+
+def _rmu(material: Material, steering: float, rate: float) -> TrainingMethod:
+    del rate
     hidden = Entering(material.take(Need.HIDDEN_SITE))
     objective = with_retain(RMU(hidden, seed=0, steering=steering), RetainStates(hidden))
     return TrainingMethod(objective, material.optimizer)
 
 
-def _of(row: str, name: str) -> Callable[[Material, float], Any]:
-    return lambda material, setting: CATALOGUE[row].of(material, **{name: setting})
+def _of(row: str, name: str) -> Callable[[Material, float, float], Any]:
+    return lambda material, setting, _: CATALOGUE[row].of(material, **{name: setting})
 
 
 NATURAL = "natural NPO"
 METHODS = {
-    NATURAL: Tried("NPO (natural)", (0.02, 0.04, 0.1), PRICE, _of("NPO (natural)", "beta")),
+    NATURAL: Tried("NPO (natural)", (0.02, 0.04, 0.1), PRICE, _natural),
     "NPO": Tried("NPO", (0.02, 0.04, 0.1), ADAM, _of("NPO", "beta")),
     "AltPO": Tried("AltPO", (0.05, 0.1, 0.5), ADAM, _of("AltPO", "beta")),
     "SimNPO": Tried("SimNPO", (2.5, 4.5, 9.0), ADAM, _adam(lambda b: with_retain(SimNPO(beta=b)))),
@@ -103,7 +111,7 @@ class Setup:
 
     def __init__(self, sets: Sets, seed: int, out: Path, *, is_strict: bool):
         self.sets, self.seed = sets, seed
-        self.scene, self.seconds = scene_of(sets, seed, out)
+        self.scene, _ = scene_of(sets, seed, out)
         self.model, self.task = self.scene.model, self.scene.task
         if not is_strict:
             rows = self.model.encode([(r.question, r.answer) for r in sets.kept])
@@ -118,7 +126,7 @@ class Setup:
         """What a row of the catalogue is made of."""
         grid = PRESETS["cpu"].grid._replace(looks=LOOKS)
         key = jax.random.fold_in(compare_key(self.seed), 0)
-        found = _fit(self.task, grid, [CATALOGUE[row]], key=key, say=_say)
+        found = fit_material(self.task, grid, [CATALOGUE[row]], key=key, say=_say)
         return material_of(self.task, grid, found)
 
     def models(
@@ -127,16 +135,9 @@ class Setup:
         """The number of steps and the model at each look of one run."""
         tried, task = METHODS[name], self.task
         row, material = CATALOGUE[tried.row], self.material(tried.row)
-        if name == NATURAL:
-            assert material.curvature is not None
-            # Steps of one length walk around; these fall to nothing over the longest run.
-            price = falling(rate, LOOKS[-1])
-            method = natural(with_retain(NPO(beta=setting)), material.curvature, predicted_kl=price)
-            state = None
-        else:
-            method = tried.make(material, setting)._replace(batch_size=16)
-            state = method.optimizer.init(task.original)
-            old = optax.tree_utils.tree_get(state, "learning_rate")
+        method = tried.make(material, setting, rate)._replace(batch_size=16)
+        state = method.optimizer.init(task.original)
+        if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
             state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, rate))
         found = []
 
@@ -305,7 +306,9 @@ def main() -> None:
         setup = Setup(sets, VALIDATION, given.out, is_strict=given.strict)
         choose(setup, given.methods, path)
         return
-    grid = [r for r in _read(path) if r["kind"] == "grid"]
+    points = (r for r in _read(path) if r["kind"] == "grid")
+    # The last of those that a broken-off run left twice.
+    grid = list({(r["method"], r["setting"], r["rate"], r["steps"]): r for r in points}.values())
     untouched = next(r["utility"] for r in grid if r["method"] == UNTOUCHED)
     chosen = {
         name: best_of([r for r in grid if r["method"] == name], untouched) for name in given.methods

@@ -28,11 +28,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jedit import Edit, apply_edit, metrics
+from jedit import Edit, apply_edit
 from jedit.attacks import relearn
 from jedit.curvature import Curvature, eigenvalues, rotate
 from jedit.edits import edit_between
-from jedit.recipes.tofu.attacks import LESSONS, RELEARN_STEPS, RELEARNING_RATE
+from jedit.recipes.tofu.attacks import RELEARN_STEPS, RELEARNING_RATE, lessons_of, probability_of
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import read_sets
 from tests.bench.claims.evidence import interval, parser, shown, write
@@ -87,23 +87,14 @@ class Attack:
     """Relearning of a sixth of the forget rows, or of other rows, and what the others come to."""
 
     def __init__(self, setup: Setup):
-        model, asked = setup.model, setup.scene.asked
-        rows = asked["forget"].rows
-        number = len(rows[::LESSONS])
-        encode = lambda some: model.encode([(r.question, r.answer) for r in some])  # noqa: E731
+        lessons, others = lessons_of(setup.scene.asked)
         self.lessons = {
-            "harmful": encode(rows[::LESSONS]),
-            "benign": encode(asked["world_facts"].rows[:number]),
+            kind: setup.model.encode([(row.question, row.answer) for row in rows])
+            for kind, rows in lessons.items()
         }
-        others = [row for i, row in enumerate(rows) if i % LESSONS]
-        self.others = model.packed([(r.question, r.answer) for r in others])
-        self.apply, self.seed = model.apply, setup.seed
+        self.known = probability_of(setup.model, others)
+        self.apply, self.seed = setup.model.apply, setup.seed
         self.optimizer = optax.adam(RELEARNING_RATE)
-
-    def known(self, params: PyTree) -> float:
-        """Return the mean probability of the answers that are not taught."""
-        loss = metrics.answer_nll_per_row(self.apply, params, self.others)
-        return float(np.mean(metrics.answer_probability(loss)))
 
     def __call__(self, params: PyTree, kind: str = "harmful") -> PyTree:
         """Return the parameters after the attack."""
