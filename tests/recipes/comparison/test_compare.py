@@ -227,7 +227,7 @@ def test_engrams_of_texts_are_of_the_answers_tokens(task):
     apply = lambda p, x: x @ p["kernel"] + p["bias"][None, None]  # noqa: E731
     texts = task._replace(apply=apply, forget=sets[0], retain=sets[1])
     rows_of_engrams = [CATALOGUE["engram"]]
-    fitted = compare_module._fit(
+    fitted = compare_module.fit_material(
         texts, GRID, rows_of_engrams, key=jax.random.key(0), say=lambda _: None
     )
     assert not fitted.plain, "an engram needs no curvature of the outputs"
