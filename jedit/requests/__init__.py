@@ -2,7 +2,7 @@
 
 from jedit.requests.batch import BatchInfo, Solver, batch_unlearn
 from jedit.requests.comeback import Comeback
-from jedit.requests.forget import ForgetInfo, Forgetting, Natural, forget
+from jedit.requests.forget import ForgetInfo, Forgetting, Natural, Recovery, forget
 from jedit.requests.overlap import balanced, interactions
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
 from jedit.requests.unseen import Unseen
@@ -14,6 +14,7 @@ __all__ = [
     "ForgetInfo",
     "Forgetting",
     "Natural",
+    "Recovery",
     "Refresh",
     "RequestInfo",
     "Solver",

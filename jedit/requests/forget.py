@@ -8,6 +8,8 @@
     done_i    s_i >= τ_i: the row is not drawn while that holds
     stop      D⁺ = max_x (share of s <= x - share of u <= x) passes the one-sided test of two
               samples (Smirnov 1939) at `significance`
+    recovery  Adam on γ f + R where natural steps lowered f + R, at a rate that falls to nothing:
+              what the steps cost comes back, and f, which has saturated, is held
     budget    KL(θ₀ ‖ θ) on retain rows that no step sees, at every look; a piece of the path that
               passes it is shortened until it does not, and is the last
 
@@ -41,7 +43,6 @@ from jedit.core.arguments import check_batch, check_function, check_key, check_k
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import (
     COUNT,
-    COUNT_OR_ZERO,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -49,6 +50,7 @@ from jedit.core.checks import (
 )
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
+from jedit.core.paths import exactly
 from jedit.curvature import Curvature, choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
@@ -82,6 +84,34 @@ PROBED = 128  # retain rows that tell the temperature; arbitrary
 Stopped = Literal["unseen", "budget", "steps"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """Settings of Adam's steps after natural ones (ours).
+
+    Natural steps end at a retain loss that their metric holds and does not lower; NPO has saturated
+    there, so that the retain term, at full weight, has its way. Alone it would bring the rows back.
+
+    Attributes:
+        steps: number of steps, after those of `Forgetting.steps`; 48, on TOFU in small.
+        rate: Adam's first learning rate, 2e-4; it falls linearly to nothing.
+        forget_weight: γ, of the objective on the forget rows beside its retain term; 0.3.
+    """
+
+    steps: int = 48
+    rate: float = 2e-4
+    forget_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: a number out of its range, by its name.
+        """
+        check_numbers(COUNT, steps=self.steps)
+        check_numbers(POSITIVE, rate=self.rate)
+        check_numbers(NOT_NEGATIVE, forget_weight=self.forget_weight)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Natural:
     """Settings of the natural steps that `forget` takes; the defaults are those of our tables.
@@ -96,6 +126,7 @@ class Natural:
         predicted_kl: predicted retain KL of the first step at most, nats per output, 1e-4 as there;
             it falls to nothing at the last, as `transforms.falling` says.
         batch_size: forget rows, and retain rows, of one step; 16, as there.
+        recovery: settings of what follows them; None: nothing does.
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
@@ -104,14 +135,20 @@ class Natural:
     damping: float = 0.01
     predicted_kl: float = 1e-4
     batch_size: int = 16
+    recovery: Recovery | None = Recovery()
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
 
         Raises:
-            ValueError: a number out of its range, by its name.
+            ValueError: a number out of its range, by its name, or a recovery without a retain term.
         """
         check_function(self.objective, "objective", "(apply, params, forget, retain, reference)")
+        if self.recovery is not None and not isinstance(self.objective, WithRetain):
+            raise ValueError(
+                "recovery weighs an objective against its retain term, so the objective has to be "
+                "made by with_retain; give recovery=None to go without"
+            )
         check_numbers(NOT_NEGATIVE, damping=self.damping)
         check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
         check_numbers(COUNT, batch_size=self.batch_size)
@@ -129,9 +166,6 @@ class Forgetting:
             as they are.
         steps: number of steps at most; 48 was enough on TOFU in small (ours).
         every: number of steps between two looks at the rows and at the price; 4 is arbitrary.
-        settle: number of steps at most after the rows cannot be told from unseen ones, of those
-            that are left: rows that fall back are raised again, and while there is none the
-            objective's retain term alone is lowered; 0, none. For natural steps on a `with_retain`.
         significance: the edit stops when the test's p-value is above it; 0.05 is
             also what Forget Quality is held against.
         heldout: retain rows on which the price is measured; None: a tenth of them, 64 at most, at
@@ -143,7 +177,6 @@ class Forgetting:
     likelihood: Likelihood | None = None
     steps: int = 48
     every: int = 4
-    settle: int = 0
     significance: float = 0.05
     heldout: Batch | None = None
     attack: optax.GradientTransformation | None = None
@@ -155,7 +188,6 @@ class Forgetting:
             ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, steps=self.steps, every=self.every)
-        check_numbers(COUNT_OR_ZERO, settle=self.settle)
         check_numbers(SHARE, significance=self.significance)
 
 
@@ -164,9 +196,9 @@ class ForgetInfo(NamedTuple):
 
     Attributes:
         stopped: "unseen": the forget rows could not be told from unseen ones at a look, maybe
-            before the first step; while the rest settles some may fall back, which `p_value` says.
+            before the first step; some may fall back in the recovery, which `p_value` says.
             "budget": the price is spent; "steps": neither, after all the steps.
-        steps: number of steps taken.
+        steps: number of steps taken, those of the recovery included.
         is_done: (n,), the rows whose score has reached its target; without unseen rows, none.
         loss_before: (n,), losses of the forget rows under θ₀, nats per output.
         loss_after: (n,), the same under the edited model.
@@ -247,8 +279,6 @@ def forget(
         check_kind(unseen, Unseen, "unseen", "such as Unseen(rows)")
     check_batch(forget, "forget")
     check_batch(retain, "retain")
-    if how.settle and not _can_settle(how.method):
-        raise ValueError("settle needs natural steps on an objective made by with_retain")
     if unseen is not None:
         check_power(rows_in(forget), rows_in(unseen.rows), how.significance)
     if how.attack is not None and rows_in(forget) < 2:
@@ -256,26 +286,30 @@ def forget(
     score = Score(apply, forget, unseen)
     seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
-    method, rest = how.method, None
+    method, recovery = how.method, None
     if isinstance(method, Natural):
-        method, rest = _natural(method, how, apply, params, seen, key=curvature_key)
+        method, recovery = _natural(method, how, apply, params, seen, key=curvature_key)
     likelihood = Categorical() if how.likelihood is None else how.likelihood
     if isinstance(likelihood, Categorical):
         likelihood = Categorical()
     price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
     before = row_losses(apply, params, forget)
     level = score.level(params)
-    path = _Path(apply, params, (method, rest), forget, seen, order_key)
+    path = _Path(apply, params, method, forget, seen, order_key)
     after, change, stopped = score.of(params), {}, "steps"
     done, looks = _judged(after, level), [(_p_value(after, level), 0.0)]
-    last = how.steps
+    last, recovers = how.steps, False
     while True:
         if stopped == "steps" and looks[-1][0] > how.significance:
             stopped = "unseen"
-            last = min(last, path.state.step + how.settle) if path.state.step else 0
+            last = last if recovers else path.state.step
         if path.state.step >= last:
-            break
-        now = path.ahead(min(how.every, last - path.state.step), ~done)
+            if recovery is None or recovers or not last:
+                break
+            recovers = True
+            last += path.go_on_by(*recovery)
+        left = np.ones_like(done) if recovers else ~done
+        now = path.ahead(min(how.every, last - path.state.step), left)
         spent = price(now)
         is_over = budget is not None and not spent <= budget  # NaN is over, too
         if is_over:
@@ -310,8 +344,8 @@ def forget(
 
 def _natural(
     steps: Natural, how: Forgetting, apply: Apply, params: PyTree, seen: Batch, *, key: Array
-) -> tuple[TrainingMethod, TrainingMethod | None]:
-    """Make natural steps on the objective, and on its retain term alone, in one metric."""
+) -> tuple[TrainingMethod, tuple[TrainingMethod, int] | None]:
+    """Make the natural steps, and the recovery of the same parameters with its number of steps."""
     curvature = steps.curvature
     if curvature is None:
         metric = how.likelihood
@@ -328,34 +362,41 @@ def _natural(
         predicted_kl=falling(steps.predicted_kl, how.steps),
         batch_size=steps.batch_size,
     )
-    held = steps.objective.held if isinstance(steps.objective, WithRetain) else None
-    return method, None if held is None else method._replace(objective=held)
-
-
-def _can_settle(method: Natural | TrainingMethod) -> bool:
-    return isinstance(method, Natural) and isinstance(method.objective, WithRetain)
+    if (then := steps.recovery) is None:
+        return method, None
+    assert isinstance(steps.objective, WithRetain)
+    covered = [path for block in curvature.blocks.values() for path in block.weight.paths]
+    after = TrainingMethod(
+        dataclasses.replace(steps.objective, forget_weight=then.forget_weight),
+        optax.adam(optax.linear_schedule(then.rate, 0.0, then.steps)),
+        trainable="|".join(exactly(covered)),
+        batch_size=steps.batch_size,
+    )
+    return method, (after, then.steps)
 
 
 class _Path:
     """The loop, piece by piece: where it stands, and the rows that are still to be raised."""
 
-    def __init__(self, apply, params, methods, forget, retain, key):
-        self._apply, self._methods = apply, methods
+    def __init__(self, apply, params, method, forget, retain, key):
+        self._apply, self._method = apply, method
         self._sets, self._key = (forget, retain), key
         self._start = params
         self.state = LoopState(0, params, None)
+
+    def go_on_by(self, method: TrainingMethod, steps: int) -> int:
+        """Take another method from here; return its number of steps."""
+        self._method = method
+        self.state = self.state._replace(optimizer_state=None)
+        return steps
 
     def ahead(self, steps: int, is_left: np.ndarray) -> dict[str, Array]:
         """Take so many steps; return the change from the start, by path."""
         forget, retain = self._sets
         # As many rows as there were, those that are left several times over: one shape, and so one
         # program.
-        left = np.flatnonzero(is_left)
-        number = len(is_left)
-        method, rest = self._methods
-        if not len(left) and rest is not None:
-            method = rest
-        forget = take(forget, np.resize(left, number) if len(left) else np.arange(number))
+        left = np.flatnonzero(is_left) if is_left.any() else np.arange(len(is_left))
+        forget = take(forget, np.resize(left, len(is_left)))
         reached: list[LoopState] = []
 
         def keep(state: LoopState, history: History) -> None:
@@ -363,7 +404,7 @@ class _Path:
             reached.append(state)
 
         unlearn(
-            method,
+            self._method,
             self._apply,
             self.state,
             forget,

@@ -11,11 +11,12 @@ from scipy import stats
 
 import jedit
 from jedit.core.batch import Batch
+from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.metrics import output_kl
-from jedit.objectives import NPO, with_retain
+from jedit.objectives import NPO, RetainNLL, with_retain
 from jedit.requests.comeback import interval
-from jedit.requests.forget import Forgetting, Natural, forget
+from jedit.requests.forget import Forgetting, Natural, Recovery, forget
 from jedit.requests.unseen import Unseen, p_value_of, targets
 from jedit.training import TrainingMethod
 
@@ -185,23 +186,64 @@ def test_scores_are_losses_less_those_of_other_answers(scene):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_settles_lowers_the_retain_loss_alone(scene):
+def test_the_recovery_is_adam_on_the_same_rows_and_the_same_parameters(scene):
+    params, gone, kept, _ = scene
+    weight, rate, steps = 0.3, 0.05, 5
+    objective = with_retain(NPO(beta=0.01))
+    curvature = estimate(kfac(apply, Categorical(), select="^table$"), params, [kept], key=KEY)
+    recovery = Recovery(steps, rate, weight)
+    natural = Natural(objective, curvature, predicted_kl=0.05, batch_size=99, recovery=recovery)
+    how = Forgetting(natural, steps=3, every=2, heldout=kept)
+    without = dataclasses.replace(how, method=dataclasses.replace(natural, recovery=None))
+    first, _ = forget(apply, params, gone, kept, key=KEY, how=without)
+    edit, info = forget(apply, params, gone, kept, key=KEY, how=how)
+    assert info.steps == 3 + steps
+    # By hand, with every row in every step: Adam's moments begin at nothing, and so does its rate
+    # end; the reference of NPO is the untouched model.
+    table = np.asarray(jedit.apply_edit(params, first)["table"], np.float64)
+    moment, square = np.zeros_like(table), np.zeros_like(table)
+
+    def loss(table):
+        given = (apply, {**params, "table": table}, gone, kept, params)
+        return weight * NPO(beta=0.01)(*given)[0] + RetainNLL()(*given)[0]
+
+    for step in range(steps):
+        gradient = np.asarray(jax.grad(loss)(jnp.asarray(table, params["table"].dtype)))
+        moment = 0.9 * moment + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        down = (moment / (1 - 0.9 ** (step + 1))) / (
+            np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
+        )
+        table = table - rate * (1 - step / steps) * down
+    assert set(edit.blocks) == {"table"}
+    np.testing.assert_allclose(jedit.apply_edit(params, edit)["table"], table, rtol=1e-4, atol=1e-5)
+
+
+def test_the_recovery_brings_back_what_is_kept_after_an_early_stop(scene):
     params, gone, kept, unseen = scene
-    natural = Natural(with_retain(NPO(beta=0.01)), predicted_kl=0.05, damping=0.1)
+    natural = Natural(with_retain(NPO(beta=0.01)), predicted_kl=0.05, damping=0.1, recovery=None)
     how = Forgetting(natural, steps=40, every=2)
-    runs = {}
-    for settle in (0, 6):
-        settled = dataclasses.replace(how, settle=settle)
-        edit, info = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=settled)
-        assert info.stopped == "unseen"
-        runs[settle] = (jedit.apply_edit(params, edit), info)
-    (before, short), (after, long) = runs[0], runs[6]
-    assert 0 < short.steps < long.steps <= short.steps + 6
-    np.testing.assert_array_equal(long.p_value[: len(short.p_value)], short.p_value)
+    longer = dataclasses.replace(natural, recovery=Recovery(steps=6, rate=0.01))
+    short, before = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
+    how = dataclasses.replace(how, method=longer)
+    edit, after = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
+    assert before.stopped == after.stopped == "unseen"
+    assert 0 < before.steps < 40
+    assert after.steps == before.steps + 6
+    np.testing.assert_array_equal(after.p_value[: len(before.p_value)], before.p_value)
     seen = jax.tree.map(lambda x: np.delete(np.asarray(x), HELD_OUT, 0), kept)
-    assert losses_of(after, seen).mean() < losses_of(before, seen).mean()
-    with pytest.raises(ValueError, match="settle needs natural steps"):
-        forget(apply, params, gone, kept, key=KEY, how=Forgetting(method=ADAM, settle=3))
+    start, end = (losses_of(jedit.apply_edit(params, e), seen).mean() for e in (short, edit))
+    assert end < start
+    # Nothing to forget, nothing to recover from.
+    none, info = forget(apply, params, unseen, kept, unseen=gone, key=KEY, how=how)
+    assert info.steps == 0
+    assert not none.blocks
+
+
+def test_a_recovery_needs_a_retain_term():
+    with pytest.raises(ValueError, match="recovery weighs an objective against its retain term"):
+        Natural(NPO(beta=0.04))
+    Natural(NPO(beta=0.04), recovery=None)
 
 
 def test_an_attack_brings_back_what_was_hidden(scene):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedit import Forgetting, Natural, apply_edit, forget, metrics
+from jedit import Forgetting, Natural, Recovery, apply_edit, forget, metrics
 from jedit.data import QaRow, batches
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.evaluation import encode_questions, truth_ratios
@@ -142,9 +142,11 @@ def main() -> None:
     options.add_argument("--first", type=int, default=0, help="the first seed")
     options.add_argument("--field", action="store_true", help="methods see all retain rows")
     options.add_argument("--steps", type=int, nargs="+", default=[48, 96])
-    options.add_argument("--settle", type=int, default=0, help="steps after the test is passed")
+    options.add_argument("--recovery", type=int, default=Recovery().steps, help="its steps, or 0")
+    options.add_argument("--blind", action="store_true", help="no unseen rows are given")
     options.add_argument("--predicted-kl", type=float, nargs="+", default=[1e-4])
     given = options.parse_args()
+    recovery = Recovery(given.recovery) if given.recovery else None
     sets = read_sets(given.data, PRESETS["cpu"])
     runs = []
     for seed in range(given.first, given.first + given.seeds):
@@ -161,14 +163,13 @@ def main() -> None:
         for steps, price in itertools.product(given.steps, given.predicted_kl):
             start = time.perf_counter()
             how = Forgetting(
-                Natural(predicted_kl=price, select=task.select),
+                Natural(predicted_kl=price, select=task.select, recovery=recovery),
                 steps=steps,
-                settle=given.settle,
                 heldout=heldout,
             )
             edit, info = forget(
                 task.apply, task.original, task.forget, retain,
-                unseen=unseen, key=compare_key(seed), how=how,
+                unseen=None if given.blind else unseen, key=compare_key(seed), how=how,
             )  # fmt: skip
             taken = time.perf_counter() - start
             row = judge(apply_edit(task.original, edit))
