@@ -42,7 +42,7 @@ DEFAULTS = [
     Default("requests.Natural", "predicted_kl", 1e-4, "nats per output, 1e-4 as there", OURS),
     Default("requests.Natural", "batch_size", 16, "one step; 16, as there", OURS),
     Default("requests.Recovery", "steps", 48, "of `Forgetting.steps`; 48", OURS),
-    Default("requests.Recovery", "rate", 2e-4, "first learning rate, 2e-4", OURS),
+    Default("requests.Recovery", "predicted_kl", 1e-4, "first step, 1e-4", OURS),
     Default("requests.Recovery", "forget_weight", 0.3, "retain term; 0.3", OURS),
     Default("requests.Forgetting", "steps", 48, "most; 48 was enough", OURS),
     Default("requests.Forgetting", "every", 4, "price; 4 is arbitrary", OURS),

@@ -8,8 +8,8 @@
     done_i    s_i >= τ_i: the row is not drawn while that holds
     stop      D⁺ = max_x (share of s <= x - share of u <= x) passes the one-sided test of two
               samples (Smirnov 1939) at `significance`
-    recovery  Adam on γ f + R where natural steps lowered f + R, at a rate that falls to nothing:
-              what the steps cost comes back, and f, which has saturated, is held
+    recovery  steps in Adam's direction, of the same predicted KL, on γ f + R where natural steps
+              lowered f + R: what they cost comes back, and f, which has saturated, is held
     budget    KL(θ₀ ‖ θ) on retain rows that no step sees, at every look; a piece of the path that
               passes it is shortened until it does not, and is the last
 
@@ -75,7 +75,7 @@ from jedit.requests.unseen import (
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.rows import num_rows as rows_in
 from jedit.training.watch import History
-from jedit.transforms import falling
+from jedit.transforms import clip_by_curvature_norm, falling
 
 HELD_OUT = 10  # one of so many retain rows is held out of the steps; arbitrary
 MOST_HELD_OUT = 64  # rows; arbitrary
@@ -93,12 +93,13 @@ class Recovery:
 
     Attributes:
         steps: number of steps, after those of `Forgetting.steps`; 48, on TOFU in small.
-        rate: Adam's first learning rate, 2e-4; it falls linearly to nothing.
+        predicted_kl: predicted retain KL of the first step, 1e-4, nats per output; it falls to
+            nothing at the last, as `transforms.falling` says. Adam gives the direction alone.
         forget_weight: γ, of the objective on the forget rows beside its retain term; 0.3.
     """
 
     steps: int = 48
-    rate: float = 2e-4
+    predicted_kl: float = 1e-4
     forget_weight: float = 0.3
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class Recovery:
             ValueError: a number out of its range, by its name.
         """
         check_numbers(COUNT, steps=self.steps)
-        check_numbers(POSITIVE, rate=self.rate)
+        check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
         check_numbers(NOT_NEGATIVE, forget_weight=self.forget_weight)
 
 
@@ -368,7 +369,12 @@ def _natural(
     covered = [path for block in curvature.blocks.values() for path in block.weight.paths]
     after = TrainingMethod(
         dataclasses.replace(steps.objective, forget_weight=then.forget_weight),
-        optax.adam(optax.linear_schedule(then.rate, 0.0, then.steps)),
+        # Adam's steps have length one in every coordinate, so it is the bound that sets it.
+        optax.chain(
+            optax.scale_by_adam(),
+            optax.scale(-1.0),
+            clip_by_curvature_norm(curvature, falling(then.predicted_kl, then.steps)),
+        ),
         trainable="|".join(exactly(covered)),
         batch_size=steps.batch_size,
     )

@@ -26,7 +26,7 @@ class ClipByCurvatureNormState(NamedTuple):
 
 
 def clip_by_curvature_norm(
-    curvature: Curvature, predicted_kl: float | Array
+    curvature: Curvature, predicted_kl: float | Array | optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
     """Scale an update down so that its predicted retain KL, ½ uᵀFu, is at most `predicted_kl`.
 
@@ -39,7 +39,7 @@ def clip_by_curvature_norm(
 
     Args:
         curvature: F, the curvature of the retain outputs, shaped for these params.
-        predicted_kl: nats per unmasked output.
+        predicted_kl: nats per unmasked output; or an optax schedule of it, by the step's number.
 
     Returns:
         The transform; its state holds a copy of the curvature, and a call of `update` costs one
@@ -49,6 +49,8 @@ def clip_by_curvature_norm(
         ValueError: a `predicted_kl` that is negative or not finite; at `update`, the updates are
             not shaped like the curvature's parameters.
     """
+    if callable(predicted_kl):
+        return optax.inject_hyperparams(clip_by_curvature_norm)(curvature, predicted_kl)
     check_numbers(NOT_NEGATIVE, predicted_kl=predicted_kl)
 
     def predicted(curvature, updates):

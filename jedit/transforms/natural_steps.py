@@ -35,12 +35,13 @@ def natural_steps(
         ValueError: a number out of its range.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
-    if callable(predicted_kl):
-        clip = optax.inject_hyperparams(clip_by_curvature_norm)(curvature, predicted_kl)
-    else:
+    if not callable(predicted_kl):
         check_numbers(POSITIVE, predicted_kl=predicted_kl)
-        clip = clip_by_curvature_norm(curvature, predicted_kl)
-    return optax.chain(scale_by_curvature(curvature, damping=damping), optax.scale(-1.0), clip)
+    return optax.chain(
+        scale_by_curvature(curvature, damping=damping),
+        optax.scale(-1.0),
+        clip_by_curvature_norm(curvature, predicted_kl),
+    )
 
 
 def falling(predicted_kl: float, steps: int) -> optax.Schedule:

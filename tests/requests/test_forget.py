@@ -11,7 +11,7 @@ from scipy import stats
 
 import jedit
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.metrics import output_kl
 from jedit.objectives import NPO, RetainNLL, with_retain
@@ -136,7 +136,7 @@ def test_held_out_rows_are_not_drawn(scene):
 
 def test_natural_steps_are_the_default_and_cover_what_the_curvature_covers(scene):
     params, gone, kept, unseen = scene
-    natural = Natural(select="shared", predicted_kl=1e-3)
+    natural = Natural(select="shared", predicted_kl=1e-3, recovery=None)
     how = Forgetting(natural, steps=4, every=2)
     edit, info = forget(apply, params, gone, kept, unseen=unseen, budget=0.5, key=KEY, how=how)
     assert set(edit.blocks) == {"shared"}
@@ -186,20 +186,20 @@ def test_scores_are_losses_less_those_of_other_answers(scene):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_recovery_is_adam_on_the_same_rows_and_the_same_parameters(scene):
+def test_the_recovery_is_adam_at_a_predicted_kl_on_the_same_rows_and_parameters(scene):
     params, gone, kept, _ = scene
-    weight, rate, steps = 0.3, 0.05, 5
+    weight, price, steps = 0.3, 0.02, 6
     objective = with_retain(NPO(beta=0.01))
     curvature = estimate(kfac(apply, Categorical(), select="^table$"), params, [kept], key=KEY)
-    recovery = Recovery(steps, rate, weight)
+    recovery = Recovery(steps, price, weight)
     natural = Natural(objective, curvature, predicted_kl=0.05, batch_size=99, recovery=recovery)
-    how = Forgetting(natural, steps=3, every=2, heldout=kept)
+    how = Forgetting(natural, steps=3, every=3, heldout=kept)
     without = dataclasses.replace(how, method=dataclasses.replace(natural, recovery=None))
     first, _ = forget(apply, params, gone, kept, key=KEY, how=without)
     edit, info = forget(apply, params, gone, kept, key=KEY, how=how)
     assert info.steps == 3 + steps
-    # By hand, with every row in every step: Adam's moments begin at nothing, and so does its rate
-    # end; the reference of NPO is the untouched model.
+    # By hand, with every row in every step: Adam's moments begin at nothing, the length of its
+    # steps ends there, and the reference of NPO is the untouched model.
     table = np.asarray(jedit.apply_edit(params, first)["table"], np.float64)
     moment, square = np.zeros_like(table), np.zeros_like(table)
 
@@ -214,7 +214,8 @@ def test_the_recovery_is_adam_on_the_same_rows_and_the_same_parameters(scene):
         down = (moment / (1 - 0.9 ** (step + 1))) / (
             np.sqrt(square / (1 - 0.999 ** (step + 1))) + 1e-8
         )
-        table = table - rate * (1 - step / steps) * down
+        curved = float(quadratic_form(curvature, {**params, "table": jnp.asarray(down)}))
+        table = table - np.sqrt(2 * price * (1 - step / steps) ** 2 / curved) * down
     assert set(edit.blocks) == {"table"}
     np.testing.assert_allclose(jedit.apply_edit(params, edit)["table"], table, rtol=1e-4, atol=1e-5)
 
@@ -223,7 +224,7 @@ def test_the_recovery_brings_back_what_is_kept_after_an_early_stop(scene):
     params, gone, kept, unseen = scene
     natural = Natural(with_retain(NPO(beta=0.01)), predicted_kl=0.05, damping=0.1, recovery=None)
     how = Forgetting(natural, steps=40, every=2)
-    longer = dataclasses.replace(natural, recovery=Recovery(steps=6, rate=0.01))
+    longer = dataclasses.replace(natural, recovery=Recovery(steps=6, predicted_kl=1e-3))
     short, before = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
     how = dataclasses.replace(how, method=longer)
     edit, after = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
