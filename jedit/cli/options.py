@@ -53,6 +53,8 @@ class RunFile:
     """With --model: of the curvature's likelihood. None: 1 for kfade; natural steps measure it."""
     steps: int = 48
     """With --model: natural steps at most."""
+    recovery: int = 48
+    """With --model: steps after the natural ones that bring back what they cost; 0: none."""
     attack: bool = True
     """With --model: teach some rows again after natural steps, to see what comes back."""
     width: int = 128

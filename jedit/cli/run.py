@@ -9,7 +9,7 @@ from typing import Any
 from jedit.cli.checks import UsageError
 from jedit.cli.options import RunFile
 from jedit.cli.stages import Stages, check_out, report
-from jedit.core.checks import COUNT, POSITIVE, Range, check_numbers
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, POSITIVE, Range, check_numbers
 
 
 def run(options: RunFile, command: str) -> int:
@@ -83,6 +83,7 @@ def _edit_checkpoint(
         budget=options.budget,
         temperature=options.temperature,
         steps=options.steps,
+        recovery=options.recovery,
         attack=options.attack,
         max_len=options.max_len,
         batch_size=options.batch_size,
@@ -128,10 +129,10 @@ def _how_it_went(found: dict[str, Any]) -> str:
     why = {
         "unseen": "the rows cannot be told from unseen ones",
         "budget": "the budget is spent",
-        "steps": "all steps are taken; with --unseen they stop by themselves",
+        "steps": "all are taken; with --unseen natural steps stop by themselves",
     }
     done = found["is_done"]
-    text = f"{found['steps']} natural steps: {why[found['stopped']]}."
+    text = f"{found['steps']} steps, the recovery's included: {why[found['stopped']]}."
     if not math.isnan(found["p_value"][-1]):
         text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
     if comeback := found.get("comeback"):
@@ -150,8 +151,9 @@ def _how_it_went(found: dict[str, Any]) -> str:
 
 
 # What only one of the two ways looks at: training a GPT, and editing a folder's model.
-OF_A_FOLDER = ("method", "unseen", "budget", "temperature", "steps", "attack", "tokenizer")
-OF_NATURAL_STEPS = ("unseen", "steps", "attack")
+OF_A_FOLDER = ("method", "unseen", "budget", "temperature", "steps", "recovery")
+OF_A_FOLDER += ("attack", "tokenizer")
+OF_NATURAL_STEPS = ("unseen", "steps", "recovery", "attack")
 OF_TRAINING = ("width", "layers", "heads", "epochs", "vocab", "learning_rate")
 
 
@@ -177,6 +179,7 @@ def _check_numbers(options: RunFile) -> None:
     numbers = {
         POSITIVE: ("learning_rate", "budget", "temperature"),
         COUNT: ("width", "layers", "heads", "batch_size", "epochs", "steps"),
+        COUNT_OR_ZERO: ("recovery",),
         Range(258, is_whole=True): ("vocab",),  # the bytes and two special tokens
         Range(8, is_whole=True): ("max_len",),
     }

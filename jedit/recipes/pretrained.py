@@ -24,7 +24,7 @@ from jedit.methods import Ascent, kfade
 from jedit.models import load_model, save_model
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
-from jedit.requests import Forgetting, Natural, Unseen
+from jedit.requests import Forgetting, Natural, Recovery, Unseen
 from jedit.requests import forget as forget_rows
 
 # The matrices of the blocks: what an embedding or a norm has learned serves every row.
@@ -46,6 +46,7 @@ class Settings(NamedTuple):
         temperature: of the likelihood in whose curvature it steps; None: 1 for K-FADE, for natural
             steps the one of `choose_temperature`.
         steps: number of natural steps at most.
+        recovery: number of steps after them that bring back what they cost; 0: none.
         attack: whether the rows are taught again after natural steps, to see what comes back.
         max_len: number of tokens of a row, at most; longer rows are cut off.
         batch_size: number of rows of a step, and evaluated at a time.
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     budget: float | None = None
     temperature: float | None = None
     steps: int = 48
+    recovery: int = 48
     attack: bool = True
     max_len: int = 256
     batch_size: int = 8
@@ -196,7 +198,11 @@ def _naturally(
     likelihood = None if settings.temperature is None else Categorical(settings.temperature)
     can_attack = settings.attack and len(forget.inputs) > 1  # some are taught, others asked about
     how = Forgetting(
-        Natural(select=SELECT, batch_size=settings.batch_size),
+        Natural(
+            select=SELECT,
+            batch_size=settings.batch_size,
+            recovery=Recovery(settings.recovery) if settings.recovery else None,
+        ),
         likelihood=likelihood,
         steps=settings.steps,
         attack=optax.adam(ATTACK_RATE) if can_attack else None,

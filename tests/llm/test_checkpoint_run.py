@@ -52,7 +52,7 @@ def test_it_forgets_within_the_budget_and_says_so(run):
 
 def test_natural_steps_are_the_default_and_say_how_they_went(stories_folder, tmp_path):
     """A test of eight unseen rows against four that the model finds likelier."""
-    settings = Settings(batch_size=4, steps=8)
+    settings = Settings(batch_size=4, steps=8, recovery=0)
     found = forgotten(stories_folder, tmp_path / "out", settings, forget=ROWS[:4], unseen=UNSEEN)
     assert found["stopped"] == "unseen" or found["steps"] == 8
     assert len(found["is_done"]) == 4
@@ -115,13 +115,14 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     assert main([*given, "--model", str(stories_folder), *by_hand]) == 2
     assert "--steps is only looked at with --method natural" in capsys.readouterr().err
     write_rows(tmp_path / "unseen.jsonl", UNSEEN[:2])
-    more = ["--batch-size", "4", "--steps", "4", "--unseen", str(tmp_path / "unseen.jsonl")]
+    more = ["--batch-size", "4", "--steps", "4", "--recovery", "2"]
+    more += ["--unseen", str(tmp_path / "unseen.jsonl")]
     assert main([*given, "--model", str(stories_folder), *more]) == 2
     assert "unseen" in capsys.readouterr().err  # two of either are too few for the test
-    assert main([*given, "--model", str(stories_folder), *more[:4]]) == 0
+    assert main([*given, "--model", str(stories_folder), *more[:6]]) == 0
     shown = capsys.readouterr().out
     assert "forget nll" in shown
-    assert "4 natural steps: all steps are taken" in shown
+    assert "6 steps, the recovery's included: all are taken" in shown
     assert "is taught again" in shown
     assert "Edited model:" in shown
     edited = tmp_path / "out" / "edited"

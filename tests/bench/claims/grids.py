@@ -1,13 +1,14 @@
 """Claim: of nine methods at 27 points each, which pass TOFU's Forget Quality, and at what cost?
 
     python -m tests.bench.claims.grids choose --data DIR [--methods NPO ...]
-    python -m tests.bench.claims.grids report --data DIR [--first 1 --seeds 5] [--strict]
+    python -m tests.bench.claims.grids report --data DIR [--first 1 --seeds 5] [--strict] [--quick]
 
 `choose` runs three settings at three rates with looks after 12, 24 and 48 steps on a validation
 seed, 0, in the field's protocol, in which methods see all retain rows.  `report` takes each
 method's best point by the recipe's rule (the greatest utility above Forget Quality 0.05, of the
 points that keep four fifths of the untouched model's; the greatest Forget Quality where none
-passes) and measures it on other seeds in full; `--strict` holds six authors out of their sight.
+passes) and measures it on other seeds in full; `--strict` holds six authors out of their sight,
+`--quick` measures only what points are chosen by.
 Points are appended to `out/claims/grids.jsonl`, and what stands there is not run again, so that
 several processes can share the work.  The models are those of `natural.py`.
 """
@@ -54,6 +55,7 @@ SHARE = 0.8  # of the untouched utility, that a point has to keep
 LOST_KL = 2.0  # nats; no point that far off kept four fifths
 VALIDATION = 0
 UNTOUCHED = "untouched"
+FULL, QUICK = "report", "quick"  # kinds of records
 ADAM, LENGTH, PRICE = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3), (5e-5, 1e-4, 2e-4)
 
 
@@ -232,9 +234,9 @@ def best_of(points: list[dict[str, Any]], untouched: float) -> dict[str, Any]:
     return max(kept, key=rank)
 
 
-def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path) -> None:
-    """Measure the chosen points, and the two references, on a seed."""
-    known = {(r["method"], r["seed"], r["protocol"]) for r in _read(path) if r["kind"] == "report"}
+def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path, kind: str) -> None:
+    """Measure the chosen points, and the two references, on a seed; quickly, or in full."""
+    known = {(r["method"], r["seed"], r["protocol"]) for r in _read(path) if r["kind"] == kind}
     for name in (UNTOUCHED, "retrained", *chosen):
         if (name, setup.seed, protocol) in known:
             continue
@@ -244,8 +246,8 @@ def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path) -> 
             ((_, params),) = setup.models(name, point["setting"], point["rate"], looks)
         else:
             params = setup.task.original if name == UNTOUCHED else setup.task.retrained
-        where = {"kind": "report", "method": name, "seed": setup.seed, "protocol": protocol}
-        _append(path, {**where, **setup.wholly(params)})
+        where = {"kind": kind, "method": name, "seed": setup.seed, "protocol": protocol}
+        _append(path, {**where, **(setup.cheaply if kind == QUICK else setup.wholly)(params)})
 
 
 COLUMNS = {
@@ -264,9 +266,28 @@ COLUMNS = {
 }
 
 
+def quick_table(records: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
+    """Print what points are chosen by, over the seeds; return it."""
+    rows = [r for r in records if r["kind"] == QUICK and r["protocol"] == protocol]
+    print("| method | passes | quality of each seed | median | utility | KL |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    summary = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = sorted((r for r in rows if r["method"] == name), key=lambda r: r["seed"])
+        qualities = [row["quality"] for row in mine]
+        found = {c: interval([row[c] for row in mine]) for c in ("utility", "kl")}
+        passes = sum(quality > PASSING_QUALITY for quality in qualities)
+        median = float(np.median(qualities))
+        each = " / ".join(f"{quality:.2g}" for quality in qualities)
+        cells = f"{median:.2g} | {shown(found['utility'])} | {shown(found['kl'])}"
+        print(f"| {name} | {passes} of {len(mine)} | {each} | {cells} |")
+        summary[name] = found | {"qualities": qualities, "median": median}
+    return summary
+
+
 def table(records: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
     """Print mean and 95% interval of every column by method; return them."""
-    rows = [r for r in records if r["kind"] == "report" and r["protocol"] == protocol]
+    rows = [r for r in records if r["kind"] == FULL and r["protocol"] == protocol]
     by = {
         (r["method"], r["seed"]): {name: x for name, x in r.items() if isinstance(x, float)}
         for r in rows
@@ -300,6 +321,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     options.add_argument("--first", type=int, default=1, help="the first seed that is reported")
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
+    options.add_argument("--quick", action="store_true", help="only what points are chosen by")
     given = options.parse_args()
     sets, path = read_sets(given.data, PRESETS["cpu"]), given.out / "grids.jsonl"
     if given.what == "choose":
@@ -314,10 +336,11 @@ def main() -> None:
         name: best_of([r for r in grid if r["method"] == name], untouched) for name in given.methods
     }
     protocol = "strict" if given.strict else "field"
+    kind = QUICK if given.quick else FULL
     for seed in range(given.first, given.first + given.seeds):
-        report(Setup(sets, seed, given.out, is_strict=given.strict), chosen, protocol, path)
-    summary = table(_read(path), protocol)
-    write(f"grids-{protocol}", given.out, {"chosen": chosen, "summary": summary})
+        report(Setup(sets, seed, given.out, is_strict=given.strict), chosen, protocol, path, kind)
+    summary = (quick_table if given.quick else table)(_read(path), protocol)
+    write(f"grids-{kind}-{protocol}", given.out, {"chosen": chosen, "summary": summary})
 
 
 if __name__ == "__main__":
