@@ -197,11 +197,14 @@ def _naturally(
     say(f"fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
     likelihood = None if settings.temperature is None else Categorical(settings.temperature)
     can_attack = settings.attack and len(forget.inputs) > 1  # some are taught, others asked about
+    recovery = None
+    if settings.recovery:
+        recovery = Recovery(settings.recovery, batch_size=settings.batch_size)
     how = Forgetting(
         Natural(
             select=SELECT,
             batch_size=settings.batch_size,
-            recovery=Recovery(settings.recovery) if settings.recovery else None,
+            recovery=recovery,
         ),
         likelihood=likelihood,
         steps=settings.steps,

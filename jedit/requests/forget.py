@@ -95,12 +95,14 @@ class Recovery:
         steps: number of steps, after those of `Forgetting.steps`; 48, on TOFU in small.
         predicted_kl: predicted retain KL of the first step, 1e-4, nats per output; it falls to
             nothing at the last, as `transforms.falling` says. Adam gives the direction alone.
-        forget_weight: γ, of the objective on the forget rows beside its retain term; 0.3.
+        forget_weight: γ, of the objective on the forget rows beside its retain term; 0.2.
+        batch_size: forget rows, and retain rows, of one step; 16.
     """
 
     steps: int = 48
     predicted_kl: float = 1e-4
-    forget_weight: float = 0.3
+    forget_weight: float = 0.2
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -108,7 +110,7 @@ class Recovery:
         Raises:
             ValueError: a number out of its range, by its name.
         """
-        check_numbers(COUNT, steps=self.steps)
+        check_numbers(COUNT, steps=self.steps, batch_size=self.batch_size)
         check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
         check_numbers(NOT_NEGATIVE, forget_weight=self.forget_weight)
 
@@ -376,7 +378,7 @@ def _natural(
             clip_by_curvature_norm(curvature, falling(then.predicted_kl, then.steps)),
         ),
         trainable="|".join(exactly(covered)),
-        batch_size=steps.batch_size,
+        batch_size=then.batch_size,
     )
     return method, (after, then.steps)
 

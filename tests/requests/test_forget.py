@@ -191,7 +191,7 @@ def test_the_recovery_is_adam_at_a_predicted_kl_on_the_same_rows_and_parameters(
     weight, price, steps = 0.3, 0.02, 6
     objective = with_retain(NPO(beta=0.01))
     curvature = estimate(kfac(apply, Categorical(), select="^table$"), params, [kept], key=KEY)
-    recovery = Recovery(steps, price, weight)
+    recovery = Recovery(steps, price, weight, batch_size=99)
     natural = Natural(objective, curvature, predicted_kl=0.05, batch_size=99, recovery=recovery)
     how = Forgetting(natural, steps=3, every=3, heldout=kept)
     without = dataclasses.replace(how, method=dataclasses.replace(natural, recovery=None))
