@@ -45,7 +45,7 @@ DEFAULTS = [
     Default("requests.Recovery", "predicted_kl", 1e-4, "first step, 1e-4", OURS),
     Default("requests.Recovery", "forget_weight", 0.2, "retain term; 0.2", OURS),
     Default("requests.Recovery", "batch_size", 16, "of one step; 16", OURS),
-    Default("requests.Forgetting", "steps", 48, "most; 48 was enough", OURS),
+    Default("requests.Forgetting", "steps", 48, "recovery; 48 was enough", OURS),
     Default("requests.Forgetting", "every", 4, "price; 4 is arbitrary", OURS),
     Default("requests.Forgetting", "significance", 0.05, "above it; 0.05 is", "TOFU"),
     Default("methods.natural", "damping", 0.01, "eigenvalue; 0.01 (ours;", OURS),

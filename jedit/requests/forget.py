@@ -167,7 +167,8 @@ class Forgetting:
         likelihood: what the outputs mean; None: `Categorical`, at the temperature of
             `choose_temperature`. The temperature is the metric's alone: the price is of the outputs
             as they are.
-        steps: number of steps at most; 48 was enough on TOFU in small (ours).
+        steps: number of steps at most, before those of a recovery; 48 was enough on TOFU in small
+            (ours).
         every: number of steps between two looks at the rows and at the price; 4 is arbitrary.
         significance: the edit stops when the test's p-value is above it; 0.05 is
             also what Forget Quality is held against.
@@ -199,7 +200,7 @@ class ForgetInfo(NamedTuple):
 
     Attributes:
         stopped: "unseen": the forget rows could not be told from unseen ones at a look, maybe
-            before the first step; some may fall back in the recovery, which `p_value` says.
+            before the first step; in the recovery some may fall back, which `p_value` says.
             "budget": the price is spent; "steps": neither, after all the steps.
         steps: number of steps taken, those of the recovery included.
         is_done: (n,), the rows whose score has reached its target; without unseen rows, none.
