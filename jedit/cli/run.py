@@ -151,9 +151,8 @@ def _how_it_went(found: dict[str, Any]) -> str:
 
 
 # What only one of the two ways looks at: training a GPT, and editing a folder's model.
-OF_A_FOLDER = ("method", "unseen", "budget", "temperature", "steps", "recovery")
-OF_A_FOLDER += ("attack", "tokenizer")
 OF_NATURAL_STEPS = ("unseen", "steps", "recovery", "attack")
+OF_A_FOLDER = ("method", "budget", "temperature", "tokenizer", *OF_NATURAL_STEPS)
 OF_TRAINING = ("width", "layers", "heads", "epochs", "vocab", "learning_rate")
 
 

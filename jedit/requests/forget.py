@@ -311,7 +311,8 @@ def forget(
             if recovery is None or recovers or not last:
                 break
             recovers = True
-            last += path.go_on_by(*recovery)
+            path.go_on_by(recovery[0])
+            last += recovery[1]
         left = np.ones_like(done) if recovers else ~done
         now = path.ahead(min(how.every, last - path.state.step), left)
         spent = price(now)
@@ -393,11 +394,10 @@ class _Path:
         self._start = params
         self.state = LoopState(0, params, None)
 
-    def go_on_by(self, method: TrainingMethod, steps: int) -> int:
-        """Take another method from here; return its number of steps."""
+    def go_on_by(self, method: TrainingMethod) -> None:
+        """Take another method from here."""
         self._method = method
         self.state = self.state._replace(optimizer_state=None)
-        return steps
 
     def ahead(self, steps: int, is_left: np.ndarray) -> dict[str, Array]:
         """Take so many steps; return the change from the start, by path."""
