@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jedit import metrics
+from jedit import apply_edit, metrics
 from jedit.data import batches
 from jedit.methods import natural
 from jedit.methods.catalogue import CATALOGUE
@@ -48,13 +48,14 @@ from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.watch import History
 from jedit.transforms import falling
 from tests.bench.claims.evidence import interval, parser, shown, write
-from tests.bench.claims.natural import scene_of
+from tests.bench.claims.natural import product, scene_of
 
 LOOKS = (12, 24, 48)
 SHARE = 0.8  # of the untouched utility, that a point has to keep
 LOST_KL = 2.0  # nats; no point that far off kept four fifths
 VALIDATION = 0
 UNTOUCHED = "untouched"
+PRODUCT = "forget"  # beside the chosen points: natural NPO and its recovery, by the product
 FULL, QUICK = "report", "quick"  # kinds of records
 ADAM, LENGTH, PRICE = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3), (5e-5, 1e-4, 2e-4)
 
@@ -112,7 +113,7 @@ class Setup:
     """A scene with what its methods are made of, and what judges their models."""
 
     def __init__(self, sets: Sets, seed: int, out: Path, *, is_strict: bool):
-        self.sets, self.seed = sets, seed
+        self.sets, self.seed, self.is_strict = sets, seed, is_strict
         self.scene, _ = scene_of(sets, seed, out)
         self.model, self.task = self.scene.model, self.scene.task
         if not is_strict:
@@ -161,6 +162,12 @@ class Setup:
             lost = destroyed(task.original)
             found += [(steps, lost) for steps in looks[len(found) :]]
         return found
+
+    def product(self) -> PyTree:
+        """The model that `forget` makes."""
+        where = (self.scene, self.sets, self.seed)
+        edit, _ = product(*where, is_strict=self.is_strict)
+        return jax.tree.map(jnp.asarray, apply_edit(self.task.original, edit))
 
     def cheaply(self, params) -> dict[str, float]:
         """What chooses a point; no utility of a model that is lost."""
@@ -237,10 +244,12 @@ def best_of(points: list[dict[str, Any]], untouched: float) -> dict[str, Any]:
 def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path, kind: str) -> None:
     """Measure the chosen points, and the two references, on a seed; quickly, or in full."""
     known = {(r["method"], r["seed"], r["protocol"]) for r in _read(path) if r["kind"] == kind}
-    for name in (UNTOUCHED, "retrained", *chosen):
+    for name in (UNTOUCHED, "retrained", *chosen, PRODUCT):
         if (name, setup.seed, protocol) in known:
             continue
-        if name in chosen:
+        if name == PRODUCT:
+            params = setup.product()
+        elif name in chosen:
             point = chosen[name]
             looks = (point["steps"],)
             ((_, params),) = setup.models(name, point["setting"], point["rate"], looks)

@@ -20,6 +20,7 @@ The last line is Forget Quality between the retrained models of different seeds:
 judged by one of them can be expected to do better.
 """
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -33,13 +34,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedit import Forgetting, Natural, Recovery, apply_edit, forget, metrics
+from jedit import Edit, Forgetting, Natural, Recovery, apply_edit, forget, metrics
 from jedit.data import QaRow, batches
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.evaluation import encode_questions, truth_ratios
 from jedit.recipes.tofu.models import small_gpt
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import Scene, Sets, compare_key, prepare, read_sets
+from jedit.requests.forget import ForgetInfo
 from tests.bench.claims.evidence import interval, parser, shown, write
 
 ROWS_PER_AUTHOR = 20
@@ -144,6 +146,31 @@ def scene_of(sets: Sets, seed: int, out: Path) -> tuple[Scene, dict[str, float]]
     return prepare(sets, preset, seed=seed, say=say, begin=begin), seconds
 
 
+def product(
+    scene: Scene,
+    sets: Sets,
+    seed: int,
+    *,
+    is_strict: bool,
+    method: Natural = Natural(batch_size=8),  # noqa: B008 - frozen
+    steps: int = 48,
+    is_blind: bool = False,
+) -> tuple[Edit, ForgetInfo]:
+    """`forget` as a user calls it: with unseen rows, unless blind, and no retrained model."""
+    task, model = scene.task, scene.model
+    seen, unseen, heldout = (
+        model.encode([(row.question, row.answer) for row in rows])
+        for rows in (sets.seen if is_strict else sets.kept, sets.holdout, sets.heldout[:32])
+    )
+    assert task.pack is not None  # two thirds of what is encoded is padding
+    method = dataclasses.replace(method, select=task.select)
+    how = Forgetting(method, steps=steps, every=8, heldout=heldout)
+    return forget(
+        task.apply, task.original, task.forget, task.pack(seen),
+        unseen=None if is_blind else unseen, key=compare_key(seed), how=how,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Run the seeds and write what came out."""
     options = parser(__doc__)
@@ -163,34 +190,16 @@ def main() -> None:
     for seed in range(given.first, given.first + given.seeds):
         scene, seconds = scene_of(sets, seed, given.out)
         judge = Judge(scene, sets, seed, attacks=not given.quick)
-        task, model = scene.task, scene.model
+        task = scene.task
         references.append(judge.reference)
-        unseen, heldout = (
-            model.encode([(row.question, row.answer) for row in rows])
-            for rows in (sets.holdout, sets.heldout[:32])
-        )
         run = {"retrained": judge(task.retrained) | {"seconds": seconds["retrain"]}}
         run["untouched"] = judge(task.original)
-        seen = model.encode([(r.question, r.answer) for r in sets.kept])
-        retain = task.pack(
-            seen if given.field else task.retain
-        )  # two thirds of what is encoded is padding
         for steps, price in itertools.product(given.steps, given.predicted_kl):
             start = time.perf_counter()
-            how = Forgetting(
-                Natural(
-                    predicted_kl=price,
-                    select=task.select,
-                    batch_size=given.batch_size,
-                    recovery=recovery,
-                ),
-                steps=steps,
-                every=8,
-                heldout=heldout,
-            )
-            edit, info = forget(
-                task.apply, task.original, task.forget, retain,
-                unseen=None if given.blind else unseen, key=compare_key(seed), how=how,
+            method = Natural(predicted_kl=price, batch_size=given.batch_size, recovery=recovery)
+            edit, info = product(
+                scene, sets, seed, is_strict=not given.field, method=method, steps=steps,
+                is_blind=given.blind,
             )  # fmt: skip
             taken = time.perf_counter() - start
             row = judge(apply_edit(task.original, edit))

@@ -19,18 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jedit import Curvature, Forgetting, Natural, apply_edit, forget, metrics
+from jedit import Curvature, metrics
 from jedit.attacks import Attacker, relearn, relearning_curve
 from jedit.core.batch import Batch
 from jedit.models import with_lora
 from jedit.recipes.tofu.attacks import lessons_of, probability_of
 from jedit.recipes.tofu.presets import PRESETS
-from jedit.recipes.tofu.run import compare_key, read_sets
+from jedit.recipes.tofu.run import read_sets
 from jedit.transforms import natural_steps
 from tests.bench.claims.evidence import interval, parser, shown, write
 from tests.bench.claims.grids import Setup
@@ -118,15 +117,9 @@ def main() -> None:
     sets, runs = read_sets(given.data, PRESETS["cpu"]), []
     for seed in range(given.first, given.first + given.seeds):
         setup = Setup(sets, seed, given.out, is_strict=given.strict)
-        task, curvature = setup.task, setup.material("NPO (natural)").curvature
+        curvature = setup.material("NPO (natural)").curvature
         assert curvature is not None
-        heldout = setup.model.encode([(row.question, row.answer) for row in sets.heldout[:32]])
-        how = Forgetting(Natural(curvature=curvature), heldout=heldout)
-        edit, _ = forget(
-            task.apply, task.original, task.forget, task.retain, key=compare_key(seed), how=how
-        )
-        edited = jax.tree.map(jnp.asarray, apply_edit(task.original, edit))
-        runs.append(curves(setup, edited, curvature))
+        runs.append(curves(setup, setup.product(), curvature))
         print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
     summary: dict[str, Any] = {}
     print("| attacker | spent | edited | retrained |")
