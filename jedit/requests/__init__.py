@@ -2,7 +2,8 @@
 
 from jedit.requests.batch import BatchInfo, Solver, batch_unlearn
 from jedit.requests.comeback import Comeback
-from jedit.requests.forget import ForgetInfo, Forgetting, Natural, Recovery, forget
+from jedit.requests.forget import ForgetInfo, forget
+from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind
 from jedit.requests.overlap import balanced, interactions
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
 from jedit.requests.unseen import Unseen
@@ -17,6 +18,7 @@ __all__ = [
     "Recovery",
     "Refresh",
     "RequestInfo",
+    "Rewind",
     "Solver",
     "Unseen",
     "balanced",

@@ -8,6 +8,7 @@
     done_i    s_i >= τ_i: the row is not drawn while that holds
     stop      D⁺ = max_x (share of s <= x - share of u <= x) passes the one-sided test of two
               samples (Smirnov 1939) at `significance`
+    rewind    θ₀ + share (θ_start - θ₀), then Adam on γ f + R: a way that lasts, and costs more
     recovery  steps in Adam's direction, of the same predicted KL, on γ f + R where natural steps
               lowered f + R: what they cost comes back, and f, which has saturated, is held
     budget    KL(θ₀ ‖ θ) on retain rows that no step sees, at every look; a piece of the path that
@@ -41,26 +42,20 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jedit.core.arguments import check_batch, check_function, check_key, check_kind, check_params
 from jedit.core.batch import Apply, Batch
-from jedit.core.checks import (
-    COUNT,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    check_numbers,
-)
+from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.curvature import Curvature, choose_temperature, estimate, kfac
+from jedit.curvature import choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
-from jedit.curvature.likelihoods import Categorical, Likelihood
-from jedit.edits import Edit, edit_between
+from jedit.curvature.likelihoods import Categorical
+from jedit.edits import Edit, apply_edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved
 from jedit.methods.curvature.natural import natural
-from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
+from jedit.requests.forgetting import Forgetting, Natural, Rewind
 from jedit.requests.unseen import (
     Score,
     Unseen,
@@ -79,120 +74,10 @@ from jedit.transforms import clip_by_curvature_norm, falling
 
 HELD_OUT = 10  # one of so many retain rows is held out of the steps; arbitrary
 MOST_HELD_OUT = 64  # rows; arbitrary
+WARM_UP = 6  # a part of the steps of a rewind; arbitrary
 PROBED = 128  # retain rows that tell the temperature; arbitrary
 
 Stopped = Literal["unseen", "budget", "steps"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recovery:
-    """Settings of Adam's steps after natural ones (ours).
-
-    Natural steps end at a retain loss that their metric holds and does not lower; NPO has saturated
-    there, so that the retain term, at full weight, has its way. Alone it would bring the rows back.
-
-    Attributes:
-        steps: number of steps, after those of `Forgetting.steps`; 48, on TOFU in small.
-        predicted_kl: predicted retain KL of the first step, 1e-4, nats per output; it falls to
-            nothing at the last, as `transforms.falling` says. Adam gives the direction alone.
-        forget_weight: γ, of the objective on the forget rows beside its retain term; 0.2.
-        batch_size: forget rows, and retain rows, of one step; 16.
-    """
-
-    steps: int = 48
-    predicted_kl: float = 1e-4
-    forget_weight: float = 0.2
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of their range.
-
-        Raises:
-            ValueError: a number out of its range, by its name.
-        """
-        check_numbers(COUNT, steps=self.steps, batch_size=self.batch_size)
-        check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
-        check_numbers(NOT_NEGATIVE, forget_weight=self.forget_weight)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Natural:
-    """Settings of the natural steps that `forget` takes; the defaults are those of our tables.
-
-    Attributes:
-        objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
-        curvature: of the retain outputs at the given params; None: K-FAC is estimated of the retain
-            rows that are not held out. The optimizer's state holds two copies of it.
-        select: regular expression; a parameter in whose path it is not found is not edited. It is
-            looked at where the curvature is estimated.
-        damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
-        predicted_kl: predicted retain KL of the first step at most, nats per output, 1e-4 as there;
-            it falls to nothing at the last, as `transforms.falling` says.
-        batch_size: forget rows, and retain rows, of one step; 16, as there.
-        recovery: settings of what follows them; None: nothing does.
-    """
-
-    objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
-    curvature: Curvature | None = None
-    select: str | None = None
-    damping: float = 0.01
-    predicted_kl: float = 1e-4
-    batch_size: int = 16
-    recovery: Recovery | None = Recovery()
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of their range.
-
-        Raises:
-            ValueError: a number out of its range, by its name, or a recovery without a retain term.
-        """
-        check_function(self.objective, "objective", "(apply, params, forget, retain, reference)")
-        if self.recovery is not None and not isinstance(self.objective, WithRetain):
-            raise ValueError(
-                "recovery weighs an objective against its retain term, so the objective has to be "
-                "made by with_retain; give recovery=None to go without"
-            )
-        check_numbers(NOT_NEGATIVE, damping=self.damping)
-        check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
-        check_numbers(COUNT, batch_size=self.batch_size)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Forgetting:
-    """Settings of `forget`: how it steps, and what it is stopped and judged by.
-
-    Attributes:
-        method: settings of the natural steps; or any other `TrainingMethod`, which the same rows
-            then stop.
-        likelihood: what the outputs mean; None: `Categorical`, at the temperature of
-            `choose_temperature`. The temperature is the metric's alone: the price is of the outputs
-            as they are.
-        steps: number of steps at most, before those of a recovery; 48 was enough on TOFU in small
-            (ours).
-        every: number of steps between two looks at the rows and at the price; 4 is arbitrary.
-        significance: the edit stops when the test's p-value is above it; 0.05 is
-            also what Forget Quality is held against.
-        heldout: retain rows on which the price is measured; None: a tenth of them, 64 at most, at
-            equal distances, which no step and no curvature sees.
-        attack: the optimizer of a relearning attack on the result; None: it is not attacked.
-    """
-
-    method: Natural | TrainingMethod = Natural()  # noqa: RUF009 - frozen
-    likelihood: Likelihood | None = None
-    steps: int = 48
-    every: int = 4
-    significance: float = 0.05
-    heldout: Batch | None = None
-    attack: optax.GradientTransformation | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers out of their range.
-
-        Raises:
-            ValueError: a number out of its range, by its name.
-        """
-        check_numbers(COUNT, steps=self.steps, every=self.every)
-        check_numbers(SHARE, significance=self.significance)
 
 
 class ForgetInfo(NamedTuple):
@@ -202,7 +87,7 @@ class ForgetInfo(NamedTuple):
         stopped: "unseen": the forget rows could not be told from unseen ones at a look, maybe
             before the first step; in the recovery some may fall back, which `p_value` says.
             "budget": the price is spent; "steps": neither, after all the steps.
-        steps: number of steps taken, those of the recovery included.
+        steps: number of steps taken, those of the rewind and of the recovery included.
         is_done: (n,), the rows whose score has reached its target; without unseen rows, none.
         loss_before: (n,), losses of the forget rows under θ₀, nats per output.
         loss_after: (n,), the same under the edited model.
@@ -262,14 +147,15 @@ def forget(
         how: the settings.
 
     Returns:
-        The edit, of the parameters that the curvature covers, in float32 or wider; and what was
-        found.  It costs one pass for the curvature, a forward and a backward pass for every row of
-        a step, and at every look a forward pass of the forget and of the held-out rows.
+        The edit, of the parameters that the curvature covers, or of all after a rewind, in float32
+        or wider; and what was found.  It costs one pass for the curvature, a forward and a backward
+        pass for every row of a step, and at every look a forward pass of the forget and of the
+        held-out rows.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a number out of its range, rows that count no output, a curvature of other
-            parameters, or fewer rows than the test needs to tell anything.
+        ValueError: a number out of its range, rows that count no output, a curvature or a start of
+            other parameters, or fewer rows than the test needs to tell anything.
         FloatingPointError: a loss or a parameter is not finite, as `unlearn` says it.
     """
     check_numbers(POSITIVE, budget=budget)
@@ -290,61 +176,71 @@ def forget(
     score = Score(apply, forget, unseen)
     seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
-    method, recovery = how.method, None
-    if isinstance(method, Natural):
-        method, recovery = _natural(method, how, apply, params, seen, key=curvature_key)
     likelihood = Categorical() if how.likelihood is None else how.likelihood
     if isinstance(likelihood, Categorical):
         likelihood = Categorical()
     price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
     before = row_losses(apply, params, forget)
-    level = score.level(params)
-    path = _Path(apply, params, method, forget, seen, order_key)
-    after, change, stopped = score.of(params), {}, "steps"
-    done, looks = _judged(after, level), [(_p_value(after, level), 0.0)]
-    last, recovers = how.steps, False
-    while True:
-        if stopped == "steps" and looks[-1][0] > how.significance:
-            stopped = "unseen"
-            last = last if recovers else path.state.step
-        if path.state.step >= last:
-            if recovery is None or recovers or not last:
-                break
-            recovers = True
-            path.go_on_by(recovery[0])
-            last += recovery[1]
-        left = np.ones_like(done) if recovers else ~done
-        now = path.ahead(min(how.every, last - path.state.step), left)
-        spent = price(now)
-        is_over = budget is not None and not spent <= budget  # NaN is over, too
-        if is_over:
-            assert budget is not None
-            now, spent = _back(price, (change, now), (looks[-1][1], spent), budget)
-        change, after = now, score.of(moved(params, now))
-        done = _judged(after, level)
-        looks.append((_p_value(after, level), spent))
-        if is_over:
-            stopped = "budget"
-            break
-    edited, comeback = moved(params, change), None
+    walk = _Walk(
+        apply, params, (forget, seen), Judging(score, price, how.significance, budget), order_key
+    )
+    method, recovery = how.method, None
+    if isinstance(method, Natural):
+        if method.rewind is not None and walk.stopped == "steps":
+            walk.begin_at(_rewound(params, method.rewind))
+            walk.go(_way_back(method), method.rewind.steps, method.rewind.steps, raises=False)
+        here = walk.state.params
+        method, recovery = _natural(method, how, apply, here, seen, key=curvature_key)
+    walk.go(method, how.steps, how.every, raises=True)
+    if recovery is not None and walk.state.step:
+        walk.go(*recovery, how.every, raises=False)
+    edited, comeback = moved(params, walk.change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
         comeback = attacked(apply, edited, forget, control, optimizer=how.attack, key=attack_key)
-    p_values, costs = np.asarray(looks).T
+    p_values, costs = np.asarray(walk.looks).T
     info = ForgetInfo(
-        stopped=stopped,
-        steps=path.state.step,
-        is_done=done,
+        stopped=walk.stopped,
+        steps=walk.state.step,
+        is_done=walk.is_done,
         loss_before=before,
         loss_after=row_losses(apply, edited, forget),
-        score=after,
-        unseen_score=level,
+        score=walk.score,
+        unseen_score=walk.level,
         p_value=p_values,
         true_kl=costs,
-        predicted_kl=price.predicted(change) if change else 0.0,
+        predicted_kl=price.predicted(walk.change) if walk.change else 0.0,
         comeback=comeback,
     )
-    return Edit(change), info
+    return Edit(walk.change), info
+
+
+def _rewound(params: PyTree, rewind: Rewind) -> PyTree:
+    """Draw the parameters back, a share of the way.
+
+    Raises:
+        ValueError: the start is not of their form.
+    """
+    try:
+        way = edit_between(params, rewind.start)
+    except ValueError as error:
+        raise ValueError(f"start of the rewind has to be of the params' form: {error}") from error
+    return apply_edit(params, way, rewind.share)
+
+
+def _way_back(steps: Natural) -> TrainingMethod:
+    """Make what trains the model on from there."""
+    rewind = steps.rewind
+    assert rewind is not None
+    assert isinstance(steps.objective, WithRetain)
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, rewind.learning_rate, rewind.steps // WARM_UP, rewind.steps
+    )
+    return TrainingMethod(
+        dataclasses.replace(steps.objective, forget_weight=rewind.forget_weight),
+        optax.adam(rate),
+        batch_size=rewind.batch_size,
+    )
 
 
 def _natural(
@@ -385,22 +281,44 @@ def _natural(
     return method, (after, then.steps)
 
 
-class _Path:
-    """The loop, piece by piece: where it stands, and the rows that are still to be raised."""
+class Judging(NamedTuple):
+    """What a look judges by."""
 
-    def __init__(self, apply, params, method, forget, retain, key):
-        self._apply, self._method = apply, method
-        self._sets, self._key = (forget, retain), key
-        self._start = params
-        self.state = LoopState(0, params, None)
+    score: Score
+    price: RetainKl
+    significance: float
+    budget: float | None
 
-    def go_on_by(self, method: TrainingMethod) -> None:
-        """Take another method from here."""
-        self._method = method
+
+class _Walk:
+    """The loop, piece by piece, with a look after each: where it stands, and what was found."""
+
+    def __init__(self, apply, params, sets, judging, key):
+        self._apply, self._start, self._sets, self._key = apply, params, sets, key
+        self._by = judging
+        self.level = judging.score.level(params)
+        self.state = LoopState(0, params, None, params)
+        self.change: dict[str, Array] = {}
+        self.stopped: Stopped = "steps"
+        self.looks: list[tuple[float, float]] = []
+        self._judge(0.0)
+
+    def begin_at(self, params: PyTree) -> None:
+        """Begin elsewhere; the given params stay the reference."""
+        self.state = self.state._replace(params=params)
+
+    def go(self, method: TrainingMethod, steps: int, every: int, *, raises: bool) -> None:
+        """Take steps, and a look after so many; none that raise rows when these are like unseen."""
         self.state = self.state._replace(optimizer_state=None)
+        end = self.state.step + steps
+        while self.state.step < end and self.stopped != "budget":
+            if raises and self.stopped == "unseen":
+                return
+            left = ~self.is_done if raises else np.ones_like(self.is_done)
+            self._ahead(method, min(every, end - self.state.step), left)
+            self._look(_difference(self._start, self.state.params))
 
-    def ahead(self, steps: int, is_left: np.ndarray) -> dict[str, Array]:
-        """Take so many steps; return the change from the start, by path."""
+    def _ahead(self, method: TrainingMethod, steps: int, is_left: np.ndarray) -> None:
         forget, retain = self._sets
         # As many rows as there were, those that are left several times over: one shape, and so one
         # program.
@@ -413,7 +331,7 @@ class _Path:
             reached.append(state)
 
         unlearn(
-            self._method,
+            method,
             self._apply,
             self.state,
             forget,
@@ -424,7 +342,25 @@ class _Path:
             watch=Watch(keep),
         )
         self.state = reached[-1]
-        return _difference(self._start, self.state.params)
+
+    def _look(self, now: dict[str, Array]) -> None:
+        spent, budget = self._by.price(now), self._by.budget
+        is_over = budget is not None and not spent <= budget  # NaN is over, too
+        if is_over:
+            assert budget is not None
+            ends, prices = (self.change, now), (self.looks[-1][1], spent)
+            now, spent = _back(self._by.price, ends, prices, budget)
+        self.change = now
+        self._judge(spent)
+        if is_over:
+            self.stopped = "budget"
+
+    def _judge(self, spent: float) -> None:
+        self.score = self._by.score.of(moved(self._start, self.change))
+        self.is_done = _judged(self.score, self.level)
+        self.looks.append((_p_value(self.score, self.level), spent))
+        if self.stopped == "steps" and self.looks[-1][0] > self._by.significance:
+            self.stopped = "unseen"
 
 
 def _judged(scores: np.ndarray, level: np.ndarray) -> np.ndarray:

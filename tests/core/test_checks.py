@@ -70,6 +70,8 @@ STRICTER = {
     ("natural", "predicted_kl"): POSITIVE,
     ("Recovery", "predicted_kl"): POSITIVE,
     ("Recovery", "steps"): COUNT,
+    ("Rewind", "learning_rate"): POSITIVE,
+    ("Rewind", "steps"): COUNT,
     ("natural_steps", "predicted_kl"): POSITIVE,
     ("overall_score", "utility"): SHARE,
     ("engram", "scale"): POSITIVE,

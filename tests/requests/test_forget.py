@@ -16,7 +16,8 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.metrics import output_kl
 from jedit.objectives import NPO, RetainNLL, with_retain
 from jedit.requests.comeback import interval
-from jedit.requests.forget import Forgetting, Natural, Recovery, forget
+from jedit.requests.forget import forget
+from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind
 from jedit.requests.unseen import Unseen, p_value_of, targets
 from jedit.training import TrainingMethod
 
@@ -244,9 +245,81 @@ def test_the_recovery_brings_back_what_is_kept_after_an_early_stop(scene):
     assert not none.blocks
 
 
-def test_a_recovery_needs_a_retain_term():
-    with pytest.raises(ValueError, match="recovery weighs an objective against its retain term"):
-        Natural(NPO(beta=0.04))
+@pytest.fixture(scope="module")
+def rewinding(scene):
+    """A way back of five steps, then one natural step that is as good as none."""
+    params, _, kept, _ = scene
+    rng = np.random.default_rng(7)
+    start = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+    rewind = Rewind(start, 0.05, steps=5, share=0.4, forget_weight=0.6, batch_size=99)
+    curvature = estimate(kfac(apply, Categorical(), select="^shared$"), params, [kept], key=KEY)
+    objective = with_retain(NPO(beta=0.5))
+    natural = Natural(objective, curvature, predicted_kl=1e-14, recovery=None, rewind=rewind)
+    return Forgetting(natural, steps=1, every=3, heldout=kept)
+
+
+def test_a_rewind_is_adam_from_a_share_of_the_way_back(scene, rewinding):
+    params, gone, kept, _ = scene
+    edit, info = forget(apply, params, gone, kept, key=KEY, how=rewinding)
+    assert info.steps == 6
+    assert len(info.true_kl) == 3  # before the first step, after the rewind, at the end
+    start, dtype = rewinding.method.rewind.start, params["shared"].dtype
+
+    def loss(now):
+        given = (apply, now, gone, kept, params)  # the reference is the untouched model
+        return 0.6 * NPO(beta=0.5)(*given)[0] + RetainNLL()(*given)[0]
+
+    hand = {k: 0.6 * np.array(x, float) + 0.4 * np.array(start[k]) for k, x in params.items()}
+    moment, square = (jax.tree.map(np.zeros_like, hand) for _ in range(2))
+    for step in range(5):
+        gradient = jax.grad(loss)({k: jnp.asarray(x, dtype) for k, x in hand.items()})
+        # No warm-up in a sixth of five steps: a cosine from the first.
+        rate = 0.05 * (1 + np.cos(np.pi * step / 5)) / 2
+        for k in hand:
+            g = np.asarray(gradient[k], float)
+            moment[k] = 0.9 * moment[k] + 0.1 * g
+            square[k] = 0.999 * square[k] + 0.001 * g**2
+            root = np.sqrt(square[k] / (1 - 0.999 ** (step + 1)))
+            hand[k] -= rate * moment[k] / (1 - 0.9 ** (step + 1)) / (root + 1e-8)
+    edited = jedit.apply_edit(params, edit)
+    for k, x in hand.items():
+        np.testing.assert_allclose(edited[k], x, rtol=1e-4, atol=1e-5)
+
+
+def test_natural_steps_after_a_rewind_have_the_metric_of_where_they_begin(scene, rewinding):
+    params, gone, kept, _ = scene
+    edit, _ = forget(apply, params, gone, kept, key=KEY, how=rewinding)
+    estimator, key = kfac(apply, Categorical(), select="^shared$"), jax.random.split(KEY, 3)[0]
+    found = []
+    for at in (None, jedit.apply_edit(params, edit), params):
+        metric = None if at is None else estimate(estimator, at, [kept], key=jax.random.clone(key))
+        natural = dataclasses.replace(
+            rewinding.method, curvature=metric, select="^shared$", predicted_kl=0.05
+        )
+        how = dataclasses.replace(rewinding, method=natural, likelihood=Categorical())
+        after, _ = forget(apply, params, gone, kept, key=KEY, how=how)
+        found.append(np.asarray(after.blocks["shared"]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+def test_a_rewind_is_within_the_budget_and_needless_where_nothing_is_known(scene, rewinding):
+    params, gone, kept, unseen = scene
+    with_recovery = dataclasses.replace(rewinding.method, recovery=Recovery(steps=2))
+    how = dataclasses.replace(rewinding, method=with_recovery)
+    edit, info = forget(apply, params, gone, kept, budget=0.01, key=KEY, how=how)
+    assert (info.stopped, info.steps) == ("budget", 5)
+    true = output_kl(apply, params, jedit.apply_edit(params, edit), kept)
+    assert 0.0098 < true <= 0.01
+    none, info = forget(apply, params, unseen, kept, unseen=gone, key=KEY, how=how)
+    assert (info.steps, none.blocks) == (0, {})
+
+
+@pytest.mark.parametrize("name", ["recovery", "rewind"])
+def test_what_weighs_the_objective_needs_a_retain_term(name, rewinding):
+    settings = {"recovery": None, name: getattr(rewinding.method, name) or Recovery()}
+    with pytest.raises(ValueError, match=f"{name} weighs an objective against its retain term"):
+        Natural(NPO(beta=0.04), **settings)
     Natural(NPO(beta=0.04), recovery=None)
 
 
@@ -298,3 +371,7 @@ def test_what_is_refused(scene):
         forget(apply, params, one, kept, key=KEY, how=Forgetting(ADAM, attack=optax.sgd(0.1)))
     with pytest.raises(ValueError, match=r"at least 2 are needed; got 1. Give heldout="):
         forget(apply, params, gone, one, key=KEY)
+    other = {**params, "shared": params["shared"][:1]}
+    rewind = Rewind(other, 0.1, steps=2)
+    with pytest.raises(ValueError, match="of the params' form: shared: before has shape"):
+        forget(apply, params, gone, kept, key=KEY, how=Forgetting(Natural(rewind=rewind)))
