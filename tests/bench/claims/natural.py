@@ -2,6 +2,7 @@
 themselves, without a retrained model; the edit lasts. The second holds so far: see natural.md.
 
     python -m tests.bench.claims.natural --data DIR [--seeds 5] [--field] [--steps 48 96] [--quick]
+    python -m tests.bench.claims.natural --data DIR [--field] --steps 24 --rewind 0.3
 
 Each seed trains a full and a retrained model at the cpu preset, once: `out/claims` keeps them.
 `--field` is the field's protocol, in which methods see all retain rows; without it six authors are
@@ -34,11 +35,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedit import Edit, Forgetting, Natural, Recovery, apply_edit, forget, metrics
+from jedit import Edit, Forgetting, Natural, Recovery, Rewind, apply_edit, forget, metrics
 from jedit.data import QaRow, batches
+from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.evaluation import encode_questions, truth_ratios
-from jedit.recipes.tofu.models import small_gpt
+from jedit.recipes.tofu.models import Start, small_gpt
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import Scene, Sets, compare_key, prepare, read_sets
 from jedit.requests.forget import ForgetInfo
@@ -127,6 +129,14 @@ class Judge:
         }
 
 
+def beginning(sets: Sets, seed: int) -> Start:
+    """What the training of a seed's models begins with."""
+    size = PRESETS["cpu"].model
+    assert isinstance(size, Model)
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    return small_gpt([*sets.forget, *sets.kept, *sets.general], size, "float32", key=key)
+
+
 def scene_of(sets: Sets, seed: int, out: Path) -> tuple[Scene, dict[str, float]]:
     """The scene of a seed, its models trained or read, with the seconds of the trainings."""
     preset, path = PRESETS["cpu"], out / f"natural-models-{seed}.pickle"
@@ -139,11 +149,22 @@ def scene_of(sets: Sets, seed: int, out: Path) -> tuple[Scene, dict[str, float]]
         path.write_bytes(pickle.dumps((*both, seconds)))
         return scene, seconds
     original, retrained, seconds = pickle.loads(path.read_bytes())
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    begin = small_gpt([*sets.forget, *sets.kept, *sets.general], preset.model, "float32", key=key)
+    begin = beginning(sets, seed)
     params, other = (jax.tree.map(jnp.asarray, tree) for tree in (original, retrained))
     begin = begin._replace(params=params, retrained=other)
     return prepare(sets, preset, seed=seed, say=say, begin=begin), seconds
+
+
+def rewinding(scene: Scene, sets: Sets, seed: int, share: float = Rewind.share) -> Natural:
+    """The way that lasts: back to where training began, and a fifth of retraining's steps."""
+    task, recipe = scene.task, PRESETS["cpu"].recipe
+    rows = [(row.question, row.answer) for row in (*sets.kept, *sets.general)]
+    assert task.pack is not None
+    epoch = len(task.pack(scene.model.encode(rows)).inputs) // recipe.batch_size
+    start = beginning(sets, seed).params
+    steps = recipe.epochs[0] * epoch // 5
+    rewind = Rewind(start, 2 * recipe.learning_rate, steps, share=share)
+    return Natural(predicted_kl=3e-4, batch_size=8, recovery=Recovery(24), rewind=rewind)
 
 
 def product(
@@ -156,15 +177,24 @@ def product(
     steps: int = 48,
     is_blind: bool = False,
 ) -> tuple[Edit, ForgetInfo]:
-    """`forget` as a user calls it: with unseen rows, unless blind, and no retrained model."""
+    """`forget` as a user calls it: with unseen rows, unless blind, and no retrained model.
+
+    A rewind loses what no row holds, so that its retain rows have real authors and world facts.
+    """
     task, model = scene.task, scene.model
+    kept = sets.seen if is_strict else sets.kept
     seen, unseen, heldout = (
         model.encode([(row.question, row.answer) for row in rows])
-        for rows in (sets.seen if is_strict else sets.kept, sets.holdout, sets.heldout[:32])
+        for rows in (
+            kept if method.rewind is None else [*kept, *sets.general],
+            sets.holdout,
+            sets.heldout[:32],
+        )
     )
     assert task.pack is not None  # two thirds of what is encoded is padding
-    method = dataclasses.replace(method, select=task.select)
-    how = Forgetting(method, steps=steps, every=8, heldout=heldout)
+    how = Forgetting(
+        dataclasses.replace(method, select=task.select), steps=steps, every=8, heldout=heldout
+    )
     return forget(
         task.apply, task.original, task.forget, task.pack(seen),
         unseen=None if is_blind else unseen, key=compare_key(seed), how=how,
@@ -181,6 +211,7 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=16, help="of the natural steps")
     options.add_argument("--quick", action="store_true", help="no attacks")
     options.add_argument("--recovery", type=int, default=Recovery().steps, help="its steps, or 0")
+    options.add_argument("--rewind", type=float, default=0, help="share; with settings of its own")
     options.add_argument("--blind", action="store_true", help="no unseen rows are given")
     options.add_argument("--predicted-kl", type=float, nargs="+", default=[1e-4])
     given = options.parse_args()
@@ -197,6 +228,8 @@ def main() -> None:
         for steps, price in itertools.product(given.steps, given.predicted_kl):
             start = time.perf_counter()
             method = Natural(predicted_kl=price, batch_size=given.batch_size, recovery=recovery)
+            if given.rewind:
+                method = rewinding(scene, sets, seed, given.rewind)
             edit, info = product(
                 scene, sets, seed, is_strict=not given.field, method=method, steps=steps,
                 is_blind=given.blind,
@@ -222,7 +255,7 @@ def main() -> None:
     ]
     print("retrained models among themselves:", np.round(np.sort(exact), 3))
     write(
-        f"natural-{'field' if given.field else 'strict'}",
+        f"natural-{'field' if given.field else 'strict'}{'-rewound' if given.rewind else ''}",
         given.out,
         {"runs": runs, "summary": summary, "retrained": exact},
     )
