@@ -55,6 +55,13 @@ class RunFile:
     """With --model: natural steps at most."""
     recovery: int = 48
     """With --model: steps after the natural ones that bring back what they cost; 0: none."""
+    base: Path | None = None
+    """With --model: folder of the model before it learned the rows. The edit first goes three
+    tenths of the way back to it: it lasts longer, and keeps what --data and that model hold."""
+    rewind: int = 100
+    """With --base: steps from there, before the natural ones; best a fifth of retraining's."""
+    rewind_rate: float = 2e-5
+    """With --base: Adam's learning rate in them; best twice what the model was trained by."""
     attack: bool = True
     """With --model: teach some rows again after natural steps, to see what comes back."""
     width: int = 128

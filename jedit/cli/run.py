@@ -84,17 +84,20 @@ def _edit_checkpoint(
         temperature=options.temperature,
         steps=options.steps,
         recovery=options.recovery,
+        base=options.base,
+        rewind=options.rewind,
+        rewind_rate=options.rewind_rate,
         attack=options.attack,
         max_len=options.max_len,
         batch_size=options.batch_size,
         seed=options.seed,
     )
     tokenizer = options.tokenizer or model
-    for folder in (model, tokenizer):
+    for folder in (model, tokenizer, *([options.base] if options.base else [])):
         if not folder.is_dir():
             raise UsageError(f"{folder}: there is no such folder.")
     try:
-        check_folder(options.out, model, tokenizer)
+        check_folder(options.out, model, tokenizer, *([options.base] if options.base else []))
         unseen = [] if options.unseen is None else read_rows(options.unseen)
         with stages:
             found = forget_in_checkpoint(
@@ -151,7 +154,8 @@ def _how_it_went(found: dict[str, Any]) -> str:
 
 
 # What only one of the two ways looks at: training a GPT, and editing a folder's model.
-OF_NATURAL_STEPS = ("unseen", "steps", "recovery", "attack")
+OF_A_REWIND = ("rewind", "rewind_rate")
+OF_NATURAL_STEPS = ("unseen", "steps", "recovery", "attack", "base", *OF_A_REWIND)
 OF_A_FOLDER = ("method", "budget", "temperature", "tokenizer", *OF_NATURAL_STEPS)
 OF_TRAINING = ("width", "layers", "heads", "epochs", "vocab", "learning_rate")
 
@@ -167,17 +171,25 @@ def _check_used(options: RunFile) -> None:
     for name in OF_TRAINING if is_folder else OF_A_FOLDER:
         if getattr(options, name) != defaults[name]:
             where = "without --model, where a GPT is trained" if is_folder else "with --model"
-            raise UsageError(f"--{name.replace('_', '-')} is only looked at {where}.")
+            raise UsageError(f"{_option(name)} is only looked at {where}.")
     if options.method != "natural":
         for name in OF_NATURAL_STEPS:
             if getattr(options, name) != defaults[name]:
-                raise UsageError(f"--{name} is only looked at with --method natural.")
+                raise UsageError(f"{_option(name)} is only looked at with --method natural.")
+    if options.base is None:
+        for name in OF_A_REWIND:
+            if getattr(options, name) != defaults[name]:
+                raise UsageError(f"{_option(name)} is only looked at with --base.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_numbers(options: RunFile) -> None:
     numbers = {
-        POSITIVE: ("learning_rate", "budget", "temperature"),
-        COUNT: ("width", "layers", "heads", "batch_size", "epochs", "steps"),
+        POSITIVE: ("learning_rate", "budget", "temperature", "rewind_rate"),
+        COUNT: ("width", "layers", "heads", "batch_size", "epochs", "steps", "rewind"),
         COUNT_OR_ZERO: ("recovery",),
         Range(258, is_whole=True): ("vocab",),  # the bytes and two special tokens
         Range(8, is_whole=True): ("max_len",),
@@ -185,7 +197,7 @@ def _check_numbers(options: RunFile) -> None:
     try:
         for allowed, names in numbers.items():
             for name in names:
-                check_numbers(allowed, **{f"--{name.replace('_', '-')}": getattr(options, name)})
+                check_numbers(allowed, **{_option(name): getattr(options, name)})
     except ValueError as error:
         raise UsageError(f"{error}.") from None
     if not options.epochs:

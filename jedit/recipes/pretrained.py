@@ -24,7 +24,7 @@ from jedit.methods import Ascent, kfade
 from jedit.models import load_model, save_model
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
-from jedit.requests import Forgetting, Natural, Recovery, Unseen
+from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen
 from jedit.requests import forget as forget_rows
 
 # The matrices of the blocks: what an embedding or a norm has learned serves every row.
@@ -32,6 +32,7 @@ SELECT = r"^layers/\d+/(attn|mlp)/"
 SHARE_SEEN = 0.7
 KFADE_BUDGET, KFADE_DAMPING = 0.05, 0.1
 ATTACK_RATE = 1e-5  # of Adam: what open-unlearning trains TOFU's models with
+REWIND_RATE = 2 * ATTACK_RATE
 EDITED, RESULTS = "edited", "results.json"
 
 
@@ -47,6 +48,10 @@ class Settings(NamedTuple):
             steps the one of `choose_temperature`.
         steps: number of natural steps at most.
         recovery: number of steps after them that bring back what they cost; 0: none.
+        base: folder of the model before it learned the rows, towards which the weights are drawn
+            back first; None: natural steps begin at the model.
+        rewind: number of steps that train on from there, best a fifth of retraining's.
+        rewind_rate: Adam's learning rate in them; 2e-5 is twice what TOFU's models are trained by.
         attack: whether the rows are taught again after natural steps, to see what comes back.
         max_len: number of tokens of a row, at most; longer rows are cut off.
         batch_size: number of rows of a step, and evaluated at a time.
@@ -58,6 +63,9 @@ class Settings(NamedTuple):
     temperature: float | None = None
     steps: int = 48
     recovery: int = 48
+    base: Path | None = None
+    rewind: int = 100
+    rewind_rate: float = REWIND_RATE
     attack: bool = True
     max_len: int = 256
     batch_size: int = 8
@@ -129,7 +137,7 @@ def forget_in_checkpoint(
     say("judging")
     lost = cast_report(params, edit)
     result = {
-        "settings": settings._asdict(),
+        "settings": settings._asdict() | {"base": settings.base and str(settings.base)},
         "num_rows": {name: len(part) for name, part in rows.items()},
         "num_cut_off": num_cut,
         "before": judge(apply, params, params, sets),
@@ -194,6 +202,14 @@ def _naturally(
 ) -> tuple[Edit, dict[str, Any]]:
     """Edit by natural steps that stop by themselves."""
     forget, unseen = whole["forget"], whole.get("unseen")
+    rewind = None
+    if settings.base is not None:
+        say(f"loading {settings.base}")
+        _, start, _ = load_model(settings.base)
+        rewind = Rewind(
+            start, settings.rewind_rate, settings.rewind, batch_size=settings.batch_size
+        )
+        say(f"rewinding, and {settings.rewind} steps from there")
     say(f"fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
     likelihood = None if settings.temperature is None else Categorical(settings.temperature)
     can_attack = settings.attack and len(forget.inputs) > 1  # some are taught, others asked about
@@ -205,6 +221,7 @@ def _naturally(
             select=SELECT,
             batch_size=settings.batch_size,
             recovery=recovery,
+            rewind=rewind,
         ),
         likelihood=likelihood,
         steps=settings.steps,

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.core.paths import parameter_paths
 from jedit.data import QaRow, write_rows
-from jedit.models import load_model
+from jedit.models import load_model, save_model
 from jedit.recipes.pretrained import Settings, forget_in_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -62,6 +64,24 @@ def test_natural_steps_are_the_default_and_say_how_they_went(stories_folder, tmp
     assert 0 < low <= mean <= high < 1
     assert found["comeback"]["unseen"] is not None
     assert json.loads((tmp_path / "out" / "results.json").read_text())["p_value"][0] < 0.05
+
+
+def test_with_a_base_it_goes_back_a_part_of_the_way_first(stories_folder, tmp_path):
+    apply, params, _ = load_model(stories_folder)
+    narrow = jax.tree.map(lambda x: 0.5 * x, params)
+    base = save_model(narrow, tmp_path / "base", source=stories_folder)
+    settings = Settings(
+        batch_size=4, steps=2, recovery=0, attack=False, base=base, rewind=3, rewind_rate=1e-9
+    )
+    found = forgotten(stories_folder, tmp_path / "out", settings)
+    assert found["steps"] == 5
+    # Three steps of next to nothing: what the blocks do not train is 0.85 of what it was.
+    _, edited, _ = load_model(tmp_path / "out" / "edited")
+    for path, leaf in parameter_paths(params):
+        if "mlp" not in path and "attn" not in path:
+            other = dict(parameter_paths(edited))[path]
+            np.testing.assert_allclose(other, 0.85 * np.asarray(leaf), rtol=1e-3, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["base"]
 
 
 def test_natural_steps_keep_the_budget(stories_folder, tmp_path):
