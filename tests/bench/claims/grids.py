@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,14 +49,15 @@ from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.watch import History
 from jedit.transforms import falling
 from tests.bench.claims.evidence import interval, parser, shown, write
-from tests.bench.claims.natural import product, scene_of
+from tests.bench.claims.natural import product, rewinding, scene_of
 
 LOOKS = (12, 24, 48)
 SHARE = 0.8  # of the untouched utility, that a point has to keep
 LOST_KL = 2.0  # nats; no point that far off kept four fifths
 VALIDATION = 0
 UNTOUCHED = "untouched"
-PRODUCT = "forget"  # beside the chosen points: natural NPO and its recovery, by the product
+# Beside the chosen points: natural NPO and its recovery by the product, alone and after a rewind.
+FORGET, REWOUND = "forget", "forget, rewound"
 FULL, QUICK = "report", "quick"  # kinds of records
 ADAM, LENGTH, PRICE = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3), (5e-5, 1e-4, 2e-4)
 
@@ -163,10 +165,11 @@ class Setup:
             found += [(steps, lost) for steps in looks[len(found) :]]
         return found
 
-    def product(self) -> PyTree:
+    def product(self, *, is_rewound: bool = False) -> PyTree:
         """The model that `forget` makes."""
         where = (self.scene, self.sets, self.seed)
-        edit, _ = product(*where, is_strict=self.is_strict)
+        how = {"method": rewinding(*where), "steps": 24} if is_rewound else {}
+        edit, _ = product(*where, is_strict=self.is_strict, **how)
         return jax.tree.map(jnp.asarray, apply_edit(self.task.original, edit))
 
     def cheaply(self, params) -> dict[str, float]:
@@ -241,14 +244,17 @@ def best_of(points: list[dict[str, Any]], untouched: float) -> dict[str, Any]:
     return max(kept, key=rank)
 
 
-def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path, kind: str) -> None:
-    """Measure the chosen points, and the two references, on a seed; quickly, or in full."""
+def report(
+    setup: Setup, names: list[str], chosen: dict[str, dict], protocol: str, path: Path, kind: str
+) -> None:
+    """Measure methods at their points, and two references, on a seed; quickly, or in full."""
     known = {(r["method"], r["seed"], r["protocol"]) for r in _read(path) if r["kind"] == kind}
-    for name in (UNTOUCHED, "retrained", *chosen, PRODUCT):
+    for name in (UNTOUCHED, "retrained", *names):
         if (name, setup.seed, protocol) in known:
             continue
-        if name == PRODUCT:
-            params = setup.product()
+        start = time.perf_counter()
+        if name in (FORGET, REWOUND):
+            params = setup.product(is_rewound=name == REWOUND)
         elif name in chosen:
             point = chosen[name]
             looks = (point["steps"],)
@@ -256,6 +262,7 @@ def report(setup: Setup, chosen: dict[str, dict], protocol: str, path: Path, kin
         else:
             params = setup.task.original if name == UNTOUCHED else setup.task.retrained
         where = {"kind": kind, "method": name, "seed": setup.seed, "protocol": protocol}
+        where["seconds"] = time.perf_counter() - start
         _append(path, {**where, **(setup.cheaply if kind == QUICK else setup.wholly)(params)})
 
 
@@ -271,7 +278,9 @@ COLUMNS = {
     "privacy": "privacy_score",
     "overall": "overall_score",
     "relearned": "relearned_harmful",
+    "benign": "relearned_benign",
     "probe": "probe_accuracy",
+    "seconds": "seconds",
 }
 
 
@@ -327,7 +336,8 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("what", choices=("choose", "report"))
     options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
-    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    every = [*METHODS, FORGET, REWOUND]
+    options.add_argument("--methods", nargs="+", default=every, choices=every)
     options.add_argument("--first", type=int, default=1, help="the first seed that is reported")
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
     options.add_argument("--quick", action="store_true", help="only what points are chosen by")
@@ -335,19 +345,22 @@ def main() -> None:
     sets, path = read_sets(given.data, PRESETS["cpu"]), given.out / "grids.jsonl"
     if given.what == "choose":
         setup = Setup(sets, VALIDATION, given.out, is_strict=given.strict)
-        choose(setup, given.methods, path)
+        choose(setup, [name for name in given.methods if name in METHODS], path)
         return
     points = (r for r in _read(path) if r["kind"] == "grid")
     # The last of those that a broken-off run left twice.
     grid = list({(r["method"], r["setting"], r["rate"], r["steps"]): r for r in points}.values())
     untouched = next(r["utility"] for r in grid if r["method"] == UNTOUCHED)
     chosen = {
-        name: best_of([r for r in grid if r["method"] == name], untouched) for name in given.methods
+        name: best_of([r for r in grid if r["method"] == name], untouched)
+        for name in given.methods
+        if name in METHODS
     }
     protocol = "strict" if given.strict else "field"
     kind = QUICK if given.quick else FULL
     for seed in range(given.first, given.first + given.seeds):
-        report(Setup(sets, seed, given.out, is_strict=given.strict), chosen, protocol, path, kind)
+        setup = Setup(sets, seed, given.out, is_strict=given.strict)
+        report(setup, given.methods, chosen, protocol, path, kind)
     summary = (quick_table if given.quick else table)(_read(path), protocol)
     write(f"grids-{kind}-{protocol}", given.out, {"chosen": chosen, "summary": summary})
 
