@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -102,11 +101,6 @@ def train(
         watch=Watch(keep, every=steps),
     )
     return found
-
-
-def spread(length: int, number: int) -> list[int]:
-    """Return at most so many places, evenly spaced over a length, with its first and last."""
-    return np.linspace(0, length - 1, min(number, length)).round().astype(int).tolist()
 
 
 def rows_of(batch: Batch) -> int:

@@ -14,9 +14,10 @@ from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import ASIDE, MAIN, Grid, Task
-from jedit.recipes.fitting import Recipe, Trained, spread, train
+from jedit.recipes.fitting import Recipe, Trained, train
 from jedit.recipes.progress import Say, Within
 from jedit.report import Comparison, Guess, Picture
+from jedit.requests.unseen import spread
 
 LABEL = 7
 RECIPE = Recipe((20,), batch_size=64, learning_rate=2e-3)
@@ -215,7 +216,7 @@ def _pictures(
     apply: Callable, models: tuple[PyTree, PyTree, PyTree], kind: str, rows: Digits
 ) -> list[Picture]:
     """Return a few images with the guesses of the untouched, the edited and the retrained model."""
-    shown = rows.take(np.array(spread(len(rows.labels), SHOWN)))
+    shown = rows.take(spread(len(rows.labels), SHOWN))
     inputs = shown.as_batch().inputs
     guesses = []
     for params in models:

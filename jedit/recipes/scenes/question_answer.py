@@ -24,9 +24,10 @@ from jedit.models import gpt, gpt_stepper, greedy_decode
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import Grid, Task
-from jedit.recipes.fitting import Recipe, spread, train
+from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
 from jedit.report import Answer, Comparison
+from jedit.requests.unseen import spread
 
 # K-FADE edits the matrices of the blocks: what an embedding or a norm has learned serves every row.
 SELECT = r"blocks/.*/kernel"

@@ -25,7 +25,7 @@ from jedit.edits import cast_report, edit_between
 from jedit.models import cast_params
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import Task
-from jedit.recipes.fitting import Trained, spread, train
+from jedit.recipes.fitting import Trained, train
 from jedit.recipes.progress import Say, tell
 from jedit.recipes.scenes.question_answer import REFUSAL, Model
 from jedit.recipes.tofu.attacks import attack
@@ -57,6 +57,7 @@ from jedit.recipes.tofu.membership import (
 from jedit.recipes.tofu.models import Start, small_gpt
 from jedit.recipes.tofu.presets import Preset
 from jedit.report import Answer, Comparison, Evaluation
+from jedit.requests.unseen import spread
 
 SHOWN = 3  # of the forget and of the held-out rows, with their answers
 HELDOUT_AUTHORS = range(14, 20)  # of the 20 that have paraphrases and wrong answers

@@ -48,8 +48,8 @@ from jedit.tracing import Entering
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.watch import History
 from jedit.transforms import falling
-from tests.bench.claims.evidence import interval, parser, shown, write
-from tests.bench.claims.natural import product, rewinding, scene_of
+from tests.bench.claims.evidence import interval, shown, write
+from tests.bench.claims.natural import product, rewinding, scene_of, tofu_parser
 
 LOOKS = (12, 24, 48)
 SHARE = 0.8  # of the untouched utility, that a point has to keep
@@ -333,12 +333,10 @@ def table(records: list[dict[str, Any]], protocol: str) -> dict[str, Any]:
 
 def main() -> None:
     """Choose, or report."""
-    options = parser(__doc__)
+    options = tofu_parser(__doc__)
     options.add_argument("what", choices=("choose", "report"))
-    options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
     every = [*METHODS, FORGET, REWOUND]
     options.add_argument("--methods", nargs="+", default=every, choices=every)
-    options.add_argument("--first", type=int, default=1, help="the first seed that is reported")
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
     options.add_argument("--quick", action="store_true", help="only what points are chosen by")
     given = options.parse_args()

@@ -21,6 +21,7 @@ The last line is Forget Quality between the retrained models of different seeds:
 judged by one of them can be expected to do better.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -129,6 +130,14 @@ class Judge:
         }
 
 
+def tofu_parser(doc: str | None, *, first: int = 1, seeds: int = 5) -> argparse.ArgumentParser:
+    """The options of every claim on TOFU."""
+    options = parser(doc, seeds=seeds)
+    options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
+    options.add_argument("--first", type=int, default=first, help="the first seed")
+    return options
+
+
 def beginning(sets: Sets, seed: int) -> Start:
     """What the training of a seed's models begins with."""
     size = PRESETS["cpu"].model
@@ -203,9 +212,7 @@ def product(
 
 def main() -> None:
     """Run the seeds and write what came out."""
-    options = parser(__doc__)
-    options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
-    options.add_argument("--first", type=int, default=0, help="the first seed")
+    options = tofu_parser(__doc__, first=0)
     options.add_argument("--field", action="store_true", help="methods see all retain rows")
     options.add_argument("--steps", type=int, nargs="+", default=[48, 96])
     options.add_argument("--batch-size", type=int, default=16, help="of the natural steps")

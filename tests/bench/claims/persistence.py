@@ -35,8 +35,9 @@ from jedit.edits import edit_between
 from jedit.recipes.tofu.attacks import RELEARN_STEPS, RELEARNING_RATE, lessons_of, probability_of
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import read_sets
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, shown, write
 from tests.bench.claims.grids import LOOKS, NATURAL, Setup
+from tests.bench.claims.natural import tofu_parser
 
 BANDS = {"top hundredth": 0.01, "next tenth": 0.11, "next two fifths": 0.51, "lower half": 1.0}
 OUTSIDE = "not covered"  # parameters that the curvature, and so the edit, leaves alone
@@ -162,9 +163,7 @@ COLUMNS += ("attacked", "benign")
 
 def main() -> None:
     """Run the seeds and write what came out."""
-    options = parser(__doc__, seeds=3)
-    options.add_argument("--data", required=True, help="TOFU's folder, or its name on the hub")
-    options.add_argument("--first", type=int, default=1, help="the first seed")
+    options = tofu_parser(__doc__, seeds=3)
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
     given = options.parse_args()
     sets, runs = read_sets(given.data, PRESETS["cpu"]), []
