@@ -56,8 +56,9 @@ SHARE = 0.8  # of the untouched utility, that a point has to keep
 LOST_KL = 2.0  # nats; no point that far off kept four fifths
 VALIDATION = 0
 UNTOUCHED = "untouched"
-# Beside the chosen points: natural NPO and its recovery by the product, alone and after a rewind.
-FORGET, REWOUND = "forget", "forget, rewound"
+# Beside the chosen points, natural NPO and its recovery by the product, alone and after a rewind:
+# its share of the way, and its part of retraining's steps.
+PRODUCTS = {"forget": None, "forget, rewound": (0.3, 0.2), "forget, rewound far": (0.6, 0.4)}
 FULL, QUICK = "report", "quick"  # kinds of records
 ADAM, LENGTH, PRICE = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3), (5e-5, 1e-4, 2e-4)
 
@@ -165,10 +166,10 @@ class Setup:
             found += [(steps, lost) for steps in looks[len(found) :]]
         return found
 
-    def product(self, *, is_rewound: bool = False) -> PyTree:
+    def product(self, rewind: tuple[float, float] | None = None) -> PyTree:
         """The model that `forget` makes."""
         where = (self.scene, self.sets, self.seed)
-        how = {"method": rewinding(*where), "steps": 24} if is_rewound else {}
+        how = {} if rewind is None else {"method": rewinding(*where, *rewind), "steps": 24}
         edit, _ = product(*where, is_strict=self.is_strict, **how)
         return jax.tree.map(jnp.asarray, apply_edit(self.task.original, edit))
 
@@ -253,8 +254,8 @@ def report(
         if (name, setup.seed, protocol) in known:
             continue
         start = time.perf_counter()
-        if name in (FORGET, REWOUND):
-            params = setup.product(is_rewound=name == REWOUND)
+        if name in PRODUCTS:
+            params = setup.product(PRODUCTS[name])
         elif name in chosen:
             point = chosen[name]
             looks = (point["steps"],)
@@ -335,7 +336,7 @@ def main() -> None:
     """Choose, or report."""
     options = tofu_parser(__doc__)
     options.add_argument("what", choices=("choose", "report"))
-    every = [*METHODS, FORGET, REWOUND]
+    every = [*METHODS, *PRODUCTS]
     options.add_argument("--methods", nargs="+", default=every, choices=every)
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
     options.add_argument("--quick", action="store_true", help="only what points are chosen by")

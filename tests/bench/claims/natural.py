@@ -2,7 +2,7 @@
 themselves, without a retrained model; the edit lasts. The second holds so far: see natural.md.
 
     python -m tests.bench.claims.natural --data DIR [--seeds 5] [--field] [--steps 48 96] [--quick]
-    python -m tests.bench.claims.natural --data DIR [--field] --steps 24 --rewind 0.3
+    python -m tests.bench.claims.natural --data DIR [--field] --steps 24 --rewind 0.3 0.2
 
 Each seed trains a full and a retrained model at the cpu preset, once: `out/claims` keeps them.
 `--field` is the field's protocol, in which methods see all retain rows; without it six authors are
@@ -164,14 +164,14 @@ def scene_of(sets: Sets, seed: int, out: Path) -> tuple[Scene, dict[str, float]]
     return prepare(sets, preset, seed=seed, say=say, begin=begin), seconds
 
 
-def rewinding(scene: Scene, sets: Sets, seed: int, share: float = Rewind.share) -> Natural:
-    """The way that lasts: back to where training began, and a fifth of retraining's steps."""
+def rewinding(scene: Scene, sets: Sets, seed: int, share: float, part: float) -> Natural:
+    """The way that lasts: a share of the way back, and on by a part of retraining's steps."""
     task, recipe = scene.task, PRESETS["cpu"].recipe
     rows = [(row.question, row.answer) for row in (*sets.kept, *sets.general)]
     assert task.pack is not None
     epoch = len(task.pack(scene.model.encode(rows)).inputs) // recipe.batch_size
     start = beginning(sets, seed).params
-    steps = recipe.epochs[0] * epoch // 5
+    steps = round(part * recipe.epochs[0] * epoch)
     rewind = Rewind(start, 2 * recipe.learning_rate, steps, share=share)
     return Natural(predicted_kl=3e-4, batch_size=8, recovery=Recovery(24), rewind=rewind)
 
@@ -218,7 +218,9 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=16, help="of the natural steps")
     options.add_argument("--quick", action="store_true", help="no attacks")
     options.add_argument("--recovery", type=int, default=Recovery().steps, help="its steps, or 0")
-    options.add_argument("--rewind", type=float, default=0, help="share; with settings of its own")
+    options.add_argument(
+        "--rewind", type=float, nargs=2, help="share of the way, part of the steps"
+    )
     options.add_argument("--blind", action="store_true", help="no unseen rows are given")
     options.add_argument("--predicted-kl", type=float, nargs="+", default=[1e-4])
     given = options.parse_args()
@@ -236,7 +238,7 @@ def main() -> None:
             start = time.perf_counter()
             method = Natural(predicted_kl=price, batch_size=given.batch_size, recovery=recovery)
             if given.rewind:
-                method = rewinding(scene, sets, seed, given.rewind)
+                method = rewinding(scene, sets, seed, *given.rewind)
             edit, info = product(
                 scene, sets, seed, is_strict=not given.field, method=method, steps=steps,
                 is_blind=given.blind,
