@@ -1,6 +1,6 @@
 """Claim: who tunes his attack gets the rows back. How many rows and updates does it take?
 
-    python -m tests.bench.claims.relearning --data DIR [--first 1 --seeds 3] [--strict] [--rewound]
+    python -m tests.bench.claims.relearning --data DIR [--first 1 --seeds 3] [--strict] [--model "forget, rewound"]
 
 `jedit.forget`'s model of each seed, and the retrained one, under `attacks.relearning_curve`: one
 row, a sixth and a third of the forget rows taught; 5, 20 and 80 updates; each attacker with the
@@ -32,7 +32,7 @@ from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import read_sets
 from jedit.transforms import natural_steps
 from tests.bench.claims.evidence import interval, shown, write
-from tests.bench.claims.grids import Setup
+from tests.bench.claims.grids import PRODUCTS, Setup
 from tests.bench.claims.natural import tofu_parser
 
 LOOKS, SHARES = (5, 20, 80), (0.0, 1 / 6, 1 / 3)
@@ -111,7 +111,7 @@ def _benign(setup: Setup, edited: PyTree, key: jax.Array) -> dict[str, dict[str,
 def main() -> None:
     """Run the seeds and write what came out."""
     options = tofu_parser(__doc__, seeds=3)
-    options.add_argument("--rewound", action="store_true", help="the way that lasts")
+    options.add_argument("--model", choices=PRODUCTS, default="forget", help="who is attacked")
     options.add_argument("--strict", action="store_true", help="hold six authors out of all")
     given = options.parse_args()
     sets, runs = read_sets(given.data, PRESETS["cpu"]), []
@@ -119,7 +119,7 @@ def main() -> None:
         setup = Setup(sets, seed, given.out, is_strict=given.strict)
         curvature = setup.material("NPO (natural)").curvature
         assert curvature is not None
-        edited = setup.product(is_rewound=given.rewound)
+        edited = setup.product(PRODUCTS[given.model])
         runs.append(curves(setup, edited, curvature))
         print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
     summary: dict[str, Any] = {}
@@ -134,11 +134,8 @@ def main() -> None:
             summary.setdefault(name, {})[where] = found
             cells = [shown(found[model]) for model in ("edited", "retrained")]
             print(f"| {name} | {where} | " + " | ".join(cells) + " |")
-    write(
-        "relearning-rewound" if given.rewound else "relearning",
-        given.out,
-        {"runs": runs, "summary": summary},
-    )
+    title = "-".join(["relearning", *given.model.replace(",", "").split()])
+    write(title, given.out, {"runs": runs, "summary": summary})
 
 
 if __name__ == "__main__":
