@@ -1,6 +1,6 @@
 """Claim: who tunes his attack gets the rows back. How many rows and updates does it take?
 
-    python -m tests.bench.claims.relearning --data DIR [--first 1 --seeds 3] [--strict] [--model "forget, rewound"]
+    python -m tests.bench.claims.relearning --data DIR [--first 1 --seeds 3] [--strict] [--model M]
 
 `jedit.forget`'s model of each seed, and the retrained one, under `attacks.relearning_curve`: one
 row, a sixth and a third of the forget rows taught; 5, 20 and 80 updates; each attacker with the
