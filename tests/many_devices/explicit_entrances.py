@@ -74,8 +74,13 @@ def found(params, rows, facts):
     )
     after, forgotten = stream.forget(stream.init(params), [3])
     after, again = stream.forget(after, [5])
-    natural = jedit.Natural(damping=0.3, batch_size=8, recovery=jedit.Recovery(2, batch_size=8))
-    how = jedit.Forgetting(natural, steps=2, every=1)
+    natural = jedit.Natural(
+        damping=0.3,
+        batch_size=8,
+        recovery=jedit.Recovery(2, batch_size=8),
+        rewind=jedit.Rewind(jax.tree.map(jnp.cos, params), 1e-2, steps=2),
+    )
+    how = jedit.Forgetting(natural, steps=2, every=1, heldout=facts)
     edit, told = jedit.forget(apply, params, facts, rows, unseen=rows, key=key, how=how)
     return {
         "capture": (outputs, activations, gradients),
