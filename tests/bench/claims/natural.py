@@ -45,6 +45,7 @@ from jedit.recipes.tofu.models import Start, small_gpt
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import Scene, Sets, compare_key, prepare, read_sets
 from jedit.requests.forget import ForgetInfo
+from jedit.training.rows import num_rows
 from tests.bench.claims.evidence import interval, parser, shown, write
 
 ROWS_PER_AUTHOR = 20
@@ -169,7 +170,7 @@ def rewinding(scene: Scene, sets: Sets, seed: int, share: float, part: float) ->
     task, recipe = scene.task, PRESETS["cpu"].recipe
     rows = [(row.question, row.answer) for row in (*sets.kept, *sets.general)]
     assert task.pack is not None
-    epoch = len(task.pack(scene.model.encode(rows)).inputs) // recipe.batch_size
+    epoch = num_rows(task.pack(scene.model.encode(rows))) // recipe.batch_size
     start = beginning(sets, seed).params
     steps = round(part * recipe.epochs[0] * epoch)
     rewind = Rewind(start, 2 * recipe.learning_rate, steps, share=share)
