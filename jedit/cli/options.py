@@ -57,7 +57,8 @@ class RunFile:
     """With --model: steps after the natural ones that bring back what they cost; 0: none."""
     base: Path | None = None
     """With --model: folder of the model before it learned the rows. The edit first goes three
-    tenths of the way back to it: it lasts longer, and keeps what --data and that model hold."""
+    tenths of the way back to it: it lasts longer, but keeps only what the rows that it sees or that
+    model hold (seven tenths of --retain; the others judge)."""
     rewind: int = 100
     """With --base: steps from there, before the natural ones; best a fifth of retraining's."""
     rewind_rate: float = 2e-5

@@ -135,7 +135,7 @@ def _how_it_went(found: dict[str, Any]) -> str:
         "steps": "all are taken; with --unseen natural steps stop by themselves",
     }
     done = found["is_done"]
-    text = f"{found['steps']} steps, the recovery's included: {why[found['stopped']]}."
+    text = f"{found['steps']} steps in all: {why[found['stopped']]}."
     if not math.isnan(found["p_value"][-1]):
         text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
     if comeback := found.get("comeback"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, PyTree
@@ -21,7 +22,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, batches
 from jedit.edits import Edit, apply_edit, cast_report
 from jedit.methods import Ascent, kfade
-from jedit.models import load_model, save_model
+from jedit.models import cast_params, load_model, mixed_precision, save_model
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
 from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen
@@ -202,15 +203,22 @@ def _naturally(
 ) -> tuple[Edit, dict[str, Any]]:
     """Edit by natural steps that stop by themselves."""
     forget, unseen = whole["forget"], whole.get("unseen")
-    rewind = None
+    rewind, before = None, ""
     if settings.base is not None:
         say(f"loading {settings.base}")
-        _, start, _ = load_model(settings.base)
+        start = load_model(settings.base)[1]
+        narrow = jax.tree.leaves(params)[0].dtype
+        wide = jnp.promote_types(narrow, jnp.float32)
+        if wide != narrow:  # small steps add up in float32 alone
+            apply, params = mixed_precision(apply, narrow), cast_params(params, wide)
         rewind = Rewind(
-            start, settings.rewind_rate, settings.rewind, batch_size=settings.batch_size
+            cast_params(start, wide),
+            settings.rewind_rate,
+            settings.rewind,
+            batch_size=settings.batch_size,
         )
-        say(f"rewinding, and {settings.rewind} steps from there")
-    say(f"fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
+        before = f"{settings.rewind} steps from a part of the way back, "
+    say(f"{before}fitting K-FAC on the retain rows, then at most {settings.steps} natural steps")
     likelihood = None if settings.temperature is None else Categorical(settings.temperature)
     can_attack = settings.attack and len(forget.inputs) > 1  # some are taught, others asked about
     recovery = None

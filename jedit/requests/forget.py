@@ -1,6 +1,6 @@
 """Forget one set of rows, from the sets to the edit: natural steps that stop by themselves (ours).
 
-    F         curvature of the retain outputs at θ₀                             estimated, or given
+    F         curvature of the retain outputs where natural steps begin         estimated, or given
     Δ         natural steps of an objective, NPO with its retain term           `methods.natural`
     s_i       loss of row i less the mean loss of other answers to its question the row's score
     u         scores of unseen rows under θ₀, sorted                            `unseen`
@@ -45,7 +45,7 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.core.paths import exactly
+from jedit.core.paths import exactly, parameter_paths
 from jedit.curvature import choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical
@@ -143,7 +143,8 @@ def forget(
         unseen: rows of the same kind that nobody trained on, best an `Unseen`, with other answers
             to their questions. None: nothing but the budget and the number of steps ends the edit.
         budget: true retain KL that the edit may cost on the held-out rows at any look, nats per
-            output; None: it may cost anything.
+            output; None: it may cost anything. Where a rewind has spent it, the way to where that
+            ended is shortened, and nothing follows.
         how: the settings.
 
     Returns:
@@ -167,6 +168,8 @@ def forget(
         unseen = Unseen(unseen)
     if unseen is not None:
         check_kind(unseen, Unseen, "unseen", "such as Unseen(rows)")
+    if isinstance(how.method, Natural) and how.method.rewind is not None:
+        _check_start(how.method.rewind.start, params)
     check_batch(forget, "forget")
     check_batch(retain, "retain")
     if unseen is not None:
@@ -186,14 +189,18 @@ def forget(
     )
     method, recovery = how.method, None
     if isinstance(method, Natural):
-        if method.rewind is not None and walk.stopped == "steps":
-            walk.begin_at(_rewound(params, method.rewind))
-            walk.go(_way_back(method), method.rewind.steps, method.rewind.steps, raises=False)
-        here = walk.state.params
-        method, recovery = _natural(method, how, apply, here, seen, key=curvature_key)
-    walk.go(method, how.steps, how.every, raises=True)
+        if (rewind := method.rewind) is not None and walk.stopped == "steps":
+            walk.begin_at(_rewound(params, rewind))
+            back = _way_back(method, rewind)
+            walk.go(back, rewind.steps, every=rewind.steps, is_raising=False)
+        if walk.stopped != "budget":
+            at = walk.state.params
+            method, recovery = _natural(method, how, apply, at, seen, key=curvature_key)
+            del at
+    if isinstance(method, TrainingMethod):
+        walk.go(method, how.steps, every=how.every, is_raising=True)
     if recovery is not None and walk.state.step:
-        walk.go(*recovery, how.every, raises=False)
+        walk.go(*recovery, every=how.every, is_raising=False)
     edited, comeback = moved(params, walk.change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
@@ -215,29 +222,43 @@ def forget(
     return Edit(walk.change), info
 
 
-def _rewound(params: PyTree, rewind: Rewind) -> PyTree:
-    """Draw the parameters back, a share of the way.
+def _check_start(start: PyTree, params: PyTree) -> None:
+    """Refuse what a rewind cannot go back to, and weights in which its steps would not add up.
 
     Raises:
-        ValueError: the start is not of their form.
+        ValueError: another structure or shape, or real parameters narrower than float32.
     """
-    try:
-        way = edit_between(params, rewind.start)
-    except ValueError as error:
-        raise ValueError(f"start of the rewind has to be of the params' form: {error}") from error
-    return apply_edit(params, way, rewind.share)
+    ours, theirs = (
+        {path: jnp.shape(leaf) for path, leaf in parameter_paths(x)} for x in (params, start)
+    )
+    if differing := sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k)):
+        raise ValueError(
+            "the start of a rewind has to be of the params' structure and shapes; they differ in "
+            f"{', '.join(differing[:3])}"
+        )
+    for path, leaf in parameter_paths(params):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"a rewind trains, and {path} is {dtype}, in which small steps are lost; give "
+                "jedit.models.cast_params(params, jnp.float32), and mixed_precision(apply, "
+                f"jnp.{dtype}) to compute as before"
+            )
 
 
-def _way_back(steps: Natural) -> TrainingMethod:
+def _rewound(params: PyTree, rewind: Rewind) -> PyTree:
+    """Draw the parameters back, a share of the way."""
+    return apply_edit(params, edit_between(params, rewind.start), rewind.share)
+
+
+def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     """Make what trains the model on from there."""
-    rewind = steps.rewind
-    assert rewind is not None
-    assert isinstance(steps.objective, WithRetain)
+    assert isinstance(method.objective, WithRetain)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, rewind.learning_rate, rewind.steps // WARM_UP, rewind.steps
     )
     return TrainingMethod(
-        dataclasses.replace(steps.objective, forget_weight=rewind.forget_weight),
+        dataclasses.replace(method.objective, forget_weight=rewind.forget_weight),
         optax.adam(rate),
         batch_size=rewind.batch_size,
     )
@@ -307,16 +328,19 @@ class _Walk:
         """Begin elsewhere; the given params stay the reference."""
         self.state = self.state._replace(params=params)
 
-    def go(self, method: TrainingMethod, steps: int, every: int, *, raises: bool) -> None:
-        """Take steps, and a look after so many; none that raise rows when these are like unseen."""
-        self.state = self.state._replace(optimizer_state=None)
+    def go(self, method: TrainingMethod, steps: int, *, every: int, is_raising: bool) -> None:
+        """Take steps, and a look after so many.
+
+        Those that raise rows draw what is left, and end where the rows are like unseen ones.
+        """
         end = self.state.step + steps
         while self.state.step < end and self.stopped != "budget":
-            if raises and self.stopped == "unseen":
-                return
-            left = ~self.is_done if raises else np.ones_like(self.is_done)
+            if is_raising and self.stopped == "unseen":
+                break
+            left = ~self.is_done if is_raising else np.ones_like(self.is_done)
             self._ahead(method, min(every, end - self.state.step), left)
             self._look(_difference(self._start, self.state.params))
+        self.state = self.state._replace(optimizer_state=None)
 
     def _ahead(self, method: TrainingMethod, steps: int, is_left: np.ndarray) -> None:
         forget, retain = self._sets

@@ -5,9 +5,10 @@ import dataclasses
 import optax
 from jaxtyping import PyTree
 
-from jedit.core.arguments import check_function, check_params
+from jedit.core.arguments import check_function, check_kind, check_params
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
+from jedit.core.display import short_repr
 from jedit.curvature import Curvature
 from jedit.curvature.likelihoods import Likelihood
 from jedit.objectives import NPO, Objective, with_retain
@@ -54,10 +55,11 @@ class Rewind:
     relearns a few of the rows has the others back: on TOFU in small a probability of .4 of them.
     What comes back falls with how far the whole model moves.  So the weights are drawn back to
     where the rows were not known, and trained on from there, on what is to be kept and away from
-    the rows, for a part of what retraining takes; natural steps at the end bring what this cost.
-    What no retain row holds and `start` does not know either is lost: give rows of all that is to
-    be kept.  Kin: Rewind-to-Delete (arXiv 2409.09778), which trains on the retain rows alone, from
-    a checkpoint.
+    the rows, for a part of what retraining takes; natural steps at the end bring back what this
+    cost, unless the rows are like unseen ones by then.  What no retain row that it sees holds and
+    `start` does not know either is lost: give rows of all that is to be kept.  There is one look,
+    at its end.  Kin: Rewind-to-Delete (arXiv 2409.09778), which trains on the retain rows alone,
+    from a checkpoint.
 
     Attributes:
         start: parameters of a model that never saw the rows: of a fine-tuned one, its base; of one
@@ -76,6 +78,8 @@ class Rewind:
     share: float = 0.3
     forget_weight: float = 0.3
     batch_size: int = 8
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -96,17 +100,16 @@ class Natural:
 
     Attributes:
         objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
-        curvature: of the retain outputs at the given params; None: K-FAC is estimated of the retain
-            rows that are not held out. The optimizer's state holds two copies of it.
-        select: regular expression; a parameter in whose path it is not found is not edited. It is
-            looked at where the curvature is estimated.
+        curvature: of the retain outputs; None: K-FAC is estimated of the retain rows that are not
+            held out, where the steps begin. The optimizer's state holds two copies of it.
+        select: regular expression; a parameter in whose path it is not found is not edited, but by
+            a rewind. It is looked at where the curvature is estimated.
         damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
         predicted_kl: predicted retain KL of the first step at most, nats per output, 1e-4 as there;
             it falls to nothing at the last, as `transforms.falling` says.
         batch_size: forget rows, and retain rows, of one step; 16, as there.
         recovery: settings of what follows them; None: nothing does.
-        rewind: settings of what they follow; None: they begin at the given params. The curvature,
-            if it is not given, is that of the point where they begin.
+        rewind: settings of what they follow; None: they begin at the given params.
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
@@ -122,9 +125,12 @@ class Natural:
         """Refuse numbers out of their range.
 
         Raises:
+            TypeError: a rewind of another type.
             ValueError: a number out of its range, by its name, or a recovery or a rewind without a
                 retain term.
         """
+        if self.rewind is not None:
+            check_kind(self.rewind, Rewind, "rewind", "such as Rewind(base, 2e-5, steps=100)")
         check_function(self.objective, "objective", "(apply, params, forget, retain, reference)")
         for name in ("recovery", "rewind"):
             if getattr(self, name) is not None and not isinstance(self.objective, WithRetain):

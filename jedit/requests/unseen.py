@@ -106,7 +106,7 @@ def check_power(num_rows: int, num_unseen: int, significance: float) -> None:
 
 
 def spread(length: int, number: int) -> np.ndarray:
-    """Return at most so many places, at equal distances over a length, its first and its last."""
+    """Return at most so many places, at equal distances over a length."""
     return np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
 
 

@@ -44,8 +44,8 @@ def test_every_attacker_attacks_both_models(setup):
 
 
 def test_a_rewind_takes_its_part_of_retrainings_steps(setup):
-    natural = rewinding(setup.scene, setup.sets, 0, 0.3, 0.5)
+    rewind = rewinding(setup.scene, setup.sets, 0, 0.3, 0.5)
     rows = pack(setup.model.encode([(r.question, r.answer) for r in KEPT]), SIZE.max_len).batch
     epochs, size = PRESETS["cpu"].recipe.epochs[0], PRESETS["cpu"].recipe.batch_size
-    assert natural.rewind.steps == epochs * (len(rows.targets) // size) // 2 > 0
-    assert natural.rewind.share == 0.3
+    assert rewind.steps == epochs * (len(rows.targets) // size) // 2 > 0
+    assert rewind.share == 0.3

@@ -80,7 +80,7 @@ def found(params, rows, facts):
         recovery=jedit.Recovery(2, batch_size=8),
         rewind=jedit.Rewind(jax.tree.map(jnp.cos, params), 1e-2, steps=2),
     )
-    how = jedit.Forgetting(natural, steps=2, every=1, heldout=facts)
+    how = jedit.Forgetting(natural, steps=2, every=1)
     edit, told = jedit.forget(apply, params, facts, rows, unseen=rows, key=key, how=how)
     return {
         "capture": (outputs, activations, gradients),

@@ -247,11 +247,11 @@ def test_the_recovery_brings_back_what_is_kept_after_an_early_stop(scene):
 
 @pytest.fixture(scope="module")
 def rewinding(scene):
-    """A way back of five steps, then one natural step that is as good as none."""
+    """A way back of twelve steps, then one natural step that is as good as none."""
     params, _, kept, _ = scene
     rng = np.random.default_rng(7)
     start = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
-    rewind = Rewind(start, 0.05, steps=5, share=0.4, forget_weight=0.6, batch_size=99)
+    rewind = Rewind(start, 0.05, steps=12, share=0.4, forget_weight=0.6, batch_size=99)
     curvature = estimate(kfac(apply, Categorical(), select="^shared$"), params, [kept], key=KEY)
     objective = with_retain(NPO(beta=0.5))
     natural = Natural(objective, curvature, predicted_kl=1e-14, recovery=None, rewind=rewind)
@@ -261,7 +261,7 @@ def rewinding(scene):
 def test_a_rewind_is_adam_from_a_share_of_the_way_back(scene, rewinding):
     params, gone, kept, _ = scene
     edit, info = forget(apply, params, gone, kept, key=KEY, how=rewinding)
-    assert info.steps == 6
+    assert info.steps == 13
     assert len(info.true_kl) == 3  # before the first step, after the rewind, at the end
     start, dtype = rewinding.method.rewind.start, params["shared"].dtype
 
@@ -271,10 +271,10 @@ def test_a_rewind_is_adam_from_a_share_of_the_way_back(scene, rewinding):
 
     hand = {k: 0.6 * np.array(x, float) + 0.4 * np.array(start[k]) for k, x in params.items()}
     moment, square = (jax.tree.map(np.zeros_like, hand) for _ in range(2))
-    for step in range(5):
+    for step in range(12):
         gradient = jax.grad(loss)({k: jnp.asarray(x, dtype) for k, x in hand.items()})
-        # No warm-up in a sixth of five steps: a cosine from the first.
-        rate = 0.05 * (1 + np.cos(np.pi * step / 5)) / 2
+        # A sixth of the steps, two, to warm up in; then a cosine.
+        rate = 0.05 * (step / 2 if step < 2 else (1 + np.cos(np.pi * (step - 2) / 10)) / 2)
         for k in hand:
             g = np.asarray(gradient[k], float)
             moment[k] = 0.9 * moment[k] + 0.1 * g
@@ -308,7 +308,7 @@ def test_a_rewind_is_within_the_budget_and_needless_where_nothing_is_known(scene
     with_recovery = dataclasses.replace(rewinding.method, recovery=Recovery(steps=2))
     how = dataclasses.replace(rewinding, method=with_recovery)
     edit, info = forget(apply, params, gone, kept, budget=0.01, key=KEY, how=how)
-    assert (info.stopped, info.steps) == ("budget", 5)
+    assert (info.stopped, info.steps) == ("budget", 12)
     true = output_kl(apply, params, jedit.apply_edit(params, edit), kept)
     assert 0.0098 < true <= 0.01
     none, info = forget(apply, params, unseen, kept, unseen=gone, key=KEY, how=how)
@@ -373,5 +373,11 @@ def test_what_is_refused(scene):
         forget(apply, params, gone, one, key=KEY)
     other = {**params, "shared": params["shared"][:1]}
     rewind = Rewind(other, 0.1, steps=2)
-    with pytest.raises(ValueError, match="of the params' form: shared: before has shape"):
+    with pytest.raises(ValueError, match="params' structure and shapes; they differ in shared"):
         forget(apply, params, gone, kept, key=KEY, how=Forgetting(Natural(rewind=rewind)))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    how = Forgetting(Natural(rewind=Rewind(narrow, 0.1, steps=2)))
+    with pytest.raises(ValueError, match="shared is bfloat16, in which small steps are lost"):
+        forget(apply, narrow, gone, kept, key=KEY, how=how)
+    with pytest.raises(TypeError, match="rewind must be a Rewind"):
+        Natural(rewind=params)

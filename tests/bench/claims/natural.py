@@ -2,7 +2,8 @@
 themselves, without a retrained model; the edit lasts. The second holds so far: see natural.md.
 
     python -m tests.bench.claims.natural --data DIR [--seeds 5] [--field] [--steps 48 96] [--quick]
-    python -m tests.bench.claims.natural --data DIR [--field] --steps 24 --rewind 0.3 0.2
+    python -m tests.bench.claims.natural --data DIR [--field] --rewind 0.3 0.2 --steps 24 \
+        --predicted-kl 3e-4 --recovery 24 --batch-size 8
 
 Each seed trains a full and a retrained model at the cpu preset, once: `out/claims` keeps them.
 `--field` is the field's protocol, in which methods see all retain rows; without it six authors are
@@ -165,16 +166,15 @@ def scene_of(sets: Sets, seed: int, out: Path) -> tuple[Scene, dict[str, float]]
     return prepare(sets, preset, seed=seed, say=say, begin=begin), seconds
 
 
-def rewinding(scene: Scene, sets: Sets, seed: int, share: float, part: float) -> Natural:
-    """The way that lasts: a share of the way back, and on by a part of retraining's steps."""
+def rewinding(scene: Scene, sets: Sets, seed: int, share: float, part: float) -> Rewind:
+    """A share of the way back, and on by a part of retraining's steps."""
     task, recipe = scene.task, PRESETS["cpu"].recipe
     rows = [(row.question, row.answer) for row in (*sets.kept, *sets.general)]
     assert task.pack is not None
     epoch = num_rows(task.pack(scene.model.encode(rows))) // recipe.batch_size
     start = beginning(sets, seed).params
     steps = round(part * recipe.epochs[0] * epoch)
-    rewind = Rewind(start, 2 * recipe.learning_rate, steps, share=share)
-    return Natural(predicted_kl=3e-4, batch_size=8, recovery=Recovery(24), rewind=rewind)
+    return Rewind(start, 2 * recipe.learning_rate, steps, share=share)
 
 
 def product(
@@ -187,7 +187,7 @@ def product(
     steps: int = 48,
     is_blind: bool = False,
 ) -> tuple[Edit, ForgetInfo]:
-    """`forget` as a user calls it: with unseen rows, unless blind, and no retrained model.
+    """`forget` as a user calls it, with unseen rows, unless blind, and no retrained model.
 
     A rewind loses what no row holds, so that its retain rows have real authors and world facts.
     """
@@ -237,9 +237,10 @@ def main() -> None:
         run["untouched"] = judge(task.original)
         for steps, price in itertools.product(given.steps, given.predicted_kl):
             start = time.perf_counter()
-            method = Natural(predicted_kl=price, batch_size=given.batch_size, recovery=recovery)
-            if given.rewind:
-                method = rewinding(scene, sets, seed, *given.rewind)
+            rewind = rewinding(scene, sets, seed, *given.rewind) if given.rewind else None
+            method = Natural(
+                predicted_kl=price, batch_size=given.batch_size, recovery=recovery, rewind=rewind
+            )
             edit, info = product(
                 scene, sets, seed, is_strict=not given.field, method=method, steps=steps,
                 is_blind=given.blind,

@@ -8,7 +8,7 @@ best of his rates at each point. By attacker:
 
     Adam       all parameters at 3e-4 or 1e-3
     adapters   LoRA of rank 8 on every matrix, at 1e-3 or 1e-2
-    knowing    the method's own steps, with its curvature: predicted KL 1e-4 or 1e-3 a step
+    knowing    natural steps in the untouched model's metric: predicted KL 1e-4 or 1e-3 a step
     benign     Adam on rows of world facts in place of the forget rows
 
 The number is the mean probability of the forget answers that are never taught.
@@ -134,8 +134,7 @@ def main() -> None:
             summary.setdefault(name, {})[where] = found
             cells = [shown(found[model]) for model in ("edited", "retrained")]
             print(f"| {name} | {where} | " + " | ".join(cells) + " |")
-    title = "-".join(["relearning", *given.model.replace(",", "").split()])
-    write(title, given.out, {"runs": runs, "summary": summary})
+    write("relearning", given.out / given.model, {"runs": runs, "summary": summary})
 
 
 if __name__ == "__main__":
