@@ -194,9 +194,9 @@ def forget(
             back = _way_back(method, rewind)
             walk.go(back, rewind.steps, every=rewind.steps, is_raising=False)
         if walk.stopped != "budget":
-            at = walk.state.params
-            method, recovery = _natural(method, how, apply, at, seen, key=curvature_key)
-            del at
+            method, recovery = _natural(
+                method, how, apply, walk.state.params, seen, key=curvature_key
+            )
     if isinstance(method, TrainingMethod):
         walk.go(method, how.steps, every=how.every, is_raising=True)
     if recovery is not None and walk.state.step:
