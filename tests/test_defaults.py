@@ -45,7 +45,7 @@ DEFAULTS = [
     Default("requests.Recovery", "predicted_kl", 1e-4, "first step, 1e-4", OURS),
     Default("requests.Recovery", "forget_weight", 0.2, "retain term; 0.2", OURS),
     Default("requests.Recovery", "batch_size", 16, "of one step; 16", OURS),
-    Default("requests.Rewind", "share", 0.3, "`start`, 0.3 (ours)", OURS),
+    Default("requests.Rewind", "share", 0.6, "`start`, 0.6 (ours)", OURS),
     Default("requests.Rewind", "forget_weight", 0.3, "retain term; 0.3", OURS),
     Default("requests.Rewind", "batch_size", 8, "of one step; 8", OURS),
     Default("requests.Forgetting", "steps", 48, "recovery; 48 was", OURS),

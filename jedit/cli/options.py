@@ -56,11 +56,11 @@ class RunFile:
     recovery: int = 48
     """With --model: steps after the natural ones that bring back what they cost; 0: none."""
     base: Path | None = None
-    """With --model: folder of the model before it learned the rows. The edit first goes three
+    """With --model: folder of the model before it learned the rows. The edit first goes six
     tenths of the way back to it: it lasts longer, but keeps only what the rows that it sees or that
     model hold (seven tenths of --retain; the others judge)."""
     rewind: int = 100
-    """With --base: steps from there, before the natural ones; best a fifth of retraining's."""
+    """With --base: steps from there, before the natural ones; best two fifths of retraining's."""
     rewind_rate: float = 2e-5
     """With --base: Adam's learning rate in them; best twice what the model was trained by."""
     attack: bool = True

@@ -51,7 +51,7 @@ class Settings(NamedTuple):
         recovery: number of steps after them that bring back what they cost; 0: none.
         base: folder of the model before it learned the rows, towards which the weights are drawn
             back first; None: natural steps begin at the model.
-        rewind: number of steps that train on from there, best a fifth of retraining's.
+        rewind: number of steps that train on from there, best two fifths of retraining's.
         rewind_rate: Adam's learning rate in them; 2e-5 is twice what TOFU's models are trained by.
         attack: whether the rows are taught again after natural steps, to see what comes back.
         max_len: number of tokens of a row, at most; longer rows are cut off.

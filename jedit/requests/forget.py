@@ -253,12 +253,17 @@ def _rewound(params: PyTree, rewind: Rewind) -> PyTree:
 
 def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     """Make what trains the model on from there."""
-    assert isinstance(method.objective, WithRetain)
+    objective = method.objective
+    assert isinstance(objective, WithRetain)
+    if rewind.forget_weight:
+        objective = dataclasses.replace(objective, forget_weight=rewind.forget_weight)
+    else:
+        objective = objective.held
     rate = optax.warmup_cosine_decay_schedule(
         0.0, rewind.learning_rate, rewind.steps // WARM_UP, rewind.steps
     )
     return TrainingMethod(
-        dataclasses.replace(method.objective, forget_weight=rewind.forget_weight),
+        objective,
         optax.adam(rate),
         batch_size=rewind.batch_size,
     )

@@ -75,12 +75,12 @@ def test_with_a_base_it_goes_back_a_part_of_the_way_first(stories_folder, tmp_pa
     )
     found = forgotten(stories_folder, tmp_path / "out", settings)
     assert found["steps"] == 5
-    # Three steps of next to nothing: what the blocks do not train is 0.85 of what it was.
+    # Three steps of next to nothing: what natural steps leave alone is 0.7 of what it was.
     edited = dict(parameter_paths(load_model(tmp_path / "out" / "edited")[1]))
     others = [(p, x) for p, x in parameter_paths(params) if "mlp" not in p and "attn" not in p]
     assert others
     for path, leaf in others:
-        np.testing.assert_allclose(edited[path], 0.85 * np.asarray(leaf), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(edited[path], 0.7 * np.asarray(leaf), rtol=1e-3, atol=1e-5)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["base"]
 
 
@@ -142,7 +142,7 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     assert main([*given, "--model", str(stories_folder), *more[:6]]) == 0
     shown = capsys.readouterr().out
     assert "forget nll" in shown
-    assert "6 steps, the recovery's included: all are taken" in shown
+    assert "6 steps in all: all are taken" in shown
     assert "is taught again" in shown
     assert "Edited model:" in shown
     edited = tmp_path / "out" / "edited"

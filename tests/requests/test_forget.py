@@ -258,16 +258,20 @@ def rewinding(scene):
     return Forgetting(natural, steps=1, every=3, heldout=kept)
 
 
-def test_a_rewind_is_adam_from_a_share_of_the_way_back(scene, rewinding):
+@pytest.mark.parametrize("weight", [0.0, 0.6])
+def test_a_rewind_is_adam_from_a_share_of_the_way_back(scene, rewinding, weight):
     params, gone, kept, _ = scene
+    rewind = dataclasses.replace(rewinding.method.rewind, forget_weight=weight)
+    natural = dataclasses.replace(rewinding.method, rewind=rewind)
+    rewinding = dataclasses.replace(rewinding, method=natural)
     edit, info = forget(apply, params, gone, kept, key=KEY, how=rewinding)
     assert info.steps == 13
     assert len(info.true_kl) == 3  # before the first step, after the rewind, at the end
-    start, dtype = rewinding.method.rewind.start, params["shared"].dtype
+    start, dtype = rewind.start, params["shared"].dtype
 
     def loss(now):
         given = (apply, now, gone, kept, params)  # the reference is the untouched model
-        return 0.6 * NPO(beta=0.5)(*given)[0] + RetainNLL()(*given)[0]
+        return weight * NPO(beta=0.5)(*given)[0] + RetainNLL()(*given)[0]
 
     hand = {k: 0.6 * np.array(x, float) + 0.4 * np.array(start[k]) for k, x in params.items()}
     moment, square = (jax.tree.map(np.zeros_like, hand) for _ in range(2))
