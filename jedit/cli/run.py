@@ -93,11 +93,12 @@ def _edit_checkpoint(
         seed=options.seed,
     )
     tokenizer = options.tokenizer or model
-    for folder in (model, tokenizer, *([options.base] if options.base else [])):
+    sources = [folder for folder in (model, tokenizer, options.base) if folder is not None]
+    for folder in sources:
         if not folder.is_dir():
             raise UsageError(f"{folder}: there is no such folder.")
     try:
-        check_folder(options.out, model, tokenizer, *([options.base] if options.base else []))
+        check_folder(options.out, *sources)
         unseen = [] if options.unseen is None else read_rows(options.unseen)
         with stages:
             found = forget_in_checkpoint(

@@ -262,11 +262,7 @@ def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     rate = optax.warmup_cosine_decay_schedule(
         0.0, rewind.learning_rate, rewind.steps // WARM_UP, rewind.steps
     )
-    return TrainingMethod(
-        objective,
-        optax.adam(rate),
-        batch_size=rewind.batch_size,
-    )
+    return TrainingMethod(objective, optax.adam(rate), batch_size=rewind.batch_size)
 
 
 def _natural(
