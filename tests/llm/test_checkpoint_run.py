@@ -134,6 +134,17 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     by_hand = ["--method", "kfade", "--steps", "9"]
     assert main([*given, "--model", str(stories_folder), *by_hand]) == 2
     assert "--steps is only looked at with --method natural" in capsys.readouterr().err
+    inside = tmp_path / "out" / "edited"
+    inside.mkdir(parents=True)
+    for more, sentence in (
+        (["--rewind", "5"], "--rewind is only looked at with --base"),
+        (["--rewind-rate", "0"], "--rewind-rate must be positive"),
+        (["--base", str(tmp_path / "nothing")], "nothing: there is no such folder"),
+        (["--base", str(inside)], "would be replaced by the edited model"),
+    ):
+        assert main([*given, "--model", str(stories_folder), *more]) == 2
+        assert sentence in capsys.readouterr().err
+    inside.rmdir()
     write_rows(tmp_path / "unseen.jsonl", UNSEEN[:2])
     more = ["--batch-size", "4", "--steps", "4", "--recovery", "2"]
     more += ["--unseen", str(tmp_path / "unseen.jsonl")]
