@@ -1,50 +1,64 @@
 """Language models from Hugging Face folders, and back into them.
 
-The models and the loading are tunix's. Saving runs tunix's own conversion backwards: it moves
-numbers about and computes none, so its transpose as a linear map is its inverse, whatever it
-permutes, reshapes or stacks.
+A folder's files are seen as arrays that lie in them, and those as arrays of the parameters' shapes:
+permuting, splitting and stacking makes views of views. Parameters are read from these views and
+written into them, so that saving needs no way back of its own, and each process touches the parts
+alone that its devices hold.
 
-Supported, in folders of safetensors files (one, or several with an index): LlamaForCausalLM with
-Llama 3's positions or plain ones, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM and
-Gemma3ForCausalLM. Not supported: mixtures of experts, images, sliding windows but Gemma 3's, biases
-but Qwen 2's, quantised weights.
+Supported are the families of `jedit.models.families`, in folders of safetensors files (one, or
+several with an index): Llama 2 and 3, Mistral and Zephyr, Qwen 2, Qwen 3 and its mixtures of
+experts, Gemma 1, 2 and 3, Phi 1, 1.5, 2 and 3, GPT-2, GPT-NeoX (Pythia) and OLMo 2. Not supported:
+images, quantised weights, and settings that a model does not compute, which are refused by name.
 """
 
+import bisect
 import contextlib
+import functools
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, PackedTokens
+from jedit.core.devices import on_auto_axes
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
 from jedit.models._optional import optional
-from jedit.models._tunix import Architecture, architecture
 from jedit.models.decoding import Stepper
 from jedit.models.functional import to_pure, to_pure_method
+from jedit.models.shardings import Shardings, default_shardings
+from jedit.models.weight_files import (
+    INDEX,
+    Place,
+    Stack,
+    copy_layout,
+    read_json,
+    read_places,
+    views,
+    weight_files,
+)
 
-INDEX = "model.safetensors.index.json"
+if TYPE_CHECKING:
+    from jedit.models.families import Architecture
+
 # Other forms of the same weights, which would be the unedited ones beside the edited.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-DTYPES = {
-    "BF16": jnp.bfloat16,
-    "F16": jnp.float16,
-    "F32": jnp.float32,
-    "F64": jnp.float64,
-}
 
 
 def load_model(
-    folder: str | Path, *, dtype: DTypeLike | None = None
+    folder: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
 ) -> tuple[Apply, dict[str, Any], Any]:
     """Load a causal language model as a pure function.
 
@@ -53,14 +67,22 @@ def load_model(
     their own positions, and a token sees its own row alone. Paths are tunix's:
     "embedder/input_embedding" (vocab, d), "layers/0/attn/q_proj/w" (d, heads, head_dim),
     "layers/0/attn/o_proj/w" (heads, head_dim, d), "layers/0/mlp/{gate,up,down}_proj/kernel"
-    (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms. Norms and
-    softmax are computed in float32 in Llama and Qwen.
+    (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms; in families
+    that tunix lacks every matrix's name is "kernel". Norms and softmax are computed in float32 in
+    Llama and Qwen.
+
+    Only the parts of the files are read that this process's devices hold, one part at a time: no
+    tensor lies whole on one device, unless its sharding says so, or twice on the host.
 
     Args:
         folder: a folder with config.json and safetensors files: those that
             model.safetensors.index.json names, or all where there is no index.
         dtype: dtype of the parameters and the computation; None: the files', float32 if those
             differ.
+        mesh: devices over which `default_shardings` splits the parameters; None: all parameters
+            on the default device.
+        shardings: a function of a parameter's path and shape that says where it lies, in place of
+            the mesh's.
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
@@ -68,31 +90,28 @@ def load_model(
         dicts of arrays; the configuration, of `transformers.AutoConfig`.
 
     Raises:
-        ValueError: an architecture, or a setting of it, that tunix does not compute; tensors that
+        ValueError: an architecture, or a setting of it, that no model here computes; tensors that
             are missing, stand twice, or are of another shape or kind of number; a file that is not
-            whole; or no such folder.
+            whole; no such folder; or a mesh and shardings both.
     """
+    if mesh is not None and shardings is not None:
+        raise ValueError("give a mesh, over which parameters are split by default, or shardings.")
     folder = Path(folder)
-    config = read_config(folder)
-    tensors = _tensors(folder)
-    stored = {spec.dtype for spec in tensors.values()}
-    wanted = _common(tensors) if dtype is None else jnp.dtype(dtype)
-    kind = architecture(config, wanted)
-    _check_complete(kind, tensors, folder)
-    loader = optional("tunix.models.safetensors_loader")
-    with _only_weights(folder) as place:
-        module = loader.load_and_create_model(
-            str(place),
-            kind.model_class,
-            kind.config,
-            kind.key_mapping,
-            preprocess_fn=None if kind.preprocess is None else kind.preprocess(),
-            dtype=wanted,
-            # The fast way takes one dtype for all of a file.
-            mode="optimized" if len(stored) == 1 else "original",
-        )
-    kind.finish(module)
-    apply, params = to_pure(module, _causal)
+    config, places = read_config(folder), read_places(folder)
+    wanted = _common(places) if dtype is None else jnp.dtype(dtype)
+    kind = _architecture(config, wanted)
+    module = _abstract(kind)
+    found = _converted(kind, module, views(places), folder)
+    if mesh is not None:
+        shardings = default_shardings(module, mesh)
+    apply, shapes = to_pure(module, functools.partial(_causal, kind.window))
+
+    def read(path: str, shape: tuple[int, ...]) -> Array:
+        place = None if shardings is None else shardings(path, shape)
+        return _read(found[path.replace("/", ".")], shape, wanted, place)
+
+    leaves = [read(path, leaf.shape) for path, leaf in parameter_paths(shapes)]
+    params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return _by_the_usual_rules(apply), params, config
 
 
@@ -114,16 +133,9 @@ def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepp
         ValueError: what `load_model` refuses in the configuration, or no such folder.
     """
     folder = Path(folder)
-    wanted = _common(_tensors(folder)) if dtype is None else jnp.dtype(dtype)
-    kind = architecture(read_config(folder), wanted)
-    nnx = optional("flax.nnx")
-
-    def make() -> Any:
-        module = kind.model_class(kind.config, rngs=nnx.Rngs(params=0))
-        kind.finish(module)
-        return module
-
-    call = to_pure_method(nnx.eval_shape(make), "__call__")
+    wanted = _common(read_places(folder)) if dtype is None else jnp.dtype(dtype)
+    kind = _architecture(read_config(folder), wanted)
+    call = to_pure_method(_abstract(kind), "__call__")
     sizes = kind.config
 
     def init(params: PyTree, batch: int, num_positions: int) -> dict[str, dict[str, Array]]:
@@ -141,10 +153,13 @@ def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepp
         params: PyTree, tokens: Array, position: Array, cache: dict[str, dict[str, Array]]
     ) -> tuple[Array, dict[str, dict[str, Array]]]:
         places = jnp.arange(cache["layer_0"]["k"].shape[1], dtype=position.dtype)
-        is_past = jnp.broadcast_to(places <= position, (len(tokens), 1, len(places)))
+        is_seen = places <= position
+        if kind.window is not None:
+            is_seen &= places > position - kind.window
+        mask = jnp.broadcast_to(is_seen, (len(tokens), 1, len(places)))
         positions = jnp.broadcast_to(position, (len(tokens), 1)).astype(jnp.int32)
         with _usual_rules():
-            logits, cache = call(params, tokens[:, None], positions, cache, is_past)
+            logits, cache = call(params, tokens[:, None], positions, cache, mask)
         return logits[:, 0].astype(wide_dtype(logits.dtype)), cache
 
     return Stepper(init, step)
@@ -172,40 +187,57 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
     folder, source = Path(folder), Path(source)
     if folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the source: an edited model goes into a folder of its own.")
-    names = {file.name for file in _weight_files(source)}
+    files = weight_files(source)
+    names = {file.name for file in files}
     if others := sorted({file.name for file in folder.glob("*.safetensors")} - names):
         raise ValueError(f"{folder} holds other weights already: {', '.join(others)}.")
-    values = _dotted(params)
+    values = {path.replace("/", "."): leaf for path, leaf in parameter_paths(params)}
     dtypes = sorted({jnp.dtype(leaf.dtype) for leaf in values.values()}, key=str)
     if len(dtypes) != 1:
         raise ValueError(f"a folder has weights of one dtype, but the params have {dtypes}.")
-    dtype, specs = dtypes[0], _tensors(source)
-    kind = architecture(read_config(source), dtype)
-    edited = _from_params(kind, values, specs, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    num_bytes = 0
-    for file in _weight_files(source):
-        tensors = {}
-        with _opened(file) as opened:
-            metadata = opened.metadata() or {"format": "pt"}
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                kept = name not in edited
-                # Each tensor goes back into the file it came from, one file in memory at a time:
-                # the index stays true.
-                value = opened.get_tensor(name) if kept else np.asarray(edited.pop(name))
-                tensors[name] = np.ascontiguousarray(value)  # the writer takes memory as it lies
-                num_bytes += tensors[name].nbytes
-        optional("safetensors.numpy").save_file(tensors, folder / file.name, metadata=metadata)
+    dtype = dtypes[0]
+    kind = _architecture(read_config(source), dtype)
+    module, old = _abstract(kind), views(read_places(source))
+    _check_params(module, values)
+    kept = _untouched(old, _converted(kind, module, old, source))
+    doubles = {}
+    if kind.is_tied and "lm_head.weight" in kept:  # some folders have it twice
+        doubles["lm_head.weight"] = values["embedder.input_embedding"]
+    is_first = jax.process_index() == 0
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            copy_layout(file, folder / file.name, set(old) - (kept - set(doubles)), dtype)
+    _all_wait("laid out")
+    new = views(read_places(folder), "r+")
+    for path, view in _converted(kind, module, new, folder).items():
+        _write(values[path], view)
+    for name, value in doubles.items():
+        _write(value, new[name])
+    if is_first:
+        for name in kept - set(doubles):
+            new[name][...] = old[name]
+    num_bytes = sum(value.nbytes for value in new.values())
+    del new  # closes the files
+    _all_wait("written")
+    if is_first:
+        # Last, so that a folder that was broken off is no model.
+        _copy_the_rest(source, folder, dtype, num_bytes)
+    _all_wait("whole")
+    return folder
+
+
+def _copy_the_rest(source: Path, folder: Path, dtype: jnp.dtype, num_bytes: int) -> None:
+    """Copy what lies beside the weights, true to the new ones."""
     for file in source.iterdir():
         if file.is_file() and file.suffix not in WEIGHTS and file.name not in {INDEX}:
             shutil.copyfile(file, folder / file.name)
-    config = _with_dtype(_read_json(source / "config.json"), dtype.name)
+    config = _with_dtype(read_json(source / "config.json"), dtype.name)
     _write_json(folder / "config.json", config)
     if (source / INDEX).exists():
-        index = _read_json(source / INDEX)
+        index = read_json(source / INDEX)
         index["metadata"] = {**index.get("metadata", {}), "total_size": num_bytes}
         _write_json(folder / INDEX, index)
-    return folder
 
 
 def read_config(folder: str | Path) -> Any:
@@ -226,7 +258,7 @@ def read_config(folder: str | Path) -> Any:
     return optional("transformers").AutoConfig.from_pretrained(str(folder))
 
 
-def _causal(module: Any, inputs: Array | PackedTokens) -> Array:
+def _causal(window: int | None, module: Any, inputs: Array | PackedTokens) -> Array:
     is_packed = isinstance(inputs, PackedTokens)
     tokens = inputs.tokens if is_packed else inputs
     if tokens.ndim != 2:
@@ -237,6 +269,8 @@ def _causal(module: Any, inputs: Array | PackedTokens) -> Array:
     if is_packed:
         positions = inputs.positions
         mask &= inputs.segments[:, :, None] == inputs.segments[:, None, :]
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None, :] < window
     logits, _ = module(tokens, positions, None, mask)
     return logits.astype(wide_dtype(logits.dtype))
 
@@ -244,6 +278,7 @@ def _causal(module: Any, inputs: Array | PackedTokens) -> Array:
 def _by_the_usual_rules(apply: Apply) -> Apply:
     """Run a model by JAX's default rules of promotion, whatever stricter ones the user has set."""
 
+    @on_auto_axes  # no model names the axes of what it computes
     def run(params: PyTree, inputs: Any) -> Array:
         with _usual_rules():
             if isinstance(inputs, PackedTokens):
@@ -259,193 +294,126 @@ def _usual_rules() -> Iterator[None]:
         yield
 
 
-def _common(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> jnp.dtype:
+def _common(places: Mapping[str, Place]) -> jnp.dtype:
     """Return the dtype of a folder's tensors, float32 if they differ."""
-    stored = {spec.dtype for spec in tensors.values()}
+    stored = {place.dtype for place in places.values()}
     return jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights: those of the index, else all there are.
+def _architecture(config: Any, dtype: DTypeLike) -> "Architecture":
+    from jedit.models.families import architecture  # late: Flax takes a third of a second
 
-    Raises:
-        ValueError: the folder has no safetensors file, or the index names one that is not there.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no safetensors file.")
-    index = folder / INDEX
-    if not index.exists():
-        return files
-    try:
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: is no index of weights: {error!r}") from None
-    if missing := [name for name in names if folder / str(name) not in files]:
-        raise ValueError(f"{index}: names {missing[:6]}, which are no safetensors files beside it.")
-    return [folder / name for name in names]
+    return architecture(config, dtype)
 
 
-@contextlib.contextmanager
-def _only_weights(folder: Path) -> Iterator[Path]:
-    """Make a folder of the weights' files alone, since tunix reads whatever lies beside them.
-
-    Yields:
-        The folder.
-    """
-    files = _weight_files(folder)
-    if len(files) == len(list(folder.glob("*.safetensors"))):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as made:
-        for file in files:
-            (Path(made) / file.name).symlink_to(file.absolute())
-        yield Path(made)
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Open a safetensors file.
-
-    Yields:
-        The open file.
-
-    Raises:
-        ValueError: the file is no safetensors file, or only a part of one.
-    """
-    safetensors = optional("safetensors")
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            yield opened
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file}: is no whole safetensors file ({error}); copy or download it anew."
-        ) from None
-
-
-def _tensors(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return names, shapes and dtypes of a folder's tensors, without reading them.
-
-    Raises:
-        ValueError: the folder has no tensors, has one twice, or has some that are no ordinary
-            floats.
-    """
-    found, places = {}, {}
-    for file in _weight_files(folder):
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                if name in found:
-                    raise ValueError(
-                        f"{folder}: {name} stands in {places[name]} and in {file.name}; take one "
-                        f"of the files away, or name the right ones in {INDEX}."
-                    )
-                places[name] = file.name
-                part = opened.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{file}: {name} is stored as {part.get_dtype()}, which is not supported; "
-                        f"only {', '.join(DTYPES)} are."
-                    )
-                dtype = DTYPES[part.get_dtype()]
-                found[name] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
-    return found
-
-
-def _dotted(params: PyTree) -> dict[str, Any]:
-    return {path.replace("/", "."): leaf for path, leaf in parameter_paths(params)}
-
-
-def _expected(kind: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the parameters of the model, as tunix's table names them."""
+def _abstract(kind: "Architecture") -> Any:
+    """Return the module with shapes in place of arrays."""
     nnx = optional("flax.nnx")
     module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(params=0)))
-    return _dotted(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    kind.finish(module)
+    return module
 
 
-def _converted(kind: Architecture, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a folder's tensors into what tunix's loader makes of them, by tunix's names."""
-    find = optional("tunix.utils.torch_utils").torch_key_to_jax_key
-    table, found = kind.key_mapping(kind.config), {}
-    for name, value in tensors.items():
-        try:
-            path, transform = find(table, name)
-        except ValueError:  # in no row: the loader skips it too
-            continue
-        axes, shape = transform or (None, None)
-        value = value.transpose(axes) if axes else value
-        found[path] = value.reshape(shape) if shape else value
-    return found if kind.preprocess is None else kind.preprocess()(found)
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's parameters by their paths, with dots."""
+    _, shapes = to_pure(module)
+    return {path.replace("/", "."): leaf.shape for path, leaf in parameter_paths(shapes)}
 
 
-def _check_complete(
-    kind: Architecture, tensors: Mapping[str, jax.ShapeDtypeStruct], folder: Path
-) -> None:
-    wanted = _expected(kind)
+def _converted(
+    kind: "Architecture", module: Any, tensors: Mapping[str, np.ndarray], folder: Path
+) -> dict[str, np.ndarray | Stack]:
+    """Return views of a folder's tensors, each shaped as a parameter.
+
+    Raises:
+        ValueError: a parameter has no tensor, or one of another shape.
+    """
+    wanted = _shapes(module)
     try:
-        # By shapes alone, so that what is missing is told by name before gigabytes are read.
-        found = jax.eval_shape(lambda t: _converted(kind, t), dict(tensors))
-    except TypeError as error:
+        found = kind.convert(tensors)
+    except ValueError as error:
         raise ValueError(f"{folder}: a tensor has not the shape of config.json: {error}") from error
     if missing := sorted(set(wanted) - set(found)):
         raise ValueError(
             f"{folder} has no tensors for {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}; "
             f"it has {', '.join(sorted(tensors)[:6])}, ..."
         )
-    for path, spec in wanted.items():
-        if found[path].shape != spec.shape:
+    for path, shape in wanted.items():
+        if found[path].shape != shape:
             raise ValueError(
-                f"{folder}: {path} has shape {found[path].shape}, by config.json {spec.shape}."
+                f"{folder}: {path} has shape {found[path].shape}, by config.json {shape}."
             )
+    return {path: found[path] for path in wanted}
 
 
-def _from_params(
-    kind: Architecture,
-    values: Mapping[str, Array],
-    specs: Mapping[str, jax.ShapeDtypeStruct],
-    dtype: jnp.dtype,
-) -> dict[str, Array]:
-    """Convert the parameters back into the folder's tensors.
+def _read(
+    view: np.ndarray | Stack, shape: tuple[int, ...], dtype: jnp.dtype, place: Sharding | None
+) -> Array:
+    """Read a parameter, each device its part."""
+
+    def part(index: Any) -> np.ndarray:
+        # A copy: the array that JAX makes of it may be this memory, and the file may change.
+        return np.array(view[index], dtype, order="C")
+
+    if place is None:
+        return jax.device_put(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, place, part)
+
+
+def _check_params(module: Any, values: Mapping[str, Any]) -> None:
+    """Check that these are the parameters of the source.
 
     Raises:
-        ValueError: the parameters are not the model's.
+        ValueError: they are not.
     """
-    wanted = _expected(kind)
+    wanted = _shapes(module)
     if differing := sorted(set(values) ^ set(wanted)):
         raise ValueError(f"the params are not those of the source; in one only: {differing[:6]}")
-    for path, spec in wanted.items():
-        if values[path].shape != spec.shape:
+    for path, shape in wanted.items():
+        if values[path].shape != shape:
             raise ValueError(
-                f"{path} has shape {values[path].shape}, in the source's model {spec.shape}."
+                f"{path} has shape {values[path].shape}, in the source's model {shape}."
             )
 
-    def convert(tensors: dict[str, Any]) -> dict[str, Any]:
-        found = _converted(kind, tensors)
-        return {path: found[path] for path in wanted}
 
-    tensors = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in specs.items()}
-    with _usual_rules():
-        # A transpose wants every input to matter; tensors of an image tower reach no parameter.
-        used = _used(convert, tensors)
-        # Loading only permutes and stacks, a linear map with one 1 in each row: its transpose is
-        # its inverse, so no table of the way back has to be kept true to tunix's.
-        (back,) = jax.linear_transpose(convert, used)(dict(values))
-    if kind.is_tied and "lm_head.weight" in specs:  # some folders have it twice
-        back["lm_head.weight"] = values["embedder.input_embedding"]
-    return back
+def _write(value: Any, view: np.ndarray | Stack) -> None:
+    """Write a parameter into its file: what this process holds, each part once."""
+    if not isinstance(value, jax.Array):
+        view[(slice(None),) * value.ndim] = np.asarray(value)
+        return
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            view[shard.index] = np.asarray(shard.data)
 
 
-def _used(
-    convert: Callable[[dict[str, Any]], Any], tensors: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the tensors that the result depends on."""
-    names = sorted(tensors)  # the order in which JAX flattens a dict
-    jaxpr = jax.make_jaxpr(convert)(dict(tensors)).jaxpr
-    live = {id(variable) for variable in jaxpr.outvars}
-    for equation in reversed(jaxpr.eqns):
-        if any(id(variable) in live for variable in equation.outvars):
-            live |= {id(variable) for variable in equation.invars}
-    inputs = zip(names, jaxpr.invars, strict=True)
-    return {name: tensors[name] for name, variable in inputs if id(variable) in live}
+def _untouched(
+    tensors: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray | Stack]
+) -> set[str]:
+    """Return the tensors that no parameter lies in, such as those of an image tower.
+
+    Raises:
+        RuntimeError: a parameter is no view, so that writing to it would be lost.
+    """
+    bounds = np.lib.array_utils.byte_bounds
+    places = sorted((*bounds(value), name) for name, value in tensors.items() if value.size)
+    begins = [begin for begin, _, _ in places]
+    touched = set()
+    for path, view in found.items():
+        for part in view.parts if isinstance(view, Stack) else (view,):
+            low, high = bounds(part)
+            _, end, name = places[max(bisect.bisect_right(begins, low) - 1, 0)]
+            if not begins[0] <= low < high <= end:
+                raise RuntimeError(f"{path} is a copy of its tensor, which cannot be written to.")
+            touched.add(name)
+    return set(tensors) - touched
+
+
+def _all_wait(where: str) -> None:
+    """Wait until every process has come to this point."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jedit.save_model: {where}")
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -459,7 +427,3 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

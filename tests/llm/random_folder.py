@@ -21,9 +21,13 @@ SLIDING = {
 }
 CONFIGS = {
     "llama": transformers.LlamaConfig(**COMMON, rope_theta=10000.0, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**COMMON, sliding_window=5),
     "qwen2": transformers.Qwen2Config(**COMMON, rope_theta=1000000.0, tie_word_embeddings=False),
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=6, rope_theta=5000000.0),
     "gemma": transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),
+    "gemma2": transformers.Gemma2Config(
+        **COMMON, head_dim=6, query_pre_attn_scalar=6, sliding_window=5
+    ),
     # Six layers are one round of its pattern: five that slide, and one that sees everything.
     "gemma3": transformers.Gemma3TextConfig(
         **{**COMMON, "num_hidden_layers": 6},
@@ -67,7 +71,7 @@ def shapes(config):
     }
     if config.model_type in ("qwen3", "gemma3_text"):
         layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
-    if config.model_type == "gemma3_text":
+    if config.model_type in ("gemma2", "gemma3_text"):
         layer |= {f"{side}_feedforward_layernorm": (width,) for side in ("pre", "post")}
     found = {"model.embed_tokens.weight": (config.vocab_size, width), "model.norm.weight": (width,)}
     for i in range(config.num_hidden_layers):

@@ -158,7 +158,7 @@ def test_half_precision_says_what_it_rounds_away(stories_folder, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .* not"),
+        ({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}, "BloomForCausalLM .* not"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),

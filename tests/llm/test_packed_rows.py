@@ -1,5 +1,7 @@
 """Packed rows through tunix's models: what each row's tokens see is the padded row's."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +15,22 @@ from jedit.core.batch import Batch
 from jedit.data import batches, pack
 from jedit.metrics import answer_nll_per_row, nll, output_kl
 from jedit.models import huggingface, to_pure
-from jedit.models._tunix import architecture
+from jedit.models.families import architecture
 from tests.llm.random_folder import COMMON
 from tests.tracing.oracle import filled
 
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=3),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON),
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=6),
     "gemma": lambda: transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **COMMON, head_dim=6, query_pre_attn_scalar=6, sliding_window=3
+    ),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=37, n_embd=16, n_layer=2, n_head=4),
+    "phi": lambda: transformers.PhiConfig(**COMMON),
+    "olmo2": lambda: transformers.Olmo2Config(**COMMON),
     # The window is shorter than the rows; the sixth layer has none.
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **{**COMMON, "num_hidden_layers": 6},
@@ -46,7 +55,7 @@ def test_logits_of_every_architecture(name):
     kind = architecture(CONFIGS[name](), jnp.float32)
     module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(0)))
     kind.finish(module)
-    apply, shapes = to_pure(module, huggingface._causal)
+    apply, shapes = to_pure(module, partial(huggingface._causal, kind.window))
     apply = huggingface._by_the_usual_rules(apply)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), filled(shapes))
     padded = rows(37, 7)

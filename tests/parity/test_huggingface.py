@@ -15,8 +15,9 @@ import transformers
 from numpy.testing import assert_allclose
 
 import jedit
-from jedit.models import load_model, save_model
+from jedit.models import cached_decode, load_model, load_stepper, save_model
 from tests.llm.random_folder import COMMON, SLIDING
+from tests.llm.test_load_stepper import stepwise_logits
 
 TOLERANCE = 1e-4
 LLAMA3_POSITIONS = {
@@ -27,6 +28,7 @@ LLAMA3_POSITIONS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_WITHOUT_GROUPS = {name: value for name, value in COMMON.items() if "key_value" not in name}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**COMMON, rope_theta=10000.0, rms_norm_eps=1e-5),
     "llama 3.2": transformers.LlamaConfig(
@@ -36,6 +38,43 @@ CONFIGS = {
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=6, rope_theta=5000000.0),
     "qwen3 tied": transformers.Qwen3Config(
         **COMMON, head_dim=6, rope_theta=1000000.0, tie_word_embeddings=True
+    ),
+    "qwen3 experts": transformers.Qwen3MoeConfig(
+        **COMMON,
+        head_dim=6,
+        rope_theta=1000000.0,
+        moe_intermediate_size=12,
+        num_experts=3,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    ),
+    "mistral": transformers.MistralConfig(**COMMON, head_dim=6, sliding_window=4),
+    "mistral, no window": transformers.MistralConfig(**COMMON, head_dim=6, sliding_window=None),
+    "phi3": transformers.Phi3Config(**COMMON, sliding_window=5, pad_token_id=0),
+    "phi": transformers.PhiConfig(**COMMON, partial_rotary_factor=0.5),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=37, n_embd=16, n_layer=2, n_head=4, n_inner=20, n_positions=64
+    ),
+    "pythia": transformers.GPTNeoXConfig(**_WITHOUT_GROUPS, rotary_pct=0.5),
+    "pythia, one after the other": transformers.GPTNeoXConfig(
+        **_WITHOUT_GROUPS, rotary_pct=1.0, use_parallel_residual=False
+    ),
+    "olmo2": transformers.Olmo2Config(**COMMON),
+    "gemma2": transformers.Gemma2Config(
+        **{**COMMON, "num_hidden_layers": 3},
+        head_dim=6,
+        query_pre_attn_scalar=6,
+        sliding_window=4,
+        final_logit_softcapping=5.0,
+        attn_logit_softcapping=2.0,
+    ),
+    "gemma2, as many keys": transformers.Gemma2Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        head_dim=6,
+        query_pre_attn_scalar=6,
+        sliding_window=4,
     ),
     "gemma": transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),
     "gemma3": transformers.Gemma3TextConfig(
@@ -70,7 +109,9 @@ def write(name, folder, *, dtype=torch.float32, **options):
 
 
 def torch_logits(folder, tokens=TOKENS, dtype="auto"):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # Its fast attention leaves Gemma 2's soft caps out.
+    given = {"dtype": dtype, "attn_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **given)
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
 
@@ -114,16 +155,38 @@ def test_logits_there_and_back(name, tmp_path):
     assert_same(torch_logits(source), before)
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_generation_with_a_cache(name, tmp_path):
+    folder = write(name, tmp_path / "source")
+    _, params, _ = load_model(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    prompt = torch.tensor(TOKENS[:, :7])
+    # Nothing ends a row early, and no token is left out.
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    stepper = load_stepper(folder)
+    got = cached_decode(stepper, params, TOKENS[:, :7], 9)
+    np.testing.assert_array_equal(got, out[:, 7:].numpy())
+    # Random models repeat themselves, which needs no cache: so its logits too.
+    assert_same(np.asarray(stepwise_logits(stepper, params, TOKENS)), torch_logits(folder))
+
+
 def test_positions_of_llama_3_2_at_its_real_size():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from jedit.models._tunix import _rope_bases
+    from jedit.models.families.architecture import rope_bases
 
     real = {**LLAMA3_POSITIONS, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
     config = transformers.LlamaConfig(head_dim=64, rope_parameters={**real, "factor": 32.0})
     want = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
     exponents = np.arange(32, dtype=np.float32) / 32
-    got = np.asarray(_rope_bases(config, 64), np.float32) ** -exponents
+    got = np.asarray(rope_bases(config, 64), np.float32) ** -exponents
     assert_allclose(got, want, rtol=2e-6)
 
 
