@@ -1,10 +1,8 @@
 """`jedit run`: forget questions and answers of one's own, in a small GPT or in a model folder."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jedit.cli.checks import UsageError
 from jedit.cli.options import RunFile
@@ -75,6 +73,7 @@ def _edit_checkpoint(
     from rich.table import Table
 
     from jedit.data import read_rows
+    from jedit.recipes.by_itself import how_it_went
     from jedit.recipes.pretrained import Settings, check_folder, forget_in_checkpoint
     from jedit.report.table import number
 
@@ -116,7 +115,7 @@ def _edit_checkpoint(
     if num_cut := sum(found["num_cut_off"].values()):
         console.print(f"{num_cut} rows are longer than {options.max_len} tokens and were cut off.")
     if "stopped" in found:
-        console.print(_how_it_went(found), soft_wrap=True, highlight=False)
+        console.print(how_it_went(found), soft_wrap=True, highlight=False)
     console.print(
         f"Retain KL on the rows the edit was priced on: predicted {number(found['predicted_kl'])}, "
         f"true {number(found['true_kl'])}. Edited model: {options.out / 'edited'}",
@@ -124,34 +123,6 @@ def _edit_checkpoint(
         highlight=False,
     )
     return 0
-
-
-def _how_it_went(found: dict[str, Any]) -> str:
-    """Say why natural steps stopped, which rows are done, and what an attack brings back."""
-    from jedit.report.table import number
-
-    why = {
-        "unseen": "the rows cannot be told from unseen ones",
-        "budget": "the budget is spent",
-        "steps": "all are taken; with --unseen natural steps stop by themselves",
-    }
-    done = found["is_done"]
-    text = f"{found['steps']} steps in all: {why[found['stopped']]}."
-    if not math.isnan(found["p_value"][-1]):
-        text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
-    if comeback := found.get("comeback"):
-        before, after = (
-            f"{number(mean)} [{number(low)}, {number(high)}]"
-            for mean, low, high in (comeback["before"], comeback["after"])
-        )
-        text += (
-            " Probability of the rows to forget before and after a sixth of them is taught again: "
-            f"{before} and {after}"
-        )
-        if comeback["unseen"]:
-            text += f"; of unseen rows {number(comeback['unseen'][0])}"
-        text += "."
-    return text
 
 
 # What only one of the two ways looks at: training a GPT, and editing a folder's model.

@@ -12,6 +12,7 @@ from jedit.models.huggingface import load_model, load_stepper, save_model
 from jedit.models.llama2c import convert_llama2c
 from jedit.models.lora import Adapted, with_lora
 from jedit.models.mlp import mlp
+from jedit.models.peft import load_adapter, save_adapter
 
 __all__ = [
     "Adapted",
@@ -23,11 +24,13 @@ __all__ = [
     "gpt",
     "gpt_stepper",
     "greedy_decode",
+    "load_adapter",
     "load_model",
     "load_stepper",
     "mixed_precision",
     "mlp",
     "sampled_decode",
+    "save_adapter",
     "save_model",
     "to_pure",
     "with_lora",

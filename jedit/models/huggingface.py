@@ -99,7 +99,7 @@ def load_model(
     folder = Path(folder)
     config, places = read_config(folder), read_places(folder)
     wanted = _common(places) if dtype is None else jnp.dtype(dtype)
-    kind = _architecture(config, wanted)
+    kind = family_of(config, wanted)
     module = _abstract(kind)
     found = _converted(kind, module, views(places), folder)
     if mesh is not None:
@@ -134,7 +134,7 @@ def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepp
     """
     folder = Path(folder)
     wanted = _common(read_places(folder)) if dtype is None else jnp.dtype(dtype)
-    kind = _architecture(read_config(folder), wanted)
+    kind = family_of(read_config(folder), wanted)
     call = to_pure_method(_abstract(kind), "__call__")
     sizes = kind.config
 
@@ -196,7 +196,7 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
     if len(dtypes) != 1:
         raise ValueError(f"a folder has weights of one dtype, but the params have {dtypes}.")
     dtype = dtypes[0]
-    kind = _architecture(read_config(source), dtype)
+    kind = family_of(read_config(source), dtype)
     module, old = _abstract(kind), views(read_places(source))
     _check_params(module, values)
     kept = _untouched(old, _converted(kind, module, old, source))
@@ -300,7 +300,8 @@ def _common(places: Mapping[str, Place]) -> jnp.dtype:
     return jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
 
 
-def _architecture(config: Any, dtype: DTypeLike) -> "Architecture":
+def family_of(config: Any, dtype: DTypeLike) -> "Architecture":
+    """Return the model of a configuration, as `jedit.models.families.architecture` finds it."""
     from jedit.models.families import architecture  # late: Flax takes a third of a second
 
     return architecture(config, dtype)

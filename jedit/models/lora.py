@@ -88,9 +88,7 @@ def with_lora(
     check_numbers(COUNT, rank=rank)
     check_numbers(FINITE, scale=scale)
     leaves = dict(parameter_paths(params))
-    matrices = [path for path, leaf in leaves.items() if leaf.ndim > 1]
-    names = list(filter(matcher("" if select is None else select, "select"), matrices))
-    weights = _weights(trace_program(apply, params, inputs), names, select)
+    weights = adapter_weights(apply, params, inputs, select)
     if inside := [(p, q) for p in weights for q in weights if q.startswith(f"{p}/")]:
         raise ValueError(
             f"the adapters of {inside[0][1]!r} would stand inside those of {inside[0][0]!r}, a "
@@ -132,6 +130,19 @@ def with_lora(
         return jax.tree.unflatten(jax.tree.structure(params["base"]), leaves.values())
 
     return Adapted(adapted, {"base": params, "lora": lora}, merge)
+
+
+def adapter_weights(
+    apply: Apply, params: PyTree, inputs: Any, select: str | None
+) -> dict[str, Weight]:
+    """Return the matrices that `with_lora` puts adapters beside, by their parameters' paths.
+
+    Raises:
+        ValueError: as `with_lora`.
+    """
+    matrices = [path for path, leaf in parameter_paths(params) if leaf.ndim > 1]
+    names = list(filter(matcher("" if select is None else select, "select"), matrices))
+    return _weights(trace_program(apply, params, inputs), names, select)
 
 
 def _change(site: Site, scale: float, a: Array, b: Array, x: Array) -> Array:

@@ -23,6 +23,7 @@ from jedit.data import QaRow, batches
 from jedit.edits import Edit, apply_edit, cast_report
 from jedit.methods import Ascent, kfade
 from jedit.models import cast_params, load_model, mixed_precision, save_model
+from jedit.recipes.by_itself import found_of
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
 from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen
@@ -245,18 +246,7 @@ def _naturally(
         key=key,
         how=how,
     )
-    found: dict[str, Any] = {
-        "stopped": info.stopped,
-        "steps": info.steps,
-        "is_done": info.is_done.tolist(),
-        "p_value": info.p_value.tolist(),
-        "path_kl": info.true_kl.tolist(),
-        "predicted_kl": info.predicted_kl,
-        "true_kl": float(info.true_kl[-1]),
-    }
-    if info.comeback is not None:
-        found["comeback"] = info.comeback._asdict()
-    return edit, found
+    return edit, found_of(info)
 
 
 def check_folder(out: Path, *sources: Path) -> None:

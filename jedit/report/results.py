@@ -85,7 +85,10 @@ class Method(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """One question, and what the untouched, the edited and the retrained model answer."""
+    """One question, and what the untouched, the edited and the retrained model answer.
+
+    `by_itself` is the answer of the model that `jedit.forget` edited, empty where none was.
+    """
 
     kind: str
     question: str
@@ -93,6 +96,7 @@ class Answer(NamedTuple):
     original: str
     edited: str
     retrained: str
+    by_itself: str = ""
 
 
 class Guess(NamedTuple):

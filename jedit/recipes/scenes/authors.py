@@ -62,12 +62,16 @@ def authors(
     gone = set(names[len(names) - num_forgotten :])
     forget = [row for row in rows if row.fields["author"] in gone]
     retain = [row for row in rows if row.fields["author"] not in gone]
+    # Authors of whom nobody has heard, by another seed; one may be a namesake.
+    others = generate_authors(seed + 1, 2 * num_forgotten, facts_per_author)
+    strangers = [row for row in others if row.fields["author"] not in names]
+    unseen = strangers[: len(forget)]
     note = (
         f"A small GPT learns {len(rows)} question-answer pairs about {num_authors} invented "
         f"authors and is then made to forget {num_forgotten} of them."
     )
     return question_answer(
-        Selection(rows, forget, retain),
+        Selection(rows, forget, retain, unseen),
         Caption("authors", "Authors: forget some people", note),
         model=model,
         recipe=recipe,

@@ -22,11 +22,14 @@ from jedit.data import (
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
+from jedit.recipes.by_itself import NAME, run_by_itself
 from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
-from jedit.report import Answer, Comparison
+from jedit.report import Answer, Comparison, best_point
+from jedit.requests import Unseen
 from jedit.requests.unseen import spread
 
 # K-FADE edits the matrices of the blocks: what an embedding or a norm has learned serves every row.
@@ -98,11 +101,14 @@ class Selection(NamedTuple):
         forget: the rows among them to forget.
         retain: the rows among them to keep; 70 percent are seen by the edits, the others judge
             them.
+        unseen: rows of the same kind that no model is trained on: with them `jedit.forget` ends the
+            comparison, which stops by itself.
     """
 
     data: Sequence[QaRow]
     forget: Sequence[QaRow]
     retain: Sequence[QaRow]
+    unseen: Sequence[QaRow] = ()
 
 
 def question_answer(
@@ -130,8 +136,8 @@ def question_answer(
         One comparison for each length of training.
     """
     key = jax.random.key(seed)
-    keys = (jax.random.fold_in(key, i) for i in range(5))
-    init_key, order_key, split_key, compare_key, sample_key = keys
+    keys = (jax.random.fold_in(key, i) for i in range(6))
+    init_key, order_key, split_key, compare_key, sample_key, forget_key = keys
     sets = _split(selection, key=split_key)
     name, title, note = caption
     rows = _Rows(sets, model)
@@ -167,15 +173,25 @@ def question_answer(
             ),
         )
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
-        edited = models[judged.chosen] if judged.chosen else original.params
-        say(f"{part}: asking a few questions")
+        methods, curves, notes = judged.methods, judged.curves, _notes(sets, rows)
+        if selection.unseen:
+            say(f"{part}: jedit.forget, until the rows cannot be told from unseen ones")
+            unseen = rows.unseen(sets.forget, selection.unseen)
+            run = run_by_itself(task, unseen, Judge(task, grid.lost_kl), key=forget_key)
+            methods, curves = (*methods, run.method), (*curves, run.curve)
+            models[run.method.name] = run.params
+            notes.append(f"{run.method.name}: {run.sentence}")
+        best = best_point(curves, None, grid.kl_budget)
         # Where no edit was good enough the page shows the untouched model as the edited one.
-        answers = rows.ask(apply, sets, original.params, edited, retrained.params)
+        edited = original.params if best is None else models[best[0].method]
+        say(f"{part}: asking a few questions")
+        asked = (original.params, edited, retrained.params, models.get(NAME))
+        answers = rows.ask(apply, sets, asked)
         found.append(
             Comparison(
                 name=part,
                 title=title if is_one else f"{title}, after {original.epochs} epochs",
-                notes=(note, *_notes(sets, rows)),
+                notes=(note, *notes),
                 num_rows={
                     "training": len(sets.data),
                     "forget": len(sets.forget),
@@ -202,8 +218,8 @@ def question_answer(
                 kl_budget=grid.kl_budget,
                 original=judged.original,
                 retrained=judged.retrained,
-                methods=judged.methods,
-                curves=judged.curves,
+                methods=methods,
+                curves=curves,
                 answers=answers,
             )
         )
@@ -279,16 +295,26 @@ class _Rows:
 
         return ratios
 
+    def unseen(self, forget: Sequence[QaRow], unseen: Sequence[QaRow]) -> Unseen:
+        """Return unseen rows, with wrong answers to both sets where all rows have some."""
+        rows = self.encode(unseen)
+        if not all(len(row.perturbed_answer) >= self.perturbed > 0 for row in unseen):
+            return Unseen(rows)
+        return Unseen(rows, *(self.encode(self._wrong(part)) for part in (forget, unseen)))
+
     def ask(
-        self, apply: Callable, sets: Sets, original: PyTree, edited: PyTree, retrained: PyTree
+        self, apply: Callable, sets: Sets, models: Sequence[PyTree | None]
     ) -> tuple[Answer, ...]:
-        """Ask three models three questions to forget and three held-out ones to keep."""
+        """Ask three questions to forget and three held-out ones to keep; no model says nothing."""
         chosen = [("forget", sets.forget[i]) for i in spread(len(sets.forget), 3)]
         chosen += [("retain", sets.heldout[i]) for i in spread(len(sets.heldout), 3)]
         prompts = prompts_of(encode_rows(self.tokenizer, [row for _, row in chosen]))
         steps = ANSWER_TOKENS
         columns = []
-        for params in (original, edited, retrained):
+        for params in models:
+            if params is None:
+                columns.append([""] * len(chosen))
+                continue
             added = greedy_decode(
                 apply, params, prompts.tokens, steps, prompt_lengths=prompts.lengths
             )
@@ -300,7 +326,7 @@ class _Rows:
 
 
 def _split(selection: Selection, *, key: Array) -> Sets:
-    data, forget, retain = selection
+    data, forget, retain, _ = selection
     forgotten = {row.identity for row in forget}
     kept = [row for row in data if row.identity not in forgotten]
     order = np.asarray(jax.random.permutation(key, len(retain)))

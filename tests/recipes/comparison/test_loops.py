@@ -129,8 +129,10 @@ def test_the_authors_scene_forgets_whole_authors(monkeypatch):
     )
     for seed in (3, 3, 4):
         authors(seed=seed, say=print, num_authors=6, facts_per_author=5, num_forgotten=2)
-    data, forget, retain = calls[0]
-    assert (len(data), len(forget), len(retain)) == (30, 10, 20)
+    data, forget, retain, unseen = calls[0]
+    assert (len(data), len(forget), len(retain), len(unseen)) == (30, 10, 20, 10)
+    known = {row.fields["author"] for row in data}
+    assert known.isdisjoint(row.fields["author"] for row in unseen)
     assert len({row.fields["author"] for row in forget}) == 2
     assert {row.fields["author"] for row in forget}.isdisjoint(
         row.fields["author"] for row in retain

@@ -1,0 +1,102 @@
+"""`jedit.forget` in the recipes: a run of it on a task, what it found, and that as a sentence."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+from jedit.edits import apply_edit
+from jedit.recipes.comparison.judge import Judge
+from jedit.recipes.comparison.task import Task
+from jedit.report import Curve, Method
+from jedit.report.table import number
+from jedit.requests import ForgetInfo, Forgetting, Natural, Unseen, forget
+
+NAME = "jedit.forget"
+ATTACK_RATE = 3e-4  # Adam's, as in TOFU's attacks
+
+WHY = {
+    "unseen": "the rows cannot be told from unseen ones",
+    "budget": "the budget is spent",
+    "steps": "all are taken; with unseen rows natural steps stop by themselves",
+}
+
+
+class Run(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+        method: it, as one of a comparison's methods.
+        curve: its one point.
+        params: the edited parameters.
+        sentence: how it went.
+    """
+
+    method: Method
+    curve: Curve
+    params: PyTree
+    sentence: str
+
+
+def run_by_itself(task: Task, unseen: Unseen, judge: Judge, *, key: Array) -> Run:
+    """Forget a task's rows by the defaults, until they cannot be told from unseen ones.
+
+    No retrained model is looked at, and there is nothing to choose.
+    """
+    how = Forgetting(Natural(select=task.select), attack=optax.adam(ATTACK_RATE))
+    start = time.perf_counter()
+    edit, info = forget(
+        task.apply, task.original, task.forget, task.retain, unseen=unseen, key=key, how=how
+    )
+    params = jax.block_until_ready(apply_edit(task.original, edit))
+    seconds = time.perf_counter() - start
+    kls = {"predicted_kl": info.predicted_kl, "true_kl": float(info.true_kl[-1])}
+    point = judge(params, float(info.steps), seconds, **kls)
+    method = Method(
+        NAME,
+        "natural steps until the rows to forget cannot be told from unseen ones, then a recovery; "
+        "its seconds are of fit, edit and attack, compiling included",
+        "steps",
+        {},
+    )
+    return Run(method, Curve(NAME, {}, (point,)), params, how_it_went(found_of(info)))
+
+
+def found_of(info: ForgetInfo) -> dict[str, Any]:
+    """Return what JSON can hold of what was found."""
+    found: dict[str, Any] = {
+        "stopped": info.stopped,
+        "steps": info.steps,
+        "is_done": info.is_done.tolist(),
+        "p_value": info.p_value.tolist(),
+        "path_kl": info.true_kl.tolist(),
+        "predicted_kl": info.predicted_kl,
+        "true_kl": float(info.true_kl[-1]),
+    }
+    if info.comeback is not None:
+        found["comeback"] = info.comeback._asdict()
+    return found
+
+
+def how_it_went(found: dict[str, Any]) -> str:
+    """Say why natural steps stopped, which rows are done, and what an attack brings back."""
+    done = found["is_done"]
+    text = f"{found['steps']} steps in all: {WHY[found['stopped']]}."
+    if not math.isnan(found["p_value"][-1]):
+        text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
+    if comeback := found.get("comeback"):
+        before, after = (
+            f"{number(mean)} [{number(low)}, {number(high)}]"
+            for mean, low, high in (comeback["before"], comeback["after"])
+        )
+        text += (
+            " Probability of the rows to forget before and after a sixth of them is taught again: "
+            f"{before} and {after}"
+        )
+        if comeback["unseen"]:
+            text += f"; of unseen rows {number(comeback['unseen'][0])}"
+        text += "."
+    return text
