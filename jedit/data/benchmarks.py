@@ -71,13 +71,13 @@ def read_tofu(where: str | Path, split: str) -> list[QaRow]:
         place = f"{where}, {split}, record {i + 1}"
         answer = _text(record, "answer", place)
         options = [v for k, v in record.items() if k.startswith("option") and v != answer]
-        paraphrases = ("paraphrased_question", "paraphrased_answer")
         author = {} if first is None else {"author": f"author {first + i // TOFU_ROWS_PER_AUTHOR}"}
         rows.append(
             QaRow(
                 question=_text(record, "question", place),
                 answer=answer,
-                **{name: record.get(name) for name in paraphrases},
+                paraphrased_question=record.get("paraphrased_question"),
+                paraphrased_answer=record.get("paraphrased_answer"),
                 perturbed_answer=tuple(record.get("perturbed_answer") or options),
                 fields=author,
                 file=f"{where}/{split}",

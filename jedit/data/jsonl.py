@@ -1,13 +1,16 @@
 """Question-answer files: JSON lines with the fields of TOFU.
 
 One object stands on each line. It needs `question` and `answer`, and may have
-`paraphrased_question`, `paraphrased_answer` and `perturbed_answer` (a list of wrong answers). Every
+`paraphrased_question`, `paraphrased_answer`, `perturbed_answer` (a list of wrong answers) and
+`forget_span`, which says what of the answer is to be forgotten: a text, wherever it occurs there; a
+range of characters, [begin, end]; or a list of such. Every
 other field whose value is a text, a number or a truth value (an author, a topic, ...) is kept, so
 that rows can be selected by it; lists and objects are ignored. TOFU's own files, the perturbed ones
 too, are of this form.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,7 @@ class QaRow(NamedTuple):
         paraphrased_question: the question in other words, or None.
         paraphrased_answer: the right answer in other words, or None.
         perturbed_answer: wrong answers; empty when the file gives none.
+        forget_span: what of the answer is to be forgotten, as ranges of characters; empty: all.
         fields: all else that is known of the row, by name: its author, its topic, ...
         file: the file that the row comes from.
         line: number of the row's line in the file, from 1; 0 for a row that no file holds.
@@ -39,6 +43,7 @@ class QaRow(NamedTuple):
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
     perturbed_answer: tuple[str, ...] = ()
+    forget_span: tuple[tuple[int, int], ...] = ()
     fields: Mapping[str, Scalar] = {}  # a mapping has no way to change it: all rows may share this
     file: str = ""
     line: int = 0
@@ -131,16 +136,42 @@ def _parse(line: str, file: str, number: int) -> QaRow:
         raise DataError(
             f'{where}: the field "perturbed_answer" must be a list of strings, got {got}.'
         )
-    known = {*TEXTS, "perturbed_answer"}
+    known = {*TEXTS, "perturbed_answer", "forget_span"}
     return QaRow(
         question=fields["question"],
         answer=fields["answer"],
         **{name: fields.get(name) for name in TEXTS[2:]},
         perturbed_answer=tuple(wrong),
+        forget_span=_spans(fields.get("forget_span"), fields["answer"], where),
         fields={k: v for k, v in fields.items() if k not in known and isinstance(v, Scalar)},
         file=file,
         line=number,
     )
+
+
+def _spans(given: Any, answer: str, where: str) -> tuple[tuple[int, int], ...]:
+    """Return ranges of an answer's characters.
+
+    Raises:
+        DataError: what is given is no text of the answer, and no range of its characters.
+    """
+    if given is None:
+        return ()
+    several = isinstance(given, list) and not all(type(item) is int for item in given)
+    spans: list[tuple[int, int]] = []
+    for item in given if several else [given]:
+        if isinstance(item, str) and item and item in answer:
+            spans += [match.span() for match in re.finditer(re.escape(item), answer)]
+            continue
+        ends = item if isinstance(item, list) and {*map(type, item)} == {int} else []
+        if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= len(answer):
+            raise DataError(
+                f'{where}: the field "forget_span" must be a text that occurs in the answer, a '
+                f"range [begin, end] of its {len(answer)} characters, or a list of such, got "
+                f"{item!r}."
+            )
+        spans.append((ends[0], ends[1]))
+    return tuple(spans)
 
 
 def _kind(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jedit.core.batch import Batch
 from jedit.core.checks import check_numbers
-from jedit.data.text import LENGTH, as_batch
+from jedit.data.text import LENGTH, Spans, as_batch, marked_tokens
 
 
 class Rendered(NamedTuple):
@@ -103,6 +103,7 @@ def encode_rendered(
     *,
     pad: int,
     truncate: bool = False,
+    spans: Sequence[Spans] | None = None,
 ) -> Batch:
     """Encode rendered rows as `encode_rows` does; no special tokens are added to their texts.
 
@@ -112,6 +113,7 @@ def encode_rendered(
         max_len: number of tokens a row may have; None: the longest row's.
         pad: the token to fill up with; it has no effect on anything.
         truncate: whether longer rows are cut off at the right, instead of being refused.
+        spans: by row the characters of its answer that count, as in `encode_rows`.
 
     Returns:
         One batch of the rows, in their order.
@@ -122,7 +124,7 @@ def encode_rendered(
     """
     check_numbers(LENGTH, max_len=max_len)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    found, names = [], []
+    found, names, marks = [], [], []
     for i, row in enumerate(rows):
         name = f"row {i} ({row.before!r})"
         encoded = backend.encode("".join(row), add_special_tokens=False)
@@ -133,4 +135,6 @@ def encode_rendered(
             raise ValueError(f"{name}: the answer has no token that follows another one.")
         found.append((start, encoded.ids))
         names.append(name)
-    return as_batch(found, pad, max_len, truncate=truncate, names=names)
+        mine = () if spans is None else spans[i]
+        marks.append(marked_tokens(encoded.offsets, mine, len(row.before)))
+    return as_batch(found, pad, max_len, truncate=truncate, names=names, marks=marks)

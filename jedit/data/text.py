@@ -71,12 +71,16 @@ def text_of(rows: Iterable[QaRow]) -> list[str]:
     return [f"{row.question} {row.answer}" for row in rows]
 
 
+Spans = Sequence[tuple[int, int]]  # ranges of a text's characters
+
+
 def encode_rows(
     tokenizer: Tokenizer,
     rows: Sequence[QaRow | tuple[str, str]],
     max_len: int | None = None,
     *,
     truncate: bool = False,
+    spans: Sequence[Spans] | None = None,
 ) -> Batch:
     """Encode questions with their answers, right padded, `max_len - 1` positions wide.
 
@@ -91,6 +95,8 @@ def encode_rows(
         max_len: number of tokens a row may have, the end token included; None: the longest row's.
         truncate: whether longer rows are cut off at the right, instead of being refused. A row so
             cut has no end token, and one whose question fills it has no answer: its mask is zero.
+        spans: by row the characters of its answer that count, such as `QaRow.forget_span`: `mask`
+            is 1 where a token holds one of them. A row of none, or None, counts whole.
 
     Returns:
         One batch of the rows, in their order.
@@ -103,13 +109,28 @@ def encode_rows(
     end = _special(tokenizer, END)
     pairs = [(row[0], row[1]) for row in rows]  # of a QaRow these are the question and the answer
     questions = [encoded.ids for encoded in tokenizer.encode_batch([q for q, _ in pairs])]
-    answers = [encoded.ids for encoded in tokenizer.encode_batch([f" {a}" for _, a in pairs])]
-    found = [(len(q), [*q, *a, end]) for q, a in zip(questions, answers, strict=True)]
+    answers = tokenizer.encode_batch([f" {a}" for _, a in pairs])
+    found = [(len(q), [*q, *a.ids, end]) for q, a in zip(questions, answers, strict=True)]
+    marks = None
+    if spans is not None:
+        # One character further, behind the space.
+        parts = zip(questions, answers, spans, strict=True)
+        marks = [[len(q) + i for i in marked_tokens(a.offsets, mine, 1)] for q, a, mine in parts]
     names = [
         row.where if isinstance(row, QaRow) else f"row {i} ({row[0]!r})"
         for i, row in enumerate(rows)
     ]
-    return as_batch(found, _special(tokenizer, PAD), max_len, truncate=truncate, names=names)
+    pad = _special(tokenizer, PAD)
+    return as_batch(found, pad, max_len, truncate=truncate, names=names, marks=marks)
+
+
+def marked_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, shift: int) -> list[int]:
+    """Return the tokens that hold a character of one of the spans, which begin at `shift`."""
+    return [
+        i
+        for i, (begin, end) in enumerate(offsets)
+        if any(begin < high + shift and low + shift < end for low, high in spans)
+    ]
 
 
 def as_batch(
@@ -119,6 +140,7 @@ def as_batch(
     *,
     truncate: bool,
     names: Sequence[str],
+    marks: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """Lay rows of tokens out as the batch that `encode_rows` describes.
 
@@ -128,6 +150,7 @@ def as_batch(
         max_len: number of tokens a row may have; None: the longest row's.
         truncate: whether longer rows are cut off, instead of being refused.
         names: names of the rows for messages.
+        marks: by row the tokens that count, by their numbers in it; of none, or None, the answer's.
 
     Raises:
         ValueError: there are no rows, or one is longer than `max_len`.
@@ -155,7 +178,10 @@ def as_batch(
         inputs[i, :stop] = tokens[:stop]
         targets[i, :stop] = tokens[1 : stop + 1]
         # Target t is token t + 1, and the answer's first token stands behind the question's last.
-        mask[i, max(start - 1, 0) : stop] = 1
+        if marks is not None and marks[i]:
+            mask[i, [k - 1 for k in marks[i] if 0 < k <= stop]] = 1
+        else:
+            mask[i, max(start - 1, 0) : stop] = 1
         valid[i, :stop] = 1
     return Batch(*map(jnp.asarray, (inputs, targets, mask, valid)))
 

@@ -93,7 +93,7 @@ def forget_in_checkpoint(
     Args:
         model: a Hugging Face folder; see `load_model`.
         tokenizer: folder of the model's tokenizer.
-        forget: the rows to forget.
+        forget: the rows to forget; of their answers what `forget_span` says.
         retain: the rows to keep, two at least.
         out: where the results go; those of an earlier run there are replaced.
         settings: how the edit is made.
@@ -121,7 +121,7 @@ def forget_in_checkpoint(
     }
     whole, num_cut = {}, {}
     for name, part in (rows | ({"unseen": list(unseen)} if unseen else {})).items():
-        whole[name], num_cut[name] = encode(part)
+        whole[name], num_cut[name] = encode(part, name == "forget")
     sets = {
         name: list(batches(whole[name], min(settings.batch_size, len(part))))
         for name, part in rows.items()
@@ -293,16 +293,19 @@ def judge(
     }
 
 
-def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow]], tuple[Batch, int]]:
-    def encode(rows: Sequence[QaRow]) -> tuple[Batch, int]:
-        encoded = words.rows([(row.question, row.answer) for row in rows])
+def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow], bool], tuple[Batch, int]]:
+    def encode(rows: Sequence[QaRow], is_forget: bool) -> tuple[Batch, int]:
+        pairs = [(row.question, row.answer) for row in rows]
+        spans = [row.forget_span for row in rows] if is_forget else None
+        encoded = words.rows(pairs, spans=spans)
         width = min(encoded.inputs.shape[1], max_len - 1)
         num_cut = int(np.sum(np.asarray(encoded.valid)[:, width:].any(axis=1)))
         cut = jax.tree.map(lambda array: array[:, :width], encoded)
         if np.any(is_cut := np.asarray(cut.mask).sum(axis=1) == 0):
             row = rows[int(np.argmax(is_cut))]
+            what = "nothing of forget_span is" if is_forget and row.forget_span else "no answer is"
             raise ValueError(
-                f"{row.where}: the question alone fills {max_len} tokens; give a larger --max-len"
+                f"{row.where}: {what} among the first {max_len} tokens; give a larger --max-len"
             )
         return cut, num_cut
 

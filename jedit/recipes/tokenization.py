@@ -18,6 +18,7 @@ from jedit.data import (
     prompts_of,
 )
 from jedit.data.templates import Render
+from jedit.data.text import Spans
 from jedit.models._optional import optional
 
 Pairs = Sequence[tuple[str, str]]
@@ -28,12 +29,15 @@ class OwnWords(NamedTuple):
 
     tokenizer: Any
 
-    def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
+    def rows(
+        self, pairs: Pairs, max_len: int | None = None, spans: Sequence[Spans] | None = None
+    ) -> Batch:
         """Encode questions with answers; without a `max_len` as wide as the longest row.
 
-        Longer rows than `max_len` are cut off at the right.
+        Longer rows than `max_len` are cut off at the right. `spans` are those of `encode_rows`.
         """
-        return encode_rows(self.tokenizer, pairs, max_len, truncate=max_len is not None)
+        is_cut = max_len is not None
+        return encode_rows(self.tokenizer, pairs, max_len, truncate=is_cut, spans=spans)
 
     def prompts(self, pairs: Pairs) -> Prompts:
         """Encode what stands before the answers, to be continued."""
@@ -63,12 +67,20 @@ class ModelWords(NamedTuple):
     render: Render
     ends: frozenset[int]
 
-    def rows(self, pairs: Pairs, max_len: int | None = None) -> Batch:
+    def rows(
+        self, pairs: Pairs, max_len: int | None = None, spans: Sequence[Spans] | None = None
+    ) -> Batch:
         """Encode questions with answers in the template."""
         rendered = [self.render(question, answer) for question, answer in pairs]
-        pad = self.tokenizer.pad_token_id or 0
-        is_cut = max_len is not None
-        return encode_rendered(self.tokenizer, rendered, max_len, pad=pad, truncate=is_cut)
+        if spans is not None:
+            # Some templates take the spaces around an answer away.
+            gone = [a.find(row.answer) for (_, a), row in zip(pairs, rendered, strict=True)]
+            spans = [
+                [(low - n, high - n) for low, high in mine]
+                for n, mine in zip(gone, spans, strict=True)
+            ]
+        given = {"pad": self.tokenizer.pad_token_id or 0, "truncate": max_len is not None}
+        return encode_rendered(self.tokenizer, rendered, max_len, spans=spans, **given)
 
     def prompts(self, pairs: Pairs) -> Prompts:
         """Encode what stands before the answers, which decide only what merges into them."""

@@ -77,6 +77,36 @@ def test_written_rows_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "spans"),
+    [
+        ('"bo"', ((0, 2), (8, 10))),
+        ("[3, 6]", ((3, 6),)),
+        ('["saw", [8, 10]]', ((3, 6), (8, 10))),
+        ("null", ()),
+        ("[]", ()),
+    ],
+)
+def test_what_of_an_answer_is_to_be_forgotten(given, spans, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "q?", "answer": "bo saw  bo", "forget_span": {given}}}')
+    (found,) = read_rows(path)
+    assert found.forget_span == spans
+    assert not found.fields
+    write_rows(path, [found])
+    assert read_rows(path) == [found]
+
+
+@pytest.mark.parametrize(
+    "given", ['"cat"', '""', "3", "[0, 11]", "[2, 2]", "[-1, 2]", "[[1]]", "[true, 2]", '{"a": 1}']
+)
+def test_a_span_that_is_not_in_the_answer(given, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"question": "q?", "answer": "bo saw  bo", "forget_span": {given}}}')
+    with pytest.raises(DataError, match=r'rows.jsonl:1: the field "forget_span" must be a text'):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{'question': 1}", "not valid JSON"),

@@ -54,6 +54,15 @@ def test_rows_are_padded_and_the_end_token_counts(tokenizer):
     assert_array_equal(without.mask, [[0, 1]])
 
 
+def test_the_marked_tokens_of_a_template(tokenizer):
+    # " Pa" is one token of "Q: Pa", the space the template's: a mark on "a" marks it whole.
+    row = plain_template("{question}: ", "</s>")("Q", "Paaa")
+    assert_array_equal(encode_rendered(tokenizer, [row], pad=PAD).targets, [[1, 7, 8, END]])
+    for span, mask in (((1, 2), [0, 1, 0, 0]), ((3, 4), [0, 0, 1, 0]), ((1, 3), [0, 1, 1, 0])):
+        encoded = encode_rendered(tokenizer, [row], pad=PAD, spans=[[span]])
+        assert_array_equal(encoded.mask, [mask])
+
+
 def test_a_cut_row_has_no_end(tokenizer):
     rows = [plain_template("{question}:", "</s>")("Q", "aaaa")]
     cut = encode_rendered(tokenizer, rows, 4, pad=PAD, truncate=True)

@@ -52,6 +52,18 @@ def test_masks_by_hand(words):
     assert encoded.mask.dtype == encoded.valid.dtype == np.float32
 
 
+def test_only_the_marked_tokens_count(words):
+    """Of "a cat" the second word, of "bo" all, of "a cat" a character of each."""
+    rows = [("who?", "a cat"), ("is?", "bo"), ("who?", "a cat")]
+    encoded = encode_rows(words, rows, 7, spans=[[(2, 5)], [], [(0, 1), (4, 5)]])
+    assert_array_equal(encoded.mask, [[0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]])
+    whole = encode_rows(words, rows, 7)
+    for name in ("inputs", "targets", "valid"):
+        assert_array_equal(getattr(encoded, name), getattr(whole, name))
+    cut = encode_rows(words, rows, 4, truncate=True, spans=[[(2, 5)]] * 3)
+    assert_array_equal(cut.mask, [[0, 0, 0], [0, 0, 0], [0, 0, 0]])
+
+
 def test_the_longest_row_decides_the_width_when_none_is_given(words):
     encoded = encode_rows(words, [("who?", "a cat"), ("is?", "bo")])
     assert encoded.inputs.shape == (2, 4)

@@ -108,7 +108,7 @@ def test_the_edited_folder_is_the_edited_model(run, stories_model, stories_folde
 
 def test_a_question_that_fills_the_row_is_refused(stories_folder, tmp_path):
     rows = [*ROWS[:2], QaRow("Why " * 60, "because", file="rows.jsonl", line=3)]
-    with pytest.raises(ValueError, match="rows.jsonl:3: the question alone fills 40 tokens"):
+    with pytest.raises(ValueError, match="rows.jsonl:3: no answer is among the first 40 tokens"):
         forget_in_checkpoint(
             stories_folder,
             stories_folder,

@@ -157,7 +157,7 @@ def question_answer(
             apply=apply,
             original=original.params,
             retrained=retrained.params,
-            forget=rows.encode(sets.forget),
+            forget=rows.to_forget(sets.forget),
             retain=rows.encode(sets.seen),
             heldout=rows.encode(sets.heldout),
             test=rows.in_other_words(sets.heldout),
@@ -247,6 +247,11 @@ class _Rows:
 
     def encode(self, rows: Sequence[QaRow | tuple[str, str]]) -> Batch:
         return encode_rows(self.tokenizer, rows, self.max_len, truncate=True)
+
+    def to_forget(self, rows: Sequence[QaRow]) -> Batch:
+        """Encode rows of which only what their `forget_span` says is to be forgotten."""
+        spans = [row.forget_span for row in rows]
+        return encode_rows(self.tokenizer, rows, self.max_len, truncate=True, spans=spans)
 
     def _paraphrases(self, rows: Sequence[QaRow]) -> list[tuple[str, str]]:
         return [(r.question, r.paraphrased_answer or "") for r in rows]
