@@ -155,7 +155,7 @@ def _spans(given: Any, answer: str, where: str) -> tuple[tuple[int, int], ...]:
     Raises:
         DataError: what is given is no text of the answer, and no range of its characters.
     """
-    if given is None:
+    if given in (None, []):
         return ()
     several = isinstance(given, list) and not all(type(item) is int for item in given)
     spans: list[tuple[int, int]] = []

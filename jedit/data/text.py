@@ -115,7 +115,7 @@ def encode_rows(
     if spans is not None:
         # One character further, behind the space.
         parts = zip(questions, answers, spans, strict=True)
-        marks = [[len(q) + i for i in marked_tokens(a.offsets, mine, 1)] for q, a, mine in parts]
+        marks = [marked_tokens(a.offsets, mine, 1, len(q)) for q, a, mine in parts]
     names = [
         row.where if isinstance(row, QaRow) else f"row {i} ({row[0]!r})"
         for i, row in enumerate(rows)
@@ -124,10 +124,21 @@ def encode_rows(
     return as_batch(found, pad, max_len, truncate=truncate, names=names, marks=marks)
 
 
-def marked_tokens(offsets: Sequence[tuple[int, int]], spans: Spans, shift: int) -> list[int]:
-    """Return the tokens that hold a character of one of the spans, which begin at `shift`."""
+def marked_tokens(
+    offsets: Sequence[tuple[int, int]], spans: Spans, shift: int, before: int = 0
+) -> list[int] | None:
+    """Return the tokens that hold a character of one of the spans, or None where there is none.
+
+    Args:
+        offsets: by token its first character and the one behind it.
+        spans: ranges of characters.
+        shift: number of characters that stand before what the spans count from.
+        before: number of tokens that stand before these.
+    """
+    if not spans:
+        return None
     return [
-        i
+        before + i
         for i, (begin, end) in enumerate(offsets)
         if any(begin < high + shift and low + shift < end for low, high in spans)
     ]
@@ -140,7 +151,7 @@ def as_batch(
     *,
     truncate: bool,
     names: Sequence[str],
-    marks: Sequence[Sequence[int]] | None = None,
+    marks: Sequence[Sequence[int] | None] | None = None,
 ) -> Batch:
     """Lay rows of tokens out as the batch that `encode_rows` describes.
 
@@ -150,7 +161,7 @@ def as_batch(
         max_len: number of tokens a row may have; None: the longest row's.
         truncate: whether longer rows are cut off, instead of being refused.
         names: names of the rows for messages.
-        marks: by row the tokens that count, by their numbers in it; of none, or None, the answer's.
+        marks: by row the tokens that count, by their numbers in it; None: the answer's.
 
     Raises:
         ValueError: there are no rows, or one is longer than `max_len`.
@@ -178,8 +189,8 @@ def as_batch(
         inputs[i, :stop] = tokens[:stop]
         targets[i, :stop] = tokens[1 : stop + 1]
         # Target t is token t + 1, and the answer's first token stands behind the question's last.
-        if marks is not None and marks[i]:
-            mask[i, [k - 1 for k in marks[i] if 0 < k <= stop]] = 1
+        if marks is not None and (mine := marks[i]) is not None:
+            mask[i, [k - 1 for k in mine if 0 < k <= stop]] = 1
         else:
             mask[i, max(start - 1, 0) : stop] = 1
         valid[i, :stop] = 1
