@@ -45,14 +45,14 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.core.paths import exactly, parameter_paths
+from jedit.core.paths import matcher, parameter_paths
 from jedit.curvature import choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, edit_between
 from jedit.geometry import RetainKl, largest_step_within
 from jedit.geometry.parts import ahead, moved
-from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.natural import covered, natural
 from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
 from jedit.requests.forgetting import Forgetting, Natural, Rewind
@@ -68,6 +68,8 @@ from jedit.requests.unseen import (
     targets,
 )
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.freezing import which_are_trained
+from jedit.training.masters import with_masters
 from jedit.training.rows import num_rows as rows_in
 from jedit.training.watch import History
 from jedit.transforms import clip_by_curvature_norm, falling
@@ -136,7 +138,8 @@ def forget(
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
-        params: the trained parameters θ₀.
+        params: the trained parameters θ₀. Those that are edited and narrower than float32 are kept
+            in float32 meanwhile, in which small steps add up, and computed with as they were.
         forget: rows to forget, with targets; not packed.
         retain: rows to keep, with targets.
         key: of the curvature's labels and of the order of the rows.
@@ -176,6 +179,7 @@ def forget(
         check_power(rows_in(forget), rows_in(unseen.rows), how.significance)
     if how.attack is not None and rows_in(forget) < 2:
         raise ValueError("an attack teaches some forget rows and asks about others; there is one")
+    apply, params = with_masters(apply, params, _which_are_edited(params, how.method))
     score = Score(apply, forget, unseen)
     seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
@@ -220,6 +224,18 @@ def forget(
         comeback=comeback,
     )
     return Edit(walk.change), info
+
+
+def _which_are_edited(params: PyTree, method: Natural | TrainingMethod) -> tuple[bool, ...]:
+    """Return, leaf by leaf, what may be edited, where it is told before a curvature is there."""
+    if isinstance(method, TrainingMethod):
+        return which_are_trained(params, method.trainable)
+    select = method.select if method.curvature is None else covered(method.curvature)
+    is_found = matcher("" if select is None else select, "select")
+    named = parameter_paths(params)
+    return tuple(
+        jnp.issubdtype(jnp.result_type(x), jnp.floating) and is_found(path) for path, x in named
+    )
 
 
 def _check_start(start: PyTree, params: PyTree) -> None:
@@ -288,7 +304,6 @@ def _natural(
     if (then := steps.recovery) is None:
         return method, None
     assert isinstance(steps.objective, WithRetain)
-    covered = [path for block in curvature.blocks.values() for path in block.weight.paths]
     after = TrainingMethod(
         dataclasses.replace(steps.objective, forget_weight=then.forget_weight),
         # Adam's steps have length one in every coordinate, so it is the bound that sets it.
@@ -297,7 +312,7 @@ def _natural(
             optax.scale(-1.0),
             clip_by_curvature_norm(curvature, falling(then.predicted_kl, then.steps)),
         ),
-        trainable="|".join(exactly(covered)),
+        trainable=method.trainable,
         batch_size=then.batch_size,
     )
     return method, (after, then.steps)

@@ -90,6 +90,29 @@ def test_rows_rise_to_the_quantiles_of_unseen_rows_and_no_further(scene):
     assert np.isnan(blind.p_value).all()
 
 
+def test_small_steps_add_up_in_narrow_weights(scene):
+    params, gone, kept, unseen = scene
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    method = by_row(
+        optax.sgd(2e-3)
+    )  # a step of a thousandth, where a weight of 2 has steps of .016
+    given = {"unseen": unseen, "key": KEY, "how": Forgetting(method=method, steps=12)}
+    edit, info = forget(apply, narrow, gone, kept, **given)
+    # By hand: masters in float32, rounded where they are used.
+    wide = {**narrow, "table": narrow["table"].astype(jnp.float32)}
+
+    def rounded(params, inputs):
+        return apply({**params, "table": params["table"].astype(jnp.bfloat16)}, inputs)
+
+    expected, found = forget(rounded, wide, gone, kept, **given)
+    np.testing.assert_array_equal(edit.blocks["table"], expected.blocks["table"])
+    np.testing.assert_array_equal(info.loss_after, found.loss_after)
+    assert edit.blocks["table"].dtype == jnp.float32
+    moved = np.abs(np.asarray(edit.blocks["table"])).max()
+    lost, _ = jedit.run_method(method, apply, narrow, gone, kept, steps=12, key=KEY)
+    assert np.abs(np.asarray(lost.blocks["table"])).max() < 0.5 * moved
+
+
 def test_a_row_that_is_done_keeps_its_parameters(scene):
     params, gone, kept, unseen = scene
     # One row is unlikely from the start: above every unseen loss, so that it is done at once.

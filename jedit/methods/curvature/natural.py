@@ -30,6 +30,7 @@ utility than few long ones, tempering cost a tenth of it, and damping hardly mat
 import optax
 
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.paths import exactly
 from jedit.curvature import Curvature
 from jedit.objectives import Objective
 from jedit.training import TrainingMethod
@@ -63,11 +64,17 @@ def natural(
     Returns:
         A method for `jedit.unlearn` and `jedit.run_method`.  A step costs the objective's gradient,
         one `solve` and one `quadratic_form`, and its state holds two copies of the curvature;
-        parameters that the curvature does not cover stay.
+        parameters that the curvature does not cover are not differentiated.
 
     Raises:
         ValueError: a number out of its range.
     """
     check_numbers(COUNT, batch_size=batch_size)
     optimizer = natural_steps(curvature, damping=damping, predicted_kl=predicted_kl)
-    return TrainingMethod(objective, optimizer, batch_size=batch_size)
+    return TrainingMethod(objective, optimizer, trainable=covered(curvature), batch_size=batch_size)
+
+
+def covered(curvature: Curvature) -> str:
+    """Return the pattern of the parameters that a curvature covers, such as `trainable` takes."""
+    paths = [path for block in curvature.blocks.values() for path in block.weight.paths]
+    return "|".join(exactly(dict.fromkeys(paths)))
