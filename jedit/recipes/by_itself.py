@@ -11,11 +11,10 @@ from jaxtyping import Array, PyTree
 from jedit.edits import apply_edit
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Task
-from jedit.report import Curve, Method
+from jedit.report import Point
 from jedit.report.table import number
 from jedit.requests import ForgetInfo, Forgetting, Natural, Unseen, forget
 
-NAME = "jedit.forget"
 ATTACK_RATE = 3e-4  # Adam's, as in TOFU's attacks
 
 WHY = {
@@ -26,17 +25,9 @@ WHY = {
 
 
 class Run(NamedTuple):
-    """What a run gave.
+    """What a run gave: the edited model's point, its parameters, and how it went."""
 
-    Attributes:
-        method: it, as one of a comparison's methods.
-        curve: its one point.
-        params: the edited parameters.
-        sentence: how it went.
-    """
-
-    method: Method
-    curve: Curve
+    point: Point
     params: PyTree
     sentence: str
 
@@ -44,7 +35,8 @@ class Run(NamedTuple):
 def run_by_itself(task: Task, unseen: Unseen, judge: Judge, *, key: Array) -> Run:
     """Forget a task's rows by the defaults, until they cannot be told from unseen ones.
 
-    No retrained model is looked at, and there is nothing to choose.
+    No retrained model is looked at, and there is nothing to choose.  The point's seconds are those
+    of fit, edit and attack, compiling included.
     """
     how = Forgetting(Natural(select=task.select), attack=optax.adam(ATTACK_RATE))
     start = time.perf_counter()
@@ -55,14 +47,7 @@ def run_by_itself(task: Task, unseen: Unseen, judge: Judge, *, key: Array) -> Ru
     seconds = time.perf_counter() - start
     kls = {"predicted_kl": info.predicted_kl, "true_kl": float(info.true_kl[-1])}
     point = judge(params, float(info.steps), seconds, **kls)
-    method = Method(
-        NAME,
-        "natural steps until the rows to forget cannot be told from unseen ones, then a recovery; "
-        "its seconds are of fit, edit and attack, compiling included",
-        "steps",
-        {},
-    )
-    return Run(method, Curve(NAME, {}, (point,)), params, how_it_went(found_of(info)))
+    return Run(point, params, how_it_went(found_of(info)))
 
 
 def found_of(info: ForgetInfo) -> dict[str, Any]:

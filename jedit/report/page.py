@@ -23,7 +23,8 @@ class Section(NamedTuple):
     Attributes:
         comparison: the comparison, with its numbers.
         verdict: the verdict on the comparison's chosen model.
-        glance: a name and a text of the untouched, the edited and the retrained model, by row.
+        glance: a name and a text of the untouched, the edited and the retrained model, by row;
+            before the last that of `jedit.forget`, where it was run.
         wide: the figure for a wide screen, as a data URI.
         narrow: the figure for a narrow screen, as a data URI.
         caption: text that says how to read the figure.
@@ -93,7 +94,8 @@ def _section(comparison: Comparison) -> Section:
 
 def _glance(comparison: Comparison) -> list[tuple[str, ...]]:
     edited = None if comparison.chosen is None else comparison.chosen[1]
-    points = (comparison.original, edited, comparison.retrained)
+    alone = () if comparison.by_itself is None else (comparison.by_itself,)
+    points = (comparison.original, edited, *alone, comparison.retrained)
     rows: list[tuple[str, Callable[[Point], str]]] = [
         ("loss on the forget rows, nats", lambda p: number(p.forget_nll)),
         ("accuracy there, %", lambda p: share(p.forget_accuracy)),

@@ -152,6 +152,8 @@ class Comparison(NamedTuple):
         methods: the methods that were compared.
         curves: every setting of every method.
         answers: a few questions with each model's answer; the edited model's are those of `chosen`.
+        by_itself: the point of the model that `jedit.forget` edited, which stops by itself and is
+            chosen by nothing; None where it was not run.
         pictures: a few images with each model's guess; the edited model's are those of `chosen`.
         leaderboard: by model (untouched, retrained, each method at its best point) and metric,
             further numbers; empty where none were measured.
@@ -172,6 +174,7 @@ class Comparison(NamedTuple):
     methods: tuple[Method, ...]
     curves: tuple[Curve, ...]
     answers: tuple[Answer, ...] = ()
+    by_itself: Point | None = None
     pictures: tuple[Picture, ...] = ()
     utility_share: float | None = None
     leaderboard: dict[str, dict[str, float]] = {}

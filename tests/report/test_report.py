@@ -208,6 +208,16 @@ def test_the_page_answers_first_what_happened(run, comparison):
     assert re.search(rf"before\s*7 {before}\s*after\s*4 {after}\s*retrained\s*1 {retrained}", text)
 
 
+def test_the_page_shows_what_stopped_by_itself(run, comparison):
+    assert "jedit.forget" not in Resources(page(run)).text
+    answer = comparison.answers[0]._replace(by_itself="Dora.")
+    alone = comparison._replace(answers=(answer,), by_itself=point(9.0, 0.04, 1.0))
+    text = Resources(page(run._replace(comparisons=(alone,)))).text
+    assert re.search(r"before\s*after\s*after jedit.forget\s*retrained", text)
+    assert re.search(r"loss on the forget rows, nats\s*2.00\s*2.10\s*11.0\s*2.00", text)
+    assert re.search(r"Ana.\s*<b>Bea</b>.\s*Dora.\s*Cleo.", text)
+
+
 def test_a_narrow_screen_keeps_the_columns_that_matter(run):
     found = re.search(r'<table class="sheet">.*?</table>', page(run), re.DOTALL)
     rows = re.findall(r"<tr.*?</tr>", found[0], re.DOTALL)

@@ -22,13 +22,13 @@ from jedit.data import (
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
-from jedit.recipes.by_itself import NAME, run_by_itself
+from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
-from jedit.report import Answer, Comparison, best_point
+from jedit.report import Answer, Comparison
 from jedit.requests import Unseen
 from jedit.requests.unseen import spread
 
@@ -173,19 +173,16 @@ def question_answer(
             ),
         )
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
-        methods, curves, notes = judged.methods, judged.curves, _notes(sets, rows)
+        notes, run = _notes(sets, rows), None
         if selection.unseen:
             say(f"{part}: jedit.forget, until the rows cannot be told from unseen ones")
             unseen = rows.unseen(sets.forget, selection.unseen)
             run = run_by_itself(task, unseen, Judge(task, grid.lost_kl), key=forget_key)
-            methods, curves = (*methods, run.method), (*curves, run.curve)
-            models[run.method.name] = run.params
-            notes.append(f"{run.method.name}: {run.sentence}")
-        best = best_point(curves, None, grid.kl_budget)
+            notes.append(f"jedit.forget: {run.sentence}")
         # Where no edit was good enough the page shows the untouched model as the edited one.
-        edited = original.params if best is None else models[best[0].method]
+        edited = models[judged.chosen] if judged.chosen else original.params
         say(f"{part}: asking a few questions")
-        asked = (original.params, edited, retrained.params, models.get(NAME))
+        asked = (original.params, edited, retrained.params, run and run.params)
         answers = rows.ask(apply, sets, asked)
         found.append(
             Comparison(
@@ -218,9 +215,10 @@ def question_answer(
                 kl_budget=grid.kl_budget,
                 original=judged.original,
                 retrained=judged.retrained,
-                methods=methods,
-                curves=curves,
+                methods=judged.methods,
+                curves=judged.curves,
                 answers=answers,
+                by_itself=run and run.point,
             )
         )
     return tuple(found)

@@ -1,5 +1,8 @@
 """The comparison on a toy task: every number is there, and the same key gives it again."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +12,14 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import batches
 from jedit.methods import CATALOGUE, ByBudget, ByScale, Pace, Reach
+from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison import compare as compare_module
 from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import MAIN, Grid, Task
 from jedit.recipes.scenes import authors
 from jedit.report import best_point
+from jedit.requests import Unseen
 
 GRID = Grid(
     budgets=(0.003, 0.03),
@@ -95,6 +101,22 @@ def test_every_method_has_a_curve_for_every_setting(judged_and_models):
         {"learning rate": 0.01},
         {"learning rate": 0.03},
     ]
+
+
+def test_a_run_that_stops_by_itself(task):
+    rng = np.random.default_rng(1)
+    unseen = Batch(rng.normal(size=(30, 8)).astype(np.float32), np.full(30, 3, np.int32))
+    run = run_by_itself(task, Unseen(unseen), Judge(task, math.inf), key=jax.random.key(2))
+    assert run.point.forget_nll > metrics.nll(task.apply, task.original, task.forget) + 0.1
+    for name, value in (
+        ("forget_nll", metrics.nll(task.apply, run.params, task.forget)),
+        ("heldout_kl", metrics.output_kl(task.apply, task.original, run.params, task.heldout)),
+    ):
+        np.testing.assert_allclose(getattr(run.point, name), value, rtol=1e-5)
+    steps = int(run.point.strength)
+    assert steps > 0
+    assert run.sentence.startswith(f"{steps} steps in all: ")
+    assert re.search(r"\d+ of 30 rows are done \(p = .*before and after a sixth", run.sentence)
 
 
 def test_one_curvature_alone(task, judged_and_models):
