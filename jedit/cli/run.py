@@ -73,7 +73,7 @@ def _edit_checkpoint(
     from rich.table import Table
 
     from jedit.data import read_rows
-    from jedit.recipes.by_itself import how_it_went
+    from jedit.recipes.by_itself import cautions, how_it_went
     from jedit.recipes.pretrained import Settings, check_folder, forget_in_checkpoint
     from jedit.report.table import number
 
@@ -122,6 +122,8 @@ def _edit_checkpoint(
         soft_wrap=True,
         highlight=False,
     )
+    for text in cautions(found, options.budget):
+        console.print(text, soft_wrap=True, highlight=False)
     return 0
 
 

@@ -42,7 +42,7 @@ from jedit.core.outputs import by_example, counted_outputs
 from jedit.core.paths import exactly, parameter_paths
 from jedit.core.precision import wide
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import counted_nll
+from jedit.objectives.token_nll import nll_of
 from jedit.tracing import Sites, find_sites, intervene
 
 Layers = tuple[tuple[str, ...], ...]
@@ -172,7 +172,7 @@ def _gaps(
             for i, names in enumerate(layers)
         }
         patched = intervene(apply, original, batch.inputs, add=add, select=select).outputs
-        nll, _ = counted_nll(lambda _, __: patched, None, batch)
+        nll, _ = nll_of(patched, batch)
         return jnp.sum(by_example(batch, nll), axis=1)
 
     # All cases run one program, the one without a change too: where states are equal, so is what

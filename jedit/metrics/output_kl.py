@@ -16,9 +16,8 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
-from jedit.core.outputs import counted_outputs
 from jedit.metrics.streaming import each_batch, mean_of_sums
-from jedit.objectives.token_nll import token_kl
+from jedit.objectives.token_nll import counted_kl
 
 
 @on_auto_axes
@@ -36,6 +35,5 @@ def output_kl(
 
 @partial(jax.jit, static_argnums=0)
 def _sum_kl(apply: Apply, original: PyTree, edited: PyTree, batch: Batch) -> tuple[Array, Array]:
-    divergence = token_kl(apply(original, batch.inputs), apply(edited, batch.inputs))
-    counted = counted_outputs(batch, divergence.shape)
+    divergence, counted = counted_kl(apply, original, edited, batch)
     return jnp.sum(jnp.where(counted, divergence, 0)), jnp.sum(counted)

@@ -21,9 +21,8 @@ from jaxtyping import PyTree
 from jedit.core.arguments import check_function
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.core.outputs import counted_outputs
 from jedit.objectives.objective import Objective, Value, kept_rows, needed
-from jedit.objectives.token_nll import counted_nll, masked_mean, token_kl
+from jedit.objectives.token_nll import counted_kl, counted_nll, masked_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +62,8 @@ class RetainKL:
         """Return the loss; the forget rows are not looked at."""
         reference = needed(reference, self)
         retain = kept_rows(retain)
-        fixed = jax.lax.stop_gradient(apply(reference, retain.inputs))
-        divergence = token_kl(fixed, apply(params, retain.inputs))
-        loss = masked_mean(divergence, counted_outputs(retain, divergence.shape))
+        fixed = jax.lax.stop_gradient(reference)
+        loss = masked_mean(*counted_kl(apply, fixed, params, retain))
         return loss, {"retain_kl": loss}
 
 

@@ -13,6 +13,7 @@ from jedit.core.arguments import check_batch, check_labels
 from jedit.core.batch import Apply, Batch
 from jedit.core.outputs import by_example, counted_outputs, kl_terms
 from jedit.core.precision import wide
+from jedit.core.row_blocks import in_row_blocks
 
 
 def token_nll(
@@ -58,8 +59,49 @@ def labelled_logits(
         ValueError: if the batch has no targets, or not one per output.
     """
     check_batch(batch, "the objective's batch")
+    return _labelled(apply(params, batch.inputs), batch)
+
+
+def counted_nll(
+    apply: Apply, params: PyTree, batch: Batch
+) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return each output's negative log-likelihood, 0 where it does not count, and which count.
+
+    Targets that do not count may hold anything, -100 for instance. Large outputs are computed in
+    blocks of rows.
+
+    Raises:
+        ValueError: if the batch has no targets, or not one per output.
+    """
+    check_batch(batch, "the objective's batch")
+    return in_row_blocks(lambda outputs, rows: nll_of(outputs[0], rows), apply, (params,), batch)
+
+
+def nll_of(
+    logits: Float[Array, "*lead classes"], batch: Batch
+) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return what `counted_nll` does, of logits that are there."""
+    logits, targets, counted = _labelled(logits, batch)
+    return jnp.where(counted, token_nll(logits, targets), 0), counted
+
+
+def counted_kl(
+    apply: Apply, reference: PyTree, params: PyTree, batch: Batch
+) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
+    """Return KL(p_reference || p), output by output, and which count; in blocks of rows as well."""
+
+    def values(outputs: tuple[Array, ...], rows: Batch) -> tuple[Array, Array]:
+        divergence = token_kl(*outputs)
+        return divergence, counted_outputs(rows, divergence.shape)
+
+    return in_row_blocks(values, apply, (reference, params), batch)
+
+
+def _labelled(
+    logits: Float[Array, "*lead classes"], batch: Batch
+) -> tuple[Float[Array, "*lead classes"], Int[Array, "*lead"], Bool[Array, "*lead"]]:
     # Wide before the softmax: in bfloat16 the NLL of a memorised token has no digit left.
-    logits = wide(apply(params, batch.inputs))
+    logits = wide(logits)
     if batch.targets is None or batch.targets.shape != logits.shape[:-1]:
         got = None if batch.targets is None else batch.targets.shape
         raise ValueError(
@@ -69,20 +111,6 @@ def labelled_logits(
     # Class 0 stands in for targets such as -100, which would index out of range.
     counted = counted_outputs(batch, logits.shape[:-1])
     return logits, jnp.where(counted, batch.targets, 0), counted
-
-
-def counted_nll(
-    apply: Apply, params: PyTree, batch: Batch
-) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
-    """Return each output's negative log-likelihood, 0 where it does not count, and which count.
-
-    Targets that do not count may hold anything, -100 for instance.
-
-    Raises:
-        ValueError: if the batch has no targets, or not one per output.
-    """
-    logits, targets, counted = labelled_logits(apply, params, batch)
-    return jnp.where(counted, token_nll(logits, targets), 0), counted
 
 
 def sequence_nll(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " batch"]:

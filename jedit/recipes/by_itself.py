@@ -16,6 +16,7 @@ from jedit.report.table import number
 from jedit.requests import ForgetInfo, Forgetting, Natural, Unseen, forget
 
 ATTACK_RATE = 3e-4  # Adam's, as in TOFU's attacks
+BEYOND, LOST = 1.5, 0.1  # times the budget; a share of a matrix's change; both arbitrary
 
 WHY = {
     "unseen": "the rows cannot be told from unseen ones",
@@ -85,3 +86,24 @@ def how_it_went(found: dict[str, Any]) -> str:
             text += f"; of unseen rows {number(comeback['unseen'][0])}"
         text += "."
     return text
+
+
+def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
+    """Say what the numbers of an edited folder warn of: results of `forget_in_checkpoint`."""
+    texts = []
+    if found.get("stopped") == "unseen" and not found["steps"]:
+        texts.append(
+            "The model never knew these rows, as far as the test can tell: nothing was changed."
+        )
+    moved = found["after"]["heldout_kl"]
+    if budget is not None and moved > BEYOND * budget:
+        texts.append(
+            f"Held-out rows moved by {number(moved)} nats, more than the budget of "
+            f"{number(budget)}, which was kept on other rows: give more rows to keep."
+        )
+    if found["rounded_away"] > LOST:
+        texts.append(
+            f"Rounded to the folder's numbers, one matrix loses {found['rounded_away']:.0%} of its "
+            "change, and the edited folder is not quite the model that was judged."
+        )
+    return texts
