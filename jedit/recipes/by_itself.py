@@ -104,6 +104,6 @@ def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
     if found["rounded_away"] > LOST:
         texts.append(
             f"Rounded to the folder's numbers, one matrix loses {found['rounded_away']:.0%} of its "
-            "change, and the edited folder is not quite the model that was judged."
+            "change; what is judged above is what is left of it."
         )
     return texts
