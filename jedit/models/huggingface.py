@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, PackedTokens
-from jedit.core.devices import on_auto_axes
+from jedit.core.devices import no_mesh, on_auto_axes
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
 from jedit.models._optional import optional
@@ -36,10 +36,11 @@ from jedit.models.decoding import Stepper
 from jedit.models.functional import to_pure, to_pure_method
 from jedit.models.shardings import Shardings, default_shardings
 from jedit.models.weight_files import (
+    FLOATS,
     INDEX,
-    Place,
     Stack,
     copy_layout,
+    flush,
     read_json,
     read_places,
     views,
@@ -67,9 +68,9 @@ def load_model(
     their own positions, and a token sees its own row alone. Paths are tunix's:
     "embedder/input_embedding" (vocab, d), "layers/0/attn/q_proj/w" (d, heads, head_dim),
     "layers/0/attn/o_proj/w" (heads, head_dim, d), "layers/0/mlp/{gate,up,down}_proj/kernel"
-    (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms; in families
-    that tunix lacks every matrix's name is "kernel". Norms and softmax are computed in float32 in
-    Llama and Qwen.
+    (d_in, d_out), "lm_head/w" (d, vocab) unless the embedding is tied, and the norms; Gemma has
+    "q_einsum/w" and "kv_einsum/w", or "qkv_einsum/w", and families that tunix lacks have "kernel"
+    for "w" and biases. Norms and softmax are computed in float32 in Llama and Qwen.
 
     Only the parts of the files are read that this process's devices hold, one part at a time: no
     tensor lies whole on one device, unless its sharding says so, or twice on the host.
@@ -98,13 +99,12 @@ def load_model(
         raise ValueError("give a mesh, over which parameters are split by default, or shardings.")
     folder = Path(folder)
     config, places = read_config(folder), read_places(folder)
-    wanted = _common(places) if dtype is None else jnp.dtype(dtype)
-    kind = family_of(config, wanted)
-    module = _abstract(kind)
-    found = _converted(kind, module, views(places), folder)
+    kind, module, found = _seen(config, views(places), folder, dtype)
+    wanted = _common(found) if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
         shardings = default_shardings(module, mesh)
-    apply, shapes = to_pure(module, functools.partial(_causal, kind.window))
+    most = getattr(kind.config, "num_positions", 0)
+    apply, shapes = to_pure(module, functools.partial(_causal, kind.window, most))
 
     def read(path: str, shape: tuple[int, ...]) -> Array:
         place = None if shardings is None else shardings(path, shape)
@@ -133,9 +133,8 @@ def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepp
         ValueError: what `load_model` refuses in the configuration, or no such folder.
     """
     folder = Path(folder)
-    wanted = _common(read_places(folder)) if dtype is None else jnp.dtype(dtype)
-    kind = family_of(read_config(folder), wanted)
-    call = to_pure_method(_abstract(kind), "__call__")
+    kind, module, _ = _seen(read_config(folder), views(read_places(folder)), folder, dtype)
+    call = to_pure_method(module, "__call__")
     sizes = kind.config
 
     def init(params: PyTree, batch: int, num_positions: int) -> dict[str, dict[str, Array]]:
@@ -168,6 +167,9 @@ def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepp
 def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Path:
     """Write edited parameters as a folder that `load_model` and `transformers` read.
 
+    Each process writes the parts that its devices hold, into files that all of them see: on one
+    host, or on a file system that keeps their pages alike. What was in files of the same names is
+    replaced; the configuration is written last, so that a folder that was broken off is no model.
     Files and names of the tensors, config and tokenizer are the source's; tensors that are no
     parameter (of an image tower, say) are copied. Weights are written in the params' dtype, and
     config.json says so.
@@ -206,6 +208,8 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
     is_first = jax.process_index() == 0
     if is_first:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", INDEX):
+            (folder / name).unlink(missing_ok=True)
         for file in files:
             copy_layout(file, folder / file.name, set(old) - (kept - set(doubles)), dtype)
     _all_wait("laid out")
@@ -218,7 +222,7 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
         for name in kept - set(doubles):
             new[name][...] = old[name]
     num_bytes = sum(value.nbytes for value in new.values())
-    del new  # closes the files
+    flush(new)
     _all_wait("written")
     if is_first:
         # Last, so that a folder that was broken off is no model.
@@ -255,15 +259,20 @@ def read_config(folder: str | Path) -> Any:
         )
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is no Hugging Face folder.")
-    return optional("transformers").AutoConfig.from_pretrained(str(folder))
+    auto = optional("transformers").AutoConfig
+    return auto.from_pretrained(str(folder), trust_remote_code=False)
 
 
-def _causal(window: int | None, module: Any, inputs: Array | PackedTokens) -> Array:
+def _causal(
+    window: int | None, num_positions: int, module: Any, inputs: Array | PackedTokens
+) -> Array:
     is_packed = isinstance(inputs, PackedTokens)
     tokens = inputs.tokens if is_packed else inputs
     if tokens.ndim != 2:
         raise ValueError(f"tokens must be (batch, seq), got {tokens.shape}.")
     batch, seq = tokens.shape
+    if num_positions and seq > num_positions and not is_packed:
+        raise ValueError(f"{seq} tokens are more than the model's {num_positions} positions.")
     positions = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32)[None], (batch, seq))
     mask = jnp.broadcast_to(jnp.tri(seq, dtype=bool)[None], (batch, seq, seq))
     if is_packed:
@@ -294,9 +303,23 @@ def _usual_rules() -> Iterator[None]:
         yield
 
 
-def _common(places: Mapping[str, Place]) -> jnp.dtype:
-    """Return the dtype of a folder's tensors, float32 if they differ."""
-    stored = {place.dtype for place in places.values()}
+def _seen(
+    config: Any, tensors: Mapping[str, np.ndarray], folder: Path, dtype: DTypeLike | None
+) -> tuple["Architecture", Any, dict[str, np.ndarray | Stack]]:
+    """Return the family, its module of shapes, and views of its parameters.
+
+    Without a dtype it is the parameters' own: what else lies in the files does not count.
+    """
+    kind = family_of(config, jnp.float32 if dtype is None else dtype)
+    found = _converted(kind, _abstract(kind), tensors, folder)
+    if dtype is None:
+        kind = family_of(config, _common(found))
+    return kind, _abstract(kind), found
+
+
+def _common(found: Mapping[str, np.ndarray | Stack]) -> jnp.dtype:
+    """Return the dtype of the parameters' tensors, float32 if they differ."""
+    stored = {view.dtype for view in found.values()}
     return jnp.dtype(stored.pop() if len(stored) == 1 else jnp.float32)
 
 
@@ -310,7 +333,8 @@ def family_of(config: Any, dtype: DTypeLike) -> "Architecture":
 def _abstract(kind: "Architecture") -> Any:
     """Return the module with shapes in place of arrays."""
     nnx = optional("flax.nnx")
-    module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(params=0)))
+    with no_mesh():  # whose axes would have to be those that the modules name
+        module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(params=0)))
     kind.finish(module)
     return module
 
@@ -344,6 +368,11 @@ def _converted(
             raise ValueError(
                 f"{folder}: {path} has shape {found[path].shape}, by config.json {shape}."
             )
+        if found[path].dtype not in FLOATS.values():
+            raise ValueError(
+                f"{folder}: {path} is stored as {found[path].dtype}, which is not supported; only "
+                f"{', '.join(FLOATS)} are."
+            )
     return {path: found[path] for path in wanted}
 
 
@@ -353,6 +382,8 @@ def _read(
     """Read a parameter, each device its part."""
 
     def part(index: Any) -> np.ndarray:
+        if isinstance(view, Stack):
+            return np.asarray(view[index], dtype, order="C")
         # A copy: the array that JAX makes of it may be this memory, and the file may change.
         return np.array(view[index], dtype, order="C")
 

@@ -41,12 +41,21 @@ PLAIN = {
     "layer_replication": (None, []),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
+    # Some begin by changing the base's weights, some act behind certain tokens alone.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 
 
 class Module(NamedTuple):
-    """A module's adapter: the change of its outputs is `scale * B A x`."""
+    """A module's adapter, by its name in PEFT: its outputs change by `scale * B A x`."""
 
+    key: str
     a: np.ndarray  # (rank, in)
     b: np.ndarray  # (out, rank)
     scale: float
@@ -84,8 +93,9 @@ def load_adapter(
         whole on every device.
 
     Raises:
-        ValueError: adapters of another kind than plain LoRA, of modules that the model has not, or
-            of parameters that stand in no product of matrices, such as an embedding.
+        ValueError: adapters of another kind than plain LoRA, of modules that the model has not, of
+            a part of a parameter (in Gemma of its keys without its values, say), or of parameters
+            that stand in no product of matrices, such as an embedding.
     """
     folder = Path(folder)
     config, modules = _read(folder, Path(source))
@@ -157,7 +167,7 @@ def save_adapter(
         raise ValueError(f"the params have other adapters than {adapter}: {sorted(lora)[:6]}, ...")
     scale = modules[names[0]].scale
     tensors, ranks, alphas = {}, {}, {}
-    for i, (name, module) in enumerate(modules.items()):
+    for i, module in enumerate(modules.values()):
         sides = []
         for path, places in found.items():
             mine = places.module == i
@@ -171,12 +181,14 @@ def save_adapter(
             sides.append((rows, columns))
         a, b = _joined(sides, len(module.a))
         b = b * np.asarray(scale / module.scale, b.dtype)
-        key = name.removesuffix(".weight")
+        key = module.key
         tensors[f"{PREFIX}{key}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{PREFIX}{key}.lora_B.weight"] = np.ascontiguousarray(b)
         if len(a) != config["r"] or module.scale != _scale(config, config["r"], None):
             ranks[key] = len(a)
             alphas[key] = module.scale * _divisor(config, len(a))
+    if jax.process_index():
+        return folder  # the adapters lie whole in every process, and one writes them
     folder.mkdir(parents=True, exist_ok=True)
     optional("safetensors.numpy").save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps({**config, "rank_pattern": ranks, "alpha_pattern": alphas}, indent=2)
@@ -213,7 +225,7 @@ def _read(folder: Path, source: Path) -> tuple[dict[str, Any], dict[str, Module]
         tensor = next((name for name in options if name in bases), None)
         if tensor is None or set(pair) != {"A", "B"}:
             raise ValueError(f"{folder}: {key} is no module of {source}, or half an adapter.")
-        modules[tensor] = Module(pair["A"], pair["B"], _scale(config, len(pair["A"]), key))
+        modules[tensor] = Module(key, pair["A"], pair["B"], _scale(config, len(pair["A"]), key))
         out, into = _sides(bases[tensor].shape, config)
         if (len(pair["B"]), pair["A"].shape[1]) != (out, into):
             raise ValueError(f"{folder}: the adapter of {key} is not of its shape, {out}, {into}.")
@@ -255,7 +267,7 @@ def _coordinates(
     """Find the parameters that adapters stand beside, and which coordinate there is which.
 
     Raises:
-        ValueError: a parameter that can have no adapter.
+        ValueError: a parameter that can have no adapter, or has one of a part of it.
     """
     kind = family_of(read_config(source), np.float32)
     shapes = {name: place.shape for name, place in read_places(Path(source)).items()}
@@ -280,7 +292,18 @@ def _coordinates(
     order = {name: i for i, name in enumerate(names)}
     module = converted(lambda name, _: np.asarray(order.get(name, -1), np.int32))
     outputs, inputs = converted(along(axis_out)), converted(along(1 - axis_out))
-    touched = [path for path, value in module.items() if _whole(value).max(initial=-1) >= 0]
+    touched = []
+    for path, value in module.items():
+        # A part is of one tensor, so that one number of it tells which.
+        parts = value.parts if isinstance(value, Stack) else (value,)
+        has_adapter = [int(part[(0,) * part.ndim]) >= 0 for part in parts]
+        if any(has_adapter) and not all(has_adapter):
+            raise ValueError(
+                f"{path} is one parameter of {len(parts)} modules, of which the adapter has only "
+                f"{sum(has_adapter)}; one of all or of none of them can be loaded."
+            )
+        if any(has_adapter):
+            touched.append(path)
     paths = [path.replace(".", "/") for path in touched]
     weights = adapter_weights(
         apply, params, np.zeros((1, 2), np.int32), _any_of(dict.fromkeys(paths))

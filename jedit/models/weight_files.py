@@ -7,6 +7,7 @@ asked for; what is assigned to a view is written into the file.
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +18,25 @@ import numpy as np
 from jedit.models._optional import optional
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {
+FLOATS = {
     "BF16": jnp.dtype(jnp.bfloat16),
     "F16": jnp.dtype(jnp.float16),
     "F32": jnp.dtype(jnp.float32),
     "F64": jnp.dtype(jnp.float64),
+}
+# What may stand beside the parameters: masks and other buffers; and weights that are quantised.
+DTYPES = FLOATS | {
+    "BOOL": np.dtype(np.bool_),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "I32": np.dtype(np.int32),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
+    "F8_E4M3": jnp.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": jnp.dtype(jnp.float8_e5m2),
 }
 
 
@@ -42,6 +57,11 @@ class Stack:
     """
 
     parts: tuple[Any, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the dtype of the parts."""
+        return self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,8 +106,8 @@ def read_places(folder: Path) -> dict[str, Place]:
     """Return where each tensor of a folder lies, reading the headers alone.
 
     Raises:
-        ValueError: the folder has no tensors, has one twice, or has some that are no ordinary
-            floats; or a file that is not whole.
+        ValueError: the folder has no tensors, has one twice, or has some of an unknown dtype; or a
+            file that is not whole.
     """
     found: dict[str, Place] = {}
     for file in weight_files(folder):
@@ -102,8 +122,7 @@ def read_places(folder: Path) -> dict[str, Place]:
                 )
             if entry["dtype"] not in DTYPES:
                 raise ValueError(
-                    f"{file}: {name} is stored as {entry['dtype']}, which is not supported; only "
-                    f"{', '.join(DTYPES)} are."
+                    f"{file}: {name} is stored as {entry['dtype']}, which is not supported."
                 )
             offset = begin + entry["data_offsets"][0]
             found[name] = Place(file, offset, tuple(entry["shape"]), DTYPES[entry["dtype"]])
@@ -115,7 +134,7 @@ def views(places: Mapping[str, Place], mode: Literal["r", "r+"] = "r") -> dict[s
     files = {place.file for place in places.values()}
     mapped = {file: np.memmap(file, np.uint8, mode) for file in files}
     return {
-        name: np.ndarray(place.shape, place.dtype, mapped[place.file].data, place.offset)
+        name: np.ndarray(place.shape, place.dtype, mapped[place.file], place.offset)
         for name, place in places.items()
     }
 
@@ -146,9 +165,23 @@ def copy_layout(source: Path, file: Path, changed: Collection[str], dtype: np.dt
         body = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         body += b" " * (-len(body) % 8)  # the format wants the numbers aligned to eight bytes
         text = len(body).to_bytes(8, "little") + body
+    # A new file: the old one may be another's, by a link, or be read by somebody.
+    file.unlink(missing_ok=True)
     with file.open("wb") as opened:
         opened.write(text)
-        opened.truncate(len(text) + end)
+        opened.flush()
+        # Taken beforehand: a mapped page for which there is no room would end the process.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, len(text) + end)
+        else:
+            opened.truncate(len(text) + end)
+
+
+def flush(tensors: Mapping[str, np.ndarray]) -> None:
+    """Write what was assigned to views back into their files."""
+    for mapped in {id(tensor.base): tensor.base for tensor in tensors.values()}.values():
+        assert isinstance(mapped, np.memmap)
+        mapped.flush()
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

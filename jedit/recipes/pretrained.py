@@ -108,6 +108,11 @@ def forget_in_checkpoint(
         ValueError: a row that leaves no answer within `max_len`, a model or a tokenizer that
             cannot be loaded, or too few rows for the method.
     """
+    if unseen and any(r.forget_span for r in forget) != any(r.forget_span for r in unseen):
+        raise ValueError(
+            "rows to forget and unseen rows are compared by what counts of them: give forget_span "
+            "in both, or in none"
+        )
     split_key, edit_key = jax.random.split(jax.random.key(settings.seed))
     say(f"loading {model}")
     apply, params, _ = load_model(model)
@@ -121,7 +126,7 @@ def forget_in_checkpoint(
     }
     whole, num_cut = {}, {}
     for name, part in (rows | ({"unseen": list(unseen)} if unseen else {})).items():
-        whole[name], num_cut[name] = encode(part, name == "forget")
+        whole[name], num_cut[name] = encode(part, name in ("forget", "unseen"))
     sets = {
         name: list(batches(whole[name], min(settings.batch_size, len(part))))
         for name, part in rows.items()

@@ -76,8 +76,8 @@ class ModelWords(NamedTuple):
             # Some templates take the spaces around an answer away.
             gone = [a.find(row.answer) for (_, a), row in zip(pairs, rendered, strict=True)]
             spans = [
-                [(low - n, high - n) for low, high in mine]
-                for n, mine in zip(gone, spans, strict=True)
+                _moved(mine, n, len(row.answer))
+                for mine, n, row in zip(spans, gone, rendered, strict=True)
             ]
         given = {"pad": self.tokenizer.pad_token_id or 0, "truncate": max_len is not None}
         return encode_rendered(self.tokenizer, rendered, max_len, spans=spans, **given)
@@ -101,6 +101,13 @@ class ModelWords(NamedTuple):
 
 
 Words = OwnWords | ModelWords
+NOWHERE = (-(10**9), -(10**9))
+
+
+def _moved(spans: Spans, begin: int, length: int) -> Spans:
+    """Return spans of a text as those of its part; of what is not in it one that marks nothing."""
+    inside = [(max(low - begin, 0), min(high - begin, length)) for low, high in spans]
+    return [(low, high) for low, high in inside if low < high] or [NOWHERE] * bool(spans)
 
 
 def _token_ids(prompts: Prompts) -> list[list[int]]:
@@ -116,7 +123,9 @@ def load_words(folder: str | Path) -> ModelWords:
             stands.
     """
     try:
-        tokenizer = optional("transformers").AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = optional("transformers").AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -272,6 +272,6 @@ def test_tofu_files_are_read_as_they_are(folder, shared_data, monkeypatch):
     arguments = ["--data", str(tofu / "full.json"), "--out", str(folder / "out")]
     perturbed, retain = (str(tofu / f"{name}.json") for name in ("forget10_perturbed", "retain90"))
     assert main(["run", *arguments, "--forget", perturbed, "--retain", retain]) == 0
-    ((data, forget, kept),) = calls
-    assert (len(data), len(forget), len(kept)) == (4000, 400, 3600)
+    ((data, forget, kept, unseen),) = calls
+    assert (len(data), len(forget), len(kept), len(unseen)) == (4000, 400, 3600, 0)
     assert all(row.paraphrased_answer and len(row.perturbed_answer) == 5 for row in forget)

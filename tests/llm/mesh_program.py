@@ -41,7 +41,8 @@ def main(kind, folder, address=None, process="0"):
     apply, params, _ = load_model(folder / "source", mesh=mesh)
     leaves = dict(parameter_paths(params))
     for path, leaf in leaves.items():
-        assert leaf.ndim == 1 or held(leaf) < leaf.nbytes, path
+        is_small = leaf.ndim == 1 or "router" in path  # of which tunix says nothing
+        assert is_small or held(leaf) < leaf.nbytes, path
     # All there is on this device, what loading may have left behind included.
     on_first = sum(held(array) for array in jax.live_arrays())
     assert on_first < 0.4 * sum(leaf.nbytes for leaf in leaves.values()), on_first
@@ -56,7 +57,9 @@ def main(kind, folder, address=None, process="0"):
     for path, leaf in parameter_paths(edited):
         assert leaf.sharding.is_equivalent_to(leaves[path].sharding, leaf.ndim), path
     batch = jedit.Batch(tokens, jnp.roll(tokens, -1, axis=1))
-    kfac = jedit.kfac(apply, jedit.likelihoods.Categorical(), select="layers/1/.*down_proj")
+    kfac = jedit.kfac(
+        apply, jedit.likelihoods.Categorical(), select="layers/1/.*(down_proj|o_proj)"
+    )
     curvature = jedit.estimate(kfac, params, [batch], key=jax.random.key(0))
     found = {"logits": logits, "trace": jedit.trace(curvature)}
     found = {name: multihost_utils.process_allgather(x, tiled=True) for name, x in found.items()}

@@ -24,6 +24,15 @@ CONFIGS = {
     "mistral": transformers.MistralConfig(**COMMON, sliding_window=5),
     "qwen2": transformers.Qwen2Config(**COMMON, rope_theta=1000000.0, tie_word_embeddings=False),
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=6, rope_theta=5000000.0),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **COMMON,
+        head_dim=6,
+        moe_intermediate_size=12,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        mlp_only_layers=[],
+    ),
     "gemma": transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),
     "gemma2": transformers.Gemma2Config(
         **COMMON, head_dim=6, query_pre_attn_scalar=6, sliding_window=5
@@ -69,7 +78,14 @@ def shapes(config):
         "mlp.up_proj": (inner, width),
         "mlp.down_proj": (width, inner),
     }
-    if config.model_type in ("qwen3", "gemma3_text"):
+    if config.model_type == "qwen3_moe":
+        layer = {name: shape for name, shape in layer.items() if not name.startswith("mlp.")}
+        layer["mlp.gate"] = (config.num_experts, width)
+        inner = config.moe_intermediate_size
+        for i in range(config.num_experts):
+            layer |= {f"mlp.experts.{i}.{n}_proj": (inner, width) for n in ("gate", "up")}
+            layer[f"mlp.experts.{i}.down_proj"] = (width, inner)
+    if config.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
     if config.model_type in ("gemma2", "gemma3_text"):
         layer |= {f"{side}_feedforward_layernorm": (width,) for side in ("pre", "post")}

@@ -120,6 +120,13 @@ def test_a_question_that_fills_the_row_is_refused(stories_folder, tmp_path):
         )
 
 
+def test_spans_of_the_forget_rows_alone_are_refused(stories_folder, tmp_path):
+    marked = [row._replace(forget_span=((0, 2),)) for row in ROWS[:2]]
+    given = (stories_folder, stories_folder, marked, ROWS[4:], tmp_path / "out", Settings())
+    with pytest.raises(ValueError, match="forget_span in both, or in none"):
+        forget_in_checkpoint(*given, unseen=ROWS[2:4], say=lambda _: None)
+
+
 def test_from_the_command_line(stories_folder, tmp_path, capsys):
     pytest.importorskip("tyro")
     from jedit.cli.main import main

@@ -70,5 +70,5 @@ def test_the_documented_story(stories_folder, stories_model):
 
 def test_no_folder_of_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="no config.json"):
         load_stepper(tmp_path / "empty")

@@ -54,6 +54,7 @@ def run(kind, folder, processes):
     [
         ("llama", "auto", 2),
         ("gemma2", "explicit", 1),  # keys and values are stacked
+        pytest.param("qwen3_moe", "auto", 1, marks=pytest.mark.exhaustive),
         pytest.param("mistral", "auto", 1, marks=pytest.mark.exhaustive),
         pytest.param("qwen3", "explicit", 1, marks=pytest.mark.exhaustive),
         pytest.param("gemma3", "auto", 2, marks=pytest.mark.exhaustive),
@@ -69,7 +70,9 @@ def test_the_devices_do_not_matter(family, kind, processes, tmp_path):
     assert_allclose(found["logits"], want, rtol=0, atol=2e-5 * np.abs(want).max())
     tokens = jnp.asarray(TOKENS)
     batch = jedit.Batch(tokens, jnp.roll(tokens, -1, axis=1))
-    kfac = jedit.kfac(apply, jedit.likelihoods.Categorical(), select="layers/1/.*down_proj")
+    kfac = jedit.kfac(
+        apply, jedit.likelihoods.Categorical(), select="layers/1/.*(down_proj|o_proj)"
+    )
     curvature = jedit.estimate(kfac, params, [batch], key=jax.random.key(0))
     assert_allclose(found["trace"], jedit.trace(curvature), rtol=1e-3)
 

@@ -55,7 +55,7 @@ def test_logits_of_every_architecture(name):
     kind = architecture(CONFIGS[name](), jnp.float32)
     module = nnx.eval_shape(lambda: kind.model_class(kind.config, rngs=nnx.Rngs(0)))
     kind.finish(module)
-    apply, shapes = to_pure(module, partial(huggingface._causal, kind.window))
+    apply, shapes = to_pure(module, partial(huggingface._causal, kind.window, 0))
     apply = huggingface._by_the_usual_rules(apply)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), filled(shapes))
     padded = rows(37, 7)

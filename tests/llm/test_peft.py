@@ -113,6 +113,8 @@ def test_scales_of_some_modules(tmp_path):
         ({"use_dora": True}, "use_dora = True"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
     ],
 )
 def test_other_kinds_of_adapters(change, message, tmp_path):
@@ -120,6 +122,14 @@ def test_other_kinds_of_adapters(change, message, tmp_path):
     folder, _ = write_adapter(source, tmp_path / "adapter", **change)
     apply, params, _ = load_model(source)
     with pytest.raises(ValueError, match=message):
+        load_adapter(folder, apply, params, source=source)
+
+
+def test_a_part_of_a_parameter(tmp_path):
+    source = write_random("gemma2", tmp_path / "source")
+    folder, _ = write_adapter(source, tmp_path / "adapter", ("self_attn.v_proj",))
+    apply, params, _ = load_model(source)
+    with pytest.raises(ValueError, match=r"kv_einsum.w is one parameter of 2 modules.* only 1"):
         load_adapter(folder, apply, params, source=source)
 
 

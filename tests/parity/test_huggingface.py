@@ -201,7 +201,21 @@ def test_several_files(tmp_path):
     assert_same(np.asarray(jax.jit(apply)(edited, TOKENS)), torch_logits(folder))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3 experts",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "phi",
+        "olmo2",
+    ],
+)
 def test_half_precision(name, tmp_path):
     source = write(name, tmp_path / "source", dtype=torch.bfloat16)
     apply, params, _ = load_model(source)

@@ -74,7 +74,7 @@ class Dense(nnx.Module):
         dtype: Any,
     ):
         self.num_in = len(d_in)
-        self.kernel = nnx.Param(jnp.zeros((*d_in, *d_out), dtype), out_sharding=split)
+        self.kernel = _split(jnp.zeros((*d_in, *d_out), dtype), split)
         self.bias = nnx.Param(jnp.zeros(d_out, dtype)) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -185,7 +185,7 @@ class Embedder(nnx.Module):
     def __init__(self, settings: Settings):
         def table(rows: int) -> nnx.Param:
             zeros = jnp.zeros((rows, settings.embed_dim), settings.dtype)
-            return nnx.Param(zeros, out_sharding=OUT_OF)
+            return _split(zeros, OUT_OF)
 
         self.input_embedding = table(settings.vocab_size)
         places = settings.num_positions
@@ -228,6 +228,11 @@ class Decoder(nnx.Module):
         else:
             logits = self.lm_head(x)
         return logits, None if cache is None else kept
+
+
+def _split(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """Make a parameter that says how it is split, and is not by being made."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def _norm(settings: Settings, width: int, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:

@@ -46,7 +46,7 @@ def by_table(table: Table) -> Callable[[Tensors], dict[str, Any]]:
         found = {}
         for name, value in tensors.items():
             rows = [row for row in table.items() if re.match(row[0], name)]
-            if len(rows) != 1:  # in no row: nothing of the model
+            if len(rows) != 1:  # in none, or in several, as tunix's loader has it
                 continue
             pattern, (path, transform) = rows[0]
             axes, shape = transform or (None, None)

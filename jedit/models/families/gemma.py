@@ -73,6 +73,7 @@ def _gemma(config: Any, kinds: list[str], **settings: Any) -> Architecture:
         attention_bias=(False,),
         rms_norm_eps=(1e-6,),
         tie_word_embeddings=(True,),
+        use_bidirectional_attention=(False, None),
     )
     if theta_of(config) != 10_000:
         raise ValueError(f"tunix's Gemma has rope_theta 10000, not {theta_of(config)}.")

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX (Pythia) and Phi 1 and 1.5: layer norms, biases, a perceptron without gate."""
+"""GPT-2, GPT-NeoX (Pythia) and Phi 1, 1.5 and 2: layer norms, biases, a perceptron without gate."""
 
 from typing import Any
 

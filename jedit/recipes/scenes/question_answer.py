@@ -300,8 +300,10 @@ class _Rows:
 
     def unseen(self, forget: Sequence[QaRow], unseen: Sequence[QaRow]) -> Unseen:
         """Return unseen rows, with wrong answers to both sets where all rows have some."""
-        rows = self.encode(unseen)
-        if not all(len(row.perturbed_answer) >= self.perturbed > 0 for row in unseen):
+        rows = self.to_forget(unseen)
+        if any(row.forget_span for row in (*forget, *unseen)) or not all(
+            len(row.perturbed_answer) >= self.perturbed > 0 for row in unseen
+        ):
             return Unseen(rows)
         return Unseen(rows, *(self.encode(self._wrong(part)) for part in (forget, unseen)))
 
