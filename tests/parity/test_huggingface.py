@@ -73,7 +73,7 @@ CONFIGS = {
     "gemma2, as many keys": transformers.Gemma2Config(
         **{**COMMON, "num_key_value_heads": 4},
         head_dim=6,
-        query_pre_attn_scalar=6,
+        query_pre_attn_scalar=9,  # as the model of 27 billion, whose scale is no width of a head
         sliding_window=4,
     ),
     "gemma": transformers.GemmaConfig(**{**COMMON, "num_key_value_heads": 1}, head_dim=6),

@@ -45,15 +45,12 @@ def gemma(config: Any, dtype: Any) -> Architecture:
 def gemma2(config: Any, dtype: Any) -> Architecture:
     """Return the model of a Gemma 2's configuration."""
     del dtype  # the computation follows the parameters
-    expect(
-        config,
-        hidden_activation=("gelu_pytorch_tanh",),
-        query_pre_attn_scalar=(config.head_dim,),
-    )
+    expect(config, hidden_activation=("gelu_pytorch_tanh",))
     kinds = {"sliding_attention": "LOCAL_SLIDING", "full_attention": "GLOBAL"}
     return _gemma(
         config,
         [kinds[kind] for kind in config.layer_types],
+        scale=config.head_dim / config.query_pre_attn_scalar,
         final_logit_softcap=config.final_logit_softcapping,
         attn_logits_soft_cap=config.attn_logit_softcapping,
         sliding_window_size=config.sliding_window,
@@ -62,8 +59,14 @@ def gemma2(config: Any, dtype: Any) -> Architecture:
     )
 
 
-def _gemma(config: Any, kinds: list[str], **settings: Any) -> Architecture:
+def _gemma(config: Any, kinds: list[str], *, scale: float = 1.0, **settings: Any) -> Architecture:
     """Return tunix's first Gemma, whose layers are of these kinds.
+
+    Args:
+        config: the configuration.
+        kinds: for each layer the name of its kind of attention.
+        scale: by how much more than 1 / head_dim the squares of queries are multiplied.
+        settings: further settings of tunix's.
 
     Raises:
         ValueError: a setting that it has as a constant is another.
@@ -90,7 +93,7 @@ def _gemma(config: Any, kinds: list[str], **settings: Any) -> Architecture:
 
     def finish(module: Any) -> None:
         for layer in module.layers:
-            layer.attn.__class__ = _sliding_attention(model)
+            layer.attn.__class__ = _attention(model, scale**0.25)
 
     return Architecture(model.Gemma, made, _joined(by_table(table), made), True, finish=finish)
 
@@ -162,14 +165,20 @@ def _joined(convert: Callable[[Tensors], dict[str, Any]], settings: Any) -> Call
 
 
 @functools.cache
-def _sliding_attention(model: types.ModuleType) -> type:
+def _attention(model: types.ModuleType, factor: float) -> type:
     """Make a class of tunix's attention whose window is counted in positions.
 
-    tunix 0.1.7 counts it from the first column, which in packed rows is another row's.
+    tunix 0.1.7 counts it from the first column, which in packed rows is another row's. And it has
+    the queries' scale as a constant; where Gemma 2 27B has another, queries and keys, which both
+    are rotated, take the same factor.
     """
 
     def mask(positions: jax.Array, *, cache_len: int, sliding_window_size: int) -> jax.Array:
         keys = positions if positions.shape[1] == cache_len else jnp.arange(cache_len)[None]
         return positions[:, :, None] - keys[:, None, :] < sliding_window_size
 
-    return with_globals(model.Attention, "block", _create_sliding_mask=mask)
+    def apply_rope(inputs: jax.Array, positions: jax.Array, head_dim: int) -> jax.Array:
+        return model.apply_rope(inputs, positions, head_dim=head_dim) * factor
+
+    names = {"apply_rope": apply_rope} if factor != 1.0 else {}
+    return with_globals(model.Attention, "block", _create_sliding_mask=mask, **names)
