@@ -3,7 +3,8 @@
 One object stands on each line. It needs `question` and `answer`, and may have
 `paraphrased_question`, `paraphrased_answer`, `perturbed_answer` (a list of wrong answers) and
 `forget_span`, which says what of the answer is to be forgotten: a text, wherever it occurs there; a
-range of characters, [begin, end]; or a list of such. Every
+range of characters, [begin, end]; or a list of such. A row that has `text` in their place is a
+text without a question: its answer is the text. Every
 other field whose value is a text, a number or a truth value (an author, a topic, ...) is kept, so
 that rows can be selected by it; lists and objects are ignored. TOFU's own files, the perturbed ones
 too, are of this form.
@@ -27,7 +28,7 @@ class QaRow(NamedTuple):
     """One question with its answer.
 
     Attributes:
-        question: text of the question.
+        question: text of the question; empty for a text that answers none.
         answer: text of its right answer.
         paraphrased_question: the question in other words, or None.
         paraphrased_answer: the right answer in other words, or None.
@@ -55,7 +56,9 @@ class QaRow(NamedTuple):
     @property
     def where(self) -> str:
         """Return the row's place, "file:line", for messages."""
-        return f"{self.file}:{self.line}" if self.line else f"the row {self.question!r}"
+        return (
+            f"{self.file}:{self.line}" if self.line else f"the row {self.question or self.answer!r}"
+        )
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -103,6 +106,8 @@ def write_rows(path: str | Path, rows: Sequence[QaRow]) -> None:
     for row in rows:
         named = {name: value for name, value in row._asdict().items() if value}
         own = {k: v for k, v in named.items() if k not in ("fields", "file", "line")}
+        if not row.question:
+            own["text"] = own.pop("answer")
         lines.append(json.dumps({**own, **row.fields}) + "\n")
     Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -116,20 +121,24 @@ def _parse(line: str, file: str, number: int) -> QaRow:
         raise DataError(f"{where}: not valid JSON: {reason}.") from None
     if not isinstance(fields, dict):
         raise DataError(
-            f"{where}: a line must be an object with the fields question and answer, got "
+            f"{where}: a line must be an object with the fields question and answer, or text, got "
             f"{_kind(fields)}."
         )
+    is_text = "text" in fields and not {"question", "answer"} & set(fields)
+    if is_text:
+        _check_text(fields, "text", where)
+        fields |= {"question": "", "answer": fields.pop("text")}
     for name in ("question", "answer"):
         if name not in fields:
             given = ", ".join(sorted(fields)) or "none"
             raise DataError(f'{where}: the row has no field "{name}"; its fields: {given}.')
-        if isinstance(fields[name], str) and not fields[name].strip():
-            raise DataError(f'{where}: the field "{name}" is empty.')
-    for name in TEXTS:
-        value = fields.get(name)
-        # An optional field may be null; question and answer may not.
-        if not isinstance(value, str) and (value is not None or name in ("question", "answer")):
-            raise DataError(f'{where}: the field "{name}" must be a string, got {_kind(value)}.')
+        if not is_text:
+            _check_text(fields, name, where)
+    for name in TEXTS[2:]:
+        if fields.get(name) is not None and not isinstance(fields[name], str):
+            raise DataError(
+                f'{where}: the field "{name}" must be a string, got {_kind(fields[name])}.'
+            )
     wrong = fields.get("perturbed_answer") or []
     if not isinstance(wrong, list) or not all(isinstance(item, str) for item in wrong):
         got = _kind(wrong) if not isinstance(wrong, list) else "a list with other things in it"
@@ -147,6 +156,14 @@ def _parse(line: str, file: str, number: int) -> QaRow:
         file=file,
         line=number,
     )
+
+
+def _check_text(fields: Mapping[str, Any], name: str, where: str) -> None:
+    value = fields[name]
+    if not isinstance(value, str):
+        raise DataError(f'{where}: the field "{name}" must be a string, got {_kind(value)}.')
+    if not value.strip():
+        raise DataError(f'{where}: the field "{name}" is empty.')
 
 
 def _spans(given: Any, answer: str, where: str) -> tuple[tuple[int, int], ...]:

@@ -131,6 +131,8 @@ def encode_rendered(
         start = next(
             (k for k, (_, stop) in enumerate(encoded.offsets) if stop > len(row.before)), None
         )
+        if not (row.before or row.end) and len(encoded.ids) > 1:
+            start = 1  # of a text by itself the first token is given
         if not start:  # nothing to predict, or nothing to predict it from
             raise ValueError(f"{name}: the answer has no token that follows another one.")
         found.append((start, encoded.ids))

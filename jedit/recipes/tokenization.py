@@ -17,7 +17,7 @@ from jedit.data import (
     plain_template,
     prompts_of,
 )
-from jedit.data.templates import Render
+from jedit.data.templates import Render, Rendered
 from jedit.data.text import Spans
 from jedit.models._optional import optional
 
@@ -118,6 +118,8 @@ def _token_ids(prompts: Prompts) -> list[list[int]]:
 def load_words(folder: str | Path) -> ModelWords:
     """Read a tokenizer: rows go into its chat template, or into "Question: ... Answer: ...".
 
+    A row without a question is a text: it stands behind the token that begins one, by itself.
+
     Raises:
         ValueError: the folder has no tokenizer, or one that does not say where in the text a token
             stands.
@@ -142,7 +144,12 @@ def load_words(folder: str | Path) -> ModelWords:
     else:
         start, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
         render = plain_template(f"{start}Question: {{question}}\nAnswer: ", end)
+    begin = tokenizer.bos_token or ""
+
+    def with_texts(question: str, answer: str) -> Rendered:
+        return render(question, answer) if question else Rendered(begin, answer, "")
+
     # Chat models end a turn with a token of the template, which need not be the tokenizer's eos.
     last = tokenizer.backend_tokenizer.encode(render("?", ".").end, add_special_tokens=False).ids
     ends = {tokenizer.eos_token_id, *(last if len(last) == 1 else ())} - {None}
-    return ModelWords(tokenizer, render, frozenset(ends))
+    return ModelWords(tokenizer, with_texts, frozenset(ends))

@@ -106,15 +106,34 @@ def test_a_span_that_is_not_in_the_answer(given, tmp_path):
         read_rows(path)
 
 
+def test_a_text_is_a_row_without_a_question(tmp_path):
+    line = '{"text": "Ada met Bo.", "forget_span": "Bo", "topic": "people"}'
+    [read] = read_rows(write(tmp_path / "texts.jsonl", line))
+    assert read[:2] == ("", "Ada met Bo.")
+    assert (read.forget_span, read.fields) == (((8, 10),), {"topic": "people"})
+    write_rows(tmp_path / "again.jsonl", [read])
+    [again] = read_rows(tmp_path / "again.jsonl")
+    assert again == read._replace(file=str(tmp_path / "again.jsonl"))
+    # Beside question and answer it is a field like another.
+    [asked] = read_rows(write(tmp_path / "asked.jsonl", row(0, text="a source")))
+    assert (asked.question, asked.fields) == ("q0?", {"text": "a source"})
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{'question': 1}", "not valid JSON"),
-        ('["a", "b"]', "must be an object with the fields question and answer, got a list"),
+        (
+            '["a", "b"]',
+            "must be an object with the fields question and answer, or text, got a list",
+        ),
         ("3", "got a number"),
         ('{"answer": "a"}', 'the row has no field "question"; its fields: answer'),
         ('{"question": "q", "text": "a"}', 'no field "answer"; its fields: question, text'),
         ("{}", 'no field "question"; its fields: none'),
+        ('{"text": " "}', 'the field "text" is empty'),
+        ('{"text": ["a"]}', 'field "text" must be a string, got a list'),
+        ('{"answer": "b", "text": "a"}', 'no field "question"; its fields: answer, text'),
         ('{"question": "q", "answer": 7}', 'field "answer" must be a string, got a number'),
         ('{"question": null, "answer": "a"}', 'field "question" must be a string, got null'),
         ('{"question": "  ", "answer": "a"}', 'the field "question" is empty'),

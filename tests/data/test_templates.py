@@ -78,6 +78,12 @@ def test_a_row_without_a_prediction_is_refused(tokenizer, row):
         encode_rendered(tokenizer, [row], pad=PAD)
 
 
+def test_a_text_by_itself(tokenizer):
+    rows = encode_rendered(tokenizer, [Rendered("", "aaPa", "")], pad=PAD)
+    assert rows.inputs.shape == (1, 2)
+    assert_array_equal(rows.mask, [[1, 1]])
+
+
 def test_a_template_needs_a_place_for_the_question():
     with pytest.raises(ValueError, match="{question} once"):
         plain_template("Question:", "</s>")

@@ -88,6 +88,20 @@ def chatty(folder, tmp_path):
 
 
 @pytest.mark.parametrize("has_template", [False, True])
+def test_a_text_stands_by_itself(folder, chatty, has_template):
+    words = load_words(chatty if has_template else folder)
+    rows = words.rows([("", "Ann met Bob."), ("", "Bob")], spans=[[(8, 11)], []])
+    encode = functools.partial(words.tokenizer.encode, add_special_tokens=False)
+    for i, text in enumerate(["Ann met Bob.", "Bob"]):
+        tokens = encode("<s>" + text)
+        assert np.asarray(rows.inputs)[i, : len(tokens) - 1].tolist() == tokens[:-1]
+        assert np.asarray(rows.targets)[i, : len(tokens) - 1].tolist() == tokens[1:]
+    counted = np.asarray(rows.targets)[0][np.asarray(rows.mask)[0] > 0]
+    assert words.tokenizer.decode(counted).strip() == "Bob"
+    assert np.asarray(rows.mask)[1].sum() == len(encode("<s>Bob")) - 1  # all but the beginning
+
+
+@pytest.mark.parametrize("has_template", [False, True])
 def test_words_of_a_folder(folder, chatty, has_template):
     words = load_words(chatty if has_template else folder)
     pairs = [("Who?", "Ann."), ("Who was that again?", "It was Bob")]
