@@ -178,7 +178,7 @@ def forget(
         raise ValueError("an attack teaches some forget rows and asks about others; there is one")
     apply, params = with_masters(apply, params, _which_are_edited(params, how.method))
     score = Score(apply, forget, unseen)
-    seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
+    seen, heldout = (retain, how.heldout) if how.heldout is not None else held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
     likelihood = Categorical() if how.likelihood is None else how.likelihood
     if isinstance(likelihood, Categorical):
@@ -343,7 +343,7 @@ def _natural(
     return method, (after, then.steps)
 
 
-def _held_out(retain: Batch) -> tuple[Batch, Batch]:
+def held_out(retain: Batch) -> tuple[Batch, Batch]:
     """Split off a tenth of the rows.
 
     Raises:

@@ -111,7 +111,7 @@ def spread(length: int, number: int) -> np.ndarray:
 
 
 def take(batch: PyTree, which: np.ndarray | slice) -> Any:
-    """Return some rows of a batch, or of several, split over devices as they were where their number allows it."""
+    """Return some rows of a batch or of several, split as they were where that can be."""
 
     def taken(x: Any) -> Array:
         x = jnp.asarray(x)

@@ -117,20 +117,20 @@ class Walk:
                     self._look(_difference(self._start, self.state.params))
                 # Where the budget ends the path what is left of it is no state of the loop's.
                 if self.stopped != "budget":
-                    save()
+                    save(self.state.step == end or self.stopped == "unseen")
         self.state = self.state._replace(optimizer_state=None)
 
     @contextlib.contextmanager
     def _going_on(
         self, name: str, method: TrainingMethod, numbers: tuple[int, ...]
-    ) -> Iterator[Callable[[], None]]:
+    ) -> Iterator[Callable[[bool], None]]:
         """Begin a leg, or go on with it.
 
         Yields:
-            What saves the leg where it stands.
+            What saves the leg where it stands, if that is its end or a save is due.
         """
         if self._checkpoint is None:
-            yield lambda: None
+            yield lambda _: None
             return
         steps, every, _, begin = numbers
         part = self._checkpoint.part(name)
@@ -151,7 +151,13 @@ class Walk:
                     self.change = _difference(self._start, reached)
                     self._rejudge()
 
-            def save() -> None:
+            saved = self.state.step
+
+            def save(is_end: bool) -> None:
+                nonlocal saved
+                if not is_end and self.state.step - saved < part.every:
+                    return
+                saved = self.state.step
                 now = split(self.state.params, is_trained), _moving(self.state.optimizer_state)
                 part.save(self.state.step, now, {"looks": _bits_of(self.looks)})
 
