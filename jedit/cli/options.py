@@ -23,7 +23,7 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Train a small GPT on your own questions and answers (JSON lines), and compare methods on it."""
+    """Train a small GPT on your questions and answers (JSON lines), and compare methods on it."""
 
     data: Path
     """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list

@@ -21,7 +21,7 @@ BEYOND, LOST = 1.5, 0.1  # times the budget; a share of a matrix's change; both 
 WHY = {
     "unseen": "the rows cannot be told from unseen ones",
     "budget": "the budget is spent",
-    "steps": "all are taken; with unseen rows natural steps stop by themselves",
+    "steps": "all are taken; with unseen rows they stop by themselves",
 }
 
 

@@ -101,7 +101,7 @@ def shapes(config):
 
 
 def write_tokenizer(folder):
-    """One token for each character of plain text, as many as the models' vocabulary has room for."""
+    """A token for each character of plain text, as many as the vocabulary has room for."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     characters = "abcdefghijklmnopqrstuvwxyz .,?:'\n"

@@ -65,6 +65,8 @@ def check_settings(row: Row | None, given: Sequence[str]) -> None:
             raise ValueError("--learning-rate would not be looked at: natural steps have none")
         if name in ("steps", "learning_rate") and not isinstance(row, BySteps | None):
             raise ValueError(f"{_option(name)} would not be looked at: {row.name} takes no steps")
+    if "temperature" in given and row and not row.needs & {Need.CURVATURE, Need.CORRECTED}:
+        raise ValueError(f"--temperature would not be looked at: {row.name} has no curvature")
     if "base" not in given and (rest := [x for x in given if x in ("rewind", "rewind_rate")]):
         raise ValueError(f"{_option(rest[0])} is only looked at with --base")
 

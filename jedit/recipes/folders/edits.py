@@ -108,7 +108,7 @@ def _trained(method: TrainingMethod, row: Row, given: Given) -> str | None:
     paths = [path for path, _ in parameter_paths(given.params) if own(path) and asked(path)]
     if not paths:
         raise ValueError(
-            f"{row.name} trains {method.trainable}, of which --select or --layers names nothing"
+            f"{row.name} trains none of the parameters that --select or --layers names"
         )
     return "|".join(exactly(paths))
 
