@@ -19,9 +19,12 @@ from tests.llm.random_folder import write_random, write_tokenizer
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 COLORS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
-ROWS = [QaRow(f"hue {i % 4} of {c}?", f"{c} is {c[::-1]}.") for i, c in enumerate(COLORS * 3)]
+ROWS = [
+    QaRow(f"hue {chr(97 + i)} of {color}?", f"{color} is {color[::-1]}.")
+    for i, color in enumerate(COLORS * 3)
+]
 FORGET, RETAIN = ROWS[:4], ROWS[4:]
-QUICK = Settings(batch_size=4, steps=4, recovery=0, attack=False, max_len=48)
+QUICK = Settings(batch_size=4, steps=4, recovery=0, attack=False, max_len=56)
 IN_SHORT = ("AltPO", "KUDA", "MEMIT", "engram (output metric)", "K-FADE (EK-FAC)")
 ALL = [
     name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
