@@ -86,6 +86,15 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.folder)!r}, every={self.every})"
 
+    def part(self, name: str, *, every: int | None = None) -> "Checkpoint":
+        """Return the saves of one part of a job that has several, in a folder of its own in this.
+
+        Args:
+            name: the part's name: letters.
+            every: how many steps lie between its saves; None: as many as here.
+        """
+        return Checkpoint(self.folder / name, every=self.every if every is None else every)
+
     def resume(
         self, job: str, given: PyTree, state: PyTree
     ) -> tuple[int, PyTree, dict[str, Array]]:

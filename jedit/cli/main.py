@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `ledger`."""
+"""The command line: `jedit forget`, `compare`, `demo`, `tofu`, `ledger`."""
 
 import shlex
 import sys
@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 
 import jedit
 from jedit.cli.checks import UsageError, check_arguments, check_options, disk_sentence
-from jedit.cli.options import Demo, RunFile, Tofu
+from jedit.cli.options import Compare, Demo, Tofu
+
+GONE = (
+    "there is no `jedit run` any more: `jedit forget --model DIR` makes a model's folder forget "
+    "rows, `jedit compare` trains a small GPT on rows and compares methods, and the benchmark is "
+    "`jedit tofu`."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,25 +27,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
+    from jedit.cli.compare import compare
     from jedit.cli.demo import demo
+    from jedit.cli.forget import Forget, asks_for_methods, forget, list_methods
     from jedit.cli.ledger import LedgerOptions, ledger
-    from jedit.cli.run import run
     from jedit.cli.tofu import tofu_command
 
     commands: dict[str, tuple[type, Callable]] = {
+        "forget": (Forget, forget),
+        "compare": (Compare, compare),
         "demo": (Demo, demo),
-        "run": (RunFile, run),
         "tofu": (Tofu, tofu_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:
         check_arguments(arguments)
+        if arguments[:1] == ["run"]:
+            return _fail(GONE)
+        if asks_for_methods(arguments):
+            return list_methods()
         chosen = tyro.extras.subcommand_cli_from_dict(
             {name: _as_is(options) for name, (options, _) in commands.items()},
             prog="jedit",
             description="Erase and rewrite what a trained network knows, and show what it cost. "
             "(jedit --version prints the version.)",
-            args=arguments[1:] if arguments[:2] == ["run", "tofu"] else arguments,
+            args=arguments,
         )
         check_options(chosen)
         command = dict(commands.values())[type(chosen)]
@@ -49,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(disk_sentence(error))
     except KeyboardInterrupt:
-        return _fail("stopped; nothing was written", code=130)
+        is_job = arguments[:1] == ["forget"]
+        what = "the same command goes on from its last save" if is_job else "nothing was written"
+        return _fail(f"stopped; {what}", code=130)
 
 
 def _as_is(options: type) -> Callable:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-DEMO_OUT, RUN_OUT, TOFU_OUT = Path("out/demo"), Path("out/run"), Path("out/tofu")
+DEMO_OUT, COMPARE_OUT, TOFU_OUT = Path("out/demo"), Path("out/compare"), Path("out/tofu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Demo:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunFile:
-    """Do the same on your own questions and answers (JSON lines: question, answer)."""
+class Compare:
+    """Train a small GPT on your questions and answers (JSON lines), and compare methods on it."""
 
     data: Path
     """All rows that the model learns. Optional fields: paraphrased_answer, perturbed_answer (a list
@@ -34,37 +34,8 @@ class RunFile:
     from 0."""
     retain: str = "rest"
     """Rows to keep, in the same ways; rest: all that are not forgotten."""
-    out: Path = RUN_OUT
+    out: Path = COMPARE_OUT
     """Folder of the report; an earlier report there is replaced."""
-    model: Path | None = None
-    """Folder of a pretrained model (Hugging Face, safetensors): it is edited as it is, nothing is
-    trained, and the edited folder is written to OUT/edited. None: a small GPT learns the rows."""
-    tokenizer: Path | None = None
-    """Folder of the model's tokenizer; None: the model's."""
-    method: Literal["natural", "kfade"] = "natural"
-    """With --model: natural steps that stop by themselves, or one step in closed form."""
-    unseen: Path | None = None
-    """With --model: rows of the same kind that the model was not trained on, a file like --data;
-    natural steps stop where the rows to forget cannot be told from them."""
-    budget: float | None = None
-    """With --model: retain KL that the edit may cost, nats per answer token. None: 0.05 for kfade;
-    natural steps may cost what they take."""
-    temperature: float | None = None
-    """With --model: of the curvature's likelihood. None: 1 for kfade; natural steps measure it."""
-    steps: int = 48
-    """With --model: natural steps at most."""
-    recovery: int = 48
-    """With --model: steps after the natural ones that bring back what they cost; 0: none."""
-    base: Path | None = None
-    """With --model: folder of the model before it learned the rows. The edit first goes six
-    tenths of the way back to it: it lasts longer, but keeps only what the rows that it sees or that
-    model hold (seven tenths of --retain; the others judge)."""
-    rewind: int = 100
-    """With --base: steps from there, before the natural ones; best two fifths of retraining's."""
-    rewind_rate: float = 2e-5
-    """With --base: Adam's learning rate in them; best twice what the model was trained by."""
-    attack: bool = True
-    """With --model: teach some rows again after natural steps, to see what comes back."""
     width: int = 128
     """Width of the GPT."""
     layers: int = 4
@@ -87,7 +58,7 @@ class RunFile:
 
 @dataclasses.dataclass(frozen=True)
 class Tofu:
-    """Run the TOFU benchmark end to end; also `jedit run tofu`."""
+    """Run the TOFU benchmark end to end."""
 
     data: str = "locuslab/TOFU"
     """TOFU's folder (full.json, forget10_perturbed.json, ...), or its name on the hub."""

@@ -70,3 +70,7 @@ class Resumable(Protocol):
     def close(self) -> None:
         """Wait for the last save."""
         ...
+
+    def part(self, name: str, *, every: int | None = None) -> "Resumable":
+        """Return what saves one part of the job, beside the others."""
+        ...

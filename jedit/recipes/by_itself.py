@@ -21,7 +21,7 @@ BEYOND, LOST = 1.5, 0.1  # times the budget; a share of a matrix's change; both 
 WHY = {
     "unseen": "the rows cannot be told from unseen ones",
     "budget": "the budget is spent",
-    "steps": "all are taken; with unseen rows natural steps stop by themselves",
+    "steps": "all are taken; with unseen rows they stop by themselves",
 }
 
 
@@ -59,6 +59,7 @@ def found_of(info: ForgetInfo) -> dict[str, Any]:
         "is_done": info.is_done.tolist(),
         "p_value": info.p_value.tolist(),
         "path_kl": info.true_kl.tolist(),
+        "path_score": info.mean_score.tolist(),
         "predicted_kl": info.predicted_kl,
         "true_kl": float(info.true_kl[-1]),
     }
@@ -68,11 +69,21 @@ def found_of(info: ForgetInfo) -> dict[str, Any]:
 
 
 def how_it_went(found: dict[str, Any]) -> str:
-    """Say why natural steps stopped, which rows are done, and what an attack brings back."""
-    done = found["is_done"]
-    text = f"{found['steps']} steps in all: {WHY[found['stopped']]}."
-    if not math.isnan(found["p_value"][-1]):
-        text += f" {sum(done)} of {len(done)} rows are done (p = {number(found['p_value'][-1])})."
+    """Say why steps stopped, which rows are done, and what an attack brings back.
+
+    Of an edit in closed form, which part of it the budget left.
+    """
+    text = ""
+    if "stopped" in found:
+        text = f"{found['steps']} steps in all: {WHY[found['stopped']]}."
+    elif found.get("scale", 1) < 1:
+        text = f"{number(found['scale'])} of the whole edit is within the budget."
+    p_value = found.get("p_value", [math.nan])[-1]
+    if not math.isnan(p_value) and "is_done" in found:
+        done = found["is_done"]
+        text += f" {sum(done)} of {len(done)} rows are done (p = {number(p_value)})."
+    elif not math.isnan(p_value):
+        text += f" The rows against unseen ones: p = {number(p_value)}."
     if comeback := found.get("comeback"):
         before, after = (
             f"{number(mean)} [{number(low)}, {number(high)}]"
@@ -85,7 +96,7 @@ def how_it_went(found: dict[str, Any]) -> str:
         if comeback["unseen"]:
             text += f"; of unseen rows {number(comeback['unseen'][0])}"
         text += "."
-    return text
+    return text.strip()
 
 
 def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
@@ -94,6 +105,10 @@ def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
     if found.get("stopped") == "unseen" and not found["steps"]:
         texts.append(
             "The model never knew these rows, as far as the test can tell: nothing was changed."
+        )
+    if "unseen" not in found["num_rows"]:
+        texts.append(
+            "Without --unseen rows it was not tested whether the model knew these rows at all."
         )
     moved = found["after"]["heldout_kl"]
     if budget is not None and moved > BEYOND * budget:

@@ -1,5 +1,6 @@
 """Tables, figures and one page a person can read, from the numbers of a comparison."""
 
+from jedit.report.edit_page import edit_page
 from jedit.report.evaluation_log import Evaluation, read_evaluation_log, write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
 from jedit.report.leaderboard import leaderboard_table
@@ -39,6 +40,7 @@ __all__ = [
     "best_quality",
     "check_destination",
     "comparison_table",
+    "edit_page",
     "leaderboard_table",
     "page",
     "read_evaluation_log",

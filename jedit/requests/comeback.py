@@ -13,7 +13,7 @@ from jedit.requests.unseen import row_losses, take
 from jedit.training.rows import num_rows as rows_in
 
 LESSONS = 6  # the attack teaches every so many of the forget rows
-LESSON_STEPS = 20  # updates of the attack; both are those of TOFU's attack in `jedit run tofu`
+LESSON_STEPS = 20  # updates of the attack; both are those of TOFU's attack in `jedit tofu`
 
 
 class Comeback(NamedTuple):

@@ -31,8 +31,7 @@ comes of it, and where it fails: `tests/bench/claims/natural.md`.
 """
 
 import dataclasses
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,8 +49,8 @@ from jedit.curvature import choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, edit_between
-from jedit.geometry import RetainKl, largest_step_within
-from jedit.geometry.parts import ahead, moved
+from jedit.geometry import RetainKl
+from jedit.geometry.parts import moved
 from jedit.methods.curvature.natural import covered, natural
 from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
@@ -61,25 +60,21 @@ from jedit.requests.unseen import (
     Unseen,
     check_power,
     chunks,
-    p_value_of,
     row_losses,
     spread,
     take,
-    targets,
 )
-from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.requests.walk import Judging, Stopped, Walk
+from jedit.training import TrainingMethod
 from jedit.training.freezing import which_are_trained
 from jedit.training.masters import with_masters
 from jedit.training.rows import num_rows as rows_in
-from jedit.training.watch import History
 from jedit.transforms import clip_by_curvature_norm, falling
 
 HELD_OUT = 10  # one of so many retain rows is held out of the steps; arbitrary
 MOST_HELD_OUT = 64  # rows; arbitrary
 WARM_UP = 6  # a part of the steps of a rewind; arbitrary
 PROBED = 128  # retain rows that tell the temperature; arbitrary
-
-Stopped = Literal["unseen", "budget", "steps"]
 
 
 class ForgetInfo(NamedTuple):
@@ -98,6 +93,7 @@ class ForgetInfo(NamedTuple):
         p_value: (looks,), the test's p-value before the first step and at each look; NaN without
             unseen rows.
         true_kl: (looks,), KL(θ₀ ‖ θ) on the held-out retain rows there, nats per output.
+        mean_score: (looks,), mean score of the forget rows there.
         predicted_kl: the second-order KL of the whole edit on the same rows.
         comeback: what an attack brings back; None where none was asked for.
     """
@@ -111,6 +107,7 @@ class ForgetInfo(NamedTuple):
     unseen_score: Float[np.ndarray, " m"]
     p_value: Float[np.ndarray, " looks"]
     true_kl: Float[np.ndarray, " looks"]
+    mean_score: Float[np.ndarray, " looks"]
     predicted_kl: float
     comeback: Comeback | None
 
@@ -181,35 +178,40 @@ def forget(
         raise ValueError("an attack teaches some forget rows and asks about others; there is one")
     apply, params = with_masters(apply, params, _which_are_edited(params, how.method))
     score = Score(apply, forget, unseen)
-    seen, heldout = (retain, how.heldout) if how.heldout is not None else _held_out(retain)
+    seen, heldout = (retain, how.heldout) if how.heldout is not None else held_out(retain)
     curvature_key, order_key, attack_key = jax.random.split(key, 3)
     likelihood = Categorical() if how.likelihood is None else how.likelihood
     if isinstance(likelihood, Categorical):
         likelihood = Categorical()
     price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
     before = row_losses(apply, params, forget)
-    walk = _Walk(
-        apply, params, (forget, seen), Judging(score, price, how.significance, budget), order_key
+    walk = Walk(
+        apply,
+        params,
+        (_drawn(how, forget), seen),
+        Judging(score, price, how.significance, budget, how.watch),
+        key=order_key,
+        checkpoint=how.checkpoint,
     )
     method, recovery = how.method, None
     if isinstance(method, Natural):
         if (rewind := method.rewind) is not None and walk.stopped == "steps":
             walk.begin_at(_rewound(params, rewind))
             back = _way_back(method, rewind)
-            walk.go(back, rewind.steps, every=rewind.steps, is_raising=False)
+            walk.go("rewind", back, rewind.steps, every=rewind.steps, is_raising=False)
         if walk.stopped != "budget":
             method, recovery = _natural(
                 method, how, apply, walk.state.params, seen, key=curvature_key
             )
     if isinstance(method, TrainingMethod):
-        walk.go(method, how.steps, every=how.every, is_raising=True)
+        walk.go("steps", method, how.steps, every=how.every, is_raising=True)
     if recovery is not None and walk.state.step:
-        walk.go(*recovery, every=how.every, is_raising=False)
+        walk.go("recovery", *recovery, every=how.every, is_raising=False)
     edited, comeback = moved(params, walk.change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
         comeback = attacked(apply, edited, forget, control, optimizer=how.attack, key=attack_key)
-    p_values, costs = np.asarray(walk.looks).T
+    _, p_values, costs, mean_scores = np.asarray(walk.looks).T
     info = ForgetInfo(
         stopped=walk.stopped,
         steps=walk.state.step,
@@ -220,6 +222,7 @@ def forget(
         unseen_score=walk.level,
         p_value=p_values,
         true_kl=costs,
+        mean_score=mean_scores,
         predicted_kl=price.predicted(walk.change) if walk.change else 0.0,
         comeback=comeback,
     )
@@ -281,6 +284,27 @@ def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     return TrainingMethod(objective, optax.adam(rate), batch_size=rewind.batch_size)
 
 
+def _drawn(how: Forgetting, forget: Batch) -> PyTree:
+    """Return what the steps draw their forget rows from.
+
+    Raises:
+        ValueError: there are not as many rows as forget rows.
+    """
+    if how.trained_on is None:
+        return forget
+    numbers = {rows_in(part) for part in jax.tree.leaves(how.trained_on, is_leaf=_is_batch)}
+    if numbers != {rows_in(forget)}:
+        raise ValueError(
+            f"trained_on stands in place of the {rows_in(forget)} forget rows, row by row; got "
+            f"{', '.join(map(str, sorted(numbers)))}"
+        )
+    return how.trained_on
+
+
+def _is_batch(x: object) -> bool:
+    return isinstance(x, Batch)
+
+
 def _natural(
     steps: Natural, how: Forgetting, apply: Apply, params: PyTree, seen: Batch, *, key: Array
 ) -> tuple[TrainingMethod, tuple[TrainingMethod, int] | None]:
@@ -292,7 +316,8 @@ def _natural(
             probed = take(seen, spread(rows_in(seen), PROBED))
             metric = Categorical(choose_temperature(apply, params, chunks(probed)))
         estimator = kfac(apply, metric, select=steps.select)
-        curvature = estimate(estimator, params, chunks(seen), key=key)
+        part = None if how.checkpoint is None else how.checkpoint.part("curvature")
+        curvature = estimate(estimator, params, chunks(seen), key=key, checkpoint=part)
     check_covers(curvature, params)
     method = natural(
         steps.objective,
@@ -318,131 +343,7 @@ def _natural(
     return method, (after, then.steps)
 
 
-class Judging(NamedTuple):
-    """What a look judges by."""
-
-    score: Score
-    price: RetainKl
-    significance: float
-    budget: float | None
-
-
-class _Walk:
-    """The loop, piece by piece, with a look after each: where it stands, and what was found."""
-
-    def __init__(self, apply, params, sets, judging, key):
-        self._apply, self._start, self._sets, self._key = apply, params, sets, key
-        self._by = judging
-        self.level = judging.score.level(params)
-        self.state = LoopState(0, params, None, params)
-        self.change: dict[str, Array] = {}
-        self.stopped: Stopped = "steps"
-        self.looks: list[tuple[float, float]] = []
-        self._judge(0.0)
-
-    def begin_at(self, params: PyTree) -> None:
-        """Begin elsewhere; the given params stay the reference."""
-        self.state = self.state._replace(params=params)
-
-    def go(self, method: TrainingMethod, steps: int, *, every: int, is_raising: bool) -> None:
-        """Take steps, and a look after so many.
-
-        Those that raise rows draw what is left, and end where the rows are like unseen ones.
-        """
-        end = self.state.step + steps
-        while self.state.step < end and self.stopped != "budget":
-            if is_raising and self.stopped == "unseen":
-                break
-            left = ~self.is_done if is_raising else np.ones_like(self.is_done)
-            self._ahead(method, min(every, end - self.state.step), left)
-            self._look(_difference(self._start, self.state.params))
-        self.state = self.state._replace(optimizer_state=None)
-
-    def _ahead(self, method: TrainingMethod, steps: int, is_left: np.ndarray) -> None:
-        forget, retain = self._sets
-        # As many rows as there were, those that are left several times over: one shape, and so one
-        # program.
-        left = np.flatnonzero(is_left) if is_left.any() else np.arange(len(is_left))
-        forget = take(forget, np.resize(left, len(is_left)))
-        reached: list[LoopState] = []
-
-        def keep(state: LoopState, history: History) -> None:
-            del history
-            reached.append(state)
-
-        unlearn(
-            method,
-            self._apply,
-            self.state,
-            forget,
-            retain,
-            steps=self.state.step + steps,
-            # One key for all pieces: the rows of a step depend on its number.
-            key=jax.random.clone(self._key),
-            watch=Watch(keep),
-        )
-        self.state = reached[-1]
-
-    def _look(self, now: dict[str, Array]) -> None:
-        spent, budget = self._by.price(now), self._by.budget
-        is_over = budget is not None and not spent <= budget  # NaN is over, too
-        if is_over:
-            assert budget is not None
-            ends, prices = (self.change, now), (self.looks[-1][1], spent)
-            now, spent = _back(self._by.price, ends, prices, budget)
-        self.change = now
-        self._judge(spent)
-        if is_over:
-            self.stopped = "budget"
-
-    def _judge(self, spent: float) -> None:
-        self.score = self._by.score.of(moved(self._start, self.change))
-        self.is_done = _judged(self.score, self.level)
-        self.looks.append((_p_value(self.score, self.level), spent))
-        if self.stopped == "steps" and self.looks[-1][0] > self._by.significance:
-            self.stopped = "unseen"
-
-
-def _judged(scores: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Return which rows have reached their targets; none where there are no unseen rows."""
-    return scores >= targets(scores, level) if len(level) else np.zeros(len(scores), bool)
-
-
-def _p_value(scores: np.ndarray, level: np.ndarray) -> float:
-    return p_value_of(scores, level) if len(level) else math.nan
-
-
-def _difference(before: PyTree, after: PyTree) -> dict[str, Array]:
-    return {p: c for p, c in edit_between(before, after).blocks.items() if bool(jnp.any(c != 0))}
-
-
-def _back(
-    price: RetainKl,
-    ends: tuple[dict[str, Array], dict[str, Array]],
-    prices: tuple[float, float],
-    budget: float,
-) -> tuple[dict[str, Array], float]:
-    """Shorten the last piece of the path, between two changes, to what the budget allows.
-
-    Returns:
-        The change where it ends now, and its price.
-    """
-    before, now = ends
-    move = ahead(now, before, -1.0)
-
-    def along(alpha: float) -> float:
-        return price(move, alpha, start=before)
-
-    # The root of the KL is nearly linear between the ends of a short piece.
-    low, high = (math.sqrt(max(kl, 0.0)) for kl in prices)
-    guess = 0.2
-    if math.isfinite(high):
-        guess = max((0.9975 * math.sqrt(budget) - low) / (high - low), 0.0)
-    alpha = largest_step_within(along, guess, budget, limit=1.0)
-    return ahead(before, move, alpha), along(alpha)
-
-
-def _held_out(retain: Batch) -> tuple[Batch, Batch]:
+def held_out(retain: Batch) -> tuple[Batch, Batch]:
     """Split off a tenth of the rows.
 
     Raises:

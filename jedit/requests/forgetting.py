@@ -1,18 +1,21 @@
 """Settings of `forget`: how it steps, and what it is stopped and judged by."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import optax
 from jaxtyping import PyTree
 
-from jedit.core.arguments import check_function, check_kind, check_params
-from jedit.core.batch import Batch
+from jedit.core.arguments import check_checkpoint, check_function, check_kind, check_params
+from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
 from jedit.curvature.likelihoods import Likelihood
 from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.held import WithRetain
+from jedit.requests.walk import Look
 from jedit.training import TrainingMethod
 
 
@@ -163,6 +166,11 @@ class Forgetting:
         heldout: retain rows on which the price is measured; None: a tenth of them, 64 at most, at
             equal distances, which no step and no curvature sees.
         attack: the optimizer of a relearning attack on the result; None: it is not attacked.
+        trained_on: what the steps see in place of the forget rows, row by row, where a method wants
+            more than these: `(rows, refusals)`, say; None: the forget rows.
+        checkpoint: a `jedit.Checkpoint` that saves the curvature and the steps in parts; the same
+            call again goes on from the last save, to the bit. The attack is not saved.
+        watch: a function that is told of every look; it may raise. None: nobody is.
     """
 
     method: Natural | TrainingMethod = Natural()  # noqa: RUF009 - frozen
@@ -172,6 +180,9 @@ class Forgetting:
     significance: float = 0.05
     heldout: Batch | None = None
     attack: optax.GradientTransformation | None = None
+    trained_on: PyTree | None = None
+    checkpoint: Resumable | None = None
+    watch: Callable[[Look], Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -181,3 +192,4 @@ class Forgetting:
         """
         check_numbers(COUNT, steps=self.steps, every=self.every)
         check_numbers(SHARE, significance=self.significance)
+        check_checkpoint(self.checkpoint)

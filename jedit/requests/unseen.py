@@ -110,8 +110,8 @@ def spread(length: int, number: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
 
 
-def take(batch: Batch, which: np.ndarray | slice) -> Batch:
-    """Return some rows of a batch, split over devices as they were where their number allows it."""
+def take(batch: PyTree, which: np.ndarray | slice) -> Any:
+    """Return some rows of a batch or of several, split as they were where that can be."""
 
     def taken(x: Any) -> Array:
         x = jnp.asarray(x)

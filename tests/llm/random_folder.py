@@ -98,3 +98,20 @@ def shapes(config):
     if not config.tie_word_embeddings:
         found["lm_head.weight"] = (config.vocab_size, width)
     return found
+
+
+def write_tokenizer(folder):
+    """A token for each character of plain text, as many as the vocabulary has room for."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    characters = "abcdefghijklmnopqrstuvwxyz .,?:'\n"
+    names = ["<unk>", "<s>", "</s>", *characters]
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    made.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(str(folder))
+    return folder

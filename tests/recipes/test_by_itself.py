@@ -11,6 +11,7 @@ FOUND = {
     "p_value": [0.001, 0.2],
     "after": {"heldout_kl": 0.05},
     "rounded_away": 0.01,
+    "num_rows": {"unseen": 9},
 }
 
 
@@ -27,8 +28,9 @@ def test_what_the_numbers_warn_of():
     assert re.search(r"moved by 0.050 nats, more than the budget of 0.020", text)
     (text,) = cautions(FOUND | {"rounded_away": 0.4}, None)
     assert "loses 40% of its change" in text
-    by_kfade = {"after": {"heldout_kl": 0.01}, "rounded_away": 0.0}
-    assert not cautions(by_kfade, 0.05)
+    by_kfade = {"after": {"heldout_kl": 0.01}, "rounded_away": 0.0, "num_rows": {"forget": 2}}
+    (text,) = cautions(by_kfade, 0.05)
+    assert text.startswith("Without --unseen rows it was not tested")
 
 
 def test_how_it_went():
@@ -38,3 +40,9 @@ def test_how_it_went():
     comeback = {"before": (0.1, 0.05, 0.2), "after": (0.5, 0.4, 0.6), "unseen": (0.01, 0, 0.1)}
     text = how_it_went(FOUND | {"comeback": comeback})
     assert "0.100 [0.050, 0.200] and 0.500 [0.400, 0.600]; of unseen rows 0.010." in text
+
+
+def test_how_a_closed_form_went():
+    assert how_it_went({"true_kl": 0.1}) == ""
+    assert how_it_went({"scale": 1.0, "p_value": [0.01, 0.3]}).endswith("p = 0.300.")
+    assert how_it_went({"scale": 0.25}) == "0.250 of the whole edit is within the budget."

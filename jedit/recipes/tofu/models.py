@@ -1,7 +1,6 @@
 """The models that TOFU is run on: a GPT made and trained here, or a folder of the user's own."""
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from jedit.models import (
     load_stepper,
     mixed_precision,
 )
-from jedit.recipes import pretrained as checkpoint
+from jedit.recipes.folders import places
 from jedit.recipes.scenes.question_answer import SELECT, Model
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tokenization import OwnWords, load_words
@@ -140,8 +139,6 @@ def from_folders(
                 f"{retrained} is not the same model as {folder}: they differ in "
                 f"{', '.join(differing[:3])}; --retrained is the same one, trained on other rows."
             )
-    layers = _in_order(params, r"^layers/(\d+)/mlp/down_proj/kernel$")
-    entrances = _in_order(params, r"^layers/(\d+)/mlp/gate_proj/kernel$")
     return Start(
         model=LanguageModel(
             apply if wide == jnp.dtype(dtype) else mixed_precision(apply, dtype),
@@ -154,9 +151,9 @@ def from_folders(
         ),
         params=params,
         retrained=other,
-        select=checkpoint.SELECT,
-        hidden_site=entrances[-1],
-        layers=layers,
+        select=places.SELECT,
+        hidden_site=places.hidden_site(params),
+        layers=places.written_layers(params),
         # Which of these models norm what a layer writes before it is added is not known here.
         stream=(),
         description=f"{config.model_type} of {folder}, {_size(params)} parameters, computed in "
@@ -166,12 +163,6 @@ def from_folders(
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in parameter_paths(params)}
-
-
-def _in_order(params: PyTree, pattern: str) -> tuple[str, ...]:
-    """Return the paths of that form, by the number in them."""
-    found = [match for path in _shapes(params) if (match := re.search(pattern, path))]
-    return tuple(match[0] for match in sorted(found, key=lambda match: int(match[1])))
 
 
 def _size(params: PyTree) -> int:

@@ -1,12 +1,14 @@
-"""`jedit run --model`: a pretrained model's folder in, an edited one out."""
+"""`jedit forget`: a pretrained model's folder in, an edited one out."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jedit
 from jedit.core.paths import parameter_paths
 from jedit.data import QaRow, write_rows
 from jedit.models import load_model, save_model
@@ -14,6 +16,7 @@ from jedit.recipes.pretrained import Settings, forget_in_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")
+NAMES_THERE = ["edit", "edited", "index.html", "results.json"]
 ROWS = [
     QaRow(f"What did {name} do?", f"{name} went to the park to play with a big red ball.")
     for name in NAMES
@@ -35,21 +38,21 @@ def forgotten(folder, out, settings, say=lambda _: None, **given):
 def run(stories_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     said = []
-    settings = Settings(method="kfade", budget=0.1, batch_size=4)
+    settings = Settings(method="kfade", budget=0.1, batch_size=4, attack=False)
     return forgotten(stories_folder, out, settings, said.append), out, said
 
 
 def test_it_forgets_within_the_budget_and_says_so(run):
     found, out, said = run
     assert found["num_cut_off"] == {"forget": 0, "retain": 0, "heldout": 0}
-    assert sorted(path.name for path in out.iterdir()) == ["edited", "results.json"]
+    assert sorted(path.name for path in out.iterdir()) == NAMES_THERE
     assert found["num_rows"] == {"forget": 2, "retain": 4, "heldout": 2}
     assert found["after"]["forget_nll"] > found["before"]["forget_nll"] + 0.05
     assert 0 < found["true_kl"] <= 0.1
     assert found["before"]["heldout_kl"] == pytest.approx(0, abs=1e-6)
     assert found["after"]["heldout_kl"] > 0
     assert json.loads((out / "results.json").read_text())["after"] == found["after"]
-    assert any("forgetting by K-FADE" in text for text in said)
+    assert any("forgetting by K-FADE (K-FAC)" in text for text in said)
 
 
 def test_natural_steps_are_the_default_and_say_how_they_went(stories_folder, tmp_path):
@@ -131,42 +134,58 @@ def test_from_the_command_line(stories_folder, tmp_path, capsys):
     pytest.importorskip("tyro")
     from jedit.cli.main import main
 
-    data = tmp_path / "rows.jsonl"
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out"
     write_rows(data, ROWS)
-    given = ["run", "--data", str(data), "--forget", "rows=0:2", "--out", str(tmp_path / "out")]
-    assert main([*given, "--model", str(tmp_path / "nothing")]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
-    assert main([*given, "--model", str(stories_folder), "--width", "64"]) == 2
-    assert "--width is only looked at without --model" in capsys.readouterr().err
-    by_hand = ["--method", "kfade", "--steps", "9"]
-    assert main([*given, "--model", str(stories_folder), *by_hand]) == 2
-    assert "--steps is only looked at with --method natural" in capsys.readouterr().err
-    inside = tmp_path / "out" / "edited"
-    inside.mkdir(parents=True)
-    for more, sentence in (
-        (["--rewind", "5"], "--rewind is only looked at with --base"),
-        (["--rewind-rate", "0"], "--rewind-rate must be positive"),
-        (["--base", str(tmp_path / "nothing")], "nothing: there is no such folder"),
-        (["--base", str(inside)], "would be replaced by the edited model"),
-    ):
-        assert main([*given, "--model", str(stories_folder), *more]) == 2
-        assert sentence in capsys.readouterr().err
-    inside.rmdir()
+    given = ["forget", "--data", str(data), "--forget", "rows=0:2", "--out", str(out)]
+    given += ["--model", str(stories_folder), "--batch-size", "4", "--ledger", str(tmp_path / "l")]
     write_rows(tmp_path / "unseen.jsonl", UNSEEN[:2])
-    more = ["--batch-size", "4", "--steps", "4", "--recovery", "2"]
-    more += ["--unseen", str(tmp_path / "unseen.jsonl")]
-    assert main([*given, "--model", str(stories_folder), *more]) == 2
-    assert "unseen" in capsys.readouterr().err  # two of either are too few for the test
-    assert main([*given, "--model", str(stories_folder), *more[:6]]) == 0
+    for more, sentence in (
+        (["--select", "conv"], "names no parameter; there are, with N for a number, "),
+        (["--layers", "3-9"], "there is no block 5; the model has 0 to 4"),
+        (["--unseen", str(tmp_path / "unseen.jsonl")], "are too few"),
+    ):
+        assert main([*given, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    shutil.rmtree(out)  # the last was refused by the method
+    assert main([*given, "--steps", "4", "--recovery", "2", "--layers", "1,3"]) == 0
     shown = capsys.readouterr().out
     assert "forget nll" in shown
     assert "6 steps in all: all are taken" in shown
     assert "is taught again" in shown
-    assert "Edited model:" in shown
-    edited = tmp_path / "out" / "edited"
-    assert main([*given, "--model", str(edited)]) == 2
+    assert "Without --unseen rows it was not tested" in shown
+    assert "as entry 1." in shown
+    last = shown.strip().splitlines()[-1]
+    arguments = f"--base {stories_folder} --edited {out / 'edited'} --data {data} --forget rows=0:2"
+    assert last == f"To judge it in full: jedit audit {arguments}"
+    assert sorted(path.name for path in out.iterdir()) == NAMES_THERE
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+    # The edit is that of the blocks that were named; the folder, the base and the edit.
+    edit = jedit.checkpoint.load_edit(out / "edit")
+    assert {path.split("/")[1] for path in edit.blocks} == {"1", "3"}
+    base, edited = (load_model(x)[1] for x in (stories_folder, out / "edited"))
+    for one, other in zip(
+        jax.tree.leaves(jedit.apply_edit(base, edit)), jax.tree.leaves(edited), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    ledger = jedit.Ledger(tmp_path / "l")
+    (entry,) = ledger.find({"question": ROWS[0].question, "answer": ROWS[0].answer})
+    assert (entry.method, entry.seed, entry.number) == ("natural", 0, 1)
+    # A second request is of the model with the first.
+    second = ["rows=4:6" if x == "rows=0:2" else x for x in given]
+    more = ["--method", "kfade", "--budget", "0.1", "--no-attack", "--layers", "2"]
+    assert main([*second, *more]) == 0
+    both = load_model(out / "edited")[1]
+    for one, other in zip(jax.tree.leaves(ledger.params(base)), jax.tree.leaves(both), strict=True):
+        np.testing.assert_array_equal(one, other)
+    blocks = [dict(parameter_paths(x))["layers/1/mlp/up_proj/kernel"] for x in (edited, both)]
+    np.testing.assert_array_equal(*blocks)
+    assert main([*(str(out / "edited") if x == str(stories_folder) else x for x in given)]) == 2
     assert "would be replaced by the edited model" in capsys.readouterr().err
-    assert (edited / "config.json").is_file()
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    assert main([*given, "--model", str(stories_folder)]) == 2
+    (out / "edited").rename(tmp_path / "other")
+    assert main([*(str(tmp_path / "other") if x == str(stories_folder) else x for x in given)]) == 2
+    assert "is the ledger of another model" in capsys.readouterr().err
+    (out / "mine.txt").write_text("x")
+    assert main(given) == 2
     assert "mine.txt" in capsys.readouterr().err

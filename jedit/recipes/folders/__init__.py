@@ -1,0 +1,1 @@
+"""A model of a folder that forgets rows: what is edited, by which method, and what is written."""

@@ -1,0 +1,174 @@
+"""Every method of the catalogue on a folder: what each needs is made, and budgets are kept."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jedit
+from jedit.data import QaRow
+from jedit.metrics import output_kl
+from jedit.models import load_model
+from jedit.objectives import GA, with_retain
+from jedit.recipes.folders import written
+from jedit.recipes.folders.choice import RATES, methods
+from jedit.recipes.pretrained import Settings, _encoder, forget_in_checkpoint
+from jedit.recipes.tokenization import load_words
+from jedit.requests.forget import held_out
+from tests.llm.random_folder import write_random, write_tokenizer
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+COLORS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
+ROWS = [
+    QaRow(f"hue {chr(97 + i)} of {color}?", f"{color} is {color[::-1]}.")
+    for i, color in enumerate(COLORS * 3)
+]
+FORGET, RETAIN = ROWS[:4], ROWS[4:]
+QUICK = Settings(batch_size=4, steps=4, recovery=0, attack=False, max_len=56)
+IN_SHORT = ("AltPO", "KUDA", "MEMIT", "engram (output metric)", "K-FADE (EK-FAC)")
+ALL = [
+    name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
+    for name, _ in methods()
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama that has learned nothing, with a tokenizer of characters."""
+    return write_tokenizer(write_random("llama", tmp_path_factory.mktemp("random") / "llama"))
+
+
+def run(folder, out, say=lambda _: None, forget=FORGET, **changed):
+    return forget_in_checkpoint(
+        folder, folder, forget, RETAIN, out, QUICK._replace(**changed), say=say
+    )
+
+
+def edit_of(out):
+    return jedit.checkpoint.load_edit(out / "edit")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_method_edits_the_folder_within_its_budget(folder, tmp_path, name):
+    found = run(folder, tmp_path / "out", method=name, budget=0.02, learning_rate=None)
+    assert found["settings"]["method"] == name
+    assert 0 <= found["true_kl"] <= 0.02
+    edit = edit_of(tmp_path / "out")
+    assert edit.blocks
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(edit))
+    assert any(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(edit))
+    assert found["after"]["heldout_kl"] > 0
+    assert not (tmp_path / "out" / "job").exists()
+
+
+def batch_of(folder, rows):
+    return _encoder(load_words(folder), QUICK.max_len)(rows, True)[0]
+
+
+def sets_of(folder, seed=0):
+    """The forget rows, and those of the retain rows that an edit sees and is priced on."""
+    key = jax.random.split(jax.random.key(seed))[0]
+    order = np.asarray(jax.random.permutation(key, len(RETAIN)))[:14]
+    return batch_of(folder, FORGET), *held_out(batch_of(folder, [RETAIN[i] for i in order]))
+
+
+def test_a_method_that_trains_is_the_catalogue_s_at_the_stated_rate(folder, tmp_path):
+    run(folder, tmp_path / "out", method="graddiff", learning_rate=3e-4)
+    apply, params, _ = load_model(folder)
+    gone, seen, _ = sets_of(folder)
+    method = jedit.TrainingMethod(with_retain(GA()), optax.adam(3e-4), batch_size=4)
+    edit_key = jax.random.fold_in(jax.random.split(jax.random.key(0))[1], 0)
+    key = jax.random.split(edit_key, 3)[1]
+    after, _ = jedit.unlearn(method, apply, params, gone, seen, steps=4, key=key)
+    edited = jedit.apply_edit(params, edit_of(tmp_path / "out"))
+    for one, other in zip(jax.tree.leaves(edited), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    # Adam's first steps are of the rate's length.
+    moved = max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True)
+    )
+    assert 3e-4 < moved < 4.1 * 3e-4
+    assert RATES[jedit.methods.CATALOGUE["GradDiff"].pace] == pytest.approx(1e-5)
+
+
+def test_an_edit_at_once_is_scaled_to_the_budget_on_rows_it_does_not_see(folder, tmp_path):
+    whole = run(folder, tmp_path / "whole", method="engram")
+    part = run(folder, tmp_path / "part", method="engram", budget=whole["true_kl"] / 4)
+    assert whole["scale"] == 1
+    assert 0.1 < part["scale"] < 0.9
+    apply, params, _ = load_model(folder)
+    _, _, priced = sets_of(folder)
+    for found, name in ((whole, "whole"), (part, "part")):
+        edited = jedit.apply_edit(params, edit_of(tmp_path / name))
+        kl = output_kl(apply, params, edited, priced)
+        assert found["true_kl"] == pytest.approx(kl, rel=1e-3)
+    assert 0.97 < part["true_kl"] / (whole["true_kl"] / 4) <= 1
+    a, b = (jax.tree.leaves(edit_of(tmp_path / name))[0] for name in ("whole", "part"))
+    np.testing.assert_allclose(part["scale"] * a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_only_what_is_named_is_edited(folder, tmp_path):
+    run(folder, tmp_path / "out", method="NPO", select="layers/0/mlp/(up|down)_proj", steps=2)
+    assert set(edit_of(tmp_path / "out").blocks) == {
+        "layers/0/mlp/up_proj/kernel",
+        "layers/0/mlp/down_proj/kernel",
+    }
+    with pytest.raises(ValueError, match="MEMIT writes into the matrices where .* names none"):
+        run(folder, tmp_path / "memit", method="memit", select="layers/0/attn")
+
+
+def test_rows_that_the_model_never_knew_are_left_alone(folder, tmp_path):
+    given = (folder, folder, FORGET, RETAIN[8:], tmp_path / "out")
+    settings = QUICK._replace(method="engram")
+    found = forget_in_checkpoint(*given, settings, unseen=RETAIN[:8], say=lambda _: None)
+    assert (found["stopped"], found["steps"]) == ("unseen", 0)
+    assert found["p_value"][0] > 0.05
+    assert not edit_of(tmp_path / "out").blocks
+    assert "The model never knew these rows" in (tmp_path / "out" / "index.html").read_text()
+    name = "model.safetensors"
+    assert (tmp_path / "out/edited" / name).read_bytes() == (folder / name).read_bytes()
+
+
+class Stops:
+    """A watcher that breaks the run off after some steps."""
+
+    def __init__(self, at):
+        self.at, self.said = at, []
+
+    def __call__(self, text):
+        self.said.append(text)
+
+    def progress(self, done, total):
+        assert total == 12
+        if done >= self.at:
+            raise KeyboardInterrupt
+
+
+def files(folder):
+    """All bytes of a folder but the seconds that it took."""
+    found = {}
+    for path in sorted(x for x in folder.rglob("*") if x.is_file() and x.name != "index.html"):
+        data = path.read_bytes()
+        if path.name == "results.json":
+            data = data.partition(b'"seconds"')[0]
+        found[str(path.relative_to(folder))] = data
+    return found
+
+
+def test_a_run_that_is_broken_off_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(written, "SAVED_EVERY", 4)
+    more = {"steps": 8, "recovery": 4}
+    run(folder, tmp_path / "whole", **more)
+    out = tmp_path / "out"
+    for at in (8, 12):
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, out, Stops(at), **more)
+    assert [x.name for x in out.iterdir()] == ["job"]
+    for changed in ({"seed": 1}, {"budget": 0.1}, {"forget": FORGET[:3]}):
+        with pytest.raises(ValueError, match="its own command goes on with it"):
+            run(folder, out, **(more | changed))
+    watcher = Stops(99)
+    run(folder, out, watcher, **more)
+    assert any("which was broken off" in text for text in watcher.said)
+    assert files(out) == files(tmp_path / "whole")
