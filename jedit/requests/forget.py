@@ -7,10 +7,12 @@
     τ_i       quantile of u at the rank of row i among the forget rows          the row's target
     done_i    s_i >= τ_i: the row is not drawn while that holds
     stop      D⁺ = max_x (share of s <= x - share of u <= x) passes the one-sided test of two
-              samples (Smirnov 1939) at `significance`
+              samples (Smirnov 1939) at `significance`; a piece of the path that leads past the
+              unseen rows is shortened to where D⁺ = D⁻
     rewind    θ₀ + share (θ_start - θ₀), then Adam on γ f + R: a way that lasts, and costs more
     recovery  steps in Adam's direction, of the same predicted KL, on γ f + R where natural steps
-              lowered f + R: what they cost comes back, and f, which has saturated, is held
+              lowered f + R: what they cost comes back, and f, which has saturated, is held; on R
+              alone while the rows are past the unseen ones, told from them by their higher scores
     budget    KL(θ₀ ‖ θ) on retain rows that no step sees, at every look; a piece of the path that
               passes it is shortened until it does not, and is the last
 
@@ -206,7 +208,12 @@ def forget(
     if isinstance(method, TrainingMethod):
         walk.go("steps", method, how.steps, every=how.every, is_raising=True)
     if recovery is not None and walk.state.step:
-        walk.go("recovery", *recovery, every=how.every, is_raising=False)
+        held, let_go, steps = recovery
+        before, loss = walk.change, _mean_loss(apply, walk.state.params, heldout)
+        walk.go("recovery", held, steps, every=how.every, is_raising=False, letting_go=let_go)
+        # A recovery lowers the loss of what is kept, or is none.
+        if not _mean_loss(apply, moved(params, walk.change), heldout) <= loss:
+            walk.back_to(before)
     edited, comeback = moved(params, walk.change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows
@@ -307,8 +314,11 @@ def _is_batch(x: object) -> bool:
 
 def _natural(
     steps: Natural, how: Forgetting, apply: Apply, params: PyTree, seen: Batch, *, key: Array
-) -> tuple[TrainingMethod, tuple[TrainingMethod, int] | None]:
-    """Make the natural steps, and the recovery of the same parameters with its number of steps."""
+) -> tuple[TrainingMethod, tuple[TrainingMethod, TrainingMethod, int] | None]:
+    """Make the natural steps, and the recovery of the same parameters.
+
+    A recovery is what holds the rows, what lets them go, and the number of steps.
+    """
     curvature = steps.curvature
     if curvature is None:
         metric = how.likelihood
@@ -340,7 +350,14 @@ def _natural(
         trainable=method.trainable,
         batch_size=then.batch_size,
     )
-    return method, (after, then.steps)
+    letting_go = after._replace(objective=steps.objective.held)
+    return method, (after, letting_go, then.steps)
+
+
+def _mean_loss(apply: Apply, params: PyTree, rows: Batch) -> float:
+    if rows.targets is None:  # held-out rows need none for their KL
+        return 0.0
+    return float(np.mean(row_losses(apply, params, rows)))
 
 
 def held_out(retain: Batch) -> tuple[Batch, Batch]:

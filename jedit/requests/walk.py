@@ -27,6 +27,7 @@ from jedit.training.freezing import merge, split, which_are_trained
 from jedit.training.watch import History
 
 Stopped = Literal["unseen", "budget", "steps"]
+HALVINGS = 6  # of a piece of the path that leads past unseen rows; arbitrary
 
 
 class Look(NamedTuple):
@@ -93,11 +94,19 @@ class Walk:
         self.state = self.state._replace(params=params)
 
     def go(
-        self, name: str, method: TrainingMethod, steps: int, *, every: int, is_raising: bool
+        self,
+        name: str,
+        method: TrainingMethod,
+        steps: int,
+        *,
+        every: int,
+        is_raising: bool,
+        letting_go: TrainingMethod | None = None,
     ) -> None:
         """Take the steps of one leg, and a look after so many.
 
-        Those that raise rows draw what is left, and end where the rows are like unseen ones.
+        Those that raise rows draw what is left, and end where the rows are like unseen ones; where
+        `letting_go` is given, it steps while the rows are past these.
         """
         begin, end = self.state.step, self.state.step + steps
         numbers = (steps, every, method.batch_size, begin)
@@ -112,9 +121,10 @@ class Walk:
                 # found; a leg that is looked at once, at its end, is saved on the way.
                 if self._checkpoint is not None and every >= steps:
                     stop = min(look, self.state.step + self._checkpoint.every)
-                self._ahead(method, stop - self.state.step, left)
+                now = letting_go if letting_go is not None and self._is_past() else method
+                self._ahead(now, stop - self.state.step, left)
                 if stop == look:
-                    self._look(_difference(self._start, self.state.params))
+                    self._look(_difference(self._start, self.state.params), is_raising=is_raising)
                 # Where the budget ends the path what is left of it is no state of the loop's.
                 if self.stopped != "budget":
                     save(self.state.step == end or self.stopped == "unseen")
@@ -188,7 +198,10 @@ class Walk:
         )
         self.state = reached[-1]
 
-    def _look(self, now: dict[str, Array]) -> None:
+    def _look(self, now: dict[str, Array], *, is_raising: bool) -> None:
+        if is_raising and self._is_past(now):
+            now = self._back_to_unseen(now)
+            self.state = self.state._replace(params=moved(self._start, now))
         spent, budget = self._by.price(now), self._by.budget
         is_over = budget is not None and not spent <= budget  # NaN is over, too
         if is_over:
@@ -199,6 +212,35 @@ class Walk:
         self._judge(spent)
         if is_over:
             self.stopped = "budget"
+
+    def back_to(self, change: dict[str, Array]) -> None:
+        """Go back to what was edited before, with a look there."""
+        self.change = change
+        self.state = self.state._replace(params=moved(self._start, change))
+        self._judge(self._by.price(change))
+
+    def _is_past(self, change: dict[str, Array] | None = None) -> bool:
+        """Return whether the rows can be told from unseen ones by knowing less of them alone."""
+        if not len(self.level):
+            return False
+        score, least = self.score, self._by.significance
+        if change is not None:
+            score = self._scores(change)
+        return p_value_of(self.level, score) <= least < p_value_of(score, self.level)
+
+    def _back_to_unseen(self, now: dict[str, Array]) -> dict[str, Array]:
+        """Shorten the last piece of the path to where its rows are most like unseen ones."""
+        move, low, high = ahead(now, self.change, -1.0), 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            score = self._scores(ahead(self.change, move, middle))
+            # The one p-value falls along the path, as the other grows.
+            is_past = p_value_of(self.level, score) < p_value_of(score, self.level)
+            low, high = (low, middle) if is_past else (middle, high)
+        return ahead(self.change, move, high)
+
+    def _scores(self, change: dict[str, Array]) -> np.ndarray:
+        return self._by.score.of(moved(self._start, change))
 
     def _judge(self, spent: float) -> None:
         self.score = self._by.score.of(moved(self._start, self.change))
