@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `ledger`."""
+"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `audit`, `ledger`."""
 
 import shlex
 import sys
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
+    from jedit.cli.audit import AuditOptions, audit_command
     from jedit.cli.demo import demo
     from jedit.cli.ledger import LedgerOptions, ledger
     from jedit.cli.run import run
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": (Demo, demo),
         "run": (RunFile, run),
         "tofu": (Tofu, tofu_command),
+        "audit": (AuditOptions, audit_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:
