@@ -4,6 +4,7 @@ Every number is the probability of answers under an attack.  Unseen rows under t
 the retrained model, say what an attack brings to a model that never knew.
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -159,9 +160,15 @@ def reworded(rows: Sequence[QaRow], example: QaRow | None) -> dict[str, list[QaR
 def asked_otherwise(
     model: LanguageModel, params: PyTree, rows: Sequence[QaRow], *, is_marked: bool
 ) -> Values:
-    """Return the probabilities of the answers to rows whose questions were changed."""
+    """Return the probabilities of the answers to rows whose questions were changed.
+
+    Raises:
+        ValueError: nothing that counts of a row's answer fits behind its question.
+    """
     spans = [row.forget_span for row in rows] if is_marked else None
-    encoded = model.encode([(row.question, row.answer) for row in rows], spans)
+    # What stands before a question takes room, and is to leave the answer whole.
+    longer = model._replace(max_len=model.num_positions)
+    encoded = longer.encode([(row.question, row.answer) for row in rows], spans)
     return _probabilities(model.apply, params, encoded, model.chunk)
 
 
@@ -170,7 +177,7 @@ class Attacked(NamedTuple):
 
     Attributes:
         quantized: by number of bits.
-        prefixes: by prefix.
+        prefixes: by prefix; those that fit before all questions.
         other_words: of paraphrased questions; None where a row has none.
     """
 
@@ -182,7 +189,11 @@ class Attacked(NamedTuple):
 def attacked(model: LanguageModel, params: PyTree, asked: Rows, example: QaRow | None) -> Attacked:
     """Attack a model without training it."""
     is_marked = any(row.forget_span for row in asked.rows)
-    words = None
+    words, prefixes = None, {}
+    for name, rows in reworded(asked.rows, example).items():
+        # An example may be too long for the model's positions, with the longest question.
+        with contextlib.suppress(ValueError):
+            prefixes[name] = asked_otherwise(model, params, rows, is_marked=is_marked)
     if all(row.paraphrased_question for row in asked.rows):
         words = asked_otherwise(model, params, in_other_words(asked.rows), is_marked=is_marked)
     return Attacked(
@@ -190,10 +201,7 @@ def attacked(model: LanguageModel, params: PyTree, asked: Rows, example: QaRow |
             bits: _probabilities(model.apply, quantize(params, bits=bits), asked.whole, model.chunk)
             for bits in BITS
         },
-        {
-            name: asked_otherwise(model, params, rows, is_marked=is_marked)
-            for name, rows in reworded(asked.rows, example).items()
-        },
+        prefixes,
         words,
     )
 
@@ -270,8 +278,11 @@ def findings_of(known: Compared, found: Comebacks) -> list[Finding]:
         name: comeback_of(known, values, theirs and theirs.prefixes.get(name))
         for name, values in ours.prefixes.items()
     }
-    best = max(shares, key=lambda name: shares[name].value)
-    findings.append(judge("prefix", shares[best], best=f"“{best}”"))
+    if shares:
+        best = max(shares, key=lambda name: shares[name].value)
+        findings.append(judge("prefix", shares[best], best=f"“{best}”"))
+    else:
+        findings.append(judge("prefix", None, reason="no prefix fits before the questions"))
     if ours.other_words is None:
         missing = "not all rows to forget have a paraphrased_question"
         findings.append(judge("other_words", None, reason=missing))

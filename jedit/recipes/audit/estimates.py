@@ -25,6 +25,7 @@ LEVEL = 0.95
 BOOTSTRAP = "percentile bootstrap over rows"
 NEWCOMBE = "Newcombe's interval of an area"
 Values = Float[np.ndarray, " n"]
+Numbers = Any  # an array of draws, or the one number of the rows themselves
 
 
 class Compared(NamedTuple):
@@ -71,7 +72,7 @@ def mean_of(values: Values, *, level: float = LEVEL) -> Estimate:
 
 
 def bootstrapped(
-    statistic: Callable[..., np.ndarray],
+    statistic: Callable[..., Numbers],
     groups: list[Float[np.ndarray, "columns n"]],
     *,
     level: float = LEVEL,
@@ -95,7 +96,7 @@ def bootstrapped(
     if num_rows < 2 or not math.isfinite(value):
         return Estimate(value, math.nan, math.nan, num_rows)
 
-    def of_drawn(*places: np.ndarray, axis: int) -> np.ndarray:
+    def of_drawn(*places: np.ndarray, axis: int) -> Numbers:
         del axis  # the last, as always
         return statistic(*(group[:, place] for group, place in zip(groups, places, strict=True)))
 
@@ -150,7 +151,7 @@ def left_of(
     if known.retrained is not None and scale.retrained is not None:
         rows = np.stack([known.edited, known.retrained, scale.base, scale.retrained])
 
-        def share(x: np.ndarray) -> np.ndarray:
+        def share(x: np.ndarray) -> Numbers:
             e, r, b, n = x.mean(axis=-1)
             return _divided(e - r, b - n)
 
@@ -160,7 +161,7 @@ def left_of(
         rows = np.stack([known.edited, scale.base])
         others = np.stack([known.unseen, scale.unseen_base])
 
-        def share_of_two(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        def share_of_two(x: np.ndarray, y: np.ndarray) -> Numbers:
             (e, b), (u, n) = x.mean(axis=-1), y.mean(axis=-1)
             return _divided(e - u, b - n)
 
@@ -201,7 +202,7 @@ def comeback_of(
         retrained = known.retrained[chosen]
         rows = [attacked, edited, base, retrained if never is None else never, retrained]
 
-        def paired(x: np.ndarray) -> np.ndarray:
+        def paired(x: np.ndarray) -> Numbers:
             a, e, b, after, before = x.mean(axis=-1)
             return _divided(np.minimum(a - e - (after - before), a - after), b - before)
 
@@ -210,7 +211,7 @@ def comeback_of(
         others = [known.unseen, known.unseen_base]
         after = known.unseen if never is None else never
 
-        def unpaired(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        def unpaired(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Numbers:
             (a, e, b), (before, unknown), late = (
                 x.mean(axis=-1),
                 y.mean(axis=-1),
@@ -221,7 +222,7 @@ def comeback_of(
         groups = [np.stack([attacked, edited, base]), np.stack(others), after[None]]
         return bootstrapped(unpaired, groups)
 
-    def alone(x: np.ndarray) -> np.ndarray:
+    def alone(x: np.ndarray) -> Numbers:
         a, e, b = x.mean(axis=-1)
         return _divided(a - e, b - e)
 
@@ -274,7 +275,7 @@ def auc_difference(
     return bootstrapped(lambda x, y: _areas(x[0], y[0]) - _areas(x[1], y[1]), rows, level=level)
 
 
-def _areas(known: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+def _areas(known: np.ndarray, unseen: np.ndarray) -> Numbers:
     """Return the areas of many draws of two sets, along the last axis."""
     from scipy.stats import rankdata
 
@@ -284,7 +285,7 @@ def _areas(known: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     return (ranks - m * (m + 1) / 2) / (n * m)
 
 
-def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def _divided(above: Numbers, below: Numbers) -> Numbers:
     """Divide; by next to nothing, infinity of the numerator's sign, which no interval forgives."""
     small = np.where(np.abs(below) < 1e-12, 1e-12, below)
     return above / small

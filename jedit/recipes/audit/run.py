@@ -101,9 +101,7 @@ def audit(
 
 def _measured(
     models: Models, asked: Asked, *, key: Array, say: Say
-) -> tuple[
-    dict[str, OfModel], cost.Kept, tuple[float, str], DepthFound | None
-]:
+) -> tuple[dict[str, OfModel], cost.Kept, tuple[float, str], DepthFound | None]:
     """Measure each model, and what takes two or three of them together."""
     model = models.model
     found: dict[str, OfModel] = {}
@@ -183,7 +181,8 @@ def _attacked(
 ) -> comeback.Comebacks:
     """Attack the edited model, and what stands for one that never knew, each with the same."""
     model, spending = models.model, settings.spending
-    example = asked.retain.rows[0]
+    # The shortest, which leaves most room for the questions behind it.
+    example = min(asked.retain.rows, key=lambda row: len(row.question) + len(row.answer))
     found = comeback.Comebacks({}, {}, {})
 
     def attack(role: str, params: PyTree, rows: Rows) -> None:
