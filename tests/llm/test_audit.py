@@ -50,7 +50,7 @@ def cut_to(folder, layers, out):
     return out
 
 
-def test_the_lens_is_the_model_without_its_later_layers(random_folder, tmp_path, rank_promotion):
+def test_the_lens_is_the_model_without_its_later_layers(random_folder, tmp_path):
     apply, params, _ = load_model(random_folder)
     tokens = np.random.default_rng(0).integers(0, 37, (2, 7))
     assert depth.num_layers(params) == 2
@@ -72,7 +72,7 @@ def asked_of(apply, number=6, seq=7):
     return model, Rows([None] * number, whole, [whole], None, 1, None)
 
 
-def test_the_depth_score_of_the_two_ends(random_folder, rank_promotion):
+def test_the_depth_score_of_the_two_ends(random_folder):
     apply, params, config = load_model(random_folder)
     never = jax.tree.map(lambda x: x + 0.3 * jnp.sin(7 * x), params)
     model, asked = asked_of(apply)
@@ -86,7 +86,7 @@ def test_the_depth_score_of_the_two_ends(random_folder, rank_promotion):
     assert finding.outcome is Outcome.FAILED
 
 
-def test_states_and_probes_by_layer(random_folder, rank_promotion):
+def test_states_and_probes_by_layer(random_folder):
     apply, params, _ = load_model(random_folder)
     model, asked = asked_of(apply)
     states = depth.states_of(model, params, asked)

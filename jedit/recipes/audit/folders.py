@@ -81,6 +81,8 @@ def open_models(
             f"{tokenizer or base}: the tokenizer has tokens up to {largest}, the model in {base} "
             f"{config.vocab_size} of them; give its own tokenizer by --tokenizer"
         )
+    # Reads no weights, but looks whether they are those of the configuration: before the work.
+    steppers = {role: load_stepper(folder, dtype=dtype) for role, folder in folders.items()}
     apply, params, _ = load_model(base, dtype=dtype)
     shapes = {path: leaf.shape for path, leaf in parameter_paths(params)}
     positions = getattr(config, "max_position_embeddings", None) or max_len
@@ -88,7 +90,7 @@ def open_models(
     return Models(
         LanguageModel(
             apply,
-            load_stepper(base, dtype=dtype),
+            steppers["base"],
             words,
             min(max_len, positions),
             positions,
