@@ -3,7 +3,13 @@
 from jedit.attacks.linear_probe import ProbeScores, linear_probe
 from jedit.attacks.quantize import quantize
 from jedit.attacks.relearn import Relearned, relearn
-from jedit.attacks.relearning_curve import Attacker, RelearningCurve, relearning_curve
+from jedit.attacks.relearning_curve import (
+    Attacker,
+    RelearningCurve,
+    TaughtByShare,
+    relearning_curve,
+    taught_by_share,
+)
 from jedit.attacks.reword import in_other_words, with_prefix
 
 __all__ = [
@@ -11,10 +17,12 @@ __all__ = [
     "ProbeScores",
     "Relearned",
     "RelearningCurve",
+    "TaughtByShare",
     "in_other_words",
     "linear_probe",
     "quantize",
     "relearn",
     "relearning_curve",
+    "taught_by_share",
     "with_prefix",
 ]

@@ -17,13 +17,13 @@ rows behind the largest share are never taught; at every point they are what is 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from jedit.attacks.relearn import relearn
 from jedit.core.arguments import check_batch
@@ -85,6 +85,24 @@ class RelearningCurve(NamedTuple):
         return self.edited - self.retrained
 
 
+class TaughtByShare(NamedTuple):
+    """All that an attacker who relearns measures on one model.
+
+    Attributes:
+        taught: numbers of rows taught, rising.
+        asked: places, among the rows given, of those that are never taught, in the order measured.
+        steps: numbers of updates, 0 first.
+        values: what was measured, (shares, rates, steps, ...).
+    """
+
+    taught: Int[np.ndarray, " shares"]
+    asked: Int[np.ndarray, " asked"]
+    steps: Int[np.ndarray, " steps"]
+    values: Shaped[np.ndarray, "shares rates steps *measured"]
+
+    __repr__ = short_repr
+
+
 def relearning_curve(
     apply: Apply,
     edited: PyTree,
@@ -140,6 +158,52 @@ def relearning_curve(
         ValueError: no rates, or one that is not positive; a share that is not from 0 to 1; nothing
             is left to be asked about; or `relearn` refuses.
     """
+
+    def one(params: PyTree) -> TaughtByShare:
+        again = {"attacker": attacker, "key": jax.random.clone(key)}  # the same draws for both
+        return taught_by_share(apply, params, rows, measure=measure, **again)
+
+    found = one(edited)
+    rates = np.asarray(tuple(attacker.rates), np.float64)
+    ours, our_rates = _best(np.asarray(found.values, np.float64), rates)
+    theirs, their_rates = _best(np.asarray(one(retrained).values, np.float64), rates)
+    return RelearningCurve(
+        taught=found.taught,
+        shares=found.taught / num_rows(rows),
+        steps=found.steps,
+        edited=ours,
+        retrained=theirs,
+        edited_rates=our_rates,
+        retrained_rates=their_rates,
+    )
+
+
+def taught_by_share(
+    apply: Apply,
+    params: PyTree,
+    rows: Batch,
+    *,
+    attacker: Attacker,
+    measure: Callable[[PyTree, Batch], Any],
+    key: Key[Array, ""],
+) -> TaughtByShare:
+    """Attack one model by every share, budget and rate, and keep all that is measured.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        params: parameters of the model that is attacked.
+        rows: all rows of which some are taught.
+        attacker: what he may spend, and choose among.
+        measure: a function from params and the rows that are never taught to a number, or to an
+            array of one shape, such as a probability for each of them.
+        key: key of the order in which rows are taught.
+
+    Returns:
+        What was measured, by share, rate and number of updates.
+
+    Raises:
+        ValueError: what `relearning_curve` refuses.
+    """
     check_batch(rows, "rows")
     rates, shares = tuple(attacker.rates), tuple(attacker.shares)
     if not rates or not shares:
@@ -159,35 +223,27 @@ def relearning_curve(
     asked = jax.tree.map(lambda x: x[taught[-1] :], taken)
     # One object a rate: what is compiled for an optimizer is found again by it.
     optimizers = [attacker.optimizer(rate) for rate in rates]
-
-    def attack(params: PyTree) -> tuple[np.ndarray, np.ndarray]:
-        found = [
-            [
-                relearn(
-                    apply,
-                    params,
-                    first(count),
-                    optimizer=optimizer,
-                    looks=attacker.looks,
-                    measure=lambda params: float(measure(params, asked)),
-                    key=jax.random.clone(teach_key),  # the same draws for all, on purpose
-                    batch_size=attacker.batch_size,
-                ).values
-                for optimizer in optimizers
-            ]
-            for count in taught
+    values = [
+        [
+            relearn(
+                apply,
+                params,
+                first(count),
+                optimizer=optimizer,
+                looks=attacker.looks,
+                measure=lambda params: measure(params, asked),
+                key=jax.random.clone(teach_key),  # the same draws for all, on purpose
+                batch_size=attacker.batch_size,
+            ).values
+            for optimizer in optimizers
         ]
-        return _best(np.asarray(found, np.float64), np.asarray(rates, np.float64))
-
-    (ours, our_rates), (theirs, their_rates) = attack(edited), attack(retrained)
-    return RelearningCurve(
+        for count in taught
+    ]
+    return TaughtByShare(
         taught=np.asarray(taught),
-        shares=np.asarray(taught) / number,
+        asked=np.asarray(order)[taught[-1] :],
         steps=np.asarray((0, *attacker.looks)),
-        edited=ours,
-        retrained=theirs,
-        edited_rates=our_rates,
-        retrained_rates=their_rates,
+        values=np.asarray(values),
     )
 
 

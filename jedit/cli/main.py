@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"the command line needs {error.name}: pip install 'jedit[demo]'")
     del rich
+    from jedit.cli.audit import AuditOptions, audit_command
     from jedit.cli.compare import compare
     from jedit.cli.demo import demo
     from jedit.cli.forget import Forget, asks_for_methods, forget, list_methods
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": (Compare, compare),
         "demo": (Demo, demo),
         "tofu": (Tofu, tofu_command),
+        "audit": (AuditOptions, audit_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:

@@ -36,7 +36,7 @@ from jedit.metrics.multiple_choice import multiple_choice_accuracy, normalized_c
 from jedit.metrics.muse import knowmem, verbmem
 from jedit.metrics.ngram_entropy import ngram_entropy
 from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
-from jedit.metrics.output_kl import output_kl
+from jedit.metrics.output_kl import output_kl, output_kl_per_row
 from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.rouge import Rouge, rouge
@@ -91,6 +91,7 @@ __all__ = [
     "normalized_choice_accuracy",
     "normalized_probability",
     "output_kl",
+    "output_kl_per_row",
     "overall_score",
     "preference_scores",
     "privacy_score",

@@ -12,11 +12,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.devices import on_auto_axes
-from jedit.metrics.streaming import each_batch, mean_of_sums
+from jedit.metrics.streaming import (
+    RowSums,
+    each_batch,
+    mean_of_sums,
+    rows_of_sums,
+    sums_by_row,
+)
 from jedit.objectives.token_nll import counted_kl
 
 
@@ -31,6 +38,29 @@ def output_kl(
             for batch in each_batch(apply, (original, edited), batches, has_labels=False)
         ]
     )
+
+
+@on_auto_axes
+def output_kl_per_row(
+    apply: Apply, original: PyTree, edited: PyTree, batches: Iterable[Batch] | Batch
+) -> Float[np.ndarray, " n"]:
+    """Return each example's mean KL over its outputs that count, in the order given.
+
+    An example none of whose outputs counts, such as one that fills up the last batch, is left out.
+    """
+    sums, counts = rows_of_sums(
+        [
+            _row_kl(apply, original, edited, batch)
+            for batch in each_batch(apply, (original, edited), batches, has_labels=False)
+        ]
+    )
+    return sums / counts
+
+
+@partial(jax.jit, static_argnums=0)
+def _row_kl(apply: Apply, original: PyTree, edited: PyTree, batch: Batch) -> RowSums:
+    divergence, counted = counted_kl(apply, original, edited, batch)
+    return sums_by_row(batch, jnp.where(counted, divergence, 0), counted)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -55,12 +55,17 @@ def page(run: Run) -> str:
         ImportError: jinja2 is not installed.
     """
     sections = [_section(comparison) for comparison in run.comparisons]
-    template = _environment().get_template("page.html")
+    template = environment().get_template("page.html")
     return template.render(run=run, sections=sections, other_rule=OTHER_RULE)
 
 
 @functools.cache
-def _environment() -> Any:
+def environment() -> Any:
+    """Return jinja's environment of the pages.
+
+    Raises:
+        ImportError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError as error:
@@ -131,7 +136,7 @@ def _text(value: object) -> str:
 def _figure(comparison: Comparison, dpi: int, *, is_narrow: bool) -> str:
     image = io.BytesIO()
     save_png(tradeoff_figure(comparison, is_narrow=is_narrow), image, dpi=dpi)
-    return _data_uri(image)
+    return data_uri(image)
 
 
 def _picture(pixels: tuple[tuple[float, ...], ...]) -> str:
@@ -141,8 +146,9 @@ def _picture(pixels: tuple[tuple[float, ...], ...]) -> str:
     image = io.BytesIO()
     look = {"cmap": "gray_r", "vmin": 0.0, "vmax": 1.0, "metadata": {"Software": None}}
     imsave(image, np.asarray(pixels), format="png", **look)
-    return _data_uri(image)
+    return data_uri(image)
 
 
-def _data_uri(image: io.BytesIO) -> str:
+def data_uri(image: io.BytesIO) -> str:
+    """Return a PNG as text that a page can hold."""
     return f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from jedit.report.evaluation_log import write_evaluation_log
@@ -15,8 +16,12 @@ from jedit.report.results import Run, to_json
 PAGE, RESULTS, EVALUATIONS = "index.html", "results.json", "evaluations"
 
 
-def check_destination(out: Path) -> None:
+def check_destination(out: Path, names: Collection[str] | None = None) -> None:
     """Refuse a destination that a report may not replace; call it before the work, not after.
+
+    Args:
+        out: the folder of the report.
+        names: names of the files that a report of this kind consists of; None: a comparison's.
 
     Raises:
         ValueError: the destination is a file, a link to nothing, or a folder with something in it
@@ -32,7 +37,8 @@ def check_destination(out: Path) -> None:
                 return
     if not out.is_dir():
         raise ValueError(f"{out}: is a file; --out names a folder")
-    foreign = [item.name for item in out.iterdir() if not _is_ours(item.name)]
+    is_ours = _is_ours if names is None else names.__contains__
+    foreign = [item.name for item in out.iterdir() if not is_ours(item.name)]
     if foreign:
         raise ValueError(
             f"{out}: holds files that are no report ({', '.join(sorted(foreign)[:3])}); give "
@@ -52,10 +58,8 @@ def write_report(run: Run, out: Path) -> Path:
         ValueError: a destination that `check_destination` refuses.
     """
     check_destination(out)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
-        new.chmod(0o755)
+
+    def write(new: Path) -> None:
         text = json.dumps(to_json(run), indent=1, allow_nan=False, ensure_ascii=False)
         (new / RESULTS).write_text(text + "\n", encoding="utf-8")
         for comparison in run.comparisons:
@@ -64,10 +68,26 @@ def write_report(run: Run, out: Path) -> Path:
                 name = re.sub(r"\W+", "-", model).strip("-").lower()
                 write_evaluation_log(evaluations, new / EVALUATIONS / name)
         (new / PAGE).write_text(page(run), encoding="utf-8")
+
+    replace_folder(out, write)
+    return out / PAGE
+
+
+def replace_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder aside, and put it in the place of the one that may be there.
+
+    Args:
+        out: the folder; what is there goes, as soon as the new one is whole.
+        write: a function that writes the files into the folder that it is given.
+    """
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        new.chmod(0o755)
+        write(new)
         _replace(new, out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return out / PAGE
 
 
 def _replace(new: Path, out: Path) -> None:

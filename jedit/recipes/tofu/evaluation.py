@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow, batches, pack
+from jedit.data.text import Spans
 from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
@@ -42,17 +43,28 @@ class LanguageModel(NamedTuple):
     chunk: int = 32
     dtype: DTypeLike = np.float32
 
-    def encode(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+    def encode(
+        self, pairs: Sequence[tuple[str, str]], spans: Sequence[Spans] | None = None
+    ) -> Batch:
         """Encode questions with answers, as wide as the longest and a multiple of `STEP`.
 
+        Args:
+            pairs: questions with their answers.
+            spans: by row the characters of its answer that count; None, or none of a row: all.
+
         Raises:
-            ValueError: nothing of an answer is left when the row is cut off.
+            ValueError: nothing of what counts of an answer is left when the row is cut off.
         """
         lengths = np.asarray(self.words.rows(pairs).valid).sum(axis=1)
         width = min(-(-int(lengths.max() + 1) // STEP) * STEP, self.max_len)
-        encoded = self.words.rows(pairs, width)
+        encoded = self.words.rows(pairs, width, spans)
         if np.any(is_cut := np.asarray(encoded.mask).sum(axis=1) == 0):
             question, _ = pairs[int(np.argmax(is_cut))]
+            if spans is not None and spans[int(np.argmax(is_cut))]:
+                raise ValueError(
+                    f"{question!r}: nothing of what is marked in the answer (forget_span) is among "
+                    f"the first {self.max_len} tokens. Give a larger max_len."
+                )
             raise ValueError(
                 f"{question!r} alone fills the model's {self.max_len} tokens: no answer is left "
                 "of the row. Give a larger max_len or vocabulary."

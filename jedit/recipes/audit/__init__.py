@@ -1,0 +1,5 @@
+"""The audit of an edited model's folder, however it came to be: five questions, stated rules."""
+
+from jedit.recipes.audit.run import Settings, audit
+
+__all__ = ["Settings", "audit"]

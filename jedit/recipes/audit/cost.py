@@ -1,0 +1,126 @@
+"""What it cost: how far the rows to keep moved, whether they are still answered, group by group."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jedit.data import DataError
+from jedit.recipes.audit.estimates import BOOTSTRAP, bootstrapped, mean_of, ratio_of
+from jedit.recipes.audit.forgotten import Said
+from jedit.recipes.audit.rows import Rows
+from jedit.recipes.audit.rules import judge
+from jedit.report.audit_results import Estimate, Finding, Measure
+from jedit.report.table import number
+from jedit.report.verdict import wilson
+
+Values = Float[np.ndarray, " n"]
+LEAST_ROUGE = 0.05  # of the original model, below which its rows are not answered at all; arbitrary
+MOST_GROUPS = 20  # shown, the dearest ones
+
+
+class Kept(NamedTuple):
+    """What the models hold of the rows to keep.
+
+    Attributes:
+        said: what they say, by role.
+        kl: KL(original || edited) of each row, nats per token of its answer.
+        retrained_kl: the same of the retrained model, if there is one.
+    """
+
+    said: dict[str, Said]
+    kl: Values
+    retrained_kl: Values | None
+
+
+def measures_of(kept: Kept) -> list[Measure]:
+    """Return the measures of the rows to keep by model."""
+    kls = {"edited": mean_of(kept.kl)}
+    if kept.retrained_kl is not None:
+        kls["retrained"] = mean_of(kept.retrained_kl)
+    measures = [
+        Measure("kl", "KL to the original model, nats per token", BOOTSTRAP, kls),
+        Measure(
+            "perplexity",
+            "perplexity of the answers",
+            BOOTSTRAP,
+            {role: perplexity_of(said.loss) for role, said in kept.said.items()},
+        ),
+    ]
+    texts = {
+        "probability": "probability of the answers",
+        "rouge_greedy": "ROUGE-L recall of the model's likeliest answer",
+        "exact_memorization": "share of tokens that come by themselves",
+    }
+    for name, text in texts.items():
+        found = {
+            role: mean_of(said.values[name])
+            for role, said in kept.said.items()
+            if name in said.values
+        }
+        if found:
+            measures.append(Measure(f"retain_{name}", text, BOOTSTRAP, found))
+    return measures
+
+
+def perplexity_of(loss: Values) -> Estimate:
+    """Return exp of the mean loss per token, every row alike."""
+    return bootstrapped(lambda x: np.exp(x[0].mean(axis=-1)), [loss[None]])
+
+
+def check_group(asked: Rows, field: str) -> None:
+    """Refuse a field that no row has.
+
+    Raises:
+        DataError: no row has the field.
+    """
+    names = sorted({name for row in asked.rows for name in row.fields})
+    if field not in names:
+        raise DataError(
+            f'--group: no row to keep has the field "{field}"; there are '
+            f"{', '.join(names) or 'none'}."
+        )
+
+
+def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure], list[str]]:
+    """Return KL and perplexities by group of rows, the dearest first, and notes."""
+    if field is None:
+        return [], []
+    labels = [row.fields.get(field) for row in asked.rows]
+    places: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        places.setdefault("(none)" if label is None else str(label), []).append(i)
+    order = sorted(places, key=lambda name: -float(kept.kl[places[name]].mean()))
+    measures = []
+    for name in order[:MOST_GROUPS]:
+        chosen = np.asarray(places[name])
+        found = {"kl": mean_of(kept.kl[chosen])}
+        for role in ("base", "edited"):
+            found[role] = perplexity_of(kept.said[role].loss[chosen])
+        measures.append(Measure(name, f"{field}: {name}", BOOTSTRAP, found))
+    most = number(measures[0].models["kl"].value)
+    notes = [
+        f"Of {len(places)} groups by {field}, {order[0]} paid most: {most} nats per token, on "
+        f"{len(places[order[0]])} rows."
+    ]
+    if len(places) > MOST_GROUPS:
+        notes.append(f"The {MOST_GROUPS} that paid most are shown.")
+    return measures, notes
+
+
+def findings_of(kept: Kept, budget: float) -> list[Finding]:
+    """Judge by the rules of this section."""
+    findings = [judge("retain_kl", mean_of(kept.kl), limit=budget)]
+    before, after = (kept.said[role].values.get("rouge_greedy") for role in ("base", "edited"))
+    if before is None or after is None:
+        return findings
+    if not before.mean() > LEAST_ROUGE:
+        reason = f"the original model's own answers have a ROUGE-L of {number(before.mean())} only"
+        return [*findings, judge("retain_rouge", None, reason=reason)]
+    ratio = ratio_of(after, before)
+    if np.ptp(after - before) == 0 and math.isfinite(ratio.value):
+        # Not one row changed; how many others would is a share of none among so many.
+        reach = wilson(0.0, ratio.num_rows).high
+        ratio = ratio._replace(low=ratio.value - reach, high=ratio.value + reach)
+    return [*findings, judge("retain_rouge", ratio)]
