@@ -24,12 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jedit.cli.demo import demo
     from jedit.cli.ledger import LedgerOptions, ledger
     from jedit.cli.run import run
+    from jedit.cli.rwku import RwkuOptions, rwku_command
     from jedit.cli.tofu import tofu_command
 
     commands: dict[str, tuple[type, Callable]] = {
         "demo": (Demo, demo),
         "run": (RunFile, run),
         "tofu": (Tofu, tofu_command),
+        "rwku": (RwkuOptions, rwku_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:

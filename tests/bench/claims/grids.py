@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
 
 from jedit import Natural, Recovery, apply_edit, metrics
@@ -35,7 +34,7 @@ from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Material, Need
 from jedit.objectives import GA, NPO, RMU, UNDIAL, RetainStates, SimNPO, with_retain
 from jedit.recipes.comparison.compare import fit_material, material_of
-from jedit.recipes.comparison.trajectories import destroyed
+from jedit.recipes.comparison.trajectories import destroyed, start_at
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.depth import Three, depth_of
 from jedit.recipes.tofu.evaluation import truth_ratios
@@ -142,9 +141,6 @@ class Setup:
         tried, task = METHODS[name], self.task
         row, material = CATALOGUE[tried.row], self.material(tried.row)
         method = tried.make(material, setting, rate)._replace(batch_size=16)
-        state = method.optimizer.init(task.original)
-        if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
-            state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, rate))
         found = []
 
         def look(state: LoopState, history: History) -> None:
@@ -153,7 +149,7 @@ class Setup:
                 found.append((state.step, jax.tree.map(jnp.copy, state.params)))
 
         forget = jax.tree.map(jnp.asarray, row.forget_rows(material))
-        start = LoopState(0, task.original, state)
+        start = start_at(method, task.original, rate)
         key = jax.random.fold_in(compare_key(self.seed), 1)
         watch = Watch(look, math.gcd(*looks))
         try:
