@@ -19,7 +19,7 @@ from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say
-from jedit.recipes.sweep import UNTOUCHED, Found, Record, Trial, sweep
+from jedit.recipes.sweep import UNTOUCHED, Found, Point, Record, Trial, sweep
 from jedit.recipes.tofu.models import Start
 from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
@@ -56,7 +56,7 @@ class Strength(NamedTuple):
     scale: float = 1.0
     budget: float = 0.05
 
-    def point(self, row: Row) -> Mapping[str, float]:
+    def point(self, row: Row) -> Point:
         """Return the settings at which a row of the catalogue is run, with those of its own."""
         own = {k: v for k, v in row.settings.items() if isinstance(v, int | float)}
         if isinstance(row, BySteps):
@@ -69,7 +69,7 @@ class Strength(NamedTuple):
 
 # Of a point and a task's material, a method that trains: where a catalogue row has no setting for
 # what a published grid varies.
-Make = Callable[[Material, Mapping[str, float]], TrainingMethod]
+Make = Callable[[Material, Point], TrainingMethod]
 
 
 def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequence[Row]:
@@ -112,9 +112,7 @@ class Editor:
         self._seed: int | None = None
         self._fitted: dict[frozenset[Need], Fitted] = {}
 
-    def __call__(
-        self, row: Row, point: Mapping[str, float], seed: int, make: Make | None = None
-    ) -> PyTree:
+    def __call__(self, row: Row, point: Point, seed: int, make: Make | None = None) -> PyTree:
         """Return the edited parameters; of a run that leaves the finite numbers, NaN.
 
         Args:
@@ -146,7 +144,7 @@ class Editor:
         method: TrainingMethod,
         row: BySteps,
         material: Material,
-        point: Mapping[str, float],
+        point: Point,
         *,
         key: Array,
     ) -> PyTree:
@@ -168,7 +166,7 @@ class Editor:
             return destroyed(task.original)
         return params
 
-    def _material(self, row: Row, point: Mapping[str, float], seed: int, key: Array) -> Material:
+    def _material(self, row: Row, point: Point, seed: int, key: Array) -> Material:
         if seed != self._seed:  # curvatures are large: those of one seed at a time
             self._seed, self._fitted = seed, {}
         grid = Grid(

@@ -32,11 +32,14 @@ RESAMPLES = 1000  # of two sets; as many change the ends of an interval by a twe
 WEIGHTS = (".safetensors", ".json", ".model")  # of a model's folder, what decides its outputs
 
 
+Point = Mapping[str, int | float]  # a method's settings by their names
+
+
 class Trial(NamedTuple):
     """One run: a method of the sweep, the point of its settings that is tried, and a seed."""
 
     method: str
-    point: Mapping[str, float]
+    point: Point
     seed: int
 
     @property
@@ -82,7 +85,7 @@ def mean_over(scores: Sequence[float] | np.ndarray) -> Measured:
     values = np.asarray(scores, np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         return Measured(None)
-    if values.size == 1:
+    if np.ptp(values) == 0:  # rows that are all alike say nothing of others
         return Measured(float(values[0]))
     return Measured(*bootstrap(values))
 
@@ -208,7 +211,7 @@ def described(trial: Trial) -> str:
     )
 
 
-def point_text(point: Mapping[str, float]) -> str:
+def point_text(point: Point) -> str:
     """Write a point's settings in words."""
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in point.items())
 

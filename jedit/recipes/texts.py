@@ -15,6 +15,7 @@ from jedit.recipes.sweep import Measured, compared
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tokenization import ModelWords
 
+ATTACK_WORDS = {"loss": "LOSS", "zlib": "Zlib", "min_k": "Min-K", "min_k_plus_plus": "Min-K++"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -34,7 +35,7 @@ def encode_texts(model: LanguageModel, texts: Sequence[str], *, is_cut: bool = F
     tokenizer, step = model.words.tokenizer, model.max_len - 1
     rows = []
     for text in texts:
-        tokens = tokenizer(text).input_ids
+        tokens = tokenizer(text, verbose=False).input_ids  # long texts are cut below
         if len(tokens) < 2:
             raise ValueError(f"{text!r}: is no text of two tokens, of which one is predicted")
         ends = [0] if is_cut else range(0, len(tokens) - 1, step)

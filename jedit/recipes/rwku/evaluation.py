@@ -34,6 +34,7 @@ from jedit.data.benchmarks import choice_of
 from jedit.recipes.rwku.sets import ATTACKS, FORGET_PARTS, Rwku, attack_of
 from jedit.recipes.sweep import Found, Measured, Sheet, mean_over
 from jedit.recipes.texts import (
+    ATTACK_WORDS,
     LETTERS,
     AskedChoices,
     answers_of,
@@ -78,12 +79,16 @@ SHEETS = (
     ),
     Sheet(
         "Membership: mean scores of texts about the person (FM, to rise) and about others (RM, to "
-        "stay), and how well each tells them apart",
+        "stay)",
         {
-            f"{kind} {name}": f"{kind} {name}"
-            for name in ("loss", "zlib", "min_k", "min_k_plus_plus")
-            for kind in ("FM", "RM", "AUC")
+            f"{kind} {word}": f"{kind} {name}"
+            for name, word in ATTACK_WORDS.items()
+            for kind in ("FM", "RM")
         },
+    ),
+    Sheet(
+        "Membership: how well a score tells the two apart (1/2: not at all)",
+        {word: f"AUC {name}" for name, word in ATTACK_WORDS.items()},
     ),
     Sheet("Utility, to stay", {"MMLU": "retain_mmlu", "TriviaQA F1": "triviaqa"}),
 )
@@ -120,6 +125,11 @@ def prompt_of(part: str, row: QaRow) -> str:
     return QUESTION.format(row.question)
 
 
+def pairs_of(probes: Mapping[str, Sequence[QaRow]]) -> list[tuple[str, str]]:
+    """Return the prompts of all parts' questions, one after the other, with their answers."""
+    return [(prompt_of(part, row), row.answer) for part, rows in probes.items() for row in rows]
+
+
 def encode(model: LanguageModel, data: Rwku) -> Asked:
     """Encode what a model is asked.
 
@@ -127,12 +137,10 @@ def encode(model: LanguageModel, data: Rwku) -> Asked:
         ValueError: a question leaves no room for an answer, or is no record of MMLU or TriviaQA.
     """
     assert isinstance(model.words, ModelWords)
-    pairs = [
-        (prompt_of(part, row), row.answer) for part, rows in data.probes.items() for row in rows
-    ]
+    pairs = pairs_of(data.probes)
     trivia = [_trivia(record, i) for i, record in enumerate(data.utility.get("triviaqa", []), 1)]
     pairs += [(TRIVIA.format(question), answers[0]) for question, answers in trivia]
-    prompts = _in_template(model.words).prompts(pairs)
+    prompts = in_template(model.words).prompts(pairs)
     check_room(model, prompts, NEW_TOKENS, f"RWKU's questions about {data.target}")
     mmlu = data.utility.get("retain_mmlu")
     return Asked(
@@ -213,7 +221,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
-def _in_template(words: ModelWords) -> ModelWords:
+def in_template(words: ModelWords) -> ModelWords:
     """Return the words with RWKU's prompts as the user's turn, and "Answer:" behind it."""
     has_chat = bool(words.tokenizer.chat_template)
     start = words.tokenizer.bos_token or ""
