@@ -303,10 +303,23 @@ def finish(
     records: Sequence[Record],
     sheets: Sequence[Sheet],
     notes: Sequence[str] = (),
+    chosen: Sequence[Record] = (),
 ) -> list[tuple[str, list[list[str]]]]:
-    """Write results.json and table.md, and return the tables."""
+    """Write results.json and table.md, and return the tables.
+
+    Args:
+        out: folder of both.
+        title: the tables' common title.
+        about: what the runs were made of.
+        records: the records of all runs.
+        sheets: the tables' columns.
+        notes: sentences that stand below the title.
+        chosen: some of the records, which get tables of their own in front.
+    """
     rows = summary(records)
-    laid_out = tables(rows, sheets)
+    best = summary(chosen)
+    laid_out = [(f"Chosen: {heading}", lines) for heading, lines in tables(best, sheets)]
+    laid_out += tables(rows, sheets)
     how = how_intervals(records)
     lines = [f"# {title}", "", how, *notes]
     for heading, table in laid_out:
@@ -322,6 +335,7 @@ def finish(
             "versions": versions(),
             "machine": machine(),
             "summary": rows,
+            "chosen": best,
             "runs": sorted(
                 f"{RUNS}/{Trial(r['method'], r['point'], r['seed']).name}.json" for r in records
             ),

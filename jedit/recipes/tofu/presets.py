@@ -11,7 +11,6 @@ from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import RELEARNING_RATE
 from jedit.recipes.tofu.models import Pretrained
 
-
 Protocol = Literal["strict", "field"]
 
 

@@ -117,9 +117,7 @@ def published_points(name: str, num_forget: int) -> list[dict[str, int | float]]
         ValueError: there is no published grid for the method.
     """
     if name not in PUBLISHED:
-        raise ValueError(
-            f"{name}: has no published grid; there is one for {', '.join(PUBLISHED)}"
-        )
+        raise ValueError(f"{name}: has no published grid; there is one for {', '.join(PUBLISHED)}")
     grid = PUBLISHED[name].grid
     found = []
     for values in itertools.product(*grid.values()):

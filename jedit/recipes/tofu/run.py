@@ -364,7 +364,7 @@ def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
         learnt += sets.general
     notes = (
         f"The model learns {len(learnt)} question-answer rows: {what}. "
-        f"{_seen(sets, preset)} "
+        f"{seen_by_methods(sets, preset)} "
         f"{scene.model.num_cut([*learnt, *sets.holdout])} rows, right and wrong answers "
         f"counted, are longer than {scene.model.max_len} tokens and were cut off.",
         "Every method is tried at as many points, settings times strengths, and its best "
@@ -376,7 +376,8 @@ def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
     return (*notes, lost)
 
 
-def _seen(sets: Sets, preset: Preset) -> str:
+def seen_by_methods(sets: Sets, preset: Preset) -> str:
+    """Say which retain rows methods see, and which judge them."""
     held = f"the {len(sets.heldout)} of six authors (TOFU's 14 to 19)"
     asked = "are the retain questions of Model Utility and of the KL."
     if preset.protocol == "field":

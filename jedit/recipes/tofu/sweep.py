@@ -8,13 +8,11 @@ comparison, and reported on the others.
 
 import itertools
 import json
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from jaxtyping import PyTree
 
 from jedit import metrics
@@ -32,14 +30,12 @@ from jedit.recipes.sweep import (
     UNTOUCHED,
     Found,
     Measured,
-    Point,
     Record,
     Sheet,
     Trial,
     finish,
     hash_of,
     mean_over,
-    summary,
     sweep,
 )
 from jedit.recipes.tofu.log import Log, aggregates
@@ -47,7 +43,14 @@ from jedit.recipes.tofu.membership import encode_answers, reference_of
 from jedit.recipes.tofu.models import Pretrained, Start, from_folders
 from jedit.recipes.tofu.presets import Preset
 from jedit.recipes.tofu.published import published_method, published_points
-from jedit.recipes.tofu.run import Scene, Sets, asked_whole, evaluate, prepare
+from jedit.recipes.tofu.run import (
+    Scene,
+    Sets,
+    asked_whole,
+    evaluate,
+    prepare,
+    seen_by_methods,
+)
 from jedit.report.results import PASSING_QUALITY
 
 Points = Literal["preset", "published"]
@@ -63,7 +66,6 @@ COLUMNS = {
     "overall": "overall_score",
     "KL": "heldout_kl",
 }
-BEST = "best of its points"
 
 
 class Folders(NamedTuple):
@@ -82,8 +84,10 @@ class Folders(NamedTuple):
 
 def both_models(
     folders: Folders, sets: Sets, preset: Preset, out: Path, *, seed: int, say: Say
-) -> Start:
+) -> tuple[Start, Folders]:
     """Load the model that knows the rows and the one that does not, or make them first.
+
+    What is returned beside them are the folders that they were loaded from.
 
     Args:
         folders: the folders.
@@ -115,10 +119,11 @@ def both_models(
             is_same = False
         if not is_same:
             raise ValueError(
-                f"{made}: holds models that were trained otherwise; give another --out, or remove it"
+                f"{made}: holds models that were trained otherwise; give another --out, or remove "
+                "it"
             )
-        model, retrained, tokenizer = made / "full", made / RETRAINED, tokenizer or model
-    return from_folders(model, retrained, tokenizer, preset.model, preset.dtype)
+        folders = Folders(made / "full", made / RETRAINED, tokenizer or model)
+    return from_folders(*folders, preset.model, preset.dtype), folders
 
 
 def _train(
@@ -133,9 +138,7 @@ def _train(
 ) -> None:
     """Train both models, and put them into their folder when they are whole."""
     assert isinstance(preset.model, Pretrained)
-    begin = from_folders(
-        folders.model, None, folders.tokenizer, preset.model, preset.dtype
-    )
+    begin = from_folders(folders.model, None, folders.tokenizer, preset.model, preset.dtype)
     scene = prepare(sets, preset, seed=seed, say=say, begin=begin)
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{made.name}.", dir=made.parent) as folder:
@@ -226,19 +229,118 @@ def tofu_sweep(
         **about,
     }
     trials = [Trial(name, {}, seeds[0]) for name in REFERENCES]
-    trials += [
-        Trial(name, point, seed) for seed in seeds for name in names for point in of[name]
-    ]
+    trials += [Trial(name, point, seed) for seed in seeds for name in names for point in of[name]]
     records = sweep(trials, out, about, edit=edit, evaluate=_judge(scene, sets), say=say)
-    records = _compared(records)
-    best = best_records(records, preset.grid.utility_share or 0.0)
+    records = compared(records)
+    share = preset.grid.utility_share or 0.0
+    best = best_records(records, share)
+    later = " of the other seeds" if len(seeds) > 1 else ", as there is no other seed"
     notes = [
-        _seen(sets, preset),
-        "The best point of each method is the one of the greatest utility above Forget Quality "
-        f"{PASSING_QUALITY:g}, of those that keep {preset.grid.utility_share or 0:.0%} of the "
-        "untouched model's, by the first seed; "
-        + ("its numbers are the other seeds'." if len(seeds) > 1 else "there is no other seed."),
+        seen_by_methods(sets, preset),
+        "Chosen is each method's point of the greatest utility above Forget Quality "
+        f"{PASSING_QUALITY:g}, of those that keep {share:.0%} of the untouched model's (else the "
+        f"one of the greatest quality), by the first seed; its numbers are those{later}.",
     ]
-    sheets = [Sheet("Every point", COLUMNS)]
-    tables = finish(out, f"TOFU, {preset.protocol} protocol", about, records, sheets, notes)
-    return [*tables, *best_tables(out, best)]
+    sheets = [Sheet("Forget Quality, Model Utility and others", COLUMNS)]
+    return finish(out, f"TOFU, {preset.protocol} protocol", about, records, sheets, notes, best)
+
+
+def _judge(scene: Scene, sets: Sets) -> Callable[[PyTree], Found]:
+    """Return the function that evaluates a model in full, but for attacks that train it again."""
+    model, task = scene.model, scene.task
+    whole = asked_whole(scene, sets)
+    unseen = encode_answers(model, sets.holdout)
+    reference = reference_of(model, task.retrained, whole["forget"], unseen)
+    assert task.pack is not None
+    held = list(batches(task.pack(task.heldout), model.chunk))
+
+    def judge(params: PyTree) -> Found:
+        ours, log = evaluate(model, params, whole, unseen, reference)
+        numbers = {name: Measured(value) for name, value in ours.items()}
+        numbers |= _over_rows(log)
+        kl = float(metrics.output_kl(model.apply, task.original, params, held))
+        return Found(numbers | {"heldout_kl": Measured(kl)})
+
+    return judge
+
+
+def _over_rows(log: Log) -> dict[str, Measured]:
+    """Return with their intervals the numbers that are means over rows, and the same in our log."""
+    scores = {
+        "forget_Q_A_Prob": log["forget_Q_A_Prob"].rows["prob"],
+        "extraction_strength": log["jedit_extraction_strength"].rows["score"],
+    }
+    for short in ("forget", "retain"):
+        name = f"{short}_Q_A_ROUGE"
+        scores[name] = log[name].rows["rougeL_recall"]
+    return {name: mean_over(values) for name, values in scores.items()}
+
+
+def compared(records: Sequence[Record]) -> list[Record]:
+    """Return the records with what compares a model with the untouched and the retrained one."""
+    found = {
+        record["method"]: _values(record) for record in records if record["method"] in REFERENCES
+    }
+    untouched, retrained = found[UNTOUCHED], found[RETRAINED]
+    whole = []
+    for record in records:
+        row = _values(record)
+        added = {}
+        if set(row) >= set(retrained):  # a destroyed model has not all of them
+            added = aggregates(row, untouched, retrained)
+            if retrained["mia_min_k"] < 1:
+                added["privleak"] = metrics.privleak(row["mia_min_k"], retrained["mia_min_k"])
+        numbers = {name: Measured(value)._asdict() for name, value in added.items()}
+        whole.append({**record, "numbers": {**record["numbers"], **numbers}})
+    return whole
+
+
+def _values(record: Record) -> dict[str, float]:
+    found = {name: x["value"] for name, x in record["numbers"].items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def best_records(records: Sequence[Record], share: float) -> list[Record]:
+    """Return each method's records at its best point: of the first seed chosen, of others shown.
+
+    Args:
+        records: the records of all runs, the untouched and the retrained model's first.
+        share: what a point has to keep of the untouched model's utility.
+    """
+    untouched = _values(records[0]).get("model_utility", 0.0)
+    methods: dict[str, list[Record]] = {}
+    for record in records[len(REFERENCES) :]:
+        methods.setdefault(record["method"], []).append(record)
+    chosen = list(records[: len(REFERENCES)])
+    for mine in methods.values():
+        first = mine[0]["seed"]
+        tried = [_point(record) for record in mine if record["seed"] == first]
+        point = best_of(tried, untouched, share)["point"]
+        at = [record for record in mine if record["point"] == point]
+        chosen += [record for record in at if record["seed"] != first] or at
+    return chosen
+
+
+def _point(record: Record) -> dict[str, Any]:
+    values = _values(record)
+    return {
+        "point": record["point"],
+        "quality": values.get("forget_quality", 0.0),
+        "utility": values.get("model_utility", 0.0),
+    }
+
+
+def best_of(points: Sequence[Record], untouched: float, share: float) -> Record:
+    """Return the best point by the rule of the comparison.
+
+    It is the one of the greatest "utility" whose "quality" passes, of those that keep the share of
+    the untouched model's utility, or of all where none does; where none passes it is the one of
+    the greatest quality.
+    """
+    kept = [p for p in points if p["utility"] >= share * untouched] or points
+
+    def rank(point: Record) -> tuple[bool, float]:
+        passes = point["quality"] > PASSING_QUALITY
+        return passes, point["utility"] if passes else point["quality"]
+
+    return max(kept, key=rank)

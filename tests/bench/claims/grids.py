@@ -42,6 +42,7 @@ from jedit.recipes.tofu.log import aggregates
 from jedit.recipes.tofu.membership import Answers, encode_answers, reference_of
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import Sets, compare_key, evaluate, read_sets
+from jedit.recipes.tofu.sweep import best_of
 from jedit.report.results import PASSING_QUALITY
 from jedit.tracing import Entering
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
@@ -237,17 +238,6 @@ def choose(setup: Setup, methods: list[str], path: Path) -> None:
                     _append(path, {"kind": "grid", **where, **setup.cheaply(params)})
 
 
-def best_of(points: list[dict[str, Any]], untouched: float) -> dict[str, Any]:
-    """The recipe's rule."""
-    kept = [p for p in points if p["utility"] >= SHARE * untouched] or points
-
-    def rank(point: dict[str, Any]) -> tuple[bool, float]:
-        passes = point["quality"] > PASSING_QUALITY
-        return passes, point["utility"] if passes else point["quality"]
-
-    return max(kept, key=rank)
-
-
 def report(
     setup: Setup, names: list[str], chosen: dict[str, dict], protocol: str, path: Path, kind: str
 ) -> None:
@@ -358,7 +348,7 @@ def main() -> None:
     grid = list({(r["method"], r["setting"], r["rate"], r["steps"]): r for r in points}.values())
     untouched = next(r["utility"] for r in grid if r["method"] == UNTOUCHED)
     chosen = {
-        name: best_of([r for r in grid if r["method"] == name], untouched)
+        name: best_of([r for r in grid if r["method"] == name], untouched, SHARE)
         for name in given.methods
         if name in METHODS
     }
