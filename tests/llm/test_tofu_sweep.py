@@ -1,4 +1,4 @@
-"""`jedit tofu --seeds --grid published --protocol`: a toy learns, and a sweep goes on run by run."""
+"""`jedit tofu --seeds --grid published --protocol`: a toy learns, a sweep goes on run by run."""
 
 import json
 
@@ -141,7 +141,8 @@ def test_the_best_point_is_chosen_on_one_seed_and_reported_on_others():
 
 
 @pytest.mark.reuses_keys
-def test_a_sweep_from_end_to_end(patched, toy_folder, tmp_path, capsys):
+@pytest.mark.usefixtures("patched")
+def test_a_sweep_from_end_to_end(toy_folder, tmp_path, capsys):
     out = tmp_path / "out"
     given = ["--preset", "checkpoint", "--model", str(toy_folder), "--out", str(out)]
     more = ["--grid", "published", "--protocol", "field", "--methods", "NPO", "--seeds", "0", "1"]
@@ -214,12 +215,14 @@ def test_what_methods_see_by_either_protocol(sets, toy_folder):
         ),
     ],
 )
-def test_options_that_do_not_go_together(given, message, patched, tmp_path, capsys):
+@pytest.mark.usefixtures("patched")
+def test_options_that_do_not_go_together(given, message, tmp_path, capsys):
     assert main(["tofu", "--out", str(tmp_path / "out"), *given]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_models_of_another_training_are_refused(patched, toy_folder, tmp_path, capsys):
+@pytest.mark.usefixtures("patched")
+def test_models_of_another_training_are_refused(toy_folder, tmp_path, capsys):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "about.json").write_text("{")
     given = ["--preset", "checkpoint", "--model", str(toy_folder), "--out", str(tmp_path)]
