@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `ledger`."""
+"""The command line: `jedit demo`, `run` on one's own rows, the benchmarks, `ledger`."""
 
 import shlex
 import sys
@@ -23,15 +23,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del rich
     from jedit.cli.demo import demo
     from jedit.cli.ledger import LedgerOptions, ledger
+    from jedit.cli.muse import MuseOptions, muse_command
     from jedit.cli.run import run
     from jedit.cli.rwku import RwkuOptions, rwku_command
     from jedit.cli.tofu import tofu_command
+    from jedit.cli.wmdp import WmdpOptions, wmdp_command
 
     commands: dict[str, tuple[type, Callable]] = {
         "demo": (Demo, demo),
         "run": (RunFile, run),
         "tofu": (Tofu, tofu_command),
         "rwku": (RwkuOptions, rwku_command),
+        "muse": (MuseOptions, muse_command),
+        "wmdp": (WmdpOptions, wmdp_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:

@@ -51,6 +51,8 @@ def run_folder(
     options: SweepOptions,
     out: Path,
     run: Callable[["Start", "Strength", dict[str, Any], Stages], Tables],
+    *,
+    retrained: Path | None = None,
 ) -> int:
     """Check the options, load the model, make the runs, print the tables; return the exit code.
 
@@ -59,6 +61,7 @@ def run_folder(
         out: folder of the records and of the tables.
         run: makes the runs: of the model, the strength of the edits, what records say of the
             model, and the watcher.
+        retrained: folder of the same model that never learned what is forgotten, if there is one.
 
     Raises:
         UsageError: a mistake that the user can mend.
@@ -68,16 +71,21 @@ def run_folder(
     from jedit.recipes.tofu.models import Pretrained, from_folders
 
     check_sweep(options)
+    if retrained is not None and not retrained.is_dir():
+        raise UsageError(f"{retrained}: there is no such folder.")
     stages = Stages()
     try:
         check_out(out)
         with stages:
             stages(f"loading {options.model}")
             settings = Pretrained(options.max_len, options.batch_size)
-            start = from_folders(options.model, None, options.tokenizer, settings, options.dtype)
+            start = from_folders(
+                options.model, retrained, options.tokenizer, settings, options.dtype
+            )
+            folders = {"tokenizer": options.tokenizer, "retrained": retrained}
             about = {
                 "model": folder_hash(options.model),
-                "tokenizer": None if options.tokenizer is None else folder_hash(options.tokenizer),
+                **{k: None if x is None else folder_hash(x) for k, x in folders.items()},
                 "max_len": options.max_len,
                 "dtype": options.dtype,
             }

@@ -46,6 +46,20 @@ def read_records(where: str | Path, config: str, split: str = "train") -> list[d
     return _from_library(str(where), config, split)
 
 
+def read_file(file: str | Path) -> list[dict[str, Any]]:
+    """Read the records of one file, which ends in .jsonl, .json or .parquet.
+
+    Raises:
+        DataError: no such file, another ending, or no records in it.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file.")
+    if path.suffix not in ENDINGS:
+        raise DataError(f"{path}: ends in none of {', '.join(ENDINGS)}.")
+    return _read(path)
+
+
 def read_texts(file: str | Path) -> list[str]:
     """Read texts of a file: its records' field "text", or one text of a .txt file.
 
@@ -56,14 +70,10 @@ def read_texts(file: str | Path) -> list[str]:
         DataError: no such file, another ending, or a record without a text.
     """
     path = Path(file)
-    if path.suffix not in (*ENDINGS, ".txt"):
-        raise DataError(f"{path}: ends in none of {', '.join((*ENDINGS, '.txt'))}.")
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file.")
-    if path.suffix == ".txt":
+    if path.suffix == ".txt" and path.is_file():
         return [_text_of(path)]
     texts = []
-    for i, record in enumerate(_read(path), 1):
+    for i, record in enumerate(read_file(path), 1):
         if not isinstance(text := record.get("text"), str) or not text.strip():
             raise DataError(f'{path}, record {i}: needs "text", a string that is not empty.')
         texts.append(text)

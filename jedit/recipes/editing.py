@@ -19,7 +19,7 @@ from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say
-from jedit.recipes.sweep import UNTOUCHED, Found, Point, Record, Trial, sweep
+from jedit.recipes.sweep import RETRAINED, UNTOUCHED, Found, Point, Record, Trial, sweep
 from jedit.recipes.tofu.models import Start
 from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
@@ -190,10 +190,10 @@ class Editor:
 
 
 def task_of(start: Start, forget: Batch, retain: Batch, refusals: Batch | None = None) -> Task:
-    """Return the task of an edit that nobody compares with a retrained model.
+    """Return the task of an edit that is judged by a benchmark of its own.
 
     Args:
-        start: the model.
+        start: the model, and the retrained one, if there is one.
         forget: rows to be forgotten.
         retain: rows that curvature and edits see.
         refusals: the forget rows' questions with refusals, row by row, if there are any.
@@ -201,7 +201,7 @@ def task_of(start: Start, forget: Batch, retain: Batch, refusals: Batch | None =
     return Task(
         apply=start.model.apply,
         original=start.params,
-        retrained=None,
+        retrained=start.retrained,
         forget=forget,
         retain=retain,
         heldout=retain,
@@ -237,7 +237,7 @@ def run_methods(
     """Run methods by several seeds, each at its one point, beside the untouched model.
 
     Args:
-        task: the model and its sets.
+        task: the model and its sets; where it has a retrained model, that is measured too.
         has: what the benchmark can give to methods, for `check_methods`.
         names: names of the methods.
         strength: how strongly they edit.
@@ -252,14 +252,17 @@ def run_methods(
     """
     rows = {row.name: row for row in check_methods(names, has, str(about["benchmark"]))}
     editor = Editor(task, has, say=say)
-    trials = [Trial(UNTOUCHED, {}, seeds[0])]
+    references = {UNTOUCHED: task.original}
+    if task.retrained is not None:
+        references[RETRAINED] = task.retrained
+    trials = [Trial(name, {}, seeds[0]) for name in references]
     trials += [
         Trial(row.name, strength.point(row), seed) for seed in seeds for row in rows.values()
     ]
 
     def edit(trial: Trial) -> PyTree:
-        if trial.method == UNTOUCHED:
-            return task.original
+        if trial.method in references:
+            return references[trial.method]
         return editor(rows[trial.method], trial.point, trial.seed)
 
     return sweep(trials, out, about, edit=edit, evaluate=evaluate, say=say)

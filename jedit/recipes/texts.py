@@ -44,6 +44,17 @@ def encode_texts(model: LanguageModel, texts: Sequence[str], *, is_cut: bool = F
     return as_batch(rows, tokenizer.pad_token_id or 0, None, truncate=False, names=names)
 
 
+def text_prompts(model: LanguageModel, texts: Sequence[str]) -> Prompts:
+    """Return texts as they stand, outside any template, to be continued."""
+    assert isinstance(model.words, ModelWords)
+    rows = [model.words.tokenizer(text, verbose=False).input_ids for text in texts]
+    lengths = np.array([len(tokens) for tokens in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return Prompts(tokens, lengths)
+
+
 class TextScores(NamedTuple):
     """Four attacks' scores of each text, lower for what a model was trained on.
 

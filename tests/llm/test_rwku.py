@@ -185,7 +185,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(ran, data, folder, capsy
         (["--methods", "NOP"], "unknown methods: NOP; there are K-FADE"),
         (["--seeds", "0", "-1"], "--seeds must lie in 0 to"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--retain", "x.csv"], "x.csv: ends in none of .jsonl"),
+        (["--retain", __file__], "test_rwku.py: ends in none of .jsonl"),
         (["--retain", "x.txt"], "x.txt: there is no such file"),
     ],
 )
