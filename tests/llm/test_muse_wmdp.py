@@ -1,4 +1,4 @@
-"""`jedit muse` and `jedit wmdp` end to end on tiny files of their form and toys taught their answers."""
+"""`jedit muse` and `jedit wmdp` end to end, on tiny files of their form and toys taught by heart."""
 
 import json
 import re
@@ -65,9 +65,8 @@ def recited(corpus, toy_folder, teach, tmp_path_factory):
     data = muse.read_muse(corpus)
     texts = list(LONG.values())
     for kind, rows in data.knowmem.items():
-        texts += [
-            muse.few_shot(data.shown[kind], row.question) + f"{row.answer}\n\n" for row in rows
-        ]
+        prompts = [muse.few_shot(data.shown[kind], row.question) for row in rows]
+        texts += [f"{x}{row.answer}\n\n" for x, row in zip(prompts, rows, strict=True)]
     rows = encode_texts(start_of(toy_folder).model, texts)
     return teach(rows, tmp_path_factory.mktemp("recited") / "hf", steps=300)
 
@@ -130,10 +129,8 @@ def test_muse_end_to_end(corpus, recited, toy_folder, tmp_path):
 def test_mistakes_of_muse(given, message, corpus, toy_folder, tmp_path, capsys):
     pytest.importorskip("tyro")
     out = tmp_path / "out"
-    assert (
-        main(["muse", "--data", str(corpus), "--model", str(toy_folder), "--out", str(out), *given])
-        == 2
-    )
+    where = ["--data", str(corpus), "--model", str(toy_folder), "--out", str(out)]
+    assert main(["muse", *where, *given]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not out.exists()
 
@@ -162,13 +159,10 @@ def questions(tmp_path_factory):
 
 
 def command(questions, folder, out):
-    files = [
-        x for k in ("forget", "retain", "mmlu") for x in (f"--{k}", str(questions / f"{k}.jsonl"))
-    ]
-    return [
-        *("wmdp", "--data", str(questions), "--model", str(folder), "--out", str(out)),
-        *(*files, *SETTINGS, "--methods", "RMU"),
-    ]
+    given = ["wmdp", "--data", str(questions), "--model", str(folder), "--out", str(out)]
+    for name in ("forget", "retain", "mmlu"):
+        given += [f"--{name}", str(questions / f"{name}.jsonl")]
+    return [*given, *SETTINGS, "--methods", "RMU"]
 
 
 def test_wmdp_end_to_end(questions, toy_folder, teach, tmp_path):
