@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(disk_sentence(error))
-    except KeyboardInterrupt:
-        return _fail("stopped; nothing was written", code=130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "stopped; nothing was written", code=130)
 
 
 def _as_is(options: type) -> Callable:

@@ -1,7 +1,8 @@
 """What the benchmarks on a model's folder share: their options, the loading, and the tables."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,7 +77,7 @@ def run_folder(
     stages = Stages()
     try:
         check_out(out)
-        with stages:
+        with going_on(out), stages:
             stages(f"loading {options.model}")
             settings = Pretrained(options.max_len, options.batch_size)
             start = from_folders(
@@ -97,6 +98,21 @@ def run_folder(
     return 0
 
 
+@contextlib.contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Say of a sweep that is stopped where its runs stand.
+
+    Raises:
+        KeyboardInterrupt: the same, with that sentence.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; whole runs stand in {out / 'runs'}, and the same command goes on from there"
+        ) from None
+
+
 def check_sweep(options: SweepOptions) -> None:
     """Refuse folders that are not there, and numbers out of their range.
 
@@ -108,6 +124,8 @@ def check_sweep(options: SweepOptions) -> None:
     for folder in (options.model, options.tokenizer):
         if folder is not None and not folder.is_dir():
             raise UsageError(f"{folder}: there is no such folder.")
+    if not options.seeds:
+        raise UsageError("--seeds must be at least one number.")
     numbers = {
         COUNT: ("steps", "batch_size"),
         POSITIVE: ("learning_rate", "predicted_kl", "step_length", "scale", "budget"),

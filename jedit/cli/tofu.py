@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jedit.cli.checks import UsageError
 from jedit.cli.options import Tofu
 from jedit.cli.stages import Stages, check_out, report
-from jedit.cli.sweeps import show
+from jedit.cli.sweeps import going_on, show
 
 if TYPE_CHECKING:
     from jedit.recipes.tofu.models import Start
@@ -101,7 +101,7 @@ def _sweep(options: Tofu, preset: "Preset", sets: "Sets") -> int:
     stages = Stages()
     try:
         check_sweep_out(options.out)
-        with stages:
+        with going_on(options.out), stages:
             begin, folders = both_models(
                 folders, sets, preset, options.out, seed=seeds[0], say=stages
             )

@@ -1,4 +1,4 @@
-"""`jedit muse` and `jedit wmdp` end to end, on tiny files of their form and toys taught by heart."""
+"""`jedit muse` and `jedit wmdp` end to end: tiny files of their form, toys taught by heart."""
 
 import json
 import re

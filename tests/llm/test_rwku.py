@@ -174,6 +174,17 @@ def test_what_is_missing_is_made_again_and_nothing_else(ran, data, folder, capsy
     assert "was made with another" in capsys.readouterr().err
 
 
+def test_a_stopped_sweep_says_where_its_runs_stand(data, folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tyro")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jedit.recipes.rwku.run.run_methods", stop)
+    assert main(command(data, folder, tmp_path / "out")) == 130
+    assert "whole runs stand in" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -185,6 +196,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(ran, data, folder, capsy
         (["--methods", "NOP"], "unknown methods: NOP; there are K-FADE"),
         (["--seeds", "0", "-1"], "--seeds must lie in 0 to"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--seeds"], "--seeds must be at least one number"),
         (["--retain", __file__], "test_rwku.py: ends in none of .jsonl"),
         (["--retain", "x.txt"], "x.txt: there is no such file"),
     ],
