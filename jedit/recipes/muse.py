@@ -260,4 +260,10 @@ def muse(
         say=say,
     )
     notes = [f"{about['forget rows']} rows are forgotten, {about['retain rows']} are kept."]
-    return finish(out, "MUSE", about, with_privleak(records), [SHEET], notes)
+    records = with_privleak(records)
+    if "privleak" not in records[0]["numbers"]:
+        notes.append(
+            "There is no PrivLeak: it needs a retrained model, to which not all forget texts look "
+            "better known than all holdout ones."
+        )
+    return finish(out, "MUSE", about, records, [SHEET], notes)

@@ -7,7 +7,6 @@ import string
 import numpy as np
 import pytest
 
-from jedit import metrics
 from jedit.cli.main import main
 from jedit.models import greedy_decode, load_model
 from jedit.recipes import muse, wmdp
@@ -51,7 +50,8 @@ def corpus(tmp_path_factory):
             {"prompt": text[:PASSAGE], "gt": text[PASSAGE:]} for text in LONG.values()
         ],
         "privleak/forget.jsonl": texts,
-        "privleak/holdout.jsonl": [{"text": f"Never seen {i} before."} for i in range(3)],
+        # One of them is no stranger, so that no attack is perfect.
+        "privleak/holdout.jsonl": [texts[1], *({"text": LONG["q"].replace("q", x)} for x in "wx")],
     }
     for kind, (question, answer) in KNOWN.items():
         files[f"knowmem/{kind}_qa.jsonl"] = [{"question": question, "answer": answer}]
@@ -113,8 +113,8 @@ def test_muse_end_to_end(corpus, recited, toy_folder, tmp_path):
     leaks = {name: row["numbers"]["privleak"]["value"] for name, row in rows.items()}
     areas = {name: row["numbers"]["AUC min_k"]["value"] for name, row in rows.items()}
     assert leaks["retrained"] == 0
-    assert areas["untouched"] == 1
-    assert leaks["untouched"] == pytest.approx(metrics.privleak(1.0, areas["retrained"])) == -100
+    share = (1 - areas["untouched"]) / (1 - areas["retrained"])
+    assert leaks["untouched"] == pytest.approx(100 * (share - 1))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,10 @@ def test_wmdp_end_to_end(questions, toy_folder, teach, tmp_path):
         "MMLU": ("high school", "mmlu.jsonl"),
     }
     asked = {
-        name: [(prompt(about, row), row) for row in map(json.loads, (questions / file).open())]
+        name: [
+            (prompt(about, row), row)
+            for row in map(json.loads, (questions / file).read_text().split("\n"))
+        ]
         for name, (about, file) in files.items()
     }
     texts = [text + letters[row["answer"]] for text, row in asked["bio"]]
