@@ -113,6 +113,12 @@ def test_muse_end_to_end(corpus, recited, toy_folder, tmp_path):
     leaks = {name: row["numbers"]["privleak"]["value"] for name, row in rows.items()}
     areas = {name: row["numbers"]["AUC min_k"]["value"] for name, row in rows.items()}
     assert leaks["retrained"] == 0
+    assert all(
+        x["low"] is None or x["low"] <= x["value"] <= x["high"]
+        for row in rows.values()
+        for x in row["numbers"].values()
+    )
+    assert rows["untouched"]["numbers"]["privleak"]["low"] < leaks["untouched"]
     share = (1 - areas["untouched"]) / (1 - areas["retrained"])
     assert leaks["untouched"] == pytest.approx(100 * (share - 1))
 
