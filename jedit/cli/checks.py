@@ -45,8 +45,9 @@ def check_options(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name == "seed" and not 0 <= value <= MAX_SEED:
-            raise UsageError(f"--seed must lie in 0 to {MAX_SEED}, got {value}.")
+        for seed in {"seed": (value,), "seeds": value}.get(field.name, ()):
+            if not 0 <= seed <= MAX_SEED:
+                raise UsageError(f"--{field.name} must lie in 0 to {MAX_SEED}, got {seed}.")
         if field.name == "data" and isinstance(value, str):
             value = Path(value)
         if isinstance(value, Path):

@@ -1,4 +1,4 @@
-"""The command line: `jedit forget`, `compare`, `demo`, `tofu`, `ledger`."""
+"""The command line: `jedit forget`, `audit`, `compare`, `demo`, the benchmarks, `ledger`."""
 
 import shlex
 import sys
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jedit.cli.demo import demo
     from jedit.cli.forget import Forget, asks_for_methods, forget, list_methods
     from jedit.cli.ledger import LedgerOptions, ledger
+    from jedit.cli.muse import MuseOptions, muse_command
+    from jedit.cli.rwku import RwkuOptions, rwku_command
     from jedit.cli.tofu import tofu_command
+    from jedit.cli.wmdp import WmdpOptions, wmdp_command
 
     commands: dict[str, tuple[type, Callable]] = {
         "forget": (Forget, forget),
@@ -40,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "demo": (Demo, demo),
         "tofu": (Tofu, tofu_command),
         "audit": (AuditOptions, audit_command),
+        "rwku": (RwkuOptions, rwku_command),
+        "muse": (MuseOptions, muse_command),
+        "wmdp": (WmdpOptions, wmdp_command),
         "ledger": (LedgerOptions, ledger),
     }
     try:
@@ -62,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         return _fail(disk_sentence(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         is_job = arguments[:1] == ["forget"]
         what = "the same command goes on from its last save" if is_job else "nothing was written"
-        return _fail(f"stopped; {what}", code=130)
+        return _fail(str(error) or f"stopped; {what}", code=130)
 
 
 def _as_is(options: type) -> Callable:

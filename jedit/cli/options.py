@@ -74,6 +74,16 @@ class Tofu:
     them, retain95 for 10, retain99 for 2)."""
     tokenizer: Path | None = None
     """Folder of the model's tokenizer; None: the model's."""
+    protocol: Literal["strict", "field"] = "strict"
+    """strict: six retain authors, which judge, are held out of the methods' sight; field: methods
+    see all retain rows, as the field's do."""
+    grid: Literal["preset", "published"] = "preset"
+    """With --preset checkpoint: the preset's points of each method, or the grids that the field has
+    tuned its baselines on (54 runs of NPO), trained as the field does."""
+    seeds: tuple[int, ...] = ()
+    """With --preset checkpoint: every point by each of these seeds, run by run: a sweep that was
+    killed goes on at the next. None given: one comparison by --seed; or, on the published grids,
+    a sweep by it."""
     save: str | None = None
     """With --model: a method whose best model is written to OUT-edited, a folder like --model."""
     forgotten: int | None = None

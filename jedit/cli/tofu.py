@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 from jedit.cli.checks import UsageError
 from jedit.cli.options import Tofu
 from jedit.cli.stages import Stages, check_out, report
+from jedit.cli.sweeps import going_on, show
 
 if TYPE_CHECKING:
     from jedit.recipes.tofu.models import Start
     from jedit.recipes.tofu.presets import Preset
+    from jedit.recipes.tofu.run import Sets
 
 
 def tofu_command(options: Tofu, command: str) -> int:
@@ -21,12 +23,17 @@ def tofu_command(options: Tofu, command: str) -> int:
     """
     from jedit.data import DataError
     from jedit.recipes.tofu.presets import PRESETS
+    from jedit.recipes.tofu.published import PUBLISHED
     from jedit.recipes.tofu.run import read_sets, tofu
 
-    check_out(options.out)
-    preset = PRESETS[options.preset]
+    is_sweep = bool(options.seeds) or options.grid == "published"
+    if not is_sweep:
+        check_out(options.out)
+    preset = PRESETS[options.preset]._replace(protocol=options.protocol)
     if options.forgotten is not None:
         preset = preset._replace(forgotten=options.forgotten)
+    if options.grid == "published":
+        preset = preset._replace(grid=preset.grid._replace(methods=tuple(PUBLISHED)))
     if options.methods:
         known = preset.grid.methods
         if unknown := [name for name in options.methods if name not in known]:
@@ -45,6 +52,8 @@ def tofu_command(options: Tofu, command: str) -> int:
         sets = read_sets(options.data, preset)
     except (DataError, ValueError) as error:
         raise UsageError(str(error)) from None
+    if is_sweep:
+        return _sweep(options, preset, sets)
     stages = Stages()
     begin = None
     if options.model is not None:
@@ -76,6 +85,39 @@ def tofu_command(options: Tofu, command: str) -> int:
     return code
 
 
+def _sweep(options: Tofu, preset: "Preset", sets: "Sets") -> int:
+    """Make every run that is not made yet, and print the tables; return the exit code.
+
+    Raises:
+        UsageError: a mistake that the user can mend.
+    """
+    from jedit.recipes.sweep import check_out as check_sweep_out
+    from jedit.recipes.sweep import folder_hash
+    from jedit.recipes.tofu.sweep import Folders, both_models, tofu_sweep
+
+    assert options.model is not None
+    seeds = options.seeds or (options.seed,)
+    folders = Folders(options.model, options.retrained, options.tokenizer)
+    stages = Stages()
+    try:
+        check_sweep_out(options.out)
+        with going_on(options.out), stages:
+            begin, folders = both_models(
+                folders, sets, preset, options.out, seed=seeds[0], say=stages
+            )
+            about = {
+                name: None if folder is None else folder_hash(folder)
+                for name, folder in folders._asdict().items()
+            }
+            tables = tofu_sweep(
+                sets, preset, begin, seeds, options.out, about, points=options.grid, say=stages
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
+    show(tables, options.out, stages)
+    return 0
+
+
 def _check_folders(options: Tofu) -> None:
     """Refuse options that do not go with each other, and folders that are not there.
 
@@ -83,6 +125,11 @@ def _check_folders(options: Tofu) -> None:
         UsageError: an option or a folder that is to be mended, by its name.
     """
     with_model = ("retrained", "tokenizer", "save")
+    is_sweep = bool(options.seeds) or options.grid == "published"
+    if is_sweep and options.preset != "checkpoint":
+        raise UsageError("--seeds and --grid published go with --preset checkpoint --model DIR.")
+    if is_sweep and options.save is not None:
+        raise UsageError("--save goes with one comparison, not with --seeds or --grid published.")
     if options.model is None:
         if options.preset == "checkpoint":
             raise UsageError("--preset checkpoint needs --model: the folder of a pretrained model.")

@@ -19,7 +19,7 @@ from jedit.data.jsonl import DataError, QaRow, read_rows, write_rows
 from jedit.data.mnist import load_mnist
 from jedit.data.packing import Packing, pack
 from jedit.data.pairing import pair_by_entity, pair_in_turn, pair_uniformly
-from jedit.data.records import read_records
+from jedit.data.records import read_records, read_texts
 from jedit.data.selection import check_disjoint, rows_with, select_rows
 from jedit.data.templates import Rendered, chat_template, encode_rendered, plain_template
 from jedit.data.text import (
@@ -65,6 +65,7 @@ __all__ = [
     "read_rows",
     "read_rwku",
     "read_rwku_texts",
+    "read_texts",
     "read_tofu",
     "read_wmdp",
     "read_zsre",

@@ -8,6 +8,7 @@ Fields are those of the sets as published (TOFU arXiv 2401.06121, MUSE 2407.0646
 RWKU 2406.10890, CounterFact 2202.05262; zsRE in the form of MEND's evaluation file, 2110.11309).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,20 +143,32 @@ def read_wmdp(where: str | Path, subject: str) -> list[Choice]:
         raise DataError(f"subject must be one of {', '.join(WMDP_SUBJECTS)}, got {subject!r}.")
     rows = []
     for i, record in _each(read_records(where, f"wmdp-{subject}", "test")):
-        place = f"{where}, wmdp-{subject}, record {i}"
-        choices, answer = record.get("choices"), record.get("answer")
-        if not (isinstance(choices, list) and isinstance(answer, int)):
-            raise DataError(f'{place}: needs "choices", a list of strings, and "answer", a number.')
-        if not all(isinstance(choice, str) for choice in choices):
-            raise DataError(f'{place}: "choices" must be a list of strings.')
-        if not 0 <= answer < len(choices):
-            raise DataError(f"{place}: answer {answer} of {len(choices)} choices.")
-        rows.append(Choice(_text(record, "question", place), tuple(choices), answer))
+        rows.append(choice_of(record, f"{where}, wmdp-{subject}, record {i}"))
     return rows
 
 
+def choice_of(record: Mapping[str, Any], place: str) -> Choice:
+    """Return a record of WMDP's or MMLU's form as a question with its options.
+
+    Args:
+        record: an object with "question", "choices" and "answer", the right one's index.
+        place: where it stands, for messages.
+
+    Raises:
+        DataError: it has not these fields.
+    """
+    choices, answer = record.get("choices"), record.get("answer")
+    if not (isinstance(choices, list) and isinstance(answer, int)):
+        raise DataError(f'{place}: needs "choices", a list of strings, and "answer", a number.')
+    if not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f'{place}: "choices" must be a list of strings.')
+    if not 0 <= answer < len(choices):
+        raise DataError(f"{place}: answer {answer} of {len(choices)} choices.")
+    return Choice(_text(record, "question", place), tuple(choices), answer)
+
+
 def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[QaRow]:
-    """Read RWKU's probes; the field `subject` of a row says whom it is about.
+    """Read RWKU's probes; a row's fields `subject` and `type` say whom it is about and what it is.
 
     Args:
         where: RWKU's folder or name.
@@ -169,7 +182,7 @@ def read_rwku(where: str | Path, part: str, target: str | None = None) -> list[Q
         QaRow(
             _text(record, "query", f"{place}, record {i}"),
             _text(record, "answer", f"{place}, record {i}"),
-            fields={"subject": record["subject"]} if record.get("subject") else {},
+            fields={name: record[name] for name in ("subject", "type") if record.get(name)},
             file=place,
             line=i,
         )
@@ -250,7 +263,7 @@ def _each(records: list[dict[str, Any]]):
     return enumerate(records, 1)
 
 
-def _text(record: dict[str, Any], name: str, place: str) -> str:
+def _text(record: Mapping[str, Any], name: str, place: str) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         given = ", ".join(sorted(map(str, record))) or "none"

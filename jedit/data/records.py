@@ -46,6 +46,40 @@ def read_records(where: str | Path, config: str, split: str = "train") -> list[d
     return _from_library(str(where), config, split)
 
 
+def read_file(file: str | Path) -> list[dict[str, Any]]:
+    """Read the records of one file, which ends in .jsonl, .json or .parquet.
+
+    Raises:
+        DataError: no such file, another ending, or no records in it.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file.")
+    if path.suffix not in ENDINGS:
+        raise DataError(f"{path}: ends in none of {', '.join(ENDINGS)}.")
+    return _read(path)
+
+
+def read_texts(file: str | Path) -> list[str]:
+    """Read texts of a file: its records' field "text", or one text of a .txt file.
+
+    Args:
+        file: a file that ends in .jsonl, .json or .parquet, or in .txt.
+
+    Raises:
+        DataError: no such file, another ending, or a record without a text.
+    """
+    path = Path(file)
+    if path.suffix == ".txt" and path.is_file():
+        return [_text_of(path)]
+    texts = []
+    for i, record in enumerate(read_file(path), 1):
+        if not isinstance(text := record.get("text"), str) or not text.strip():
+            raise DataError(f'{path}, record {i}: needs "text", a string that is not empty.')
+        texts.append(text)
+    return texts
+
+
 def check_name(name: str) -> str:
     """Return the name of a part, which may have folders in it but leads out of none.
 
@@ -89,10 +123,7 @@ def _shards(folder: Path, config: str, split: str) -> Iterator[Path]:
 def _read(file: Path) -> list[dict[str, Any]]:
     if file.suffix == ".parquet":
         return _parquet().read_table(file).to_pylist()
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}.") from None
+    text = _text_of(file)
     try:
         found = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -101,6 +132,13 @@ def _read(file: Path) -> list[dict[str, Any]]:
     if not records or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{file}: holds no records: an array of objects, or one object a line.")
     return records
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}.") from None
 
 
 def _line(line: str, file: Path, number: int) -> Any:

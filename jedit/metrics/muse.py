@@ -58,10 +58,11 @@ def knowmem(
     """
     if isinstance(generations, str):
         raise ValueError("expected two sequences of texts, got a string; put it in a list")
-    return _mean_f1(answers, [_until(generation, stops) for generation in generations])
+    return _mean_f1(answers, [until_stop(generation, stops) for generation in generations])
 
 
-def _until(text: str, stops: Sequence[str]) -> str:
+def until_stop(text: str, stops: Sequence[str] = STOPS) -> str:
+    """Return an answer up to the first of the stops."""
     for stop in stops:
         text = text.split(stop)[0]
     return text

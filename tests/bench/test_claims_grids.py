@@ -17,11 +17,11 @@ def point(quality, utility):
 def test_the_rule_is_the_recipes():
     lost, faint, kept = point(0.9, 0.5), point(0.01, 0.7), point(0.04, 0.62)
     # Nothing passes among those that keep four fifths: the greatest quality.
-    assert grids.best_of([lost, faint, kept], 0.75) is kept
+    assert grids.best_of([lost, faint, kept], 0.75, grids.SHARE) is kept
     passing, better = point(0.9, 0.61), point(0.06, 0.65)
     # From the limit on, utility decides.
-    assert grids.best_of([lost, faint, kept, passing, better], 0.75) is better
-    assert grids.best_of([lost], 0.75) is lost
+    assert grids.best_of([lost, faint, kept, passing, better], 0.75, grids.SHARE) is better
+    assert grids.best_of([lost], 0.75, grids.SHARE) is lost
 
 
 def test_every_method_has_as_many_points():

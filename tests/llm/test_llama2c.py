@@ -86,15 +86,15 @@ def test_transformers_reads_the_tokenizer(stories_folder):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-def toy_files(folder, *, tied, seed=0):
-    """A checkpoint with heads of width 4, of which two share a key, and a 260-token tokenizer."""
+def toy_files(folder, *, tied, seed=0, dim=8, hidden=6, scale=1.0):
+    """A checkpoint with two heads that share a key, and a 260-token tokenizer."""
     vocab = 260
-    header = (8, 6, 2, 2, 1, vocab if tied else -vocab, 5)
-    dim, hidden, layers, heads, kv_heads, _, seq = header
+    header = (dim, hidden, 2, 2, 1, vocab if tied else -vocab, 5)
+    *_, layers, heads, kv_heads, _, seq = header
     d_kv = dim // heads * kv_heads
     matrices = layers * (2 * dim * dim + 2 * d_kv * dim + 3 * hidden * dim + 2 * dim)
     size = vocab * dim * (1 if tied else 2) + matrices + dim + seq * dim // heads
-    numbers = np.random.default_rng(seed).normal(size=size).astype("<f4")
+    numbers = (scale * np.random.default_rng(seed).normal(size=size)).astype("<f4")
     checkpoint, tokens = folder / "toy.bin", folder / "toy_tokenizer.bin"
     checkpoint.write_bytes(struct.pack("<7i", *header) + numbers.tobytes())
     pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n"]

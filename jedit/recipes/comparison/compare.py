@@ -201,14 +201,14 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
 
 def kfade_on(task: Task, curvature: Curvature, damping: float) -> Callable:
     """K-FADE on a task's batches, to be called with `budget=` and `ascent=`."""
-    forget, retain = _searched(task)
+    forget, retain = searched(task)
     return functools.partial(
         kfade, task.apply, task.original, curvature, forget, retain, damping=damping
     )
 
 
-def _searched(task: Task) -> tuple[list[Batch], list[Batch]]:
-    """The forget rows, and the retain rows of a line search, in chunks."""
+def searched(task: Task) -> tuple[list[Batch], list[Batch]]:
+    """Return the forget rows, and the retain rows of a line search, in chunks."""
     forget = list(batches(task.forget, min(task.chunk, rows_of(task.forget))))
     retain = list(batches(probe_batch(task.retain, task.probe), min(task.chunk, task.probe)))
     return forget, retain
@@ -305,7 +305,7 @@ def _by_budget(
         "damping": grid.damping,
         "steps": grid.kfade_steps,
     }
-    forget, retain = _searched(task)
+    forget, retain = searched(task)
 
     def curves() -> Curves:
         for temperature, damping, steps in itertools.product(*tried.values()):

@@ -58,7 +58,8 @@ class Task(NamedTuple):
     Attributes:
         apply: `apply(params, inputs) -> logits`.
         original: the params of the model trained on everything.
-        retrained: the params of the one trained without the forget rows.
+        retrained: the params of the one trained without the forget rows; None: nobody compares
+            with it.
         forget: rows to be forgotten.
         retain: rows that curvature and edits see.
         heldout: other retain rows of the training set.

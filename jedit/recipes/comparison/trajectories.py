@@ -42,17 +42,14 @@ def ascend(
         For each rate the steps taken, the seconds they took without compiling, and the params
         there, for each look.
     """
-    initial = method.optimizer.init(params)
     every = math.gcd(*looks)
     forget, retain = (jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
     for i, learning_rate in enumerate(learning_rates):
-        rate = jnp.full_like(optax.tree_utils.tree_get(initial, "learning_rate"), learning_rate)
-        state = optax.tree_utils.tree_set(initial, learning_rate=rate)
         run = functools.partial(
             unlearn,
             method,
             apply,
-            LoopState(0, params, state),
+            start_at(method, params, learning_rate),
             forget,
             retain,
             key=key,
@@ -66,6 +63,15 @@ def ascend(
         except FloatingPointError:  # the rate was too large
             looked.fill(destroyed(params))
         yield looked.found
+
+
+def start_at(method: TrainingMethod, params: PyTree, learning_rate: float) -> LoopState:
+    """Return where a method's loop begins, with the rate put into its optimizer's state."""
+    state = method.optimizer.init(params)
+    # A method whose steps bring their own schedule has no rate to be set.
+    if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
+        state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, learning_rate))
+    return LoopState(0, params, state)
 
 
 def destroyed(params: PyTree) -> PyTree:

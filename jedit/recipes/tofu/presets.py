@@ -1,6 +1,6 @@
 """Presets of TOFU: the size of a run, and the settings that the methods are tried at."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.methods.catalogue import CATALOGUE
@@ -10,6 +10,8 @@ from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import RELEARNING_RATE
 from jedit.recipes.tofu.models import Pretrained
+
+Protocol = Literal["strict", "field"]
 
 
 class Preset(NamedTuple):
@@ -24,6 +26,8 @@ class Preset(NamedTuple):
         grid: settings that the methods are tried at.
         dtype: dtype of the computation; parameters stay in float32, statistics too.
         relearning_rate: learning rate of the attack that trains the model again.
+        protocol: "strict": six retain authors are held out of all methods' sight, and judge them;
+            "field": methods see all retain rows, those that judge them too, as the field does.
     """
 
     authors: int
@@ -34,6 +38,7 @@ class Preset(NamedTuple):
     grid: Grid
     dtype: str = "float32"
     relearning_rate: float = RELEARNING_RATE
+    protocol: Protocol = "strict"
 
 
 # Four points for each method: two settings at two strengths, or four strengths. What bounds its own

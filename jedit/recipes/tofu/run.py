@@ -201,7 +201,7 @@ def prepare(
         original=original,
         retrained=retrained,
         forget=_rows(model, sets.forget),
-        retain=_rows(model, sets.seen),
+        retain=_rows(model, sets.kept if preset.protocol == "field" else sets.seen),
         heldout=_rows(model, sets.heldout),
         test=None,
         truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
@@ -258,12 +258,7 @@ def tofu(
     # A model for each method is more than a device may hold.
     judged, kept = compare(task, preset.grid, key=compare_key(seed), say=say, hold=jax.device_get)
     models = {"untouched": task.original, "retrained": task.retrained} | kept
-    whole = {
-        "forget": scene.asked["forget"],
-        "retain": encode_questions(model, sets.heldout),
-        "real_authors": encode_questions(model, sets.real_authors),
-        "world_facts": encode_questions(model, sets.world_facts),
-    }
+    whole = asked_whole(scene, sets)
     unseen = encode_answers(model, sets.holdout)
     reference = reference_of(model, task.retrained, whole["forget"], unseen)
     known = Answers(sets.forget, whole["forget"].answers)
@@ -333,6 +328,17 @@ def tofu(
     )
 
 
+def asked_whole(scene: Scene, sets: Sets) -> dict[str, Questions]:
+    """Encode all questions, of which those that judge a point are a part."""
+    model = scene.model
+    return {
+        "forget": scene.asked["forget"],
+        "retain": encode_questions(model, sets.heldout),
+        "real_authors": encode_questions(model, sets.real_authors),
+        "world_facts": encode_questions(model, sets.world_facts),
+    }
+
+
 def _answers(
     sets: Sets, evaluations: dict[str, dict[str, Evaluation]], edited: str
 ) -> tuple[Answer, ...]:
@@ -358,9 +364,7 @@ def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
         learnt += sets.general
     notes = (
         f"The model learns {len(learnt)} question-answer rows: {what}. "
-        f"Curvature and edits see {len(sets.seen)} retain rows; the {len(sets.heldout)} of "
-        "the authors held out (TOFU's 14 to 19), which they do not see, are the retain "
-        "questions of Model Utility and of the KL. "
+        f"{seen_by_methods(sets, preset)} "
         f"{scene.model.num_cut([*learnt, *sets.holdout])} rows, right and wrong answers "
         f"counted, are longer than {scene.model.max_len} tokens and were cut off.",
         "Every method is tried at as many points, settings times strengths, and its best "
@@ -370,6 +374,18 @@ def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
         return notes
     lost = f"Beyond a held-out KL of {kl:g} nats an edited model's utility is not measured."
     return (*notes, lost)
+
+
+def seen_by_methods(sets: Sets, preset: Preset) -> str:
+    """Say which retain rows methods see, and which judge them."""
+    held = f"the {len(sets.heldout)} of six authors (TOFU's 14 to 19)"
+    asked = "are the retain questions of Model Utility and of the KL."
+    if preset.protocol == "field":
+        return (
+            f"The field's protocol: curvature and edits see all {len(sets.kept)} retain rows; "
+            f"{held}, which {asked}"
+        )
+    return f"Curvature and edits see {len(sets.seen)} retain rows; {held}, not seen, {asked}"
 
 
 def evaluate(

@@ -5,23 +5,16 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from scipy import stats
+
+from jedit.recipes.sweep import interval as interval  # all claims take it from here
 
 OUT = Path("out/claims")
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of one value a seed, with the half width of its 95% interval by Student's t."""
-    x = np.asarray(values, np.float64)
-    half = stats.t.ppf(0.975, len(x) - 1) * stats.sem(x) if len(x) > 1 else np.nan
-    return {"mean": float(x.mean()), "half_width": float(half), "values": x.tolist()}
 
 
 def shown(found: dict[str, Any], digits: int = 3) -> str:

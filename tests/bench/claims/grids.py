@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import PyTree
 
 from jedit import Natural, Recovery, apply_edit, metrics
@@ -35,7 +34,7 @@ from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Material, Need
 from jedit.objectives import GA, NPO, RMU, UNDIAL, RetainStates, SimNPO, with_retain
 from jedit.recipes.comparison.compare import fit_material, material_of
-from jedit.recipes.comparison.trajectories import destroyed
+from jedit.recipes.comparison.trajectories import destroyed, start_at
 from jedit.recipes.tofu.attacks import attack
 from jedit.recipes.tofu.depth import Three, depth_of
 from jedit.recipes.tofu.evaluation import truth_ratios
@@ -43,6 +42,7 @@ from jedit.recipes.tofu.log import aggregates
 from jedit.recipes.tofu.membership import Answers, encode_answers, reference_of
 from jedit.recipes.tofu.presets import PRESETS
 from jedit.recipes.tofu.run import Sets, compare_key, evaluate, read_sets
+from jedit.recipes.tofu.sweep import best_of
 from jedit.report.results import PASSING_QUALITY
 from jedit.tracing import Entering
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
@@ -142,9 +142,6 @@ class Setup:
         tried, task = METHODS[name], self.task
         row, material = CATALOGUE[tried.row], self.material(tried.row)
         method = tried.make(material, setting, rate)._replace(batch_size=16)
-        state = method.optimizer.init(task.original)
-        if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
-            state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, rate))
         found = []
 
         def look(state: LoopState, history: History) -> None:
@@ -153,7 +150,7 @@ class Setup:
                 found.append((state.step, jax.tree.map(jnp.copy, state.params)))
 
         forget = jax.tree.map(jnp.asarray, row.forget_rows(material))
-        start = LoopState(0, task.original, state)
+        start = start_at(method, task.original, rate)
         key = jax.random.fold_in(compare_key(self.seed), 1)
         watch = Watch(look, math.gcd(*looks))
         try:
@@ -239,17 +236,6 @@ def choose(setup: Setup, methods: list[str], path: Path) -> None:
                 for steps, params in setup.models(name, setting, rate, LOOKS):
                     where = {"method": name, "setting": setting, "rate": rate, "steps": steps}
                     _append(path, {"kind": "grid", **where, **setup.cheaply(params)})
-
-
-def best_of(points: list[dict[str, Any]], untouched: float) -> dict[str, Any]:
-    """The recipe's rule."""
-    kept = [p for p in points if p["utility"] >= SHARE * untouched] or points
-
-    def rank(point: dict[str, Any]) -> tuple[bool, float]:
-        passes = point["quality"] > PASSING_QUALITY
-        return passes, point["utility"] if passes else point["quality"]
-
-    return max(kept, key=rank)
 
 
 def report(
@@ -362,7 +348,7 @@ def main() -> None:
     grid = list({(r["method"], r["setting"], r["rate"], r["steps"]): r for r in points}.values())
     untouched = next(r["utility"] for r in grid if r["method"] == UNTOUCHED)
     chosen = {
-        name: best_of([r for r in grid if r["method"] == name], untouched)
+        name: best_of([r for r in grid if r["method"] == name], untouched, SHARE)
         for name in given.methods
         if name in METHODS
     }

@@ -1,0 +1,268 @@
+"""One method at one point of its settings, on a model of a folder: what benchmarks share."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from jedit.core.batch import Batch
+from jedit.edits import apply_edit
+from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.row import ByScale, BySteps, Material, Need, Pace, Row
+from jedit.recipes.comparison.compare import Fitted, fit_material, material_of, searched
+from jedit.recipes.comparison.task import Grid, Task
+from jedit.recipes.comparison.trajectories import destroyed, start_at
+from jedit.recipes.fitting import rows_of
+from jedit.recipes.progress import Say
+from jedit.recipes.sweep import RETRAINED, UNTOUCHED, Found, Point, Record, Trial, sweep
+from jedit.recipes.tofu.models import Start
+from jedit.requests.unseen import spread, take
+from jedit.training import TrainingMethod, run_method, unlearn
+
+RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
+# What a method that trains calls its rate, where it is none of Adam's.
+RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
+# What texts without questions give: no position of a fact, no refusals, no other answers.
+OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES}
+FITTED = frozenset(
+    {Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS, Need.ALTERNATES}
+)
+PROBE = 32  # retain rows on which a budget is kept
+
+
+class Strength(NamedTuple):
+    """How strongly each kind of method edits.
+
+    Attributes:
+        steps: number of steps of the methods that train.
+        batch_size: number of forget rows, and of retain rows, of one step.
+        learning_rate: Adam's; 1e-5 is open-unlearning's.
+        predicted_kl: retain KL that one natural step is predicted to cost, nats per token.
+        step_length: length of one step where steps have one (RepSelect).
+        scale: what an edit in closed form is multiplied by.
+        budget: true retain KL that K-FADE may cost, nats per token.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    learning_rate: float = 1e-5
+    predicted_kl: float = 1e-4
+    step_length: float = 0.1
+    scale: float = 1.0
+    budget: float = 0.05
+
+    def point(self, row: Row) -> Point:
+        """Return the settings at which a row of the catalogue is run, with those of its own."""
+        own = {k: v for k, v in row.settings.items() if isinstance(v, int | float)}
+        if isinstance(row, BySteps):
+            rate = RATES.get(row.pace, RATE)
+            return own | {STEPS: self.steps, BATCH: self.batch_size, rate: getattr(self, rate)}
+        if isinstance(row, ByScale):
+            return own | {SCALE: self.scale}
+        return own | {BUDGET: self.budget}
+
+
+# Of a point and a task's material, a method that trains: where a catalogue row has no setting for
+# what a published grid varies.
+Make = Callable[[Material, Point], TrainingMethod]
+
+
+def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequence[Row]:
+    """Return the catalogue's rows of these names.
+
+    Args:
+        names: names of methods.
+        has: what the benchmark can give beside a model, a forget set and a retain set.
+        what: the benchmark's name, for the message.
+
+    Raises:
+        ValueError: a name that the catalogue does not have, or a method that needs what the
+            benchmark has not.
+    """
+    if unknown := [name for name in names if name not in CATALOGUE]:
+        raise ValueError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
+    rows = [CATALOGUE[name] for name in names]
+    for row in rows:
+        if lacking := [need.value for need in Need if need in row.needs - has]:
+            raise ValueError(f"{row.name} needs {', '.join(lacking)}, which {what} has not")
+    return rows
+
+
+class Editor:
+    """Makes the edited parameters of a task's model, by any method at any point and seed.
+
+    What methods need is estimated once for a seed, when the first method needs it.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        has: frozenset[Need],
+        *,
+        say: Say,
+        temperatures: tuple[float, ...] = (1.0,),
+    ):
+        """Take a task, of which no retrained model is looked at."""
+        self.task, self.has, self.say, self.temperatures = task, has, say, temperatures
+        self._seed: int | None = None
+        self._fitted: dict[frozenset[Need], Fitted] = {}
+
+    def __call__(self, row: Row, point: Point, seed: int, make: Make | None = None) -> PyTree:
+        """Return the edited parameters; of a run that leaves the finite numbers, NaN.
+
+        Args:
+            row: the method's row of the catalogue.
+            point: its settings, as `Strength.point` names them.
+            seed: seed of the curvature's labels and of the batches.
+            make: makes the method in the row's stead; the row says what it needs.
+        """
+        task = self.task
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        curvature_key, batches_key = (jax.random.fold_in(key, i) for i in range(2))
+        material = self._material(row, point, seed, curvature_key)
+        rate = RATES.get(row.pace, RATE) if isinstance(row, BySteps) else None
+        # A rate is set in the optimizer's state.
+        own = {k: v for k, v in point.items() if k in row.settings and k != rate}
+        if isinstance(row, BySteps):
+            method = row.of(material, **own) if make is None else make(material, point)
+            return self._train(method, row, material, point, key=batches_key)
+        method = row.of(material, **own)
+        if isinstance(row, ByScale):
+            edit, _ = run_method(method, task.apply, task.original, task.forget, task.retain)
+            return apply_edit(task.original, edit, point[SCALE])
+        method = functools.partial(method, budget=point[BUDGET])
+        edit, _ = run_method(method, task.apply, task.original, *searched(task))
+        return apply_edit(task.original, edit)
+
+    def _train(
+        self,
+        method: TrainingMethod,
+        row: BySteps,
+        material: Material,
+        point: Point,
+        *,
+        key: Array,
+    ) -> PyTree:
+        task = self.task
+        forget, retain = (
+            jax.tree.map(jnp.asarray, rows) for rows in (row.forget_rows(material), task.retain)
+        )
+        try:
+            params, _ = unlearn(
+                method._replace(batch_size=int(point[BATCH])),
+                task.apply,
+                start_at(method, task.original, point[RATES.get(row.pace, RATE)]),
+                forget,
+                retain,
+                steps=int(point[STEPS]),
+                key=key,
+            )
+        except FloatingPointError:  # the rate was too large
+            return destroyed(task.original)
+        return params
+
+    def _material(self, row: Row, point: Point, seed: int, key: Array) -> Material:
+        if seed != self._seed:  # curvatures are large: those of one seed at a time
+            self._seed, self._fitted = seed, {}
+        grid = Grid(
+            methods=(row.name,),
+            budgets=(),
+            temperatures=self.temperatures,
+            damping=(),
+            kfade_steps=(),
+            looks=(int(point.get(STEPS, 1)),),
+            batch_size=1,
+            kl_budget=0.0,
+        )
+        needs = row.needs & FITTED
+        if needs not in self._fitted:
+            self._fitted[needs] = fit_material(self.task, grid, [row], key=key, say=self.say)
+        fitted = self._fitted[needs]
+        material = material_of(self.task, grid, fitted)
+        corrected = fitted.corrected.get(fitted.temperature)
+        subjects = material.subjects if Need.SUBJECTS in self.has else None
+        return dataclasses.replace(material, corrected=corrected, subjects=subjects)
+
+
+def task_of(start: Start, forget: Batch, retain: Batch, refusals: Batch | None = None) -> Task:
+    """Return the task of an edit that is judged by a benchmark of its own.
+
+    Args:
+        start: the model, and the retrained one, if there is one.
+        forget: rows to be forgotten.
+        retain: rows that curvature and edits see.
+        refusals: the forget rows' questions with refusals, row by row, if there are any.
+    """
+    return Task(
+        apply=start.model.apply,
+        original=start.params,
+        retrained=start.retrained,
+        forget=forget,
+        retain=retain,
+        heldout=retain,
+        test=None,
+        truth_ratio=None,
+        select=start.select,
+        chunk=start.model.chunk,
+        probe=PROBE,
+        hidden_site=start.hidden_site,
+        layers=start.layers,
+        refusals=refusals,
+    )
+
+
+def fewer(rows: Batch, number: int) -> Batch:
+    """Return at most so many rows, at equal distances."""
+    found = rows_of(rows)
+    return rows if found <= number else take(rows, spread(found, number))
+
+
+def run_methods(
+    task: Task,
+    has: frozenset[Need],
+    names: Sequence[str],
+    strength: Strength,
+    seeds: Sequence[int],
+    out: Path,
+    about: Mapping[str, Any],
+    *,
+    evaluate: Callable[[PyTree], Found],
+    say: Say,
+) -> list[Record]:
+    """Run methods by several seeds, each at its one point, beside the untouched model.
+
+    Args:
+        task: the model and its sets; where it has a retrained model, that is measured too.
+        has: what the benchmark can give to methods, for `check_methods`.
+        names: names of the methods.
+        strength: how strongly they edit.
+        seeds: the seeds; the untouched model is measured once.
+        out: folder of the records.
+        about: what the runs are made of, as `sweep` takes it.
+        evaluate: measures a model.
+        say: a watcher, told of each run.
+
+    Raises:
+        ValueError: what `check_methods` and `sweep` refuse.
+    """
+    rows = {row.name: row for row in check_methods(names, has, str(about["benchmark"]))}
+    editor = Editor(task, has, say=say)
+    references = {UNTOUCHED: task.original}
+    if task.retrained is not None:
+        references[RETRAINED] = task.retrained
+    trials = [Trial(name, {}, seeds[0]) for name in references]
+    trials += [
+        Trial(row.name, strength.point(row), seed) for seed in seeds for row in rows.values()
+    ]
+
+    def edit(trial: Trial) -> PyTree:
+        if trial.method in references:
+            return references[trial.method]
+        return editor(rows[trial.method], trial.point, trial.seed)
+
+    return sweep(trials, out, about, edit=edit, evaluate=evaluate, say=say)

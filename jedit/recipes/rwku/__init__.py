@@ -1,0 +1,1 @@
+"""The RWKU benchmark on a folder: its sets, evaluation and run."""
