@@ -52,6 +52,7 @@ from jedit.core.devices import kept, on_auto_axes, places_of
 from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import exponents, shifted, wide, wide_dtype
+from jedit.core.row_blocks import in_row_blocks
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
@@ -349,10 +350,12 @@ def _retain_cosine(apply, likelihood, where, gradient, retain) -> float:
 def _cosine(apply, likelihood, paths, params, change, gradient, batch):
     current = moved(params, change)
 
+    def values(outputs, rows):
+        counted = counted_outputs(rows, likelihood.lead_shape(outputs[0]))
+        return jnp.where(counted, likelihood.nll(outputs[0], rows.targets), 0), counted
+
     def loss(part):
-        outputs = apply(with_part(current, part), batch.inputs)
-        counted = counted_outputs(batch, likelihood.lead_shape(outputs))
-        nll = jnp.where(counted, likelihood.nll(outputs, batch.targets), 0)
+        nll, counted = in_row_blocks(values, apply, (with_part(current, part),), batch)
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 
     # Both are scaled by powers of two before they are squared, which no cosine notices.
