@@ -194,7 +194,8 @@ def _decode(
     rows = jnp.arange(prompt_tokens.shape[0])
 
     def likeliest(outputs: tuple[Array, ...], batch: Batch) -> Array:
-        here = jnp.take_along_axis(outputs[0], batch.targets[:, None, None], axis=1)[:, 0]
+        last = jnp.asarray(batch.targets)
+        here = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
         return jnp.argmax(here, axis=-1).astype(batch.inputs.dtype)
 
     def step(tokens: Array, i: Array) -> tuple[Array, Array]:
