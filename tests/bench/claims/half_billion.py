@@ -11,6 +11,10 @@ layer with dense factors of its 4864-wide axes too, in a process of its own.
 """
 
 import argparse
+import json
+import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
