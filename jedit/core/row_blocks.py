@@ -1,13 +1,14 @@
 """Logits of a large vocabulary a few rows at a time, so that they are never there as a whole.
 
 Eight rows of 512 tokens have 2.5 GB of logits over 152k words in float32, and a loss and its
-gradient several times that.  A row's losses are of its own outputs alone, so rows are taken in
-blocks, and the backward pass computes a block's outputs once more.
+gradient several times that.  What is made of a row's outputs is of that row alone, so rows are
+taken in blocks: values row by row are joined again (`in_row_blocks`, whose backward pass computes a
+block's outputs once more), and sums over rows are added up (`sum_over_blocks`).
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,20 @@ from jaxtyping import Array, PyTree
 from jedit.core.batch import Apply, Batch
 
 MOST_BYTES = 2**28  # of outputs in float32 that are there at a time; arbitrary
+
+Total = TypeVar("Total")
+
+
+def num_blocks(outputs: Array | jax.ShapeDtypeStruct) -> int:
+    """Return into how many blocks of as many rows a batch with these outputs is to be cut.
+
+    A block's outputs have `MOST_BYTES` in float32 at most, or are those of one row.
+    """
+    rows = outputs.shape[0] if outputs.ndim else 0
+    most = MOST_BYTES * rows // max(4 * math.prod(outputs.shape), 1)
+    if most >= rows:
+        return 1
+    return rows // next(n for n in range(max(most, 1), 0, -1) if rows % n == 0)
 
 
 def in_row_blocks(
@@ -36,28 +51,48 @@ def in_row_blocks(
         batch: the rows.
 
     Returns:
-        `values` of all rows. Outputs of one model of more than `MOST_BYTES` in float32 are computed
-        in blocks that have less, one row at least.
+        `values` of all rows.
     """
 
     def at_once(models: tuple[PyTree, ...], batch: Batch) -> PyTree:
         return values(tuple(apply(params, batch.inputs) for params in models), batch)
 
     outputs = tuple(apply(params, batch.inputs) for params in models)
-    rows = outputs[0].shape[0] if outputs[0].ndim else 1
-    most = MOST_BYTES * rows // max(4 * math.prod(outputs[0].shape), 1)
-    if most >= rows:
+    number = num_blocks(outputs[0])
+    if number == 1:
         return values(outputs, batch)
     # What was traced above enters nothing, and so no program.
-    size = next(n for n in range(max(most, 1), 0, -1) if rows % n == 0)
-
-    # Block j has the rows j, j + n, j + 2n, ...: of rows that are split over devices each has some.
-    def cut(x: Any) -> Any:
-        return jnp.moveaxis(x.reshape(size, rows // size, *x.shape[1:]), 1, 0)
-
-    def joined(x: Any) -> Any:
-        return jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:])
-
     block = jax.checkpoint(at_once)
-    found = jax.lax.map(lambda part: block(models, part), jax.tree.map(cut, batch))
-    return jax.tree.map(joined, found)
+    found = jax.lax.map(lambda part: block(models, part), cut(batch, number))
+    # The rows in their order again, as `cut` took them apart.
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def sum_over_blocks(terms: Callable[[Batch], Total], batch: Batch, number: int) -> Total:
+    """Return the sum over `number` blocks of a batch of what a function makes of each."""
+    if number == 1:
+        return terms(batch)
+
+    def add(total: Total, part: Batch) -> tuple[Total, None]:
+        return jax.tree.map(jnp.add, total, terms(part)), None
+
+    parts = cut(batch, number)
+    one = jax.eval_shape(terms, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def cut(batch: Batch, number: int) -> Batch:
+    """Return a batch whose arrays lead with the blocks, and then with a block's rows.
+
+    Block j has the rows j, j + number, j + 2 number, ...: of rows that are split over devices each
+    block has some of every device's.
+    """
+
+    def split(x: Any) -> Array:
+        x = jnp.asarray(x)
+        if not x.ndim:  # one number for all rows
+            return jnp.broadcast_to(x, (number,))
+        return jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)

@@ -13,7 +13,7 @@ from jedit.curvature.algebra import (
 )
 from jedit.curvature.diagonal import diagonal
 from jedit.curvature.ekfac import ekfac
-from jedit.curvature.estimator import Estimator, estimate
+from jedit.curvature.estimator import Estimator, estimate, estimate_in_groups
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.kfac import kfac
 from jedit.curvature.memory import to_device, to_host
@@ -31,6 +31,7 @@ __all__ = [
     "eigenvalues",
     "ekfac",
     "estimate",
+    "estimate_in_groups",
     "factors",
     "ggn_vector_product",
     "kfac",

@@ -11,7 +11,7 @@ K-FAC, EK-FAC and the diagonal differ only in what they sum; what they sum over 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.outputs import check_contents, counted_outputs
 from jedit.core.precision import wide_dtype
+from jedit.core.row_blocks import cut, num_blocks
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.curvature.positions import Alignment, align
 from jedit.tracing import Capture, Site, run_capture
@@ -30,6 +31,19 @@ from jedit.tracing import Capture, Site, run_capture
 Fisher = Literal["sampled", "exact", "empirical"]
 
 Total = TypeVar("Total")
+State = TypeVar("State", bound=Any)
+
+
+class Examples(NamedTuple):
+    """The ids of a batch's examples, which their labels depend on: first, first + step, ...
+
+    Attributes:
+        first: id of the first example, an int32.
+        step: how far apart the ids are; more than one in a block of a batch's rows.
+    """
+
+    first: Array
+    step: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +215,7 @@ def run_pass(
     params: PyTree,
     batch: Batch,
     key: Array,
-    first_example: Array,
+    examples: Examples,
     select: str | Sequence[str] | None = None,
 ) -> Pass:
     """Capture one batch and prepare its cotangents.
@@ -213,7 +227,7 @@ def run_pass(
         batch: the examples; `targets` are read by empirical labels alone.
         key: the key of the whole estimate, not of the batch: labels depend on it and on the
             example's id.
-        first_example: id of the batch's first example, a running number.
+        examples: the ids of the batch's examples, running numbers.
         select: regular expressions for the paths of the parameters; None: all.
 
     Returns:
@@ -247,7 +261,7 @@ def run_pass(
     is_merged = any(alignment.is_merged for alignment in alignments.values())
     is_one_by_one = is_merged and labels.fisher != "sampled"
     number, cotangent = _cotangents(
-        labels, captured.outputs, batch, key, first_example, lead, is_one_by_one
+        labels, captured.outputs, batch, key, examples, lead, is_one_by_one
     )
 
     # Masked here and not in the loss, so that any likelihood's cotangent may be given.
@@ -266,6 +280,45 @@ def run_pass(
         is_one_by_one=is_one_by_one,
         cotangent=masked,
     )
+
+
+def over_row_blocks(
+    add: Callable[[State, Batch, Examples], State],
+    apply: Callable,
+    state: State,
+    params: PyTree,
+    batch: Batch,
+) -> State:
+    """Add a batch to a state of sums, in blocks of rows where its outputs are large.
+
+    What is summed does not depend on the blocks, but for rounding, as it does not depend on how
+    examples are cut into batches: every example keeps its id, and so its labels.
+
+    Args:
+        add: `(state, rows, ids of the rows) -> state`; it may leave `next_example` as it is.
+        apply: the model, whose outputs' size says how many rows are taken at a time.
+        state: the sums, with the running number `next_example`.
+        params: the parameters.
+        batch: the examples.
+
+    Returns:
+        The state with the batch added, `next_example` as well.
+    """
+    check_pass(params, batch)
+    outputs = jax.eval_shape(apply, params, batch.inputs)
+    number, first = num_blocks(outputs), state.next_example
+    if number == 1:
+        state = add(state, batch, Examples(first))
+    else:
+
+        def block(state: State, one: tuple[Batch, Array]) -> tuple[State, None]:
+            rows, j = one
+            # Block j has every so manieth row, from the j-th on, as `cut` takes them.
+            return add(state, rows, Examples(first + j, number)), None
+
+        parts = cut(batch, number), jnp.arange(number, dtype=jnp.int32)
+        state = jax.lax.scan(block, state, parts)[0]
+    return dataclasses.replace(state, next_example=first + outputs.shape[0])
 
 
 def check_pass(params: PyTree, batch: Batch) -> None:
@@ -302,7 +355,7 @@ def _check_examples(batch: Batch, lead: tuple[int, ...]) -> None:
 
 
 def _cotangents(
-    labels: Labels, outputs: Array, batch: Batch, key, first_example, lead, is_one_by_one: bool
+    labels: Labels, outputs: Array, batch: Batch, key, examples, lead, is_one_by_one: bool
 ) -> tuple[int, Callable[[int | Array], Array]]:
     """Return how many pullbacks, and the cotangent of each.
 
@@ -311,7 +364,7 @@ def _cotangents(
     """
     likelihood = labels.likelihood
     if labels.fisher == "sampled":
-        ids = first_example + jnp.arange(lead[0], dtype=jnp.int32)
+        ids = examples.first + examples.step * jnp.arange(lead[0], dtype=jnp.int32)
 
         def draw(k):
             noise = likelihood.noise(outputs, ids, key=jax.random.fold_in(key, k))

@@ -19,7 +19,14 @@ from jedit.core.arguments import check_function
 from jedit.core.batch import Batch
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.curvature.captured_batch import Fisher, Labels, check_pass, run_pass
+from jedit.curvature.captured_batch import (
+    Examples,
+    Fisher,
+    Labels,
+    check_pass,
+    over_row_blocks,
+    run_pass,
+)
 from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites, padding_hint
@@ -120,7 +127,7 @@ def squares_estimator(
 
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
-            done = run_pass(apply, labels, params, batch, key, first, select)
+            done = run_pass(apply, labels, params, batch, key, Examples(first), select)
             blocks = group_sites(done.captured.sites, done.alignments)
             squares = {b.name: zero_squares(b, done.dtype) for b in blocks}
             return SquaresState(squares, first, first, blocks, labels.draws)
@@ -137,23 +144,22 @@ def squares_estimator(
 
     # The bases are an argument of the jitted step, and no constants in it: they are large.
     def update(bases, state, params, batch, key):
-        done = run_pass(apply, labels, params, batch, key, state.next_example, select)
+        def add(state, rows, examples):
+            done = run_pass(apply, labels, params, rows, key, examples, select)
 
-        def add_gradients(squares, pulled):
-            return {
-                b.name: add_squared_gradients(
-                    done, b, pulled, squares[b.name], bases.get(b.name, (None, None))
-                )
-                for b in state.blocks
-            }
+            def add_gradients(squares, pulled):
+                return {
+                    b.name: add_squared_gradients(
+                        done, b, pulled, squares[b.name], bases.get(b.name, (None, None))
+                    )
+                    for b in state.blocks
+                }
 
-        return SquaresState(
-            done.fold(add_gradients, state.squares),
-            state.num_outputs + done.num_outputs,
-            state.next_example + done.lead[0],
-            state.blocks,
-            state.draws,
-        )
+            squares = done.fold(add_gradients, state.squares)
+            number = state.num_outputs + done.num_outputs
+            return dataclasses.replace(state, squares=squares, num_outputs=number)
+
+        return over_row_blocks(add, apply, state, params, batch)
 
     def finalize(state, dtype=None):
         del dtype  # nothing is decomposed

@@ -1,7 +1,7 @@
 """Estimators: three pure functions each, as an optax transform is two, and the batch loop."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -128,7 +128,11 @@ def estimate(
     batches = checked_batches(batches)
     refuse_tracers("estimate", (params, key), _OUTSIDE)
     if group_bytes is not None:
-        estimators, batches = _grouped(estimator, params, batches, group_bytes, checkpoint)
+        if checkpoint is not None:
+            raise ValueError(
+                "give group_bytes or a checkpoint: a checkpoint holds one group's sums"
+            )
+        estimators = _groups(estimator, params, batches, group_bytes)
         parts = [
             estimate(one, params, batches, key=key, progress=progress, offload=offload)
             for one in estimators
@@ -170,16 +174,52 @@ def estimate(
     return to_host(curvature) if offload else curvature
 
 
-def _grouped(estimator, params, batches, group_bytes, checkpoint):
-    """Return the groups' estimators, and batches that can be passed over for each.
+def estimate_in_groups(
+    estimator: Estimator,
+    params: PyTree,
+    batches: Iterable[Batch] | Batch,
+    *,
+    key: Array,
+    group_bytes: int,
+) -> Iterator[Curvature]:
+    """Estimate the curvature of one group of parameters after the other, at `params`.
+
+    Together they are what `estimate` with the same `group_bytes` joins: for what needs one group at
+    a time, such as `methods.kfade`, where the factors of all do not fit in any memory.
+
+    Args:
+        estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
+        params: the parameters at which the curvature is taken.
+        batches: a `Batch`, or batches that can be passed over once for each group.
+        key: as for `estimate`.
+        group_bytes: as for `estimate`.
+
+    Returns:
+        The curvatures of the groups, each made when it is asked for and kept by nobody else.
 
     Raises:
-        ValueError: `group_bytes` cannot be used with these arguments of `estimate`.
+        TypeError: an argument is something else.
+        ValueError: what `estimate` refuses of `group_bytes` and of the batches.
+        FloatingPointError: a block's sums are not finite.
+    """
+    check_numbers(COUNT, group_bytes=group_bytes)
+    check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
+    check_params(params)
+    check_key(key)
+    batches = checked_batches(batches)
+    refuse_tracers("estimate_in_groups", (params, key), _OUTSIDE)
+    groups = on_auto_axes(_groups)(estimator, params, batches, group_bytes)
+    return (estimate(one, params, batches, key=key) for one in groups)
+
+
+def _groups(estimator, params, batches, group_bytes):
+    """Return the groups' estimators.
+
+    Raises:
+        ValueError: `group_bytes` cannot be used with this estimator or these batches.
     """
     if estimator.groups is None:
         raise ValueError("group_bytes needs an estimator with `groups`: kfac, ekfac or diagonal")
-    if checkpoint is not None:
-        raise ValueError("give group_bytes or a checkpoint: a checkpoint holds one group's sums")
     if iter(batches) is batches:
         raise ValueError(
             "group_bytes passes over the batches once for each group, but these come only once: "
@@ -188,7 +228,7 @@ def _grouped(estimator, params, batches, group_bytes, checkpoint):
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("estimate got no batch: a curvature needs at least one")
-    return estimator.groups(params, on_auto(first), group_bytes), batches
+    return estimator.groups(params, on_auto(first), group_bytes)
 
 
 def _joined(curvatures: Sequence[Curvature]) -> Curvature:

@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jedit.core.arguments import check_batch, check_function
 from jedit.core.batch import Batch
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide
+from jedit.core.row_blocks import num_blocks, sum_over_blocks
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 
 
@@ -33,16 +34,23 @@ def ggn_vector_product(
 
     Costs one forward pass with tangents and one backward pass, about two gradients; `apply` must
     therefore have a forward-mode rule, which a function under `jax.custom_vjp` lacks.  Outputs left
-    out by `mask` or `valid` contribute an exact zero.
+    out by `mask` or `valid` contribute an exact zero.  Large outputs are
+    computed in blocks of rows.
     """
     check_likelihood(likelihood)
-    run = _forward(apply, batch)
-    outputs, tangent = jax.jvp(run, (params,), (vector,))
-    # G = Jᵀ H J: tangents forward, H at the outputs, and cotangents back; J is never formed.
-    _, pull_back = jax.vjp(run, params)
-    _, product = _masked_products(likelihood, batch, outputs, tangent)
-    (product,) = pull_back(product.astype(outputs.dtype))
-    return product
+    number, total = _size(apply, params, batch, likelihood)
+
+    def product(rows: Batch) -> PyTree:
+        def run(params: PyTree) -> Array:
+            return apply(params, rows.inputs)
+
+        outputs, tangent = jax.jvp(run, (params,), (vector,))
+        # G = Jᵀ H J: tangents forward, H at the outputs, and cotangents back; J is never formed.
+        _, pull_back = jax.vjp(run, params)
+        _, found = _masked_products(likelihood, rows, outputs, tangent, total)
+        return pull_back(found.astype(outputs.dtype))[0]
+
+    return sum_over_blocks(product, batch, number)
 
 
 def quadratic_kl(
@@ -58,19 +66,30 @@ def quadratic_kl(
     It needs the forward pass with tangents alone.  It is a prediction: on a saturated model the
     true KL(θ || θ + v) can be larger by orders of magnitude.
     """
-    outputs, tangent = jax.jvp(_forward(apply, batch), (params,), (vector,))
-    tangent, product = _masked_products(likelihood, batch, outputs, tangent)
-    return 0.5 * jnp.sum(tangent * product)
+    check_likelihood(likelihood)
+    number, total = _size(apply, params, batch, likelihood)
+
+    def term(rows: Batch) -> Array:
+        outputs, tangent = jax.jvp(lambda p: apply(p, rows.inputs), (params,), (vector,))
+        tangent, product = _masked_products(likelihood, rows, outputs, tangent, total)
+        return 0.5 * jnp.sum(tangent * product)
+
+    return sum_over_blocks(term, batch, number)
 
 
-def _forward(apply: Callable, batch: Batch) -> Callable[[PyTree], Array]:
+def _size(
+    apply: Callable, params: PyTree, batch: Batch, likelihood: Likelihood
+) -> tuple[int, Int[Array, ""]]:
+    """Return how many blocks a batch is taken in, and how many outputs it counts, or one."""
     check_function(apply)
     check_batch(batch, "batch")
-    return lambda params: apply(params, batch.inputs)
+    outputs = jax.eval_shape(apply, params, batch.inputs)
+    counted = counted_outputs(batch, likelihood.lead_shape(outputs))
+    return num_blocks(outputs), jnp.maximum(jnp.sum(counted), 1)
 
 
 def _masked_products(
-    likelihood: Likelihood, batch: Batch, outputs: Array, tangent: Array
+    likelihood: Likelihood, batch: Batch, outputs: Array, tangent: Array, total: Array
 ) -> tuple[Array, Array]:
     """Return t and H t / M in float32 or wider, zero where an output does not count.
 
@@ -79,5 +98,5 @@ def _masked_products(
     counted = counted_outputs(batch, likelihood.lead_shape(outputs))
     tangent = jnp.where(counted[..., None], wide(tangent), 0)
     product = likelihood.hessian_product(wide(outputs), tangent)
-    num_counted = jnp.maximum(jnp.sum(counted), 1).astype(product.dtype)
-    return tangent, jnp.where(counted[..., None], product / num_counted, 0)
+    share = product / total.astype(product.dtype)
+    return tangent, jnp.where(counted[..., None], share, 0)

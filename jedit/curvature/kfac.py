@@ -24,7 +24,14 @@ from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
 from jedit.curvature.assemble import assemble
-from jedit.curvature.captured_batch import Fisher, Labels, check_pass, run_pass
+from jedit.curvature.captured_batch import (
+    Examples,
+    Fisher,
+    Labels,
+    check_pass,
+    over_row_blocks,
+    run_pass,
+)
 from jedit.curvature.checks import check_counted
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.eigenbases import Moment
@@ -154,7 +161,7 @@ def kfac(
         # Only shapes are wanted: nothing is computed, and the key draws nothing.
         def zero(params, batch):
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
-            done = run_pass(apply, labels, params, batch, key, first, select)
+            done = run_pass(apply, labels, params, batch, key, Examples(first), select)
             sites = done.captured.sites
             blocks = group_sites(sites, done.alignments)
             members = [m for b in blocks if not b.is_diagonal for m in b.members]
@@ -185,7 +192,12 @@ def kfac(
         )
 
     def update(state, params, batch, key):
-        done = run_pass(apply, labels, params, batch, key, state.next_example, select)
+        def add(state, rows, examples):
+            return _added(run_pass(apply, labels, params, rows, key, examples, select), state)
+
+        return over_row_blocks(add, apply, state, params, batch)
+
+    def _added(done, state):
         sites = done.captured.sites
         members = [m for b in state.blocks if not b.is_diagonal for m in b.members]
         diagonals = [b for b in state.blocks if b.is_diagonal]
@@ -207,15 +219,9 @@ def kfac(
             )
 
         outputs, squares = done.fold(add_gradients, (state.outputs, state.squares))
-        return KfacState(
-            inputs,
-            outputs,
-            squares,
-            state.num_outputs + done.num_outputs,
-            state.next_example + done.lead[0],
-            state.blocks,
-            state.draws,
-            state.shardings,
+        number = state.num_outputs + done.num_outputs
+        return dataclasses.replace(
+            state, inputs=inputs, outputs=outputs, squares=squares, num_outputs=number
         )
 
     def groups(params, batch, group_bytes):

@@ -23,6 +23,7 @@ from jedit.core.checks import POSITIVE, POSITIVE_SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide
+from jedit.core.row_blocks import in_row_blocks
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # 4 and 8 did alike on a memorised model, so it ends there
 
@@ -75,12 +76,17 @@ def _traces(
     apply: Callable, params: PyTree, batch: Batch, temperatures: tuple[float, ...]
 ) -> Float[Array, " sums"]:
     """Return the sum of the counted outputs' traces at each temperature, and their number."""
-    logits = wide(apply(params, batch.inputs))
-    counted = counted_outputs(batch, logits.shape[:-1])
 
-    def total(temperature: float) -> Array:
-        p = jax.nn.softmax(logits / temperature, axis=-1)
-        return jnp.sum(jnp.where(counted, 1 - jnp.sum(p * p, axis=-1), 0))
+    def values(outputs: tuple[Array, ...], rows: Batch) -> Array:
+        logits = wide(outputs[0])
+        counted = counted_outputs(rows, logits.shape[:-1])
 
-    number = jnp.sum(counted).astype(logits.dtype)
-    return jnp.stack([*(total(t) for t in temperatures), number])
+        def trace(temperature: float) -> Array:
+            p = jax.nn.softmax(logits / temperature, axis=-1)
+            return jnp.where(counted, 1 - jnp.sum(p * p, axis=-1), 0)
+
+        number = counted.astype(logits.dtype)
+        return jnp.stack([*(trace(t) for t in temperatures), number], axis=-1)
+
+    found = in_row_blocks(values, apply, (params,), batch)
+    return jnp.sum(found, axis=tuple(range(found.ndim - 1)))

@@ -25,6 +25,7 @@ from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import check_contents, counted_outputs
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import exponents, shifted, wide
+from jedit.core.row_blocks import in_row_blocks
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.geometry.parts import ahead, moved, part_of, with_part
@@ -113,8 +114,8 @@ class RetainKl:
     """A function that prices a change of parameters: KL(θ₀ ‖ θ) on the retain batches.
 
     θ₀'s outputs are kept if those of all batches are `kept_bytes` at most. Beyond that they are
-    computed anew for each batch and each evaluation, by the same program: the numbers are the
-    same, to the bit, and an evaluation costs two forward passes instead of one.
+    computed anew for each batch and each evaluation, which then costs two forward passes instead of
+    one, with as many rows at a time as `jedit.core.row_blocks` allows.
 
     Attributes:
         batches: the retain batches, on which the KL is measured.
@@ -180,10 +181,7 @@ class RetainKl:
         """
 
         def kl(i: int):
-            if self._base is None:
-                base = _outputs(self._apply, self._params, self.batches[i])
-            else:
-                base = self._base[i]
+            base = None if self._base is None else self._base[i]
             where = (self._params, start or {}, move, alpha)
             return _moved_kl(self._apply, self._likelihood, *where, base, self.batches[i])
 
@@ -221,9 +219,17 @@ def _outputs(apply, params, batch):
 @functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
 def _moved_kl(apply, likelihood, params, start, move, alpha, base, batch):
     """Return the mean KL of the original outputs from the moved params', over counted outputs."""
-    outputs = apply(moved(params, ahead(start, move, alpha)), batch.inputs)
-    counted = counted_outputs(batch, likelihood.lead_shape(outputs))
-    kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
+    there = moved(params, ahead(start, move, alpha))
+
+    def values(outputs, rows):
+        here, before = outputs
+        counted = counted_outputs(rows, likelihood.lead_shape(here))
+        return jnp.where(counted, likelihood.kl(before, here), 0), counted
+
+    if base is None:
+        kl, counted = in_row_blocks(values, apply, (there, params), batch)
+    else:
+        kl, counted = values((apply(there, batch.inputs), base), batch)
     return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
 
 

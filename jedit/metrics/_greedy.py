@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
 from jedit.core.batch import Apply, Batch
-from jedit.objectives.token_nll import labelled_logits
+from jedit.objectives.token_nll import labelled_values
 
 
 def greedy_hits(
@@ -15,5 +15,8 @@ def greedy_hits(
     Raises:
         ValueError: if the batch has no targets, or not one per output.
     """
-    logits, targets, counted = labelled_logits(apply, params, batch)
+    return labelled_values(_hits, apply, params, batch)
+
+
+def _hits(logits: Array, targets: Array, counted: Array) -> tuple[Array, Array]:
     return counted & (jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets), counted

@@ -35,7 +35,7 @@ from jedit.core.checks import POSITIVE_SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import labelled_logits
+from jedit.objectives.token_nll import labelled_values, token_nll
 
 SHARE = 0.4
 MIN_VARIANCE = 1e-6  # open-unlearning's: where the model is certain, log p hardly varies
@@ -134,9 +134,10 @@ def _means_of_lowest(parts: list[tuple[Array, Array]], share: float) -> Float[np
 def _token_log_p(
     apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "batch t"], Bool[Array, "batch t"]]:
-    logits, targets, counted = labelled_logits(apply, params, batch)
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    def values(logits, targets, counted):
+        return -token_nll(logits, targets), counted
+
+    picked, counted = labelled_values(values, apply, params, batch)
     return by_example(batch, picked), by_example(batch, counted)
 
 
@@ -144,8 +145,11 @@ def _token_log_p(
 def _token_z(
     apply: Apply, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "batch t"], Bool[Array, "batch t"]]:
-    logits, targets, counted = labelled_logits(apply, params, batch)
-    return by_example(batch, standardized(logits, targets)[1]), by_example(batch, counted)
+    def values(logits, targets, counted):
+        return standardized(logits, targets)[1], counted
+
+    z, counted = labelled_values(values, apply, params, batch)
+    return by_example(batch, z), by_example(batch, counted)
 
 
 def standardized(

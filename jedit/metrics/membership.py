@@ -36,7 +36,7 @@ from numpy.typing import ArrayLike
 from jedit.core.arguments import check_word
 from jedit.core.batch import Apply, Batch
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import labelled_logits
+from jedit.objectives.token_nll import labelled_values
 
 Kind = Literal["confidence", "entropy", "modified_entropy"]
 Rule = Literal["midpoint", "best"]
@@ -117,8 +117,10 @@ def membership_attack(
 def _scores(
     apply: Apply, kind: Kind, params: PyTree, batch: Batch
 ) -> tuple[Float[Array, "*lead"], Bool[Array, "*lead"]]:
-    logits, targets, counted = labelled_logits(apply, params, batch)
-    return _FORMULAS[kind](jax.nn.log_softmax(logits, axis=-1), targets), counted
+    def values(logits, targets, counted):
+        return _FORMULAS[kind](jax.nn.log_softmax(logits, axis=-1), targets), counted
+
+    return labelled_values(values, apply, params, batch)
 
 
 def _confidence(log_p: Float[Array, "*lead classes"], targets: Int[Array, "*lead"]) -> Array:

@@ -35,7 +35,7 @@ from jedit.core.outputs import by_example, counted_outputs
 from jedit.metrics.gradient_norm import gradient_norm_scores
 from jedit.metrics.likelihood_attacks import SHARE, standardized
 from jedit.metrics.streaming import each_batch
-from jedit.objectives.token_nll import labelled_logits
+from jedit.objectives.token_nll import labelled_values
 
 SMALL = 1e-10
 
@@ -149,9 +149,12 @@ def _tokens(apply: Apply, params: PyTree, batch: Batch) -> tuple[Array, Array, A
 
     Each is of shape (batch, t).
     """
-    logits, targets, counted = labelled_logits(apply, params, batch)
-    is_hit = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
-    found = (is_hit, *standardized(logits, targets), counted)
+
+    def values(logits, targets, counted):
+        is_hit = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
+        return is_hit, *standardized(logits, targets), counted
+
+    found = labelled_values(values, apply, params, batch)
     return tuple(by_example(batch, x) for x in found)  # pyright: ignore[reportReturnType]
 
 

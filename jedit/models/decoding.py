@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from jedit.core.batch import Apply
+from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, POSITIVE, check_numbers
 from jedit.core.precision import wide
+from jedit.core.row_blocks import in_row_blocks
 
 
 def greedy_decode(
@@ -192,9 +193,14 @@ def _decode(
 ) -> Int[Array, "batch num_steps"]:
     rows = jnp.arange(prompt_tokens.shape[0])
 
+    def likeliest(outputs: tuple[Array, ...], batch: Batch) -> Array:
+        last = jnp.asarray(batch.targets)
+        here = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
+        return jnp.argmax(here, axis=-1).astype(batch.inputs.dtype)
+
     def step(tokens: Array, i: Array) -> tuple[Array, Array]:
         last = prompt_lengths - 1 + i
-        added = jnp.argmax(apply(params, tokens)[rows, last], axis=-1).astype(tokens.dtype)
+        added = in_row_blocks(likeliest, apply, (params,), Batch(tokens, last))
         return tokens.at[rows, last + 1].set(added), added
 
     tokens = jnp.pad(prompt_tokens, ((0, 0), (0, num_steps)))

@@ -60,6 +60,7 @@ def load_model(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     shardings: Shardings | None = None,
+    remat: bool = False,
 ) -> tuple[Apply, dict[str, Any], Any]:
     """Load a causal language model as a pure function.
 
@@ -84,6 +85,8 @@ def load_model(
             on the default device.
         shardings: a function of a parameter's path and shape that says where it lies, in place of
             the mesh's.
+        remat: the backward pass computes each layer anew from what entered it, so that gradients
+            keep one array a layer: for a third more arithmetic.
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits
@@ -100,6 +103,11 @@ def load_model(
     folder = Path(folder)
     config, places = read_config(folder), read_places(folder)
     kind, module, found = _seen(config, views(places), folder, dtype)
+    if remat:
+        from jedit.models.families.architecture import with_remat
+
+        kind = with_remat(kind)
+        module = _abstract(kind)
     wanted = _common(found) if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
         shardings = default_shardings(module, mesh)

@@ -14,11 +14,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.objectives.objective import Value
-from jedit.objectives.token_nll import labelled_logits, masked_mean, soft_cross_entropy, token_nll
+from jedit.objectives.token_nll import labelled_values, masked_mean, soft_cross_entropy, token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,12 @@ class CEU:
         Raises:
             ValueError: the batch has not one target per output.
         """
-        logits, targets, counted = labelled_logits(apply, params, forget)
-        is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
-        fixed = jax.lax.stop_gradient(logits)
-        distribution = jax.nn.softmax(jnp.where(is_label, -jnp.inf, fixed), axis=-1)
-        loss = masked_mean(soft_cross_entropy(distribution, logits), counted)
-        return loss, {"forget_nll": masked_mean(token_nll(logits, targets), counted)}
+        loss, nll, counted = labelled_values(_losses, apply, params, forget)
+        return masked_mean(loss, counted), {"forget_nll": masked_mean(nll, counted)}
+
+
+def _losses(logits: Array, targets: Array, counted: Array) -> tuple[Array, Array, Array]:
+    is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
+    fixed = jax.lax.stop_gradient(logits)
+    distribution = jax.nn.softmax(jnp.where(is_label, -jnp.inf, fixed), axis=-1)
+    return soft_cross_entropy(distribution, logits), token_nll(logits, targets), counted

@@ -13,12 +13,13 @@ are the largest, they share its gradient; there the first has it.
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Apply, Batch
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide
+from jedit.core.row_blocks import in_row_blocks
 from jedit.objectives.objective import Value
 from jedit.objectives.token_nll import masked_mean
 
@@ -37,7 +38,11 @@ class LogitMargin:
     ) -> Value:
         """Return the loss; the retain rows and the reference are not looked at."""
         check_batch(forget, "the objective's batch")
-        logits = wide(apply(params, forget.inputs))
-        counted = counted_outputs(forget, logits.shape[:-1])
-        margin = jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        margin, counted = in_row_blocks(_margins, apply, (params,), forget)
         return masked_mean(margin**2, counted), {"forget_margin": masked_mean(margin, counted)}
+
+
+def _margins(outputs: tuple[Array, ...], rows: Batch) -> tuple[Array, Array]:
+    logits = wide(outputs[0])
+    margin = jnp.max(logits, axis=-1) - jnp.mean(logits, axis=-1)
+    return margin, counted_outputs(rows, margin.shape)

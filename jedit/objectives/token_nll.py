@@ -5,6 +5,8 @@ batch counts.  An output counts when it stands in `mask` and in `valid`.  Losses
 float32 or wider.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -49,17 +51,31 @@ def masked_mean(values: Float[Array, "*lead"], counted: Bool[Array, "*lead"]) ->
     return total / jnp.maximum(jnp.sum(counted), 1).astype(total.dtype)
 
 
-def labelled_logits(
-    apply: Apply, params: PyTree, batch: Batch
-) -> tuple[Float[Array, "*lead classes"], Int[Array, "*lead"], Bool[Array, "*lead"]]:
-    """Return logits in float32 or wider, targets (0 where they do not count), and which count.
+def labelled_values(
+    values: Callable[..., PyTree], apply: Apply, params: PyTree, batch: Batch, *others: PyTree
+) -> PyTree:
+    """Return what a function makes of logits and labels, of large outputs in blocks of rows.
+
+    Args:
+        values: `(logits, targets, counted, *logits of others) -> arrays` of the lead's shape, each
+            output's of its own logits: in float32 or wider the logits, 0 where they do not count
+            the targets, and which outputs count.
+        apply: `apply(params, inputs) -> logits`.
+        params: the parameters.
+        batch: the rows.
+        others: the parameters of further models, on whose logits no gradient is taken.
 
     Raises:
         TypeError: it is no batch, or its targets are no integers.
         ValueError: if the batch has no targets, or not one per output.
     """
     check_batch(batch, "the objective's batch")
-    return _labelled(apply(params, batch.inputs), batch)
+
+    def of_logits(outputs: tuple[Array, ...], rows: Batch) -> PyTree:
+        fixed = (wide(jax.lax.stop_gradient(logits)) for logits in outputs[1:])
+        return values(*_labelled(outputs[0], rows), *fixed)
+
+    return in_row_blocks(of_logits, apply, (params, *others), batch)
 
 
 def counted_nll(

@@ -15,13 +15,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.core.precision import wide
 from jedit.objectives.objective import Value, needed
-from jedit.objectives.token_nll import labelled_logits, masked_mean, soft_cross_entropy, token_nll
+from jedit.objectives.token_nll import labelled_values, masked_mean, soft_cross_entropy, token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +50,12 @@ class UNDIAL:
             ValueError: the batch has not one target per output.
         """
         reference = needed(reference, self)
-        logits, targets, counted = labelled_logits(apply, params, forget)
-        teacher = wide(jax.lax.stop_gradient(apply(reference, forget.inputs)))
+        loss, nll, counted = labelled_values(self._losses, apply, params, forget, reference)
+        return masked_mean(loss, counted), {"forget_nll": masked_mean(nll, counted)}
+
+    def _losses(
+        self, logits: Array, targets: Array, counted: Array, teacher: Array
+    ) -> tuple[Array, Array, Array]:
         is_label = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
         distribution = jax.nn.softmax(jnp.where(is_label, teacher - self.beta, teacher), axis=-1)
-        loss = masked_mean(soft_cross_entropy(distribution, logits), counted)
-        return loss, {"forget_nll": masked_mean(token_nll(logits, targets), counted)}
+        return soft_cross_entropy(distribution, logits), token_nll(logits, targets), counted

@@ -36,7 +36,7 @@ from jedit.core.display import short_repr
 from jedit.core.paths import exactly
 from jedit.core.precision import HIGHEST, exponents, shifted, wide
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
-from jedit.curvature.captured_batch import Labels, Pass, run_pass
+from jedit.curvature.captured_batch import Examples, Labels, Pass, run_pass
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
@@ -214,7 +214,7 @@ def _batch_unlearn(
     def one(given):
         request, price = given
         zero = jnp.zeros((), jnp.int32)
-        done = run_pass(apply, labels, params, request, jax.random.key(0), zero, select)
+        done = run_pass(apply, labels, params, request, jax.random.key(0), Examples(zero), select)
         number = jnp.maximum(done.num_outputs, 1).astype(done.dtype)
         nll = likelihood.nll(done.captured.outputs, request.targets)
         loss = jnp.sum(jnp.where(done.counted, nll, 0)).astype(done.dtype) / number

@@ -1,5 +1,7 @@
 """K-FADE against refits, against plain ascent, and against its own promises."""
 
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from scipy.optimize import brentq
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac, quadratic_form, solve
+from jedit.curvature import estimate, estimate_in_groups, kfac, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical, Gaussian
 from jedit.edits import apply_edit
 from jedit.methods import Ascent, kfade
@@ -214,3 +216,39 @@ def test_contradictory_arguments_are_named(classifier, options, message):
         kfade(network, params, curvature, forget, retain, **options)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         Ascent(0)
+
+
+def test_a_curvature_in_parts_is_the_whole_one_taken_apart(classifier, key):
+    """The same edit, with no more than one part of the curvature there at a time."""
+    params, forget, retain, whole = classifier
+    estimator = kfac(network, Categorical(), fisher="exact")
+    ascent = Ascent(1)
+    edit, info = kfade(network, params, whole, forget, retain, budget=0.05, ascent=ascent)
+    alive, most = [], 0
+
+    def parts():
+        nonlocal most
+        for part in estimate_in_groups(estimator, params, [retain], key=key, group_bytes=1):
+            alive.append(weakref.ref(next(iter(part.factors.values())).matrix))
+            most = max(most, sum(reference() is not None for reference in alive))
+            yield part
+            del part
+
+    given = (network, params, parts(), forget, retain)
+    found, told = kfade(*given, budget=0.05, ascent=ascent)
+    assert len(alive) == 2
+    assert most == 1
+    assert list(found.blocks) == list(edit.blocks)
+    for path, delta in edit.blocks.items():
+        np.testing.assert_allclose(found.blocks[path], delta, rtol=2e-2, atol=1e-8)
+        cosine = jnp.vdot(found.blocks[path], delta) ** 2
+        assert cosine == pytest.approx(jnp.vdot(delta, delta) * jnp.vdot(*[found.blocks[path]] * 2))
+    assert told.true_kl == pytest.approx(0.05, rel=0.011)
+    for field in ("objective", "gradient_norm"):
+        np.testing.assert_allclose(getattr(told, field), getattr(info, field), rtol=1e-6)
+    for field in ("curvature_kl", "predicted_kl"):
+        np.testing.assert_allclose(getattr(told, field), getattr(info, field), rtol=2e-2)
+    with pytest.raises(ValueError, match="one step, but the ascent has 4"):
+        kfade(network, params, [whole], forget, retain, budget=0.05)
+    with pytest.raises(ValueError, match="two parts of the curvature cover b"):
+        kfade(network, params, [whole, whole], forget, retain, budget=0.05, ascent=ascent)

@@ -31,7 +31,8 @@ mean eigenvalue; with G = I it is preconditioning by the inputs alone.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ from jedit.core.devices import kept, on_auto_axes, places_of
 from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import exponents, shifted, wide, wide_dtype
+from jedit.core.row_blocks import in_row_blocks
 from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
@@ -75,7 +77,8 @@ class KfadeInfo(NamedTuple):
             the parameters' dtype holds it, while the other two are of Δ itself.
         objective: value of the objective before the step.
         gradient_norm: ‖g‖ over the covered parameters.
-        retain_cosine: cosine of g with the gradient of the retain loss (NaN without targets).
+        retain_cosine: cosine of g with the gradient of the retain loss (NaN without targets, and of
+            a curvature in parts).
         within_budget: whether the true KL is within what the step was allowed (True without one).
     """
 
@@ -131,7 +134,7 @@ class Ascent:
 def kfade(
     apply: Callable,
     params: PyTree,
-    curvature: Curvature,
+    curvature: Curvature | Iterator[Curvature] | Sequence[Curvature],
     forget: Batch | Sequence[Batch],
     retain: Batch | Sequence[Batch],
     *,
@@ -145,7 +148,9 @@ def kfade(
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters θ₀.
         curvature: curvature of the retain outputs at θ₀, from `estimate`; only what it covers is
-            edited.
+            edited. Or, for one step, those of parts of the parameters, as `estimate_in_groups`
+            yields them: d is found part by part, each with a gradient of its own, and of the
+            curvature no more is there than one part.
         forget: rows to forget, with targets; one batch, or several of one shape.
         retain: rows on which the KL is measured; not those of the final evaluation.
         budget: true retain KL to be spent, nats per unmasked output, and kept to. Give this or the
@@ -172,9 +177,17 @@ def kfade(
     check_function(ascent.objective, "objective", "(apply, params, forget, retain, reference)")
     check_params(params)
     forget, retain = batch_list(forget, "forget"), batch_list(retain, "retain")
-    check_covers(curvature, params)
-    refuse_tracers("kfade", (params, curvature, forget, retain), "`batch_unlearn` and `solve` can")
     steps, likelihood, objective = ascent.steps, ascent.likelihood, ascent.objective
+    parts = curvature if isinstance(curvature, Iterator | list | tuple) else None
+    if parts is None:
+        check_covers(curvature, params)  # pyright: ignore[reportArgumentType]
+    elif steps != 1:
+        raise ValueError(
+            f"a curvature in parts is gone through once, for one step, but the ascent has {steps}; "
+            "give Ascent(steps=1), or a curvature that is whole"
+        )
+    given = (params, curvature if parts is None else None, forget, retain)
+    refuse_tracers("kfade", given, "`batch_unlearn` and `solve` can")
     if (budget is None) == (ascent.step_size is None):
         raise ValueError(
             "give exactly one of budget (true retain KL, nats) and the ascent's step_size (alpha)"
@@ -184,6 +197,10 @@ def kfade(
     counts = [num_counted(apply, likelihood, params, batch) for batch in forget]
     sets = {"forget": forget, "retain": price.batches}
     why = functools.partial(culprit, params, sets)
+    if parts is not None:
+        search = _Search(objective, price, budget, ascent.step_size)
+        return _step_in_parts(search, apply, params, parts, damping, (forget, counts), why)
+    assert isinstance(curvature, Curvature)  # or `check_covers` had refused it
     rows = []
     change: dict[str, Array] = {}
     alpha, metric = ascent.step_size, curvature
@@ -237,6 +254,68 @@ def kfade(
         )
     info = KfadeInfo(*(np.asarray([row[field] for row in rows]) for field in KfadeInfo._fields))
     return Edit({path: change[path] for path in part_of(params, change)}), info
+
+
+class _Search(NamedTuple):
+    objective: Objective
+    price: RetainKl
+    budget: float | None
+    step_size: float | None
+
+
+def _step_in_parts(search, apply, params, parts, damping, rows, why) -> tuple[Edit, KfadeInfo]:
+    """Make one step in curvatures that come one after the other, each dropped when it is used.
+
+    Raises:
+        ValueError: two of them cover one parameter.
+    """
+    forget, counts = rows
+    objective, price, budget, alpha = search
+    move: dict[str, Array] = {}
+    quadratic = squares = 0.0
+    value = math.nan
+    for part in parts:
+        check_covers(part, params)
+        check_counted(part.num_outputs)
+        if again := sorted(set(part.covered) & set(move)):
+            raise ValueError(f"two parts of the curvature cover {again[0]}; each must be in one")
+        where = (tuple(part_of(params, part.covered)), params, {})
+        value, gradient = _objective_gradient(
+            objective, apply, where, forget, counts, price.batches
+        )
+        stop_if_not_finite("step 0", value, gradient, params, {"forget": forget})
+        squares += float(_norm(gradient)) ** 2
+        found = _block_by_block(part, gradient, damping)
+        unit, n = _at_unit(found)
+        quadratic += math.ldexp(float(_quadratic(part, unit)), 2 * int(n))
+        move |= found
+        # Before the next part is made: the loop would hold this one beside it.
+        del part, unit, gradient, found
+    refuse_zero_gradients(squares, "forget")
+    allowed = math.inf
+    if budget is not None:
+        allowed = budget
+        start = math.sqrt(2 * allowed / max(quadratic, sys.float_info.min))
+        alpha = largest_step_within(functools.partial(price, move), start, allowed)
+    assert alpha is not None  # one of the two is given
+    # Leaf by leaf, so that the direction and the edit are never both whole.
+    change = {
+        path: ahead({}, {path: move.pop(path)}, alpha)[path] for path in part_of(params, move)
+    }
+    true_kl = price(change)
+    check_finite("step 0: the retain KL", true_kl, why)
+    check_finite("step 0: the edit", change, why)
+    row = dict(
+        step_size=alpha,
+        curvature_kl=0.5 * alpha**2 * quadratic,
+        predicted_kl=price.predicted(change),
+        true_kl=true_kl,
+        objective=value,
+        gradient_norm=math.sqrt(squares),
+        retain_cosine=math.nan,
+        within_budget=true_kl <= allowed * (1 + 1e-3),
+    )
+    return Edit(change), KfadeInfo(**{name: np.asarray([x]) for name, x in row.items()})
 
 
 def _wide_zeros(x: Array) -> Array:
@@ -349,10 +428,12 @@ def _retain_cosine(apply, likelihood, where, gradient, retain) -> float:
 def _cosine(apply, likelihood, paths, params, change, gradient, batch):
     current = moved(params, change)
 
+    def values(outputs, rows):
+        counted = counted_outputs(rows, likelihood.lead_shape(outputs[0]))
+        return jnp.where(counted, likelihood.nll(outputs[0], rows.targets), 0), counted
+
     def loss(part):
-        outputs = apply(with_part(current, part), batch.inputs)
-        counted = counted_outputs(batch, likelihood.lead_shape(outputs))
-        nll = jnp.where(counted, likelihood.nll(outputs, batch.targets), 0)
+        nll, counted = in_row_blocks(values, apply, (with_part(current, part),), batch)
         return jnp.sum(nll) / jnp.maximum(jnp.sum(counted), 1).astype(nll.dtype)
 
     # Both are scaled by powers of two before they are squared, which no cosine notices.

@@ -36,6 +36,7 @@ class Settings(NamedTuple):
         has_query_norm: whether queries and keys are normalised, over all heads together.
         bias: whether matrices have biases; `attention_bias` and `head_bias` say so of attention's
             and of the last layer's.
+        remat: whether a layer is computed anew in the backward pass, of what enters it.
     """
 
     num_layers: int
@@ -59,6 +60,7 @@ class Settings(NamedTuple):
     head_bias: bool
     is_tied: bool
     dtype: Any
+    remat: bool = False
 
 
 class Dense(nnx.Module):
@@ -204,6 +206,7 @@ class Decoder(nnx.Module):
     """The whole model, called as tunix's are."""
 
     def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+        self.remat = settings.remat
         self.embedder = Embedder(settings)
         self.layers = nnx.List(Block(settings, rngs) for _ in range(settings.num_layers))
         self.final_norm = _norm(settings, settings.embed_dim, rngs)
@@ -219,9 +222,10 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "batch seq keys"],
     ) -> tuple[Float[Array, "batch seq vocab"], dict[str, Any] | None]:
         x, kept = self.embedder(tokens, positions), {}
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
         for i, layer in enumerate(self.layers):
             name = f"layer_{i}"
-            x, kept[name] = layer(x, positions, None if cache is None else cache[name], mask)
+            x, kept[name] = run(layer, x, positions, None if cache is None else cache[name], mask)
         x = self.final_norm(x)
         if self.lm_head is None:
             logits = jnp.tensordot(x, self.embedder.input_embedding[...].T, axes=1)

@@ -1,5 +1,6 @@
 """What a family of language models is, and what its configuration says of sizes and positions."""
 
+import dataclasses
 import math
 import re
 import types
@@ -37,6 +38,14 @@ class Architecture(NamedTuple):
     is_tied: bool
     window: int | None = None
     finish: Callable[[Any], None] = lambda _: None
+
+
+def with_remat(kind: Architecture) -> Architecture:
+    """Return the model with its layers computed anew in the backward pass."""
+    if hasattr(kind.config, "remat"):  # ours
+        return kind._replace(config=kind.config._replace(remat=True))
+    whole_layer = type(kind.config.remat_config).DECODER
+    return kind._replace(config=dataclasses.replace(kind.config, remat_config=whole_layer))
 
 
 def by_table(table: Table) -> Callable[[Tensors], dict[str, Any]]:

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.core.outputs import counted_outputs
 from jedit.data import batches
 from jedit.metrics import forget_quality
 from jedit.objectives import token_kl, token_nll
+from jedit.objectives.token_nll import labelled_values
 from jedit.recipes.comparison.task import Task
 from jedit.recipes.fitting import rows_of
 from jedit.report import NumJudged, Point
@@ -84,16 +84,17 @@ def _judged(task: Task, name: str) -> Batch:
 @functools.partial(jax.jit, static_argnames="apply")
 def _sums(apply: Callable, params: PyTree, reference: PyTree | None, batch: Batch) -> Array:
     """Loss, hits, KL(reference || params) and number of counted outputs, from one forward pass."""
-    logits = apply(params, batch.inputs)
-    counted = counted_outputs(batch, logits.shape[:-1])
-    targets = jnp.asarray(batch.targets)
-    loss = token_nll(logits, targets)
-    hits = (jnp.argmax(logits, axis=-1) == targets).astype(loss.dtype)
-    divergence = jnp.zeros_like(loss)
-    if reference is not None:
-        divergence = token_kl(apply(reference, batch.inputs), logits)
-    rows = (loss, hits, divergence, jnp.ones_like(loss))
-    return jnp.stack([jnp.sum(jnp.where(counted, row, 0)) for row in rows])
+
+    def values(logits, targets, counted, *before):
+        loss = token_nll(logits, targets)
+        hits = (jnp.argmax(logits, axis=-1) == targets).astype(loss.dtype)
+        divergence = token_kl(before[0], logits) if before else jnp.zeros_like(loss)
+        rows = (loss, hits, divergence, jnp.ones_like(loss))
+        return jnp.stack([jnp.where(counted, row, 0) for row in rows], axis=-1)
+
+    others = () if reference is None else (reference,)
+    found = labelled_values(values, apply, params, batch, *others)
+    return jnp.sum(found, axis=tuple(range(found.ndim - 1)))
 
 
 def _finite(ratios: np.ndarray) -> np.ndarray:
