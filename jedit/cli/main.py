@@ -1,4 +1,4 @@
-"""The command line: `jedit demo`, `run` on one's own rows, `tofu`, `ledger`."""
+"""The command line: `jedit demo`, `run` on one's own rows, `plan`, `tofu`, `ledger`."""
 
 import shlex
 import sys
@@ -23,12 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del rich
     from jedit.cli.demo import demo
     from jedit.cli.ledger import LedgerOptions, ledger
+    from jedit.cli.plan import PlanOptions, plan_command
     from jedit.cli.run import run
     from jedit.cli.tofu import tofu_command
 
     commands: dict[str, tuple[type, Callable]] = {
         "demo": (Demo, demo),
         "run": (RunFile, run),
+        "plan": (PlanOptions, plan_command),
         "tofu": (Tofu, tofu_command),
         "ledger": (LedgerOptions, ledger),
     }
