@@ -1,4 +1,4 @@
-"""The command line: `jedit forget`, `audit`, `compare`, `demo`, the benchmarks, `ledger`."""
+"""The command line: `jedit forget`, `audit`, `plan`, `compare`, the benchmarks, `ledger`."""
 
 import shlex
 import sys
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jedit.cli.forget import Forget, asks_for_methods, forget, list_methods
     from jedit.cli.ledger import LedgerOptions, ledger
     from jedit.cli.muse import MuseOptions, muse_command
+    from jedit.cli.plan import PlanOptions, plan_command
     from jedit.cli.rwku import RwkuOptions, rwku_command
     from jedit.cli.tofu import tofu_command
     from jedit.cli.wmdp import WmdpOptions, wmdp_command
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "forget": (Forget, forget),
         "compare": (Compare, compare),
         "demo": (Demo, demo),
+        "run": (RunFile, run),
+        "plan": (PlanOptions, plan_command),
         "tofu": (Tofu, tofu_command),
         "audit": (AuditOptions, audit_command),
         "rwku": (RwkuOptions, rwku_command),

@@ -38,8 +38,11 @@ def spec_of(*split: MeshAxes) -> PartitionSpec:
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """Return an array's sharding over several devices; None when it is traced, or on one device."""
-    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+    """Return the sharding over several devices of an array, or of a shape that says where it lies.
+
+    It is None when the array is traced, or on one device.
+    """
+    if not isinstance(x, jax.Array | jax.ShapeDtypeStruct) or isinstance(x, Tracer):
         return None
     sharding = x.sharding
     if not isinstance(sharding, NamedSharding) or len(sharding.device_set) == 1:

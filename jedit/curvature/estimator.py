@@ -44,6 +44,9 @@ class Estimator(NamedTuple):
             whose sums take so many bytes on a device; None: it cannot be parted.
         check: `check(params, batch, name)` refuses a batch whose masks or labels are none; None:
             it is taken as it is.
+        planned: `planned(params, batch) -> (state, Curvature)`, shapes of what would be made, each
+            with its place on a mesh; params and batch may be shapes themselves. None: it tells
+            nothing.
     """
 
     init: Callable[..., Any]
@@ -51,6 +54,7 @@ class Estimator(NamedTuple):
     finalize: Callable[..., Curvature]
     groups: Callable[..., tuple[Self, ...]] | None = None
     check: Callable[[PyTree, Batch, str], None] | None = None
+    planned: Callable[[PyTree, Batch], tuple[Any, Curvature]] | None = None
 
     __repr__ = short_repr
 

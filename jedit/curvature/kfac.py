@@ -45,6 +45,8 @@ from jedit.curvature.mesh.placement import (
     factor_place,
     leaf_shardings,
     matrix_sharding,
+    placed,
+    placed_curvature,
     undivided,
     zeros,
 )
@@ -58,7 +60,7 @@ from jedit.curvature.moments import (
     zero_output_sums,
 )
 from jedit.curvature.squared_gradients import add_squared_gradients
-from jedit.curvature.types import Curvature, Diagonal, pytree
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, pytree
 
 
 @pytree("blocks", "draws", "shardings")
@@ -112,6 +114,19 @@ class KfacState:
                 moment = self.outputs[member.site].shape
                 found.outputs[member.site] = factor_place(matrix, moment, 2)
         return found
+
+    def footprints(self, params: PyTree) -> list[Footprint]:
+        """Return the bytes on a device of the sums of each block."""
+        sizes = device_bytes(self, self.places(params))
+        needs = []
+        for block in self.blocks:
+            if block.is_diagonal:
+                sums = {f"squares of {block.name}": sizes.squares[block.name]}
+            else:
+                sums = {f"output of {m.site}": sizes.outputs[m.site] for m in block.members}
+                sums |= {f"input {m.group}": sizes.inputs[m.group].moment for m in block.members}
+            needs.append(Footprint(block.weight.paths, sums))
+        return needs
 
 
 def kfac(
@@ -182,13 +197,9 @@ def kfac(
     def init(params, batch, first_example=0):
         shape = shapes(params, batch)
         refuse_unclear_padding(shape.blocks, batch)
-        state = zeros(shape, shape.places(params))
-        leaves = leaf_shardings(params)
-        shardings = tuple(matrix_sharding(b.weight, leaves) for b in state.blocks)
+        state = _on_mesh(zeros(shape, shape.places(params)), params)
         return dataclasses.replace(
-            state,
-            next_example=state.next_example + jnp.int32(first_example),
-            shardings=shardings if leaves else (),
+            state, next_example=state.next_example + jnp.int32(first_example)
         )
 
     def update(state, params, batch, key):
@@ -225,29 +236,47 @@ def kfac(
         )
 
     def groups(params, batch, group_bytes):
-        state = shapes(params, batch)
-        sizes = device_bytes(state, state.places(params))
-        needs = []
-        for block in state.blocks:
-            if block.is_diagonal:
-                sums = {f"squares of {block.name}": sizes.squares[block.name]}
-            else:
-                sums = {f"output of {m.site}": sizes.outputs[m.site] for m in block.members}
-                sums |= {f"input {m.group}": sizes.inputs[m.group].moment for m in block.members}
-            needs.append(Footprint(block.weight.paths, sums))
+        needs = shapes(params, batch).footprints(params)
         rest = {"fisher": fisher, "samples": samples, "sharing": sharing, "max_dim": max_dim}
         return tuple(
             kfac(apply, likelihood, select=exactly(paths), **rest)
             for paths in group_paths(needs, group_bytes)
         )
 
+    def planned(params, batch):
+        state = _on_mesh(shapes(params, batch), params)
+        curvature = jax.eval_shape(_undecomposed, state)
+        return placed(state, state.places(params)), placed_curvature(curvature)
+
     check = functools.partial(labels.check, apply)
-    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups, check)
+    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups, check, planned)
+
+
+def _on_mesh(state: KfacState, params: PyTree) -> KfacState:
+    """Return the state with how the blocks' matrices lie, if they are on a mesh."""
+    leaves = leaf_shardings(params)
+    shardings = tuple(matrix_sharding(b.weight, leaves) for b in state.blocks)
+    return dataclasses.replace(state, shardings=shardings if leaves else ())
 
 
 def _finalize(state: KfacState, dtype=None) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
     check_counted(state.num_outputs)
+    blocks, moments = _assembled(state)
+    return Curvature(blocks, factorize_all(moments, dtype), state.num_outputs)
+
+
+def _undecomposed(state: KfacState) -> Curvature:
+    """Return a curvature of the shapes of the state's, with matrices for their eigenbases."""
+    blocks, moments = _assembled(state)
+    factors = {
+        name: Factor(m, None, m) if m.ndim == 2 else Factor(m, m, m[..., 0])
+        for name, (m, _, _) in moments.items()
+    }
+    return Curvature(blocks, factors, state.num_outputs)
+
+
+def _assembled(state: KfacState) -> tuple[dict[str, Kronecker | Diagonal], dict[str, Moment]]:
     moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
@@ -259,4 +288,4 @@ def _finalize(state: KfacState, dtype=None) -> Curvature:
         else:
             sums = (state.inputs, state.outputs)
             blocks[block.name] = assemble(block, *sums, number, moments, sharding)
-    return Curvature(blocks, factorize_all(moments, dtype), state.num_outputs)
+    return blocks, moments

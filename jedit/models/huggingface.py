@@ -111,8 +111,7 @@ def load_model(
     wanted = _common(found) if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
         shardings = default_shardings(module, mesh)
-    most = getattr(kind.config, "num_positions", 0)
-    apply, shapes = to_pure(module, functools.partial(_causal, kind.window, most))
+    apply, shapes = pure_model(kind, module)
 
     def read(path: str, shape: tuple[int, ...]) -> Array:
         place = None if shardings is None else shardings(path, shape)
@@ -120,7 +119,7 @@ def load_model(
 
     leaves = [read(path, leaf.shape) for path, leaf in parameter_paths(shapes)]
     params = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-    return _by_the_usual_rules(apply), params, config
+    return apply, params, config
 
 
 def load_stepper(folder: str | Path, *, dtype: DTypeLike | None = None) -> Stepper:
@@ -207,7 +206,7 @@ def save_model(params: PyTree, folder: str | Path, *, source: str | Path) -> Pat
         raise ValueError(f"a folder has weights of one dtype, but the params have {dtypes}.")
     dtype = dtypes[0]
     kind = family_of(read_config(source), dtype)
-    module, old = _abstract(kind), views(read_places(source))
+    module, old = abstract_module(kind), views(read_places(source))
     _check_params(module, values)
     kept = _untouched(old, _converted(kind, module, old, source))
     doubles = {}
@@ -292,6 +291,13 @@ def _causal(
     return logits.astype(wide_dtype(logits.dtype))
 
 
+def pure_model(kind: "Architecture", module: Any) -> tuple[Apply, dict[str, Any]]:
+    """Return a family's module as a function of tokens, and the shapes of its parameters."""
+    most = getattr(kind.config, "num_positions", 0)
+    apply, shapes = to_pure(module, functools.partial(_causal, kind.window, most))
+    return _by_the_usual_rules(apply), shapes
+
+
 def _by_the_usual_rules(apply: Apply) -> Apply:
     """Run a model by JAX's default rules of promotion, whatever stricter ones the user has set."""
 
@@ -319,10 +325,19 @@ def _seen(
     Without a dtype it is the parameters' own: what else lies in the files does not count.
     """
     kind = family_of(config, jnp.float32 if dtype is None else dtype)
-    found = _converted(kind, _abstract(kind), tensors, folder)
+    found = _converted(kind, abstract_module(kind), tensors, folder)
     if dtype is None:
         kind = family_of(config, _common(found))
-    return kind, _abstract(kind), found
+    return kind, abstract_module(kind), found
+
+
+def stored_dtype(folder: Path) -> jnp.dtype:
+    """Return the dtype of a folder's parameters, which `load_model` takes where it is given none.
+
+    Raises:
+        ValueError: what `load_model` refuses in a folder.
+    """
+    return _common(_seen(read_config(folder), views(read_places(folder)), folder, None)[2])
 
 
 def _common(found: Mapping[str, np.ndarray | Stack]) -> jnp.dtype:
@@ -338,7 +353,7 @@ def family_of(config: Any, dtype: DTypeLike) -> "Architecture":
     return architecture(config, dtype)
 
 
-def _abstract(kind: "Architecture") -> Any:
+def abstract_module(kind: "Architecture") -> Any:
     """Return the module with shapes in place of arrays."""
     nnx = optional("flax.nnx")
     with no_mesh():  # whose axes would have to be those that the modules name

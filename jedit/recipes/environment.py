@@ -2,9 +2,12 @@
 
 import os
 import platform
+import time
 from importlib import metadata
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 def versions() -> dict[str, str]:
@@ -23,3 +26,18 @@ def machine() -> dict[str, str | int | float]:
         "memory_gib": round(memory, 1),
         "devices": f"{len(devices)} {devices[0].device_kind}",
     }
+
+
+def matmul_rate(size: int = 2048, repeats: int = 3) -> float:
+    """Return the flops a second of a float32 matrix product of this size, right now."""
+    x = jnp.ones((size, size), jnp.float32)
+    jax.block_until_ready(_product(x))
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(_product(x))
+    return 2 * size**3 * repeats / (time.perf_counter() - begin)
+
+
+@jax.jit
+def _product(x: Array) -> Array:
+    return x @ x

@@ -76,7 +76,7 @@ def advance(program: Program, trained: PyTree, state: PyTree, read: Read, stream
         return jax.jit(_take_steps, static_argnums=0)(program, *given)
     steps = len(jax.tree.leaves(streams)[0])
     is_cpu = jax.default_backend() == "cpu"
-    if steps < 2 or not is_cpu or not _has_convolution(_steps.trace(program, *given).jaxpr.jaxpr):
+    if steps < 2 or not is_cpu or not _has_convolution(traced(program, *given).jaxpr.jaxpr):
         return _steps(program, *given)
     histories, flags = [], []
     for i in range(steps):
@@ -85,6 +85,13 @@ def advance(program: Program, trained: PyTree, state: PyTree, read: Read, stream
         histories.append(one)
         flags.append(is_finite)
     return trained, state, joined(histories), jnp.asarray(np.all(jax.device_get(flags)))
+
+
+def traced(
+    program: Program, trained: PyTree, state: PyTree, read: Read, streams: tuple
+) -> jax.stages.Traced:
+    """Return the program that `advance` compiles, of arrays or of their shapes."""
+    return _steps.trace(program, trained, state, read, streams)
 
 
 def joined(histories: list[History]) -> History:

@@ -50,11 +50,15 @@ CONFIGS = {
 
 def write_random(name, folder, *, seed=0):
     """A folder with config.json and model.safetensors, in float32."""
-    config = CONFIGS[name]
+    return write_config(CONFIGS[name], folder, seed=seed)
+
+
+def write_config(config, folder, *, seed=0, scale=0.5):
+    """The same of a configuration; entries of the matrices are of the scale."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     tensors = {
-        path: ((len(shape) == 1) + 0.5 * rng.normal(size=shape)).astype("<f4")
+        path: ((len(shape) == 1) + scale * rng.normal(size=shape)).astype("<f4")
         for path, shape in shapes(config).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,35 @@ def undivided(tree: PyTree, leaves: Mapping[str, NamedSharding]) -> PyTree:
     """Return a tree of shardings, all of them whole copies on the parameters' mesh."""
     everywhere = whole(next(iter(leaves.values())))
     return jax.tree.map(lambda _: everywhere, tree)
+
+
+def placed(shapes: PyTree, places: PyTree | None) -> PyTree:
+    """Return shapes that say where they lie; None: as they are, on one device."""
+    if places is None:
+        return shapes
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def placed_curvature(curvature: Curvature) -> Curvature:
+    """Return the shapes of a curvature, each with where `estimate` puts it."""
+    sides = {}
+    for block in curvature.blocks.values():
+        if isinstance(block, Kronecker) and block.sharding is not None:
+            sides |= {block.input: (block.sharding, 1), block.output: (block.sharding, 2)}
+    if not sides:
+        return curvature
+    places = jax.tree.map(lambda _: whole(next(iter(sides.values()))[0]), curvature)
+    factors = dict(places.factors)
+    for name, (sharding, dim) in sides.items():
+        matrix = curvature.factors[name].matrix
+        changes: dict[str, Any] = {"matrix": factor_place(sharding, matrix.shape, dim)}
+        if matrix.ndim == 3:
+            changes["basis"] = changes["matrix"]
+        factors[name] = dataclasses.replace(factors[name], **changes)
+    places = Curvature(places.blocks, factors, places.num_outputs)
+    return placed(curvature, places)
 
 
 def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:

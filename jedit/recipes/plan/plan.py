@@ -1,0 +1,416 @@
+"""What an edit of a model folder will need: bytes on each device, seconds, phase by phase.
+
+    W    parameters as they are loaded             M    masters, beside those that are edited
+    T    what is edited, in float32                S    sums of K-FAC, of the largest group
+    C    factors, their eigenbases, eigenvalues    B    outputs of the model before, if kept
+
+What a phase holds is counted from shapes, and what its program takes beside that comes from the
+compiler (`jedit.recipes.plan.programs`):
+
+    fit          W + M + B + C of the groups before + S + a pass
+    decompose    the same, the sums twice, the eigenbases, and four matrices of the largest size
+    natural      W + M + B + 5 C + 4 T + a step: the method's curvature, the optimizer's two copies,
+                 and those of the loop that overwrites its own
+    look         W + M + B + 3 C + 4 T + a price
+    recovery     W + M + B + 3 C + 8 T + a step
+    attack       W + M + B + C + 3 T + four times W + M + a step
+    edit         K-FADE: W + B + C + 2 T, the change and a gradient or a direction + a gradient, or
+                 a price
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jedit.core.arguments import check_word
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
+from jedit.core.devices import sharding_of
+from jedit.curvature import Curvature
+from jedit.curvature.memory import Footprint, device_bytes, group_paths
+from jedit.geometry.trust_region import KEPT_BYTES
+from jedit.models.shapes import load_shapes
+from jedit.recipes.plan import programs
+from jedit.recipes.plan.programs import Cost, Model, Sizes
+from jedit.recipes.pretrained import SELECT
+from jedit.requests.comeback import LESSON_STEPS, LESSONS
+from jedit.requests.forget import HELD_OUT, MOST_HELD_OUT
+from jedit.requests.unseen import CHUNK
+
+Method = Literal["natural", "kfade"]
+DEPTHS = (2, 4)  # layers of the models that are compiled; memory was linear from 2 to 16
+OVER_FLOOR_EIGH = 10.0  # a decomposition's seconds over those of 2 d³ flops; tests/bench/README.md
+
+
+class Phase(NamedTuple):
+    """One part of an edit.
+
+    Attributes:
+        name: what is done.
+        held: bytes of the arrays that it holds, on a device.
+        temporaries: bytes that its largest program takes beside these.
+        flops: floating-point operations, on all devices together.
+    """
+
+    name: str
+    held: float
+    temporaries: float
+    flops: float
+
+    @property
+    def peak(self) -> float:
+        """Return the most bytes that it holds at a time."""
+        return self.held + self.temporaries
+
+
+class Plan(NamedTuple):
+    """What an edit needs; bytes are those of one device.
+
+    Attributes:
+        weights: parameters, as the folder has them.
+        masters: what float32 adds to those that are edited.
+        gradient: gradient of an edit's step, in the dtype of what is edited.
+        edit: change of the parameters, in float32.
+        sums: K-FAC's sums of the largest group.
+        factors: factors, eigenbases and eigenvalues of all groups.
+        num_groups: passes over the retain rows.
+        largest_axis: longest side of a factor.
+        phases: the parts of the edit, in their order.
+        num_devices: devices of the mesh.
+        backend: whose compiler told the temporaries.
+    """
+
+    weights: int
+    masters: int
+    gradient: int
+    edit: int
+    sums: int
+    factors: int
+    num_groups: int
+    largest_axis: int
+    phases: tuple[Phase, ...]
+    num_devices: int
+    backend: str
+
+    @property
+    def peak(self) -> float:
+        """Return the most bytes that a device holds at a time."""
+        return self.at_peak.peak
+
+    @property
+    def at_peak(self) -> Phase:
+        """Return the phase that holds most."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    def seconds(self, rate: float) -> dict[str, float]:
+        """Return the seconds of each phase, at so many flops a second of each device."""
+        return {phase.name: phase.flops / rate / self.num_devices for phase in self.phases}
+
+
+class Work(NamedTuple):
+    """What is to be done, beside the model.
+
+    Attributes:
+        method: "natural", steps that stop by themselves, or "kfade", one step in closed form.
+        select: regular expression of the parameters that are edited.
+        forget: number of forget rows.
+        retain: number of retain rows that it is given.
+        max_len: tokens of a row.
+        batch_size: rows of a step.
+        steps: natural steps at most.
+        recovery: steps after them.
+        attack: whether the rows are taught again.
+        max_dim: longest axis that gets a dense factor.
+        group_bytes: as `estimate` takes it.
+        offload: as `estimate` takes it; of K-FADE alone.
+    """
+
+    method: Method = "natural"
+    select: str = SELECT
+    forget: int = 400
+    retain: int = 2500
+    max_len: int = 256
+    batch_size: int = 8
+    steps: int = 48
+    recovery: int = 48
+    attack: bool = True
+    max_dim: int = 16384
+    group_bytes: int | None = None
+    offload: bool = False
+
+
+EVERY = 4  # natural steps between two looks, `Forgetting.every`
+
+
+def plan(
+    folder: str | Path,
+    work: Work = Work(),  # noqa: B008 - a tuple
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+) -> Plan:
+    """Tell what an edit of a model folder needs, without its weights.
+
+        found = plan("models/Llama-3.2-1B", Work(method="kfade"))
+        print(found.peak / 2**30, found.at_peak.name, found.seconds(60e12))
+
+    The numbers are those of the edit itself, from loading to the `Edit`: judging the edited model
+    takes less. The compiler asked is that of the default device. A CPU's widens bfloat16 for its
+    products, which an accelerator's does not: there it takes less than is told here.
+
+    Args:
+        folder: a folder with config.json; weights in it are not read, and need not be there.
+        work: what is to be done.
+        mesh: devices over which the parameters, and the rows by its axis "data", are split. They
+            may be CPUs of one process, `jax.config.update("jax_num_cpu_devices", 8)`, for nothing
+            is computed. None: one device.
+        dtype: dtype of the parameters; None: as `load_shapes` says.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: a folder that `load_shapes` refuses, a number out of its range, a pattern that
+            matches no parameter, or `offload` with natural steps.
+    """
+    costs = asked(folder, work, mesh=mesh, dtype=dtype)
+    return counted(costs, work)
+
+
+class Asked(NamedTuple):
+    """What was asked of a model: its shapes, and what the compiler says of its programs.
+
+    Attributes:
+        plain: the model as it is loaded.
+        wide: the model with masters, as natural steps have it.
+        state: shapes of K-FAC's sums.
+        curvature: shapes of the curvature.
+        footprints: sums of each block.
+        costs: cost of each program, at the model's own depth.
+        outputs: bytes of the outputs of one row, on all devices together.
+        num_devices: devices of the mesh.
+        is_widened: whether a CPU's compiler was asked about numbers narrower than float32.
+    """
+
+    plain: Model
+    wide: Model
+    state: Any
+    curvature: Curvature
+    footprints: list[Footprint]
+    costs: dict[str, Cost]
+    outputs: int
+    num_devices: int
+    is_widened: bool
+
+
+def asked(
+    folder: str | Path, work: Work, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> Asked:
+    """Ask the compiler; see `plan` for the arguments, of which groups change nothing here."""
+    _check(work)
+    length, sizes = work.max_len - 1, sizes_of(work)
+
+    def models(depth: int | None) -> tuple[Model, Model, int]:
+        apply, params, config = load_shapes(folder, dtype=dtype, mesh=mesh, num_layers=depth)
+        rows = programs.rows_of(length, mesh)
+        plain = Model(apply, params, rows)
+        if work.method == "kfade":
+            return plain, plain, config.num_hidden_layers
+        wide = Model(*programs.masters_of(apply, params, work.select), rows)
+        return plain, wide, config.num_hidden_layers
+
+    plain, wide, depth = models(None)
+    depths = DEPTHS if depth > DEPTHS[-1] else (depth,)
+    lines = [_costs(models(d)[1], sizes, work) for d in depths]
+    first, last = lines[0], lines[-1]
+    costs = {n: c.at(depths[0], last[n], depths[-1], depth) for n, c in first.items()}
+    state, curvature = programs.curvature_of(wide, sizes)
+    one = jax.eval_shape(plain.apply, plain.params, plain.rows(1).inputs)
+    devices = 1 if mesh is None else mesh.size
+    outputs = math.prod(one.shape) * one.dtype.itemsize
+    footprints = state.footprints(wide.params)
+    is_narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(plain.params))
+    is_widened = is_narrow and (mesh is not None or jax.default_backend() == "cpu")
+    return Asked(plain, wide, state, curvature, footprints, costs, outputs, devices, is_widened)
+
+
+def sizes_of(work: Work) -> Sizes:
+    """Return the numbers that a work's programs depend on."""
+    # Natural steps hold some rows out, and take the others in chunks.
+    seen = max(work.retain - _held_out(work), 1)
+    chunk = min(CHUNK, seen) if work.method == "natural" else min(work.batch_size, work.retain)
+    return Sizes(
+        select=work.select,
+        forget=work.forget,
+        retain=work.retain,
+        batch_size=work.batch_size,
+        chunk=chunk,
+        every=EVERY,
+        max_dim=work.max_dim,
+    )
+
+
+def _costs(model: Model, sizes: Sizes, work: Work) -> dict[str, Cost]:
+    """Ask what the programs of a method cost, of a model of one depth."""
+    traced = {"fit": programs.fit(model, sizes), "price": programs.price(model, sizes)}
+    if work.method == "kfade":
+        traced["gradient"] = programs.gradient(model, sizes)
+        traced["quadratic"] = programs.quadratic(model, sizes)
+    else:
+        traced["step"] = programs.natural_step(model, sizes)
+        if work.attack:
+            lessons = -(-work.forget // LESSONS)
+            traced["attack"] = programs.attack_step(
+                model, sizes, steps=LESSON_STEPS, lessons=lessons
+            )
+    return {name: programs.cost_of(one) for name, one in traced.items()}
+
+
+def counted(found: Asked, work: Work) -> Plan:
+    """Count the bytes and flops of an edit, of what was asked."""
+    _check(work)
+    weights = _bytes(found.plain.params)
+    edit = _edited_bytes(found.wide, work.select)
+    factors = _bytes(found.curvature)
+    groups = _group_sizes(found.footprints, work.group_bytes)
+    bases = [f.basis for f in found.curvature.factors.values() if f.basis is not None]
+    side = max((basis.shape[-1] for basis in bases), default=0)
+    largest = max((_one_layer(basis) for basis in bases), default=0)
+    # The caller keeps the narrow ones that masters are made of.
+    masters = edit if _bytes(found.wide.params) != weights else 0
+    kept = _kept_outputs(found, work)
+    # Natural steps have their price, and with it the outputs, from the start.
+    base = weights + masters + (kept if work.method == "natural" else 0)
+    passes = _passes(found, work)
+    cubes = sum(b.shape[0] * b.shape[-1] ** 3 for b in bases)
+    fit = _fit(base, groups, factors, 4 * largest, work.offload)
+    phases = [
+        Phase("fit", fit[0], found.costs["fit"].bytes, passes * found.costs["fit"].flops),
+        Phase("decompose", fit[1], 0.0, 2 * OVER_FLOOR_EIGH * cubes),
+    ]
+    in_device = 0 if work.offload else factors
+    rest = _kfade if work.method == "kfade" else _natural
+    phases += rest(found, work, weights + masters + kept, in_device, edit)
+    return Plan(
+        weights=weights,
+        masters=masters,
+        gradient=_edited_bytes(found.wide, work.select, is_wide=False),
+        edit=edit,
+        sums=max(groups),
+        factors=factors,
+        num_groups=len(groups),
+        largest_axis=side,
+        phases=tuple(phases),
+        num_devices=found.num_devices,
+        backend=jax.default_backend(),
+    )
+
+
+def _fit(
+    base: float, groups: Sequence[int], factors: int, workspace: float, is_offloaded: bool
+) -> tuple[float, float]:
+    """Return what is held while the sums are made, and while they are decomposed."""
+    total, done = sum(groups), 0
+    summing, decomposing = [], []
+    for size in groups:
+        before = 0 if is_offloaded else factors * done / total
+        summing.append(base + before + size)
+        # The sums stay until all moments and eigenbases of the group are made.
+        decomposing.append(base + before + size + factors * size / total + workspace)
+        done += size
+    return max(summing), max(decomposing)
+
+
+def _natural(found: Asked, work: Work, base: float, curvature: int, edit: int) -> list[Phase]:
+    costs = found.costs
+    step, price = costs["step"], costs["price"]
+    looks = math.ceil(work.steps / EVERY)
+    chunks = math.ceil(_held_out(work) / CHUNK) + math.ceil(work.forget / CHUNK)
+    phases = [
+        Phase(
+            "natural", base + 5 * curvature + 4 * edit, step.bytes, work.steps / EVERY * step.flops
+        ),
+        Phase("look", base + 3 * curvature + 4 * edit, price.bytes, looks * chunks * price.flops),
+    ]
+    if work.recovery:
+        flops = work.recovery / EVERY * step.flops
+        phases.append(Phase("recovery", base + 3 * curvature + 8 * edit, step.bytes, flops))
+    if work.attack:
+        whole = _bytes(found.wide.params)
+        held = base + curvature + 3 * edit + 4 * whole
+        phases.append(Phase("attack", held, costs["attack"].bytes, costs["attack"].flops))
+    return phases
+
+
+def _kfade(found: Asked, work: Work, base: float, curvature: int, edit: int) -> list[Phase]:
+    costs = found.costs
+    batches = math.ceil(work.forget / work.batch_size)
+    retained = math.ceil(work.retain / work.batch_size)
+    # A search of the step's length looks seven times, beside the prices at its two ends.
+    flops = batches * costs["gradient"].flops + 9 * retained * costs["price"].flops
+    flops += 4 * costs["quadratic"].flops
+    temporaries = max(costs[name].bytes for name in ("gradient", "price", "quadratic"))
+    return [Phase("edit", base + curvature + 2 * edit, temporaries, flops)]
+
+
+def _passes(found: Asked, work: Work) -> float:
+    """Return how many batches the curvature is summed over."""
+    groups = len(_group_sizes(found.footprints, work.group_bytes))
+    return groups * work.retain / sizes_of(work).chunk
+
+
+def _group_sizes(footprints: list[Footprint], group_bytes: int | None) -> list[int]:
+    """Return the bytes of the sums of each group."""
+    if group_bytes is None:
+        return [sum({k: v for need in footprints for k, v in need.sums.items()}.values())]
+    found = []
+    for paths in map(set, group_paths(footprints, group_bytes)):
+        mine = [need for need in footprints if paths & set(need.paths)]
+        found.append(sum({k: v for need in mine for k, v in need.sums.items()}.values()))
+    return found
+
+
+def _held_out(work: Work) -> int:
+    return min(-(-work.retain // HELD_OUT), MOST_HELD_OUT)
+
+
+def _kept_outputs(found: Asked, work: Work) -> int:
+    """Return the bytes of the outputs that the price of a change is measured against, if kept."""
+    rows = _held_out(work) if work.method == "natural" else work.retain
+    size = rows * found.outputs
+    return size // found.num_devices if size <= KEPT_BYTES else 0
+
+
+def _bytes(tree: Any) -> int:
+    places = jax.tree.map(lambda x: x.sharding, tree)
+    if all(sharding_of(x) is None for x in jax.tree.leaves(tree)):
+        places = None
+    return sum(jax.tree.leaves(device_bytes(tree, places)))
+
+
+def _edited_bytes(model: Model, select: str, *, is_wide: bool = True) -> int:
+    change = programs.changed(model, select)
+    if is_wide:
+        return _bytes(change)
+    return _bytes(programs.edited(model, select))
+
+
+def _one_layer(basis: Any) -> int:
+    return math.prod(basis.shape[1:]) * basis.dtype.itemsize
+
+
+def _check(work: Work) -> None:
+    check_word(Method, method=work.method)
+    names = ("forget", "retain", "batch_size", "steps", "max_dim", "group_bytes")
+    check_numbers(COUNT, **{name: getattr(work, name) for name in names})
+    check_numbers(COUNT_OR_ZERO, recovery=work.recovery)
+    if work.max_len < 2:
+        raise ValueError(f"max_len must be at least 2, an input and a target; got {work.max_len}")
+    if work.offload and work.method == "natural":
+        raise ValueError(
+            "offload is of K-FADE alone: natural steps keep the curvature on the devices"
+        )
