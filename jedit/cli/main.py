@@ -1,4 +1,4 @@
-"""The command line: `jedit forget`, `audit`, `plan`, `compare`, the benchmarks, `ledger`."""
+"""The command line: one command a file; `jedit --help` lists them."""
 
 import shlex
 import sys
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "forget": (Forget, forget),
         "compare": (Compare, compare),
         "demo": (Demo, demo),
-        "run": (RunFile, run),
         "plan": (PlanOptions, plan_command),
         "tofu": (Tofu, tofu_command),
         "audit": (AuditOptions, audit_command),

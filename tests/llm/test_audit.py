@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.llm.test_checkpoint_run import ROWS, UNSEEN
 
 from jedit.core.batch import Batch
 from jedit.data import write_rows
@@ -21,7 +22,6 @@ from jedit.recipes.pretrained import Settings, forget_in_checkpoint
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.report.audit_results import Outcome
 from tests.llm.random_folder import write_random
-from tests.llm.test_checkpoint_run import ROWS, UNSEEN
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 FAMILIES = ("llama", "gemma2")
