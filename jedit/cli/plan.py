@@ -22,8 +22,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Tell what an edit of a model folder needs of each device: bytes, seconds, and what to change
-    where it does not fit. Weights are not read, and need not be there.
+    """Tell what an edit of a folder needs of each device, and what to change where it does not fit.
+
+    Bytes and seconds are told. Weights are not read, and need not be there.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -79,9 +80,9 @@ def _planned(options: PlanOptions, mesh: "Mesh | None") -> int:
     from rich.console import Console
 
     from jedit.recipes.environment import matmul_rate
+    from jedit.recipes.folders.places import SELECT
     from jedit.recipes.plan.advice import advice
     from jedit.recipes.plan.plan import Work, asked, counted
-    from jedit.recipes.pretrained import SELECT
 
     given = {name: getattr(options, name) for name in Work._fields if name != "select"}
     work = Work(select=options.select or SELECT, **given)

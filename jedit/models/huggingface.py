@@ -107,7 +107,7 @@ def load_model(
         from jedit.models.families.architecture import with_remat
 
         kind = with_remat(kind)
-        module = _abstract(kind)
+        module = abstract_module(kind)
     wanted = _common(found) if dtype is None else jnp.dtype(dtype)
     if mesh is not None:
         shardings = default_shardings(module, mesh)

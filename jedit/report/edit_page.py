@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jedit.report.figure import save_png
-from jedit.report.page import NARROW_DPI, WIDE_DPI, _data_uri, _environment
+from jedit.report.page import NARROW_DPI, WIDE_DPI, data_uri, environment
 from jedit.report.table import number
 
 TITLE = "What the model forgot"
@@ -60,7 +60,7 @@ def edit_page(found: Mapping[str, Any], sentences: Sequence[str]) -> str:
     if len(found.get("path_kl", ())) > 1:
         wide, narrow = (_figure(found, size) for size in (WIDE_DPI, NARROW_DPI))
     content = EditPage(TITLE, sentences, glance, wide, narrow, facts)
-    return _environment().get_template("edit.html").render(page=content)
+    return environment().get_template("edit.html").render(page=content)
 
 
 def _figure(found: Mapping[str, Any], dpi: int) -> str:
@@ -81,4 +81,4 @@ def _figure(found: Mapping[str, Any], dpi: int) -> str:
     axes.margins(0.12)
     image = io.BytesIO()
     save_png(figure, image, dpi=dpi)
-    return _data_uri(image)
+    return data_uri(image)

@@ -209,11 +209,11 @@ def forget(
         walk.go("steps", method, how.steps, every=how.every, is_raising=True)
     if recovery is not None and walk.state.step:
         held, let_go, steps = recovery
-        before, loss = walk.change, _mean_loss(apply, walk.state.params, heldout)
+        reached, loss = walk.change, _mean_loss(apply, walk.state.params, heldout)
         walk.go("recovery", held, steps, every=how.every, is_raising=False, letting_go=let_go)
         # A recovery lowers the loss of what is kept, or is none.
         if not _mean_loss(apply, moved(params, walk.change), heldout) <= loss:
-            walk.back_to(before)
+            walk.back_to(reached)
     edited, comeback = moved(params, walk.change), None
     if how.attack is not None:
         control = None if unseen is None else unseen.rows

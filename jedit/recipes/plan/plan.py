@@ -34,9 +34,9 @@ from jedit.curvature import Curvature
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.geometry.trust_region import KEPT_BYTES
 from jedit.models.shapes import load_shapes
+from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan import programs
 from jedit.recipes.plan.programs import Cost, Model, Sizes
-from jedit.recipes.pretrained import SELECT
 from jedit.requests.comeback import LESSON_STEPS, LESSONS
 from jedit.requests.forget import HELD_OUT, MOST_HELD_OUT
 from jedit.requests.unseen import CHUNK
