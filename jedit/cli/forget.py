@@ -139,7 +139,8 @@ def forget(options: Forget, command: str) -> int:
     from jedit.data import read_rows
     from jedit.recipes.folders.choice import check_settings, method_named
     from jedit.recipes.folders.settings import STEPS, Settings
-    from jedit.recipes.pretrained import check_folder, forget_in_checkpoint
+    from jedit.recipes.folders.written import check_folder
+    from jedit.recipes.pretrained import forget_in_checkpoint
 
     stages = Stages()
     try:

@@ -105,7 +105,8 @@ def test_the_rates_are_those_of_tofu_s_preset_for_checkpoints():
     assert paces == set(RATES)
     for pace in paces - {Pace.DESCENT}:
         assert RATES[pace] == max(FINE_TUNING.rates[pace])
-    assert RATES[Pace.DESCENT] == RATES[Pace.UNBOUNDED] == pytest.approx(1e-5)
+    assert pytest.approx(1e-5) == RATES[Pace.DESCENT]
+    assert pytest.approx(1e-5) == RATES[Pace.UNBOUNDED]
     assert RATES[Pace.BOUNDED] == pytest.approx(1e-3 / 30)
 
 
