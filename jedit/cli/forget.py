@@ -250,4 +250,5 @@ def audit_command(options: Forget) -> str:
     ]
     if options.retain != "rest":
         told.append(("retain", options.retain))
+    told += [(k, v) for k in ("unseen", "tokenizer") if (v := getattr(options, k)) is not None]
     return shlex.join(["jedit", "audit", *(x for k, v in told for x in (f"--{k}", str(v)))])

@@ -157,4 +157,6 @@ def test_the_command_that_judges(tmp_path):
     )
     command = audit_command(options)
     assert f"--base '{tmp_path}/a b' --edited out/forget/edited" in command
-    assert command.endswith("--forget 'author=Jane Doe' --retain rows=5:9")
+    assert command.endswith(
+        f"--forget 'author=Jane Doe' --retain rows=5:9 --unseen {tmp_path}/new.jsonl"
+    )
