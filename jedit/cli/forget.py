@@ -139,7 +139,8 @@ def forget(options: Forget, command: str) -> int:
     from jedit.data import read_rows
     from jedit.recipes.folders.choice import check_settings, method_named
     from jedit.recipes.folders.settings import STEPS, Settings
-    from jedit.recipes.pretrained import check_folder, forget_in_checkpoint
+    from jedit.recipes.folders.written import check_folder
+    from jedit.recipes.pretrained import forget_in_checkpoint
 
     stages = Stages()
     try:
@@ -249,4 +250,5 @@ def audit_command(options: Forget) -> str:
     ]
     if options.retain != "rest":
         told.append(("retain", options.retain))
+    told += [(k, v) for k in ("unseen", "tokenizer") if (v := getattr(options, k)) is not None]
     return shlex.join(["jedit", "audit", *(x for k, v in told for x in (f"--{k}", str(v)))])

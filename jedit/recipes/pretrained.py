@@ -26,7 +26,6 @@ from jedit.recipes.folders.settings import Settings
 from jedit.recipes.folders.written import (
     EDITED,
     begin_job,
-    check_folder,
     end_job,
     open_ledger,
     record,
@@ -36,7 +35,6 @@ from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
 from jedit.report import edit_page
 
-__all__ = ["Settings", "check_folder", "forget_in_checkpoint", "judge"]
 SHARE_SEEN = 0.7
 
 

@@ -3,7 +3,7 @@
 from jedit.requests.batch import BatchInfo, Solver, batch_unlearn
 from jedit.requests.comeback import Comeback
 from jedit.requests.forget import ForgetInfo, forget
-from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind
+from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind, Watching
 from jedit.requests.overlap import balanced, interactions
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
 from jedit.requests.unseen import Unseen
@@ -21,6 +21,7 @@ __all__ = [
     "Rewind",
     "Solver",
     "Unseen",
+    "Watching",
     "balanced",
     "batch_unlearn",
     "continual",

@@ -56,7 +56,7 @@ from jedit.geometry.parts import moved
 from jedit.methods.curvature.natural import covered, natural
 from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
-from jedit.requests.forgetting import Forgetting, Natural, Rewind
+from jedit.requests.forgetting import Forgetting, Natural, Rewind, Watching
 from jedit.requests.unseen import (
     Score,
     Unseen,
@@ -120,7 +120,7 @@ class ForgetInfo(NamedTuple):
 def forget(
     apply: Apply,
     params: PyTree,
-    forget: Batch,
+    forget: Batch | tuple[Batch, ...],
     retain: Batch,
     *,
     key: Array,
@@ -139,7 +139,8 @@ def forget(
         apply: `apply(params, inputs) -> outputs`.
         params: the trained parameters θ₀. Those that are edited and narrower than float32 are kept
             in float32 meanwhile, in which small steps add up, and computed with as they were.
-        forget: rows to forget, with targets; not packed.
+        forget: rows to forget, with targets; not packed. Where the method wants more than these, a
+            tuple that begins with them, row by row: `(rows, refusals)`, say.
         retain: rows to keep, with targets.
         key: of the curvature's labels and of the order of the rows.
         unseen: rows of the same kind that nobody trained on, best an `Unseen`, with other answers
@@ -172,6 +173,7 @@ def forget(
         check_kind(unseen, Unseen, "unseen", "such as Unseen(rows)")
     if isinstance(how.method, Natural) and how.method.rewind is not None:
         _check_start(how.method.rewind.start, params)
+    drawn, forget = forget, _first(forget)
     check_batch(forget, "forget")
     check_batch(retain, "retain")
     if unseen is not None:
@@ -187,13 +189,14 @@ def forget(
         likelihood = Categorical()
     price = RetainKl(apply, params, chunks(heldout), likelihood=likelihood)
     before = row_losses(apply, params, forget)
+    watch = Watching() if how.watch is None else how.watch
     walk = Walk(
         apply,
         params,
-        (_drawn(how, forget), seen),
-        Judging(score, price, how.significance, budget, how.watch),
+        (drawn, seen),
+        Judging(score, price, how.significance, budget, watch.callback),
         key=order_key,
-        checkpoint=how.checkpoint,
+        checkpoint=watch.checkpoint,
     )
     method, recovery = how.method, None
     if isinstance(method, Natural):
@@ -291,25 +294,23 @@ def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     return TrainingMethod(objective, optax.adam(rate), batch_size=rewind.batch_size)
 
 
-def _drawn(how: Forgetting, forget: Batch) -> PyTree:
-    """Return what the steps draw their forget rows from.
+def _first(forget: Batch | tuple[Batch, ...]) -> Batch:
+    """Return the rows to forget, of what stands beside them.
 
     Raises:
-        ValueError: there are not as many rows as forget rows.
+        TypeError: one is no batch.
+        ValueError: there are not as many rows in each.
     """
-    if how.trained_on is None:
+    if isinstance(forget, Batch) or not isinstance(forget, tuple):
         return forget
-    numbers = {rows_in(part) for part in jax.tree.leaves(how.trained_on, is_leaf=_is_batch)}
-    if numbers != {rows_in(forget)}:
+    for part in forget:
+        check_batch(part, "forget")
+    if len(numbers := {rows_in(part) for part in forget}) > 1:
         raise ValueError(
-            f"trained_on stands in place of the {rows_in(forget)} forget rows, row by row; got "
-            f"{', '.join(map(str, sorted(numbers)))}"
+            "batches beside the rows to forget belong to them, row by row; they have "
+            f"{', '.join(map(str, sorted(numbers)))} rows"
         )
-    return how.trained_on
-
-
-def _is_batch(x: object) -> bool:
-    return isinstance(x, Batch)
+    return forget[0]
 
 
 def _natural(
@@ -326,7 +327,8 @@ def _natural(
             probed = take(seen, spread(rows_in(seen), PROBED))
             metric = Categorical(choose_temperature(apply, params, chunks(probed)))
         estimator = kfac(apply, metric, select=steps.select)
-        part = None if how.checkpoint is None else how.checkpoint.part("curvature")
+        job = None if how.watch is None else how.watch.checkpoint
+        part = None if job is None else job.part("curvature")
         curvature = estimate(estimator, params, chunks(seen), key=key, checkpoint=part)
     check_covers(curvature, params)
     method = natural(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 from jaxtyping import PyTree
@@ -148,6 +148,19 @@ class Natural:
         check_numbers(COUNT, batch_size=self.batch_size)
 
 
+class Watching(NamedTuple):
+    """The observer of `forget`, and what its job is saved by.
+
+    Attributes:
+        callback: a function that is told of every `Look`; it may raise. None: nobody is told.
+        checkpoint: a `jedit.Checkpoint`, which saves the curvature and the steps in parts; the same
+            call goes on from the last save, to the bit. An attack is not saved.
+    """
+
+    callback: Callable[[Look], Any] | None = None
+    checkpoint: Resumable | None = None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Forgetting:
     """Settings of `forget`: how it steps, and what it is stopped and judged by.
@@ -166,11 +179,7 @@ class Forgetting:
         heldout: retain rows on which the price is measured; None: a tenth of them, 64 at most, at
             equal distances, which no step and no curvature sees.
         attack: the optimizer of a relearning attack on the result; None: it is not attacked.
-        trained_on: what the steps see in place of the forget rows, row by row, where a method wants
-            more than these: `(rows, refusals)`, say; None: the forget rows.
-        checkpoint: a `jedit.Checkpoint` that saves the curvature and the steps in parts; the same
-            call again goes on from the last save, to the bit. The attack is not saved.
-        watch: a function that is told of every look; it may raise. None: nobody is.
+        watch: who is told of the looks, and where the job is saved; None: nobody, and nowhere.
     """
 
     method: Natural | TrainingMethod = Natural()  # noqa: RUF009 - frozen
@@ -180,9 +189,7 @@ class Forgetting:
     significance: float = 0.05
     heldout: Batch | None = None
     attack: optax.GradientTransformation | None = None
-    trained_on: PyTree | None = None
-    checkpoint: Resumable | None = None
-    watch: Callable[[Look], Any] | None = None
+    watch: Watching | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -192,4 +199,6 @@ class Forgetting:
         """
         check_numbers(COUNT, steps=self.steps, every=self.every)
         check_numbers(SHARE, significance=self.significance)
-        check_checkpoint(self.checkpoint)
+        if self.watch is not None:
+            check_kind(self.watch, Watching, "watch", "such as Watching(checkpoint=job)")
+            check_checkpoint(self.watch.checkpoint)

@@ -105,7 +105,8 @@ def test_the_rates_are_those_of_tofu_s_preset_for_checkpoints():
     assert paces == set(RATES)
     for pace in paces - {Pace.DESCENT}:
         assert RATES[pace] == max(FINE_TUNING.rates[pace])
-    assert RATES[Pace.DESCENT] == RATES[Pace.UNBOUNDED] == pytest.approx(1e-5)
+    assert pytest.approx(1e-5) == RATES[Pace.DESCENT]
+    assert pytest.approx(1e-5) == RATES[Pace.UNBOUNDED]
     assert RATES[Pace.BOUNDED] == pytest.approx(1e-3 / 30)
 
 
@@ -156,4 +157,6 @@ def test_the_command_that_judges(tmp_path):
     )
     command = audit_command(options)
     assert f"--base '{tmp_path}/a b' --edited out/forget/edited" in command
-    assert command.endswith("--forget 'author=Jane Doe' --retain rows=5:9")
+    assert command.endswith(
+        f"--forget 'author=Jane Doe' --retain rows=5:9 --unseen {tmp_path}/new.jsonl"
+    )

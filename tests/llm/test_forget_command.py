@@ -12,7 +12,8 @@ import jedit
 from jedit.core.paths import parameter_paths
 from jedit.data import QaRow, write_rows
 from jedit.models import load_model, save_model
-from jedit.recipes.pretrained import Settings, forget_in_checkpoint
+from jedit.recipes.folders.settings import Settings
+from jedit.recipes.pretrained import forget_in_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NAMES = ("Lily", "Tom", "Ben", "Mia", "Sam", "Anna", "Max", "Sue")

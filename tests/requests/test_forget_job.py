@@ -7,7 +7,7 @@ import pytest
 import jedit
 from jedit.core.batch import Batch
 from jedit.requests.forget import forget
-from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind
+from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind, Watching
 from jedit.requests.walk import Look, _bits_of, _looks_of
 from tests.requests.test_forget import ADAM, KEY, apply, scene  # noqa: F401 - a fixture
 
@@ -29,7 +29,8 @@ def run(scene, folder, **changed):  # noqa: F811
         rewind=Rewind(start, 0.01, 4, share=0.1, batch_size=8),
     )
     job = None if folder is None else jedit.Checkpoint(folder, every=2)
-    given = {"method": steps, "steps": 4, "every": 2, "significance": 0.9, "checkpoint": job}
+    watch = Watching(changed.pop("told", None), job)
+    given = {"method": steps, "steps": 4, "every": 2, "significance": 0.9, "watch": watch}
     key = changed.pop("key", KEY)
     budget = changed.pop("budget", None)
     how = Forgetting(**(given | changed))
@@ -81,13 +82,13 @@ def test_a_look_may_stop_it_and_a_changed_call_is_refused(scene, tmp_path):  # n
 
     given = {"method": ADAM, "steps": 8, "significance": 0.99}
     with pytest.raises(Stopped):
-        run(scene, tmp_path, **given, watch=stop)
+        run(scene, tmp_path, **given, told=stop)
     assert [look.step for look in seen] == [0, 2, 4]
     for changed in ({"key": jax.random.key(9)}, {"budget": 0.5}, {"steps": 6}):
         with pytest.raises(ValueError, match="was begun with other parameters, data, settings"):
             run(scene, tmp_path, **(given | changed))
     looks = []
-    _, info = run(scene, tmp_path, **given, watch=looks.append)
+    _, info = run(scene, tmp_path, **given, told=looks.append)
     assert [look.step for look in looks] == [0, *range(4, info.steps + 1, 2)]
     assert looks[-1].mean_score == info.mean_score[-1] == pytest.approx(info.score.mean())
     assert looks[0].true_kl == 0
@@ -100,7 +101,7 @@ def test_looks_come_back_to_the_bit():
     assert repr(again) == repr(looks)
 
 
-def test_what_stands_in_place_of_the_forget_rows(scene):  # noqa: F811
+def test_what_stands_beside_the_rows_to_forget(scene):  # noqa: F811
     """A method that wants pairs of rows; the others stand for refusals."""
     params, gone, kept, unseen = scene
     other = gone._replace(targets=(gone.targets + 1) % 5)
@@ -115,10 +116,11 @@ def test_what_stands_in_place_of_the_forget_rows(scene):  # noqa: F811
         return jax.numpy.where(same, -told.mean(), jax.numpy.nan), {}
 
     method = ADAM._replace(objective=objective)
-    how = Forgetting(method=method, steps=4, trained_on=(gone, other))
-    _, info = forget(apply, params, gone, kept, unseen=unseen, key=KEY, how=how)
+    how = Forgetting(method=method, steps=4)
+    _, info = forget(apply, params, (gone, other), kept, unseen=unseen, key=KEY, how=how)
     assert info.loss_after.mean() > info.loss_before.mean() + 0.05
     short = jax.tree.map(lambda x: x[:3], other)
-    how = Forgetting(method=method, trained_on=(gone, short))
-    with pytest.raises(ValueError, match="the 12 forget rows, row by row; got 3, 12"):
-        forget(apply, params, gone, kept, key=KEY, how=how)
+    with pytest.raises(ValueError, match="belong to them, row by row; they have 3, 12 rows"):
+        forget(apply, params, (gone, short), kept, key=KEY, how=how)
+    with pytest.raises(TypeError, match="forget"):
+        forget(apply, params, (gone, 3), kept, key=KEY, how=how)

@@ -24,7 +24,7 @@ from jedit.recipes.folders.places import SELECT
 from jedit.recipes.folders.placing import cut
 from jedit.recipes.folders.settings import ATTACK_RATE, KFADE_BUDGET, Settings
 from jedit.recipes.progress import tell
-from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen
+from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen, Watching
 from jedit.requests import forget as forget_rows
 from jedit.requests.comeback import attacked
 from jedit.requests.forget import held_out
@@ -92,7 +92,7 @@ def _by_training(row: BySteps, given: Given, settings: Settings) -> Made:
     )
     given.say(f"forgetting by {row.name}: at most {settings.steps} steps at a rate of {rate:g}")
     rows = row.forget_rows(material)
-    edit, found = _forgotten(given, settings, method, settings.steps, trained_on=rows)
+    edit, found = _forgotten(given, settings, method, settings.steps, rows=rows)
     return edit, {**found, "learning_rate": rate}
 
 
@@ -137,25 +137,22 @@ def _forgotten(
     total: int,
     *,
     model: tuple[Apply, PyTree] | None = None,
-    trained_on: PyTree | None = None,
+    rows: Batch | tuple[Batch, ...] | None = None,
 ) -> Made:
     """Let `jedit.forget` take the steps, which looks, keeps the budget, stops and saves."""
     apply, params = (given.apply, given.params) if model is None else model
-    forget, unseen = given.sets["forget"], given.sets.get("unseen")
-    temperature = settings.temperature
+    unseen, temperature = given.sets.get("unseen"), settings.temperature
     how = Forgetting(
         method,
         likelihood=None if temperature is None else Categorical(temperature),
         steps=settings.steps,
         attack=optax.adam(ATTACK_RATE) if _is_attacked(given, settings) else None,
-        trained_on=trained_on,
-        checkpoint=given.job,
-        watch=functools.partial(_tell, given, total),
+        watch=Watching(functools.partial(_tell, given, total), given.job),
     )
     edit, info = forget_rows(
         apply,
         params,
-        forget,
+        given.sets["forget"] if rows is None else rows,
         given.sets["retain"],
         unseen=None if unseen is None else Unseen(unseen),
         budget=settings.budget,
