@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
     return here
 
 
-ROWS = ["run", "--data", "../rows.jsonl"]
+ROWS = ["compare", "--data", "../rows.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ ROWS = ["run", "--data", "../rows.jsonl"]
         (["demo", "--seed", "-1"], "--seed must lie in 0"),
         ([*ROWS, "--forget", "rows=0:1", "--seed", str(2**32)], "--seed must lie in 0"),
         (["demo", "--out", LONG], "nnn: is no usable name (File name too long)"),
-        (["run", "--data", LONG, "--forget", "rows=0:1"], "is no usable name"),
-        ([*ROWS, "--forget", "rows=0:1", "--model", LONG], "is no usable name"),
+        (["compare", "--data", LONG, "--forget", "rows=0:1"], "is no usable name"),
+        (["forget", *ROWS[1:], "--forget", "rows=0:1", "--model", LONG], "is no usable name"),
         (["tofu", "--data", LONG], "is no usable name"),
         (["ledger", "list", LONG], "is no usable name"),
         (["demo", "--out", "../dead"], "../dead: is a link to "),

@@ -17,7 +17,7 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.methods import Ascent, kfade
 from jedit.models import load_model
-from jedit.recipes.pretrained import SELECT
+from jedit.recipes.folders.places import SELECT
 from jedit.requests import Forgetting, Natural, Recovery
 
 

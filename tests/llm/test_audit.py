@@ -18,7 +18,8 @@ from jedit.models import load_model
 from jedit.recipes.audit import depth
 from jedit.recipes.audit.folders import difference, hashed, open_models, same_weights
 from jedit.recipes.audit.rows import Rows
-from jedit.recipes.pretrained import Settings, forget_in_checkpoint
+from jedit.recipes.folders.settings import Settings
+from jedit.recipes.pretrained import forget_in_checkpoint
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.report.audit_results import Outcome
 from tests.llm.random_folder import write_random
