@@ -152,11 +152,9 @@ def test_where_methods_look_at_a_model(parts):
 
 
 def test_the_command_that_judges(tmp_path):
-    options = Forget(
-        tmp_path / "a b", tmp_path / "rows.jsonl", "author=Jane Doe", retain="rows=5:9"
-    )
+    given = (tmp_path / "a b", tmp_path / "rows.jsonl", "author=Jane Doe")
+    options = Forget(*given, retain="rows=5:9", unseen=tmp_path / "new.jsonl")
     command = audit_command(options)
     assert f"--base '{tmp_path}/a b' --edited out/forget/edited" in command
-    assert command.endswith(
-        f"--forget 'author=Jane Doe' --retain rows=5:9 --unseen {tmp_path}/new.jsonl"
-    )
+    assert " --forget 'author=Jane Doe' --retain rows=5:9 " in command
+    assert command.endswith(f" --unseen {tmp_path}/new.jsonl")
