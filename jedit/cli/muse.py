@@ -27,7 +27,7 @@ def muse_command(options: MuseOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import OF_TEXTS, check_methods
+    from jedit.recipes.editing import OF_TEXTS, Runs, check_methods
     from jedit.recipes.muse import METHODS, muse, read_muse
 
     methods = options.methods or METHODS
@@ -40,7 +40,7 @@ def muse_command(options: MuseOptions, command: str) -> int:
         options,
         options.out,
         lambda start, strength, about, say: muse(
-            start, data, methods, strength, options.seeds, options.out, about, say=say
+            start, data, Runs(methods, strength, options.seeds), options.out, about, say=say
         ),
         retrained=options.retrained,
     )

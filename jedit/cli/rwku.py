@@ -34,7 +34,7 @@ def rwku_command(options: RwkuOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import check_methods
+    from jedit.recipes.editing import Runs, check_methods
     from jedit.recipes.rwku.run import METHODS, needs_met, rwku
     from jedit.recipes.rwku.sets import read_person
 
@@ -50,9 +50,7 @@ def rwku_command(options: RwkuOptions, command: str) -> int:
         lambda start, strength, about, say: rwku(
             start,
             data,
-            methods,
-            strength,
-            options.seeds,
+            Runs(methods, strength, options.seeds),
             options.out,
             about,
             corpus=options.corpus,

@@ -33,7 +33,7 @@ def wmdp_command(options: WmdpOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import OF_TEXTS, check_methods
+    from jedit.recipes.editing import OF_TEXTS, Runs, check_methods
     from jedit.recipes.wmdp import METHODS, read_sets, wmdp
 
     methods = options.methods or METHODS
@@ -48,6 +48,6 @@ def wmdp_command(options: WmdpOptions, command: str) -> int:
         options,
         options.out,
         lambda start, strength, about, say: wmdp(
-            start, data, methods, strength, options.seeds, options.out, about, say=say
+            start, data, Runs(methods, strength, options.seeds), options.out, about, say=say
         ),
     )

@@ -67,6 +67,20 @@ class Strength(NamedTuple):
         return own | {BUDGET: self.budget}
 
 
+class Runs(NamedTuple):
+    """What a benchmark runs.
+
+    Attributes:
+        names: names of the methods.
+        strength: how strongly they edit.
+        seeds: seeds of the curvature's labels and of the batches.
+    """
+
+    names: Sequence[str]
+    strength: Strength
+    seeds: Sequence[int]
+
+
 # Of a point and a task's material, a method that trains: where a catalogue row has no setting for
 # what a published grid varies.
 Make = Callable[[Material, Point], TrainingMethod]
@@ -225,9 +239,7 @@ def fewer(rows: Batch, number: int) -> Batch:
 def run_methods(
     task: Task,
     has: frozenset[Need],
-    names: Sequence[str],
-    strength: Strength,
-    seeds: Sequence[int],
+    runs: Runs,
     out: Path,
     about: Mapping[str, Any],
     *,
@@ -239,9 +251,8 @@ def run_methods(
     Args:
         task: the model and its sets; where it has a retrained model, that is measured too.
         has: what the benchmark can give to methods, for `check_methods`.
-        names: names of the methods.
-        strength: how strongly they edit.
-        seeds: the seeds; the untouched model is measured once.
+        runs: the methods, how strongly they edit, and the seeds; the untouched model is measured
+            once.
         out: folder of the records.
         about: what the runs are made of, as `sweep` takes it.
         evaluate: measures a model.
@@ -250,6 +261,7 @@ def run_methods(
     Raises:
         ValueError: what `check_methods` and `sweep` refuse.
     """
+    names, strength, seeds = runs
     rows = {row.name: row for row in check_methods(names, has, str(about["benchmark"]))}
     editor = Editor(task, has, say=say)
     references = {UNTOUCHED: task.original}

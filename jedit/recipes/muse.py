@@ -25,7 +25,7 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow, read_muse_questions, read_muse_texts
 from jedit.metrics.muse import until_stop
-from jedit.recipes.editing import OF_TEXTS, Strength, fewer, run_methods, task_of
+from jedit.recipes.editing import OF_TEXTS, Runs, fewer, run_methods, task_of
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import (
@@ -214,9 +214,7 @@ def with_privleak(records: Sequence[Record]) -> list[Record]:
 def muse(
     start: Start,
     data: Muse,
-    names: Sequence[str],
-    strength: Strength,
-    seeds: Sequence[int],
+    runs: Runs,
     out: Path,
     about: Mapping[str, Any],
     *,
@@ -227,9 +225,7 @@ def muse(
     Args:
         start: the model, and the retrained one, if there is one.
         data: MUSE's sets.
-        names: names of the methods.
-        strength: how strongly they edit.
-        seeds: seeds of the curvature's labels and of the batches.
+        runs: the methods, how strongly they edit, and the seeds.
         out: folder of the records and of the tables.
         about: hashes of the models and settings; what the data are is added.
         say: a watcher, told of each run.
@@ -251,9 +247,7 @@ def muse(
     records = run_methods(
         task_of(start, forget, kept),
         OF_TEXTS,
-        names,
-        strength,
-        seeds,
+        runs,
         out,
         about,
         evaluate=lambda params: evaluate(model, params, asked),

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from jedit.data import Choice, DataError, read_texts, read_wmdp
 from jedit.data.benchmarks import WMDP_SUBJECTS, choice_of
 from jedit.data.records import read_file
-from jedit.recipes.editing import OF_TEXTS, Strength, fewer, run_methods, task_of
+from jedit.recipes.editing import OF_TEXTS, Runs, fewer, run_methods, task_of
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import Found, Sheet, finish, hash_of, mean_over
@@ -112,9 +112,7 @@ def evaluate(model: LanguageModel, params: PyTree, asked: Mapping[str, AskedChoi
 def wmdp(
     start: Start,
     data: Wmdp,
-    names: Sequence[str],
-    strength: Strength,
-    seeds: Sequence[int],
+    runs: Runs,
     out: Path,
     about: Mapping[str, Any],
     *,
@@ -125,9 +123,7 @@ def wmdp(
     Args:
         start: the model.
         data: the questions and the corpora.
-        names: names of the methods.
-        strength: how strongly they edit.
-        seeds: seeds of the curvature's labels and of the batches.
+        runs: the methods, how strongly they edit, and the seeds.
         out: folder of the records and of the tables.
         about: the model's hash and settings; what the data are is added.
         say: a watcher, told of each run.
@@ -150,9 +146,7 @@ def wmdp(
     records = run_methods(
         task_of(start, forget, kept),
         OF_TEXTS,
-        names,
-        strength,
-        seeds,
+        runs,
         out,
         about,
         evaluate=lambda params: evaluate(model, params, asked),

@@ -3,12 +3,12 @@
 RWKU gives no retain corpus: what is kept are passages about its other people, or the user's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from jedit.methods.row import Need
-from jedit.recipes.editing import OF_TEXTS, Strength, fewer, run_methods, task_of
+from jedit.recipes.editing import OF_TEXTS, Runs, fewer, run_methods, task_of
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say
 from jedit.recipes.rwku.evaluation import SHEETS, encode, evaluate
@@ -38,9 +38,7 @@ def needs_met(corpus: Corpus) -> frozenset[Need]:
 def rwku(
     start: Start,
     data: Rwku,
-    names: Sequence[str],
-    strength: Strength,
-    seeds: Sequence[int],
+    runs: Runs,
     out: Path,
     about: Mapping[str, Any],
     *,
@@ -52,9 +50,7 @@ def rwku(
     Args:
         start: the model.
         data: what RWKU has about the person.
-        names: names of the methods.
-        strength: how strongly they edit.
-        seeds: seeds of the curvature's labels and of the batches.
+        runs: the methods, how strongly they edit, and the seeds.
         out: folder of the records and of the tables.
         about: the model's hash and settings; what the data are is added.
         corpus: what is forgotten: the passages about the person, or the questions of level 2 with
@@ -87,9 +83,7 @@ def rwku(
     records = run_methods(
         task,
         needs_met(corpus),
-        names,
-        strength,
-        seeds,
+        runs,
         out,
         about,
         evaluate=lambda params: evaluate(model, params, asked),
