@@ -167,7 +167,7 @@ def forget(options: Forget, command: str) -> int:
                 unseen=unseen,
                 say=stages,
             )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FloatingPointError) as error:
         raise UsageError(str(error)) from None
     _show(options, found, len(gone))
     return 0

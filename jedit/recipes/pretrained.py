@@ -76,6 +76,7 @@ def forget_in_checkpoint(
         ValueError: a row that leaves no answer within `max_len`, a model or a tokenizer that
             cannot be loaded, too few rows for the method, parameters to edit that are not there, a
             ledger of another model, or the job of another call.
+        FloatingPointError: the steps left the finite numbers.
     """
     if unseen and any(r.forget_span for r in forget) != any(r.forget_span for r in unseen):
         raise ValueError(
@@ -106,7 +107,7 @@ def forget_in_checkpoint(
     judged = {name: cut(whole[name], settings) for name in ("forget", "heldout")}
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        job = None
+        job, goes_on = None, False
         if settings.is_resumable:
             asked = settings.to_json() | {"model": str(model), "tokenizer": str(tokenizer)}
             job, goes_on = begin_job(out, asked, rows)
@@ -127,7 +128,13 @@ def forget_in_checkpoint(
             job,
             edit_key,
         )
-        edit, found = make_edit(row, given, settings)
+        try:
+            edit, found = make_edit(row, given, settings)
+        except (ValueError, FloatingPointError):
+            # What a method refuses it would refuse again: the next command begins anew.
+            if job is not None and not goes_on:
+                end_job(job)
+            raise
         # Waited for: dispatch is asynchronous and the clock would stop before the work does.
         edited = jax.block_until_ready(apply_edit(params, edit))
         made = time.perf_counter()

@@ -1,5 +1,6 @@
 """What an edit of a folder's model leaves behind: the folder, the edit, numbers, a record."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -151,9 +152,11 @@ def write(
 
 
 def end_job(job: Checkpoint) -> None:
-    """Remove a job that came to its end."""
+    """Remove a job that came to its end, and the folder around it if nothing else is there."""
     job.close()
     shutil.rmtree(job.folder)
+    with contextlib.suppress(OSError):
+        job.folder.parent.rmdir()
 
 
 def finite(value: Any) -> Any:
