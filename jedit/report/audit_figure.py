@@ -54,7 +54,7 @@ def figures_of(section: Section) -> list[tuple[str, str]]:
     return found
 
 
-def losses_figure(losses: Mapping[str, Sequence[float]]) -> "Figure":
+def losses_figure(losses: Mapping[str, Any]) -> "Figure":
     """Draw the distribution functions of the rows' losses, by role."""
     figure, (axes,) = _panels(1)
     finite = [x for values in losses.values() for x in np.asarray(values) if math.isfinite(x)]

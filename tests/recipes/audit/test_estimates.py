@@ -68,7 +68,7 @@ def test_nothing_said_in_ten_rows_is_not_nothing_for_certain():
     base = np.linspace(0.5, 0.9, 10)
     found = left_of(Compared(base, np.zeros(10), np.zeros(10)))
     assert found.value == 0
-    assert found.high == pytest.approx(wilson(0, 10).high / 0.7)
+    assert found.high == pytest.approx(wilson(0.0, 10).high / 0.7)
 
 
 def test_a_share_covers_the_truth_as_often_as_it_says(rng):

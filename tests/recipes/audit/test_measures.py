@@ -17,6 +17,7 @@ from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.models import small_gpt
 from jedit.report.audit_results import Outcome
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax's Adam mixes dtypes
 NAMES = ("Ana", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lou")
 ROWS = [
     QaRow(
