@@ -101,6 +101,7 @@ def layers_figure(
 def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "Figure":
     """Draw the curves of relearning and of benign training, by role and number of rows taught."""
     figure, panels = _panels(2)
+    figure.set_figheight(4.4)
     for axes, curves in zip(panels, (again, benign), strict=True):
         for role, curve in curves.items():
             last = len(curve["taught"]) - 1
@@ -110,7 +111,9 @@ def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "F
         axes.set_xlabel("updates")
         axes.set_ylabel("probability of the answers")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )
     panels[0].set_title("rows to forget are taught", fontsize=10)
     panels[1].set_title("rows to keep are taught", fontsize=10)
     return figure

@@ -245,7 +245,7 @@ TABLE = (
 RULES = {rule.name: rule for rule in TABLE}
 # By importance: the first section in which a rule fails gives the headline.
 HEADLINES = {
-    "forgotten": "It is not forgotten: the edited model still says it.",
+    "forgotten": "Not all of it is forgotten.",
     "comeback": "It seems forgotten, but it can be brought back.",
     "membership": "It is no longer said, but it shows that the model was made to forget it.",
     "depth": "It is no longer said, but it is still in the model.",
