@@ -121,7 +121,7 @@ def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "F
 
 def _line(
     axes: "Axes",
-    x: Sequence[float] | range,
+    x: Sequence[int],
     estimates: Sequence[Estimate],
     role: str,
     label: str,
