@@ -188,6 +188,8 @@ def test_folders_of_other_models_are_refused(stories_folder, tmp_path):
     (words / "tokenizer.json").write_text(text.replace('"▁once"', '"▁twice"', 1))
     if text != (words / "tokenizer.json").read_text():
         refusal(words, "its tokenizer is not that of")
+    (words / "config.json").write_text('{"model_type": ')
+    refusal(words, "w: its config.json cannot be read")
     empty = tmp_path / "empty"
     empty.mkdir()
     refusal(empty, "empty")
