@@ -78,8 +78,6 @@ def layers_figure(
     lens: Mapping[str, Sequence[Estimate]], probe: Mapping[str, Sequence[Estimate]]
 ) -> "Figure":
     """Draw what each layer says and what a probe tells of it, by role."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, panels = _panels(2 if probe else 1)
     for role, estimates in lens.items():
         _line(panels[0], range(len(estimates)), estimates, role, COLUMNS[role])
@@ -93,7 +91,6 @@ def layers_figure(
         panels[1].set_ylim(0, 1.02)
     for axes in panels:
         axes.set_xlabel("layers passed")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=9)
     return figure
 
@@ -139,6 +136,7 @@ def _line(
 def _panels(number: int) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.9 * number + 1.2 * (number == 1), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -146,6 +144,7 @@ def _panels(number: int) -> tuple["Figure", list["Axes"]]:
     for axes in panels:
         axes.grid(visible=True, which="major", color="0.9", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # layers and updates are counted
     return figure, panels
 
 
