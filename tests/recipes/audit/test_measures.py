@@ -11,7 +11,7 @@ from jedit import metrics
 from jedit.data import DataError, QaRow
 from jedit.recipes.audit import comeback, cost, forgotten, membership
 from jedit.recipes.audit.cost import Kept
-from jedit.recipes.audit.estimates import Compared
+from jedit.recipes.audit.estimates import Compared, auc_of
 from jedit.recipes.audit.rows import RowSets, check_sets, encode, read_salt, row_hash
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.models import small_gpt
@@ -125,6 +125,10 @@ def test_attacks_on_membership_see_which_rows_are_likelier(start):
     assert findings[1].outcome is Outcome.PASSED  # the same numbers are spread alike
     by_name = {m.name: m for m in membership.measures_of({"edited": seen})}
     assert by_name["loss"].models["edited"].value == 1
+    together = auc_of(ours["loss"], loss, level=1 - 0.05 / 6)
+    assert by_name["loss"].models["edited"] == together
+    assert together.low < auc_of(ours["loss"], loss).low
+    assert findings[0].estimate == together
     three = {"edited": seen, "retrained": seen}
     said["retrained"] = forgotten.Said(loss + 10, {})
     findings = membership.findings_of(three, said, {"edited": loss, "retrained": loss})
