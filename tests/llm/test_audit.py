@@ -137,7 +137,12 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     ]
     rules = {f["rule"]: f for section in found["sections"] for f in section["findings"]}
     assert rules["depth_score"]["outcome"] == "not_measured"
-    assert rules["probability"]["outcome"] == "undecided"  # four rows prove nothing
+    # Four rows prove nothing, and nobody taught the model these.
+    assert rules["known"]["outcome"] == "undecided"
+    assert "Fewer than five rows" in rules["known"]["sentence"]
+    assert rules["probability"]["outcome"] == "not_measured"
+    assert found["overall"]["outcome"] == "undecided"
+    assert found["overall"]["sentence"].startswith("Whether there was anything to forget")
     assert rules["retain_kl"]["outcome"] == "undecided"
     measures = {m["name"]: m["models"] for s in found["sections"] for m in s["measures"]}
     assert 0 < measures["kl"]["edited"]["value"] < 0.5
