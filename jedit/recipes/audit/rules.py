@@ -7,7 +7,8 @@ Intervals decide, not the numbers in their middle:
     at least    the other way round
     contains    no where the interval leaves the value out; yes where it contains the value and is
                 narrow; "cannot tell" where it is so wide that it would contain much else too
-    p-value     no at or below the limit, else yes
+    p-value     no at or below the limit, else yes; of fewer than 16 rows "cannot tell" for yes, for
+                a test that finds nothing in so few says nothing
 
 Fewer than five rows prove nothing, whatever the numbers.  What could not be measured is said so.
 """
@@ -22,6 +23,7 @@ from jedit.report.table import number
 from jedit.report.verdict import BROUGHT_BACK, FORGOTTEN, KEPT_UTILITY, TELLING_GAP
 
 MIN_ROWS = 5
+MIN_TESTED = 16  # arbitrary; two samples of so many that differ by a half are told apart
 # Half the width beyond which an interval of an area says nothing; some 16 rows on either side.
 AREA_REACH = 0.2
 ARBITRARY = "arbitrary"
@@ -256,9 +258,13 @@ HEADLINES = {
 def outcome_of(kind: Kind, limit: float, estimate: Estimate) -> Outcome:
     """Judge an estimate by one kind of rule."""
     low, high = estimate.low, estimate.high
+    if estimate.num_rows < MIN_ROWS:
+        return Outcome.UNDECIDED
     if kind == "p-value":
-        return Outcome.PASSED if estimate.value > limit else Outcome.FAILED
-    if estimate.num_rows < MIN_ROWS or not (math.isfinite(low) and math.isfinite(high)):
+        if estimate.value <= limit:
+            return Outcome.FAILED
+        return Outcome.PASSED if estimate.num_rows >= MIN_TESTED else Outcome.UNDECIDED
+    if not (math.isfinite(low) and math.isfinite(high)):
         return Outcome.UNDECIDED
     if kind == "contains":
         if low > limit or high < limit:
@@ -303,11 +309,17 @@ def judge(
     if estimate is None:
         sentence = f"Not measured: {reason}."
     elif outcome is Outcome.UNDECIDED:
-        few = " Fewer than five rows prove nothing." if estimate.num_rows < MIN_ROWS else ""
+        is_few = estimate.num_rows < MIN_ROWS
+        few = " Fewer than five rows prove nothing." if is_few else ""
         sentence = (
             f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} reaches "
             f"to both sides of the rule ({shown}).{few}"
         )
+        if rule.kind == "p-value" and not few:
+            sentence = (
+                f"Cannot tell with {estimate.num_rows} rows: a test that finds no difference in so "
+                f"few (p = {number(estimate.value)}) says nothing."
+            )
         if rule.kind == "contains" and not few:
             sentence = (
                 f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} holds "
