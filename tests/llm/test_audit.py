@@ -139,7 +139,7 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     assert rules["depth_score"]["outcome"] == "not_measured"
     # Four rows prove nothing, and nobody taught the model these.
     assert rules["known"]["outcome"] == "undecided"
-    assert "Fewer than five rows" in rules["known"]["sentence"]
+    assert "4 rows prove nothing" in rules["known"]["sentence"]
     assert rules["probability"]["outcome"] == "not_measured"
     assert found["overall"]["outcome"] == "undecided"
     assert found["overall"]["sentence"].startswith("Whether there was anything to forget")

@@ -309,22 +309,7 @@ def judge(
     if estimate is None:
         sentence = f"Not measured: {reason}."
     elif outcome is Outcome.UNDECIDED:
-        is_few = estimate.num_rows < MIN_ROWS
-        few = " Fewer than five rows prove nothing." if is_few else ""
-        sentence = (
-            f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} reaches "
-            f"to both sides of the rule ({shown}).{few}"
-        )
-        if rule.kind == "p-value" and not few:
-            sentence = (
-                f"Cannot tell with {estimate.num_rows} rows: a test that finds no difference in so "
-                f"few (p = {number(estimate.value)}) says nothing."
-            )
-        if rule.kind == "contains" and not few:
-            sentence = (
-                f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} holds "
-                "too much beside chance."
-            )
+        sentence = _unsure(rule, estimate, shown)
     else:
         form = rule.passed if outcome is Outcome.PASSED else rule.failed
         x = number(estimate.value) if rule.kind == "p-value" else estimate.text
@@ -336,6 +321,19 @@ def judge(
     return Finding(
         name, rule.section, rule.question, outcome, sentence, estimate, shown, rule.source
     )
+
+
+def _unsure(rule: Rule, estimate: Estimate, limit: str) -> str:
+    """Say why an estimate is neither a yes nor a no."""
+    if estimate.num_rows < MIN_ROWS:
+        return f"Cannot tell: {estimate.num_rows} rows prove nothing; there must be {MIN_ROWS}."
+    begin = f"Cannot tell with {estimate.num_rows} rows:"
+    if rule.kind == "p-value":
+        p = number(estimate.value)
+        return f"{begin} a test that finds no difference in so few (p = {p}) says nothing."
+    if rule.kind == "contains":
+        return f"{begin} the interval of {estimate.text} holds too much beside chance."
+    return f"{begin} the interval of {estimate.text} reaches to both sides of the rule ({limit})."
 
 
 def overall(findings: Sequence[Finding], notes: Sequence[str] = ()) -> Overall:
