@@ -54,7 +54,7 @@ def figures_of(section: Section) -> list[tuple[str, str]]:
     return found
 
 
-def losses_figure(losses: Mapping[str, Sequence[float]]) -> "Figure":
+def losses_figure(losses: Mapping[str, Any]) -> "Figure":
     """Draw the distribution functions of the rows' losses, by role."""
     figure, (axes,) = _panels(1)
     finite = [x for values in losses.values() for x in np.asarray(values) if math.isfinite(x)]
@@ -78,8 +78,6 @@ def layers_figure(
     lens: Mapping[str, Sequence[Estimate]], probe: Mapping[str, Sequence[Estimate]]
 ) -> "Figure":
     """Draw what each layer says and what a probe tells of it, by role."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, panels = _panels(2 if probe else 1)
     for role, estimates in lens.items():
         _line(panels[0], range(len(estimates)), estimates, role, COLUMNS[role])
@@ -93,7 +91,6 @@ def layers_figure(
         panels[1].set_ylim(0, 1.02)
     for axes in panels:
         axes.set_xlabel("layers passed")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=9)
     return figure
 
@@ -101,6 +98,7 @@ def layers_figure(
 def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "Figure":
     """Draw the curves of relearning and of benign training, by role and number of rows taught."""
     figure, panels = _panels(2)
+    figure.set_figheight(4.4)
     for axes, curves in zip(panels, (again, benign), strict=True):
         for role, curve in curves.items():
             last = len(curve["taught"]) - 1
@@ -110,7 +108,9 @@ def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "F
         axes.set_xlabel("updates")
         axes.set_ylabel("probability of the answers")
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2
+        )
     panels[0].set_title("rows to forget are taught", fontsize=10)
     panels[1].set_title("rows to keep are taught", fontsize=10)
     return figure
@@ -118,7 +118,7 @@ def relearning_figure(again: Mapping[str, Any], benign: Mapping[str, Any]) -> "F
 
 def _line(
     axes: "Axes",
-    x: Sequence[float] | range,
+    x: Sequence[int],
     estimates: Sequence[Estimate],
     role: str,
     label: str,
@@ -136,6 +136,7 @@ def _line(
 def _panels(number: int) -> tuple["Figure", list["Axes"]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.9 * number + 1.2 * (number == 1), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -143,6 +144,7 @@ def _panels(number: int) -> tuple["Figure", list["Axes"]]:
     for axes in panels:
         axes.grid(visible=True, which="major", color="0.9", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # layers and updates are counted
     return figure, panels
 
 

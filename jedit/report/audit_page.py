@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jedit.report.audit_figure import figures_of
-from jedit.report.audit_results import COLUMNS, Audit, Measure, Outcome, Section, audit_json
+from jedit.report.audit_results import (
+    COLUMNS,
+    Audit,
+    Finding,
+    Measure,
+    Outcome,
+    Section,
+    audit_json,
+)
 from jedit.report.page import environment
 from jedit.report.writer import PAGE, check_destination, replace_folder
 
@@ -18,6 +26,14 @@ CLASSES = {
     Outcome.FAILED: "remembers",
     Outcome.UNDECIDED: "fair",
     Outcome.NOT_MEASURED: "fair",
+}
+# What the five sections come to, as questions whose yes is good.
+ASKS = {
+    "forgotten": "Is it no longer said?",
+    "membership": "Does it look as if never seen?",
+    "depth": "Is it gone from the inner layers, too?",
+    "comeback": "Does it stay gone?",
+    "cost": "Was the rest kept?",
 }
 
 
@@ -72,13 +88,33 @@ def audit_page(audit: Audit) -> str:
             "table": _table(section.measures),
             "groups": _groups(section),
             "figures": figures_of(section),
+            "asks": ASKS.get(section.name, section.title),
+            "outcome": outcome_of(section),
+            "counts": _counts(section),
         }
         for section in audit.sections
     ]
     template = environment().get_template("audit.html")
-    return template.render(
-        audit=audit, sections=sections, classes=CLASSES, roles=COLUMNS, colour=CLASSES.get
-    )
+    return template.render(audit=audit, sections=sections, roles=COLUMNS, colour=CLASSES.get)
+
+
+def outcome_of(section: Section) -> Outcome:
+    """Return the worst answer of a section; what was not measured counts where nothing was."""
+    outcomes = {finding.outcome for finding in _judged(section)}
+    order = (Outcome.FAILED, Outcome.UNDECIDED, Outcome.PASSED)
+    return next((outcome for outcome in order if outcome in outcomes), Outcome.NOT_MEASURED)
+
+
+def _judged(section: Section) -> list[Finding]:
+    """Return the findings that judge the edit; that the rows were known judges it not."""
+    return [finding for finding in section.findings if finding.rule != "known"]
+
+
+def _counts(section: Section) -> str:
+    """Return how many of a section's questions have which answer."""
+    found = [finding.outcome for finding in _judged(section)]
+    counts = ((found.count(outcome), outcome.value) for outcome in Outcome)
+    return ", ".join(f"{number} {name}" for number, name in counts if number)
 
 
 def _table(measures: Sequence[Measure]) -> Table:

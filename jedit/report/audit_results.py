@@ -184,7 +184,7 @@ class Audit(NamedTuple):
     seconds: float
     versions: Mapping[str, str]
     machine: Mapping[str, str | int | float]
-    per_row: Mapping[str, Mapping[str, Sequence[float]]]
+    per_row: Mapping[str, Mapping[str, Any]]
 
     @property
     def findings(self) -> list[Finding]:

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.llm.test_checkpoint_run import ROWS, UNSEEN
 
 from jedit.core.batch import Batch
 from jedit.data import write_rows
-from jedit.models import load_model
+from jedit.models import load_model, save_model
+from jedit.objectives.token_nll import counted_nll
 from jedit.recipes.audit import depth
 from jedit.recipes.audit.folders import difference, hashed, open_models, same_weights
 from jedit.recipes.audit.rows import Rows
-from jedit.recipes.folders.settings import Settings
-from jedit.recipes.pretrained import forget_in_checkpoint
 from jedit.recipes.tofu.evaluation import LanguageModel
+from jedit.recipes.tokenization import load_words
 from jedit.report.audit_results import Outcome
 from tests.llm.random_folder import write_random
+from tests.llm.test_forget_command import ROWS, UNSEEN
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 FAMILIES = ("llama", "gemma2")
@@ -106,13 +106,15 @@ def test_states_and_probes_by_layer(random_folder):
 
 
 @pytest.fixture(scope="module")
-def edited_folder(stories_folder, tmp_path_factory):
-    """The stories' model, made to forget four rows in one step."""
-    out = tmp_path_factory.mktemp("audit") / "run"
-    settings = Settings(method="kfade", budget=0.1, batch_size=4)
-    given = (stories_folder, stories_folder, ROWS[:4], ROWS[4:])
-    forget_in_checkpoint(*given, out, settings, say=lambda _: None)
-    return out / "edited"
+def edited_folder(stories_folder, stories_model, tmp_path_factory):
+    """The stories' model after one step up the loss of four rows."""
+    apply, params, _ = stories_model
+    rows = load_words(stories_folder).rows([(row.question, row.answer) for row in ROWS[:4]])
+    loss = lambda p: counted_nll(apply, p, rows)[0].sum()  # noqa: E731
+    gradient = jax.grad(loss)(params)
+    length = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(gradient)))
+    edited = jax.tree.map(lambda x, g: x + g / length, params, gradient)
+    return save_model(edited, tmp_path_factory.mktemp("audit") / "edited", source=stories_folder)
 
 
 def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_path, capsys):
@@ -135,7 +137,12 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     ]
     rules = {f["rule"]: f for section in found["sections"] for f in section["findings"]}
     assert rules["depth_score"]["outcome"] == "not_measured"
-    assert rules["probability"]["outcome"] == "undecided"  # four rows prove nothing
+    # Four rows prove nothing, and nobody taught the model these.
+    assert rules["known"]["outcome"] == "undecided"
+    assert "4 rows prove nothing" in rules["known"]["sentence"]
+    assert rules["probability"]["outcome"] == "not_measured"
+    assert found["overall"]["outcome"] == "undecided"
+    assert found["overall"]["sentence"].startswith("Whether there was anything to forget")
     assert rules["retain_kl"]["outcome"] == "undecided"
     measures = {m["name"]: m["models"] for s in found["sections"] for m in s["measures"]}
     assert 0 < measures["kl"]["edited"]["value"] < 0.5
@@ -186,6 +193,8 @@ def test_folders_of_other_models_are_refused(stories_folder, tmp_path):
     (words / "tokenizer.json").write_text(text.replace('"▁once"', '"▁twice"', 1))
     if text != (words / "tokenizer.json").read_text():
         refusal(words, "its tokenizer is not that of")
+    (words / "config.json").write_text('{"model_type": ')
+    refusal(words, "w: its config.json cannot be read")
     empty = tmp_path / "empty"
     empty.mkdir()
     refusal(empty, "empty")

@@ -6,7 +6,7 @@ import stat
 import numpy as np
 import pytest
 
-from jedit.report.audit_page import audit_page, check_audit_destination, write_audit
+from jedit.report.audit_page import audit_page, check_audit_destination, outcome_of, write_audit
 from jedit.report.audit_results import (
     SCHEMA,
     Audit,
@@ -97,6 +97,19 @@ def test_the_page_says_the_verdict_first_and_escapes_what_it_is_given(audit):
         assert f">{outcome.value}</span>" in page
     assert "0.250 [0.125, 0.500]" in page
     assert "40 of 50" in page
+    assert "1 yes, 1 no, 1 cannot tell, 1 not measured" in page
+
+
+def test_a_section_is_as_good_as_its_worst_test():
+    def outcome(*outcomes):
+        whole = section("cost")
+        findings = [f for f in whole.findings if f.outcome in outcomes]
+        return outcome_of(whole._replace(findings=findings))
+
+    assert outcome(*Outcome) is Outcome.FAILED
+    assert outcome(Outcome.PASSED, Outcome.UNDECIDED) is Outcome.UNDECIDED
+    assert outcome(Outcome.PASSED, Outcome.NOT_MEASURED) is Outcome.PASSED
+    assert outcome(Outcome.NOT_MEASURED) is Outcome.NOT_MEASURED
 
 
 def test_the_numbers_are_plain_json_with_a_schema(audit):

@@ -15,7 +15,7 @@ from jedit.report.audit_results import Estimate, Finding, Measure
 from jedit.report.table import number
 from jedit.report.verdict import wilson
 
-Values = Float[np.ndarray, " n"]
+Values = Float[np.ndarray, " _"]  # sets of rows have sizes of their own
 LEAST_ROUGE = 0.05  # of the original model, below which its rows are not answered at all; arbitrary
 MOST_GROUPS = 20  # shown, the dearest ones
 

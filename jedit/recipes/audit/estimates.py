@@ -24,7 +24,7 @@ DRAWS = 2000
 LEVEL = 0.95
 BOOTSTRAP = "percentile bootstrap over rows"
 NEWCOMBE = "Newcombe's interval of an area"
-Values = Float[np.ndarray, " n"]
+Values = Float[np.ndarray, " _"]  # sets of rows have sizes of their own
 Numbers = Any  # an array of draws, or the one number of the rows themselves
 
 
@@ -73,7 +73,7 @@ def mean_of(values: Values, *, level: float = LEVEL) -> Estimate:
 
 def bootstrapped(
     statistic: Callable[..., Numbers],
-    groups: list[Float[np.ndarray, "columns n"]],
+    groups: list[np.ndarray],
     *,
     level: float = LEVEL,
 ) -> Estimate:
@@ -82,7 +82,7 @@ def bootstrapped(
     Args:
         statistic: a function of one array (columns, ..., n) for each set of rows that takes the
             rows, the last axis, together.
-        groups: the sets; the columns of one are drawn together.
+        groups: the sets, (columns, n) each; the columns of one are drawn together.
         level: of the interval.
 
     Returns:

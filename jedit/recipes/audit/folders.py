@@ -67,15 +67,16 @@ def open_models(
             vocabulary; the message names it and what differs.
     """
     base = folders["base"]
-    dtypes = [_stored(folder) for folder in folders.values()]
-    dtype = jnp.dtype(jnp.result_type(*dtypes))
-    config = read_config(base)
+    config = _config(base)
+    dtype = jnp.dtype(jnp.result_type(*(_stored(folder) for folder in folders.values())))
     words = load_words(tokenizer or base)
     for role, folder in folders.items():
         if role != "base":
-            _check_config(base, config, folder, read_config(folder))
+            _check_config(base, config, folder, _config(folder))
             _check_words(tokenizer or base, words.tokenizer, folder)
-    largest = max(words.tokenizer.get_vocab().values())
+    # A padding token that was added to the tokenizer alone is no token of any row.
+    special = set(words.tokenizer.all_special_ids)
+    largest = max(set(words.tokenizer.get_vocab().values()) - special)
     if largest >= config.vocab_size:
         raise ValueError(
             f"{tokenizer or base}: the tokenizer has tokens up to {largest}, the model in {base} "
@@ -150,6 +151,19 @@ def difference(base: PyTree, edited: PyTree) -> tuple[float, str]:
 def _squares(before: Any, after: Any) -> tuple[Any, Any]:
     wide = before.astype(jnp.promote_types(before.dtype, jnp.float32))
     return jnp.sum((after.astype(wide.dtype) - wide) ** 2), jnp.sum(wide**2)
+
+
+def _config(folder: Path) -> Any:
+    """Read a folder's configuration.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        return read_config(folder)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{folder}: its config.json cannot be read: {reason}") from error
 
 
 def _stored(folder: Path) -> jnp.dtype:

@@ -21,7 +21,7 @@ from jedit.report.verdict import TELLING_GAP
 
 NUM_DRAWS = 4  # answers drawn to each question, of which the best counts; arbitrary
 TEMPERATURE = 1.0  # of the draws: the model's own distribution
-Values = Float[np.ndarray, " n"]
+Values = Float[np.ndarray, " _"]  # sets of rows have sizes of their own
 
 TEXTS = {
     "probability": "probability of the answers, geometric mean over tokens",

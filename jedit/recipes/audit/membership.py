@@ -14,7 +14,7 @@ from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tofu.membership import Answers, spread
 from jedit.report.audit_results import Estimate, Finding, Measure
 
-Values = Float[np.ndarray, " n"]
+Values = Float[np.ndarray, " _"]  # sets of rows have sizes of their own
 Scores = dict[str, Values]
 NO_UNSEEN = "there are no rows that nobody trained on: give --unseen"
 NO_WRONG = "not all rows to forget have a perturbed_answer"

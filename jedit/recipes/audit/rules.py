@@ -7,7 +7,8 @@ Intervals decide, not the numbers in their middle:
     at least    the other way round
     contains    no where the interval leaves the value out; yes where it contains the value and is
                 narrow; "cannot tell" where it is so wide that it would contain much else too
-    p-value     no at or below the limit, else yes
+    p-value     no at or below the limit, else yes; of fewer than 16 rows "cannot tell" for yes, for
+                a test that finds nothing in so few says nothing
 
 Fewer than five rows prove nothing, whatever the numbers.  What could not be measured is said so.
 """
@@ -22,6 +23,7 @@ from jedit.report.table import number
 from jedit.report.verdict import BROUGHT_BACK, FORGOTTEN, KEPT_UTILITY, TELLING_GAP
 
 MIN_ROWS = 5
+MIN_TESTED = 16  # arbitrary; two samples of so many that differ by a half are told apart
 # Half the width beyond which an interval of an area says nothing; some 16 rows on either side.
 AREA_REACH = 0.2
 ARBITRARY = "arbitrary"
@@ -245,7 +247,7 @@ TABLE = (
 RULES = {rule.name: rule for rule in TABLE}
 # By importance: the first section in which a rule fails gives the headline.
 HEADLINES = {
-    "forgotten": "It is not forgotten: the edited model still says it.",
+    "forgotten": "Not all of it is forgotten.",
     "comeback": "It seems forgotten, but it can be brought back.",
     "membership": "It is no longer said, but it shows that the model was made to forget it.",
     "depth": "It is no longer said, but it is still in the model.",
@@ -256,9 +258,13 @@ HEADLINES = {
 def outcome_of(kind: Kind, limit: float, estimate: Estimate) -> Outcome:
     """Judge an estimate by one kind of rule."""
     low, high = estimate.low, estimate.high
+    if estimate.num_rows < MIN_ROWS:
+        return Outcome.UNDECIDED
     if kind == "p-value":
-        return Outcome.PASSED if estimate.value > limit else Outcome.FAILED
-    if estimate.num_rows < MIN_ROWS or not (math.isfinite(low) and math.isfinite(high)):
+        if estimate.value <= limit:
+            return Outcome.FAILED
+        return Outcome.PASSED if estimate.num_rows >= MIN_TESTED else Outcome.UNDECIDED
+    if not (math.isfinite(low) and math.isfinite(high)):
         return Outcome.UNDECIDED
     if kind == "contains":
         if low > limit or high < limit:
@@ -303,16 +309,7 @@ def judge(
     if estimate is None:
         sentence = f"Not measured: {reason}."
     elif outcome is Outcome.UNDECIDED:
-        few = " Fewer than five rows prove nothing." if estimate.num_rows < MIN_ROWS else ""
-        sentence = (
-            f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} reaches "
-            f"to both sides of the rule ({shown}).{few}"
-        )
-        if rule.kind == "contains" and not few:
-            sentence = (
-                f"Cannot tell with {estimate.num_rows} rows: the interval of {estimate.text} holds "
-                "too much beside chance."
-            )
+        sentence = _unsure(rule, estimate, shown)
     else:
         form = rule.passed if outcome is Outcome.PASSED else rule.failed
         x = number(estimate.value) if rule.kind == "p-value" else estimate.text
@@ -324,6 +321,19 @@ def judge(
     return Finding(
         name, rule.section, rule.question, outcome, sentence, estimate, shown, rule.source
     )
+
+
+def _unsure(rule: Rule, estimate: Estimate, limit: str) -> str:
+    """Say why an estimate is neither a yes nor a no."""
+    if estimate.num_rows < MIN_ROWS:
+        return f"Cannot tell: {estimate.num_rows} rows prove nothing; there must be {MIN_ROWS}."
+    begin = f"Cannot tell with {estimate.num_rows} rows:"
+    if rule.kind == "p-value":
+        p = number(estimate.value)
+        return f"{begin} a test that finds no difference in so few (p = {p}) says nothing."
+    if rule.kind == "contains":
+        return f"{begin} the interval of {estimate.text} holds too much beside chance."
+    return f"{begin} the interval of {estimate.text} reaches to both sides of the rule ({limit})."
 
 
 def overall(findings: Sequence[Finding], notes: Sequence[str] = ()) -> Overall:

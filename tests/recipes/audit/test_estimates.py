@@ -68,7 +68,7 @@ def test_nothing_said_in_ten_rows_is_not_nothing_for_certain():
     base = np.linspace(0.5, 0.9, 10)
     found = left_of(Compared(base, np.zeros(10), np.zeros(10)))
     assert found.value == 0
-    assert found.high == pytest.approx(wilson(0, 10).high / 0.7)
+    assert found.high == pytest.approx(wilson(0.0, 10).high / 0.7)
 
 
 def test_a_share_covers_the_truth_as_often_as_it_says(rng):
@@ -99,6 +99,11 @@ def test_what_comes_back_is_less_what_comes_to_those_that_never_knew():
     unseen = Compared(base, edited, None, np.full(3, 0.15), np.full(3, 0.1))
     found = comeback_of(unseen, after, np.full(2, 0.25))
     assert found.value == pytest.approx((0.3 - 0.15) / 0.65)
+    # What the edit had left anyway is no comeback: the gains differ by .2 - .15.
+    half = Compared(base, np.full(6, 0.2), never)
+    assert comeback_of(half, after, also).value == pytest.approx(0.05 / 0.7)
+    half = half._replace(retrained=None, unseen_base=np.full(3, 0.15), unseen=np.full(3, 0.1))
+    assert comeback_of(half, after, np.full(2, 0.25)).value == pytest.approx(0.05 / 0.65)
     # Without either it is of what the edit took.
     assert comeback_of(Compared(base, edited), after).value == pytest.approx(0.3 / 0.7)
 

@@ -11,12 +11,13 @@ from jedit import metrics
 from jedit.data import DataError, QaRow
 from jedit.recipes.audit import comeback, cost, forgotten, membership
 from jedit.recipes.audit.cost import Kept
-from jedit.recipes.audit.estimates import Compared
+from jedit.recipes.audit.estimates import Compared, auc_of
 from jedit.recipes.audit.rows import RowSets, check_sets, encode, read_salt, row_hash
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.models import small_gpt
 from jedit.report.audit_results import Outcome
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax's Adam mixes dtypes
 NAMES = ("Ana", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lou")
 ROWS = [
     QaRow(
@@ -121,14 +122,19 @@ def test_attacks_on_membership_see_which_rows_are_likelier(start):
     findings = membership.findings_of({"base": seen, "edited": seen}, said, {"edited": None})
     assert [f.rule for f in findings] == ["membership", "losses"]
     assert findings[0].outcome is Outcome.FAILED
-    assert findings[1].outcome is Outcome.PASSED  # the same numbers are spread alike
+    assert findings[1].estimate.value == 1  # the same numbers are spread alike
+    assert findings[1].outcome is Outcome.UNDECIDED  # of 12 rows, which is too few to say so
     by_name = {m.name: m for m in membership.measures_of({"edited": seen})}
     assert by_name["loss"].models["edited"].value == 1
+    together = auc_of(ours["loss"], loss, level=1 - 0.05 / 6)
+    assert by_name["loss"].models["edited"] == together
+    assert together.low < auc_of(ours["loss"], loss).low
+    assert findings[0].estimate == together
     three = {"edited": seen, "retrained": seen}
     said["retrained"] = forgotten.Said(loss + 10, {})
     findings = membership.findings_of(three, said, {"edited": loss, "retrained": loss})
     assert [f.rule for f in findings] == ["membership_retrained", "losses", "forget_quality"]
-    assert [f.outcome.name for f in findings] == ["PASSED", "FAILED", "PASSED"]
+    assert [f.outcome.name for f in findings] == ["PASSED", "FAILED", "UNDECIDED"]
     assert membership.findings_of({}, said, {})[0].outcome is Outcome.NOT_MEASURED
 
 

@@ -32,6 +32,11 @@ def test_each_rule_says_yes_no_and_that_it_cannot_tell(rule):
     if rule.kind == "p-value":
         assert judged(rule, 0.01, 0).outcome is Outcome.PASSED
         assert judged(rule, 0.0, 0).outcome is Outcome.FAILED
+        # What finds nothing in a few rows says nothing; what finds something does.
+        weak = judged(rule, 0.01, 0, rows=15)
+        assert weak.outcome is Outcome.UNDECIDED
+        assert "a test that finds no difference in so few" in weak.sentence
+        assert judged(rule, 0.0, 0, rows=15).outcome is Outcome.FAILED
     elif rule.kind == "contains":
         assert judged(rule, 0.01, reach).outcome is Outcome.PASSED
         assert judged(rule, 0.03, reach).outcome is Outcome.FAILED
@@ -47,10 +52,10 @@ def test_each_rule_says_yes_no_and_that_it_cannot_tell(rule):
         unsure = judged(rule, good, 0.04)
         assert unsure.outcome is Outcome.UNDECIDED
         assert "Cannot tell with 40 rows" in unsure.sentence
+    few = judged(rule, good, reach, rows=4)
+    assert few.outcome is Outcome.UNDECIDED
+    assert "prove nothing" in few.sentence
     if rule.kind != "p-value":
-        few = judged(rule, good, reach, rows=4)
-        assert few.outcome is Outcome.UNDECIDED
-        assert "prove nothing" in few.sentence
         nothing = Estimate(0.0, math.nan, math.nan, 40)
         assert judge(rule.name, nothing, limit=BUDGET, **SAID).outcome is Outcome.UNDECIDED
     missing = judge(rule.name, None, reason=REFERENCE, limit=BUDGET)
