@@ -45,7 +45,7 @@ TOY = Preset(
     recipe=Recipe(epochs=(150,), batch_size=4, learning_rate=1e-2),
     grid=GRID,
 )
-NUM_RUNS = 2 + 2 * 2
+NUM_RUNS = 2 + 2
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def patched(sets, monkeypatch):
     pytest.importorskip("tyro")
     monkeypatch.setattr(tofu_recipe, "read_sets", lambda *_: sets)
     monkeypatch.setitem(tofu_presets.PRESETS, "checkpoint", TOY)
-    small = {"epochs": (40,), "learning_rate": (5e-3,), "alpha": (1.0, 5.0), "beta": (0.1,)}
+    small = {"epochs": (40,), "learning_rate": (5e-3,), "alpha": (1.0,), "beta": (0.1,)}
     monkeypatch.setitem(PUBLISHED, "NPO", PUBLISHED["NPO"]._replace(grid=small))
 
 
@@ -183,11 +183,13 @@ def test_a_sweep_from_end_to_end(toy_folder, tmp_path, capsys):
     assert "training on" not in said
     assert [f for f in files if f.stat().st_mtime_ns != times[f]] == [gone]
     again = json.loads(gone.read_text())
-    for key, value in before["numbers"].items():
-        assert again["numbers"][key] == pytest.approx(value, rel=1e-5), key
-    strict = [*more[:3], "strict", *more[4:]]
-    assert main(["tofu", *given, *strict]) == 2
-    assert "was made with another protocol" in capsys.readouterr().err
+    assert values_of(again) == pytest.approx(values_of(before), rel=1e-5)
+
+
+def values_of(record):
+    """The numbers that the model has."""
+    values = {name: x["value"] for name, x in record["numbers"].items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def rows_of(batch):
