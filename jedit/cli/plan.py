@@ -22,8 +22,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Tell what an edit of a model folder needs of each device: bytes, seconds, and what to change
-    where it does not fit. Weights are not read, and need not be there.
+    """Tell what an edit of a model folder needs of each device, and what to change if it is much.
+
+    Bytes and seconds of each phase, without the weights, which need not be there.
     """
 
     folder: tyro.conf.Positional[Path]
