@@ -50,7 +50,7 @@ MODELS = {
 }
 
 
-def row(name, number, method):
+def row(name, number, method, *, is_advised):
     """One line of the table, and what would make it fit."""
     mesh = None
     if number > 1:
@@ -65,12 +65,12 @@ def row(name, number, method):
         plan = counted(found, work)
         seconds = time.perf_counter() - begin
         better = []
-        if plan.peak > LIMIT:
+        if is_advised and plan.peak > LIMIT:
             better = advice(folder, work, found, LIMIT, mesh=mesh)[:1]
     sizes = (plan.weights, plan.masters, plan.sums, plan.factors)
     sizes += (max(phase.temporaries for phase in plan.phases), plan.peak)
     cells = [f"{size / 1e9:.3g}" for size in sizes]
-    told = "fits"
+    told = "fits" if plan.peak <= LIMIT else "does not"
     if better:
         told = f"{better[0].text.split(' (--')[0]}: {better[0].plan.peak / 1e9:.3g}"
         told += "" if better[0].plan.peak <= LIMIT else ", too much"
@@ -78,7 +78,7 @@ def row(name, number, method):
 
 
 HEADINGS = ("model", "devices", "method", "weights", "masters", "sums", "factors")
-HEADINGS += ("temporaries", "peak", "in", "to fit", "planned in, s")
+HEADINGS += ("temporaries", "peak", "in", "on 80 GB", "planned in, s")
 
 
 def main():
@@ -86,6 +86,7 @@ def main():
     parser.add_argument("--models", default="1B,8B,70B")
     parser.add_argument("--devices", default="1,8")
     parser.add_argument("--methods", default="natural,kfade")
+    parser.add_argument("--advice", action="store_true", help="say what would make it fit")
     given = parser.parse_args()
     numbers = [int(x) for x in given.devices.split(",")]
     jax.config.update("jax_platforms", "cpu")
@@ -95,7 +96,8 @@ def main():
     for name in given.models.split(","):
         for number in numbers:
             for method in given.methods.split(","):
-                print("| " + " | ".join(row(name, number, method)) + " |", flush=True)
+                cells = row(name, number, method, is_advised=given.advice)
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
