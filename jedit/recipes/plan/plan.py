@@ -13,7 +13,8 @@ compiler (`jedit.recipes.plan.programs`):
                  and those of the loop that overwrites its own
     look         W + M + B + 3 C + 4 T + a price
     recovery     W + M + B + 3 C + 8 T + a step
-    attack       W + M + B + C + 3 T + four times W + M + a step
+    attack       W + M + B + C + 3 T + four copies of all parameters, masters for what is edited, +
+                 a step
     edit         K-FADE: W + B + C + 2 T, the change and a gradient or a direction + a gradient, or
                  a price
 """
