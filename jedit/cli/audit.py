@@ -20,7 +20,7 @@ class AuditOptions:
     """Folder of the edited one: of the same family, shape and vocabulary."""
     data: Path
     """Rows of the original model (JSON lines: question, answer). Optional fields are those of
-    `jedit run`: paraphrased_question, paraphrased_answer, perturbed_answer, forget_span."""
+    `jedit forget`: paraphrased_question, paraphrased_answer, perturbed_answer, forget_span."""
     forget: str
     """Rows that were to be forgotten: a file, FIELD=VALUE[,VALUE], or rows=START:STOP."""
     retain: str = "rest"

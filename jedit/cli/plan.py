@@ -22,9 +22,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Tell what an edit of a folder needs of each device, and what to change where it does not fit.
+    """Tell what an edit of a model folder needs of each device, and what to change if it is much.
 
-    Bytes and seconds are told. Weights are not read, and need not be there.
+    Bytes and seconds of each phase, without the weights, which need not be there.
     """
 
     folder: tyro.conf.Positional[Path]
@@ -34,7 +34,7 @@ class PlanOptions:
     mesh: str | None = None
     """Devices that share it, such as data=4,model=2; they need not be there."""
     method: Literal["natural", "kfade"] = "natural"
-    """As `jedit run --model` takes it."""
+    """As `jedit forget` takes it."""
     forget: int = 400
     """Number of rows to forget."""
     retain: int = 2500

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-MATMUL = 2048  # the rate is that of float32 products of this size
+from jedit.recipes.environment import matmul_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +28,7 @@ class Work:
     segment: int = 8
 
 
-def matmul_rate(size: int = MATMUL, repeats: int = 3) -> float:
-    """Flops a second of a float32 matrix product, right now."""
-    x = jnp.ones((size, size), jnp.float32)
-    jax.block_until_ready(_product(x))
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        jax.block_until_ready(_product(x))
-    return 2 * size**3 * repeats / (time.perf_counter() - begin)
-
-
-@jax.jit
-def _product(x):
-    return x @ x
-
-
-def measure(work: Work, floor: float, repeats: int, size: int = MATMUL) -> dict:
+def measure(work: Work, floor: float, repeats: int, size: int = 2048) -> dict:
     """Run the job `repeats` times after a segment that compiles and warms up.
 
     Returns:

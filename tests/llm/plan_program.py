@@ -2,9 +2,12 @@
 
     python -m tests.llm.plan_program FOLDER METHOD ROWS LENGTH
 
-It says "ready" when everything is imported, waits for a line, edits, and says "done".
+It says "ready" when everything is imported, waits for a line, edits, and says "done". With the
+method "mesh" it says in JSON what a device holds of the arrays that are really made on all the
+devices of the process, and what was planned.
 """
 
+import json
 import sys
 
 import jax
@@ -18,6 +21,7 @@ from jedit.data import batches
 from jedit.methods import Ascent, kfade
 from jedit.models import load_model
 from jedit.recipes.folders.places import SELECT
+from jedit.recipes.plan.plan import Work, plan
 from jedit.requests import Forgetting, Natural, Recovery
 
 
@@ -28,7 +32,7 @@ def rows(number, length, vocab, seed):
 
 
 def edit(folder, method, number, length):
-    """Load, fit and edit, as `jedit run --model` does."""
+    """Load, fit and edit, as `jedit forget` does."""
     apply, params, config = load_model(folder)
     forget, retain = (rows(n, length, config.vocab_size, n) for n in (number // 2, number))
     key = jax.random.key(0)
@@ -44,7 +48,32 @@ def edit(folder, method, number, length):
     return jax.block_until_ready(made.blocks)
 
 
+def on_mesh(folder, number, length):
+    """Bytes on the first device, of the parameters, the sums and the curvature."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    apply, params, config = load_model(folder, mesh=mesh)
+    place = jax.NamedSharding(mesh, jax.P("data"))
+    retain = jax.device_put(rows(number, length, config.vocab_size, 0), place)
+    estimator = kfac(apply, Categorical(), select=SELECT)
+    sums = estimator.init(params, retain)
+    curvature = estimate(estimator, params, retain, key=jax.random.key(0))
+    made = [held((params,)), held((sums,)), held((curvature.factors,))]
+    work = Work("kfade", forget=8, retain=number, max_len=length + 1, batch_size=number)
+    told = plan(folder, work, mesh=mesh)
+    return {"made": made, "told": [told.weights, told.sums, told.factors], "all": told.num_devices}
+
+
+def held(tree):
+    device = jax.local_devices()[0]
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
 def main(folder, method, number, length):
+    if method == "mesh":
+        sys.stdout.write(json.dumps(on_mesh(folder, int(number), int(length))))
+        return
     jax.block_until_ready(jax.numpy.zeros(1))
     sys.stdout.write("ready\n")
     sys.stdout.flush()

@@ -1,5 +1,6 @@
 """`jedit plan`: its bytes beside those that an edit really takes, in a process of its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from jedit.core.paths import parameter_paths
 from jedit.models import load_model
 from jedit.models.shapes import load_shapes
 from jedit.recipes.plan.plan import Work, plan
-from tests.conftest import ROOT
+from tests.conftest import COMPILE_FLAGS, ROOT
 from tests.llm.random_folder import CONFIGS, write_config, write_random
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "rank_promotion")
@@ -48,17 +49,16 @@ def config(size):
 def mapped(pid):
     """Bytes of a process's anonymous memory that lie outside of its heap."""
     status = Path(f"/proc/{pid}/status").read_text()
-    found = int(re.search(r"RssAnon:\s*(\d+)", status)[1])
-    where = ""
-    with Path(f"/proc/{pid}/smaps").open() as lines:
+    found = int(re.search(r"RssAnon:\s*(\d+)", status)[1]) * 1024
+    is_heap = False
+    with Path(f"/proc/{pid}/maps").open() as lines:
         for line in lines:
-            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                before, where = where, line.split()[-1]
-                if before == "[heap]" != where:  # its pieces lie side by side; the rest is long
-                    break
-            elif where == "[heap]" and line.startswith("Anonymous:"):
-                found -= int(line.split()[1])
-    return found * 1024
+            if line.endswith("[heap]\n"):
+                begin, end = (int(x, 16) for x in line.split()[0].split("-"))
+                found, is_heap = found - (end - begin), True
+            elif is_heap:  # its pieces lie side by side, and the rest is long
+                break
+    return found
 
 
 def measured(folder, method):
@@ -99,7 +99,7 @@ def planned(folder, method):
     return plan(folder, work)
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is read from /proc")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("method", ["kfade", "natural"])
 @pytest.mark.parametrize(
     "size",
@@ -109,7 +109,30 @@ def test_an_edit_takes_what_was_planned(size, method, tmp_path):
     """Within 20 percent, of the resident memory as the system counts it."""
     folder = write_config(config(size), tmp_path / size, scale=0.02)
     found, told = measured(folder, method), planned(folder, method)
-    assert told.peak == pytest.approx(found, rel=0.2), (found / 2**20, told)
+    parts = {phase.name: round(phase.peak / 2**20) for phase in told.phases}
+    assert told.peak == pytest.approx(found, rel=0.2), (found / 2**20, parts)
+
+
+def test_on_a_mesh_a_device_holds_what_was_planned(tmp_path):
+    """Parameters, sums and factors that are really made, split over four by two devices."""
+    folder = write_random("llama", tmp_path / "llama")
+    flags = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
+    printed = subprocess.run(
+        [sys.executable, "-m", "tests.llm.plan_program", str(folder), "mesh", "8", "6"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    found = json.loads(printed)
+    assert found["all"] == 8
+    assert found["told"][0] == found["made"][0]
+    # The sums of the inputs themselves and the counts are in the one number and not in the other.
+    assert found["told"][1] == pytest.approx(found["made"][1], rel=0.1)
+    assert found["told"][2] == pytest.approx(found["made"][2], rel=0.02)
+    one = plan(folder, Work("kfade", forget=8, retain=8, max_len=7))
+    assert one.sums > 3 * found["told"][1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -127,3 +150,37 @@ def test_shapes_are_those_of_the_loaded_model(name, tmp_path):
     some = {path: shape for path, shape in found.items() if not re.match(r"layers/[1-9]", path)}
     assert some.items() <= {p: (x.shape, x.dtype) for p, x in parameter_paths(three)}.items()
     assert any(path.startswith("layers/2/") for path, _ in parameter_paths(three))
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    """A folder of a configuration alone: a plan, what does not fit, and what is refused."""
+    pytest.importorskip("tyro")
+    from jedit.cli.main import main
+
+    folder = write_random("llama", tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    given = ["plan", str(folder), "--max-len", "17", "--forget", "8", "--retain", "40"]
+    given += ["--method", "kfade", "--rate", "1e9"]
+    assert main(given) == 0
+    shown = capsys.readouterr().out
+    assert "decompose" in shown
+    assert "at 0.001 Tflop/s" in shown
+    assert "Give --memory GIB" in shown
+    assert main([*given, "--memory", "1"]) == 0
+    assert "It fits in 1 GiB" in capsys.readouterr().out
+    assert main([*given, "--memory", "1e-6"]) == 0
+    shown = capsys.readouterr().out
+    assert "It does not fit" in shown
+    for change in ("group_bytes=", "offload=True", "max_dim=", "layer 0 alone", "--batch-size 4"):
+        assert change in shown, change
+    for more, sentence in (
+        (["--select", "nothing"], "'nothing' matches no"),
+        (["--mesh", "data=two"], "is not of the form data=4,model=2"),
+        (["--memory", "0"], "--memory must be positive"),
+        (["--max-len", "1"], "max_len must be at least 2"),
+        (["--method", "natural", "--offload"], "offload is of K-FADE alone"),
+    ):
+        assert main([*given, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err

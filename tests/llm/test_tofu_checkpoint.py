@@ -183,7 +183,7 @@ def test_the_command_from_end_to_end(folder, sets, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(tofu_recipe, "read_sets", lambda *_: sets)
     monkeypatch.setitem(tofu_presets.PRESETS, "checkpoint", TOY)
     out = tmp_path / "out"
-    given = ["run", "tofu", "--preset", "checkpoint", "--model", str(folder), "--out", str(out)]
+    given = ["tofu", "--preset", "checkpoint", "--model", str(folder), "--out", str(out)]
     assert main([*given, "--save", "NPO"]) == 0
     (found,) = json.loads((out / "results.json").read_text())["comparisons"]
     methods = ["K-FADE (K-FAC)", "K-FADE (EK-FAC)", "NPO"]

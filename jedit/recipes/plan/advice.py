@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jedit.core.paths import selected_paths
+from jedit.core.paths import parameter_paths, selected_paths
 from jedit.recipes.plan import programs
 from jedit.recipes.plan.plan import Asked, Plan, Work, asked, counted, sizes_of
 
@@ -112,7 +112,7 @@ def _diagonal(work: Work, found: Asked, before: Plan) -> Iterator[Advice]:
 
 def _fewer_layers(work: Work, found: Asked) -> Iterator[Advice]:
     """Yield edits of the layers in the middle, half of those that are selected, and fewer."""
-    paths = [path for path, _ in programs.parameter_paths(found.plain.params)]
+    paths = [path for path, _ in parameter_paths(found.plain.params)]
     chosen = selected_paths(paths, work.select)
     layers = sorted({int(m[1]) for path in chosen if (m := re.match(r"layers/(\d+)/", path))})
     for parts in PARTS:

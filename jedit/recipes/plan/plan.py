@@ -13,7 +13,8 @@ compiler (`jedit.recipes.plan.programs`):
                  and those of the loop that overwrites its own
     look         W + M + B + 3 C + 4 T + a price
     recovery     W + M + B + 3 C + 8 T + a step
-    attack       W + M + B + C + 3 T + four times W + M + a step
+    attack       W + M + B + C + 3 T + four copies of all parameters, masters for what is edited, +
+                 a step
     edit         K-FADE: W + B + C + 2 T, the change and a gradient or a direction + a gradient, or
                  a price
 """
@@ -57,12 +58,12 @@ class Phase(NamedTuple):
     """
 
     name: str
-    held: float
-    temporaries: float
+    held: int
+    temporaries: int
     flops: float
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> int:
         """Return the most bytes that it holds at a time."""
         return self.held + self.temporaries
 
@@ -97,7 +98,7 @@ class Plan(NamedTuple):
     backend: str
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> int:
         """Return the most bytes that a device holds at a time."""
         return self.at_peak.peak
 
@@ -290,7 +291,7 @@ def counted(found: Asked, work: Work) -> Plan:
     fit = _fit(base, groups, factors, 4 * largest, work.offload)
     phases = [
         Phase("fit", fit[0], found.costs["fit"].bytes, passes * found.costs["fit"].flops),
-        Phase("decompose", fit[1], 0.0, 2 * OVER_FLOOR_EIGH * cubes),
+        Phase("decompose", fit[1], 0, 2 * OVER_FLOOR_EIGH * cubes),
     ]
     in_device = 0 if work.offload else factors
     rest = _kfade if work.method == "kfade" else _natural
@@ -311,21 +312,21 @@ def counted(found: Asked, work: Work) -> Plan:
 
 
 def _fit(
-    base: float, groups: Sequence[int], factors: int, workspace: float, is_offloaded: bool
-) -> tuple[float, float]:
+    base: int, groups: Sequence[int], factors: int, workspace: int, is_offloaded: bool
+) -> tuple[int, int]:
     """Return what is held while the sums are made, and while they are decomposed."""
     total, done = sum(groups), 0
     summing, decomposing = [], []
     for size in groups:
-        before = 0 if is_offloaded else factors * done / total
+        before = 0 if is_offloaded else factors * done // total
         summing.append(base + before + size)
         # The sums stay until all moments and eigenbases of the group are made.
-        decomposing.append(base + before + size + factors * size / total + workspace)
+        decomposing.append(base + before + size + factors * size // total + workspace)
         done += size
     return max(summing), max(decomposing)
 
 
-def _natural(found: Asked, work: Work, base: float, curvature: int, edit: int) -> list[Phase]:
+def _natural(found: Asked, work: Work, base: int, curvature: int, edit: int) -> list[Phase]:
     costs = found.costs
     step, price = costs["step"], costs["price"]
     looks = math.ceil(work.steps / EVERY)
@@ -346,7 +347,7 @@ def _natural(found: Asked, work: Work, base: float, curvature: int, edit: int) -
     return phases
 
 
-def _kfade(found: Asked, work: Work, base: float, curvature: int, edit: int) -> list[Phase]:
+def _kfade(found: Asked, work: Work, base: int, curvature: int, edit: int) -> list[Phase]:
     costs = found.costs
     batches = math.ceil(work.forget / work.batch_size)
     retained = math.ceil(work.retain / work.batch_size)

@@ -52,7 +52,7 @@ class Cost(NamedTuple):
         flops: floating-point operations of its matrix products, on all devices together.
     """
 
-    bytes: float
+    bytes: int
     flops: float
 
     def at(self, depth: int, other: "Cost", other_depth: int, wanted: int) -> "Cost":
@@ -60,7 +60,8 @@ class Cost(NamedTuple):
         if depth == other_depth:
             return self
         part = (wanted - depth) / (other_depth - depth)
-        return Cost(*(max(a + part * (b - a), 0.0) for a, b in zip(self, other, strict=True)))
+        found = [max(a + part * (b - a), 0.0) for a, b in zip(self, other, strict=True)]
+        return Cost(round(found[0]), found[1])
 
 
 class Model(NamedTuple):
