@@ -82,6 +82,15 @@ def sum_over_blocks(terms: Callable[[Batch], Total], batch: Batch, number: int) 
     return jax.lax.scan(add, zero, parts)[0]
 
 
+def pieces_of(apply: Apply, params: PyTree, batch: Batch) -> list[Batch]:
+    """Return a batch in blocks of rows, for a program that is called with one after the other."""
+    number = num_blocks(jax.eval_shape(apply, params, batch.inputs))
+    if number == 1:
+        return [batch]
+    parts = cut(batch, number)
+    return [jax.tree.map(lambda x, j=j: x[j], parts) for j in range(number)]
+
+
 def cut(batch: Batch, number: int) -> Batch:
     """Return a batch whose arrays lead with the blocks, and then with a block's rows.
 

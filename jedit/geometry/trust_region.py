@@ -25,7 +25,7 @@ from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import check_contents, counted_outputs
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import exponents, shifted, wide
-from jedit.core.row_blocks import in_row_blocks
+from jedit.core.row_blocks import pieces_of
 from jedit.curvature import Curvature, quadratic_form, quadratic_kl
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 from jedit.geometry.parts import ahead, moved, part_of, with_part
@@ -114,8 +114,9 @@ class RetainKl:
     """A function that prices a change of parameters: KL(θ₀ ‖ θ) on the retain batches.
 
     θ₀'s outputs are kept if those of all batches are `kept_bytes` at most. Beyond that they are
-    computed anew for each batch and each evaluation, which then costs two forward passes instead of
-    one, with as many rows at a time as `jedit.core.row_blocks` allows.
+    computed anew for each batch and each evaluation, by the same program: the numbers are the
+    same, to the bit, and an evaluation costs two forward passes instead of one. Batches with large
+    outputs are gone through in blocks of rows (`jedit.core.row_blocks`).
 
     Attributes:
         batches: the retain batches, on which the KL is measured.
@@ -152,15 +153,16 @@ class RetainKl:
         self.batches = batch_list(retain, "retain")
         refuse_tracers("a retain KL", (params, self.batches), "measure it outside")
         self._apply, self._likelihood, self._params = apply, likelihood, params
-        self._counts = [num_counted(apply, likelihood, params, batch) for batch in self.batches]
+        self._pieces = [p for batch in self.batches for p in pieces_of(apply, params, batch)]
+        self._counts = [num_counted(apply, likelihood, params, piece) for piece in self._pieces]
         if not sum(self._counts):
             raise ValueError(
                 f"the {len(self.batches)} retain batches count no output, so no KL can be measured"
             )
-        sizes = [_num_bytes(apply, params, batch) for batch in self.batches]
+        sizes = [_num_bytes(apply, params, piece) for piece in self._pieces]
         self._base = None
         if sum(sizes) <= kept_bytes:
-            self._base = [_outputs(apply, params, batch) for batch in self.batches]
+            self._base = [_outputs(apply, params, piece) for piece in self._pieces]
 
     @on_auto_axes
     def __call__(
@@ -179,20 +181,29 @@ class RetainKl:
             alpha: how many times the move is made.
             start: the change that the move begins at, by path; None: none.
         """
+        start = start or {}
+        # Leaf by leaf, so that nothing of the move's size is there in float32 but the move.
+        there = with_part(
+            self._params,
+            {
+                path: _moved_leaf(param, start.get(path), move.get(path), alpha)
+                for path, param in part_of(self._params, {**start, **move}).items()
+            },
+        )
 
         def kl(i: int):
-            base = None if self._base is None else self._base[i]
-            where = (self._params, start or {}, move, alpha)
-            return _moved_kl(self._apply, self._likelihood, *where, base, self.batches[i])
+            piece = self._pieces[i]
+            base = self._base[i] if self._base else _outputs(self._apply, self._params, piece)
+            return _mean_kl(self._apply, self._likelihood, there, base, piece)
 
-        return self._mean(kl(i) for i in range(len(self.batches)))
+        return self._mean(kl(i) for i in range(len(self._pieces)))
 
     @on_auto_axes
     def predicted(self, change: Mapping[str, Array]) -> float:
         """Return the second-order KL of a change from θ₀, by path."""
         return self._mean(
-            _predicted_kl(self._apply, self._likelihood, self._params, batch, change)
-            for batch in self.batches
+            _predicted_kl(self._apply, self._likelihood, self._params, piece, change)
+            for piece in self._pieces
         )
 
     def _mean(self, values) -> float:
@@ -216,20 +227,19 @@ def _outputs(apply, params, batch):
     return apply(params, batch.inputs)
 
 
+@jax.jit
+def _moved_leaf(param, start, move, alpha):
+    begun = {} if start is None else {"": start}
+    step = {} if move is None else {"": move}
+    return moved({"": param}, ahead(begun, step, alpha))[""]
+
+
 @functools.partial(jax.jit, static_argnames=("apply", "likelihood"))
-def _moved_kl(apply, likelihood, params, start, move, alpha, base, batch):
+def _mean_kl(apply, likelihood, there, base, batch):
     """Return the mean KL of the original outputs from the moved params', over counted outputs."""
-    there = moved(params, ahead(start, move, alpha))
-
-    def values(outputs, rows):
-        here, before = outputs
-        counted = counted_outputs(rows, likelihood.lead_shape(here))
-        return jnp.where(counted, likelihood.kl(before, here), 0), counted
-
-    if base is None:
-        kl, counted = in_row_blocks(values, apply, (there, params), batch)
-    else:
-        kl, counted = values((apply(there, batch.inputs), base), batch)
+    outputs = apply(there, batch.inputs)
+    counted = counted_outputs(batch, likelihood.lead_shape(outputs))
+    kl = jnp.where(counted, likelihood.kl(base, outputs), 0)
     return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
 
 

@@ -86,7 +86,8 @@ def load_model(
         shardings: a function of a parameter's path and shape that says where it lies, in place of
             the mesh's.
         remat: the backward pass computes each layer anew from what entered it, so that gradients
-            keep one array a layer: for a third more arithmetic.
+            keep one array a layer: for a third more arithmetic. On a CPU XLA undoes this, unless
+            XLA_FLAGS has --xla_disable_hlo_passes=cse_barrier_expander.
 
     Returns:
         `(apply, params, config)`: `apply(params, tokens (batch, seq)) -> logits

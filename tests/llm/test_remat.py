@@ -53,7 +53,12 @@ def test_a_gradient_keeps_one_array_a_layer(name):
         module = huggingface._abstract(kind)
         apply, params = to_pure(module, functools.partial(huggingface._causal, kind.window, 0))
         apply = huggingface._by_the_usual_rules(apply)
-        step = jax.jit(jax.grad(lambda params, tokens: jnp.sum(apply(params, tokens) ** 2)))
+        # What `load_model` says of a CPU: the barriers that keep a layer from being computed early,
+        # and kept, have to be there until that is decided.
+        step = jax.jit(
+            jax.grad(lambda params, tokens: jnp.sum(apply(params, tokens) ** 2)),
+            compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"},
+        )
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         return step.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 

@@ -50,7 +50,9 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, rng = transformers.Qwen2Config(**SIZES), np.random.default_rng(0)
     tensors = {
-        name: (0.02 * rng.standard_normal(shape, np.float32)).astype(ml_dtypes.bfloat16)
+        name: (("norm" in name) + 0.02 * rng.standard_normal(shape, np.float32)).astype(
+            ml_dtypes.bfloat16
+        )
         for name, shape in shapes(config).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
