@@ -183,7 +183,7 @@ notebooks: .venv/.dev .venv-llm/.done
 
 .PHONY: $(wildcard notebooks/*.ipynb)
 $(wildcard notebooks/*.ipynb):
-	.venv$(if $(findstring /00_,$@),-llm)/bin/jupyter nbconvert --execute --to html \
+	.venv$(if $(findstring /00_,$@)$(findstring /07_,$@),-llm)/bin/jupyter nbconvert --execute --to html \
 	  --output-dir out/docs/notebooks --ExecutePreprocessor.timeout=600 $@
 
 # The files of methods besides: a file's header is its method's derivation.
