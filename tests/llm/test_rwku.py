@@ -25,7 +25,7 @@ from jedit.recipes.tokenization import load_words
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KINDS = ("prefix injection", "affirmative suffix", "incontext learning", "cross lingual (French)")
-METHODS = ("NPO", "RMU", "K-FADE (K-FAC)")
+METHODS = ("NPO", "K-FADE (K-FAC)")
 
 
 def probe(query, answer="abc", kind="cloze"):
@@ -113,7 +113,7 @@ def test_every_run_is_recorded_with_what_it_was_made_of(ran):
     # The labels of another seed's curvature are others.
     assert losses["K-FADE (K-FAC)", 0] != losses["K-FADE (K-FAC)", 1]
     found = json.loads((ran / "results.json").read_text())
-    assert [row["seeds"] for row in found["summary"]] == [[0], [0, 1], [0, 1], [0, 1]]
+    assert [row["seeds"] for row in found["summary"]] == [[0], [0, 1], [0, 1]]
     assert (
         "| NPO | beta 0.1, steps 2, batch size 8, learning rate 0.01 |"
         in (ran / "table.md").read_text()
@@ -164,7 +164,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(ran, data, folder, capsy
     gone = next(file for file in (ran / "runs").iterdir() if file.name.startswith("npo"))
     gone.unlink()
     assert main(command(data, folder, ran, "--seeds", "0", "1")) == 0
-    assert "6 of 7 runs stand in" in capsys.readouterr().err
+    assert "4 of 5 runs stand in" in capsys.readouterr().err
     after = records_of(ran)
     for name in before:
         assert after[name]["numbers"] == before[name]["numbers"]
