@@ -10,7 +10,7 @@ import transformers
 from numpy.testing import assert_allclose
 
 import jedit
-from jedit.models import huggingface, load_model, to_pure
+from jedit.models import huggingface, load_model
 from jedit.models.families.architecture import with_remat
 from jedit.objectives import GA
 from tests.llm.random_folder import COMMON, write_random
@@ -50,9 +50,7 @@ def test_a_gradient_keeps_one_array_a_layer(name):
 
     def memory(change):
         kind = change(huggingface.family_of(CONFIGS[name], jnp.float32))
-        module = huggingface._abstract(kind)
-        apply, params = to_pure(module, functools.partial(huggingface._causal, kind.window, 0))
-        apply = huggingface._by_the_usual_rules(apply)
+        apply, params = huggingface.pure_model(kind, huggingface.abstract_module(kind))
         # What `load_model` says of a CPU: the barriers that keep a layer from being computed early,
         # and kept, have to be there until that is decided.
         step = jax.jit(
