@@ -1,5 +1,6 @@
 """What a relearning attack brings back of an edit, with intervals, beside rows nobody ever knew."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, PyTree
 from jedit.attacks import relearn
 from jedit.core.batch import Apply, Batch
 from jedit.requests.unseen import row_losses, take
+from jedit.training.freezing import which_are_trained
+from jedit.training.masters import with_masters
 from jedit.training.rows import num_rows as rows_in
 
 LESSONS = 6  # the attack teaches every so many of the forget rows
@@ -24,7 +27,7 @@ class Comeback(NamedTuple):
 
     Attributes:
         before: (mean, low, high) of the forget rows under the edited model.
-        after: the same after the attack.
+        after: the same after the attack; NaN where that left the finite numbers.
         unseen: of the unseen rows under the edited model after the same attack with unseen rows for
             lessons: what teaching brings to rows that nothing is known of.
     """
@@ -43,21 +46,33 @@ def attacked(
     optimizer: optax.GradientTransformation,
     key: Array,
 ) -> Comeback:
-    """Teach every sixth row again, and ask about the others; the same with unseen rows."""
+    """Teach every sixth row again, and ask about the others; the same with unseen rows.
+
+    All is taught in float32 or wider: in narrower weights small steps are lost, or make NaN.
+    """
+    apply, params = with_masters(apply, params, which_are_trained(params, None))
 
     def taught_again(rows: Batch) -> tuple[np.ndarray, np.ndarray]:
         number = rows_in(rows)
         taught = np.arange(0, number, LESSONS)
         others = take(rows, np.delete(np.arange(number), taught))
-        found = relearn(
-            apply,
-            params,
-            take(rows, taught),
-            optimizer=optimizer,
-            looks=(LESSON_STEPS,),
-            measure=lambda p: np.exp(-row_losses(apply, p, others)),
-            key=jax.random.clone(key),  # the same attack on both
-        )
+
+        def measure(params: PyTree) -> np.ndarray:
+            return np.exp(-row_losses(apply, params, others))
+
+        try:
+            found = relearn(
+                apply,
+                params,
+                take(rows, taught),
+                optimizer=optimizer,
+                looks=(LESSON_STEPS,),
+                measure=measure,
+                key=jax.random.clone(key),  # the same attack on both
+            )
+        except FloatingPointError:  # the rate was too large, which ends no edit
+            before = measure(params)
+            return before, np.full_like(before, np.nan)
         return found.values[0], found.values[1]
 
     before, after = taught_again(forget)
@@ -70,7 +85,7 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     from scipy import stats
 
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) == 0:
+    if len(values) < 2 or np.ptp(values) == 0 or math.isnan(mean):
         return mean, mean, mean
     rng = np.random.default_rng(0)
     # SciPy 1.15 calls it `rng`, and takes the old name still.

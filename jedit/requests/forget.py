@@ -204,7 +204,7 @@ def forget(
             walk.begin_at(_rewound(params, rewind))
             back = _way_back(method, rewind)
             walk.go("rewind", back, rewind.steps, every=rewind.steps, is_raising=False)
-        if walk.stopped != "budget":
+        if walk.stopped == "steps" or (walk.stopped == "unseen" and walk.state.step):
             method, recovery = _natural(
                 method, how, apply, walk.state.params, seen, key=curvature_key
             )

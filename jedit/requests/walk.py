@@ -127,7 +127,7 @@ class Walk:
                     self._look(_difference(self._start, self.state.params), is_raising=is_raising)
                 # Where the budget ends the path what is left of it is no state of the loop's.
                 if self.stopped != "budget":
-                    save(self.state.step == end or self.stopped == "unseen")
+                    save(self.state.step == end or (is_raising and self.stopped == "unseen"))
         self.state = self.state._replace(optimizer_state=None)
 
     @contextlib.contextmanager
@@ -147,7 +147,7 @@ class Walk:
         with contextlib.closing(part):
             is_trained = which_are_trained(self.state.params, method.trainable)
             trained = split(self.state.params, is_trained)
-            fresh = jax.tree.map(jnp.copy, method.optimizer.init(trained))
+            fresh = method.optimizer.init(trained)
             by = (self._by.budget, self._by.significance, self._by.price.batches, self.level)
             given = (self._start, self._sets, self._key, name, numbers, by)
             begun = (trained, _moving(fresh))
@@ -161,6 +161,8 @@ class Walk:
                     self.change = _difference(self._start, reached)
                     self._rejudge()
 
+            # The state alone holds the curvatures from here on.
+            del trained, fresh, begun, moving, given, by
             saved = self.state.step
 
             def save(is_end: bool) -> None:
@@ -202,6 +204,8 @@ class Walk:
         if is_raising and self._is_past(now):
             now = self._back_to_unseen(now)
             self.state = self.state._replace(params=moved(self._start, now))
+            # As a run that goes on from here would find it, to the last bit.
+            now = _difference(self._start, self.state.params)
         spent, budget = self._by.price(now), self._by.budget
         is_over = budget is not None and not spent <= budget  # NaN is over, too
         if is_over:
@@ -215,9 +219,9 @@ class Walk:
 
     def back_to(self, change: dict[str, Array]) -> None:
         """Go back to what was edited before, with a look there."""
-        self.change = change
         self.state = self.state._replace(params=moved(self._start, change))
-        self._judge(self._by.price(change))
+        self.change = _difference(self._start, self.state.params)
+        self._judge(self._by.price(self.change))
 
     def _is_past(self, change: dict[str, Array] | None = None) -> bool:
         """Return whether the rows can be told from unseen ones by knowing less of them alone."""
@@ -229,14 +233,18 @@ class Walk:
         return p_value_of(self.level, score) <= least < p_value_of(score, self.level)
 
     def _back_to_unseen(self, now: dict[str, Array]) -> dict[str, Array]:
-        """Shorten the last piece of the path to where its rows are most like unseen ones."""
+        """Shorten the last piece of the path to where its rows are most like unseen ones.
+
+        Scores that are spread otherwise than those may be told by both tests there; then it ends
+        where the one that stops it passes.
+        """
         move, low, high = ahead(now, self.change, -1.0), 0.0, 1.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             score = self._scores(ahead(self.change, move, middle))
             # The one p-value falls along the path, as the other grows.
-            is_past = p_value_of(self.level, score) < p_value_of(score, self.level)
-            low, high = (low, middle) if is_past else (middle, high)
+            least = max(p_value_of(self.level, score), self._by.significance)
+            low, high = (low, middle) if least < p_value_of(score, self.level) else (middle, high)
         return ahead(self.change, move, high)
 
     def _scores(self, change: dict[str, Array]) -> np.ndarray:

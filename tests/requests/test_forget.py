@@ -401,6 +401,22 @@ def test_an_attack_brings_back_what_was_hidden(scene):
     assert len(info.comeback.unseen) == 3
 
 
+def test_an_attack_is_made_in_wide_weights_and_ends_no_edit(scene):
+    params, gone, kept, _ = scene
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), params)
+    # Of a weight without a gradient Adam divides 0 by 0 in float16, whose epsilon is nothing there.
+    shared = by_row(optax.sgd(0.1))._replace(trainable="shared")
+    how = Forgetting(method=shared, steps=2, attack=optax.adam(0.1))
+    _, info = forget(apply, narrow, gone, kept, key=KEY, how=how)
+    assert np.isfinite(info.comeback.after).all()
+    assert info.comeback.after != info.comeback.before
+    wild = dataclasses.replace(how, attack=optax.sgd(1e38))
+    edit, info = forget(apply, narrow, gone, kept, key=KEY, how=wild)
+    assert np.isnan(info.comeback.after).all()
+    assert np.isfinite(info.comeback.before).all()
+    assert edit.blocks
+
+
 def test_targets_and_test_by_hand():
     losses = np.array([3.0, 1.0, 2.0])
     level = np.array([10.0, 20.0, 30.0, 40.0])
