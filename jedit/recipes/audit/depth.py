@@ -23,7 +23,7 @@ from jedit.core.paths import exactly, parameter_paths
 from jedit.recipes.audit.estimates import BOOTSTRAP, Compared, gap_of, left_of, mean_of
 from jedit.recipes.audit.membership import level_of
 from jedit.recipes.audit.rows import Rows
-from jedit.recipes.audit.rules import REFERENCE, judge
+from jedit.recipes.audit.rules import REFERENCE, judge, worst_of
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tofu.membership import Answers, spread
 from jedit.report.audit_results import Estimate, Finding
@@ -31,7 +31,7 @@ from jedit.report.verdict import TELLING_GAP, wilson
 from jedit.tracing import find_sites, intervene
 
 # What a block writes into the residual stream, in every family of `jedit.models`.
-WRITES = re.compile(r"layers/(\d+)/(attn/(o_proj|attn_vec_einsum)|mlp/down_proj)/")
+WRITES = re.compile(r"layers/(\d+)/(attn/(o_proj|attn_vec_einsum)|mlp/down_proj)(/|$)")
 ROW_BATCH = 8  # rows of one pass in which all layers' states are kept; arbitrary
 NEEDS_RETRAINED = "a depth score compares with a --retrained model"
 
@@ -181,7 +181,7 @@ def lens_finding(found: Layers) -> Finding:
     told = {depth: share for depth, share in shares.items() if share is not None}
     if not told:
         return judge("lens", None, reason="there is one layer only")
-    worst = max(told, key=lambda depth: told[depth].value)
+    worst = worst_of("lens", told)
     layer = "the embedding" if worst == 0 else f"layer {worst} of {last}"
     return judge("lens", told[worst], layer=layer)
 
