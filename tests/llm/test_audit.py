@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from jedit.core.batch import Batch
@@ -78,7 +79,7 @@ def test_the_depth_score_of_the_two_ends(random_folder):
     never = jax.tree.map(lambda x: x + 0.3 * jnp.sin(7 * x), params)
     model, asked = asked_of(apply)
     finding, found = depth.depth_finding(model, params, never, never, asked)
-    if config.model_type == "gemma2":
+    if config.model_type != "llama":
         assert finding.outcome is Outcome.NOT_MEASURED
         return
     assert found.value == pytest.approx(1)
@@ -218,6 +219,11 @@ def test_folders_of_other_models_are_refused(stories_folder, tmp_path):
     refusal(words, "its tokenizer is not that of")
     (words / "config.json").write_text('{"model_type": ')
     refusal(words, "w: its config.json cannot be read")
+    padded = changed(stories_folder, tmp_path / "p")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(padded)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(padded)
+    assert open_models({"base": stories_folder, "edited": padded}, None, 64, 4).dtype == jnp.float32
     empty = tmp_path / "empty"
     empty.mkdir()
     refusal(empty, "empty")

@@ -195,7 +195,7 @@ def depth_finding(
     """
     stream = _stream(model.apply, original, asked)
     if not stream:
-        reason = "this family norms or scales what it adds to the residual stream"
+        reason = "what this family adds to the residual stream is normed, scaled or mixed"
         return judge("depth_score", None, reason=reason), None
     few, _ = spread(Answers(asked.rows, asked.answers))
     found = metrics.depth_score(model.apply, original, edited, retrained, few, layers=stream)
@@ -210,7 +210,8 @@ def depth_finding(
 def _stream(apply: Callable, params: PyTree, asked: Rows) -> tuple[tuple[str, ...], ...]:
     """Return by depth the sites that write into the residual stream; none if it is not plain.
 
-    It is not plain where a layer's last matrix is followed by a norm, or the embedding by a factor.
+    It is not plain where a layer's last matrix is followed by a norm, the embedding by a factor, or
+    where a layer mixes experts.
     """
     sites = list(find_sites(apply, params, asked.answers[0].inputs))
     layers: dict[int, list[str]] = {}

@@ -69,12 +69,12 @@ def open_models(
     """
     base = folders["base"]
     config = _config(base)
-    dtype = jnp.dtype(jnp.result_type(*(stored_dtype(folder) for folder in folders.values())))
     words = load_words(tokenizer or base)
     for role, folder in folders.items():
         if role != "base":
             _check_config(base, config, folder, _config(folder))
             _check_words(tokenizer or base, words.tokenizer, folder)
+    dtype = jnp.dtype(jnp.result_type(*(stored_dtype(folder) for folder in folders.values())))
     # A padding token that was added to the tokenizer alone is no token of any row.
     special = set(words.tokenizer.all_special_ids)
     largest = max(set(words.tokenizer.get_vocab().values()) - special)
