@@ -176,6 +176,8 @@ def test_a_destroyed_folder_is_audited_to_the_end(stories_folder, stories_model,
     data, unseen = tmp_path / "rows.jsonl", tmp_path / "unseen.jsonl"
     write_rows(data, [row._replace(fields={"who": f"Lily{i % 2}"}) for i, row in enumerate(ROWS)])
     write_rows(unseen, UNSEEN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "salt.txt").write_text("ab" * 32 + "\n")  # an earlier audit's, kept
     given = ["--base", stories_folder, "--edited", edited, "--data", data, "--unseen", unseen]
     given += ["--out", tmp_path / "out", "--forget", "who=Lily1", "--rates", "1e-3"]
     assert main(["audit", *map(str, given), "--max-len", "64", "--rows", "6"]) == 0
@@ -184,6 +186,7 @@ def test_a_destroyed_folder_is_audited_to_the_end(stories_folder, stories_model,
     assert "not finite" in found["difference"]
     rules = {f["rule"]: f for section in found["sections"] for f in section["findings"]}
     assert rules["relearning"]["outcome"] == "not_measured"
+    assert (tmp_path / "out" / "salt.txt").read_text().strip() == "ab" * 32
     assert "who=..." in found["command"]
     assert "Lily1" not in text
     if found["rows"][1]["given"] >= 5:
@@ -213,9 +216,10 @@ def test_folders_of_other_models_are_refused(stories_folder, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     refusal(broken, "final_norm")
     words = changed(stories_folder, tmp_path / "w")
-    text = (words / "tokenizer.json").read_text()
-    (words / "tokenizer.json").write_text(text.replace('"▁Once"', '"▁Twice"', 1))
-    assert text != (words / "tokenizer.json").read_text()
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
     refusal(words, "its tokenizer is not that of")
     (words / "config.json").write_text('{"model_type": ')
     refusal(words, "w: its config.json cannot be read")
