@@ -16,6 +16,7 @@ The rows taught are the first of one random order, so a larger share contains th
 rows behind the largest share are never taught; at every point they are what is measured.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -199,7 +200,7 @@ def taught_by_share(
         key: key of the order in which rows are taught.
 
     Returns:
-        What was measured, by share, rate and number of updates.
+        What was measured, by share, rate and number of updates; NaN where training diverged.
 
     Raises:
         ValueError: what `relearning_curve` refuses.
@@ -225,7 +226,7 @@ def taught_by_share(
     optimizers = [attacker.optimizer(rate) for rate in rates]
     values = [
         [
-            relearn(
+            relearned_values(
                 apply,
                 params,
                 first(count),
@@ -234,7 +235,7 @@ def taught_by_share(
                 measure=lambda params: measure(params, asked),
                 key=jax.random.clone(teach_key),  # the same draws for all, on purpose
                 batch_size=attacker.batch_size,
-            ).values
+            )
             for optimizer in optimizers
         ]
         for count in taught
@@ -245,6 +246,34 @@ def taught_by_share(
         steps=np.asarray((0, *attacker.looks)),
         values=np.asarray(values),
     )
+
+
+def relearned_values(
+    apply: Apply,
+    params: PyTree,
+    rows: Batch,
+    *,
+    looks: Sequence[int],
+    measure: Callable[[PyTree], Any],
+    **given: Any,
+) -> Shaped[np.ndarray, "steps *measured"]:
+    """Return what `relearn` measures, and NaN for the looks that training did not live to see.
+
+    Takes the arguments of `relearn`; `measure` returns a number, or an array of one shape.
+
+    Raises:
+        ValueError: what `relearn` refuses.
+    """
+    values: list[np.ndarray] = []
+
+    def keep(params: PyTree) -> None:
+        values.append(np.asarray(measure(params)))
+
+    # A rate that breaks the model is a failed attack, and no reason to lose the others.
+    with contextlib.suppress(FloatingPointError):
+        relearn(apply, params, rows, looks=looks, measure=keep, **given)
+    lost = 1 + len(looks) - len(values)
+    return np.asarray([*values, *[np.full(values[0].shape, np.nan)] * lost])
 
 
 def _best(

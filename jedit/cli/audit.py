@@ -1,5 +1,8 @@
 """`jedit audit`: what an edited folder has forgotten, what is left, and what it cost."""
 
+import importlib.util
+import itertools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from jedit.cli.stages import Stages
 from jedit.core.checks import COUNT, POSITIVE, Range, check_numbers
 
 AUDIT_OUT = Path("out/audit")
+ROWS = ("--forget", "--retain")
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class AuditOptions:
     group: str | None = None
     """Field of the rows to keep by which the cost is told apart (author, topic, ...)."""
     salt: Path | None = None
-    """Salt of an earlier audit (its salt.txt), so that rows have the same hashes; None: a new
-    one."""
+    """Salt of an earlier audit (its salt.txt), so that rows have the same hashes; None: that of
+    the audit in --out, or a new one."""
     seed: int = 0
     """Of the drawn answers and the attacks' order of rows."""
 
@@ -68,6 +72,7 @@ def audit_command(options: AuditOptions, command: str) -> int:
     from jedit.report.audit_page import check_audit_destination, write_audit
 
     _check_numbers(options)
+    _check_packages()
     folders = {"base": options.base, "edited": options.edited}
     if options.retrained is not None:
         folders["retrained"] = options.retrained
@@ -82,7 +87,7 @@ def audit_command(options: AuditOptions, command: str) -> int:
 
     from jedit.recipes.audit import Settings, audit
     from jedit.recipes.audit.comeback import Spending
-    from jedit.recipes.audit.rows import RowSets, new_salt, read_salt
+    from jedit.recipes.audit.rows import SALT_FILE, RowSets, new_salt, read_salt
 
     settings = Settings(
         max_len=options.max_len,
@@ -96,7 +101,9 @@ def audit_command(options: AuditOptions, command: str) -> int:
     )
     stages = Stages()
     try:
-        salt = new_salt() if options.salt is None else read_salt(options.salt)
+        earlier = options.out / SALT_FILE
+        source = earlier if options.salt is None and earlier.exists() else options.salt
+        salt = new_salt() if source is None else read_salt(source)
         with stages:
             found = audit(
                 folders,
@@ -104,7 +111,7 @@ def audit_command(options: AuditOptions, command: str) -> int:
                 settings,
                 tokenizer=options.tokenizer,
                 salt=salt,
-                command=command,
+                command=_without_values(command),
                 say=stages,
             )
     except (ValueError, ImportError) as error:
@@ -140,8 +147,38 @@ def _check_folders(options: AuditOptions, folders: dict[str, Path]) -> None:
             raise UsageError(f"{name} {folder}: there is no such folder.")
         if folder.resolve().is_relative_to(options.out.resolve()):
             raise UsageError(f"{folder}: lies within --out, which is replaced; give another --out.")
-    if options.base.resolve() == options.edited.resolve():
-        raise UsageError(f"--base and --edited are one folder, {options.base}.")
+    for name in ("base", "retrained"):
+        if name in folders and folders[name].resolve() == options.edited.resolve():
+            raise UsageError(f"--{name} and --edited are one folder, {folders[name]}.")
+
+
+def _without_values(command: str) -> str:
+    """Return the command line without the values of fields that choose rows: they may be names."""
+    words, hidden = shlex.split(command), []
+    for before, word in itertools.pairwise(["", *words]):
+        option, sign, given = word.partition("=")
+        if option in ROWS and sign:
+            hidden.append(f"{option}={_without_value(given)}")
+        else:
+            hidden.append(_without_value(word) if before in ROWS else word)
+    return shlex.join(hidden)
+
+
+def _without_value(chosen: str) -> str:
+    field, sign, _ = chosen.partition("=")
+    is_open = not sign or field.strip() == "rows" or Path(chosen).is_file()
+    return chosen if is_open else f"{field}=..."
+
+
+def _check_packages() -> None:
+    """Refuse to begin what would end hours later for want of a package.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    for name in ("jinja2", "matplotlib", "qwix", "rouge_score", "scipy", "sklearn"):
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"jedit audit needs {name}: pip install 'jedit[demo]'")
 
 
 def _check_numbers(options: AuditOptions) -> None:

@@ -58,7 +58,7 @@ def write_audit(audit: Audit, out: Path, *, salt: bytes) -> Path:
     """Write the page, the numbers, and the salt of the rows' hashes, and return the page's path.
 
     The salt's file is for its owner's eyes alone; it stands in no other file. An earlier audit
-    there is replaced, all of it at once.
+    there is replaced, all of it at once.  Where the page cannot be made, the numbers stand there.
 
     Raises:
         ValueError: a destination that `check_audit_destination` refuses.
@@ -68,11 +68,17 @@ def write_audit(audit: Audit, out: Path, *, salt: bytes) -> Path:
     def write(new: Path) -> None:
         text = json.dumps(audit_json(audit), indent=1, allow_nan=False, ensure_ascii=False)
         (new / NUMBERS).write_text(text + "\n", encoding="utf-8")
-        (new / PAGE).write_text(audit_page(audit), encoding="utf-8")
         (new / SALT).touch(mode=0o600)
         (new / SALT).write_text(salt.hex() + "\n", encoding="ascii")
+        try:
+            (new / PAGE).write_text(audit_page(audit), encoding="utf-8")
+        except Exception as error:  # raised below, when the numbers are safe
+            failed.append(error)
 
+    failed: list[Exception] = []
     replace_folder(out, write)
+    if failed:
+        raise failed[0]
     return out / PAGE
 
 

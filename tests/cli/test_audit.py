@@ -1,9 +1,11 @@
 """`jedit audit` refuses, before any work, what it can do nothing with."""
 
+import importlib.util
 import json
 
 import pytest
 
+from jedit.cli.audit import _without_values
 from jedit.cli.main import main
 
 
@@ -50,6 +52,23 @@ def test_what_cannot_be_used_is_named(given, capsys, name, value, sentence):
 
 def test_one_folder_twice_is_no_audit(given, capsys):
     assert "are one folder" in fails(capsys, given, edited=given["base"])
+    assert "--retrained and --edited" in fails(capsys, given, retrained=given["edited"])
+
+
+def test_a_missing_package_is_named_before_the_work(given, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "qwix" else found(name, *a)
+    )
+    assert "jedit audit needs qwix: pip install 'jedit[demo]'" in fails(capsys, given)
+
+
+def test_values_that_choose_rows_are_in_no_report():
+    command = "jedit audit --forget 'author=Jane Doe' --retain=author=Bo --rates 1 --group author"
+    told = _without_values(command)
+    assert told == command.replace("'author=Jane Doe'", "author=...").replace("Bo", "...")
+    for same in ("jedit audit --forget rows=0:4", "jedit audit --forget rest --data a=b"):
+        assert _without_values(same) == same
 
 
 def test_a_model_that_the_report_would_replace(given, capsys, tmp_path):

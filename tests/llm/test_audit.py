@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from jedit.core.batch import Batch
@@ -25,7 +26,7 @@ from tests.llm.random_folder import write_random
 from tests.llm.test_forget_command import ROWS, UNSEEN
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-FAMILIES = ("llama", "gemma2")
+FAMILIES = ("llama", "gemma2", "qwen3_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -78,7 +79,7 @@ def test_the_depth_score_of_the_two_ends(random_folder):
     never = jax.tree.map(lambda x: x + 0.3 * jnp.sin(7 * x), params)
     model, asked = asked_of(apply)
     finding, found = depth.depth_finding(model, params, never, never, asked)
-    if config.model_type == "gemma2":
+    if config.model_type != "llama":
         assert finding.outcome is Outcome.NOT_MEASURED
         return
     assert found.value == pytest.approx(1)
@@ -166,6 +167,32 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     assert (tmp_path / "out" / "index.html").read_text().count('<img class="figure"') == 3
 
 
+def test_a_destroyed_folder_is_audited_to_the_end(stories_folder, stories_model, tmp_path):
+    pytest.importorskip("tyro")
+    from jedit.cli.main import main
+
+    broken = jax.tree.map(lambda x: jnp.nan * x, stories_model[1])
+    edited = save_model(broken, tmp_path / "edited", source=stories_folder)
+    data, unseen = tmp_path / "rows.jsonl", tmp_path / "unseen.jsonl"
+    write_rows(data, [row._replace(fields={"who": f"Lily{i % 2}"}) for i, row in enumerate(ROWS)])
+    write_rows(unseen, UNSEEN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "salt.txt").write_text("ab" * 32 + "\n")  # an earlier audit's, kept
+    given = ["--base", stories_folder, "--edited", edited, "--data", data, "--unseen", unseen]
+    given += ["--out", tmp_path / "out", "--forget", "who=Lily1", "--rates", "1e-3"]
+    assert main(["audit", *map(str, given), "--max-len", "64", "--rows", "6"]) == 0
+    text = (tmp_path / "out" / "audit.json").read_text()
+    found = json.loads(text)
+    assert "not finite" in found["difference"]
+    rules = {f["rule"]: f for section in found["sections"] for f in section["findings"]}
+    assert rules["relearning"]["outcome"] == "not_measured"
+    assert (tmp_path / "out" / "salt.txt").read_text().strip() == "ab" * 32
+    assert "who=..." in found["command"]
+    assert "Lily1" not in text
+    if found["rows"][1]["given"] >= 5:
+        assert rules["retain_kl"]["outcome"] == "failed"
+
+
 def changed(folder, out, **settings):
     """A copy with another configuration."""
     shutil.copytree(folder, out)
@@ -189,12 +216,18 @@ def test_folders_of_other_models_are_refused(stories_folder, tmp_path):
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     refusal(broken, "final_norm")
     words = changed(stories_folder, tmp_path / "w")
-    text = (words / "tokenizer.json").read_text()
-    (words / "tokenizer.json").write_text(text.replace('"▁once"', '"▁twice"', 1))
-    if text != (words / "tokenizer.json").read_text():
-        refusal(words, "its tokenizer is not that of")
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refusal(words, "its tokenizer is not that of")
     (words / "config.json").write_text('{"model_type": ')
     refusal(words, "w: its config.json cannot be read")
+    padded = changed(stories_folder, tmp_path / "p")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(padded)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(padded)
+    assert open_models({"base": stories_folder, "edited": padded}, None, 64, 4).dtype == jnp.float32
     empty = tmp_path / "empty"
     empty.mkdir()
     refusal(empty, "empty")
@@ -210,6 +243,10 @@ def test_what_does_not_compute_may_differ_and_the_widest_dtype_is_read(stories_f
     assert one.sha256 != two.sha256  # their configurations are not the same bytes
     params = models.load("base")
     assert difference(params, models.load("edited"))[0] == 0
+    broken = jax.tree.map(lambda x: jnp.nan * x, params)
+    relative, sentence = difference(params, broken)
+    assert relative == float("inf")
+    assert "hold numbers that are not finite" in sentence
     half = jax.tree.map(lambda x: 0.5 * x, params)
     relative, sentence = difference(params, half)
     assert relative == pytest.approx(0.5)

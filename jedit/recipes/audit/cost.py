@@ -36,9 +36,9 @@ class Kept(NamedTuple):
 
 def measures_of(kept: Kept) -> list[Measure]:
     """Return the measures of the rows to keep by model."""
-    kls = {"edited": mean_of(kept.kl)}
+    kls = {"edited": mean_of(kept.kl, is_share=False)}
     if kept.retrained_kl is not None:
-        kls["retrained"] = mean_of(kept.retrained_kl)
+        kls["retrained"] = mean_of(kept.retrained_kl, is_share=False)
     measures = [
         Measure("kl", "KL to the original model, nats per token", BOOTSTRAP, kls),
         Measure(
@@ -95,7 +95,7 @@ def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure]
     measures = []
     for name in order[:MOST_GROUPS]:
         chosen = np.asarray(places[name])
-        found = {"kl": mean_of(kept.kl[chosen])}
+        found = {"kl": mean_of(kept.kl[chosen], is_share=False)}
         for role in ("base", "edited"):
             found[role] = perplexity_of(kept.said[role].loss[chosen])
         measures.append(Measure(name, f"{field}: {name}", BOOTSTRAP, found))
@@ -111,7 +111,7 @@ def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure]
 
 def findings_of(kept: Kept, budget: float) -> list[Finding]:
     """Judge by the rules of this section."""
-    findings = [judge("retain_kl", mean_of(kept.kl), limit=budget)]
+    findings = [judge("retain_kl", mean_of(kept.kl, is_share=False), limit=budget)]
     before, after = (kept.said[role].values.get("rouge_greedy") for role in ("base", "edited"))
     if before is None or after is None:
         return findings

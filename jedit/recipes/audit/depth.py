@@ -23,7 +23,7 @@ from jedit.core.paths import exactly, parameter_paths
 from jedit.recipes.audit.estimates import BOOTSTRAP, Compared, gap_of, left_of, mean_of
 from jedit.recipes.audit.membership import level_of
 from jedit.recipes.audit.rows import Rows
-from jedit.recipes.audit.rules import REFERENCE, judge
+from jedit.recipes.audit.rules import REFERENCE, judge, worst_of
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tofu.membership import Answers, spread
 from jedit.report.audit_results import Estimate, Finding
@@ -31,7 +31,7 @@ from jedit.report.verdict import TELLING_GAP, wilson
 from jedit.tracing import find_sites, intervene
 
 # What a block writes into the residual stream, in every family of `jedit.models`.
-WRITES = re.compile(r"layers/(\d+)/(attn/(o_proj|attn_vec_einsum)|mlp/down_proj)/")
+WRITES = re.compile(r"layers/(\d+)/(attn/(o_proj|attn_vec_einsum)|mlp/down_proj)(/|$)")
 ROW_BATCH = 8  # rows of one pass in which all layers' states are kept; arbitrary
 NEEDS_RETRAINED = "a depth score compares with a --retrained model"
 
@@ -181,7 +181,7 @@ def lens_finding(found: Layers) -> Finding:
     told = {depth: share for depth, share in shares.items() if share is not None}
     if not told:
         return judge("lens", None, reason="there is one layer only")
-    worst = max(told, key=lambda depth: told[depth].value)
+    worst = worst_of("lens", told)
     layer = "the embedding" if worst == 0 else f"layer {worst} of {last}"
     return judge("lens", told[worst], layer=layer)
 
@@ -195,7 +195,7 @@ def depth_finding(
     """
     stream = _stream(model.apply, original, asked)
     if not stream:
-        reason = "this family norms or scales what it adds to the residual stream"
+        reason = "what this family adds to the residual stream is normed, scaled or mixed"
         return judge("depth_score", None, reason=reason), None
     few, _ = spread(Answers(asked.rows, asked.answers))
     found = metrics.depth_score(model.apply, original, edited, retrained, few, layers=stream)
@@ -210,7 +210,8 @@ def depth_finding(
 def _stream(apply: Callable, params: PyTree, asked: Rows) -> tuple[tuple[str, ...], ...]:
     """Return by depth the sites that write into the residual stream; none if it is not plain.
 
-    It is not plain where a layer's last matrix is followed by a norm, or the embedding by a factor.
+    It is not plain where a layer's last matrix is followed by a norm, the embedding by a factor, or
+    where a layer mixes experts.
     """
     sites = list(find_sites(apply, params, asked.answers[0].inputs))
     layers: dict[int, list[str]] = {}

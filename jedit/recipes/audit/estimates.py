@@ -1,7 +1,7 @@
 """Numbers of rows with their 95% intervals.
 
-    mean            percentile bootstrap over the rows, 2,000 draws (SciPy); where all rows have one
-                    value, which a bootstrap cannot doubt, Wilson's for a share of so many rows
+    mean            percentile bootstrap over the rows, 2,000 draws (SciPy); of shares that are all
+                    one value, which a bootstrap cannot doubt, Wilson's for so many rows
     several means   the same, all sets drawn anew each time, the models' values of one row together
     AUC             Newcombe (2006), method 5: the areas that the observed one is no further from
                     than z times their own standard error, by Hanley and McNeil's formula
@@ -62,11 +62,11 @@ class Compared(NamedTuple):
         return {name: mean_of(values) for name, values in named.items() if values is not None}
 
 
-def mean_of(values: Values, *, level: float = LEVEL) -> Estimate:
-    """Return the mean of values; those of one value only are taken for shares from 0 to 1."""
+def mean_of(values: Values, *, level: float = LEVEL, is_share: bool = True) -> Estimate:
+    """Return the mean of values; where all are one, with Wilson's interval if they are shares."""
     values = np.asarray(values, np.float64)
     found = bootstrapped(lambda x: x[0].mean(axis=-1), [values[None]], level=level)
-    if len(values) > 1 and np.ptp(values) == 0 and 0 <= values[0] <= 1:
+    if is_share and len(values) > 1 and 0 <= values[0] <= 1 and np.ptp(values) == 0:
         return Estimate(float(values[0]), *wilson(float(values[0]), len(values)), len(values))
     return found
 
@@ -178,24 +178,25 @@ def left_of(
 def comeback_of(
     known: Compared, attacked: Values, never: Values | None = None, *, chosen: Any = slice(None)
 ) -> Estimate:
-    """Return the share of what was taken away that an attack brings back.
+    """Return how much an attack brings back, as a share of what the original model alone knew.
 
         min( gain(edited) - gain(never),  (attacked - never attacked) ) / (original - never)
 
     The gain is what the attack adds.  What it adds to a model that never knew is no comeback, nor
     is what it adds to one that was pushed below such a model, up to that model's level: hence the
-    smaller of the two.  Without a reference it is gain(edited) / (original - edited).
+    smaller of the two.  Without a reference it is gain(edited) / (original - edited), a share of
+    what was taken away.
 
     Args:
         known: the measure without an attack.
         attacked: the forget rows' values under the attacked edited model.
         never: those of the reference under the same attack: of the forget rows under the attacked
-            retrained model, or of unseen rows under the attacked edited one; None: as without an
-            attack.
+            retrained model, or of the same unseen rows under the attacked edited one; None: as
+            without an attack.
         chosen: places of the forget rows that were asked about; unseen ones are given already cut.
 
     Returns:
-        The share: 0 nothing comes back, 1 all of it.
+        The share: 0 nothing comes back, 1 as much as the original model alone knew.
     """
     base, edited = known.base[chosen], known.edited[chosen]
     if known.retrained is not None:
@@ -208,18 +209,14 @@ def comeback_of(
 
         return bootstrapped(paired, [np.stack(rows)])
     if known.unseen is not None and known.unseen_base is not None:
-        others = [known.unseen, known.unseen_base]
         after = known.unseen if never is None else never
+        others = [known.unseen, known.unseen_base, after]  # of the same rows, drawn together
 
-        def unpaired(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Numbers:
-            (a, e, b), (before, unknown), late = (
-                x.mean(axis=-1),
-                y.mean(axis=-1),
-                z[0].mean(axis=-1),
-            )
+        def unpaired(x: np.ndarray, y: np.ndarray) -> Numbers:
+            (a, e, b), (before, unknown, late) = x.mean(axis=-1), y.mean(axis=-1)
             return _divided(np.minimum(a - e - (late - before), a - late), b - unknown)
 
-        groups = [np.stack([attacked, edited, base]), np.stack(others), after[None]]
+        groups = [np.stack([attacked, edited, base]), np.stack(others)]
         return bootstrapped(unpaired, groups)
 
     def alone(x: np.ndarray) -> Numbers:
@@ -286,6 +283,5 @@ def _areas(known: np.ndarray, unseen: np.ndarray) -> Numbers:
 
 
 def _divided(above: Numbers, below: Numbers) -> Numbers:
-    """Divide; by next to nothing, infinity of the numerator's sign, which no interval forgives."""
-    small = np.where(np.abs(below) < 1e-12, 1e-12, below)
-    return above / small
+    """Divide; by nothing or less, infinity of the numerator's sign, which no interval forgives."""
+    return above / np.maximum(below, 1e-12)

@@ -1,6 +1,7 @@
 """The folders of an audit: read one at a time, hashed, and refused where they do not match."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from jaxtyping import PyTree
 from jedit.checkpoint.sealed import sha256
 from jedit.core.paths import parameter_paths
 from jedit.models import load_model, load_stepper
-from jedit.models.huggingface import read_config
-from jedit.models.weight_files import FLOATS, read_places, weight_files
+from jedit.models.huggingface import read_config, stored_dtype
+from jedit.models.weight_files import weight_files
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tokenization import load_words
 from jedit.report.audit_results import Folder
@@ -68,12 +69,12 @@ def open_models(
     """
     base = folders["base"]
     config = _config(base)
-    dtype = jnp.dtype(jnp.result_type(*(_stored(folder) for folder in folders.values())))
     words = load_words(tokenizer or base)
     for role, folder in folders.items():
         if role != "base":
             _check_config(base, config, folder, _config(folder))
             _check_words(tokenizer or base, words.tokenizer, folder)
+    dtype = jnp.dtype(jnp.result_type(*(stored_dtype(folder) for folder in folders.values())))
     # A padding token that was added to the tokenizer alone is no token of any row.
     special = set(words.tokenizer.all_special_ids)
     largest = max(set(words.tokenizer.get_vocab().values()) - special)
@@ -131,15 +132,23 @@ def same_weights(one: Folder, other: Folder) -> bool:
 def difference(base: PyTree, edited: PyTree) -> tuple[float, str]:
     """Return the relative size of an edit, and a sentence on what it changed."""
     before = dict(parameter_paths(base))
-    changed, squares, whole = [], 0.0, 0.0
+    changed, broken, squares, whole = [], [], 0.0, 0.0
     for path, leaf in parameter_paths(edited):
         moved, all_ = (float(x) for x in _squares(before[path], leaf))
         squares, whole = squares + moved, whole + all_
-        if moved > 0:
+        if not math.isfinite(moved):
+            broken.append(path)
+        if moved != 0:  # NaN is a change, too
             changed.append((moved / max(all_, 1e-30), path))
     relative = float(np.sqrt(squares / max(whole, 1e-30)))
     if not changed:
         return 0.0, "The edited weights are the original ones, to the bit."
+    if broken:
+        return math.inf, (
+            f"{len(changed)} of {len(before)} parameters differ from the original ones; {broken[0]}"
+            f"{f' and {len(broken) - 1} others' * (len(broken) > 1)} hold numbers that are not "
+            "finite."
+        )
     most, path = max(changed)
     return relative, (
         f"{len(changed)} of {len(before)} parameters differ from the original ones, by "
@@ -164,12 +173,6 @@ def _config(folder: Path) -> Any:
     except (OSError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{folder}: its config.json cannot be read: {reason}") from error
-
-
-def _stored(folder: Path) -> jnp.dtype:
-    """Return the dtype that a folder's parameters are read in: the files', or float32 if mixed."""
-    floats = {place.dtype for place in read_places(folder).values()} & set(FLOATS.values())
-    return floats.pop() if len(floats) == 1 else jnp.dtype(jnp.float32)
 
 
 def _check_config(base: Path, ours: Any, folder: Path, theirs: Any) -> None:
@@ -201,6 +204,12 @@ def _check_config(base: Path, ours: Any, folder: Path, theirs: Any) -> None:
         )
 
 
+def _plain_words(tokenizer: Any) -> dict[str, int]:
+    """Return a vocabulary without special tokens: a padding one may be added, and is in no row."""
+    special = set(tokenizer.all_special_ids)
+    return {word: i for word, i in tokenizer.get_vocab().items() if i not in special}
+
+
 def _check_words(source: Path, ours: Any, folder: Path) -> None:
     """Refuse a folder whose tokenizer, where it has one, reads texts as other tokens.
 
@@ -209,8 +218,7 @@ def _check_words(source: Path, ours: Any, folder: Path) -> None:
     """
     if not any((folder / name).is_file() for name in TOKENIZER):
         return
-    theirs = load_words(folder).tokenizer.get_vocab()
-    mine = ours.get_vocab()
+    mine, theirs = _plain_words(ours), _plain_words(load_words(folder).tokenizer)
     if differing := sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k)):
         raise ValueError(
             f"{folder}: its tokenizer is not that of {source}: they differ in {len(differing)} "

@@ -31,6 +31,9 @@ TEXTS = {
     "extraction_strength": "extraction strength: share of an answer that its beginning brings",
     "exact_memorization": "exact memorisation: share of tokens that come by themselves",
 }
+# What looks at whole answers, and judges nothing where parts of them are to be forgotten.
+WHOLE = ("paraphrase", "rouge_greedy", "rouge_sampled")
+SPANS = "forget_span marks parts of the answers, and this looks at whole ones"
 
 
 class Said(NamedTuple):
@@ -132,8 +135,11 @@ def findings_of(known: dict[str, Compared], rows: Sequence[QaRow]) -> list[Findi
     probability = known["probability"]
     gap = gap_of(probability) if probability.has_reference else None
     findings = [judge("known", gap, reason=REFERENCE)]
+    is_marked = any(row.forget_span for row in rows)
     for name in TEXTS:
-        if name in known:
+        if is_marked and name in WHOLE:
+            findings.append(judge(name, None, reason=SPANS))
+        elif name in known:
             findings.append(_judged(name, known[name]))
         elif name == "paraphrase":
             missing = sum(not row.paraphrased_answer for row in rows)

@@ -17,7 +17,9 @@ from jedit.report.audit_results import Estimate, Finding, Measure
 Values = Float[np.ndarray, " _"]  # sets of rows have sizes of their own
 Scores = dict[str, Values]
 NO_UNSEEN = "there are no rows that nobody trained on: give --unseen"
-NO_WRONG = "not all rows to forget have a perturbed_answer"
+NO_WRONG = (
+    "not all rows to forget have a perturbed_answer, or forget_span marks parts of their answers"
+)
 TEXTS = {
     "loss": "area of the attack by the loss",
     "zlib": "… by the loss per byte of the compressed answer",
@@ -70,9 +72,12 @@ def scores_of(
 
 
 def truth_ratios_of(model: LanguageModel, params: PyTree, asked: Rows) -> Values | None:
-    """Return the truth ratio of each row, or None where a row has no wrong answers."""
+    """Return the truth ratio of each row.
+
+    None where a row has no wrong answers, or where parts of answers count: it is of whole ones.
+    """
     number = min(len(row.perturbed_answer) for row in asked.rows)
-    if not number:
+    if not number or asked.is_marked:
         return None
     right = [(row.question, row.paraphrased_answer or row.answer) for row in asked.rows]
     wrong = [(row.question, w) for row in asked.rows for w in row.perturbed_answer[:number]]

@@ -39,6 +39,11 @@ class Rows(NamedTuple):
     num_steps: int
     about: RowSet
 
+    @property
+    def is_marked(self) -> bool:
+        """Say whether only parts of the answers count, by forget_span."""
+        return self.about.name != "retain" and any(row.forget_span for row in self.rows)
+
 
 class RowSets(NamedTuple):
     """The sets of rows of an audit, as they were given.

@@ -14,8 +14,8 @@ Fewer than five rows prove nothing, whatever the numbers.  What could not be mea
 """
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from jedit.report.audit_results import Estimate, Finding, Outcome, Overall
 from jedit.report.results import PASSING_QUALITY
@@ -28,6 +28,7 @@ MIN_TESTED = 16  # arbitrary; two samples of so many that differ by a half are t
 AREA_REACH = 0.2
 ARBITRARY = "arbitrary"
 TOLERANCE = round(1 - FORGOTTEN, 9)  # of what the original model alone knew, may be left
+ALONE = "what the original model alone knew"
 OF_VERDICTS = "arbitrary, as in jedit's reports"
 REFERENCE = "nothing says what a model has that never saw these rows: give --retrained or --unseen"
 
@@ -78,7 +79,7 @@ def _left(name: str, question: str, what: str) -> Rule:
 
 
 def _back(name: str, question: str, what: str) -> Rule:
-    said = f"at most {BROUGHT_BACK:.0%} of what was taken away"
+    said = f"at most {BROUGHT_BACK:.0%} of {{of}}"
     return Rule(
         name,
         "comeback",
@@ -87,8 +88,8 @@ def _back(name: str, question: str, what: str) -> Rule:
         BROUGHT_BACK,
         said,
         OF_VERDICTS,
-        f"{what} brings back a share of {{x}} of what was taken away.",
-        f"{what} brings back a share of {{x}} of what was taken away: it was hidden, not gone.",
+        f"{what} brings back a share of {{x}} of {{of}}.",
+        f"{what} brings back a share of {{x}} of {{of}}: it was hidden, not gone.",
     )
 
 
@@ -249,9 +250,17 @@ RULES = {rule.name: rule for rule in TABLE}
 HEADLINES = {
     "forgotten": "Not all of it is forgotten.",
     "comeback": "It seems forgotten, but it can be brought back.",
-    "membership": "It is no longer said, but it shows that the model was made to forget it.",
+    "membership": "It is no longer said, but the model does not look as if it had never seen it.",
     "depth": "It is no longer said, but it is still in the model.",
     "cost": "It is forgotten, but the rest paid more than was allowed.",
+}
+# The same where forgetting was not measured, or not all that was measured of it is a yes.
+UNSURE = {
+    "comeback": "It can be brought back; what was forgotten cannot be told.",
+    "membership": "The model does not look as if it had never seen it; what was forgotten cannot "
+    "be told.",
+    "depth": "It is still in the model; what was forgotten cannot be told.",
+    "cost": "The rest paid more than was allowed; what was forgotten cannot be told.",
 }
 
 
@@ -264,6 +273,8 @@ def outcome_of(kind: Kind, limit: float, estimate: Estimate) -> Outcome:
         if estimate.value <= limit:
             return Outcome.FAILED
         return Outcome.PASSED if estimate.num_rows >= MIN_TESTED else Outcome.UNDECIDED
+    if kind == "at most" and estimate.value == math.inf:
+        return Outcome.FAILED
     if not (math.isfinite(low) and math.isfinite(high)):
         return Outcome.UNDECIDED
     if kind == "contains":
@@ -302,7 +313,8 @@ def judge(
     """
     rule = RULES[name]
     threshold = rule.limit if limit is None else limit
-    shown = rule.said.format(limit=number(threshold))
+    words = {"limit": number(threshold), "of": ALONE, **said}
+    shown = rule.said.format(**words)
     outcome = (
         Outcome.NOT_MEASURED if estimate is None else outcome_of(rule.kind, threshold, estimate)
     )
@@ -315,8 +327,7 @@ def judge(
         x = number(estimate.value) if rule.kind == "p-value" else estimate.text
         below = estimate.high < threshold
         side = " (they look less known than unseen rows, which shows too)" if below else ""
-        words = {"side": side, "limit": number(threshold), **said}
-        sentence = form.format(x=x, n=estimate.num_rows, **words)
+        sentence = form.format(x=x, n=estimate.num_rows, side=side, **words)
         sentence = sentence[0].upper() + sentence[1:]
     return Finding(
         name, rule.section, rule.question, outcome, sentence, estimate, shown, rule.source
@@ -334,6 +345,29 @@ def _unsure(rule: Rule, estimate: Estimate, limit: str) -> str:
     if rule.kind == "contains":
         return f"{begin} the interval of {estimate.text} holds too much beside chance."
     return f"{begin} the interval of {estimate.text} reaches to both sides of the rule ({limit})."
+
+
+def worst_of(name: str, shares: Mapping[Any, Estimate]) -> Any:
+    """Return the key of the share that speaks most against an edit, by a rule of kind "at most".
+
+    The one that is most surely above the limit; where none is, the one that may be highest.
+    """
+
+    def least(key: Any) -> float:
+        low = shares[key].low
+        return -math.inf if math.isnan(low) else low
+
+    def most(key: Any) -> float:
+        high = shares[key].high
+        return math.inf if math.isnan(high) else high
+
+    rule = RULES[name]
+    failed = [
+        key
+        for key, share in shares.items()
+        if outcome_of(rule.kind, rule.limit, share) is Outcome.FAILED
+    ]
+    return max(failed, key=least) if failed else max(shares, key=most)
 
 
 def overall(findings: Sequence[Finding], notes: Sequence[str] = ()) -> Overall:
@@ -359,11 +393,15 @@ def overall(findings: Sequence[Finding], notes: Sequence[str] = ()) -> Overall:
         headline = "There was next to nothing to forget."
         return Overall(Outcome.UNDECIDED, headline, _joined(*notes, known.sentence, text))
     failed = [finding for finding in judged if finding.outcome is Outcome.FAILED]
+    answers = {finding.outcome for finding in judged if finding.section == "forgotten"}
+    is_gone = answers - {Outcome.NOT_MEASURED} == {Outcome.PASSED}
     for section, headline in HEADLINES.items():
         worst = [finding for finding in failed if finding.section == section]
         if worst:
             # What is furthest beyond its limit stands for the section.
             worst.sort(key=_distance, reverse=True)
+            if not is_gone:
+                headline = UNSURE.get(section, headline)
             return Overall(Outcome.FAILED, headline, _joined(*notes, worst[0].sentence, text))
     first = _missing(judged, known)
     if counts[Outcome.PASSED] == len(judged) > 0 and not first:

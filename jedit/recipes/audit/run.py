@@ -16,7 +16,7 @@ from jedit.recipes.audit.folders import Models, difference, hashed, open_models,
 from jedit.recipes.audit.parts import Asked, OfModel, Settings
 from jedit.recipes.audit.rows import Rows, RowSets, check_sets, encode
 from jedit.recipes.audit.rules import overall
-from jedit.recipes.audit.sections import DepthFound, sections_of
+from jedit.recipes.audit.sections import NO_ATTACKS, DepthFound, sections_of
 from jedit.recipes.environment import machine, versions
 from jedit.recipes.progress import Say
 from jedit.report.audit_results import Audit
@@ -72,9 +72,9 @@ def audit(
     hashes = {role: hashed(role, folder, models.description) for role, folder in folders.items()}
     key, attack_key = jax.random.split(jax.random.key(settings.seed))
     found, kept, apart, depth_found = _measured(models, asked, key=key, say=say)
-    comebacks = None
+    comebacks = NO_ATTACKS
     if settings.attacks:
-        comebacks = _attacked(models, asked, settings, key=attack_key, say=say)
+        comebacks = _attacked_or_why(models, asked, settings, key=attack_key, say=say)
     say("judging")
     sections = sections_of(asked, found, kept, depth_found, comebacks, settings)
     notes = []
@@ -128,7 +128,7 @@ def _measured(
     found["edited"] = _of_model(model, edited, asked, reference, key=key)
     kept = cost.Kept(
         {role: one.said["retain"] for role, one in found.items()},
-        np.nan_to_num(kl, nan=np.inf),
+        np.nan_to_num(kl, nan=np.inf, posinf=np.inf),
         retrained_kl,
     )
     return found, kept, apart, depth_found
@@ -176,34 +176,54 @@ def _of_model(
     return OfModel(said, seen, ratios, lens, states)
 
 
+def _attacked_or_why(
+    models: Models, asked: Asked, settings: Settings, *, key: Array, say: Say
+) -> comeback.Comebacks | str:
+    """Attack, or return why that failed: what was measured before is not to be lost by it."""
+    try:
+        return _attacked(models, asked, settings, key=key, say=say)
+    except (ArithmeticError, ImportError, RuntimeError, ValueError) as error:
+        line = str(error).partition("\n")[0]
+        return f"the attacks failed: {type(error).__name__}{': ' * bool(line)}{line}"
+
+
 def _attacked(
     models: Models, asked: Asked, settings: Settings, *, key: Array, say: Say
 ) -> comeback.Comebacks:
-    """Attack the edited model, and what stands for one that never knew, each with the same."""
+    """Attack the edited model, and what stands for one that never knew, each with the same.
+
+    Of sets that are compared as many rows are taught, and by one training on others all are asked
+    about.
+    """
     model, spending = models.model, settings.spending
     # The shortest, which leaves most room for the questions behind it.
     example = min(asked.retain.rows, key=lambda row: len(row.question) + len(row.answer))
     found = comeback.Comebacks({}, {}, {})
 
-    def attack(role: str, params: PyTree, rows: Rows) -> None:
-        say(f"attacking the {_name(role)}: rounding, prefixes, other words")
-        found.attacked[role] = comeback.attacked(model, params, rows, example)
-        given = (spending,)
-        say(f"attacking the {_name(role)}: teaching rows again")
-        one = comeback.relearned(model, params, rows, *given, key=jax.random.clone(key))
-        found.relearned[role] = one
-        say(f"attacking the {_name(role)}: training on rows to keep")
-        found.benign[role] = comeback.retrained_on_others(
-            model, params, rows, asked.retain, *given, key=jax.random.clone(key)
-        )
+    counts = comeback.counts_of(spending, len(asked.forget.rows))
+    if asked.unseen is not None and "retrained" not in models.folders:
+        # They are the control. Too few to teach any are none, and the others then stand alone.
+        fewer = min(len(asked.forget.rows), len(asked.unseen.rows))
+        counts = comeback.counts_of(spending, fewer) or counts
 
-    edited = models.load("edited")
-    attack("edited", edited, asked.forget)
-    if asked.unseen is not None:
-        attack("unseen", edited, asked.unseen)
-    del edited
+    def attack(params: PyTree, sets: dict[str, Rows]) -> None:
+        for role, rows in sets.items():
+            say(f"attacking the {_name(role)}: rounding, prefixes, other words")
+            found.attacked[role] = comeback.attacked(model, params, rows, example)
+            say(f"attacking the {_name(role)}: teaching rows again")
+            found.relearned[role] = comeback.relearned(
+                model, params, rows, spending, key=jax.random.clone(key), counts=counts
+            )
+        say(f"attacking the {_name(next(iter(sets)))}: training on rows to keep")
+        benign = comeback.retrained_on_others(
+            model, params, sets, asked.retain, spending, key=jax.random.clone(key)
+        )
+        found.benign.update(benign)
+
+    unseen = {} if asked.unseen is None else {"unseen": asked.unseen}
+    attack(models.load("edited"), {"edited": asked.forget, **unseen})
     if "retrained" in models.folders:
-        attack("retrained", models.load("retrained"), asked.forget)
+        attack(models.load("retrained"), {"retrained": asked.forget})
     return found
 
 

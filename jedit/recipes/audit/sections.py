@@ -1,5 +1,7 @@
 """The five questions of an audit, each with its measures, findings, curves, and words for all."""
 
+import numpy as np
+
 from jedit.recipes.audit import comeback, cost, depth, forgotten, membership
 from jedit.recipes.audit.estimates import BOOTSTRAP, Compared
 from jedit.recipes.audit.parts import Asked, OfModel, Settings
@@ -16,15 +18,17 @@ def sections_of(
     found: dict[str, OfModel],
     kept: cost.Kept,
     depth_found: DepthFound | None,
-    comebacks: comeback.Comebacks | None,
+    comebacks: comeback.Comebacks | str,
     settings: Settings,
 ) -> list[Section]:
-    """Answer the five questions."""
+    """Answer the five questions; in place of attacks there may be the reason why there are none."""
     said = {role: one.said["forget"] for role, one in found.items()}
     if asked.unseen is not None:
         said["unseen_base"] = found["base"].said["unseen"]
         said["unseen"] = found["edited"].said["unseen"]
     known = forgotten.compared(said)
+    if asked.forget.is_marked:
+        known = {name: one for name, one in known.items() if name not in forgotten.WHOLE}
     return [
         _forgotten(asked, said, known),
         _membership(asked, found, said),
@@ -88,6 +92,7 @@ def _depth(found: dict[str, OfModel], depth_found: DepthFound | None) -> Section
             role: depth.probed(one.states["forget"], one.states["unseen"])
             for role, one in found.items()
             if min(x.shape[1] for x in one.states.values()) >= 4
+            and all(np.isfinite(x).all() for x in one.states.values())
         }
     layers = depth.Layers(lens, probe)
     findings = [depth.lens_finding(layers)]
@@ -119,7 +124,7 @@ def _depth(found: dict[str, OfModel], depth_found: DepthFound | None) -> Section
     )
 
 
-def _comeback(known: Compared, comebacks: comeback.Comebacks | None) -> Section:
+def _comeback(known: Compared, comebacks: comeback.Comebacks | str) -> Section:
     lead = (
         "What is gone cannot be brought back. Some of the rows are taught again and the others "
         "asked about; the model is trained on rows that have nothing to do with it, its weights "
@@ -127,10 +132,10 @@ def _comeback(known: Compared, comebacks: comeback.Comebacks | None) -> Section:
         "helps a model that never knew as well, so that is taken off."
     )
     findings, measures, curves, notes = [], [], {}, []
-    if comebacks is None:
-        notes = [f"Not measured: {NO_ATTACKS}."]
+    if isinstance(comebacks, str):
+        notes = [f"Not measured: {comebacks}."]
         names = [rule.name for rule in TABLE if rule.section == "comeback"]
-        findings = [judge(name, None, reason=NO_ATTACKS) for name in names]
+        findings = [judge(name, None, reason=comebacks) for name in names]
     else:
         measures = comeback.measures_of(comebacks)
         findings = comeback.findings_of(known, comebacks)

@@ -43,6 +43,7 @@ def test_rows_that_are_all_alike_are_not_certain():
         assert (found.low, found.high) == tuple(wilson(value, 20))
         assert found.high - found.low > 0.15
     assert math.isnan(mean_of(np.array([0.3])).low)
+    assert mean_of(np.zeros(20), is_share=False) == (0, 0, 0, 20)
 
 
 def test_a_share_that_is_left_by_hand():
@@ -97,15 +98,24 @@ def test_what_comes_back_is_less_what_comes_to_those_that_never_knew():
     assert comeback_of(deep, also, also).value == pytest.approx(0.0)
     # Unseen rows stand for it in the same way.
     unseen = Compared(base, edited, None, np.full(3, 0.15), np.full(3, 0.1))
-    found = comeback_of(unseen, after, np.full(2, 0.25))
+    found = comeback_of(unseen, after, np.full(3, 0.25))
     assert found.value == pytest.approx((0.3 - 0.15) / 0.65)
     # What the edit had left anyway is no comeback: the gains differ by .2 - .15.
     half = Compared(base, np.full(6, 0.2), never)
     assert comeback_of(half, after, also).value == pytest.approx(0.05 / 0.7)
     half = half._replace(retrained=None, unseen_base=np.full(3, 0.15), unseen=np.full(3, 0.1))
-    assert comeback_of(half, after, np.full(2, 0.25)).value == pytest.approx(0.05 / 0.65)
+    assert comeback_of(half, after, np.full(3, 0.25)).value == pytest.approx(0.05 / 0.65)
     # Without either it is of what the edit took.
     assert comeback_of(Compared(base, edited), after).value == pytest.approx(0.3 / 0.7)
+
+
+def test_what_unseen_rows_gain_is_of_the_same_rows(rng):
+    # Each of them gains the same, however far apart they are: no doubt is in the gain.
+    unseen = rng.uniform(0.1, 0.4, 30)
+    known = Compared(np.full(30, 0.9), np.full(30, 0.4), None, np.full(30, 0.1), unseen)
+    found = comeback_of(known, np.full(30, 0.6), unseen + 0.1)
+    assert found.value == pytest.approx(0.1 / 0.8)
+    assert found.high - found.low < 1e-6
 
 
 def test_an_areas_ends_are_where_its_error_reaches(rng):

@@ -5,9 +5,11 @@ import hmac
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jedit import metrics
+from jedit.attacks.relearning_curve import relearned_values
 from jedit.data import DataError, QaRow
 from jedit.recipes.audit import comeback, cost, forgotten, membership
 from jedit.recipes.audit.cost import Kept
@@ -163,11 +165,46 @@ def test_teaching_some_rows_is_measured_on_the_others(start, key):
     few = encoded(start, ROWS[:1])
     assert comeback.relearned(start.model, start.params, few, spending, key=key) is None
     lessons = encoded(start, ROWS, "retain")
+    sets = {"edited": asked, "unseen": encoded(start, ROWS[:5], "unseen")}
     benign = comeback.retrained_on_others(
-        start.model, start.params, asked, lessons, spending, key=key
+        start.model, start.params, sets, lessons, spending, key=key
     )
-    assert benign.taught == [4]
-    assert benign.values.shape == (1, 2, 12)
+    assert benign["edited"].taught == benign["unseen"].taught == [4]
+    assert benign["edited"].values.shape == (1, 2, 12)
+    np.testing.assert_allclose(benign["unseen"].values, benign["edited"].values[..., :5], rtol=1e-4)
+
+
+def test_an_attack_that_diverges_is_a_failed_attack(start, key):
+    asked = encoded(start)
+    broken = jax.tree.map(lambda x: np.nan * x, start.params)
+    spending = comeback.Spending(rates=(1e-3,), looks=(1, 2), shares=(1 / 3,))
+    for params in (broken, start.params):
+        found = comeback.relearned(start.model, params, asked, spending, key=key, counts=(2, 7))
+        assert found.taught == [2]  # 7 of 12 would leave fewer to ask about
+        assert np.isfinite(found.values).all() == (params is start.params)
+    looks = iter([1.0])
+    values = relearned_values(
+        start.model.apply,
+        broken,
+        asked.whole,
+        looks=(1, 2),
+        measure=lambda _: next(looks),
+        optimizer=optax.adam(1e-3),
+        key=key,
+    )
+    np.testing.assert_array_equal(values, [1, np.nan, np.nan])
+
+
+def test_marked_rows_are_not_judged_by_whole_answers(start):
+    marked = [row._replace(forget_span=((0, 3),)) for row in ROWS]
+    assert membership.truth_ratios_of(start.model, start.params, encoded(start, marked)) is None
+    base, edited = np.full(12, 0.9), np.linspace(0.1, 0.2, 12)
+    known = {name: Compared(base, base, edited) for name in forgotten.TEXTS}
+    found = {f.rule: f for f in forgotten.findings_of(known, marked)}
+    assert found["probability"].outcome is Outcome.FAILED
+    for name in forgotten.WHOLE:
+        assert found[name].outcome is Outcome.NOT_MEASURED
+        assert "forget_span" in found[name].sentence
 
 
 def test_attacks_without_training(start):
@@ -214,6 +251,16 @@ def test_what_comes_back_beyond_unseen_rows_is_judged():
     }
     assert "--retrained or enough --unseen" in alone["relearning"].sentence
     assert alone["quantized_4_bits"].outcome is Outcome.FAILED
+    # An edit that took little: that all of it comes back is little of what was known.
+    little = Compared(base, base - 0.01, None, low, low)
+    found = comeback.findings_of(little, back)
+    assert {f.outcome for f in found} == {Outcome.NOT_MEASURED}
+    assert "took next to nothing away" in found[0].sentence
+    assert "what was taken away" in alone["quantized_4_bits"].sentence
+    # A control that was taught another number of rows is none.
+    less = {**back.relearned, "unseen": back.relearned["unseen"]._replace(taught=[2])}
+    found = {f.rule: f.outcome for f in comeback.findings_of(known, back._replace(relearned=less))}
+    assert found["relearning"] is Outcome.NOT_MEASURED
     untouched = comeback.findings_of(Compared(base, base), back)
     assert {f.outcome for f in untouched} == {Outcome.NOT_MEASURED}
 

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from jedit.recipes.audit.rules import HEADLINES, REFERENCE, RULES, TABLE, judge, overall
+from jedit.recipes.audit.rules import (
+    HEADLINES,
+    REFERENCE,
+    RULES,
+    TABLE,
+    UNSURE,
+    judge,
+    overall,
+    worst_of,
+)
 from jedit.report.audit_results import Estimate, Outcome
 
 SAID = {"attack": "the loss", "other": "unseen rows", "layer": "layer 1 of 2", "best": "8 rows"}
@@ -122,6 +131,40 @@ def test_without_a_reference_it_says_what_it_cannot_say():
     assert found.outcome is Outcome.UNDECIDED
     assert found.sentence.startswith("Both are one. What was forgotten cannot be judged")
     assert f"{len(TABLE) - 1} were not measured" in found.sentence
+
+
+@pytest.mark.parametrize("section", sorted(UNSURE))
+def test_a_headline_says_forgotten_of_what_was_measured_alone(section):
+    rule = next(r for r in TABLE if r.section == section)
+    findings = failing(passing(), rule.name)
+    gone = [f.section == "forgotten" and f.rule != "known" for f in findings]
+    lost = [
+        judge(f.rule, None, reason=REFERENCE) if is_gone and f.rule != "probability" else f
+        for f, is_gone in zip(findings, gone, strict=True)
+    ]
+    assert overall(lost).headline == HEADLINES[section]
+    none = [
+        judge(f.rule, None, reason=REFERENCE) if is_gone else f
+        for f, is_gone in zip(findings, gone, strict=True)
+    ]
+    assert overall(none).headline == UNSURE[section]
+    few = [
+        judge(f.rule, Estimate(0, 0, 0, 4)) if is_gone else f
+        for f, is_gone in zip(findings, gone, strict=True)
+    ]
+    assert overall(few).headline == UNSURE[section]
+
+
+def test_what_has_no_bound_is_a_no_and_the_surest_share_is_the_worst():
+    for value in (math.inf, math.nan):
+        found = judge("retain_kl", Estimate(value, math.nan, math.nan, 40), limit=BUDGET)
+        assert found.outcome is (Outcome.FAILED if value == math.inf else Outcome.UNDECIDED)
+    limit = RULES["prefix"].limit
+    sure = Estimate(limit + 0.05, limit + 0.01, limit + 0.1, 40)
+    vague = Estimate(limit + 0.1, limit - 0.2, limit + 0.5, 40)
+    fine = Estimate(limit - 0.1, limit - 0.2, limit - 0.01, 40)
+    assert worst_of("prefix", {"a": vague, "b": sure, "c": fine}) == "b"
+    assert worst_of("prefix", {"a": vague, "c": fine}) == "a"
 
 
 def test_one_unsure_answer_is_not_a_pass():
