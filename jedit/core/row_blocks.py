@@ -26,7 +26,7 @@ def num_blocks(outputs: Array | jax.ShapeDtypeStruct) -> int:
 
     A block's outputs have `MOST_BYTES` in float32 at most, or are those of one row. How rows lie is
     not known under a trace, so that the bound is of all devices together, and not of each: where a
-    block has fewer rows than share the mesh's axis of rows, some devices have none of it.
+    block has fewer rows than there are devices that share the rows, some have none of it.
     """
     rows = outputs.shape[0] if outputs.ndim else 0
     most = MOST_BYTES * rows // max(4 * math.prod(outputs.shape), 1)
