@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jedit.recipes.plan.plan import Plan
 
 GIB = 2**30
+MOST_DEVICES = 4096  # each of them an object in this process; arbitrary
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ class PlanOptions:
     recovery: int = 48
     """Steps after the natural ones; 0: none."""
     attack: bool = True
-    """Whether some rows are taught again after natural steps."""
+    """Whether some rows are taught again after the edit."""
     max_dim: int = 16384
-    """Longest axis that gets a dense factor."""
+    """Longest axis that gets a dense factor. `jedit forget` takes 16384: another in Python, by
+    `jedit.kfac` and `jedit.estimate`, then `Natural(curvature=...)` or `kfade`."""
     group_bytes: int | None = None
-    """Bytes of a group's sums on a device, as `jedit.estimate` takes it; None: all at once."""
+    """Bytes of a group's sums on a device, as `jedit.estimate` takes it; None: all at once. In
+    Python alone: estimate(...), then Natural(curvature=...) or kfade."""
     offload: bool = False
-    """With kfade: factors lie in the host's memory."""
+    """With kfade: factors lie in the host's memory. In Python alone: estimate(...), then kfade."""
     memory: float | None = None
     """GiB of a device; None: those of this machine's accelerator, if it has one."""
     rate: float | None = None
@@ -150,15 +153,24 @@ def _mesh_of(text: str) -> "Mesh":
     """Make a mesh of CPUs, as many as the text names: they are compiled for, and hold nothing.
 
     Raises:
-        UsageError: what `mesh_axes` refuses, or there are too few CPUs in a process that had begun.
+        UsageError: what `mesh_axes` refuses, more than `MOST_DEVICES`, or no CPUs, or too few of
+            them in a process that had begun.
     """
     import jax
 
     axes = mesh_axes(text)
     number = math.prod(axes.values())
+    if number > MOST_DEVICES:
+        raise UsageError(f"--mesh {text}: takes {number} devices; at most {MOST_DEVICES} can be.")
     with contextlib.suppress(RuntimeError):  # JAX has begun; there may be enough
         jax.config.update("jax_num_cpu_devices", number)
-    devices = jax.devices("cpu")
+    try:
+        devices = jax.devices("cpu")
+    except RuntimeError:  # as under JAX_PLATFORMS=cuda
+        raise UsageError(
+            f"--mesh {text}: is planned with this machine's CPUs, and JAX has none; set "
+            "JAX_PLATFORMS=cpu, or add cpu to it."
+        ) from None
     if number > len(devices):
         raise UsageError(f"--mesh {text}: takes {number} devices; there are {len(devices)}.")
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)

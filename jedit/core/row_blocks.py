@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, Batch
 
-MOST_BYTES = 2**28  # of outputs in float32 that are there at a time; arbitrary
+MOST_BYTES = 2**28  # of a block's outputs in float32, on all devices together; arbitrary
 
 Total = TypeVar("Total")
 
@@ -24,7 +24,9 @@ Total = TypeVar("Total")
 def num_blocks(outputs: Array | jax.ShapeDtypeStruct) -> int:
     """Return into how many blocks of as many rows a batch with these outputs is to be cut.
 
-    A block's outputs have `MOST_BYTES` in float32 at most, or are those of one row.
+    A block's outputs have `MOST_BYTES` in float32 at most, or are those of one row. How rows lie is
+    not known under a trace, so that the bound is of all devices together, and not of each: where a
+    block has fewer rows than there are devices that share the rows, some have none of it.
     """
     rows = outputs.shape[0] if outputs.ndim else 0
     most = MOST_BYTES * rows // max(4 * math.prod(outputs.shape), 1)

@@ -292,7 +292,9 @@ def over_row_blocks(
     """Add a batch to a state of sums, in blocks of rows where its outputs are large.
 
     What is summed does not depend on the blocks, but for rounding, as it does not depend on how
-    examples are cut into batches: every example keeps its id, and so its labels.
+    examples are cut into batches: every example keeps its id, and so its labels. The exception is
+    that of `kfac`: sampled labels at a site whose entries influence several examples, such as
+    GPT-2's lookup of positions, whose sums differ by noise of mean zero with the cut.
 
     Args:
         add: `(state, rows, ids of the rows) -> state`; it may leave `next_example` as it is.

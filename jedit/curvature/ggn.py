@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jedit.core.arguments import check_batch, check_function
 from jedit.core.batch import Batch
 from jedit.core.outputs import counted_outputs
-from jedit.core.precision import wide
+from jedit.core.precision import cast_like, wide
 from jedit.core.row_blocks import num_blocks, sum_over_blocks
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 
@@ -50,7 +50,11 @@ def ggn_vector_product(
         _, found = _masked_products(likelihood, rows, outputs, tangent, total)
         return pull_back(found.astype(outputs.dtype))[0]
 
-    return sum_over_blocks(product, batch, number)
+    if number == 1:
+        return product(batch)
+    # Blocks are added in float32 or wider: in bfloat16 each sum would be rounded.
+    added = sum_over_blocks(lambda rows: jax.tree.map(wide, product(rows)), batch, number)
+    return cast_like(added, params)
 
 
 def quadratic_kl(

@@ -180,8 +180,13 @@ class RetainKl:
             move: changes by path; parameters that it leaves out stay.
             alpha: how many times the move is made.
             start: the change that the move begins at, by path; None: none.
+
+        Raises:
+            ValueError: a change of a path that θ₀ lacks, or of another shape.
         """
         start = start or {}
+        for part in (start, move):
+            with_part(self._params, part)  # refuses another path or shape
         # Leaf by leaf, so that nothing of the move's size is there in float32 but the move.
         there = with_part(
             self._params,

@@ -71,13 +71,26 @@ def load_shapes(
 
 
 def _dtype_of(folder: Path, config: Any) -> jnp.dtype:
-    """Return the dtype of a folder's weights, or of those that its configuration names."""
+    """Return the dtype of a folder's weights, or of those that its configuration names.
+
+    Raises:
+        ValueError: the configuration names no dtype of weights.
+    """
     if any(folder.glob("*.safetensors")):
         return stored_dtype(folder)
     named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if named is None:
         return jnp.dtype(jnp.float32)
-    return jnp.dtype(getattr(jnp, str(named).removeprefix("torch.")))
+    try:
+        found = jnp.dtype(str(named).removeprefix("torch."))
+    except TypeError:  # such as "auto", which leaves it to the files
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            f"{folder / 'config.json'}: its dtype is {named!s:.60}, which no weights have; name "
+            "one such as bfloat16, or lay the weights beside it"
+        )
+    return found
 
 
 def _with_layers(config: Any, num_layers: int) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
@@ -127,3 +128,24 @@ def test_bfloat16_parameters_get_bfloat16_products(key):
     product = ggn_vector_product(apply, params, batch, vector, likelihood=Categorical())
     assert {leaf.dtype for leaf in jax.tree.leaves(product)} == {jnp.dtype(jnp.bfloat16)}
     assert quadratic_kl(apply, params, batch, vector, likelihood=Categorical()).dtype == jnp.float32
+
+
+def test_blocks_of_bfloat16_parameters_are_added_in_float32(key, monkeypatch):
+    """Thousands of blocks, of which a sum in bfloat16 would soon take no more."""
+    params, few, vector = make_problem(key)
+    params, inputs, vector = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), (params, few.inputs, vector)
+    )
+    many = few._replace(inputs=inputs)
+    many = jax.tree.map(lambda x: jnp.concatenate([x] * 400), many)
+
+    def product():
+        return ggn_vector_product(apply, params, many, vector, likelihood=Categorical())
+
+    whole = product()
+    monkeypatch.setattr(row_blocks, "MOST_BYTES", 1)
+    blocks = product()
+    assert {leaf.dtype for leaf in jax.tree.leaves(blocks)} == {jnp.dtype(jnp.bfloat16)}
+    for x, y in zip(*map(jax.tree.leaves, (whole, blocks)), strict=True):
+        scale = float(jnp.max(jnp.abs(x)))
+        np.testing.assert_allclose(x.astype("float32"), y.astype("float32"), atol=0.03 * scale)

@@ -18,11 +18,12 @@ from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
-from jedit.methods import Ascent, kfade
+from jedit.methods import kfade
 from jedit.models import load_model
 from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan.plan import Work, plan
 from jedit.requests import Forgetting, Natural, Recovery
+from jedit.requests.forget import held_out
 
 
 def rows(number, length, vocab, seed):
@@ -32,15 +33,16 @@ def rows(number, length, vocab, seed):
 
 
 def edit(folder, method, number, length):
-    """Load, fit and edit, as `jedit forget` does."""
+    """Load, fit and edit, as `jedit forget --no-attack` does."""
     apply, params, config = load_model(folder)
     forget, retain = (rows(n, length, config.vocab_size, n) for n in (number // 2, number))
     key = jax.random.key(0)
     if method == "kfade":
-        sets = [list(batches(batch, 8)) for batch in (forget, retain)]
+        seen, priced = held_out(retain)
+        sets = [list(batches(batch, min(8, len(batch.inputs)))) for batch in (forget, priced)]
         estimator = kfac(apply, Categorical(), select=SELECT)
-        curvature = estimate(estimator, params, sets[1], key=key)
-        made, _ = kfade(apply, params, curvature, *sets, budget=0.05, damping=0.1, ascent=Ascent(1))
+        curvature = estimate(estimator, params, list(batches(seen, 8)), key=key)
+        made, _ = kfade(apply, params, curvature, *sets, budget=0.05, damping=0.1)
     else:
         how = Natural(select=SELECT, batch_size=8, recovery=Recovery(4, batch_size=8))
         how = Forgetting(how, likelihood=Categorical(), steps=8)

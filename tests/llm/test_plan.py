@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import transformers
 
-from jedit.core.paths import parameter_paths
+from jedit.core.paths import parameter_paths, selected_paths
 from jedit.models import load_model
 from jedit.models.shapes import load_shapes
-from jedit.recipes.plan.plan import Work, plan
+from jedit.recipes.folders.places import SELECT
+from jedit.recipes.plan.advice import _pattern
+from jedit.recipes.plan.plan import Work, in_every_layer, plan
 from tests.conftest import COMPILE_FLAGS, ROOT
-from tests.llm.random_folder import CONFIGS, write_config, write_random
+from tests.llm.random_folder import COMMON, CONFIGS, write_config, write_random
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "rank_promotion")
 LENGTH, ROWS = 64, 40
@@ -64,8 +66,8 @@ def mapped(pid):
 def measured(folder, method):
     """The most that an edit maps at a time, beyond what the process had with all imported.
 
-    The sum of live arrays and of the compiler's temporaries was compared once: it is what the plan
-    says to a few percent, but it would be the compiler's word on both sides.
+    The sum of live arrays and of the compiler's temporaries would be the compiler's word on both
+    sides.
     """
     command = [sys.executable, "-m", "tests.llm.plan_program", folder, method, ROWS, LENGTH]
     environment = os.environ | MALLOC | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -100,10 +102,17 @@ def planned(folder, method):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("method", ["kfade", "natural"])
 @pytest.mark.parametrize(
-    "size",
-    ["20M", *(pytest.param(s, marks=pytest.mark.exhaustive) for s in ("5M", "60M"))],
+    ("size", "method"),
+    [
+        ("20M", "kfade"),
+        *(
+            pytest.param(size, method, marks=pytest.mark.exhaustive)
+            for size in SIZES
+            for method in ("kfade", "natural")
+            if (size, method) != ("20M", "kfade")
+        ),
+    ],
 )
 def test_an_edit_takes_what_was_planned(size, method, tmp_path):
     """Within 20 percent, of the resident memory as the system counts it."""
@@ -135,6 +144,42 @@ def test_on_a_mesh_a_device_holds_what_was_planned(tmp_path):
     assert one.sums > 3 * found["told"][1]
 
 
+def llama_of(layers, folder, **more):
+    """A folder with the configuration of a tiny Llama alone."""
+    folder.mkdir()
+    config = transformers.LlamaConfig(**COMMON | {"num_hidden_layers": layers}).to_dict()
+    (folder / "config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+def test_some_layers_have_the_programs_of_all(tmp_path):
+    """Layers that the small models, which are compiled, do not have; and all that those have."""
+    folder = llama_of(8, tmp_path / "llama")
+    work = Work("kfade", forget=8, retain=40, max_len=9, attack=False)
+    whole = plan(folder, work)
+    fifth = plan(folder, work._replace(select="^layers/5/(attn|mlp)/"))
+    assert fifth.edit * 8 == whole.edit
+    assert fifth.factors * 8 == pytest.approx(whole.factors, rel=0.01)
+    for one, other in zip(fifth.phases, whole.phases, strict=True):
+        assert one.temporaries == other.temporaries
+        assert one.held < other.held
+    paths = [path for path, _ in parameter_paths(load_shapes(folder)[1])]
+    down = [path for path in paths if "/mlp/down_proj/" in path]
+    small = in_every_layer(down[5:6])
+    assert [path for path in paths if re.search(small, path)] == down
+    assert in_every_layer(["embed.w", "layers/0/a"]) == r"^embed\.w$|^layers/\d+/a$"
+    # Fewer layers of what was selected, and nothing else of them.
+    assert selected_paths(paths, _pattern(paths, down, [3, 4])) == down[3:5]
+    chosen = selected_paths(paths, SELECT)
+    assert _pattern(paths, chosen, [3, 4]) == "^layers/(3|4)/(attn|mlp)/"
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path):
+    folder = llama_of(2, tmp_path / "llama", dtype="auto", torch_dtype="auto")
+    with pytest.raises(ValueError, match=r"config\.json: its dtype is auto, which no weights have"):
+        load_shapes(folder)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_are_those_of_the_loaded_model(name, tmp_path):
     folder = write_random(name, tmp_path / name)
@@ -164,8 +209,10 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(given) == 0
     shown = capsys.readouterr().out
     assert "decompose" in shown
+    assert "attack" in shown
     assert "at 0.001 Tflop/s" in shown
     assert "Give --memory GIB" in shown
+    given.append("--no-attack")
     assert main([*given, "--memory", "1"]) == 0
     assert "It fits in 1 GiB" in capsys.readouterr().out
     assert main([*given, "--memory", "1e-6"]) == 0
@@ -176,6 +223,7 @@ def test_from_the_command_line(tmp_path, capsys):
     for more, sentence in (
         (["--select", "nothing"], "'nothing' matches no"),
         (["--mesh", "data=two"], "is not of the form data=4,model=2"),
+        (["--mesh", "data=4097"], "takes 4097 devices; at most 4096"),
         (["--memory", "0"], "--memory must be positive"),
         (["--max-len", "1"], "max_len must be at least 2"),
         (["--method", "natural", "--offload"], "offload is of K-FADE alone"),

@@ -61,6 +61,10 @@ def found(params, rows, facts):
     price = RetainKl(apply, params, rows, likelihood=jedit.likelihoods.Categorical())
     move = {"up": params["up"], "head": -params["head"]}
     estimator = jedit.kfac(apply, jedit.likelihoods.Categorical(), fisher="exact")
+    grouped = jedit.estimate_in_groups(estimator, params, [rows], key=key, group_bytes=1)
+    in_parts, _ = jedit.methods.kfade(
+        apply, params, grouped, facts, rows, budget=0.05, ascent=jedit.methods.Ascent(1)
+    )
     host = jax.tree.map(np.asarray, rows)
     stream = jedit.continual(
         apply,
@@ -90,6 +94,7 @@ def found(params, rows, facts):
         "causal_trace": tuple(traced_back),
         "salun": salient,
         "RetainKl": (price(move, 0.1), price.predicted(move)),
+        "kfade in parts": in_parts.blocks,
         "forget": (edit.blocks, told.true_kl, told.loss_after),
         "continual": (after.params, forgotten.loss_after, again.loss_after),
     }

@@ -162,6 +162,11 @@ def test_the_line_search_moves_nothing_that_does_not_change(scene):
         scale_to_kl_budget(
             deep, params, {"b": jnp.ones(2)}, retain, likelihood=Categorical(), **options
         )
+    price = RetainKl(deep, params, retain, likelihood=Categorical())
+    with pytest.raises(ValueError, match=r"a change of 'c' .* none of that path"):
+        price({"c": part["b"]})
+    with pytest.raises(ValueError, match=r"a change of 'b' has shape \(2,\)"):
+        price(part, start={"b": jnp.ones(2)})
 
 
 def test_outputs_that_are_not_kept_are_computed_again_to_the_same_numbers(scene):

@@ -49,7 +49,7 @@ from jedit.core.arguments import (
 )
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers, culprit
-from jedit.core.devices import kept, on_auto_axes, places_of
+from jedit.core.devices import kept, on_auto, on_auto_axes, places_of
 from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import exponents, shifted, wide, wide_dtype
@@ -274,7 +274,8 @@ def _step_in_parts(search, apply, params, parts, damping, rows, why) -> tuple[Ed
     move: dict[str, Array] = {}
     quadratic = squares = 0.0
     value = math.nan
-    for part in parts:
+    # What an iterator gives lies where its maker had it, maybe on explicit axes.
+    for part in map(on_auto, parts):
         check_covers(part, params)
         check_counted(part.num_outputs)
         if again := sorted(set(part.covered) & set(move)):

@@ -14,6 +14,11 @@ from jedit.recipes.plan.plan import Asked, Plan, Work, asked, counted, sizes_of
 
 LEAST = 0.99  # of the peak: what saves less is not said
 PARTS = (2, 4, 8, 16, 32)  # into which sums and layers are parted; arbitrary
+# How `jedit forget` is not told it.
+IN_PYTHON = {
+    "natural": "(in Python: estimate(...), then Natural(curvature=...))",
+    "kfade": "(in Python: estimate(...), then kfade)",
+}
 MUCH = 0.3  # of the peak, in temporaries: then rows are made fewer or shorter
 
 
@@ -78,7 +83,7 @@ def advice(
 
 
 def _without_attack(work: Work, found: Asked) -> Iterator[Advice]:
-    if work.method == "natural" and work.attack:
+    if work.attack:
         yield _changed("no attack on the result (--no-attack)", work, found, attack=False)
 
 
@@ -89,14 +94,16 @@ def _in_groups(work: Work, found: Asked, before: Plan) -> Iterator[Advice]:
         size = -(-before.sums // parts)
         text = f"group_bytes={size}"
         if work.method == "kfade":
-            yield _changed(f"{text} with offload=True", work, found, group_bytes=size, offload=True)
+            text = f"{text} with offload=True {IN_PYTHON['kfade']}"
+            yield _changed(text, work, found, group_bytes=size, offload=True)
         else:
-            yield _changed(text, work, found, group_bytes=size)
+            yield _changed(f"{text} {IN_PYTHON['natural']}", work, found, group_bytes=size)
 
 
 def _offloaded(work: Work, found: Asked) -> Iterator[Advice]:
     if work.method == "kfade" and not work.offload:
-        yield _changed("offload=True, factors in the host's memory", work, found, offload=True)
+        text = f"offload=True, factors in the host's memory {IN_PYTHON['kfade']}"
+        yield _changed(text, work, found, offload=True)
 
 
 def _diagonal(work: Work, found: Asked, before: Plan) -> Iterator[Advice]:
@@ -104,7 +111,8 @@ def _diagonal(work: Work, found: Asked, before: Plan) -> Iterator[Advice]:
     for side in sorted(sides, reverse=True)[1:]:
         changed = work._replace(max_dim=side)
         yield Advice(
-            f"max_dim={side}, factors of longer axes (up to {before.largest_axis}) diagonal",
+            f"max_dim={side}, factors of longer axes (up to {before.largest_axis}) diagonal "
+            f"{IN_PYTHON[work.method]}",
             changed,
             counted(_with_curvature(found, changed), changed),
         )
@@ -121,7 +129,7 @@ def _fewer_layers(work: Work, found: Asked) -> Iterator[Advice]:
             return
         begin = (len(layers) - number) // 2
         some = layers[begin : begin + number]
-        select = rf"^layers/({'|'.join(map(str, some))})/(attn|mlp)/"
+        select = _pattern(paths, chosen, some)
         changed = work._replace(select=select)
         name = f"layers {some[0]} to {some[-1]}" if number > 1 else f"layer {some[0]}"
         yield Advice(
@@ -129,6 +137,18 @@ def _fewer_layers(work: Work, found: Asked) -> Iterator[Advice]:
             changed,
             counted(_with_curvature(found, changed), changed),
         )
+
+
+def _pattern(paths: list[str], chosen: list[str], layers: list[int]) -> str:
+    """Return a pattern of the chosen parameters in some layers: of whole parts, where it can be."""
+    begin = rf"^layers/({'|'.join(map(str, layers))})/"
+    wanted = [path for path in chosen if re.search(begin, path)]
+    inner = [re.sub(r"^layers/\d+/", "", path) for path in wanted]
+    parts = dict.fromkeys(re.escape(path.partition("/")[0]) for path in inner)
+    short = f"{begin}({'|'.join(parts)})/"
+    if selected_paths(paths, short) == wanted:
+        return short
+    return f"{begin}({'|'.join(map(re.escape, dict.fromkeys(inner)))})$"
 
 
 def _smaller_rows(folder: str | Path, work: Work, before: Plan, again: dict) -> Iterator[Advice]:
@@ -147,7 +167,7 @@ def _closed_form(folder: str | Path, work: Work, again: dict) -> Iterator[Advice
     if work.method == "natural":
         changed = work._replace(method="kfade")
         plan = counted(asked(folder, changed, **again), changed)
-        yield Advice("--method kfade, one step in closed form", changed, plan)
+        yield Advice("--method kfade, some steps in closed form", changed, plan)
 
 
 def _changed(text: str, work: Work, found: Asked, **changes: object) -> Advice:

@@ -13,14 +13,16 @@ compiler (`jedit.recipes.plan.programs`):
                  and those of the loop that overwrites its own
     look         W + M + B + 3 C + 4 T + a price
     recovery     W + M + B + 3 C + 8 T + a step
-    attack       W + M + B + C + 3 T + four copies of all parameters, masters for what is edited, +
-                 a step
     edit         K-FADE: W + B + C + 2 T, the change and a gradient or a direction + a gradient, or
                  a price
+    attack       W + M + B + C + 3 T + four copies of all parameters, masters for what is edited, +
+                 a step; of K-FADE W + C + 2 T + four copies of all parameters + a step
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,9 +33,11 @@ from jax.typing import DTypeLike
 from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
 from jedit.core.devices import sharding_of
+from jedit.core.paths import parameter_paths, selected_paths
 from jedit.curvature import Curvature
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.geometry.trust_region import KEPT_BYTES
+from jedit.methods import Ascent
 from jedit.models.shapes import load_shapes
 from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan import programs
@@ -116,7 +120,7 @@ class Work(NamedTuple):
     """What is to be done, beside the model.
 
     Attributes:
-        method: "natural", steps that stop by themselves, or "kfade", one step in closed form.
+        method: "natural", steps that stop by themselves, or "kfade", a few in closed form.
         select: regular expression of the parameters that are edited.
         forget: number of forget rows.
         retain: number of retain rows that it is given.
@@ -145,6 +149,7 @@ class Work(NamedTuple):
 
 
 EVERY = 4  # natural steps between two looks, `Forgetting.every`
+KFADE_STEPS = Ascent().steps  # those of the catalogue's K-FADE as well
 
 
 def plan(
@@ -160,8 +165,10 @@ def plan(
         print(found.peak / 2**30, found.at_peak.name, found.seconds(60e12))
 
     The numbers are those of the edit itself, from loading to the `Edit`: judging the edited model
-    takes less. The compiler asked is that of the default device. A CPU's widens bfloat16 for its
-    products, which an accelerator's does not: there it takes less than is told here.
+    takes less. The compiler asked is that of the default device, or of the mesh's. A CPU's widens
+    bfloat16 for its products, which an accelerator's does not: there it takes less than is told
+    here. A pattern that selects some layers has the temporaries and the flops of programs that
+    select the same parameters in every layer, an upper bound; the arrays are those of the pattern.
 
     Args:
         folder: a folder with config.json; weights in it are not read, and need not be there.
@@ -194,6 +201,7 @@ class Asked(NamedTuple):
         costs: cost of each program, at the model's own depth.
         outputs: bytes of the outputs of one row, on all devices together.
         num_devices: devices of the mesh.
+        backend: whose compiler was asked.
         is_widened: whether a CPU's compiler was asked about numbers narrower than float32.
     """
 
@@ -205,6 +213,7 @@ class Asked(NamedTuple):
     costs: dict[str, Cost]
     outputs: int
     num_devices: int
+    backend: str
     is_widened: bool
 
 
@@ -214,19 +223,25 @@ def asked(
     """Ask the compiler; see `plan` for the arguments, of which groups change nothing here."""
     _check(work)
     length, sizes = work.max_len - 1, sizes_of(work)
+    backend = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
-    def models(depth: int | None) -> tuple[Model, Model, int]:
+    def models(depth: int | None, select: str) -> tuple[Model, Model, int]:
         apply, params, config = load_shapes(folder, dtype=dtype, mesh=mesh, num_layers=depth)
         rows = programs.rows_of(length, mesh)
         plain = Model(apply, params, rows)
         if work.method == "kfade":
             return plain, plain, config.num_hidden_layers
-        wide = Model(*programs.masters_of(apply, params, work.select), rows)
+        wide = Model(*programs.masters_of(apply, params, select), rows)
         return plain, wide, config.num_hidden_layers
 
-    plain, wide, depth = models(None)
-    depths = DEPTHS if depth > DEPTHS[-1] else (depth,)
-    lines = [_costs(models(d)[1], sizes, work) for d in depths]
+    plain, wide, depth = models(None, work.select)
+    depths, same = (depth,), work.select
+    if depth > DEPTHS[-1]:
+        depths = DEPTHS
+        paths = [path for path, _ in parameter_paths(plain.params)]
+        same = in_every_layer(selected_paths(paths, work.select))
+    small = dataclasses.replace(sizes, select=same)
+    lines = [_costs(models(d, same)[1], small, work, backend) for d in depths]
     first, last = lines[0], lines[-1]
     costs = {n: c.at(depths[0], last[n], depths[-1], depth) for n, c in first.items()}
     state, curvature = programs.curvature_of(wide, sizes)
@@ -235,27 +250,36 @@ def asked(
     outputs = math.prod(one.shape) * one.dtype.itemsize
     footprints = state.footprints(wide.params)
     is_narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(plain.params))
-    is_widened = is_narrow and (mesh is not None or jax.default_backend() == "cpu")
-    return Asked(plain, wide, state, curvature, footprints, costs, outputs, devices, is_widened)
+    is_widened = is_narrow and backend == "cpu"
+    asked_of = (costs, outputs, devices, backend, is_widened)
+    return Asked(plain, wide, state, curvature, footprints, *asked_of)
+
+
+def in_every_layer(paths: Iterable[str]) -> str:
+    """Return the pattern of the parameters of these kinds, in all layers."""
+    kinds = dict.fromkeys(re.sub(r"^layers/\d+/", "layers/N/", path) for path in paths)
+    found = (re.escape(kind).replace("layers/N/", r"layers/\d+/", 1) for kind in kinds)
+    return "|".join(f"^{kind}$" for kind in found)
 
 
 def sizes_of(work: Work) -> Sizes:
     """Return the numbers that a work's programs depend on."""
-    # Natural steps hold some rows out, and take the others in chunks.
-    seen = max(work.retain - _held_out(work), 1)
-    chunk = min(CHUNK, seen) if work.method == "natural" else min(work.batch_size, work.retain)
+    # Natural steps take rows in chunks, and the price's are those of the forget rows' losses too.
+    is_natural, seen = work.method == "natural", _seen(work)
+    chunk = min(CHUNK if is_natural else work.batch_size, seen)
     return Sizes(
         select=work.select,
         forget=work.forget,
         retain=work.retain,
         batch_size=work.batch_size,
         chunk=chunk,
+        priced=chunk if is_natural else min(work.batch_size, _held_out(work)),
         every=EVERY,
         max_dim=work.max_dim,
     )
 
 
-def _costs(model: Model, sizes: Sizes, work: Work) -> dict[str, Cost]:
+def _costs(model: Model, sizes: Sizes, work: Work, backend: str) -> dict[str, Cost]:
     """Ask what the programs of a method cost, of a model of one depth."""
     traced = {"fit": programs.fit(model, sizes), "price": programs.price(model, sizes)}
     if work.method == "kfade":
@@ -263,12 +287,10 @@ def _costs(model: Model, sizes: Sizes, work: Work) -> dict[str, Cost]:
         traced["quadratic"] = programs.quadratic(model, sizes)
     else:
         traced["step"] = programs.natural_step(model, sizes)
-        if work.attack:
-            lessons = -(-work.forget // LESSONS)
-            traced["attack"] = programs.attack_step(
-                model, sizes, steps=LESSON_STEPS, lessons=lessons
-            )
-    return {name: programs.cost_of(one) for name, one in traced.items()}
+    if work.attack:
+        lessons = -(-work.forget // LESSONS)
+        traced["attack"] = programs.attack_step(model, sizes, steps=LESSON_STEPS, lessons=lessons)
+    return {name: programs.cost_of(one, backend) for name, one in traced.items()}
 
 
 def counted(found: Asked, work: Work) -> Plan:
@@ -307,7 +329,7 @@ def counted(found: Asked, work: Work) -> Plan:
         largest_axis=side,
         phases=tuple(phases),
         num_devices=found.num_devices,
-        backend=jax.default_backend(),
+        backend=found.backend,
     )
 
 
@@ -349,19 +371,26 @@ def _natural(found: Asked, work: Work, base: int, curvature: int, edit: int) -> 
 
 def _kfade(found: Asked, work: Work, base: int, curvature: int, edit: int) -> list[Phase]:
     costs = found.costs
-    batches = math.ceil(work.forget / work.batch_size)
-    retained = math.ceil(work.retain / work.batch_size)
-    # A search of the step's length looks seven times, beside the prices at its two ends.
-    flops = batches * costs["gradient"].flops + 9 * retained * costs["price"].flops
-    flops += 4 * costs["quadratic"].flops
+    # And a batch of retain rows, for the cosine.
+    batches = math.ceil(work.forget / work.batch_size) + 1
+    priced = math.ceil(_held_out(work) / work.batch_size)
+    # A search of a step's length looks seven times, beside the prices at its two ends.
+    flops = batches * costs["gradient"].flops + 9 * priced * costs["price"].flops
+    flops = KFADE_STEPS * (flops + 4 * costs["quadratic"].flops)
     temporaries = max(costs[name].bytes for name in ("gradient", "price", "quadratic"))
-    return [Phase("edit", base + curvature + 2 * edit, temporaries, flops)]
+    phases = [Phase("edit", base + curvature + 2 * edit, temporaries, flops)]
+    if work.attack:
+        # The price and its outputs are gone; the edit, the edited parameters and Adam's are there.
+        weights = _bytes(found.plain.params)
+        held = 5 * weights + curvature + 2 * edit
+        phases.append(Phase("attack", held, costs["attack"].bytes, costs["attack"].flops))
+    return phases
 
 
 def _passes(found: Asked, work: Work) -> float:
     """Return how many batches the curvature is summed over."""
     groups = len(_group_sizes(found.footprints, work.group_bytes))
-    return groups * work.retain / sizes_of(work).chunk
+    return groups * _seen(work) / sizes_of(work).chunk
 
 
 def _group_sizes(footprints: list[Footprint], group_bytes: int | None) -> list[int]:
@@ -375,14 +404,18 @@ def _group_sizes(footprints: list[Footprint], group_bytes: int | None) -> list[i
     return found
 
 
+def _seen(work: Work) -> int:
+    """Return how many retain rows the curvature is of: the price is measured on the others."""
+    return max(work.retain - _held_out(work), 1)
+
+
 def _held_out(work: Work) -> int:
     return min(-(-work.retain // HELD_OUT), MOST_HELD_OUT)
 
 
 def _kept_outputs(found: Asked, work: Work) -> int:
     """Return the bytes of the outputs that the price of a change is measured against, if kept."""
-    rows = _held_out(work) if work.method == "natural" else work.retain
-    size = rows * found.outputs
+    size = _held_out(work) * found.outputs
     return size // found.num_devices if size <= KEPT_BYTES else 0
 
 

@@ -38,7 +38,7 @@ from jedit.training import TrainingMethod
 from jedit.training.freezing import split, which_are_trained
 from jedit.training.masters import with_masters
 from jedit.training.steps import Program, Read, traced
-from jedit.transforms import clip_by_curvature_norm, falling
+from jedit.transforms import falling
 
 # Without LLVM's optimisation, which no buffer's size depends on, a compilation takes half the time.
 CPU_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -114,9 +114,9 @@ def masters_of(apply: Apply, params: PyTree, select: str) -> tuple[Apply, PyTree
     return found[0], placed
 
 
-def cost_of(program: jax.stages.Traced) -> Cost:
-    """Compile a program for its shapes, and return what it needs."""
-    options: dict[str, Any] = CPU_OPTIONS if jax.default_backend() == "cpu" else {}
+def cost_of(program: jax.stages.Traced, backend: str) -> Cost:
+    """Compile a program for its shapes, on a backend such as "cpu"; return what it needs."""
+    options: dict[str, Any] = CPU_OPTIONS if backend == "cpu" else {}
     memory = program.lower().compile(compiler_options=options).memory_analysis()
     assert memory is not None
     kept = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
@@ -155,7 +155,8 @@ class Sizes:
         forget: number of forget rows.
         retain: number of retain rows.
         batch_size: rows of a step.
-        chunk: rows of a pass of the curvature and of the price, `retain` at most.
+        chunk: rows of a pass of the curvature, those that it sees at most.
+        priced: rows of a pass of the price.
         every: natural steps between two looks.
         max_dim: longest axis that gets a dense factor.
     """
@@ -165,6 +166,7 @@ class Sizes:
     retain: int
     batch_size: int
     chunk: int
+    priced: int
     every: int
     max_dim: int
 
@@ -193,7 +195,7 @@ def price(model: Model, sizes: Sizes) -> jax.stages.Traced:
         return masked_mean(*counted_kl(model.apply, params, moved(params, change), rows))
 
     change = changed(model, sizes.select)
-    return jax.jit(measured).trace(model.params, change, model.rows(sizes.chunk))
+    return jax.jit(measured).trace(model.params, change, model.rows(sizes.priced))
 
 
 def edited(model: Model, select: str) -> dict[str, Any]:
@@ -218,21 +220,6 @@ def natural_step(model: Model, sizes: Sizes) -> jax.stages.Traced:
 
     def method(curvature: Curvature) -> TrainingMethod:
         return natural(how.objective, curvature, predicted_kl=optimizer)
-
-    return _steps(model, sizes, method, curvature, sizes.every)
-
-
-def recovery_step(model: Model, sizes: Sizes) -> jax.stages.Traced:
-    """Return so many steps of the recovery."""
-    how, (_, curvature) = Natural(), curvature_of(model, sizes)
-    assert how.recovery is not None
-    rate = falling(how.recovery.predicted_kl, sizes.every)
-
-    def method(curvature: Curvature) -> TrainingMethod:
-        optimizer = optax.chain(
-            optax.scale_by_adam(), optax.scale(-1.0), clip_by_curvature_norm(curvature, rate)
-        )
-        return TrainingMethod(how.objective, optimizer, trainable=sizes.select)
 
     return _steps(model, sizes, method, curvature, sizes.every)
 
