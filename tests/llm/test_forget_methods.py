@@ -7,11 +7,12 @@ import pytest
 
 import jedit
 from jedit.data import QaRow
+from jedit.methods.row import BySteps
 from jedit.metrics import output_kl
 from jedit.models import load_model
 from jedit.objectives import GA, with_retain
 from jedit.recipes.folders import written
-from jedit.recipes.folders.choice import RATES, methods
+from jedit.recipes.folders.choice import RATES, method_named, methods
 from jedit.recipes.folders.settings import Settings
 from jedit.recipes.pretrained import _encoder, forget_in_checkpoint
 from jedit.recipes.tokenization import load_words
@@ -25,7 +26,8 @@ ROWS = [
     for i, color in enumerate(COLORS * 3)
 ]
 FORGET, RETAIN = ROWS[:4], ROWS[4:]
-QUICK = Settings(batch_size=4, steps=4, recovery=0, attack=False, max_len=56)
+QUICK = Settings(batch_size=4, attack=False, max_len=56)
+NATURAL = {"steps": 4, "recovery": 0}
 IN_SHORT = ("AltPO", "KUDA", "MEMIT", "engram (output metric)")
 ALL = [
     name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
@@ -40,6 +42,12 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, say=lambda _: None, forget=FORGET, **changed):
+    """A few steps, where the method takes any."""
+    row = method_named(changed.get("method", "natural"))
+    if row is None:
+        changed = NATURAL | changed
+    elif isinstance(row, BySteps):
+        changed = {"steps": 4} | changed
     return forget_in_checkpoint(
         folder, folder, forget, RETAIN, out, QUICK._replace(**changed), say=say
     )
