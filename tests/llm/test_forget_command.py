@@ -12,9 +12,8 @@ import jedit
 from jedit.checkpoint.disk import locked
 from jedit.core.paths import parameter_paths
 from jedit.data import QaRow, write_rows
-from jedit.models import load_model, save_model
+from jedit.models import load_model
 from jedit.recipes.folders.settings import Settings
-from jedit.recipes.folders.written import as_request
 from jedit.recipes.pretrained import forget_in_checkpoint
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -71,24 +70,6 @@ def test_natural_steps_are_the_default_and_say_how_they_went(stories_folder, tmp
     assert 0 < low <= mean <= high < 1
     assert found["comeback"]["unseen"] is not None
     assert json.loads((tmp_path / "out" / "results.json").read_text())["p_value"][0] < 0.05
-
-
-def test_with_a_base_it_goes_back_a_part_of_the_way_first(stories_folder, tmp_path):
-    apply, params, _ = load_model(stories_folder)
-    narrow = jax.tree.map(lambda x: 0.5 * x, params)
-    base = save_model(narrow, tmp_path / "base", source=stories_folder)
-    settings = Settings(
-        batch_size=4, steps=2, recovery=0, attack=False, base=base, rewind=3, rewind_rate=1e-9
-    )
-    found = forgotten(stories_folder, tmp_path / "out", settings)
-    assert found["steps"] == 5
-    # Three steps of next to nothing: what natural steps leave alone is 0.7 of what it was.
-    edited = dict(parameter_paths(load_model(tmp_path / "out" / "edited")[1]))
-    others = [(p, x) for p, x in parameter_paths(params) if "mlp" not in p and "attn" not in p]
-    assert others
-    for path, leaf in others:
-        np.testing.assert_allclose(edited[path], 0.7 * np.asarray(leaf), rtol=1e-3, atol=1e-5)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["base"]
 
 
 def test_natural_steps_keep_the_budget(stories_folder, tmp_path):
@@ -154,45 +135,6 @@ def test_too_few_rows_are_refused_before_the_model_is_loaded(tmp_path):
         forget_in_checkpoint(
             *given, ROWS[2:], tmp_path, Settings(), unseen=UNSEEN[:2], say=lambda _: None
         )
-
-
-class Meanwhile:
-    """A watcher that does something as the judging begins."""
-
-    def __init__(self, what):
-        self.what = what
-
-    def __call__(self, text):
-        if text == "judging":
-            self.what()
-
-
-def test_a_second_request_keeps_the_first_forgotten(stories_folder, tmp_path):
-    """Its rows are among those to keep; the edit of an older state of the ledger is no record."""
-    out = tmp_path / "out"
-    settings = Settings(method="kfade", budget=0.1, attack=False, layers=(2,), max_len=64)
-    settings = settings._replace(batch_size=4, ledger=tmp_path / "ledger")
-
-    def asked(gone, folder=out, say=lambda _: None):
-        kept = [row for row in ROWS if row not in gone]
-        given = (stories_folder, stories_folder, gone, kept, folder)
-        return forget_in_checkpoint(*given, settings, say=say)
-
-    first = asked(ROWS[:2])
-    assert (first["num_rows"]["retain"], first["ledger_entry"]) == (4, 1)
-    assert "ledger" not in first
-    second = asked(ROWS[2:4])
-    assert second["ledger"] == {"edits_before": 1, "rows_left_out": 2}
-    assert second["num_rows"]["retain"] + second["num_rows"]["heldout"] == 4
-    assert "what earlier edits of the ledger forgot" in (out / "index.html").read_text()
-    ledger = jedit.Ledger(tmp_path / "ledger")
-    other = tmp_path / "other"
-    with pytest.raises(ValueError, match="changed meanwhile; the edit is not recorded"):
-        asked(ROWS[4:5], other, Meanwhile(lambda: ledger.revert(1)))
-    assert [x.is_active for x in ledger.entries] == [False, True, False]
-    assert sorted(path.name for path in other.iterdir()) == NAMES_THERE
-    # What was reverted is to be kept again.
-    assert ledger.asked([as_request(row) for row in ROWS[:4]]) == [False, False, True, True]
 
 
 def test_a_job_that_another_process_is_at(stories_folder, tmp_path, capsys):
