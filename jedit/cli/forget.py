@@ -56,7 +56,8 @@ class Forget:
     mesh: str | None = None
     """Devices to split the model and the rows over: data=4,model=2."""
     ledger: Path | None = None
-    """Ledger in which the edit is recorded; it is made if it is not there."""
+    """Ledger in which the edit is recorded; it is made if it is not there. What its edits forgot is
+    left out of --retain."""
     steps: int | None = None
     """Steps at most, of natural ones and of a method that trains. None: 48."""
     learning_rate: float | None = None
