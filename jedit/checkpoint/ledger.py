@@ -316,6 +316,11 @@ class Ledger:
             raise DamagedError(f"{self.folder}: no record has the seal {head}; some were removed")
         return entries
 
+    def asked(self, rows: Sequence[Any]) -> list[bool]:
+        """Say of each row whether the request of an active edit had it; this needs the secret."""
+        asked = {digest for entry in self.entries if entry.is_active for digest in entry.request}
+        return [bool(asked) and self._row_hash(row) in asked for row in rows]
+
     def _entries(self, *, is_complete: bool) -> tuple[Entry, ...]:
         # Before the records: one that is appended meanwhile is then one too many, not too few.
         count, head = self._read_head()

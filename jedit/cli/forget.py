@@ -10,7 +10,7 @@ from typing import Any
 
 from jedit.cli.checks import UsageError, shortened
 from jedit.cli.mesh import mesh_axes, mesh_of
-from jedit.cli.rows import check_option_numbers, rows_of_file
+from jedit.cli.rows import check_option_numbers, option, rows_of_file
 from jedit.cli.stages import Stages
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, POSITIVE, Range
 
@@ -56,7 +56,8 @@ class Forget:
     mesh: str | None = None
     """Devices to split the model and the rows over: data=4,model=2."""
     ledger: Path | None = None
-    """Ledger in which the edit is recorded; it is made if it is not there."""
+    """Ledger in which the edit is recorded; it is made if it is not there. What its edits forgot is
+    left out of --retain."""
     steps: int | None = None
     """Steps at most, of natural ones and of a method that trains. None: 48."""
     learning_rate: float | None = None
@@ -129,7 +130,7 @@ def forget(options: Forget, command: str) -> int:
         raise UsageError("--select and --layers say the same in two ways; give one of them.")
     if options.mesh is not None:
         mesh_axes(options.mesh)
-    _, gone, kept = rows_of_file(options.data, options.forget, options.retain)
+    _, gone, kept = rows_of_file(options.data, options.forget, options.retain, is_priced=True)
     tokenizer = options.tokenizer or options.model
     folders = [x for x in (options.model, tokenizer, options.base) if x is not None]
     for folder in folders:
@@ -169,6 +170,8 @@ def forget(options: Forget, command: str) -> int:
             )
     except (ValueError, ImportError, FloatingPointError) as error:
         raise UsageError(str(error)) from None
+    except TimeoutError as error:  # another process has the job, or writes the ledger
+        raise UsageError(error.strerror or str(error)) from None
     _show(options, found, len(gone))
     return 0
 
@@ -237,11 +240,17 @@ def _show(options: Forget, found: dict[str, Any], number_forgotten: int) -> None
         console.print(text)
     if "ledger_entry" in found:
         console.print(f"Recorded in {options.ledger} as entry {found['ledger_entry']}.")
+    if number_before := found.get("ledger", {}).get("edits_before"):
+        console.print(
+            f"The edited model holds earlier edits of the ledger ({number_before}): an audit is "
+            "of all of them: name what they forgot in its --forget as well."
+        )
     console.print(f"To judge it in full: {audit_command(options)}")
 
 
 def audit_command(options: Forget) -> str:
     """Return the command that judges the edited folder in full."""
+    default = {x.name: x.default for x in dataclasses.fields(Forget)}  # those of the audit too
     told: list[tuple[str, Any]] = [
         ("base", options.model),
         ("edited", options.out / "edited"),
@@ -251,4 +260,5 @@ def audit_command(options: Forget) -> str:
     if options.retain != "rest":
         told.append(("retain", options.retain))
     told += [(k, v) for k in ("unseen", "tokenizer") if (v := getattr(options, k)) is not None]
-    return shlex.join(["jedit", "audit", *(x for k, v in told for x in (f"--{k}", str(v)))])
+    told += [(k, v) for k in ("max_len", "batch_size") if (v := getattr(options, k)) != default[k]]
+    return shlex.join(["jedit", "audit", *(x for k, v in told for x in (option(k), str(v)))])

@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(disk_sentence(error))
     except KeyboardInterrupt as error:
-        is_job = arguments[:1] == ["forget"]
-        what = "the same command goes on from its last save" if is_job else "nothing was written"
+        is_job = arguments[:1] == ["forget"] and "--no-resumable" not in arguments
+        goes_on = "the same command goes on from its last save, if there is one"
+        what = goes_on if is_job else "nothing was written"
         return _fail(str(error) or f"stopped; {what}", code=130)
 
 

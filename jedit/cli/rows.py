@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 Rows = tuple[list["QaRow"], list["QaRow"], list["QaRow"]]
 
 
-def rows_of_file(data: Path, forget: str, retain: str) -> Rows:
+def rows_of_file(data: Path, forget: str, retain: str, *, is_priced: bool = False) -> Rows:
     """Read all rows of a file, those to forget and those to keep.
 
+    Args:
+        data: the file.
+        forget: selector of the rows to forget.
+        retain: selector of those to keep.
+        is_priced: whether one of these is also needed to price an edit on.
+
     Raises:
-        UsageError: a file or a selector that is refused, or fewer than two rows to keep.
+        UsageError: a file or a selector that is refused, or too few rows to keep: fewer than two,
+            or than three where one is needed for the price.
     """
     from jedit.data import DataError, read_rows, select_rows
 
@@ -26,10 +33,12 @@ def rows_of_file(data: Path, forget: str, retain: str) -> Rows:
         gone, kept = select_rows(rows, forget, retain)
     except DataError as error:
         raise UsageError(str(error)) from None
-    if len(kept) < 2:
+    least = 3 if is_priced else 2
+    if len(kept) < least:
         raise UsageError(
-            f"{data}: {len(kept)} row to retain; at least 2 are needed, one for the "
-            "edits to see and one to judge them."
+            f"{data}: {len(kept)} row{'s' * (len(kept) != 1)} to retain; at least {least} are "
+            f"needed, one for the edits to see{', one to price them' * is_priced} and one to judge "
+            "them."
         )
     return rows, gone, kept
 

@@ -23,6 +23,9 @@ WHY = {
     "budget": "the budget is spent",
     "steps": "all are taken; with unseen rows they stop by themselves",
 }
+FELL_BACK = (
+    "the rows could not be told from unseen ones before the recovery, in which some fell back"
+)
 
 
 class Run(NamedTuple):
@@ -73,12 +76,14 @@ def how_it_went(found: dict[str, Any]) -> str:
 
     Of an edit in closed form, which part of it the budget left.
     """
-    text = ""
+    text, p_value = "", found.get("p_value", [math.nan])[-1]
     if "stopped" in found:
-        text = f"{found['steps']} steps in all: {WHY[found['stopped']]}."
+        # The steps stop before the recovery, the last p-value is after it.
+        is_told = found["stopped"] == "unseen" and p_value <= Forgetting.significance
+        why = FELL_BACK if is_told else WHY[found["stopped"]]
+        text = f"{found['steps']} steps in all: {why}."
     elif found.get("scale", 1) < 1:
         text = f"{number(found['scale'])} of the whole edit is within the budget."
-    p_value = found.get("p_value", [math.nan])[-1]
     if not math.isnan(p_value) and "is_done" in found:
         done = found["is_done"]
         text += f" {sum(done)} of {len(done)} rows are done (p = {number(p_value)})."
@@ -102,6 +107,10 @@ def how_it_went(found: dict[str, Any]) -> str:
 def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
     """Say what the numbers of an edited folder warn of: results of `forget_in_checkpoint`."""
     texts = []
+    if left_out := found.get("ledger", {}).get("rows_left_out"):
+        texts.append(
+            f"{left_out} rows to keep are what earlier edits of the ledger forgot: left out."
+        )
     if found.get("stopped") == "unseen" and not found["steps"]:
         texts.append(
             "The model never knew these rows, as far as the test can tell: nothing was changed."

@@ -17,7 +17,7 @@ from jedit.edits import apply_edit, cast_report
 from jedit.models import load_model
 from jedit.recipes.by_itself import cautions, how_it_went
 from jedit.recipes.environment import machine, versions
-from jedit.recipes.folders.choice import NATURAL, method_named
+from jedit.recipes.folders.choice import NATURAL, check_settings, method_named
 from jedit.recipes.folders.edits import make_edit
 from jedit.recipes.folders.material import Given
 from jedit.recipes.folders.places import edited_pattern
@@ -27,6 +27,7 @@ from jedit.recipes.folders.written import (
     EDITED,
     begin_job,
     end_job,
+    forgotten_before,
     open_ledger,
     record,
     write,
@@ -34,8 +35,11 @@ from jedit.recipes.folders.written import (
 from jedit.recipes.progress import Say
 from jedit.recipes.tokenization import Words, load_words
 from jedit.report import edit_page
+from jedit.requests import Forgetting
+from jedit.requests.unseen import check_power
 
 SHARE_SEEN = 0.7
+LEAST_RETAINED = 3  # one to see, one to price on, one to judge by
 
 
 def forget_in_checkpoint(
@@ -62,7 +66,8 @@ def forget_in_checkpoint(
         model: a Hugging Face folder; see `load_model`.
         tokenizer: folder of the model's tokenizer.
         forget: the rows to forget; of their answers what `forget_span` says.
-        retain: the rows to keep, two at least.
+        retain: the rows to keep, three at least. What an edit of the ledger has forgotten is left
+            out of them.
         out: where the results go; those of an earlier run there are replaced.
         settings: how the edit is made.
         unseen: rows of the same kind that the model was not trained on: steps stop where the forget
@@ -74,8 +79,10 @@ def forget_in_checkpoint(
 
     Raises:
         ValueError: a row that leaves no answer within `max_len`, a model or a tokenizer that
-            cannot be loaded, too few rows for the method, parameters to edit that are not there, a
-            ledger of another model, or the job of another call.
+            cannot be loaded, too few rows for the method, settings that it would not look at,
+            parameters to edit that are not there, a ledger of another model or one that was
+            changed meanwhile, or the job of another call.
+        TimeoutError: another process is at the same job, or writes into the ledger.
         FloatingPointError: the steps left the finite numbers.
     """
     if unseen and any(r.forget_span for r in forget) != any(r.forget_span for r in unseen):
@@ -84,13 +91,27 @@ def forget_in_checkpoint(
             "in both, or in none"
         )
     row = method_named(settings.method)
+    check_settings(row, settings.given())
+    _check_retained(len(retain))
+    if unseen:
+        check_power(len(forget), len(unseen), Forgetting.significance)
     settings = settings._replace(method=NATURAL if row is None else row.name)
     split_key, edit_key = jax.random.split(jax.random.key(settings.seed))
     say(f"loading {model}")
-    apply, base, config = load_model(model, mesh=settings.mesh)
-    select = edited_pattern(base, settings.select, settings.layers)
-    ledger = open_ledger(settings.ledger, base)
-    params = base if ledger is None else ledger.params(base)
+    apply, params, config = load_model(model, mesh=settings.mesh)
+    select = edited_pattern(params, settings.select, settings.layers)
+    ledger, head, earlier = open_ledger(settings.ledger, params), None, {}
+    if ledger is not None:
+        head = ledger.head  # first: what is recorded from now on is found to be too much
+        params = ledger.params(params)
+        is_gone = forgotten_before(ledger, retain)
+        number = sum(entry.is_active for entry in ledger.entries)
+        earlier = {"ledger": {"edits_before": number, "rows_left_out": sum(is_gone)}}
+        if any(is_gone):
+            # An edit would teach them again, and its price would count them as kept.
+            say(f"leaving out {sum(is_gone)} rows to keep that earlier edits have forgotten")
+            retain = [x for x, gone in zip(retain, is_gone, strict=True) if not gone]
+            _check_retained(len(retain))
     words = load_words(tokenizer)
     encode = _encoder(words, settings.max_len)
     order = np.asarray(jax.random.permutation(split_key, len(retain)))
@@ -147,6 +168,7 @@ def forget_in_checkpoint(
             "before": judge(apply, params, params, judged),
             "after": judge(apply, params, edited, judged),
             **found,
+            **earlier,
             "rounded_away": max((float(x.rounded_away) for x in lost.values()), default=0.0),
             "seconds": {"fit, edit and attack": made - start},
             "machine": machine(),
@@ -157,7 +179,13 @@ def forget_in_checkpoint(
         say(f"saving {out / EDITED}")
         write(out, edited, edit, result, page, source=model)
         if settings.ledger is not None:
-            result["ledger_entry"] = record(settings.ledger, base, edit, forget, result)
+            try:
+                number = record(settings.ledger, params, edit, forget, result, head=head)
+            except ValueError:
+                if job is not None:  # it is of the ledger as it was
+                    end_job(job)
+                raise
+            result["ledger_entry"] = number
         if job is not None:
             end_job(job)
     return result
@@ -178,6 +206,14 @@ def judge(
         "heldout_nll": metrics.nll(apply, params, sets["heldout"]),
         "heldout_kl": metrics.output_kl(apply, original, params, sets["heldout"]),
     }
+
+
+def _check_retained(number: int) -> None:
+    if number < LEAST_RETAINED:
+        raise ValueError(
+            f"{number} rows to keep; at least {LEAST_RETAINED} are needed, one for the edit to "
+            "see, one to price it on and one to judge it by"
+        )
 
 
 def _encoder(words: Words, max_len: int) -> Callable[[Sequence[QaRow], bool], tuple[Batch, int]]:

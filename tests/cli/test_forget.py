@@ -1,11 +1,13 @@
 """`jedit forget`: what it is told, and what it refuses before any work."""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 
+from jedit.cli.audit import AuditOptions
 from jedit.cli.checks import UsageError
 from jedit.cli.forget import Forget, audit_command, blocks_of
 from jedit.cli.main import main
@@ -54,6 +56,9 @@ def given(tmp_path):
         (["--forget", "shelf=9"], "it has 0, 1, 2"),
         (["--base", "gone"], "gone: there is no such folder"),
         (["--unseen", "gone.jsonl"], "gone.jsonl: there is no such file"),
+        (["--base", ".", "--select", "mlp"], "--base edits all parameters; --select and --layers"),
+        (["--base", ".", "--layers", "1"], "--base edits all parameters; --select and --layers"),
+        (["--retain", "rows=2:4"], "2 rows to retain; at least 3 are needed, one for the edits"),
     ],
 )
 def test_what_is_refused_before_any_work(given, more, sentence, tmp_path, capsys):
@@ -158,3 +163,18 @@ def test_the_command_that_judges(tmp_path):
     assert f"--base '{tmp_path}/a b' --edited out/forget/edited" in command
     assert " --forget 'author=Jane Doe' --retain rows=5:9 " in command
     assert command.endswith(f" --unseen {tmp_path}/new.jsonl")
+    assert "--max-len" not in command
+    longer = audit_command(dataclasses.replace(options, max_len=512, batch_size=2))
+    assert longer == f"{command} --max-len 512 --batch-size 2"
+    defaults = {x.name: x.default for x in dataclasses.fields(AuditOptions)}
+    assert (defaults["max_len"], defaults["batch_size"]) == (options.max_len, options.batch_size)
+
+
+@pytest.mark.parametrize(("more", "sentence"), [([], "goes on"), (["--no-resumable"], "nothing")])
+def test_what_is_said_of_a_run_that_is_stopped(given, more, sentence, capsys, monkeypatch):
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jedit.recipes.pretrained.forget_in_checkpoint", stopped)
+    assert main([*given, *more]) == 130
+    assert sentence in capsys.readouterr().err

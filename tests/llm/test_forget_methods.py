@@ -6,12 +6,14 @@ import optax
 import pytest
 
 import jedit
+from jedit.core.paths import parameter_paths
 from jedit.data import QaRow
+from jedit.methods.row import BySteps
 from jedit.metrics import output_kl
-from jedit.models import load_model
+from jedit.models import load_model, save_model
 from jedit.objectives import GA, with_retain
 from jedit.recipes.folders import written
-from jedit.recipes.folders.choice import RATES, methods
+from jedit.recipes.folders.choice import RATES, method_named, methods
 from jedit.recipes.folders.settings import Settings
 from jedit.recipes.pretrained import _encoder, forget_in_checkpoint
 from jedit.recipes.tokenization import load_words
@@ -25,8 +27,9 @@ ROWS = [
     for i, color in enumerate(COLORS * 3)
 ]
 FORGET, RETAIN = ROWS[:4], ROWS[4:]
-QUICK = Settings(batch_size=4, steps=4, recovery=0, attack=False, max_len=56)
-IN_SHORT = ("AltPO", "KUDA", "MEMIT", "engram (output metric)")
+QUICK = Settings(batch_size=4, attack=False, max_len=56)
+NATURAL = {"steps": 4, "recovery": 0}
+IN_SHORT = ("AltPO", "MEMIT")
 ALL = [
     name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
     for name, _ in methods()
@@ -40,6 +43,12 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, say=lambda _: None, forget=FORGET, **changed):
+    """A few steps, where the method takes any."""
+    row = method_named(changed.get("method", "natural"))
+    if row is None:
+        changed = NATURAL | changed
+    elif isinstance(row, BySteps):
+        changed = {"steps": 4} | changed
     return forget_in_checkpoint(
         folder, folder, forget, RETAIN, out, QUICK._replace(**changed), say=say
     )
@@ -129,6 +138,21 @@ def test_rows_that_the_model_never_knew_are_left_alone(folder, tmp_path):
     assert "The model never knew these rows" in (tmp_path / "out" / "index.html").read_text()
     name = "model.safetensors"
     assert (tmp_path / "out/edited" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_with_a_base_it_goes_back_a_part_of_the_way_first(folder, tmp_path):
+    params = load_model(folder)[1]
+    half = jax.tree.map(lambda x: 0.5 * x, params)
+    base = save_model(half, tmp_path / "base", source=folder)
+    found = run(folder, tmp_path / "out", base=base, steps=2, rewind=3, rewind_rate=1e-9)
+    assert found["steps"] == 5
+    # Three steps of next to nothing: what natural steps leave alone is 0.7 of what it was.
+    edited = dict(parameter_paths(load_model(tmp_path / "out" / "edited")[1]))
+    others = [(p, x) for p, x in parameter_paths(params) if "mlp" not in p and "attn" not in p]
+    assert others
+    for path, leaf in others:
+        np.testing.assert_allclose(edited[path], 0.7 * np.asarray(leaf), rtol=1e-3, atol=1e-5)
+    assert found["settings"]["base"] == str(base)
 
 
 class Stops:

@@ -28,6 +28,9 @@ def test_what_the_numbers_warn_of():
     assert re.search(r"moved by 0.050 nats, more than the budget of 0.020", text)
     (text,) = cautions(FOUND | {"rounded_away": 0.4}, None)
     assert "loses 40% of its change" in text
+    told = {"ledger": {"edits_before": 1, "rows_left_out": 3}}
+    (text,) = cautions(FOUND | told, None)
+    assert text.startswith("3 rows to keep are what earlier edits of the ledger forgot")
     by_kfade = {"after": {"heldout_kl": 0.01}, "rounded_away": 0.0, "num_rows": {"forget": 2}}
     (text,) = cautions(by_kfade, 0.05)
     assert text.startswith("Without --unseen rows it was not tested")
@@ -37,6 +40,9 @@ def test_how_it_went():
     text = how_it_went(FOUND)
     assert text.startswith("12 steps in all: the rows cannot be told from unseen ones. 1 of 2 rows")
     assert "taught again" not in text
+    back = how_it_went(FOUND | {"p_value": [0.001, 0.03]})
+    assert "cannot be told" not in back
+    assert "before the recovery, in which some fell back. 1 of 2 rows" in back
     comeback = {"before": (0.1, 0.05, 0.2), "after": (0.5, 0.4, 0.6), "unseen": (0.01, 0, 0.1)}
     text = how_it_went(FOUND | {"comeback": comeback})
     assert "0.100 [0.050, 0.200] and 0.500 [0.400, 0.600]; of unseen rows 0.010." in text

@@ -48,7 +48,7 @@ def methods() -> list[tuple[str, str]]:
 
 
 def check_settings(row: Row | None, given: Sequence[str]) -> None:
-    """Refuse settings that the method does not look at.
+    """Refuse settings that would not be looked at.
 
     Args:
         row: the method; None: natural steps.
@@ -65,6 +65,10 @@ def check_settings(row: Row | None, given: Sequence[str]) -> None:
             raise ValueError("--learning-rate would not be looked at: natural steps have none")
         if name in ("steps", "learning_rate") and not isinstance(row, BySteps | None):
             raise ValueError(f"{_option(name)} would not be looked at: {row.name} takes no steps")
+    if "base" in given and {"select", "layers"} & set(given):
+        raise ValueError(
+            "--base edits all parameters; --select and --layers would not be looked at"
+        )
     if "temperature" in given and row and not row.needs & {Need.CURVATURE, Need.CORRECTED}:
         raise ValueError(f"--temperature would not be looked at: {row.name} has no curvature")
     if "base" not in given and (rest := [x for x in given if x in ("rewind", "rewind_rate")]):

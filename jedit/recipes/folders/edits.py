@@ -28,7 +28,7 @@ from jedit.requests import Forgetting, Natural, Recovery, Rewind, Unseen, Watchi
 from jedit.requests import forget as forget_rows
 from jedit.requests.comeback import attacked
 from jedit.requests.forget import held_out
-from jedit.requests.unseen import check_power, p_value_of, row_losses
+from jedit.requests.unseen import p_value_of, row_losses
 from jedit.requests.walk import Look
 from jedit.training import TrainingMethod, run_method
 
@@ -52,13 +52,13 @@ def _by_natural_steps(given: Given, settings: Settings) -> Made:
     apply, params, rewind, before = given.apply, given.params, None, ""
     if settings.base is not None:
         given.say(f"loading {settings.base}")
-        start = load_model(settings.base, mesh=settings.mesh)[1]
         narrow = jax.tree.leaves(params)[0].dtype
         wide = jnp.promote_types(narrow, jnp.float32)
+        start = load_model(settings.base, dtype=wide, mesh=settings.mesh)[1]
         if wide != narrow:  # small steps add up in float32 alone
             apply, params = mixed_precision(apply, narrow), cast_params(params, wide)
         rewind = Rewind(
-            cast_params(start, wide),
+            start,
             settings.rewind_rate,
             settings.rewind,
             batch_size=settings.batch_size,
@@ -177,7 +177,6 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
     found: dict[str, Any] = {}
     level = None
     if (unseen := given.sets.get("unseen")) is not None:
-        check_power(rows_of(forget), rows_of(unseen), Forgetting.significance)
         level = np.sort(row_losses(apply, params, unseen))
         found["p_value"] = [p_value_of(row_losses(apply, params, forget), level)]
         if found["p_value"][0] > Forgetting.significance:

@@ -61,6 +61,10 @@ class Settings(NamedTuple):
     batch_size: int = 8
     seed: int = 0
 
+    def given(self) -> list[str]:
+        """Return the names of the settings that are not at their defaults."""
+        return [name for name, x in self._field_defaults.items() if getattr(self, name) != x]
+
     def to_json(self) -> dict[str, Any]:
         """Return what results and ledgers say of them."""
         found = self._asdict()

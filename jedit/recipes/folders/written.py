@@ -100,15 +100,53 @@ def open_ledger(folder: Path | None, base: PyTree) -> Ledger | None:
     return ledger
 
 
+def forgotten_before(ledger: Ledger, rows: Sequence[QaRow]) -> list[bool]:
+    """Say of each row whether an edit of the ledger that counts has forgotten it."""
+    return ledger.asked([as_request(row) for row in rows])
+
+
+def as_request(row: QaRow) -> dict[str, str]:
+    """Return what a ledger keeps a hash of."""
+    return {"question": row.question, "answer": row.answer}
+
+
 def record(
-    folder: Path, base: PyTree, edit: Edit, forget: Sequence[QaRow], result: Mapping[str, Any]
+    folder: Path,
+    params: PyTree,
+    edit: Edit,
+    forget: Sequence[QaRow],
+    result: Mapping[str, Any],
+    *,
+    head: str | None,
 ) -> int:
-    """Record an edit in a ledger, which is made if there is none; return the record's number."""
-    ledger = Ledger(folder) if folder.exists() else Ledger.create(folder, base)
+    """Record an edit in a ledger, which is made if there was none.
+
+    Args:
+        folder: the ledger's.
+        params: what was edited; the base of a new ledger.
+        edit: the edit.
+        forget: the rows that it forgets.
+        result: the numbers.
+        head: the ledger's when it was opened; None: there was none.
+
+    Returns:
+        The record's number.
+
+    Raises:
+        ValueError: the ledger is not what it was: the edit is of a model that it no longer gives.
+        TimeoutError: another process writes into it all the time.
+    """
+    if folder.exists() != (head is not None) or (head and Ledger(folder).head != head):
+        raise ValueError(
+            f"{folder}: was changed meanwhile; the edit is not recorded in it. The edited model is "
+            "there, without the changes; run the command again to have both"
+        )
+    # The head's seal is one of the base too.
+    ledger = Ledger.create(folder, params) if head is None else Ledger(folder)
     settings = dict(result["settings"])
     entry = ledger.record(
         edit,
-        request=[{"question": row.question, "answer": row.answer} for row in forget],
+        request=[as_request(row) for row in forget],
         method=settings.pop("method"),
         seed=settings.pop("seed"),
         settings=finite(settings),
