@@ -134,6 +134,9 @@ class Editor:
     def __call__(self, row: Row, point: Point, seed: int, make: Make | None = None) -> PyTree:
         """Return the edited parameters; of a run that leaves the finite numbers, NaN.
 
+        Raises:
+            ValueError: what the method refuses, by its name.
+
         Args:
             row: the method's row of the catalogue.
             point: its settings, as `Strength.point` names them.
@@ -144,6 +147,10 @@ class Editor:
             return self._edited(row, point, seed, make)
         except FloatingPointError:  # the rate or the step was too large
             return destroyed(self.task.original)
+        except ValueError as error:  # such as a gradient of zero, which shows at the run alone
+            raise ValueError(
+                f"{row.name}: {error}; run the others without it (--methods)"
+            ) from error
 
     def _edited(self, row: Row, point: Point, seed: int, make: Make | None) -> PyTree:
         task = self.task
@@ -215,6 +222,8 @@ class Editor:
         """Return the temperature of the curvatures, chosen when the first one is to be fitted."""
         if not needs & {Need.CURVATURE, Need.CORRECTED}:
             return 1.0
+        if self._temperature is None and len(self.temperatures) == 1:
+            (self._temperature,) = self.temperatures
         if self._temperature is None:
             task = self.task
             rows = next(iter(batches(task.retain, task.chunk)))

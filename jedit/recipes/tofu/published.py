@@ -16,9 +16,9 @@ of published models show most.  SimNPO, GradDiff and all epochs {5, 10}: those n
 grid could be confirmed.
 
 Differences.  CE-U has no retain loss, as there, but counts the answer's first token, which is left
-out there.  PDU's lambda waits for five epochs, as there.  RMU reads the last block's hidden state
-and trains every weight that the others do; there it is layer 7 of 16.  AltPO runs {5, 10} epochs
-with one alternate of each answer; there 2 epochs over five.
+out there.  PDU's lambda waits for five epochs, as there.  RMU steers what enters the last block's
+perceptron; there it is what leaves layer 7 of 16.  AltPO runs {5, 10} epochs with the alternates
+that it is given; there 2 epochs over five of each answer.
 
 Training is open-unlearning's [code]: AdamW with weight decay 0.01, a warm-up of one epoch, then a
 linear fall to zero, gradients clipped to length 1, batches of 32, or of all forget rows where they

@@ -254,6 +254,7 @@ def tofu_sweep(
         "Chosen is each method's point of the greatest utility above Forget Quality "
         f"{PASSING_QUALITY:g}, of those that keep {share:.0%} of the untouched model's (else the "
         f"one of the greatest quality), by the first seed; its numbers are those{later}.",
+        "No model was attacked by training it again, by quantisation or by other words.",
     ]
     sheets = [Sheet("Forget Quality, Model Utility and others", COLUMNS)]
     return finish(out, f"TOFU, {preset.protocol} protocol", about, records, sheets, notes, best)
