@@ -43,7 +43,7 @@ TOY = Preset(
     forgotten=2,
     questions=4,
     model=Pretrained(max_len=256, chunk=8),
-    recipe=Recipe(epochs=(150,), batch_size=4, learning_rate=1e-2),
+    recipe=Recipe(epochs=(70,), batch_size=4, learning_rate=1e-2),
     grid=GRID,
 )
 NUM_RUNS = 2 + 2

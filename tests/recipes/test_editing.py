@@ -1,9 +1,11 @@
 """What benchmarks share: one set of curvatures is held, and a run that is lost ends no sweep."""
 
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,9 @@ from jedit.models import gpt
 from jedit.recipes import editing
 from jedit.recipes.comparison.compare import searched
 from jedit.recipes.editing import OF_TEXTS, PROBE, Editor, Strength, task_of
+from jedit.recipes.tofu.models import Start
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 KFAC, EKFAC, NPO = (CATALOGUE[name] for name in ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "NPO"))
 STRENGTH = Strength(steps=1, batch_size=2, learning_rate=1e-3)
 NUM_RETAIN = PROBE + 9
@@ -21,19 +25,24 @@ NUM_RETAIN = PROBE + 9
 
 @pytest.fixture(scope="module")
 def task():
-    apply, params = gpt(key=jax.random.key(0), vocab=12, width=8, num_layers=1, num_heads=2)
+    key = jax.random.key(0)
+    apply, params = gpt(key=key, vocab=12, width=8, num_layers=1, num_heads=2, max_len=5)
     tokens = np.random.default_rng(0).integers(0, 12, (NUM_RETAIN + 4, 6)).astype(np.int32)
     tokens[4:, 0] = np.arange(NUM_RETAIN) % 12
-    forget, retain = (Batch(rows[:, :-1], rows[:, 1:]) for rows in (tokens[:4], tokens[4:]))
-    start = SimpleNamespace(
-        model=SimpleNamespace(apply=apply, chunk=8),
+    forget, retain = (
+        Batch(rows[:, :-1], jnp.asarray(rows[:, 1:])) for rows in (tokens[:4], tokens[4:])
+    )
+    start = Start(
+        model=cast("Any", SimpleNamespace(apply=apply, chunk=8)),
         params=params,
         retrained=None,
-        select=None,
+        select="kernel",
         hidden_site="",
         layers=(),
+        stream=cast("Any", None),
+        description=cast("Any", None),
     )
-    return task_of(cast("Any", start), forget, retain), retain
+    return task_of(start, forget, retain), retain
 
 
 def test_curvatures_are_held_for_one_need_and_at_one_temperature(task):
@@ -67,7 +76,7 @@ def test_a_run_beyond_the_finite_numbers_is_a_destroyed_model(row, task, monkeyp
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(params))
     for name in names:
         monkeypatch.setattr(editing, name, refused)
-    with pytest.raises(ValueError, match="the gradient of forget is zero; --methods runs the oth"):
+    with pytest.raises(ValueError, match=f"^{re.escape(row.name)}: .* is zero; run the others wit"):
         editor(row, STRENGTH.point(row), 0)
 
 
