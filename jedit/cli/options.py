@@ -76,7 +76,7 @@ class Tofu:
     """Folder of the model's tokenizer; None: the model's."""
     protocol: Literal["strict", "field"] = "strict"
     """strict: six retain authors, which judge, are held out of the methods' sight; field: methods
-    see all retain rows, as the field's do."""
+    see all retain rows, as the field's do, which goes with --seeds or --grid published."""
     grid: Literal["preset", "published"] = "preset"
     """With --preset checkpoint: the preset's points of each method, or the grids that the field has
     tuned its baselines on (54 runs of NPO), trained as the field does."""
@@ -91,8 +91,9 @@ class Tofu:
     methods: tuple[str, ...] = ()
     """Some of the methods alone, by name. None given: all."""
     attacks: bool = True
-    """Attack the best models: relearning, quantisation, other words, probes."""
+    """Attack the best models: relearning, quantisation, other words, probes. A sweep (--seeds,
+    --grid published) makes none of these attacks."""
     out: Path = TOFU_OUT
     """Folder of the report; an earlier report there is replaced."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random; beside --seeds, which take its place, it has no part."""

@@ -128,6 +128,11 @@ def _check_folders(options: Tofu) -> None:
     is_sweep = bool(options.seeds) or options.grid == "published"
     if is_sweep and options.preset != "checkpoint":
         raise UsageError("--seeds and --grid published go with --preset checkpoint --model DIR.")
+    if not is_sweep and options.protocol == "field":
+        raise UsageError(
+            "--protocol field goes with --seeds or --grid published: the report of one comparison "
+            "speaks of retain rows that no edit has seen."
+        )
     if is_sweep and options.save is not None:
         raise UsageError("--save goes with one comparison, not with --seeds or --grid published.")
     if options.model is None:

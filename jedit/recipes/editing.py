@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
+from jedit.curvature import choose_temperature
+from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ByScale, BySteps, Material, Need, Pace, Row
@@ -110,7 +113,8 @@ def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequ
 class Editor:
     """Makes the edited parameters of a task's model, by any method at any point and seed.
 
-    What methods need is estimated once for a seed, when the first method needs it.
+    What a method needs is estimated for a seed when it is first needed, at the one temperature that
+    the model's outputs choose, and held until a method needs something else: curvatures are large.
     """
 
     def __init__(
@@ -125,9 +129,13 @@ class Editor:
         self.task, self.has, self.say, self.temperatures = task, has, say, temperatures
         self._seed: int | None = None
         self._fitted: dict[frozenset[Need], Fitted] = {}
+        self._temperature: float | None = None
 
     def __call__(self, row: Row, point: Point, seed: int, make: Make | None = None) -> PyTree:
         """Return the edited parameters; of a run that leaves the finite numbers, NaN.
+
+        Raises:
+            ValueError: what the method refuses, by its name.
 
         Args:
             row: the method's row of the catalogue.
@@ -135,6 +143,16 @@ class Editor:
             seed: seed of the curvature's labels and of the batches.
             make: makes the method in the row's stead; the row says what it needs.
         """
+        try:
+            return self._edited(row, point, seed, make)
+        except FloatingPointError:  # the rate or the step was too large
+            return destroyed(self.task.original)
+        except ValueError as error:  # such as a gradient of zero, which shows at the run alone
+            raise ValueError(
+                f"{row.name}: {error}; run the others without it (--methods)"
+            ) from error
+
+    def _edited(self, row: Row, point: Point, seed: int, make: Make | None) -> PyTree:
         task = self.task
         key = jax.random.fold_in(jax.random.key(seed), 2)
         curvature_key, batches_key = (jax.random.fold_in(key, i) for i in range(2))
@@ -166,41 +184,52 @@ class Editor:
         forget, retain = (
             jax.tree.map(jnp.asarray, rows) for rows in (row.forget_rows(material), task.retain)
         )
-        try:
-            params, _ = unlearn(
-                method._replace(batch_size=int(point[BATCH])),
-                task.apply,
-                start_at(method, task.original, point[RATES.get(row.pace, RATE)]),
-                forget,
-                retain,
-                steps=int(point[STEPS]),
-                key=key,
-            )
-        except FloatingPointError:  # the rate was too large
-            return destroyed(task.original)
+        params, _ = unlearn(
+            method._replace(batch_size=int(point[BATCH])),
+            task.apply,
+            start_at(method, task.original, point[RATES.get(row.pace, RATE)]),
+            forget,
+            retain,
+            steps=int(point[STEPS]),
+            key=key,
+        )
         return params
 
     def _material(self, row: Row, point: Point, seed: int, key: Array) -> Material:
-        if seed != self._seed:  # curvatures are large: those of one seed at a time
+        if seed != self._seed:
             self._seed, self._fitted = seed, {}
+        needs = row.needs & FITTED
         grid = Grid(
             methods=(row.name,),
             budgets=(),
-            temperatures=self.temperatures,
+            temperatures=(self._chosen(needs),),
             damping=(),
             kfade_steps=(),
             looks=(int(point.get(STEPS, 1)),),
             batch_size=1,
             kl_budget=0.0,
         )
-        needs = row.needs & FITTED
-        if needs not in self._fitted:
-            self._fitted[needs] = fit_material(self.task, grid, [row], key=key, say=self.say)
-        fitted = self._fitted[needs]
+        if needs and needs not in self._fitted:
+            self._fitted = {}  # before the others are made
+            self._fitted = {needs: fit_material(self.task, grid, [row], key=key, say=self.say)}
+        fitted = self._fitted[needs] if needs else Fitted()
         material = material_of(self.task, grid, fitted)
         corrected = fitted.corrected.get(fitted.temperature)
         subjects = material.subjects if Need.SUBJECTS in self.has else None
         return dataclasses.replace(material, corrected=corrected, subjects=subjects)
+
+    def _chosen(self, needs: frozenset[Need]) -> float:
+        """Return the temperature of the curvatures, chosen when the first one is to be fitted."""
+        if not needs & {Need.CURVATURE, Need.CORRECTED}:
+            return 1.0
+        if self._temperature is None and len(self.temperatures) == 1:
+            (self._temperature,) = self.temperatures
+        if self._temperature is None:
+            task = self.task
+            rows = next(iter(batches(task.retain, task.chunk)))
+            among = self.temperatures
+            self._temperature = choose_temperature(task.apply, task.original, rows, among=among)
+        return self._temperature
 
 
 def task_of(start: Start, forget: Batch, retain: Batch, refusals: Batch | None = None) -> Task:
@@ -212,6 +241,11 @@ def task_of(start: Start, forget: Batch, retain: Batch, refusals: Batch | None =
         retain: rows that curvature and edits see.
         refusals: the forget rows' questions with refusals, row by row, if there are any.
     """
+    number = rows_of(retain)
+    if number > PROBE:  # a budget is kept on the first rows, which are to stand for all
+        first = spread(number, PROBE)
+        rest = np.setdiff1d(np.arange(number), first)
+        retain = take(retain, np.concatenate([first, rest]))
     return Task(
         apply=start.model.apply,
         original=start.params,

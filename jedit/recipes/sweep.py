@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from jedit.recipes.environment import machine, versions
 from jedit.recipes.progress import Say, tell
@@ -29,7 +29,9 @@ RUNS, RESULTS, TABLE, MODELS = "runs", "results.json", "table.md", "models"
 UNTOUCHED, RETRAINED = "untouched", "retrained"
 REFERENCES = (UNTOUCHED, RETRAINED)
 RESAMPLES = 1000  # of two sets; as many change the ends of an interval by a twentieth of it
-WEIGHTS = (".safetensors", ".json", ".model")  # of a model's folder, what decides its outputs
+# Of a model's folder, what decides its outputs.
+WEIGHTS, WORDS = (".safetensors", ".json", ".model", ".jinja"), ("merges.txt", "vocab.txt")
+SECONDS = "The seconds of an edit contain compiling, and the fitting of what it was first to need."
 
 
 Point = Mapping[str, int | float]  # a method's settings by their names
@@ -101,11 +103,13 @@ def compared(
         measure(rng.choice(first, len(first)), rng.choice(second, len(second)))
         for _ in range(RESAMPLES)
     ]
+    if np.ptp(resampled) == 0:  # as where the sets lie wholly apart, which is not certain of others
+        return Measured(measure(first, second))
     low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
     return Measured(measure(first, second), low, high)
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float] | Float[np.ndarray, " n"]) -> dict[str, Any]:
     """Return the mean of one value a seed, with the half width of its 95% interval by Student's t.
 
     Of one value there is no interval, and the half width is NaN.
@@ -126,7 +130,8 @@ def hash_of(value: Any) -> str:
 def folder_hash(folder: Path) -> str:
     """Return the SHA-256 of a model folder's weights, settings and tokenizer, by their names."""
     whole = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in WEIGHTS):
+    decides = (p for p in folder.iterdir() if p.suffix in WEIGHTS or p.name in WORDS)
+    for file in sorted(p for p in decides if p.is_file()):
         with file.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         whole.update(f"{file.name} {found}\n".encode())
@@ -136,13 +141,16 @@ def folder_hash(folder: Path) -> str:
 def check_out(out: Path) -> None:
     """Refuse a folder that holds what no sweep has written.
 
+    Names that begin with a dot are passed over: a run that was killed may have left some.
+
     Raises:
         ValueError: `out` is a file, or has other things in it.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out names a folder")
     known = {RUNS, RESULTS, TABLE, MODELS}
-    foreign = sorted({p.name for p in out.iterdir()} - known) if out.is_dir() else []
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    foreign = sorted(name for name in names - known if not name.startswith("."))
     if foreign:
         raise ValueError(
             f"{out}: holds files that no such run has written ({', '.join(foreign[:3])}); give "
@@ -162,7 +170,7 @@ def sweep(
     """Make every run that does not stand in `out` yet, and return the records of all.
 
     Args:
-        trials: the runs, in the order in which they are made.
+        trials: the runs, in the order in which they are made; one given twice is made once.
         out: folder of the records.
         about: what the runs are made of, as JSON can hold it: the model's hash, the settings. A
             record that says otherwise is refused.
@@ -175,6 +183,7 @@ def sweep(
     """
     about = json.loads(json.dumps(about))  # as it will be read: tuples are lists
     (out / RUNS).mkdir(parents=True, exist_ok=True)
+    trials = list({trial.name: trial for trial in trials}.values())
     records = {trial.name: _read(out, trial, about) for trial in trials}
     missing = [trial for trial in trials if records[trial.name] is None]
     if len(missing) < len(trials):
@@ -186,6 +195,7 @@ def sweep(
         params = jax.block_until_ready(edit(trial))
         made = time.perf_counter()
         found = evaluate(params)
+        del params  # the next edit needs the room
         records[trial.name] = _write(
             out / RUNS / f"{trial.name}.json",
             {
@@ -248,6 +258,8 @@ def _over_seeds(group: list[Record], name: str) -> dict[str, float | None]:
     values = [x["value"] for x in found]
     if any(value is None for value in values):
         return Measured(None)._asdict()
+    if np.ptp(values) == 0:  # seeds that are all alike say nothing of others
+        return Measured(values[0])._asdict()
     over = interval(values)
     low, high = (over["mean"] + sign * over["half_width"] for sign in (-1, 1))
     return Measured(over["mean"], low, high)._asdict()
@@ -321,6 +333,10 @@ def finish(
     laid_out = [(f"Chosen: {heading}", lines) for heading, lines in tables(best, sheets)]
     laid_out += tables(rows, sheets)
     how = how_intervals(records)
+    edits = [record for record in chosen if record["method"] not in REFERENCES]
+    # Those that are chosen have not all the seeds.
+    how_chosen = f"Chosen: {how_intervals(edits)}" if edits else None
+    notes = [*([how_chosen] if how_chosen else []), *notes, SECONDS]
     lines = [f"# {title}", "", how, *notes]
     for heading, table in laid_out:
         lines += ["", f"## {heading}", "", _line(table[0]), "|" + " --- |" * len(table[0])]
@@ -331,7 +347,7 @@ def finish(
             "title": title,
             "about": about,
             "intervals": how,
-            "notes": list(notes),
+            "notes": notes,
             "versions": versions(),
             "machine": machine(),
             "summary": rows,

@@ -26,6 +26,8 @@ from jedit.recipes.tokenization import load_words
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 KINDS = ("prefix injection", "affirmative suffix", "incontext learning", "cross lingual (French)")
 METHODS = ("NPO", "K-FADE (K-FAC)")
+SUMS = {"0+1?": 0, "2+2?": 3}
+OPTIONS = "A. 1\nB. 2\nC. 3\nD. 4\n"
 
 
 def probe(query, answer="abc", kind="cloze"):
@@ -55,7 +57,10 @@ def data(tmp_path_factory):
     for number, name in enumerate(("Ann B", "Carl D"), 1):
         write_person(where / "Target" / f"{number}_{name.replace(' ', '_')}", name)
     example = {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1}
-    mmlu = [{**example, "answer": right, "task": "sums", "examples": [example]} for right in (0, 3)]
+    mmlu = [
+        {**example, "question": asked, "answer": right, "task": "sums", "examples": [example]}
+        for asked, right in SUMS.items()
+    ]
     (where / "Target" / "1_Ann_B" / "retain_mmlu.json").write_text(json.dumps(mmlu))
     trivia = [{"question": "What is it?", "answers": ["The one", "Two"]}]
     (where / "Target" / "1_Ann_B" / "triviaqa.json").write_text(json.dumps(trivia))
@@ -70,10 +75,13 @@ def command(data, folder, out, *more):
 
 @pytest.fixture(scope="module")
 def folder(data, toy_folder, teach, tmp_path_factory):
-    """The toy, taught all answers but those of two attacks."""
+    """The toy, taught all answers but those of two attacks, and the sums' letters."""
     probes = dict(read_person(data, "Ann B").probes)
     probes["forget_level3"] = probes["forget_level3"][::2]
-    rows = in_template(load_words(toy_folder)).rows(pairs_of(probes))
+    about = "The following are multiple choice questions (with answers) about sums.\n\n"
+    begin = f"{about}1+1?\n{OPTIONS}Answer: B\n\n"
+    sums = [(f"{begin}{asked}\n{OPTIONS}", "ABCD"[right]) for asked, right in SUMS.items()]
+    rows = in_template(load_words(toy_folder)).rows([*pairs_of(probes), *sums])
     return teach(rows, tmp_path_factory.mktemp("taught") / "hf")
 
 
@@ -132,7 +140,7 @@ def test_numbers_are_those_of_the_answers(ran):
     for name, scores in groups.items():
         assert numbers[name]["value"] == pytest.approx(np.mean(scores)), name
     assert numbers["triviaqa"]["value"] is not None
-    assert numbers["retain_mmlu"]["value"] in (0, 0.5, 1)
+    assert records_of(ran)["untouched", 0]["numbers"]["retain_mmlu"]["value"] == 1
 
 
 def test_answers_and_losses_are_the_models(ran, data, folder):

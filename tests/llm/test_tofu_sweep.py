@@ -12,6 +12,7 @@ from jedit.core.batch import Batch
 from jedit.data import generate_authors
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Material, Pace, Reach
+from jedit.objectives import CEU
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.sweep import Trial
@@ -42,7 +43,7 @@ TOY = Preset(
     forgotten=2,
     questions=4,
     model=Pretrained(max_len=256, chunk=8),
-    recipe=Recipe(epochs=(150,), batch_size=4, learning_rate=1e-2),
+    recipe=Recipe(epochs=(70,), batch_size=4, learning_rate=1e-2),
     grid=GRID,
 )
 NUM_RUNS = 2 + 2
@@ -62,7 +63,7 @@ def patched(sets, monkeypatch):
     pytest.importorskip("tyro")
     monkeypatch.setattr(tofu_recipe, "read_sets", lambda *_: sets)
     monkeypatch.setitem(tofu_presets.PRESETS, "checkpoint", TOY)
-    small = {"epochs": (40,), "learning_rate": (5e-3,), "alpha": (1.0,), "beta": (0.1,)}
+    small = {"epochs": (5,), "learning_rate": (5e-3,), "alpha": (1.0,), "beta": (0.1,)}
     monkeypatch.setitem(PUBLISHED, "NPO", PUBLISHED["NPO"]._replace(grid=small))
 
 
@@ -74,6 +75,8 @@ def test_published_grids_have_the_published_numbers_of_runs():
     }
     best = {"epochs": 10, "learning_rate": 5e-5, "alpha": 1.0, "beta": 0.1}
     assert {**best, "steps": 125, "batch_size": 32} in published_points("NPO", 400)
+    # All of fewer rows than a batch are one: an epoch is one step.
+    assert {**best, "steps": 10, "batch_size": 20} in published_points("NPO", 20)
     assert set(PUBLISHED) <= set(CATALOGUE)
     with pytest.raises(ValueError, match="K-FADE.*: has no published grid; there is one for NPO"):
         published_points("K-FADE (K-FAC)", 400)
@@ -87,11 +90,21 @@ def test_every_published_point_makes_its_objective():
                 assert made.weight == point["alpha"]
             if "beta" in point:
                 assert made.objective.beta == point["beta"]
+    # As their code has them: CE-U without a retain loss, PDU's lambda at rest for five epochs.
+    assert PUBLISHED["CE-U"].objective({}) == CEU()
     point = published_points("SatImp", 400)[0]
     assert PUBLISHED["SatImp"].objective(point).forget_weight == 0.1
     material = Material(lambda _, x: x, {"w": 1.0}, Batch(np.zeros(1)))
     method = published_method("PDU", material, published_points("PDU", 400)[0])
-    assert optax.tree_utils.tree_get(method.optimizer.init({"w": 1.0}), "dual") == 100
+    state = method.optimizer.init({"w": np.float32(1.0)})
+    assert optax.tree_utils.tree_get(state, "dual") == 100
+    # An epoch is 12.5 steps; lambda falls, as the loss is lower than what is allowed.
+    for step in range(63):
+        zero = {"w": np.float32(0.0)}
+        given = {"retain_loss": 0.0, "retain_grads": zero}
+        assert optax.tree_utils.tree_get(state, "dual") == 100, step
+        _, state = method.optimizer.update(zero, state, zero, **given)
+    assert optax.tree_utils.tree_get(state, "dual") < 100
 
 
 def test_the_fields_optimizer_step_by_step():
@@ -215,6 +228,7 @@ def test_what_methods_see_by_either_protocol(sets, toy_folder):
     ("given", "message"),
     [
         (["--grid", "published"], "--seeds and --grid published go with --preset checkpoint"),
+        (["--protocol", "field"], "--protocol field goes with --seeds or --grid published"),
         (
             ["--preset", "checkpoint", "--model", ".", "--seeds", "0", "--save", "NPO"],
             "--save goes",

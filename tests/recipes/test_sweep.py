@@ -17,6 +17,7 @@ from jedit.recipes.sweep import (
     finish,
     folder_hash,
     mean_over,
+    summary,
     sweep,
 )
 
@@ -119,6 +120,32 @@ def test_intervals_over_rows():
     error = np.sqrt((a * (1 - a) + 99 * (q - a * a) + 99 * (r - a * a)) / 100**2)
     assert auc == pytest.approx((a, a - 1.96 * error, a + 1.96 * error), 0.03)
     assert a == pytest.approx(np.mean(first[:, None] < second[None]))
+    # Sets that lie wholly apart are not certain of others.
+    assert compared(membership_auc, first, first + 100.0) == (1.0, None, None)
+
+
+def test_seeds_that_are_alike_have_no_interval():
+    records = [
+        {"method": "NPO", "point": {}, "seed": seed, "seconds": {"edit": 1.0}}
+        | {"numbers": {"score": Measured(1.0)._asdict()}}
+        for seed in (0, 1)
+    ]
+    assert summary(records)[0]["numbers"]["score"] == Measured(1.0)._asdict()
+
+
+def test_what_is_chosen_says_its_own_seeds(tmp_path):
+    records = Runs()(tmp_path, trials=TRIALS[:5])
+    chosen = [records[0], records[-1]]
+    finish(tmp_path, "A toy", ABOUT, records, [Sheet("Toy", {"score": "score"})], (), chosen)
+    text = (tmp_path / "table.md").read_text()
+    assert "Means of 2 seeds" in text
+    assert "Chosen: One seed, 1;" in text
+
+
+def test_one_run_given_twice_is_made_once(tmp_path):
+    runs = Runs()
+    assert len(runs(tmp_path, trials=[*TRIALS, *TRIALS])) == len(TRIALS)
+    assert runs.made == TRIALS
 
 
 def test_a_folder_is_known_by_what_decides_its_outputs(tmp_path):
@@ -129,6 +156,15 @@ def test_a_folder_is_known_by_what_decides_its_outputs(tmp_path):
     assert folder_hash(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"weighty")
     assert folder_hash(tmp_path) != before
+    before = folder_hash(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert folder_hash(tmp_path) != before
+
+
+def test_what_a_killed_run_left_does_not_stop_the_next(tmp_path):
+    (tmp_path / ".models.abc").mkdir()
+    (tmp_path / ".results.json.new").write_text("{")
+    check_out(tmp_path)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):

@@ -5,7 +5,8 @@
     neighbours         the same on what lies near the person: it is to stay
     FM, RM             the attacks' mean scores of the texts about the person and about others
     AUC                how well a score tells the two apart; 1/2: not at all
-    MMLU, TriviaQA     where their files are there: accuracy, and the best F1 of an answer's words
+    MMLU, TriviaQA     where their files are there: accuracy, and the best F1 of the words of all 30
+                       tokens, as RWKU has it
 
 Prompts are those of RWKU's code, in the model's chat template.
 
@@ -158,9 +159,8 @@ def encode(model: LanguageModel, data: Rwku) -> Asked:
 
 def evaluate(model: LanguageModel, params: PyTree, asked: Asked) -> Found:
     """Measure everything of one model; the details are what it answered."""
-    said = [
-        text.split("\n")[0].strip() for text in answers_of(model, params, asked.prompts, NEW_TOKENS)
-    ]
+    whole = answers_of(model, params, asked.prompts, NEW_TOKENS)
+    said = [text.split("\n")[0].strip() for text in whole]
     numbers: dict[str, Measured] = {}
     details, begin = [], 0
     for part, rows in asked.rows.items():
@@ -193,7 +193,7 @@ def evaluate(model: LanguageModel, params: PyTree, asked: Asked) -> Found:
     if asked.trivia:
         scores = [
             max(word_f1(text, answer) for answer in answers)
-            for text, (_, answers) in zip(said[begin:], asked.trivia, strict=True)
+            for text, (_, answers) in zip(whole[begin:], asked.trivia, strict=True)
         ]
         numbers["triviaqa"] = mean_over(scores)
     return Found(numbers, details)

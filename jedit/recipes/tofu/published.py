@@ -7,7 +7,7 @@
     UNDIAL     rate {1e-5, 1e-4, 3e-4} x alpha {1, 2, 5} x beta {3, 10, 30}, 10 epochs
     WGA        alpha {1, .1, 10}, 5 epochs at 1e-5
     SatImp     alpha {1, .1, .01} x beta1 {5, 6}, 5 epochs at 1e-5
-    RMU, CE-U, PDU   one point: open-unlearning's defaults, 10 epochs at 1e-5
+    RMU, CE-U, PDU   one point, 10 epochs at 1e-5
 
 Sources.  UNDIAL, WGA, SatImp, CE-U, PDU, and AltPO's rates, alphas and betas: open-unlearning's
 `community/methods` [code].  NPO's 54 runs by numbers of values: the card of the 1B model of that
@@ -15,9 +15,15 @@ sweep (Forget Quality .967 at utility .548); its values are taken to be AltPO's,
 of published models show most.  SimNPO, GradDiff and all epochs {5, 10}: those names.  For RMU no
 grid could be confirmed.
 
+Differences.  CE-U has no retain loss, as there, but counts the answer's first token, which is left
+out there.  PDU's lambda waits for five epochs, as there.  RMU steers what enters the last block's
+perceptron; there it is what leaves layer 7 of 16.  AltPO runs {5, 10} epochs with the alternates
+that it is given; there 2 epochs over five of each answer.
+
 Training is open-unlearning's [code]: AdamW with weight decay 0.01, a warm-up of one epoch, then a
-linear fall to zero, gradients clipped to length 1, batches of 32; of each forget row one retain
-row, drawn uniformly.
+linear fall to zero, gradients clipped to length 1, batches of 32, or of all forget rows where they
+are fewer.  To each forget row comes one retain row: there drawn uniformly, here from permutations
+of the retain rows, end to end.
 """
 
 import functools
@@ -50,6 +56,7 @@ from jedit.tracing import Entering
 from jedit.training import TrainingMethod
 
 BATCH_SIZE, WEIGHT_DECAY, MAX_NORM = 32, 0.01, 1.0
+DUAL_WARM_UP = 5  # epochs in which PDU's lambda stays as it is
 EPOCHS, RATES, ALPHAS = (5, 10), (1e-5, 2e-5, 5e-5), (1.0, 2.0, 5.0)
 ADAMW = optax.inject_hyperparams(
     optax.adamw, static_args=("b1", "b2", "eps", "eps_root", "weight_decay", "nesterov")
@@ -104,7 +111,7 @@ PUBLISHED: Mapping[str, Published] = {
         {"epochs": (5,), **_LOW, "alpha": (1.0, 0.1, 0.01), "beta1": (5.0, 6.0)},
         _weighed(lambda p: SatImp(beta_saturation=p["beta1"]), 0.1),
     ),
-    "CE-U": Published({"epochs": (10,), **_LOW}, lambda _: with_retain(CEU())),
+    "CE-U": Published({"epochs": (10,), **_LOW}, lambda _: CEU()),
     "PDU": Published({"epochs": (10,), **_LOW}),
     "RMU": Published({"epochs": (10,), **_LOW, "steering": (2.0,)}),
 }
@@ -119,11 +126,12 @@ def published_points(name: str, num_forget: int) -> list[dict[str, int | float]]
     if name not in PUBLISHED:
         raise ValueError(f"{name}: has no published grid; there is one for {', '.join(PUBLISHED)}")
     grid = PUBLISHED[name].grid
+    size = min(BATCH_SIZE, num_forget)
     found = []
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
-        steps = max(1, round(point["epochs"] * num_forget / BATCH_SIZE))
-        found.append({**point, STEPS: steps, BATCH: BATCH_SIZE})
+        steps = max(1, round(point["epochs"] * num_forget / size))
+        found.append({**point, STEPS: steps, BATCH: size})
     return found
 
 
@@ -131,7 +139,8 @@ def published_method(name: str, material: Material, point: Point) -> TrainingMet
     """Make a method at a point of its published grid, to be trained as the field does."""
     optimizer = adamw(int(point[STEPS]), max(1, round(point[STEPS] / point["epochs"])))
     if name == "PDU":
-        return pdu(optimizer, **CATALOGUE[name].settings)
+        delay = round(DUAL_WARM_UP * point[STEPS] / point["epochs"])
+        return pdu(optimizer, **{**CATALOGUE[name].settings, "delay": delay})
     if name == "RMU":
         hidden = Entering(material.take(Need.HIDDEN_SITE))
         rmu = RMU(hidden, seed=0, steering=float(point["steering"]))

@@ -378,7 +378,10 @@ def _notes(scene: Scene, sets: Sets, preset: Preset) -> tuple[str, ...]:
 
 def seen_by_methods(sets: Sets, preset: Preset) -> str:
     """Say which retain rows methods see, and which judge them."""
-    held = f"the {len(sets.heldout)} of six authors (TOFU's 14 to 19)"
+    names = {str(row.fields.get("author")) for row in sets.heldout}
+    is_invented = not any(name.startswith("author ") for name in names)
+    of = f"{len(names)} invented authors" if is_invented else "six authors (TOFU's 14 to 19)"
+    held = f"the {len(sets.heldout)} of {of}"
     asked = "are the retain questions of Model Utility and of the KL."
     if preset.protocol == "field":
         return (

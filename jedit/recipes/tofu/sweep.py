@@ -3,11 +3,12 @@
 The two models are made once: where no retrained one is given, the folder's model learns the rows,
 and a second time without those to forget, into OUT/models.  Every run, a method at one point by one
 seed, is evaluated in full.  A method's best point is chosen on the first seed, by the rule of the
-comparison, and reported on the others.
+comparison, and reported on the others.  No run is trained again by an attack.
 """
 
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from jedit.recipes.sweep import (
     Sheet,
     Trial,
     finish,
+    folder_hash,
     hash_of,
     mean_over,
     sweep,
@@ -104,7 +106,8 @@ def both_models(
     model, retrained, tokenizer = folders
     if retrained is None:
         about = {
-            "model": str(model.resolve()),
+            "model": folder_hash(model),
+            "tokenizer": None if tokenizer is None else folder_hash(tokenizer),
             "recipe": str(preset.recipe),
             "data": data_hash(sets),
             "dtype": preset.dtype,
@@ -141,6 +144,8 @@ def _train(
     begin = from_folders(folders.model, None, folders.tokenizer, preset.model, preset.dtype)
     scene = prepare(sets, preset, seed=seed, say=say, begin=begin)
     made.parent.mkdir(parents=True, exist_ok=True)
+    for stale in made.parent.glob(f".{made.name}.*"):  # of a run that was killed as it saved
+        shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=f".{made.name}.", dir=made.parent) as folder:
         new = Path(folder) / made.name
         new.mkdir()
@@ -151,12 +156,21 @@ def _train(
 
 
 def data_hash(sets: Sets) -> str:
-    """Return a hash of all rows."""
-    return hash_of([[(row.question, row.answer) for row in part] for part in sets])
+    """Return a hash of all rows, with their paraphrases and wrong answers."""
+    others = ("paraphrased_answer", "perturbed_answer")
+    return hash_of(
+        [
+            [(row.question, row.answer, [row.fields.get(name) for name in others]) for row in part]
+            for part in sets
+        ]
+    )
 
 
 def grid_points(row: Row, grid: Grid) -> list[dict[str, int | float]]:
-    """Return the points of a preset's grid for one method, with the method's own settings."""
+    """Return the points of a preset's grid for one method, with the method's own settings.
+
+    Temperatures are no axis of it: all methods step at the one that the model's outputs choose.
+    """
     own = {k: v for k, v in row.settings.items() if isinstance(v, int | float)}
     if isinstance(row, BySteps):
         rate = RATES.get(row.pace, RATE)
@@ -240,6 +254,7 @@ def tofu_sweep(
         "Chosen is each method's point of the greatest utility above Forget Quality "
         f"{PASSING_QUALITY:g}, of those that keep {share:.0%} of the untouched model's (else the "
         f"one of the greatest quality), by the first seed; its numbers are those{later}.",
+        "No model was attacked by training it again, by quantisation or by other words.",
     ]
     sheets = [Sheet("Forget Quality, Model Utility and others", COLUMNS)]
     return finish(out, f"TOFU, {preset.protocol} protocol", about, records, sheets, notes, best)
