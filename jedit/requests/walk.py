@@ -87,7 +87,7 @@ class Walk:
         self.change: dict[str, Array] = {}
         self.stopped: Stopped = "steps"
         self.looks: list[Look] = []
-        self._judge(0.0)
+        self._judge(0.0, self._scores({}))
 
     def begin_at(self, params: PyTree) -> None:
         """Begin elsewhere; the given params stay the reference."""
@@ -121,7 +121,7 @@ class Walk:
                 # found; a leg that is looked at once, at its end, is saved on the way.
                 if self._checkpoint is not None and every >= steps:
                     stop = min(look, self.state.step + self._checkpoint.every)
-                now = letting_go if letting_go is not None and self._is_past() else method
+                now = letting_go if letting_go is not None and self._is_past(self.score) else method
                 self._ahead(now, stop - self.state.step, left)
                 if stop == look:
                     self._look(_difference(self._start, self.state.params), is_raising=is_raising)
@@ -201,19 +201,22 @@ class Walk:
         self.state = reached[-1]
 
     def _look(self, now: dict[str, Array], *, is_raising: bool) -> None:
-        if is_raising and self._is_past(now):
+        score = self._scores(now)
+        if is_raising and self._is_past(score):
             now = self._back_to_unseen(now)
             self.state = self.state._replace(params=moved(self._start, now))
             # As a run that goes on from here would find it, to the last bit.
             now = _difference(self._start, self.state.params)
+            score = self._scores(now)
         spent, budget = self._by.price(now), self._by.budget
         is_over = budget is not None and not spent <= budget  # NaN is over, too
         if is_over:
             assert budget is not None
             ends, prices = (self.change, now), (self.looks[-1].true_kl, spent)
             now, spent = _back(self._by.price, ends, prices, budget)
+            score = self._scores(now)
         self.change = now
-        self._judge(spent)
+        self._judge(spent, score)
         if is_over:
             self.stopped = "budget"
 
@@ -221,15 +224,13 @@ class Walk:
         """Go back to what was edited before, with a look there."""
         self.state = self.state._replace(params=moved(self._start, change))
         self.change = _difference(self._start, self.state.params)
-        self._judge(self._by.price(self.change))
+        self._judge(self._by.price(self.change), self._scores(self.change))
 
-    def _is_past(self, change: dict[str, Array] | None = None) -> bool:
+    def _is_past(self, score: np.ndarray) -> bool:
         """Return whether the rows can be told from unseen ones by knowing less of them alone."""
         if not len(self.level):
             return False
-        score, least = self.score, self._by.significance
-        if change is not None:
-            score = self._scores(change)
+        least = self._by.significance
         return p_value_of(self.level, score) <= least < p_value_of(score, self.level)
 
     def _back_to_unseen(self, now: dict[str, Array]) -> dict[str, Array]:
@@ -250,8 +251,8 @@ class Walk:
     def _scores(self, change: dict[str, Array]) -> np.ndarray:
         return self._by.score.of(moved(self._start, change))
 
-    def _judge(self, spent: float) -> None:
-        self.score = self._by.score.of(moved(self._start, self.change))
+    def _judge(self, spent: float, score: np.ndarray) -> None:
+        self.score = score
         p_value = _p_value(self.score, self.level)
         self.looks.append(Look(self.state.step, p_value, spent, float(np.mean(self.score))))
         self._see()
@@ -260,7 +261,7 @@ class Walk:
 
     def _rejudge(self) -> None:
         """Find anew what the last look of a leg that goes on had found."""
-        self.score = self._by.score.of(moved(self._start, self.change))
+        self.score = self._scores(self.change)
         self._see()
 
     def _see(self) -> None:
