@@ -1,0 +1,79 @@
+"""Rows of the methods that are solved: an edit at once, or by a budget."""
+
+from jedit.methods import _making
+from jedit.methods.engrams.curvature_engram import curvature_engram
+from jedit.methods.engrams.engram import engram
+from jedit.methods.row import ByBudget, ByScale, Need, Reach, Row
+
+ROWS: tuple[Row, ...] = (
+    ByBudget(
+        name="K-FADE (K-FAC)",
+        description="Ascends the forget loss in the K-FAC metric of the retain outputs, in one or a"
+        " few steps whose length a line search on the true retain KL sets.",
+        when="one edit in seconds, at a price in retain KL that is kept in truth",
+        papers=("2602.10568",),
+        make=_making.by_kfade(Need.CURVATURE),
+        needs=frozenset({Need.CURVATURE}),
+        settings={"damping": 0.1, "steps": 4},
+    ),
+    ByBudget(
+        name="K-FADE (EK-FAC)",
+        variant_of="K-FADE (K-FAC)",
+        description="The same in the EK-FAC metric, whose eigenvalues one more pass corrects.",
+        when="the same, where one more pass over the retain rows is cheap",
+        papers=("2602.10568",),
+        make=_making.by_kfade(Need.CORRECTED),
+        needs=frozenset({Need.CORRECTED}),
+        settings={"damping": 0.1, "steps": 4},
+    ),
+    ByScale(
+        name="engram",
+        description="Takes out of every weight the part that serves the forget rows' inputs.",
+        when="many sets whose edits are to be added and taken away in any order",
+        papers=("2606.14997",),
+        make=_making.by_engram(engram),
+        needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+    ),
+    ByScale(
+        name="engram (output metric)",
+        is_ours=True,
+        variant_of="engram",
+        description="The same with errors weighed by the Fisher matrix of the outputs (ours).",
+        when="the same, with what the outputs need weighed in",
+        papers=(),
+        make=_making.by_engram(curvature_engram),
+        needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+    ),
+    ByScale(
+        name="AlphaEdit",
+        description="Removes what the layers answer to the forget rows' prompts, in the null space"
+        " of the retain rows' inputs.",
+        when="single facts, many in a row, other inputs untouched",
+        papers=("2410.02355",),
+        make=_making.by_alphaedit,
+        needs=frozenset({Need.CURVATURE, Need.LAYERS, Need.SUBJECTS}),
+        settings={"threshold": 0.01},  # a share of the energy, arbitrary; the paper's is absolute
+        reach=Reach.FACTS,
+    ),
+    ByScale(
+        name="MEMIT",
+        description="Removes what the layers answer to the forget rows' prompts, by ridge"
+        " regression against the retain rows' inputs.",
+        when="single facts: thousands at once, or (ROME) one",
+        papers=("2210.07229",),
+        make=_making.by_memit,
+        needs=frozenset({Need.CURVATURE, Need.LAYERS, Need.SUBJECTS}),
+        reach=Reach.FACTS,
+    ),
+    ByScale(
+        name="ROME",
+        variant_of="MEMIT",
+        description="Removes what the last layer answers to the forget rows' prompts, fact by fact,"
+        " each by a change of rank one.",
+        when="one fact",
+        papers=("2202.05262",),
+        make=_making.by_rome,
+        needs=frozenset({Need.CURVATURE, Need.LAYERS, Need.SUBJECTS}),
+        reach=Reach.FACTS,
+    ),
+)
