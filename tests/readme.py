@@ -1,6 +1,6 @@
 """The README's Python, run as it stands: python -m tests.readme [WHAT_IS_THERE ...].
 
-`python -m tests.readme --write` puts the catalogue's table of methods into it.
+`python -m tests.readme --write` writes the catalogue's table of methods beside the methods.
 
 All snippets share one namespace, in their order, as a reader would run them. One that needs
 something says so in its first line, "# needs: ..."; it is left out unless an argument of the
@@ -11,7 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+METHODS = ROOT / "jedit" / "methods" / "README.md"
 
 
 def snippets(text):
@@ -21,14 +23,17 @@ def snippets(text):
         yield text.count("\n", 0, found.start(1)) + 1, found[1], needs[1] if needs else ""
 
 
-START, END = (
-    "<!-- methods: made by python -m tests.readme --write -->\n",
-    "<!-- end of methods -->\n",
-)
+TITLE = """# All methods
+
+Made of the catalogue's rows by `python -m tests.readme --write`. A name stands for its row in
+`jedit.methods.CATALOGUE` and, in small letters, after `jedit forget --method`; names in one line
+are variants of the first. *Ours* has no paper.
+
+"""
 
 
 def markdown_table() -> str:
-    """Return the README's table of methods: a line a row, its variants in the same."""
+    """Return the table of all methods: a line a row, its variants in the same."""
     from jedit.methods.catalogue import ROWS
     from jedit.methods.row import Need
 
@@ -49,12 +54,6 @@ def markdown_table() -> str:
         needs = ", ".join(need.value for need in Need if need in row.needs) or "–"
         lines.append(f"| {names} | {row.when} | {needs} | {', '.join(links + whose) or '–'} |")
     return "\n".join(lines) + "\n"
-
-
-def with_table(text):
-    """The README's text with the table of methods as the catalogue has it."""
-    before, rest = text.split(START)
-    return f"{before}{START}{markdown_table()}{END}{rest.split(END)[1]}"
 
 
 def check_loop(names):
@@ -85,6 +84,6 @@ def main(there):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+        METHODS.write_text(TITLE + markdown_table(), encoding="utf-8")
     else:
         main(sys.argv[1:])

@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 
+from jedit.methods import CATALOGUE
 from tests.conftest import COMPILE_FLAGS, ROOT
-from tests.readme import README, snippets, with_table
+from tests.readme import METHODS, README, TITLE, markdown_table, snippets
 
 
 def run_readme(folder, *there):
@@ -44,10 +45,19 @@ def test_nothing_is_installed_from_an_index_that_does_not_have_it():
     assert "pip install 'jedit" not in README.read_text(encoding="utf-8")
 
 
-def test_it_is_short_and_its_table_of_methods_is_the_catalogue_s():
+def test_it_is_short_and_the_methods_that_it_names_are_there():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 200
-    assert with_table(text) == text, "python -m tests.readme --write"
+    section = text.split("## Which method when")[1].split("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")][2:]
+    named = [name.strip() for row in rows for name in row.split(",")]
+    assert len(named) > 20
+    assert [name for name in named if name not in CATALOGUE and name != "`jedit.forget`"] == []
+
+
+def test_the_table_of_all_methods_is_the_catalogue_s():
+    written = METHODS.read_text(encoding="utf-8")
+    assert written == TITLE + markdown_table(), "python -m tests.readme --write"
 
 
 def test_every_paper_is_linked_once_and_every_file_is_there():

@@ -49,7 +49,7 @@ ROWS: tuple[Row, ...] = (
         name="KUDA",
         description="Turns the forget rows' hidden state away, in the relaxed null space of the"
         " retain rows' inputs, with the retain loss; every layer before it, untraced.",
-        when="the same, with other inputs held by projection",
+        when="knowledge of a whole field, with other inputs held by projection",
         papers=("2602.19275",),
         make=_making.by_kuda,
         needs=frozenset({Need.HIDDEN_SITE, Need.CURVATURE}),
