@@ -6,6 +6,7 @@ reference and the sets are arguments that it only reads, and those that its func
 never enter the program.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -103,6 +104,8 @@ def joined(histories: list[History]) -> History:
     return jax.tree.map(lambda *parts: jnp.asarray(concatenate(parts)), *histories)
 
 
+# By identity; a program's is the same at each call, and a large one takes long to look through.
+@functools.lru_cache(maxsize=64)
 def _has_convolution(jaxpr) -> bool:
     def inner(value):
         if isinstance(value, tuple | list):
