@@ -147,8 +147,8 @@ def _alternating(
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> Any:
-        states = (optimizer.init(params) for _ in range(2))
-        return AlternatingState(*states, jnp.zeros((), jnp.int32))
+        inner, outer = (optimizer.init(params) for _ in range(2))
+        return AlternatingState(inner, outer, jnp.zeros((), jnp.int32))
 
     def update(
         updates, state, params=None, *, forget_loss_fn=None, retain_loss_fn=None, **extra_args
