@@ -103,7 +103,7 @@ DEFAULTS = [
     Default("methods.salun", "fraction", 0.5, "may change (paper: 0.5)", "SalUn"),
     Default("methods.sam", "radius", 0.01, "ρ (paper's code: 0.01)", "SAM unlearning's code"),
     Default("methods.sam", "weight", 1.0, "1 is arbitrary", OURS),
-    Default("methods.ssiuu", "strength", 1.0, "per row; 1 is arbitrary", OURS),
+    Default("methods.ssiuu", "strength", 0.01, "per row; 0.01 (ours)", OURS),
     Default("methods.ssiuu", "score", "probability", '"probability", the paper', "Ssiuu"),
     Default("methods.Search", "steps", 24, "24, one less than `v_num_grad_steps`", MEMIT),
     Default("methods.Search", "learning_rate", 0.5, "value; 0.5, MEMIT's code", MEMIT),

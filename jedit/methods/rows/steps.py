@@ -117,7 +117,7 @@ ROWS: tuple[Row, ...] = (
         when="answers that are to be erased, not hidden",
         papers=("2509.22263",),
         make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
-        settings={"strength": 1.0},  # arbitrary
+        settings={"strength": 0.01},  # ours; on a GPT of 0.4M, 0.1 let nothing be forgotten
         pace=Pace.UNBOUNDED,
     ),
     BySteps(
