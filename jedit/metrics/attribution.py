@@ -20,7 +20,9 @@ over all units, each row's by itself, that T is their unit, and the geometric me
 the place of P are ours.  All A of a row carry the factor P: of an answer that has become
 impossible nothing is left of either sign, and D+ > 0 > D-, whatever made it so.  With
 `score="log_probability"` that factor is gone; but then each sum grows with the row's gradient, in a
-model that never saw the row as well, so read it beside such a model's.
+model that never saw the row as well, so read it beside such a model's.  In a network with norms,
+which a common factor of a matrix does not move, Σ_i A_i is about 0 and D- about -D+: the two then
+say whether all influence has grown or fallen (tests/bench/claims/ssiuu.md).
 """
 
 from collections.abc import Iterable, Sequence

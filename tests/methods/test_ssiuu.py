@@ -98,7 +98,7 @@ def test_a_part_is_trained_and_mistakes_get_a_sentence(key):
     moved, _ = unlearn(method, two, params, rows(2), rows(3), steps=2, key=key)
     np.testing.assert_array_equal(moved["a"], params["a"])
     assert not np.array_equal(moved["b"], params["b"])
-    assert CATALOGUE["Ssiuu"].settings == {"strength": 0.01}
+    assert CATALOGUE["Ssiuu"].settings == {"strength": 0.01, "score": "probability"}
     with pytest.raises(ValueError, match="strength must not be negative"):
         ssiuu(optax.sgd(0.1), strength=-1.0)
     with pytest.raises(ValueError, match="score must be 'probability'"):

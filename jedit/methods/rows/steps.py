@@ -117,7 +117,19 @@ ROWS: tuple[Row, ...] = (
         when="answers that are to be erased, not hidden",
         papers=("2509.22263",),
         make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
-        settings={"strength": 0.01},  # ours; on a GPT of 0.4M, 0.1 let nothing be forgotten
+        settings={"strength": 0.01, "score": "probability"},  # the strength is ours
+        pace=Pace.UNBOUNDED,
+    ),
+    BySteps(
+        name="Ssiuu (log)",
+        is_ours=True,
+        variant_of="Ssiuu",
+        description="The same with attributions of the answer's log-probability, which do not vanish"
+        " with the answer (ours).",
+        when="the same, where relearning is to be held down most",
+        papers=(),
+        make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
+        settings={"strength": 0.01, "score": "log_probability"},
         pace=Pace.UNBOUNDED,
     ),
     BySteps(
