@@ -124,8 +124,8 @@ ROWS: tuple[Row, ...] = (
         name="Ssiuu (log)",
         is_ours=True,
         variant_of="Ssiuu",
-        description="The same with attributions of the answer's log-probability, which do not vanish"
-        " with the answer (ours).",
+        description="The same with attributions of the answer's log-probability, which do not"
+        " vanish with the answer (ours).",
         when="the same, where relearning is to be held down most",
         papers=(),
         make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
