@@ -47,6 +47,8 @@ TRAINERS = [
     Row("uam", lambda *_: methods.uam(SGD, radius=0.05)),
     Row("pdu", lambda *_: methods.pdu(SGD, tolerance=0.3, dual=2.0)),
     Row("repselect", lambda *scene: methods.repselect(scene[2], share=0.5)),
+    Row("ssiuu", lambda *_: methods.ssiuu(SGD)),
+    Row("ofmu", lambda *_: methods.ofmu(SGD, inner_steps=1)),
     Row("sam", lambda *_: methods.sam(SGD)),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005

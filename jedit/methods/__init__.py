@@ -25,11 +25,13 @@ from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, 
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
+from jedit.methods.trained.ssiuu import ssiuu
 
 __all__ = [
     "CATALOGUE",
@@ -63,12 +65,14 @@ __all__ = [
     "l1_sparse",
     "memit",
     "natural",
+    "ofmu",
     "pdu",
     "repselect",
     "rome",
     "rosu",
     "salun",
     "sam",
+    "ssiuu",
     "target_values",
     "uam",
 ]

@@ -7,6 +7,13 @@ from jedit.metrics.aggregate_scores import (
     privacy_score,
     utility_score,
 )
+from jedit.metrics.attribution import (
+    Influence,
+    InfluenceShift,
+    attribution,
+    influence,
+    influence_shift,
+)
 from jedit.metrics.counterfact import (
     AccuracyScores,
     AnswerLosses,
@@ -56,6 +63,8 @@ __all__ = [
     "AccuracyScores",
     "AnswerLosses",
     "DepthScores",
+    "Influence",
+    "InfluenceShift",
     "MembershipAttack",
     "PreferenceScores",
     "Rouge",
@@ -66,6 +75,7 @@ __all__ = [
     "answer_nll_per_row",
     "answer_nll_sum_per_row",
     "answer_probability",
+    "attribution",
     "average_gap",
     "depth_score",
     "exact_memorization",
@@ -76,6 +86,8 @@ __all__ = [
     "forget_quality",
     "forget_truth_ratio",
     "gradient_norm_scores",
+    "influence",
+    "influence_shift",
     "knowmem",
     "membership_attack",
     "membership_auc",

@@ -3,8 +3,10 @@
 from jedit.methods import _making
 from jedit.methods.row import BySteps, Need, Pace, Row
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.sam import sam
+from jedit.methods.trained.ssiuu import ssiuu
 
 NATURAL = "strong forgetting with much of the rest kept; `jedit.forget` stops it by itself (ours)"
 
@@ -106,6 +108,38 @@ ROWS: tuple[Row, ...] = (
         when="an attacker will fine-tune",
         papers=("2502.05374",),
         make=lambda material: _making.around(sam, material.optimizer),
+        pace=Pace.UNBOUNDED,
+    ),
+    BySteps(
+        name="Ssiuu",
+        description="GradDiff, with a penalty on every change of what holds the forget answers"
+        " down: parameters of negative attribution stay as they were a step before.",
+        when="answers that are to be erased, not hidden",
+        papers=("2509.22263",),
+        make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
+        settings={"strength": 0.01, "score": "probability"},  # the strength is ours
+        pace=Pace.UNBOUNDED,
+    ),
+    BySteps(
+        name="Ssiuu (log)",
+        is_ours=True,
+        variant_of="Ssiuu",
+        description="The same with attributions of the answer's log-probability, which do not"
+        " vanish with the answer (ours).",
+        when="the same, where relearning is to be held down most",
+        papers=(),
+        make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
+        settings={"strength": 0.01, "score": "log_probability"},
+        pace=Pace.UNBOUNDED,
+    ),
+    BySteps(
+        name="OFMU",
+        description="Five steps up a bounded forget loss, off the retain gradient, then one down"
+        " the retain loss that is held where the ascent ended; and so on.",
+        when="forgetting first, and a repair that does not undo it",
+        papers=("2509.22483",),
+        make=lambda material, **settings: _making.around(ofmu, material.optimizer, **settings),
+        settings={"beta": 0.1, "inner_steps": 5, "penalty": 0.1},  # T: the paper's least
         pace=Pace.UNBOUNDED,
     ),
     BySteps(

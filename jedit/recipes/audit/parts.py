@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jedit import metrics
 from jedit.recipes.audit import forgotten, membership
 from jedit.recipes.audit.comeback import Spending
 from jedit.recipes.audit.rows import Rows
@@ -52,6 +53,7 @@ class OfModel(NamedTuple):
         ratios: its truth ratios of the forget rows; None where there are no wrong answers.
         lens: probabilities by layer, by set.
         states: hidden states by layer, by set; for the probe.
+        influence: how much of it holds the forget answers up, and how much down.
     """
 
     said: dict[str, forgotten.Said]
@@ -59,3 +61,4 @@ class OfModel(NamedTuple):
     ratios: Float[np.ndarray, " n"] | None
     lens: dict[str, Float[np.ndarray, "layers n"]]
     states: dict[str, Float[np.ndarray, "layers n width"]]
+    influence: metrics.Influence

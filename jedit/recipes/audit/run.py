@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit import metrics
-from jedit.recipes.audit import comeback, cost, depth, forgotten, membership
+from jedit.recipes.audit import comeback, cost, depth, forgotten, hiding, membership
 from jedit.recipes.audit.folders import Models, difference, hashed, open_models, same_weights
 from jedit.recipes.audit.parts import Asked, OfModel, Settings
 from jedit.recipes.audit.rows import Rows, RowSets, check_sets, encode
@@ -173,7 +173,8 @@ def _of_model(
     if asked.unseen is not None:
         states = {name: depth.states_of(model, params, part) for name, part in private.items()}
     ratios = membership.truth_ratios_of(model, params, asked.forget)
-    return OfModel(said, seen, ratios, lens, states)
+    influence = hiding.influence_of(model, params, asked.forget)
+    return OfModel(said, seen, ratios, lens, states, influence)
 
 
 def _attacked_or_why(

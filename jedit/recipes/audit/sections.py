@@ -2,13 +2,17 @@
 
 import numpy as np
 
-from jedit.recipes.audit import comeback, cost, depth, forgotten, membership
+from jedit.recipes.audit import comeback, cost, depth, forgotten, hiding, membership
 from jedit.recipes.audit.estimates import BOOTSTRAP, Compared
 from jedit.recipes.audit.parts import Asked, OfModel, Settings
 from jedit.recipes.audit.rows import Rows
 from jedit.recipes.audit.rules import TABLE, judge
 from jedit.report.audit_results import Estimate, Finding, Measure, Section
 
+PROBE_NOTE = (
+    "A probe also tells rows apart by what they are about: it counts only by how far it is above "
+    "the retrained model's."
+)
 NO_ATTACKS = "attacks were left out (--no-attacks)"
 DepthFound = tuple[Finding, Estimate | None]
 
@@ -105,20 +109,20 @@ def _depth(found: dict[str, OfModel], depth_found: DepthFound | None) -> Section
             text = "Unlearning Depth Score: 0 all still there, 1 gone as far as by retraining"
             models = {"edited": depth_found[1]}
             measures.append(Measure("depth_score", text, BOOTSTRAP, models))
+    influences = {role: one.influence for role, one in found.items()}
+    findings.append(hiding.finding_of(influences))
+    measures += hiding.measures_of(influences)
     return Section(
         "depth",
         "Where is it still?",
         "A model computes layer by layer. The lens asks what it would say if it stopped behind "
         "each; the probe, whether the rows to forget can be told from unseen ones inside. What is "
-        "only unsaid at the end is still there before it.",
+        "only unsaid at the end is still there before it. Influence is how much each "
+        "parameter speaks for an answer or against it: what is erased no longer speaks for it, "
+        "what is hidden is spoken against.",
         measures,
         (),
-        [
-            "A probe also tells rows apart by what they are about: it counts only by how far it is "
-            "above the retrained model's."
-        ]
-        if probe
-        else [],
+        [hiding.NOTE, *([PROBE_NOTE] if probe else [])],
         findings,
         depth.curves_of(layers),
     )

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.rate import with_learning_rate
 from jedit.training.watch import History
 
 
@@ -67,11 +67,7 @@ def ascend(
 
 def start_at(method: TrainingMethod, params: PyTree, learning_rate: float) -> LoopState:
     """Return where a method's loop begins, with the rate put into its optimizer's state."""
-    state = method.optimizer.init(params)
-    # A method whose steps bring their own schedule has no rate to be set.
-    if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
-        state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, learning_rate))
-    return LoopState(0, params, state)
+    return LoopState(0, params, with_learning_rate(method.optimizer.init(params), learning_rate))
 
 
 def destroyed(params: PyTree) -> PyTree:

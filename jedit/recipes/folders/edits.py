@@ -31,6 +31,7 @@ from jedit.requests.forget import held_out
 from jedit.requests.unseen import p_value_of, row_losses
 from jedit.requests.walk import Look
 from jedit.training import TrainingMethod, run_method
+from jedit.training.rate import with_learning_rate
 
 Made = tuple[Edit, dict[str, Any]]
 
@@ -122,10 +123,7 @@ def at_rate(optimizer: Any, learning_rate: float) -> optax.GradientTransformatio
     """
 
     def init(params: PyTree) -> Any:
-        state = optimizer.init(params)
-        now = optax.tree_utils.tree_get(state, "learning_rate")
-        rate = jnp.full_like(now, learning_rate)
-        return optax.tree_utils.tree_set(state, learning_rate=rate)
+        return with_learning_rate(optimizer.init(params), learning_rate)
 
     return optax.GradientTransformationExtraArgs(init, optimizer.update)
 
