@@ -51,6 +51,8 @@ DEFAULTS = [
     Default("requests.Forgetting", "steps", 48, "recovery; 48 was", OURS),
     Default("requests.Forgetting", "every", 4, "price; 4 is arbitrary", OURS),
     Default("requests.Forgetting", "significance", 0.05, "above it; 0.05 is", "TOFU"),
+    Default("methods.memorised_subspace", "share", 0.01, "0.01 (ours:", OURS),
+    Default("methods.memorised_subspace", "agreement", "any", '"any" of the memorised', OURS),
     Default("methods.natural", "damping", 0.01, "eigenvalue; 0.01 (ours;", OURS),
     Default("methods.natural", "predicted_kl", 1e-4, "nats per output, 1e-4 (ours)", OURS),
     Default("methods.natural", "batch_size", 16, "a step; 16 is what", OURS),
