@@ -131,12 +131,12 @@ def memorised_subspace(
 
 def _mean_square(group: list[Curvature], name: str) -> Array:
     """Return the diagonal of A, (layers, d_in), without the bias; of several sets the mean."""
-    total, number = 0.0, 0.0
+    sums, numbers = [], []
     for curvature in group:
         block = curvature.blocks[name]
         assert isinstance(block, Kronecker)
         matrix = curvature.factors[block.input].matrix
         diagonal = matrix if matrix.ndim == 2 else jnp.diagonal(matrix, axis1=1, axis2=2)
-        count = curvature.num_outputs.astype(matrix.dtype)
-        total, number = total + count * diagonal[:, : block.weight.d_in], number + count
-    return total / number
+        numbers.append(curvature.num_outputs.astype(matrix.dtype))
+        sums.append(numbers[-1] * diagonal[:, : block.weight.d_in])
+    return functools.reduce(jnp.add, sums) / functools.reduce(jnp.add, numbers)
