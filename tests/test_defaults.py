@@ -126,6 +126,7 @@ DEFAULTS = [
     Default("transforms.add_constraint_gradient", "dual", 1.0, "1.0 is GradDiff's", FRAMEWORK),
     Default("transforms.add_constraint_gradient", "dual_rate", 1.0, "1.0 is PDU's", FRAMEWORK),
     Default("transforms.add_constraint_gradient", "delay", 0, "0 is PDU's", FRAMEWORK),
+    Default("edits.without_top_fraction", "fraction", 0.08, "0.08 (paper)", "2504.09522"),
     Default("transforms.ignore_top_fraction", "scope", "leaf", '"leaf", the share', "2504.09522"),
     Default("transforms.mask_to_salient", "fraction", 0.5, "(SalUn: 0.5)", "SalUn"),
     Default("transforms.orthogonalize_to_retain", "rank", 8, "kept (paper: 8)", "GU"),
