@@ -17,6 +17,7 @@ from jedit.core.arguments import check_kind
 from jedit.core.checks import SHARE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.magnitudes import bound_below_top
+from jedit.core.precision import wide
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import Delta, dense
 
@@ -48,7 +49,7 @@ def without_top_fraction(edit: Edit, fraction: float = 0.08) -> Edit:
 
     def rest(block: Delta):
         delta = dense(block)
-        size = jnp.abs(delta).astype(jnp.promote_types(delta.dtype, jnp.float32))
+        size = wide(jnp.abs(delta))
         return jnp.where(size <= bound_below_top(size.ravel(), fraction), delta, 0)
 
     return Edit({path: rest(block) for path, block in edit.blocks.items()})
