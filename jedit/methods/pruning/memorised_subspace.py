@@ -17,7 +17,7 @@ row of W is spared altogether where its input is no stronger on the memorised pr
 
 Which sets. In a diffusion model the paper takes the feed-forward blocks' weights, at early
 denoising steps, with the empty prompt for the rest [notes]: `select=` of `kfac` is the first, and
-`jedit.models.diffusion.visited` makes the batches of the second. Nothing else in here knows of
+`jedit.models.visited_inputs` makes the batches of the second. Nothing else in here knows of
 diffusion: forget and retain rows of any model are two sets.
 
 Differences. The score, the comparison with the empty prompt, the top share and the aggregation over
