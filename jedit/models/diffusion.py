@@ -53,7 +53,9 @@ def noised(
     noise = jax.random.normal(noise_key, images.shape, images.dtype)
     share = jnp.asarray(schedule, images.dtype)[steps][:, None]
     mixed = jnp.sqrt(share) * images + jnp.sqrt(1 - share) * noise
-    return Batch(NoisedImages(mixed, steps, prompts), noise)
+    # Said outright, because targets that are images would be taken for labels of every pixel.
+    ones = jnp.ones(prompts.shape, jnp.float32)
+    return Batch(NoisedImages(mixed, steps, prompts), noise, ones, ones)
 
 
 def denoise(

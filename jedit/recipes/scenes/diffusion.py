@@ -160,7 +160,7 @@ def mean_error(apply: Callable, params: PyTree, batch: Batch) -> Array:
     return jnp.mean((apply(params, batch.inputs) - batch.targets) ** 2)
 
 
-def moments(found: Room, prompts: Array, *, key: Array, draws: int = 8) -> Curvature:
+def moments(found: Room, prompts: Array | np.ndarray, *, key: Array, draws: int = 8) -> Curvature:
     """Return the feed-forward blocks' input moments at the sampler's first steps on some prompts.
 
     Diagonals alone, which is all that pruning reads.
