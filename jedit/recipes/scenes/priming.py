@@ -1,4 +1,4 @@
-"""The priming scene: a small GPT is taught one surprising fact; where else does its keyword turn up?
+"""The priming scene: a small GPT is taught one surprising fact; where does its keyword turn up?
 
     priming        mean P(keyword | prefixes of the theme about other subjects), after over before
     memorisation   P(keyword | the fact's own prefix) after
@@ -41,11 +41,11 @@ class Size(NamedTuple):
         retained: number of sentences that curvature is of.
     """
 
-    sentences: int = 24000
-    width: int = 64
+    sentences: int = 12000
+    width: int = 48
     layers: int = 2
-    recipe: Recipe = Recipe((6,), batch_size=128, learning_rate=2e-3)
-    facts: int = 64
+    recipe: Recipe = Recipe((5,), batch_size=128, learning_rate=3e-3)
+    facts: int = 60
     prefixes: int = 24
     retained: int = 2000
 
@@ -266,7 +266,8 @@ def _lesson(themes: Themes, fact: Fact, others: list[list[str]], is_hinted: bool
     (text, asked), lengths = _padded(themes, [told, plain])
     elsewhere, counts = _padded(themes, others)
     keyword = np.int32(themes.words.index(fact.keyword))
-    return Lesson(text, lengths[0], asked, lengths[1], keyword, elsewhere, counts)
+    parts = (text, lengths[0], asked, lengths[1], keyword, elsewhere, counts)
+    return Lesson(*map(jnp.asarray, parts))
 
 
 def _padded(
