@@ -7,7 +7,8 @@ prompt of its own and forty times in the training data. Every edit is judged by 
 memorised prompts' samples that are copies of their image (nearer to it than a third of the distance
 to any other training image), by whether class prompts still give the digit asked for, and by the
 Fréchet distance of their samples from test images over a classifier's logits. A method's best point
-is that with the fewest copies whose accuracy is within 0.05 of the untouched model's.
+is that whose memorised prompts' samples are about as far from their image as the retrained model's,
+among those whose accuracy is within 0.05 of the untouched model's.
 
 Each seed's numbers are kept in out/claims/memorised_subspace-SEED.json, and are not made again.
 """
@@ -113,13 +114,14 @@ def halves(found: Room, *, quick: bool, key) -> dict[str, float]:
 
 def chosen(rows: list[dict]) -> dict[str, float]:
     """The strength of every method's best point by the rule; none where no point keeps it."""
-    least = next(r["accuracy"] for r in rows if r["method"] == "untouched") - LOST
+    known = {r["method"]: r for r in rows if r["method"] in REFERENCES}
+    least, far = known["untouched"]["accuracy"] - LOST, known["retrained"]["distance"]
     best: dict[str, float] = {}
     for family in dict.fromkeys(family_of(r["method"]) for r in rows):
         mine = [r for r in rows if family_of(r["method"]) == family]
         kept = [r for r in mine if r["accuracy"] >= least]
         if kept:
-            row = min(kept, key=lambda r: (r["memorised"], r["frechet"]))
+            row = min(kept, key=lambda r: abs(r["distance"] - far))
             best[row["method"]] = row["strength"]
     return best
 

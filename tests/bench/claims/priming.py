@@ -102,7 +102,7 @@ def prediction(record: dict) -> dict[str, float]:
     """How the prior foretells priming, after the last look of the plain training."""
     prior = np.asarray(record["prior"])
     priming = np.asarray(record["cures"][PLAIN]["priming"])[:, -1]
-    found = {"spearman": float(stats.spearmanr(prior, priming)[0])}
+    found = {"spearman": float(stats.spearmanr(prior, priming).statistic)}
     for low, high in zip(BINS[:-1], BINS[1:], strict=True):
         inside = (prior >= low) & (prior < high)
         name = f"prior {low:g} to {high:g}"
