@@ -40,7 +40,7 @@ def test_priming_is_measured_under_every_cure(tmp_path, monkeypatch, capsys):
     taught = record["cures"][priming.PLAIN]
     assert len(taught["fact"]) == 8
     assert len(taught["fact"][0]) == 2
-    assert {"stepping stone", "natural steps", "the top 8% alone"} <= set(record["cures"])
+    assert {"stepping stone", "natural steps of 0.001", "the top 8% alone"} <= set(record["cures"])
     assert "without the top 8%" in capsys.readouterr().out
 
 

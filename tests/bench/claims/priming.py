@@ -33,14 +33,16 @@ NAME = "priming"
 QUICK = Size(200, 16, 1, Recipe((1,), 32, 2e-3), facts=8, prefixes=3, retained=50)
 RATE, STEPS, EVERY = 1e-3, 24, 4
 TARGET, SURPRISING = 0.3, 0.05
+BINNED = 1  # the look, 8 steps, at which priming is told by bins of the prior
 BINS = (0.0, 1e-3, 1e-2, 1.0)
-THRESHOLD, DAMPING, PREDICTED_KL = 0.05, 0.01, 3e-3
+THRESHOLDS = (0.05, 0.2)  # share of the known inputs' energy that is given up
+DAMPING, PREDICTED_KLS = 0.01, (1e-4, 3e-4, 1e-3)
 PLAIN = "as taught"
 
 
 def cures(found: Room, curvature) -> dict[str, Callable[[Edit], Edit]]:
     """What is made of the whole change after training."""
-    projector = null_space(curvature, threshold=THRESHOLD)
+    projector = null_space(curvature, threshold=THRESHOLDS[-1])
 
     def projected(change: Edit) -> Edit:
         zero = jax.tree.map(lambda p: 0 * p, found.params)
@@ -53,7 +55,7 @@ def cures(found: Room, curvature) -> dict[str, Callable[[Edit], Edit]]:
             change, share
         )
     made["the top 8% alone"] = lambda change: change - without_top_fraction(change)
-    made["null space, afterwards"] = projected
+    made[f"null space at {THRESHOLDS[-1]:g}, afterwards"] = projected
     return made
 
 
@@ -67,13 +69,15 @@ def trainings(found: Room, size: Size, *, key) -> Iterator[tuple[dict[str, Taugh
     alone = lambda name: {name: lambda change: change}  # noqa: E731
     name = "stepping stone"
     yield teach(found, found.stepping_stones, adam, cures=alone(name), **options), name
-    name = "null space, every step"
-    projected = project_to_null_space(null_space(curvature, threshold=THRESHOLD))
-    held = optax.chain(adam, projected)
-    yield teach(found, found.lessons, held, cures=alone(name), **options), name
-    name = "natural steps"
-    natural = natural_steps(curvature, damping=DAMPING, predicted_kl=PREDICTED_KL)
-    yield teach(found, found.lessons, natural, cures=alone(name), **options), name
+    for threshold in THRESHOLDS:
+        name = f"null space at {threshold:g}, every step"
+        projected = project_to_null_space(null_space(curvature, threshold=threshold))
+        held = optax.chain(adam, projected)
+        yield teach(found, found.lessons, held, cures=alone(name), **options), name
+    for price in PREDICTED_KLS:
+        name = f"natural steps of {price:g}"
+        natural = natural_steps(curvature, damping=DAMPING, predicted_kl=price)
+        yield teach(found, found.lessons, natural, cures=alone(name), **options), name
 
 
 def of_seed(seed: int, *, quick: bool, out: Path) -> dict:
@@ -99,10 +103,14 @@ def of_seed(seed: int, *, quick: bool, out: Path) -> dict:
 
 
 def prediction(record: dict) -> dict[str, float]:
-    """How the prior foretells priming, after the last look of the plain training."""
+    """How the prior foretells priming in the plain training: at every look, and by bins at one."""
     prior = np.asarray(record["prior"])
-    priming = np.asarray(record["cures"][PLAIN]["priming"])[:, -1]
-    found = {"spearman": float(stats.spearmanr(prior, priming).statistic)}
+    looks = np.asarray(record["cures"][PLAIN]["priming"])
+    found = {
+        f"spearman after {EVERY * (i + 1)} steps": float(stats.spearmanr(prior, column).statistic)
+        for i, column in enumerate(looks.T)
+    }
+    priming = looks[:, BINNED]
     for low, high in zip(BINS[:-1], BINS[1:], strict=True):
         inside = (prior >= low) & (prior < high)
         name = f"prior {low:g} to {high:g}"
@@ -122,10 +130,13 @@ def of_cure(record: dict, name: str) -> dict[str, float]:
     """One cure beside the plain training: at the last look, and at equal knowledge of the fact."""
     surprising = np.asarray(record["prior"]) < SURPRISING
     cure = record["cures"][name]
-    last = {field: np.asarray(cure[field])[surprising, -1] for field in ("fact", "priming")}
+    last = {
+        field: np.asarray(cure[field])[surprising, -1] for field in ("memorised", "fact", "priming")
+    }
     plain, mine = at_target(record["cures"][PLAIN]), at_target(cure)
     both = surprising & np.isfinite(plain) & np.isfinite(mine)
     return {
+        "memorised": float(last["memorised"].mean()),
         "fact": float(last["fact"].mean()),
         "log_priming": float(np.log(last["priming"]).mean()),
         "reached": float(np.isfinite(mine[surprising]).mean()),
@@ -161,7 +172,8 @@ def main() -> int:
     print("|---|---|---|---|---|")
     for name, row in found["cures"].items():
         ratios = f"{shown_ratio(row['log_priming'])} | {shown(row['reached'], 2)}"
-        print(f"| {name} | {shown(row['fact'], 2)} | {ratios} | {shown_ratio(row['log_ratio'])} |")
+        said = f"{shown(row['memorised'], 2)} | {shown(row['fact'], 2)}"
+        print(f"| {name} | {said} | {ratios} | {shown_ratio(row['log_ratio'])} |")
     print(write(NAME, given.out, found))
     return 0
 
