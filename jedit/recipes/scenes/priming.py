@@ -215,7 +215,10 @@ def teach(
         return jax.lax.map(one, lessons, batch_size=16)
 
     measured, before = run(params, rows, lessons)
-    return {name: Taught(*numbers, before) for name, numbers in measured.items()}
+    return {
+        name: Taught(memorised, fact, elsewhere, before)
+        for name, (memorised, fact, elsewhere) in measured.items()
+    }
 
 
 def _measured(apply, params, lesson: Lesson) -> tuple[Array, Array, Array]:
