@@ -47,6 +47,7 @@ def test_priming_is_measured_under_every_cure(tmp_path, monkeypatch, capsys):
 def test_cures_are_compared_where_the_fact_is_known_alike():
     plain = {"fact": [[0.1, 0.4, 0.9], [0.0, 0.1, 0.5]], "priming": [[1, 2, 8], [1, 3, 4]]}
     cure = {"fact": [[0.1, 0.2, 0.3], [0.0, 0.0, 0.2]], "priming": [[1, 1, 1], [1, 1, 1]]}
+    plain, cure = ({**numbers, "memorised": numbers["fact"]} for numbers in (plain, cure))
     record = {"prior": [1e-4, 1e-3], "cures": {priming.PLAIN: plain, "cure": cure}}
     assert priming.at_target(plain).tolist() == [2, 4]
     found = priming.of_cure(record, "cure")
