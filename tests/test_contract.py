@@ -28,6 +28,7 @@ from jedit.methods import (
     engram,
     kfade,
     memit,
+    memorised_subspace,
     rome,
 )
 from jedit.requests import batch_unlearn
@@ -133,6 +134,10 @@ METHODS = [
     Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
+    Row(
+        "memorised_subspace",
+        lambda f, p, c, forget, _: memorised_subspace(p, _moments(f, p, forget), c, share=0.5),  # noqa: ARG005
+    ),
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
     Row(
         "memit",
@@ -157,6 +162,10 @@ ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compil
 def _stack(apply, params, curvature, forget, _):
     edits, _ = batch_unlearn(apply, params, curvature, stack_requests([forget, forget]))
     return 1e-2 * edits
+
+
+def _moments(_, params, forget):
+    return estimate(ESTIMATOR, params, [forget], key=jax.random.key(0))
 
 
 def make_scene(key, dtype=jnp.float32):

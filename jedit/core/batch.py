@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jedit.core.display import short_repr
 
@@ -43,6 +43,22 @@ class PackedTokens(NamedTuple):
     tokens: Int[Array, "batch seq"]
     segments: Int[Array, "batch seq"]
     positions: Int[Array, "batch seq"]
+
+    __repr__ = short_repr
+
+
+class NoisedImages(NamedTuple):
+    """Images on their way from noise to what a prompt names: inputs of a diffusion model's batch.
+
+    Attributes:
+        images: pixels of each image with noise in it.
+        steps: how noisy each is, the index into a schedule, 0 the least.
+        prompts: number of the prompt that each is to become; 0 is the empty one.
+    """
+
+    images: Float[Array, "batch pixels"]
+    steps: Int[Array, " batch"]
+    prompts: Int[Array, " batch"]
 
     __repr__ = short_repr
 

@@ -12,6 +12,7 @@ from jedit.edits.edit import (
 )
 from jedit.edits.low_rank import Delta, LowRank, as_parameter, dense
 from jedit.edits.stack import sum_edits
+from jedit.edits.without_top_fraction import without_top_fraction
 
 __all__ = [
     "Delta",
@@ -28,4 +29,5 @@ __all__ = [
     "revert_edit",
     "sum_edits",
     "truncate",
+    "without_top_fraction",
 ]

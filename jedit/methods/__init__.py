@@ -21,6 +21,7 @@ from jedit.methods.curvature.natural import natural
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
+from jedit.methods.pruning.memorised_subspace import PruningInfo, memorised_subspace
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
@@ -52,6 +53,7 @@ __all__ = [
     "KeyState",
     "KfadeInfo",
     "Layers",
+    "PruningInfo",
     "Restoration",
     "Search",
     "TargetInfo",
@@ -64,6 +66,7 @@ __all__ = [
     "kuda",
     "l1_sparse",
     "memit",
+    "memorised_subspace",
     "natural",
     "ofmu",
     "pdu",

@@ -17,6 +17,7 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.pruning.memorised_subspace import memorised_subspace
 from jedit.methods.row import (
     ClosedForm,
     Material,
@@ -65,6 +66,16 @@ def by_engram(method):
         return edit
 
     return make
+
+
+def by_pruning(material: Material, *, share: float) -> ClosedForm:
+    sets = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
+
+    def edit(apply, params, *, forget, retain):
+        del apply, forget, retain  # the moments hold what it needs of them
+        return memorised_subspace(params, *sets, share=share)
+
+    return edit
 
 
 def _facts(material: Material, forget: Batch) -> Associations:

@@ -25,6 +25,7 @@ from jedit.metrics.depth_score import DepthScores, depth_score
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
+from jedit.metrics.frechet_distance import frechet_distance
 from jedit.metrics.gradient_norm import gradient_norm_scores
 from jedit.metrics.likelihood_attacks import (
     min_k_plus_plus_scores,
@@ -33,6 +34,7 @@ from jedit.metrics.likelihood_attacks import (
     zlib_scores,
 )
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
+from jedit.metrics.memorised_samples import memorised_samples
 from jedit.metrics.model_utility import (
     SetUtility,
     forget_truth_ratio,
@@ -85,6 +87,7 @@ __all__ = [
     "forget_degree",
     "forget_quality",
     "forget_truth_ratio",
+    "frechet_distance",
     "gradient_norm_scores",
     "influence",
     "influence_shift",
@@ -93,6 +96,7 @@ __all__ = [
     "membership_auc",
     "membership_scores",
     "memorization_score",
+    "memorised_samples",
     "min_k_plus_plus_scores",
     "min_k_scores",
     "minimum_accuracy",

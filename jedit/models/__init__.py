@@ -1,11 +1,14 @@
 """Models as pure functions: each maker or loader returns `(apply, params)`.
 
-`cnn`, `gpt` and `mlp` are small and made here. `load_model` and its kin bring a language model from
-a Hugging Face folder; they need the extra `llm`, and import it when they are called.
+`cnn`, `denoiser`, `gpt` and `mlp` are small and made here. `load_model` and its kin bring a
+language model from a Hugging Face folder; they need the extra `llm`, and import it when they are
+called.
 """
 
 from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode, sampled_decode
+from jedit.models.denoiser import denoiser
+from jedit.models.diffusion import cosine_schedule, denoise, noised, visited_inputs
 from jedit.models.functional import cast_params, mixed_precision, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, load_stepper, save_model
@@ -21,6 +24,9 @@ __all__ = [
     "cast_params",
     "cnn",
     "convert_llama2c",
+    "cosine_schedule",
+    "denoise",
+    "denoiser",
     "gpt",
     "gpt_stepper",
     "greedy_decode",
@@ -29,9 +35,11 @@ __all__ = [
     "load_stepper",
     "mixed_precision",
     "mlp",
+    "noised",
     "sampled_decode",
     "save_adapter",
     "save_model",
     "to_pure",
+    "visited_inputs",
     "with_lora",
 ]

@@ -83,12 +83,13 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
-    def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         wide = x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normalised = (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
-        return normalised * self.scale[None, None] + self.bias[None, None]
+        lead = (None,) * (x.ndim - 1)
+        return normalised * self.scale[lead] + self.bias[lead]
 
 
 class Attention(nnx.Module):
@@ -142,7 +143,7 @@ class Perceptron(nnx.Module):
         self.up = nnx.Linear(width, 4 * width, param_dtype=param_dtype, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch seq width"]) -> Float[Array, "batch seq width"]:
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
         return self.down(jax.nn.gelu(self.up(x)))
 
 

@@ -1,9 +1,12 @@
 """Leave out of an update its largest entries: u_i <- 0 where |u_i| is among the top fraction.
 
 A few coordinates with outsized gradients carry most of the damage that ascent does; this is the
-plainest of robust updates, and a baseline for the geometric ones.
+plainest of robust updates, and a baseline for the geometric ones. ignore-top-k (arXiv 2504.09522)
+leaves them out of the whole change, once, after training [notes]: that is
+`jedit.edits.without_top_fraction`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +16,7 @@ import optax
 from jedit.core.arguments import check_word
 from jedit.core.checks import SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
+from jedit.core.magnitudes import bound_below_top
 from jedit.geometry.surrogate import Scope
 
 
@@ -39,10 +43,7 @@ def ignore_top_fraction(
     check_numbers(SHARE, fraction=fraction)
     check_word(Scope, scope=scope)
 
-    def bound(magnitudes):
-        size = magnitudes.shape[0]
-        kept = size - round(fraction * size)
-        return jnp.sort(magnitudes)[kept - 1] if kept else -jnp.ones((), magnitudes.dtype)
+    bound = functools.partial(bound_below_top, fraction=fraction)
 
     @on_auto_axes
     def without_top(updates):

@@ -57,8 +57,9 @@ def scene():
 
 def ran(row, material, retain):
     """The edit of the method, run as any is."""
-    # So small a scene has no direction that holds less than a hundredth.
-    method = row.of(material, **{"threshold": 0.4} if "threshold" in row.settings else {})
+    # So small a scene has no direction that holds less than a hundredth, nor a hundred weights.
+    coarse = {name: 0.4 for name in ("threshold", "share") if name in row.settings}
+    method = row.of(material, **coarse)
     more = {}
     if isinstance(row, BySteps):
         more = {"steps": 4, "key": jax.random.key(1)}

@@ -1,22 +1,21 @@
 """Parts that engrams in two metrics share: groups, strengths, and the edit out of the pieces."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.core.arguments import check_word, refuse_tracers
+from jedit.core.arguments import check_word
 from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
-from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
+from jedit.methods._two_sets import Parts, comparable
 
 Strength = Literal["adaptive", "whole"]
-Parts = Curvature | Sequence[Curvature]
 
 
 class EngramInfo(NamedTuple):
@@ -58,25 +57,7 @@ def take_out(
     """
     check_word(Strength, strength=strength)
     check_numbers(POSITIVE, scale=scale)
-    targets, rests = ([x] if isinstance(x, Curvature) else list(x) for x in (target, rest))
-    if not targets or not rests:
-        raise ValueError("target and rest must hold a curvature each, or several; one is empty")
-    for curvature in (*targets, *rests):
-        leaves = check_covers(curvature, params)
-    refuse_tracers("an engram", (params, targets, rests), "take it outside")
-    blocks = {n: b for n, b in targets[0].blocks.items() if isinstance(b, Kronecker)}
-    if merged := [name for name, block in blocks.items() if block.is_merged]:
-        raise ValueError(
-            f"{merged} are used at several sites, whose input moments a curvature merges with "
-            "weights of their own; leave them out by `select`"
-        )
-    if not blocks or any(set(c.blocks) != set(targets[0].blocks) for c in (*targets, *rests)):
-        raise ValueError(
-            "target and rest must be curvatures of the same sites, with a Kronecker block at least"
-        )
-    for name, group in (("target", targets), ("rest", rests)):
-        for curvature in group:
-            check_counted(curvature.num_outputs, f"a curvature of {name}")
+    targets, rests, blocks, leaves = comparable(params, target, rest, "an engram")
     found, relative = {}, {}
     for name, block in blocks.items():
         dtype = targets[0].factors[block.input].matrix.dtype

@@ -45,6 +45,16 @@ ROWS: tuple[Row, ...] = (
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
     ),
     ByScale(
+        name="memorised subspace",
+        description="Sets to zero the weights, one in a hundred of each matrix, that score highest"
+        " by Wanda on the forget rows, where they score higher than on the retain rows.",
+        when="diffusion models that reproduce training images; nothing is trained",
+        papers=("2406.18566",),
+        make=_making.by_pruning,
+        needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        settings={"share": 0.01},  # ours
+    ),
+    ByScale(
         name="AlphaEdit",
         description="Removes what the layers answer to the forget rows' prompts, in the null space"
         " of the retain rows' inputs.",
