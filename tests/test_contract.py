@@ -25,6 +25,7 @@ from jedit.methods import (
     Layers,
     alphaedit,
     curvature_engram,
+    curvature_pruning,
     engram,
     kfade,
     memit,
@@ -133,6 +134,7 @@ METHODS = [
     Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
+    Row("curvature_pruning", lambda _, p, c, *sets: curvature_pruning(p, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
     Row(
         "memit",

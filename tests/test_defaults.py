@@ -76,6 +76,8 @@ DEFAULTS = [
     Default("methods.curvature_engram", "damping", 1.0, "λ; 1, the best of a grid", OURS),
     Default("methods.curvature_engram", "strength", "adaptive", '"adaptive" as there', "engram"),
     Default("methods.curvature_engram", "scale", 1.0, "α; 1.0 is `engram`'s", "engram"),
+    Default("methods.curvature_pruning", "mass", 0.8, "0.8 is the code's example", "its code"),
+    Default("methods.curvature_pruning", "keep", "product", '"product" (the code', "its code"),
     Default("methods.engram", "strength", "adaptive", '"adaptive" (paper;', "AI Engram"),
     Default("methods.engram", "scale", 1.0, '1.0 with "adaptive"', "AI Engram"),
     Default("methods.gu", "rank", 8, "basis (paper: 8)", "GU"),

@@ -16,6 +16,7 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
 from jedit.methods.engrams._take_out import EngramInfo
@@ -50,12 +51,14 @@ __all__ = [
     "KeyState",
     "KfadeInfo",
     "Layers",
+    "PruningInfo",
     "Restoration",
     "Search",
     "TargetInfo",
     "alphaedit",
     "causal_trace",
     "curvature_engram",
+    "curvature_pruning",
     "engram",
     "gu",
     "kfade",

@@ -15,6 +15,7 @@ from jedit.methods.associations._write import Associations, Layers
 from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
+from jedit.methods.curvature.curvature_pruning import Keep, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
 from jedit.methods.row import (
@@ -65,6 +66,16 @@ def by_engram(method):
         return edit
 
     return make
+
+
+def by_pruning(material: Material, *, mass: float, keep: Keep) -> ClosedForm:
+    curvature = material.take(Need.CURVATURE)
+
+    def edit(apply, params, *, forget, retain):
+        del apply, forget, retain  # the curvature holds what it needs of the retain rows
+        return curvature_pruning(params, curvature, mass=mass, keep=keep)
+
+    return edit
 
 
 def _facts(material: Material, forget: Batch) -> Associations:

@@ -40,6 +40,7 @@ BAD = {
     "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
     "hidden": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE, "least": SHARE, "length": COUNT,
+    "mass": SHARE,
     "max_age": POSITIVE, "max_dim": COUNT, "max_len": COUNT, "max_norm": POSITIVE,
     "memorization": SHARE, "newest": FINITE,
     "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT,

@@ -45,6 +45,16 @@ ROWS: tuple[Row, ...] = (
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
     ),
     ByScale(
+        name="curvature pruning",
+        description="Keeps of every weight what holds four fifths of the retain outputs' curvature;"
+        " the forget rows are not looked at.",
+        when="what was learnt by heart, and is nowhere listed",
+        papers=("2510.24256",),
+        make=_making.by_pruning,
+        needs=frozenset({Need.CURVATURE}),
+        settings={"mass": 0.8, "keep": "product"},  # the code's example
+    ),
+    ByScale(
         name="AlphaEdit",
         description="Removes what the layers answer to the forget rows' prompts, in the null space"
         " of the retain rows' inputs.",
