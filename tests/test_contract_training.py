@@ -40,6 +40,10 @@ def _kuda(*scene):
     return methods.kuda(scene[2], DEVIATION, SGD, select="^w$", threshold=0.4)
 
 
+def _mcu(*scene):
+    return methods.mcu(scene[1], scene[2], SGD, site="w", rank=2)
+
+
 TRAINERS = [
     Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
@@ -47,6 +51,7 @@ TRAINERS = [
     Row("uam", lambda *_: methods.uam(SGD, radius=0.05)),
     Row("pdu", lambda *_: methods.pdu(SGD, tolerance=0.3, dual=2.0)),
     Row("repselect", lambda *scene: methods.repselect(scene[2], share=0.5)),
+    Row("mcu", _mcu),
     Row("sam", lambda *_: methods.sam(SGD)),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
@@ -161,6 +166,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 
 
 NO_ROW = {
+    "MinorPart": "is what objectives are made of",
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",

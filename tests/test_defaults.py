@@ -87,6 +87,7 @@ DEFAULTS = [
     Default("methods.kfade", "damping", 0.01, "(ours; 0.01 to 0.1 were best)", OURS),
     Default("methods.kuda", "threshold", 0.02, "0.02 is arbitrary", OURS),
     Default("methods.kuda", "relaxation", 1.0, "1, w = c/a above the cut, is arbitrary", OURS),
+    Default("methods.mcu", "rank", 8, "mean: 8 is arbitrary", OURS),
     Default("methods.memit", "preservation", 15000.0, "Paper: 15000 for GPT-J", "MEMIT"),
     Default("methods.memit", "damping", 1e-4, "1e-4 (ours, arbitrary;", OURS),
     Default("methods.pdu", "dual", 100.0, "100, the TOFU runs'", "PDU's code"),

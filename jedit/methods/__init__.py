@@ -26,6 +26,7 @@ from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, 
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
@@ -64,6 +65,7 @@ __all__ = [
     "kfade",
     "kuda",
     "l1_sparse",
+    "mcu",
     "memit",
     "natural",
     "pdu",

@@ -25,6 +25,7 @@ from jedit.methods.row import (
 )
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
+from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
@@ -189,6 +190,15 @@ def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:
     objective = with_retain(RepresentationDeviation(Entering(site), seed=SEED))
     given = (curvature, objective, material.optimizer)
     return kuda(*given, select=exactly(earlier), threshold=threshold)
+
+
+def by_mcu(material: Material, *, rank: int) -> TrainingMethod:
+    site, moments = material.take(Need.LAYERS)[-1], material.take(Need.TARGET_MOMENTS)
+    block = moments.blocks.get(site)
+    if block is not None:  # a model narrower than that keeps half of its directions
+        rank = max(1, min(rank, block.weight.d_out // 2 - 1))
+    minor = functools.partial(RMU, seed=SEED)
+    return mcu(material.params, moments, material.optimizer, site=site, rank=rank, objective=minor)
 
 
 def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:
