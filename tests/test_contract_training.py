@@ -176,10 +176,12 @@ NO_ROW = {
     "random_direction": "is what objectives are made of",
     "refresh_curvature": "changes a transform's state",
     "relabel": "makes data",
+    "repselect_moments": "makes a curvature (tests/methods/test_repselect)",
     "sequence_nll": "is what objectives are made of",
     "target_values": "makes what rome and memit write",
     "token_kl": "is what objectives are made of",
     "token_nll": "is what objectives are made of",
+    "unlearn_refitted": "runs another method, in parts (tests/methods/test_repselect)",
     "with_update_args": "gives another transform's arguments (test_training_loops)",
 }
 

@@ -96,6 +96,7 @@ DEFAULTS = [
     Default("methods.repselect", "learning_rate", 0.2, "0.2 is the code's", "RepSelect's code"),
     Default("methods.repselect", "rank", 512, "at most: 512, the code's", "RepSelect's code"),
     Default("methods.repselect", "share", 0.125, "0.125 is 512 of 4096", OURS),
+    Default("methods.repselect", "retain_rank", 0, "by itself; 0, none", OURS),
     Default("methods.rome", "damping", 1e-4, "1e-4 (ours, arbitrary;", OURS),
     Default("methods.rosu", "outer", "transport", '"transport" (as the parent', "UAM's code"),
     Default("methods.rosu", "strength", 1.0, "1 is arbitrary", OURS),

@@ -28,7 +28,8 @@ from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.pdu import pdu
-from jedit.methods.trained.repselect import repselect
+from jedit.methods.trained.refitted import Refit, unlearn_refitted
+from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
@@ -53,6 +54,7 @@ __all__ = [
     "KfadeInfo",
     "Layers",
     "PruningInfo",
+    "Refit",
     "Restoration",
     "Search",
     "TargetInfo",
@@ -70,10 +72,12 @@ __all__ = [
     "natural",
     "pdu",
     "repselect",
+    "repselect_moments",
     "rome",
     "rosu",
     "salun",
     "sam",
     "target_values",
     "uam",
+    "unlearn_refitted",
 ]
