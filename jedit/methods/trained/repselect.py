@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
-from jedit.curvature import Curvature, estimate, kfac
+from jedit.curvature import Curvature, Estimator, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods.trained._retain_gradient import RetainGradient
 from jedit.objectives import NPO, Objective, RetainNLL
@@ -127,7 +127,7 @@ def repselect_moments(
         ValueError: as `estimate` and `kfac` refuse.
     """
     reference = params if reference is None else reference
-    estimator = kfac(apply, _GIVEN, select=select, fisher="empirical", centred=True)
+    estimator = _centred(apply, select if select is None or isinstance(select, str) else (*select,))
 
     def with_gradients(batch: Batch) -> Batch:
         return batch._replace(targets=_gradients(apply, objective, params, reference, batch))
@@ -147,7 +147,10 @@ class _Given(Categorical):
         return targets.astype(outputs.dtype)
 
 
-_GIVEN = _Given()
+@functools.lru_cache(maxsize=8)
+def _centred(apply: Apply, select: str | tuple[str, ...] | None) -> Estimator:
+    """One estimator for each model: moments that are taken anew compile nothing."""
+    return kfac(apply, _Given(), select=select, fisher="empirical", centred=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
