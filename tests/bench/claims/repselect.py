@@ -2,11 +2,11 @@
 
     python -m tests.bench.claims.repselect [--seeds 3] [--quick]
 
-A GPT of the demo's size knows thirty invented authors, of whom three are to be forgotten. Every
-method runs at two rates, is looked at every second of 24 steps, and gives the model that has
-forgotten most at a KL of at most 0.1 on retain rows it has not seen: the matched disruption. Each
-is attacked: every sixth forget row is taught for 20 updates of Adam, at the better of two rates,
-and the others are asked.
+A GPT of the demo's size knows twenty invented authors, of whom three are to be forgotten. Every
+method runs at two or three rates, is looked at every second of 16 steps, and gives the model that
+has forgotten most at a KL of at most 0.1 on retain rows it has not seen: the matched disruption.
+Each is attacked: every sixth forget row is taught for 20 updates of Adam, at the better of two
+rates, and the others are asked.
 
     before, after   mean NLL of the forget answers that are never taught, before the attack and
                     after it
@@ -15,7 +15,7 @@ and the others are asked.
                     along their top 8 components and along all others
 
     RepSelect              the catalogue's row: a curvature's moments, of all matrices, taken once
-    RepSelect, as trained  centred moments of the objective, of the perceptrons, anew every 6 steps
+    RepSelect, as trained  centred moments of the objective, of the perceptrons, anew every 4 steps
 
 The paper's claim [notes] is that RepSelect's `lasting` is at least 4 times that of each baseline;
 MCU's are that `top` is above `rest` for edits of the usual kind, and that it lasts longer than RMU.
@@ -46,8 +46,8 @@ from jedit.training import Watch, unlearn
 from tests.bench.claims.evidence import interval, parser, shown, write
 from tests.bench.claims.scenes import authors_model
 
-BUDGET, STEPS, EVERY, REFIT = 0.1, 24, 2, 6
-ADAM, LENGTH, PRICE = (3e-4, 1e-3), (0.1, 0.3), (3e-4, 1e-3)
+BUDGET, STEPS, EVERY, REFIT = 0.1, 16, 2, 4
+ADAM, LENGTH, PRICE = (3e-4, 1e-3), (0.03, 0.1, 0.3), (1e-5, 1e-4)
 SITE = "blocks/1/mlp/down/kernel"
 TOP = 8
 SELECT = r"/(attn|mlp)/"
@@ -62,12 +62,11 @@ RATES = {
 
 
 class Setup(NamedTuple):
-    """A seed's models and rows.
+    """A seed's model and rows.
 
     Attributes:
         apply: `apply(params, inputs) -> logits`.
         original: trained on all rows.
-        retrained: trained without the forget rows.
         forget: rows to be forgotten.
         retain: rows that methods see.
         heldout: retain rows that they do not.
@@ -77,7 +76,6 @@ class Setup(NamedTuple):
 
     apply: Callable
     original: PyTree
-    retrained: PyTree
     forget: Batch
     retain: Batch
     heldout: Batch
@@ -95,13 +93,11 @@ def _kfac(apply: Callable):
     return kfac(apply, Categorical(), select=SELECT)
 
 
-def setup(seed: int, *, epochs: int = 12, num_authors: int = 30) -> Setup:
-    """Train the models, and take what the methods need."""
+def setup(seed: int, *, epochs: int = 15, num_authors: int = 20) -> Setup:
+    """Train the model, and take what the methods need."""
     made = authors_model(seed, epochs=epochs, num_authors=num_authors)
     forget, retain, heldout = (made.take(part) for part in made.parts)
-    kept = np.concatenate(made.parts[1:])
     original = made.fit(np.arange(len(made.data.targets)))
-    retrained = made.fit(kept) if len(kept) > len(made.parts[0]) else made.fit(kept[:1])
     key = jax.random.key(seed)
     fit = functools.partial(estimate, _kfac(made.apply), original, key=key)
     material = Material(
@@ -114,7 +110,7 @@ def setup(seed: int, *, epochs: int = 12, num_authors: int = 30) -> Setup:
         layers=(SITE,),
         subjects=jnp.argmax(jnp.asarray(forget.mask) > 0, axis=1),
     )
-    return Setup(made.apply, original, retrained, forget, retain, heldout, material, key)
+    return Setup(made.apply, original, forget, retain, heldout, material, key)
 
 
 def trajectory(scene: Setup, name: str, rate: float, steps: int) -> Iterator[PyTree]:
@@ -217,7 +213,7 @@ def measured(
     _, asked, floor = attacked(scene, scene.original, updates)
     found: Found = {"untouched": {"before": nll_of(scene, scene.original, asked), "after": floor}}
     models = {name: best(scene, name, given, steps) for name, given in rates.items()}
-    for name, model in {"retrained": (scene.retrained, float("nan")), **models}.items():
+    for name, model in models.items():
         if model is None:
             continue
         params, cost = model
@@ -225,11 +221,10 @@ def measured(
         record = {"kl": cost, "before": nll_of(scene, params, asked), "after": after}
         record["lasting"] = after - floor
         rows = answers_only(asked)
-        chain = (scene.original, params, again, scene.retrained)
-        if name != "retrained":
-            back = recovery_by_component(hidden, scene.apply, chain, rows)
-            record |= {"top": back.band(0, TOP), "rest": back.band(TOP, None)}
-            record["change in top"] = float(np.sum(back.change[:TOP]) / np.sum(back.change))
+        chain = (scene.original, params, again)
+        back = recovery_by_component(hidden, scene.apply, chain, rows)
+        record |= {"top": back.band(0, TOP), "rest": back.band(TOP, None)}
+        record["change in top"] = float(np.sum(back.change[:TOP]) / np.sum(back.change))
         found[name] = record
     return found
 
@@ -244,9 +239,9 @@ def report(runs: list[Found]) -> dict[str, Any]:
     for ours in ("RepSelect", TRAINED, "MCU"):
         for other in BASELINES:
             pairs = [r for r in runs if ours in r and other in r]
-            ratios[f"{ours} / {other}"] = interval(
-                [r[ours]["lasting"] / r[other]["lasting"] for r in pairs]
-            )
+            if pairs:
+                found = [r[ours]["lasting"] / r[other]["lasting"] for r in pairs]
+                ratios[f"{ours} / {other}"] = interval(found)
     return {"summary": summary, "ratios": ratios}
 
 
