@@ -18,7 +18,7 @@ def _as_users_have_it():
 
 def test_pruning_loses_what_was_learnt_by_heart_first(monkeypatch):
     """On labels of which some are random: the stated claim, at one mass."""
-    monkeypatch.setattr(pruning, "MASSES", (0.9999, 0.999, 0.3))
+    monkeypatch.setattr(pruning, "MASSES", (0.9999, 0.997, 0.3))
     monkeypatch.setattr(pruning, "SHARES", (0.2, 0.95))
     monkeypatch.setattr(pruning, "BUDGETS", (0.1,))
     scene = pruning.digits(0, epochs=110)
@@ -29,8 +29,9 @@ def test_pruning_loses_what_was_learnt_by_heart_first(monkeypatch):
     assert begin["by heart"] + begin["true labels"] <= 1
     gentle, middle, harsh = points["pruning, products"]
     assert gentle["by heart"] > middle["by heart"]
-    assert pruning.kept_at(points, "pruning, products", 0.6) > 0.9
-    assert middle["true labels"] > begin["true labels"] + 0.2, "what is right comes back"
+    lost = {name: 1 - middle[name] / begin[name] for name in ("by heart", "general")}
+    assert lost["by heart"] > max(0.3, 3 * lost["general"])
+    assert middle["true labels"] > begin["true labels"] + 0.1, "what is right comes back"
     assert harsh["general"] < 0.3
     assert pruning.kept_at(points, "smallest weights", 0.001) == 0
     assert set(pruning.summary([points, points])) == set(points) - {"untouched"}
