@@ -25,6 +25,7 @@ from jedit.methods import (
     Layers,
     alphaedit,
     curvature_engram,
+    curvature_pruning,
     engram,
     kfade,
     memit,
@@ -138,6 +139,7 @@ METHODS = [
         "memorised_subspace",
         lambda f, p, c, forget, _: memorised_subspace(p, _moments(f, p, forget), c, share=0.5),  # noqa: ARG005
     ),
+    Row("curvature_pruning", lambda _, p, c, *sets: curvature_pruning(p, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
     Row(
         "memit",

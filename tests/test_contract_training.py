@@ -40,6 +40,10 @@ def _kuda(*scene):
     return methods.kuda(scene[2], DEVIATION, SGD, select="^w$", threshold=0.4)
 
 
+def _mcu(*scene):
+    return methods.mcu(scene[1], scene[2], SGD, site="w", rank=2)
+
+
 TRAINERS = [
     Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
@@ -49,6 +53,7 @@ TRAINERS = [
     Row("repselect", lambda *scene: methods.repselect(scene[2], share=0.5)),
     Row("ssiuu", lambda *_: methods.ssiuu(SGD)),
     Row("ofmu", lambda *_: methods.ofmu(SGD, inner_steps=1)),
+    Row("mcu", _mcu),
     Row("sam", lambda *_: methods.sam(SGD)),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
@@ -163,6 +168,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 
 
 NO_ROW = {
+    "MinorPart": "is what objectives are made of",
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
@@ -172,10 +178,12 @@ NO_ROW = {
     "random_direction": "is what objectives are made of",
     "refresh_curvature": "changes a transform's state",
     "relabel": "makes data",
+    "repselect_moments": "makes a curvature (tests/methods/test_repselect)",
     "sequence_nll": "is what objectives are made of",
     "target_values": "makes what rome and memit write",
     "token_kl": "is what objectives are made of",
     "token_nll": "is what objectives are made of",
+    "unlearn_refitted": "runs another method, in parts (tests/methods/test_repselect)",
     "with_update_args": "gives another transform's arguments (test_training_loops)",
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,18 @@ from jedit.curvature.moments import InputSums
 from jedit.curvature.types import Kronecker
 
 
+class Totals(NamedTuple):
+    """The sums that centred moments are made with.
+
+    Attributes:
+        gradients: by site, Σ g (layers, d_out).
+        draws: how many draws of labels are in the sums.
+    """
+
+    gradients: Mapping[str, Array]
+    draws: int
+
+
 def assemble(
     block: BlockSites,
     inputs: Mapping[str, InputSums],
@@ -21,6 +34,7 @@ def assemble(
     number: Array,
     moments: dict[str, Moment],
     sharding: NamedSharding | None = None,
+    totals: Totals | None = None,
 ) -> Kronecker:
     """Make one block, and add its moments to `moments` unless another block has put A there.
 
@@ -31,6 +45,7 @@ def assemble(
         number: M times the draws, what G is a mean over.
         moments: all moments made so far, by the factor's name; it is added to.
         sharding: how the block's parameter lies on a mesh; None: on one device.
+        totals: of centred moments; None: they are about zero.
 
     Returns:
         The block, which names its two factors.
@@ -39,8 +54,12 @@ def assemble(
     pairs = []
     for member in block.members:
         bias_scale = member.bias_scale if has_bias else None
-        a = _input_moment(inputs[member.group], member.scale, bias_scale)
+        entering = inputs[member.group]
+        a = _input_moment(entering, member.scale, bias_scale, totals is not None)
         g = _output_moment(outputs[member.site], number)
+        if totals is not None:
+            count = entering.count * totals.draws
+            g = _less_mean(g, totals.gradients[member.site], number, count)
         pairs.append((g, a) if member.is_flipped else (a, g))
     if len(pairs) == 1:
         member, (a, g) = block.members[0], pairs[0]
@@ -59,14 +78,26 @@ def assemble(
 
 
 # Compiled once for blocks of equal shape, of which a model has many.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _input_moment(sums: InputSums, scale: float, bias_scale: float | None) -> Array:
-    """Return A of one site; with a bias, the last coordinate of every a is `bias_scale`."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _input_moment(
+    sums: InputSums, scale: float, bias_scale: float | None, is_centred: bool
+) -> Array:
+    """Return A of one site; with a bias, the last coordinate of every a is `bias_scale`.
+
+    Centred, it has no moment there: a constant does not vary.
+    """
     count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
     moment, count_of = sums.moment, count
     if moment.ndim == 3:
         moment, count_of = _symmetrized(moment), count[..., None]
     moment = moment / count_of * scale**2
+    if is_centred:
+        if sums.total.size:  # a table's rows are one-hot: its counts are left as they are
+            mean = sums.total / count * scale
+            square = mean**2 if moment.ndim == 2 else mean[:, :, None] * mean[:, None, :]
+            moment = moment - square
+        bias = ((0, 0), *[(0, 0 if bias_scale is None else 1)] * (moment.ndim - 1))
+        return jnp.pad(moment, bias)
     if bias_scale is None:
         return moment
     one = jnp.full_like(count, bias_scale**2)
@@ -83,6 +114,15 @@ def _output_moment(total: Array, number: Array) -> Array:
     """Return G of one site."""
     mean = total / number.astype(total.dtype)
     return _symmetrized(mean) if mean.ndim == 3 else mean
+
+
+@jax.jit
+def _less_mean(g: Array, total: Array, number: Array, count: Array) -> Array:
+    """Return G less the mean's square: (1/M) (Σ g gᵀ - (Σ g)(Σ g)ᵀ / T), T = `count` positions."""
+    spread = (-1, *(1,) * (g.ndim - 1))
+    square = total**2 if g.ndim == 2 else total[:, :, None] * total[:, None, :]
+    each = jnp.maximum(count, 1).astype(g.dtype).reshape(spread) * number.astype(g.dtype)
+    return g - square / each
 
 
 @jax.jit

@@ -3,6 +3,7 @@
     A = E[a aᵀ]     over valid positions              (bias: a's last coordinate is one)
     G = (1/M) Σ_n Σ_s g gᵀ                            sharing="expand"
     A = E[ā āᵀ], G = (1/M) Σ_n ĝ ĝᵀ, ā mean, ĝ sum    sharing="reduce", over an example's positions
+    A = cov a, G = E[g gᵀ] - E[g] E[g]ᵀ               centred: less the means, the bias's row zero
 
 g is the gradient of the summed loss at the site's output, M the number of unmasked outputs, so that
 A ⊗ G approximates a block of the Gauss-Newton matrix of the *mean* loss. Norm gains and other
@@ -13,6 +14,7 @@ that has the two partial traces of the sum over its sites (`assemble.merge`).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from jedit.core.arguments import check_function, check_word
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.curvature.assemble import assemble
+from jedit.curvature.assemble import Totals, assemble
 from jedit.curvature.captured_batch import (
     Examples,
     Fisher,
@@ -54,6 +56,7 @@ from jedit.curvature.moments import (
     InputSums,
     Sharing,
     add_inputs,
+    add_output_totals,
     add_outputs,
     check_sharing,
     zero_input_sums,
@@ -78,6 +81,7 @@ class KfacState:
         blocks: static; the parameters and sites of each block.
         draws: static; how many pullbacks a batch's gradients are the mean of.
         shardings: static; how each block's parameter lies on a mesh; empty on one device.
+        gradients: by site, Σ g (layers, d_out), of centred moments; empty where they are not.
     """
 
     inputs: dict[str, InputSums]
@@ -88,6 +92,7 @@ class KfacState:
     blocks: tuple[BlockSites, ...]
     draws: int
     shardings: tuple[NamedSharding | None, ...] = ()
+    gradients: dict[str, Array] = dataclasses.field(default_factory=dict)
 
     __repr__ = short_repr
 
@@ -138,6 +143,7 @@ def kfac(
     samples: int = 1,
     sharing: Sharing = "expand",
     max_dim: int = 16384,
+    centred: bool = False,
 ) -> Estimator:
     """Estimate the curvature of the mean output loss by K-FAC.
 
@@ -155,6 +161,9 @@ def kfac(
         sharing: "expand" or "reduce" over an example's positions.
         max_dim: longest axis that gets a dense factor; longer ones (vocabularies) a diagonal one.
             Arbitrary: a factor of this size takes 1 GiB.
+        centred: whether the means over the positions are taken off both moments; then it is no
+            Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
+            about zero.
 
     Returns:
         The estimator. A pass costs one forward, one activation-backward pass and the moments,
@@ -163,12 +172,17 @@ def kfac(
 
     Raises:
         TypeError: `apply` is no function, or `likelihood` no likelihood.
-        ValueError: `fisher` or `sharing` is another word.
+        ValueError: `fisher` or `sharing` is another word, or centred moments are to be of exact
+            labels, of which the mean is zero.
     """
     check_numbers(COUNT, max_dim=max_dim)
     check_function(apply)
     check_word(Sharing, sharing=sharing)
     labels = Labels(likelihood, fisher, samples)
+    if centred and fisher == "exact":
+        raise ValueError(
+            'centred moments are of labels that are drawn or given, got fisher="exact"'
+        )
 
     def shapes(params, batch):
         check_pass(params, batch)
@@ -180,6 +194,13 @@ def kfac(
             sites = done.captured.sites
             blocks = group_sites(sites, done.alignments)
             members = [m for b in blocks if not b.is_diagonal for m in b.members]
+            gradients = {
+                m.site: jnp.zeros(
+                    (sites[m.site].weight.layers, sites[m.site].weight.d_out), done.dtype
+                )
+                for m in members
+                if centred
+            }
             for member in members:
                 check_sharing(sharing, sites[member.site], done.alignments[member.site])
             return KfacState(
@@ -190,6 +211,7 @@ def kfac(
                 first,
                 blocks,
                 labels.draws,
+                gradients=gradients,
             )
 
         return jax.eval_shape(zero, params, batch)
@@ -220,24 +242,33 @@ def kfac(
         }
 
         def add_gradients(sums, pulled):
-            outputs, squares = sums
+            outputs, totals, squares = sums
             return (
                 {m: add_outputs(x, done, sites[m], pulled, sharing) for m, x in outputs.items()},
+                {m: add_output_totals(x, done, sites[m], pulled) for m, x in totals.items()},
                 {
                     b.name: add_squared_gradients(done, b, pulled, squares[b.name])
                     for b in diagonals
                 },
             )
 
-        outputs, squares = done.fold(add_gradients, (state.outputs, state.squares))
+        outputs, totals, squares = done.fold(
+            add_gradients, (state.outputs, state.gradients, state.squares)
+        )
         number = state.num_outputs + done.num_outputs
         return dataclasses.replace(
-            state, inputs=inputs, outputs=outputs, squares=squares, num_outputs=number
+            state,
+            inputs=inputs,
+            outputs=outputs,
+            squares=squares,
+            num_outputs=number,
+            gradients=totals,
         )
 
     def groups(params, batch, group_bytes):
         needs = shapes(params, batch).footprints(params)
-        rest = {"fisher": fisher, "samples": samples, "sharing": sharing, "max_dim": max_dim}
+        rest: dict[str, Any] = {"fisher": fisher, "samples": samples, "sharing": sharing}
+        rest |= {"max_dim": max_dim, "centred": centred}
         return tuple(
             kfac(apply, likelihood, select=exactly(paths), **rest)
             for paths in group_paths(needs, group_bytes)
@@ -287,5 +318,6 @@ def _assembled(state: KfacState) -> tuple[dict[str, Kronecker | Diagonal], dict[
             blocks[block.name] = Diagonal(block.weight, values)
         else:
             sums = (state.inputs, state.outputs)
-            blocks[block.name] = assemble(block, *sums, number, moments, sharding)
+            means = Totals(state.gradients, state.draws) if state.gradients else None
+            blocks[block.name] = assemble(block, *sums, number, moments, sharding, means)
     return blocks, moments

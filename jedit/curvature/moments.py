@@ -107,6 +107,12 @@ def add_outputs(
     return add_moment(total, rows)
 
 
+def add_output_totals(total: Array, done: Pass, site: Site, pulled: dict[str, Array]) -> Array:
+    """Add the sum Σ g over all positions, of which centred moments know the mean."""
+    g = done.gradients(site, pulled).astype(done.dtype)
+    return total + jnp.sum(g.reshape(g.shape[0], -1, g.shape[-1]), axis=1)
+
+
 def _count(a: Array, v: Array | None) -> Array:
     """Return how many positions of (layers, examples, positions, ...) are data, for each layer."""
     layers, examples, positions = a.shape[:3]

@@ -16,6 +16,7 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
 from jedit.methods.engrams._take_out import EngramInfo
@@ -26,9 +27,11 @@ from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, 
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
+from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
-from jedit.methods.trained.repselect import repselect
+from jedit.methods.trained.refitted import Refit, unlearn_refitted
+from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
@@ -54,23 +57,27 @@ __all__ = [
     "KfadeInfo",
     "Layers",
     "PruningInfo",
+    "Refit",
     "Restoration",
     "Search",
     "TargetInfo",
     "alphaedit",
     "causal_trace",
     "curvature_engram",
+    "curvature_pruning",
     "engram",
     "gu",
     "kfade",
     "kuda",
     "l1_sparse",
+    "mcu",
     "memit",
     "memorised_subspace",
     "natural",
     "ofmu",
     "pdu",
     "repselect",
+    "repselect_moments",
     "rome",
     "rosu",
     "salun",
@@ -78,4 +85,5 @@ __all__ = [
     "ssiuu",
     "target_values",
     "uam",
+    "unlearn_refitted",
 ]

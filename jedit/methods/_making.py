@@ -15,6 +15,7 @@ from jedit.methods.associations._write import Associations, Layers
 from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
+from jedit.methods.curvature.curvature_pruning import Keep, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
 from jedit.methods.pruning.memorised_subspace import memorised_subspace
@@ -25,6 +26,7 @@ from jedit.methods.row import (
 )
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
+from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
@@ -68,12 +70,22 @@ def by_engram(method):
     return make
 
 
-def by_pruning(material: Material, *, share: float) -> ClosedForm:
+def by_memorised_subspace(material: Material, *, share: float) -> ClosedForm:
     sets = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
 
     def edit(apply, params, *, forget, retain):
         del apply, forget, retain  # the moments hold what it needs of them
         return memorised_subspace(params, *sets, share=share)
+
+    return edit
+
+
+def by_curvature_pruning(material: Material, *, mass: float, keep: Keep) -> ClosedForm:
+    curvature = material.take(Need.CURVATURE)
+
+    def edit(apply, params, *, forget, retain):
+        del apply, forget, retain  # the curvature holds what it needs of the retain rows
+        return curvature_pruning(params, curvature, mass=mass, keep=keep)
 
     return edit
 
@@ -189,6 +201,15 @@ def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:
     objective = with_retain(RepresentationDeviation(Entering(site), seed=SEED))
     given = (curvature, objective, material.optimizer)
     return kuda(*given, select=exactly(earlier), threshold=threshold)
+
+
+def by_mcu(material: Material, *, rank: int) -> TrainingMethod:
+    site, moments = material.take(Need.LAYERS)[-1], material.take(Need.TARGET_MOMENTS)
+    block = moments.blocks.get(site)
+    if block is not None:  # a model narrower than that keeps half of its directions
+        rank = max(1, min(rank, block.weight.d_out // 2 - 1))
+    minor = functools.partial(RMU, seed=SEED)
+    return mcu(material.params, moments, material.optimizer, site=site, rank=rank, objective=minor)
 
 
 def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:

@@ -48,6 +48,7 @@ from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
 from jedit.metrics.output_kl import output_kl, output_kl_per_row
 from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
+from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -64,6 +65,7 @@ from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_o
 __all__ = [
     "AccuracyScores",
     "AnswerLosses",
+    "ComponentRecovery",
     "DepthScores",
     "Influence",
     "InfluenceShift",
@@ -114,6 +116,7 @@ __all__ = [
     "privleak",
     "reference_scores",
     "retained_utility",
+    "recovery_by_component",
     "rouge",
     "set_utility",
     "truth_ratio",

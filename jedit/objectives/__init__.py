@@ -13,6 +13,7 @@ from jedit.objectives.ga import GA
 from jedit.objectives.held import RetainKL, RetainNLL, with_retain
 from jedit.objectives.hidden_states import random_direction
 from jedit.objectives.logit_margin import LogitMargin
+from jedit.objectives.minor_part import MinorPart
 from jedit.objectives.npo import NPO
 from jedit.objectives.objective import Objective
 from jedit.objectives.random_label import RandomLabel, relabel
@@ -32,6 +33,7 @@ __all__ = [
     "UNDIAL",
     "WGA",
     "LogitMargin",
+    "MinorPart",
     "Objective",
     "RandomLabel",
     "RepresentationDeviation",

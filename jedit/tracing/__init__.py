@@ -1,7 +1,7 @@
 """Find where parameters act linearly, and capture what enters and what flows back there."""
 
 from jedit.tracing.discover import find_sites
-from jedit.tracing.entering import Entering
+from jedit.tracing.entering import Entering, Leaving
 from jedit.tracing.intervene import Intervention, intervene
 from jedit.tracing.pullback import Capture, capture, run_capture, weight_gradients
 from jedit.tracing.sites import Site, Sites, Weight
@@ -10,6 +10,7 @@ __all__ = [
     "Capture",
     "Entering",
     "Intervention",
+    "Leaving",
     "Site",
     "Sites",
     "Weight",

@@ -60,6 +60,12 @@ def compute(kind):
     )
     solve_corrected = jax.jit(lambda c, g: jedit.solve(c, g, damping=0.1))
     out |= leaves_of(solve_corrected(corrected, gradient), "solve ekfac/")
+    pruned, _ = jedit.methods.curvature_pruning(params, corrected, mass=0.7)
+    pruned = jedit.apply_edit(params, pruned)
+    out |= leaves_of(pruned, "pruned/")
+    centred = jedit.kfac(scene.apply, Categorical(), fisher="empirical", centred=True)
+    centred = jedit.estimate(centred, params, batches[:1], key=key)
+    out |= {f"centred/{name}": factor.matrix for name, factor in centred.factors.items()}
     requests = split(jax.tree.map(lambda x: x[:, None], scene.rows(3, 16)))
     edits, info = jedit.batch_unlearn(
         scene.apply,
@@ -96,6 +102,7 @@ def compute(kind):
         check_saved(corrected)
     if mesh is not None:
         trees = {"solved": solved, "sum": summed.blocks, "edited": edited, "trained": trained}
+        trees |= {"pruned": pruned}
         check_places(params, curvature, corrected, trees)
         if not is_explicit:  # this program's own arrays are copied to all devices in its context
             check_live()

@@ -20,7 +20,7 @@ from jedit.training import TrainingMethod, run_method
 from tests.test_contract import ESTIMATOR, make_scene, network
 
 # Public methods that make no model forget: parts of others, looked for by name.
-PARTS = {"causal_trace", "target_values"}
+PARTS = {"causal_trace", "repselect_moments", "target_values", "unlearn_refitted"}
 
 
 @pytest.fixture(autouse=True, scope="module")

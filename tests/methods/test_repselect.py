@@ -1,5 +1,7 @@
 """RepSelect: its collapse by the released formula in NumPy, and a step token by token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import optax
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import Diagonal, estimate, factors, kfac
+from jedit.curvature import Diagonal, estimate, factors, kfac, solve
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import CATALOGUE, repselect
+from jedit.methods import CATALOGUE, Refit, repselect, repselect_moments, unlearn_refitted
+from jedit.objectives import GA, NPO, RetainNLL
 from jedit.training import unlearn
 from jedit.transforms import shrink_top_directions
 
@@ -68,6 +71,37 @@ def test_updates_are_collapsed_on_both_sides(rank, share, k_in, k_out, tolerance
     tolerance.check(transform.update(u, transform.init(params))[0]["v"], u["v"], "rounding")
 
 
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_it_is_the_inverse_of_kfac_with_its_eigenvalues_floored(k, tolerance):
+    """C_A U C_G = λ_k(A) λ_k(G) (max(A, λ_k) ⊗ max(G, λ_k))⁻¹ U: by `solve`, dense, by C."""
+    params, _, curvature = scene()
+    rng = np.random.default_rng(7)
+    u = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    transform = shrink_top_directions(curvature, rank=k, share=1.0)
+    found, _ = transform.update(u, transform.init(params), params)
+    floors, floored = {}, {}
+    for name, factor in curvature.factors.items():
+        least = jnp.sort(factor.eigenvalues, axis=1)[:, -k]
+        floors[name] = float(least[0])
+        values = jnp.maximum(factor.eigenvalues, least[:, None])
+        floored[name] = dataclasses.replace(factor, eigenvalues=values)
+    block = curvature.blocks["w"]
+    scale = floors[block.input] * floors[block.output]
+    inverse = solve(dataclasses.replace(curvature, factors=floored), u, damping=0.0, absolute=True)
+    for name in ("w", "b"):
+        tolerance.check(found[name], scale * np.asarray(inverse[name]), "factorization")
+    dense = []
+    for m in factors(curvature, "w"):
+        values, q = np.linalg.eigh(np.asarray(m, np.float64))
+        dense.append(q @ np.diag(np.maximum(values, values[-k])) @ q.T)
+    matrix = np.concatenate([u["w"], u["b"][None]]).ravel()
+    expected = scale * np.linalg.solve(np.kron(*dense), matrix).reshape(D_IN + 1, WIDTH)
+    tolerance.check(found["w"], expected[:-1], "factorization")
+    a, g = factors(curvature, "w")
+    formula = collapse(a, k) @ matrix.reshape(D_IN + 1, WIDTH) @ collapse(g, k)
+    tolerance.check(found["w"], formula[:-1], "factorization")
+
+
 def test_directions_that_no_token_has_are_no_floor(tolerance):
     """Of three rows the inputs span three directions; the fourth eigenvalue is rounding."""
     params, forget, curvature = scene(3)
@@ -122,6 +156,105 @@ def test_the_rate_is_a_steps_length_however_small_the_gradient(key):
         change = [np.asarray(moved[n] - params[n], np.float64).ravel() for n in params]
         length = np.linalg.norm(np.concatenate(change))
         assert length == pytest.approx(0.2 if objective is tiny else 0.0, rel=1e-5)
+
+
+def by_hand(params, forget, weights):
+    """Inputs and output gradients of the first matrix, token by token, of Σ weights NLL."""
+    w, b, v, x = (np.asarray(t, np.float64) for t in (*map(params.get, "wbv"), forget.inputs))
+    hidden = np.tanh(x @ w + b)
+    p = np.exp(hidden @ v)
+    p /= p.sum(axis=1, keepdims=True)
+    labels = np.eye(CLASSES)[np.asarray(forget.targets)]
+    return x, weights[:, None] * ((p - labels) @ v.T) * (1 - hidden**2), p
+
+
+@pytest.mark.parametrize("sizes", [(40,), (25, 15)])
+def test_the_trainers_moments_are_centred_and_of_the_objective(sizes, key, tolerance):
+    """NPO's, away from its reference, where each row has a weight of its own; any cut of rows."""
+    params, forget, curvature = scene()
+    reference = jax.tree.map(lambda p: 0.7 * p, params)
+    nll = lambda p: -np.log(by_hand(p, forget, np.ones(ROWS))[2][range(ROWS), forget.targets])  # noqa: E731
+    beta = 0.9
+    weights = 2 / (1 + np.exp(beta * (nll(params) - nll(reference))))
+    assert weights.max() > 1.2 * weights.min()
+    x, g, _ = by_hand(params, forget, weights)
+    cuts = np.cumsum([0, *sizes])
+    slices = [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
+    cut = [jax.tree.map(lambda t, rows=rows: t[rows], forget) for rows in slices]
+    given = {"objective": NPO(beta=beta), "reference": reference, "select": "w|b"}
+    found = repselect_moments(network, params, cut, key=key, **given)
+    a, outer = (np.asarray(m, np.float64) for m in factors(found, "w"))
+    tolerance.check(a[:-1, :-1], np.cov(x.T, bias=True), "factorization")
+    assert not np.any(a[-1]), "a constant does not vary"
+    assert not np.any(a[:, -1])
+    tolerance.check(outer, np.cov(g.T, bias=True), "factorization")
+    assert found.blocks.keys() == curvature.blocks.keys()
+
+
+def test_at_the_reference_they_are_the_given_labels_centred(key, tolerance):
+    params, forget, _ = scene()
+    found = repselect_moments(network, params, [forget], key=key, select="w|b")
+    estimator = kfac(network, Categorical(), select="w|b", fisher="empirical", centred=True)
+    expected = estimate(estimator, params, [forget], key=jax.random.clone(key))
+    tolerance.check(factors(found, "w"), factors(expected, "w"), "factorization")
+    sampled = kfac(network, Categorical(), select="w|b", samples=2, centred=True)
+    drawn = estimate(sampled, params, [forget], key=jax.random.clone(key))
+    plain = kfac(network, Categorical(), select="w|b", samples=2)
+    about_zero = estimate(plain, params, [forget], key=jax.random.clone(key))
+    less = np.linalg.eigvalsh(np.asarray(factors(about_zero, "w")[1] - factors(drawn, "w")[1]))
+    assert less[-1] > 0  # the mean's square, of rank one
+    assert np.abs(less[:-1]).max() < 1e-5 * less[-1]
+    with pytest.raises(ValueError, match="centred moments are of labels that are drawn or given"):
+        kfac(network, Categorical(), fisher="exact", centred=True)
+
+
+def test_refitted_moments_are_those_of_the_params_reached(key):
+    """In two parts by hand; and with moments that stay it is `unlearn` itself."""
+    params, forget, curvature = scene()
+    make = lambda c: repselect(c, learning_rate=0.4, share=0.5)  # noqa: E731
+
+    def moments(params, reference):
+        given = {"reference": reference, "select": "w|b", "key": jax.random.key(0)}
+        return repselect_moments(network, params, [forget], **given)
+
+    run = {"steps": 5, "key": key}
+    found, history = unlearn_refitted(make, network, params, forget, refit=Refit(moments, 3), **run)
+    assert history["loss"].shape == (5,)
+    again = {"key": jax.random.clone(key)}
+    begin = make(moments(params, params))
+    once, _ = unlearn(begin, network, params, forget, steps=5, **again)
+    part, _ = unlearn(begin, network, params, forget, steps=3, **again)
+    assert np.abs(found["w"] - once["w"]).max() > 1e-4, "the moments were not taken anew"
+    last, first = moments(part, params), moments(params, params)
+    assert np.abs(factors(last, "w")[1] - factors(first, "w")[1]).max() > 0
+    fixed = Refit(lambda *_: curvature, 2)
+    whole, _ = unlearn_refitted(
+        make, network, params, forget, refit=fixed, steps=5, key=jax.random.clone(key)
+    )
+    plain, _ = unlearn(make(curvature), network, params, forget, steps=5, **again)
+    jax.tree.map(np.testing.assert_array_equal, whole, plain)
+
+
+def test_steps_leave_the_retain_loss_to_first_order(key):
+    params, forget, curvature = scene()
+    rng = np.random.default_rng(11)
+    x = jnp.asarray(rng.normal(size=(ROWS, D_IN)))
+    retain = Batch(x, jnp.asarray(rng.integers(0, CLASSES, ROWS)))
+    loss = lambda p: RetainNLL()(network, p, None, retain)[0]  # noqa: E731
+    gradient = np.asarray(jax.grad(loss)(params)["w"], np.float64)
+    cosines = []
+    for rank in (0, 1):
+        method = repselect(curvature, share=0.5, objective=GA(), retain_rank=rank)
+        method = method._replace(batch_size=ROWS)
+        moved, _ = unlearn(
+            method, network, params, forget, retain, steps=1, key=jax.random.clone(key)
+        )
+        step = np.asarray(moved["w"] - params["w"], np.float64)
+        cosines.append(
+            abs(np.sum(step * gradient)) / np.linalg.norm(step) / np.linalg.norm(gradient)
+        )
+    assert cosines[0] > 1e-2
+    assert cosines[1] < 1e-5
 
 
 def test_the_row_has_the_published_figures_and_mistakes_get_a_sentence():

@@ -1,11 +1,11 @@
-"""What enters a site, as a value: against the states computed by hand."""
+"""What enters a site, or leaves it, as a value: against the states computed by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.tracing import Entering
+from jedit.tracing import Entering, Leaving
 
 
 def twice(params, x):
@@ -27,6 +27,17 @@ def test_the_states_are_those_by_hand(case, tolerance):
     second = np.tanh(hidden @ np.asarray(params["v"], np.float64))
     for site, expected in (("w", np.asarray(x)), ("v", hidden), ("v#1", second)):
         tolerance.check(Entering(site)(twice, params, x), expected)
+
+
+def test_the_outputs_are_those_by_hand_without_the_bias(case, tolerance):
+    params, x = case
+    biased = params | {"b": jax.numpy.full(4, 0.7)}
+    apply = lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]  # noqa: E731
+    found = [Leaving(site)(apply, biased, x) for site in ("w", "v")]
+    first = np.asarray(x, np.float64) @ np.asarray(params["w"], np.float64)
+    tolerance.check(found, [first, np.tanh(first + 0.7) @ np.asarray(params["v"], np.float64)])
+    with pytest.raises(ValueError, match="'v#3' is no site"):
+        Leaving("v#3")(apply, biased, x)
 
 
 def test_a_gradient_flows_through_them(case, tolerance):

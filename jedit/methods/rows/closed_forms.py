@@ -50,9 +50,19 @@ ROWS: tuple[Row, ...] = (
         " by Wanda on the forget rows, where they score higher than on the retain rows.",
         when="diffusion models that reproduce training images; nothing is trained",
         papers=("2406.18566",),
-        make=_making.by_pruning,
+        make=_making.by_memorised_subspace,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
         settings={"share": 0.01},  # ours
+    ),
+    ByScale(
+        name="curvature pruning",
+        description="Keeps of every weight what holds four fifths of the retain outputs' curvature;"
+        " the forget rows are not looked at.",
+        when="what was learnt by heart, and is nowhere listed",
+        papers=("2510.24256",),
+        make=_making.by_curvature_pruning,
+        needs=frozenset({Need.CURVATURE}),
+        settings={"mass": 0.8, "keep": "product"},  # the code's example
     ),
     ByScale(
         name="AlphaEdit",

@@ -70,6 +70,17 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.STEP_LENGTH,
     ),
     BySteps(
+        name="MCU",
+        description="RMU of what a layer answers to the forget rows, without the mean and the 8"
+        " directions in which that varies most, with the retain loss.",
+        when="an attacker will fine-tune",
+        papers=("2605.11685",),
+        make=_making.by_mcu,
+        needs=frozenset({Need.LAYERS, Need.TARGET_MOMENTS}),
+        settings={"rank": 8},  # arbitrary
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
         name="null-space GradDiff",
         description="GradDiff by the optimizer, each step projected on the null space of the retain"
         " rows' inputs.",

@@ -15,15 +15,11 @@ The author's own audit in 2026 says that the published numbers are not establish
 code, so none is a target here.
 """
 
-import dataclasses
-from collections.abc import Callable
-
-import jax
 import optax
-from jaxtyping import PyTree
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.geometry.surrogate import Scope
+from jedit.methods.trained._retain_gradient import RetainGradient
 from jedit.objectives import Objective, RetainNLL
 from jedit.training.method import TrainingMethod
 from jedit.transforms import orthogonalize_to_retain
@@ -58,23 +54,4 @@ def gu(
         check_numbers(NOT_NEGATIVE, learning_rate=learning_rate)
     projection = orthogonalize_to_retain(rank, refresh=refresh, scope=scope, metric="adam")
     optimizer = optax.chain(projection, optax.scale_by_learning_rate(learning_rate))
-    return TrainingMethod(objective, optimizer, _RetainGradient(held))
-
-
-@dataclasses.dataclass(frozen=True)
-class _RetainGradient:
-    """The argument that the projection needs: the gradient of what is held, as a function."""
-
-    held: Objective
-
-    def __call__(
-        self, apply: Callable, params: PyTree, forget: PyTree, retain: PyTree, reference: PyTree
-    ) -> dict[str, Callable]:
-        del params  # the projection asks where it stands
-
-        def retain_grad_fn(params: PyTree) -> PyTree:
-            return jax.grad(lambda p: self.held(apply, p, forget, retain, reference), has_aux=True)(
-                params
-            )[0]
-
-        return {"retain_grad_fn": retain_grad_fn}
+    return TrainingMethod(objective, optimizer, RetainGradient(held))
