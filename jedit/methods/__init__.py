@@ -18,14 +18,17 @@ from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.ucan import UcanInfo, ucan
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.trained.cure import ModuleEffects, cure, module_effects
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.pdu import pdu
+from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
@@ -46,15 +49,19 @@ __all__ = [
     "Associations",
     "CausalTrace",
     "Corruption",
+    "Directions",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
     "Layers",
+    "ModuleEffects",
     "Restoration",
     "Search",
     "TargetInfo",
+    "UcanInfo",
     "alphaedit",
     "causal_trace",
+    "cure",
     "curvature_engram",
     "engram",
     "gu",
@@ -62,8 +69,10 @@ __all__ = [
     "kuda",
     "l1_sparse",
     "memit",
+    "module_effects",
     "natural",
     "pdu",
+    "reglu",
     "repselect",
     "rome",
     "rosu",
@@ -71,4 +80,5 @@ __all__ = [
     "sam",
     "target_values",
     "uam",
+    "ucan",
 ]

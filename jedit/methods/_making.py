@@ -17,13 +17,16 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.ucan import ucan
 from jedit.methods.row import (
     ClosedForm,
     Material,
     Need,
 )
+from jedit.methods.trained.cure import cure, module_effects
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
+from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
@@ -44,6 +47,7 @@ from jedit.transforms import natural_steps, project_to_null_space
 
 SEED = 0  # of random labels and directions, which are the same for all models
 GRADDIFF = with_retain(GA())
+PATCHED = 32  # rows of each set on which CURE patches modules; arbitrary
 
 
 def by_kfade(curvature: Need):
@@ -65,6 +69,16 @@ def by_engram(method):
         return edit
 
     return make
+
+
+def by_ucan(material: Material, *, least_risk: float, strength: float) -> ClosedForm:
+    target, rest = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
+
+    def edit(apply, params, *, forget, retain):
+        del apply, forget, retain  # as an engram's, the moments hold what it needs of them
+        return ucan(params, target, rest, least_risk=least_risk, strength=strength)
+
+    return edit
 
 
 def _facts(material: Material, forget: Batch) -> Associations:
@@ -183,6 +197,35 @@ def by_kuda(material: Material, *, threshold: float) -> TrainingMethod:
 def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:
     moments = material.take(Need.TARGET_MOMENTS)
     return repselect(moments, rank=rank, share=share, objective=NPO(beta=beta))
+
+
+def by_reglu(
+    material: Material,
+    *,
+    rank: int,
+    retain_rank: int,
+    balance: float,
+    scale: float,
+    weight: float,
+) -> TrainingMethod:
+    moments = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
+    return reglu(
+        material.params,
+        *moments,
+        material.optimizer,
+        directions=Directions(rank, retain_rank, balance=balance),
+        scale=scale,
+        weight=weight,
+    )
+
+
+def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
+    few = (
+        jax.tree.map(lambda x: x[:PATCHED], rows)
+        for rows in (material.forget, material.take(Need.RETAIN))
+    )
+    effects = module_effects(material.apply, material.params, *few)
+    return cure(effects, material.optimizer, threshold=threshold)
 
 
 def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 
 import jedit
@@ -29,7 +30,8 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 
 # What an argument of this name must not be, whichever function takes it.
 BAD = {
-    "alpha": NOT_NEGATIVE, "auc": SHARE, "batch_size": COUNT, "beta": NOT_NEGATIVE,
+    "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
+    "beta": NOT_NEGATIVE,
     "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE, "bits": COUNT,
     "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE,
     "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
@@ -39,7 +41,8 @@ BAD = {
     "forget_nll": FINITE, "forget_weight": NOT_NEGATIVE, "fraction": SHARE,
     "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
     "hidden": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE, "least": SHARE, "length": COUNT,
+    "kl_weight": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE, "least": SHARE, "least_risk": SHARE,
+    "length": COUNT,
     "max_age": POSITIVE, "max_dim": COUNT, "max_len": COUNT, "max_norm": POSITIVE,
     "memorization": SHARE, "newest": FINITE,
     "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT,
@@ -48,7 +51,8 @@ BAD = {
     "predicted_kl": NOT_NEGATIVE, "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT,
     "pull": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
     "refresh": COUNT, "relaxation": NOT_NEGATIVE, "relearn": COUNT_OR_ZERO, "request_size": COUNT,
-    "retrained_auc": SHARE, "ridge": NOT_NEGATIVE, "samples": COUNT, "scale": FINITE,
+    "retain_rank": COUNT, "retrained_auc": SHARE, "ridge": NOT_NEGATIVE, "samples": COUNT,
+    "scale": FINITE,
     "share": SHARE, "significance": SHARE, "size": COUNT,
     "steering": FINITE, "step_size": POSITIVE,
     "steps": COUNT_OR_ZERO, "stop": FINITE, "strength": NOT_NEGATIVE, "temperature": POSITIVE,
@@ -61,6 +65,7 @@ BAD = {
 STRICTER = {
     ("Ascent", "steps"): COUNT,
     ("alphaedit", "ridge"): POSITIVE,
+    ("cure", "threshold"): SHARE,
     ("batch_unlearn", "predicted_kl"): POSITIVE,
     ("continual", "predicted_kl"): POSITIVE,
     ("curvature_engram", "scale"): POSITIVE,
@@ -94,6 +99,7 @@ def _block():
 # Other arguments that the function needs before it comes to its numbers.
 NEEDED = {
     "fit": {"epochs": 1},
+    "train_adapters": {"optimizer": optax.sgd(1.0), "adapters": {}},
     "kfac": {"apply": len},
     "with_retain": {"objective": len},
     "kfade": {"budget": 1.0},
