@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.freezing import split, which_are_trained
 from jedit.training.watch import History
 
 
@@ -67,7 +68,7 @@ def ascend(
 
 def start_at(method: TrainingMethod, params: PyTree, learning_rate: float) -> LoopState:
     """Return where a method's loop begins, with the rate put into its optimizer's state."""
-    state = method.optimizer.init(params)
+    state = method.optimizer.init(split(params, which_are_trained(params, method.trainable)))
     # A method whose steps bring their own schedule has no rate to be set.
     if (old := optax.tree_utils.tree_get(state, "learning_rate")) is not None:
         state = optax.tree_utils.tree_set(state, learning_rate=jnp.full_like(old, learning_rate))
