@@ -23,9 +23,9 @@ COLUMNS = {
     "time": ("time", "timestamp"),
 }
 LEAST = 3  # interactions of a user: one to go on from, one to learn, one to ask for
-FACTORS = 8  # of users' tastes and of items
+FACTORS = 4  # of users' tastes and of items
 # Weights of what makes an item the next one: how popular it is, the user's taste, the item before.
-POPULARITY, TASTE, BEFORE = 1.0, 2.0, 1.5
+POPULARITY, TASTE, BEFORE = 1.0, 3.0, 2.0
 
 
 class Interactions(NamedTuple):
@@ -101,7 +101,7 @@ def read_interactions(path: str | Path) -> Interactions:
 
 
 def generate_interactions(
-    seed: int, *, num_users: int = 300, num_items: int = 150, length: int = 20
+    seed: int, *, num_users: int = 600, num_items: int = 150, length: int = 20
 ) -> Interactions:
     """Draw interactions out of tastes: users and items are points, and some items are popular.
 
@@ -111,7 +111,7 @@ def generate_interactions(
 
     Args:
         seed: seed of all of it.
-        num_users: number of users; 300 is arbitrary.
+        num_users: number of users; 600 is arbitrary.
         num_items: number of items; 150 is arbitrary.
         length: number of items of a user; 20 is arbitrary.
 

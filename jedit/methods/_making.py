@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
 from jedit.core.paths import exactly
 from jedit.geometry import null_space
 from jedit.geometry.surrogate import Scope
@@ -219,11 +220,13 @@ def by_reglu(
     )
 
 
+@on_auto_axes
+def _first(rows: Batch) -> Batch:
+    return jax.tree.map(lambda x: jax.numpy.asarray(x)[:PATCHED], rows)
+
+
 def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
-    few = (
-        jax.tree.map(lambda x: x[:PATCHED], rows)
-        for rows in (material.forget, material.take(Need.RETAIN))
-    )
+    few = (_first(rows) for rows in (material.forget, material.take(Need.RETAIN)))
     effects = module_effects(material.apply, material.params, *few)
     return cure(effects, material.optimizer, threshold=threshold)
 

@@ -232,6 +232,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> dict[str, Any]:
         ("REGLU, IHL", "LoRA, IHL"),
         ("REGLU, IHL", "REGLU, IHL, not kept off"),
     )
+    cure_pairs = (("CURE", "GradDiff"), ("CURE", "CURE, all shared"), ("CURE", "NPO"))
     logs = {f"{a} / {b}": ratio(a, b) for a, b in (*reglu_pairs, *cure_pairs)}
     kept = {}
     for name in seeds[0]["methods"]:
