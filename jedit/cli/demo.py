@@ -28,6 +28,8 @@ COSTS = {
     ("authors", "main"): Cost(455, 2.1),
     ("digits", "all"): Cost(240, 1.6),
     ("authors", "all"): Cost(1930, 1.8),
+    ("recommendation", "main"): Cost(240, 1.5),
+    ("recommendation", "all"): Cost(900, 1.8),
 }
 
 

@@ -48,7 +48,7 @@ from jedit.transforms import natural_steps, project_to_null_space
 
 SEED = 0  # of random labels and directions, which are the same for all models
 GRADDIFF = with_retain(GA())
-PATCHED = 32  # rows of each set on which CURE patches modules; arbitrary
+PATCHED = 16  # rows of each set on which CURE patches modules; arbitrary
 
 
 def by_kfade(curvature: Need):
@@ -227,7 +227,7 @@ def _first(rows: Batch) -> Batch:
 
 def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
     few = (_first(rows) for rows in (material.forget, material.take(Need.RETAIN)))
-    effects = module_effects(material.apply, material.params, *few)
+    effects = module_effects(material.apply, material.params, *few, chunk=1)
     return cure(effects, material.optimizer, threshold=threshold)
 
 
