@@ -120,7 +120,7 @@ def recommendation(
     counts = {name: len(rows.inputs) for name, rows in sets._asdict().items()}
     comparison = Comparison(
         name="recommendation",
-        title="Recommendation: forget some users",
+        title=f"Recommendation: forget some {forgotten}",
         notes=(
             f"A small GPT learns in which order {len(log.users)} users chose among "
             f"{len(log.items)} items, and is then made to forget {what} of {counts['forget']} of "
