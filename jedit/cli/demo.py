@@ -22,7 +22,8 @@ class Cost(NamedTuple):
 # measured on free cores, the authors' last stage by its part of a run beside others; all methods on
 # the authors beside other work and before three of them were added (29 minutes, a ninth put on),
 # its memory is the main methods'; all methods on the digits is reckoned from the CPU time of its
-# first 122 seconds; the recommendation's are reckoned from its claims' script, three minutes a seed.
+# first 122 seconds; the recommendation's are reckoned from its claims' script, where a seed takes
+# three minutes.
 COSTS = {
     ("digits", "main"): Cost(92, 1.2),
     ("authors", "main"): Cost(455, 2.1),
