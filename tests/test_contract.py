@@ -31,9 +31,11 @@ from jedit.methods import (
     memit,
     memorised_subspace,
     rome,
+    ucan,
 )
 from jedit.requests import batch_unlearn
 from jedit.transforms import (
+    Adapter,
     add_constraint_gradient,
     add_l1_gradient,
     clip_by_curvature_norm,
@@ -46,6 +48,7 @@ from jedit.transforms import (
     retain_neutral_surrogate,
     scale_by_curvature,
     shrink_top_directions,
+    train_adapters,
 )
 
 
@@ -79,6 +82,13 @@ def _surrogate(params):
         "forget_grads": jax.tree.map(lambda p: jnp.sin(3 * p), params),
         "grad_fn": lambda p: jax.tree.map(lambda x: x + x**3, p),
     }
+
+
+def _adapters(curvature):
+    a = np.linspace(-1.0, 1.0, 8, dtype=np.float32).reshape(1, 4, 2)
+    b = np.linspace(0.3, 2.0, 12, dtype=np.float32).reshape(1, 2, 6)
+    weight = curvature.blocks["w"].weight.kernel
+    return {"w": Adapter(weight, jnp.asarray(a), jnp.asarray(b))}
 
 
 # Of "w" most, of "v" and "b" nothing is among the largest two fifths.
@@ -128,16 +138,18 @@ TRANSFORMS = [
     Row("mask_to_salient", lambda _: mask_to_salient(SALIENCY, 0.4)),
     Row("add_constraint_gradient", lambda _: add_constraint_gradient(0.3), MOVES_ALL, _constraint),
     Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
+    Row("train_adapters", lambda c: train_adapters(optax.sgd(0.3), _adapters(c), scale=0.7)),
 ]
 METHODS = [
     Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, ascent=Ascent(2))),
     Row("kfade by step", lambda *scene: kfade(*scene, ascent=Ascent(2, step_size=1e-2))),
     Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
+    Row("ucan", lambda _, p, c, forget, retain: ucan(p, _of(p, forget), c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005
     Row(
         "memorised_subspace",
-        lambda f, p, c, forget, _: memorised_subspace(p, _moments(f, p, forget), c, share=0.5),  # noqa: ARG005
+        lambda f, p, c, forget, _: memorised_subspace(p, _of(p, forget), c, share=0.5),  # noqa: ARG005
     ),
     Row("curvature_pruning", lambda _, p, c, *sets: curvature_pruning(p, c)),  # noqa: ARG005
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
@@ -166,8 +178,8 @@ def _stack(apply, params, curvature, forget, _):
     return 1e-2 * edits
 
 
-def _moments(_, params, forget):
-    return estimate(ESTIMATOR, params, [forget], key=jax.random.key(0))
+def _of(params, rows):
+    return estimate(ESTIMATOR, params, [rows], key=jax.random.key(4))
 
 
 def make_scene(key, dtype=jnp.float32):

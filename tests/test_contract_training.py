@@ -46,6 +46,8 @@ def _mcu(*scene):
 
 TRAINERS = [
     Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
+    Row("reglu", lambda _, p, c, *sets: methods.reglu(p, c, c, SGD)),  # noqa: ARG005
+    Row("cure", lambda f, p, _, *sets: methods.cure(methods.module_effects(f, p, *sets), SGD)),
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
     Row("rosu", lambda *_: methods.rosu(SGD, radius=0.05)),
     Row("uam", lambda *_: methods.uam(SGD, radius=0.05)),
@@ -112,6 +114,7 @@ OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),
     "GA": objectives.GA(),
+    "IHL": objectives.IHL(),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
     "RMU": objectives.RMU(states),
@@ -175,6 +178,7 @@ NO_ROW = {
     "falling": "makes a schedule",
     "forget": "stops by itself, and is not to be traced (tests/requests/test_forget)",
     "interactions": "measures a stack of edits",
+    "module_effects": "measures, and changes nothing",
     "random_direction": "is what objectives are made of",
     "refresh_curvature": "changes a transform's state",
     "relabel": "makes data",

@@ -9,12 +9,18 @@ DEMO_OUT, COMPARE_OUT, TOFU_OUT = Path("out/demo"), Path("out/compare"), Path("o
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train, forget, compare and report on two scenes that need nothing from outside."""
+    """Train, forget, compare and report on scenes that need nothing from outside."""
 
-    scene: Literal["digits", "authors", "all"] = "all"
-    """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both."""
+    scene: Literal["digits", "authors", "recommendation", "all"] = "all"
+    """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both; or a small
+    recommender that forgets some users, which is run when it is asked for."""
     methods: Literal["main", "all"] = "main"
     """The main methods, in minutes, or all that fit the scene."""
+    interactions: Path | None = None
+    """For the recommendation scene: CSV with the columns user, item and time (MovieLens's names
+    will do), in the place of seeded choices."""
+    forgotten: Literal["users", "choices"] = "users"
+    """For the recommendation scene: all that some users chose, or the half of it they withdraw."""
     out: Path = DEMO_OUT
     """Folder of the report; an earlier report there is replaced."""
     seed: int = 0

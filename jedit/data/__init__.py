@@ -14,6 +14,7 @@ from jedit.data.benchmarks import (
     read_zsre,
 )
 from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.data.interactions import Interactions, generate_interactions, read_interactions
 from jedit.data.invented.authors import generate_authors
 from jedit.data.jsonl import DataError, QaRow, read_rows, write_rows
 from jedit.data.mnist import load_mnist
@@ -35,6 +36,7 @@ __all__ = [
     "Choice",
     "DataError",
     "Digits",
+    "Interactions",
     "Packing",
     "Prompts",
     "QaRow",
@@ -50,6 +52,7 @@ __all__ = [
     "forget_class",
     "forget_cluster",
     "generate_authors",
+    "generate_interactions",
     "load_digits",
     "load_mnist",
     "pack",
@@ -59,6 +62,7 @@ __all__ = [
     "plain_template",
     "prompts_of",
     "read_counterfact",
+    "read_interactions",
     "read_muse_questions",
     "read_muse_texts",
     "read_records",

@@ -19,11 +19,13 @@ from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.ucan import UcanInfo, ucan
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
-from jedit.methods.pruning.memorised_subspace import PruningInfo, memorised_subspace
+from jedit.methods.pruning.memorised_subspace import SubspaceInfo, memorised_subspace
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.trained.cure import ModuleEffects, cure, module_effects
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
@@ -31,6 +33,7 @@ from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.refitted import Refit, unlearn_refitted
+from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.salun import salun
@@ -52,17 +55,22 @@ __all__ = [
     "Associations",
     "CausalTrace",
     "Corruption",
+    "Directions",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
     "Layers",
     "PruningInfo",
     "Refit",
+    "ModuleEffects",
     "Restoration",
     "Search",
+    "SubspaceInfo",
     "TargetInfo",
+    "UcanInfo",
     "alphaedit",
     "causal_trace",
+    "cure",
     "curvature_engram",
     "curvature_pruning",
     "engram",
@@ -73,9 +81,11 @@ __all__ = [
     "mcu",
     "memit",
     "memorised_subspace",
+    "module_effects",
     "natural",
     "ofmu",
     "pdu",
+    "reglu",
     "repselect",
     "repselect_moments",
     "rome",
@@ -86,4 +96,5 @@ __all__ = [
     "target_values",
     "uam",
     "unlearn_refitted",
+    "ucan",
 ]

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
 from jedit.core.paths import exactly
 from jedit.geometry import null_space
 from jedit.geometry.surrogate import Scope
@@ -18,15 +19,18 @@ from jedit.methods.associations.rome import rome
 from jedit.methods.curvature.curvature_pruning import Keep, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.curvature.ucan import ucan
 from jedit.methods.pruning.memorised_subspace import memorised_subspace
 from jedit.methods.row import (
     ClosedForm,
     Material,
     Need,
 )
+from jedit.methods.trained.cure import cure, module_effects
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.mcu import mcu
+from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
@@ -47,6 +51,7 @@ from jedit.transforms import natural_steps, project_to_null_space
 
 SEED = 0  # of random labels and directions, which are the same for all models
 GRADDIFF = with_retain(GA())
+PATCHED = 16  # rows of each set on which CURE patches modules; arbitrary
 
 
 def by_kfade(curvature: Need):
@@ -86,6 +91,16 @@ def by_curvature_pruning(material: Material, *, mass: float, keep: Keep) -> Clos
     def edit(apply, params, *, forget, retain):
         del apply, forget, retain  # the curvature holds what it needs of the retain rows
         return curvature_pruning(params, curvature, mass=mass, keep=keep)
+
+    return edit
+
+
+def by_ucan(material: Material, *, least_risk: float, strength: float) -> ClosedForm:
+    target, rest = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
+
+    def edit(apply, params, *, forget, retain):
+        del apply, forget, retain  # as an engram's, the moments hold what it needs of them
+        return ucan(params, target, rest, least_risk=least_risk, strength=strength)
 
     return edit
 
@@ -215,6 +230,37 @@ def by_mcu(material: Material, *, rank: int) -> TrainingMethod:
 def by_repselect(material: Material, *, beta: float, rank: int, share: float) -> TrainingMethod:
     moments = material.take(Need.TARGET_MOMENTS)
     return repselect(moments, rank=rank, share=share, objective=NPO(beta=beta))
+
+
+def by_reglu(
+    material: Material,
+    *,
+    rank: int,
+    retain_rank: int,
+    balance: float,
+    scale: float,
+    weight: float,
+) -> TrainingMethod:
+    moments = material.take(Need.TARGET_MOMENTS), material.take(Need.REST_MOMENTS)
+    return reglu(
+        material.params,
+        *moments,
+        material.optimizer,
+        directions=Directions(rank, retain_rank, balance=balance),
+        scale=scale,
+        weight=weight,
+    )
+
+
+@on_auto_axes
+def _first(rows: Batch) -> Batch:
+    return jax.tree.map(lambda x: jax.numpy.asarray(x)[:PATCHED], rows)
+
+
+def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
+    few = (_first(rows) for rows in (material.forget, material.take(Need.RETAIN)))
+    effects = module_effects(material.apply, material.params, *few, chunk=1)
+    return cure(effects, material.optimizer, threshold=threshold)
 
 
 def in_null_space(material: Material, *, threshold: float) -> TrainingMethod:

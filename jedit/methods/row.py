@@ -41,6 +41,7 @@ class Need(enum.Enum):
     REFUSALS = "refusals"
     ALTERNATES = "alternate answers"
     NUM_CLASSES = "the number of classes"
+    RETAIN = "retain rows beforehand"
     STEPS = "the number of steps"
 
     @property
@@ -91,6 +92,7 @@ class Material:
         alternates: rows with plausible wrong answers in their place: one for each forget row, or
             several, all first ones before all second ones.
         num_classes: of the outputs.
+        retain: rows to be kept, for what is measured on them before a method is run.
         steps: how many a method that trains will take, at most.
         has_positions: whether the outputs of a row are several.
     """
@@ -109,6 +111,7 @@ class Material:
     refusals: Batch | None = None
     alternates: Batch | None = None
     num_classes: int | None = None
+    retain: Batch | None = None
     steps: int | None = None
     has_positions: bool = True
 

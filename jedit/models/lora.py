@@ -13,7 +13,7 @@ A and B are matrices, of as many rows and columns as those axes multiply to.
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,11 +42,14 @@ class Adapted(NamedTuple):
         params: {"base": the given ones, "lora": {... the path's names ...: {"a": A, "b": B}}}.
         merge: `params -> params` of the given function, the adapters added to the weights; sums
             in float32 or wider, weights in their own dtype.
+        start: `{path: (A, B)} -> params` that begin there: what scale · A B adds is taken off the
+            weights, so that the function is kept to rounding; other adapters stay as they are.
     """
 
     apply: Apply
     params: dict[str, Any]
     merge: Callable[[PyTree], PyTree]
+    start: Callable[[Mapping[str, tuple[Array, Array]]], dict[str, Any]]
 
 
 def with_lora(
@@ -118,18 +121,37 @@ def with_lora(
         jaxpr, given = program.jaxpr, argument_leaves(params["base"], inputs)
         return evaluate(jaxpr.jaxpr, jaxpr.consts, given, program.plan, probes, Records())[0]
 
-    def merge(params: PyTree) -> PyTree:
-        leaves = dict(parameter_paths(params["base"]))
-        for path, weight in weights.items():
+    def added(base: PyTree, pairs: Mapping[str, tuple[Array, Array]], factor: float) -> PyTree:
+        leaves = dict(parameter_paths(base))
+        for path, pair in pairs.items():
             leaf, wide = leaves[path], wide_dtype(leaves[path].dtype)
-            a, b = (_at(params["lora"], path)[name].astype(wide) for name in ("a", "b"))
+            a, b = (x.astype(wide) for x in pair)
             # `scatter` undoes whatever axes the products read the weight by; B = 0 makes it exactly
             # zero.
-            change = weight.scatter((a @ b * jnp.asarray(scale, wide))[None])[path]
+            change = weights[path].scatter((a @ b * jnp.asarray(factor, wide))[None])[path]
             leaves[path] = (leaf.astype(wide) + change).astype(leaf.dtype)
-        return jax.tree.unflatten(jax.tree.structure(params["base"]), leaves.values())
+        return jax.tree.unflatten(jax.tree.structure(base), leaves.values())
 
-    return Adapted(adapted, {"base": params, "lora": lora}, merge)
+    def merge(params: PyTree) -> PyTree:
+        adapters = ((path, _at(params["lora"], path)) for path in weights)
+        return added(params["base"], {path: (x["a"], x["b"]) for path, x in adapters}, scale)
+
+    def start(pairs: Mapping[str, tuple[Array, Array]]) -> dict[str, Any]:
+        if unknown := [path for path in pairs if path not in weights]:
+            raise ValueError(f"{unknown} have no adapters; those that have are {list(weights)}")
+        begun = jax.tree.map(lambda x: x, lora)
+        for path, (a, b) in pairs.items():
+            weight = weights[path]
+            if a.ndim != 2 or (len(a), *b.shape) != (weight.d_in, a.shape[1], weight.d_out):
+                raise ValueError(
+                    f"the adapter of {path!r} has shapes {a.shape} and {b.shape}, expected "
+                    f"({weight.d_in}, rank) and (rank, {weight.d_out})"
+                )
+            dtype = leaves[path].dtype
+            _at(begun, path).update(a=a.astype(dtype), b=b.astype(dtype))
+        return {"base": added(params, pairs, -scale), "lora": begun}
+
+    return Adapted(adapted, {"base": params, "lora": lora}, merge, start)
 
 
 def adapter_weights(

@@ -12,6 +12,7 @@ from jedit.objectives.dpo import DPO
 from jedit.objectives.ga import GA
 from jedit.objectives.held import RetainKL, RetainNLL, with_retain
 from jedit.objectives.hidden_states import random_direction
+from jedit.objectives.ihl import IHL
 from jedit.objectives.logit_margin import LogitMargin
 from jedit.objectives.minor_part import MinorPart
 from jedit.objectives.npo import NPO
@@ -28,6 +29,7 @@ __all__ = [
     "CEU",
     "DPO",
     "GA",
+    "IHL",
     "NPO",
     "RMU",
     "UNDIAL",

@@ -93,6 +93,18 @@ MEASURES = {
         "the same, the questions paraphrased",
         attack="asking in other words",
     ),
+    "forget_recall": Measure(
+        "forget\nR@10", "recall@10 of the choices to forget: how often among the first ten"
+    ),
+    "forget_ndcg": Measure("forget\nN@10", "NDCG@10 of the choices to forget", is_main=True),
+    "forget_next_recall": Measure(
+        "their\nnext R", "recall@10 of the same users' next choice, which no model has learnt"
+    ),
+    "forget_next_ndcg": Measure("their\nnext N", "NDCG@10 of the same"),
+    "retain_next_recall": Measure(
+        "others'\nnext R", "recall@10 of the other users' next choice, which no model has learnt"
+    ),
+    "retain_next_ndcg": Measure("others'\nnext N", "NDCG@10 of the same", is_main=True),
     "probe_accuracy": Measure("probe", "how often a hidden state says which author is asked about"),
 }
 

@@ -37,9 +37,11 @@ from jedit.transforms.shrink_top_directions import (
     ShrinkTopDirectionsState,
     shrink_top_directions,
 )
+from jedit.transforms.train_adapters import Adapter, TrainAdaptersState, train_adapters
 from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
+    "Adapter",
     "AddConstraintGradientState",
     "AddL1GradientState",
     "ClipByCurvatureNormState",
@@ -50,6 +52,7 @@ __all__ = [
     "RetainNeutralSurrogateState",
     "ScaleByCurvatureState",
     "ShrinkTopDirectionsState",
+    "TrainAdaptersState",
     "WithUpdateArgsState",
     "add_constraint_gradient",
     "add_l1_gradient",
@@ -65,5 +68,6 @@ __all__ = [
     "retain_neutral_surrogate",
     "scale_by_curvature",
     "shrink_top_directions",
+    "train_adapters",
     "with_update_args",
 ]

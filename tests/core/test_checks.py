@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 
 import jedit
@@ -29,42 +30,38 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 
 # What an argument of this name must not be, whichever function takes it.
 BAD = {
-    "alpha": NOT_NEGATIVE, "auc": SHARE, "batch_size": COUNT, "beta": NOT_NEGATIVE,
-    "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE, "bits": COUNT,
-    "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE,
+    "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
+    "beta": NOT_NEGATIVE, "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE,
+    "bits": COUNT, "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE,
     "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
-    "dual_rate": NOT_NEGATIVE, "exact_memorization": SHARE, "extraction_strength": SHARE,
-    "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
-    "eps": NOT_NEGATIVE, "every": COUNT, "exponent": FINITE, "facts_per_author": COUNT,
-    "first": COUNT, "forget_nll": FINITE, "forget_weight": NOT_NEGATIVE, "fraction": SHARE,
-    "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
+    "dual_rate": NOT_NEGATIVE, "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE, "every": COUNT, "exact_memorization": SHARE, "exponent": FINITE,
+    "extraction_strength": SHARE, "facts_per_author": COUNT, "first": COUNT, "forget_nll": FINITE,
+    "forget_weight": NOT_NEGATIVE, "fraction": SHARE, "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
     "hidden": COUNT, "inner_steps": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE, "least": SHARE, "length": COUNT,
-    "mass": SHARE,
-    "max_age": POSITIVE, "max_dim": COUNT, "max_len": COUNT, "max_norm": POSITIVE,
-    "memorization": SHARE, "newest": FINITE,
-    "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT,
-    "num_heads": COUNT, "num_layers": COUNT, "num_pixels": COUNT, "num_prompts": COUNT,
-    "num_retain": COUNT, "num_steps": COUNT,
-    "order": FINITE[:1], "original_utility": POSITIVE, "paraphrase_probability": SHARE,
-    "penalty": NOT_NEGATIVE,
+    "kl_weight": NOT_NEGATIVE, "learning_rate": NOT_NEGATIVE, "least": SHARE, "least_risk": SHARE,
+    "length": COUNT, "mass": SHARE, "max_age": POSITIVE, "max_dim": COUNT, "max_len": COUNT,
+    "max_norm": POSITIVE, "memorization": SHARE, "newest": FINITE, "noise": NOT_NEGATIVE,
+    "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT, "num_heads": COUNT,
+    "num_items": COUNT, "num_layers": COUNT, "num_pixels": COUNT, "num_prompts": COUNT,
+    "num_retain": COUNT, "num_steps": COUNT, "num_users": COUNT, "order": FINITE[:1],
+    "original_utility": POSITIVE, "paraphrase_probability": SHARE, "penalty": NOT_NEGATIVE,
     "predicted_kl": NOT_NEGATIVE, "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT,
     "pull": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
     "refresh": COUNT, "relaxation": NOT_NEGATIVE, "relearn": COUNT_OR_ZERO, "request_size": COUNT,
     "retain_rank": COUNT_OR_ZERO, "retrained_auc": SHARE, "ridge": NOT_NEGATIVE, "samples": COUNT,
-    "scale": FINITE,
-    "share": SHARE, "significance": SHARE, "size": COUNT,
-    "steering": FINITE, "step_size": POSITIVE,
-    "steps": COUNT_OR_ZERO, "stop": FINITE, "strength": NOT_NEGATIVE, "temperature": POSITIVE,
-    "test_fraction": SHARE, "threshold": NOT_NEGATIVE, "tilt": FINITE, "tolerance": NOT_NEGATIVE,
-    "tries": COUNT, "utility": NOT_NEGATIVE,
-    "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
-    "width": COUNT, "window": COUNT,
+    "scale": FINITE, "share": SHARE, "significance": SHARE, "size": COUNT, "steering": FINITE,
+    "step_size": POSITIVE, "steps": COUNT_OR_ZERO, "stop": FINITE, "strength": NOT_NEGATIVE,
+    "temperature": POSITIVE, "test_fraction": SHARE, "threshold": NOT_NEGATIVE, "tilt": FINITE,
+    "tolerance": NOT_NEGATIVE, "tries": COUNT, "utility": NOT_NEGATIVE, "vocab": COUNT,
+    "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "width": COUNT,
+    "window": COUNT,
 }  # fmt: skip
 # Stricter than the name alone says.
 STRICTER = {
     ("Ascent", "steps"): COUNT,
     ("alphaedit", "ridge"): POSITIVE,
+    ("cure", "threshold"): SHARE,
     ("batch_unlearn", "predicted_kl"): POSITIVE,
     ("continual", "predicted_kl"): POSITIVE,
     ("curvature_engram", "scale"): POSITIVE,
@@ -73,6 +70,7 @@ STRICTER = {
     ("Natural", "predicted_kl"): POSITIVE,
     ("natural", "predicted_kl"): POSITIVE,
     ("Recovery", "predicted_kl"): POSITIVE,
+    ("reglu", "retain_rank"): COUNT,
     ("Recovery", "steps"): COUNT,
     ("Rewind", "learning_rate"): POSITIVE,
     ("Rewind", "steps"): COUNT,
@@ -98,6 +96,7 @@ def _block():
 # Other arguments that the function needs before it comes to its numbers.
 NEEDED = {
     "fit": {"epochs": 1},
+    "train_adapters": {"optimizer": optax.sgd(1.0), "adapters": {}},
     "kfac": {"apply": len},
     "with_retain": {"objective": len},
     "kfade": {"budget": 1.0},

@@ -20,7 +20,13 @@ from jedit.training import TrainingMethod, run_method
 from tests.test_contract import ESTIMATOR, make_scene, network
 
 # Public methods that make no model forget: parts of others, looked for by name.
-PARTS = {"causal_trace", "repselect_moments", "target_values", "unlearn_refitted"}
+PARTS = {
+    "causal_trace",
+    "module_effects",
+    "repselect_moments",
+    "target_values",
+    "unlearn_refitted",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,6 +55,7 @@ def scene():
         refusals=forget._replace(targets=(jnp.asarray(forget.targets) + 1) % 3),
         alternates=forget._replace(targets=(jnp.asarray(forget.targets) + 2) % 3),
         num_classes=3,
+        retain=retain,
         steps=4,
         has_positions=False,
     )

@@ -250,3 +250,15 @@ def test_rmu_beside_open_unlearning(problem, tolerance):
         theirs = np.mean((away * counted).sum(axis=1) / counted.sum(axis=1))
         ours = float(aux["forget_distance"])
         assert np.isclose(ours, theirs, rtol=tolerance.contraction, atol=0) == is_same
+
+
+def test_ihl(problem, tolerance):
+    """Token by token: one, and by how much the label is ahead of the likeliest other."""
+    params, _, forget, _ = problem
+    p = scipy.special.softmax(numpy_logits(params, forget), axis=-1)
+    terms = []
+    for row, position in zip(*np.nonzero(numpy_counted(forget)), strict=True):
+        label = int(forget.targets[row, position])
+        others = np.delete(p[row, position], label)
+        terms.append(1 + p[row, position, label] - others.max())
+    check(objectives.IHL(), problem, np.mean(terms), tolerance)

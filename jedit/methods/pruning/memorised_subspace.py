@@ -45,7 +45,7 @@ from jedit.methods._two_sets import Parts, comparable
 Agreement = Literal["any", "all"]
 
 
-class PruningInfo(NamedTuple):
+class SubspaceInfo(NamedTuple):
     """What was set to zero, by block.
 
     Attributes:
@@ -82,7 +82,7 @@ def memorised_subspace(
     *,
     share: float = 0.01,
     agreement: Agreement = "any",
-) -> tuple[Edit, PruningInfo]:
+) -> tuple[Edit, SubspaceInfo]:
     """Set to zero the weights that serve memorised prompts most, and more than others.
 
     Args:
@@ -126,7 +126,7 @@ def memorised_subspace(
             # Several blocks may be slices of one parameter: their changes add up.
             changes[path] = changes[path] + part if path in changes else part
     check_finite("the pruning", changes, lambda: culprit(params, {}))
-    return Edit(changes), PruningInfo(pruned, overlap)
+    return Edit(changes), SubspaceInfo(pruned, overlap)
 
 
 def _mean_square(group: list[Curvature], name: str) -> Array:

@@ -65,6 +65,16 @@ ROWS: tuple[Row, ...] = (
         settings={"mass": 0.8, "keep": "product"},  # the code's example
     ),
     ByScale(
+        name="U-CAN",
+        description="Turns down every matrix's outputs that forget rows drive harder than retain"
+        " rows, smoothly, and less the more retain rows use them.",
+        when="one edit from forward passes alone; recommenders with adapters, in the paper",
+        papers=("2602.23400",),
+        make=_making.by_ucan,
+        needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        settings={"least_risk": 0.0, "strength": 8.0},  # ours: the paper's are not known to us
+    ),
+    ByScale(
         name="AlphaEdit",
         description="Removes what the layers answer to the forget rows' prompts, in the null space"
         " of the retain rows' inputs.",

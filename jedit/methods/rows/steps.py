@@ -81,6 +81,34 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="REGLU",
+        description="Trains adapters alone, which begin where the forget answers' outputs stand out"
+        " and are kept off the retain answers', on the inverted hinge loss with the retain loss.",
+        when="language models by adapters, whose edits are thin",
+        papers=("2604.17396",),
+        make=_making.by_reglu,
+        needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        settings={  # the code's, on phi-1.5
+            "rank": 32,
+            "retain_rank": 128,
+            "balance": 0.7,
+            "scale": 2.0,
+            "weight": 0.5,
+        },
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
+        name="CURE",
+        description="Ascends the forget loss in modules that serve it alone, descends the retain"
+        " loss in those that serve that alone, and does both in the others, without conflict.",
+        when="recommenders, in the paper; a few modules serve the forget rows alone",
+        papers=("2604.04982",),
+        make=_making.by_cure,
+        needs=frozenset({Need.RETAIN}),
+        settings={"threshold": 0.1},  # arbitrary
+        pace=Pace.UNBOUNDED,
+    ),
+    BySteps(
         name="null-space GradDiff",
         description="GradDiff by the optimizer, each step projected on the null space of the retain"
         " rows' inputs.",

@@ -192,6 +192,7 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         refusals=task.refusals,
         alternates=fitted.alternates,
         num_classes=outputs.shape[-1],
+        retain=task.retain,
         steps=grid.looks[-1],
         has_positions=outputs.ndim > 2,
         target_moments=fitted.moments.get(Need.TARGET_MOMENTS),

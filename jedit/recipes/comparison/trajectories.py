@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.freezing import split, which_are_trained
 from jedit.training.rate import with_learning_rate
 from jedit.training.watch import History
 
@@ -67,7 +68,8 @@ def ascend(
 
 def start_at(method: TrainingMethod, params: PyTree, learning_rate: float) -> LoopState:
     """Return where a method's loop begins, with the rate put into its optimizer's state."""
-    return LoopState(0, params, with_learning_rate(method.optimizer.init(params), learning_rate))
+    state = method.optimizer.init(split(params, which_are_trained(params, method.trainable)))
+    return LoopState(0, params, with_learning_rate(state, learning_rate))
 
 
 def destroyed(params: PyTree) -> PyTree:

@@ -111,6 +111,8 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
     if Need.ALTERNATES in row.needs:
         given.say("sampling alternate answers to the forget rows' questions")
         made["alternates"] = _alternates(given, settings)
+    if Need.RETAIN in row.needs:
+        made["retain"] = seen
     if Need.HIDDEN_SITE in row.needs:
         made["hidden_site"] = hidden_site(params)
     if Need.LAYERS in row.needs:
