@@ -40,6 +40,13 @@ def _kuda(*scene):
     return methods.kuda(scene[2], DEVIATION, SGD, select="^w$", threshold=0.4)
 
 
+def _fit(apply, params, _, forget, retain):
+    """NPO stands in for FIT's objective, which wants graded rows (test_fit)."""
+    del retain
+    objective = with_retain(NPO())
+    return methods.fit_unlearning(apply, params, forget, SGD, objective=objective)
+
+
 TRAINERS = [
     Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
     Row("gu", lambda *_: methods.gu(GA(), learning_rate=0.05)),
@@ -48,6 +55,7 @@ TRAINERS = [
     Row("pdu", lambda *_: methods.pdu(SGD, tolerance=0.3, dual=2.0)),
     Row("repselect", lambda *scene: methods.repselect(scene[2], share=0.5)),
     Row("sam", lambda *_: methods.sam(SGD)),
+    Row("fit_unlearning", _fit),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
     Row("l1_sparse", lambda *_: methods.l1_sparse(SGD, strength=0.01, steps=3)),
@@ -104,7 +112,9 @@ def states(apply, params, tokens):
 OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),
+    "FIT": objectives.FIT(),
     "GA": objectives.GA(),
+    "GRPO": objectives.GRPO(),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
     "RMU": objectives.RMU(states),
@@ -121,6 +131,23 @@ OBJECTIVES = {
 }
 
 
+def _drawn(rows, _):
+    """What a model has drawn, with advantages that belong to the rows."""
+    likeness = jnp.sum(jnp.where(rows.mask, rows.targets, 0), axis=1).astype(float)
+    nll = jnp.where(rows.mask, 0.3 * rows.targets, 0.0)
+    return objectives.Answers(rows, nll, jnp.sin(likeness))
+
+
+def _graded(rows, _):
+    counted = rows.mask & rows.valid
+    taught = rows._replace(targets=jnp.where(counted, (rows.targets + 1) % 7, -100))
+    return objectives.GradedRows(rows, taught, jnp.sum(counted, axis=1) % 3)
+
+
+# What an objective takes as the forget set, where that is not the rows alone.
+ROWS_OF = {"DPO": lambda forget, retain: (forget, retain), "FIT": _graded, "GRPO": _drawn}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_keeps_its_promises(name, tolerance):
     """One compiled program for all of them, also for an equal value."""
@@ -130,7 +157,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
     def evaluate(objective, params, reference, forget, retain):
         nonlocal num_traces
         num_traces += 1
-        rows = (forget, retain) if name == "DPO" else forget
+        rows = ROWS_OF.get(name, lambda forget, _: forget)(forget, retain)
         loss = lambda p: objective(apply, p, rows, retain, reference)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -164,7 +191,13 @@ NO_ROW = {
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
+    "distinct_requests": "chooses rows",
     "falling": "makes a schedule",
+    "graded_rows": "makes data",
+    "gradient_importance": "measures, and changes nothing",
+    "group_advantages": "is what objectives are made of",
+    "influential_layers": "measures, and changes nothing",
+    "rule": "draws answers between its steps, and is not to be traced (test_rule)",
     "forget": "stops by itself, and is not to be traced (tests/requests/test_forget)",
     "interactions": "measures a stack of edits",
     "random_direction": "is what objectives are made of",

@@ -22,12 +22,20 @@ from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.trained.fit import (
+    distinct_requests,
+    fit_unlearning,
+    graded_rows,
+    gradient_importance,
+    influential_layers,
+)
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.repselect import repselect
 from jedit.methods.trained.rosu import rosu, uam
+from jedit.methods.trained.rule import Dialogue, Played, RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 
@@ -46,18 +54,27 @@ __all__ = [
     "Associations",
     "CausalTrace",
     "Corruption",
+    "Dialogue",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
     "Layers",
+    "Played",
     "Restoration",
+    "RuleInfo",
+    "RuleStages",
     "Search",
     "TargetInfo",
     "alphaedit",
     "causal_trace",
     "curvature_engram",
+    "distinct_requests",
     "engram",
+    "fit_unlearning",
+    "graded_rows",
+    "gradient_importance",
     "gu",
+    "influential_layers",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -67,6 +84,7 @@ __all__ = [
     "repselect",
     "rome",
     "rosu",
+    "rule",
     "salun",
     "sam",
     "target_values",

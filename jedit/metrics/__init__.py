@@ -39,6 +39,7 @@ from jedit.metrics.nll import answer_nll_per_row, answer_nll_sum_per_row, nll
 from jedit.metrics.output_kl import output_kl, output_kl_per_row
 from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
+from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -66,6 +67,7 @@ __all__ = [
     "answer_nll_per_row",
     "answer_nll_sum_per_row",
     "answer_probability",
+    "answer_rewards",
     "average_gap",
     "depth_score",
     "exact_memorization",
@@ -97,6 +99,8 @@ __all__ = [
     "privacy_score",
     "privleak",
     "reference_scores",
+    "refusal_rewards",
+    "refuses",
     "retained_utility",
     "rouge",
     "set_utility",

@@ -1,4 +1,4 @@
-"""Rows of the methods that are solved: an edit at once, or by a budget."""
+"""Rows of the methods that make one edit: solved at once, by a budget, or learnt by RULE."""
 
 from jedit.methods import _making
 from jedit.methods.engrams.curvature_engram import curvature_engram
@@ -43,6 +43,15 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.by_engram(curvature_engram),
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+    ),
+    ByScale(
+        name="RULE",
+        description="Learns to refuse some of the forget questions, then by GRPO which to refuse.",
+        when="questions that are to be refused, in other words too",
+        papers=(),
+        make=_making.by_rule,
+        needs=frozenset({Need.DIALOGUE}),
+        settings={"tuning_steps": 40, "steps": 20},  # 20 is the code's, 40 arbitrary
     ),
     ByScale(
         name="AlphaEdit",

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
+from jedit.methods.row import ForgetRows
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.watch import History
 
@@ -19,7 +20,7 @@ def ascend(
     method: TrainingMethod,
     apply: Callable,
     params: PyTree,
-    forget: Batch | tuple[Batch, Batch],
+    forget: ForgetRows,
     retain: Batch,
     *,
     learning_rates: tuple[float, ...],
