@@ -133,8 +133,8 @@ OBJECTIVES = {
 
 def _drawn(rows, _):
     """What a model has drawn, with advantages that belong to the rows."""
-    likeness = jnp.sum(jnp.where(rows.mask, rows.targets, 0), axis=1).astype(float)
-    nll = jnp.where(rows.mask, 0.3 * rows.targets, 0.0)
+    targets = jnp.where(rows.mask & rows.valid, rows.targets, 0).astype(float)
+    likeness, nll = jnp.sum(targets, axis=1), 0.3 * targets
     return objectives.Answers(rows, nll, jnp.sin(likeness))
 
 
@@ -188,6 +188,9 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 
 
 NO_ROW = {
+    "Answers": "is what an objective takes",
+    "GradedRows": "is what an objective takes",
+    "Importance": "is what an objective takes",
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",

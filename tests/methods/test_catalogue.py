@@ -60,7 +60,7 @@ def scene():
 
 
 class Play(NamedTuple):
-    """Labels drawn from the network: right ones are wanted of retain rows, others of forget rows."""
+    """Labels drawn from the network: right ones are wanted of the retain rows alone."""
 
     forget: Batch
     retain: Batch

@@ -1,7 +1,7 @@
 """FIT: filter, importance, targeted layers, for requests that keep coming (arXiv 2601.21682).
 
     filter       a request is new if cos(e, e_k) <= τ for every request k kept so far, or else if
-                 |L(kept and it) - L(kept)| > ε                           `distinct_requests`
+                 |L(those like it, and it) - L(those like it)| > ε        `distinct_requests`
     importance   IMP(x) = ‖∂L(x) / ∂h₀‖, h₀ the embedding's outputs        `gradient_importance`
                  low: random label; middle: NPO; high: NPO + KL            `objectives.FIT`
     targets      the 8 layers l with the largest |L_masked(l) - L|        `influential_layers`
@@ -12,10 +12,11 @@
 
 Differences.  The three parts, their quantities and the number of layers are the paper's [notes];
 its thresholds are not in what we have.  τ = 0.9, ε = 0.05 nats and terciles between low, middle and
-high are arbitrary.  L(kept) is the mean of the kept requests' losses under the model as it is
-[derived].  A layer is masked by setting its parameters to zero: a block of a transformer then adds
-nothing to the residual stream, so that it is skipped [derived].  Only parameters of the chosen
-layers are trained.  Inputs that are no tokens are their own embeddings.
+high are arbitrary.  L is the mean loss under the model as it is, of the kept requests with a
+cosine above τ [derived]: of all kept ones, one odd request would let every later one pass.
+A layer is masked by setting its parameters to zero: a block of a transformer then adds nothing to
+the residual stream, so that it is skipped [derived].  Only parameters of the chosen layers are
+trained.  Inputs that are no tokens are their own embeddings.
 
 In a stream, each request passes the filter, is graded and forgotten from where the last one ended:
 
@@ -51,8 +52,8 @@ NUMBERED = re.compile(r"^(.*?(?:^|/)\d+)/")
 
 
 def distinct_requests(
-    embeddings: Float[np.ndarray | Array, "n width"],
-    losses: Float[np.ndarray | Array, " n"],
+    embeddings: Float[np.ndarray | Array, "..."],
+    losses: Float[np.ndarray | Array, "..."],
     *,
     similarity: float = 0.9,
     tolerance: float = 0.05,
@@ -60,10 +61,11 @@ def distinct_requests(
     """Return which requests of a stream are to be answered: not those that repeat a kept one.
 
     Args:
-        embeddings: one for each request, in the stream's order: hidden states, say, averaged.
-        losses: mean loss of each request under the model, nats per token.
+        embeddings: (n, width), one for each request, in the stream's order: averaged hidden states,
+            say.
+        losses: (n,), mean loss of each request under the model, nats per token.
         similarity: τ, the cosine up to which no two requests are taken for one; 0.9 is arbitrary.
-        tolerance: ε, how far a like request may move the kept ones' mean loss and still be left
+        tolerance: ε, how far a request may move the mean loss of those like it and still be left
             out, nats per token; 0.05 is arbitrary.
 
     Raises:
@@ -81,15 +83,13 @@ def distinct_requests(
     units = vectors / np.where(norms > 0, norms, 1)
     kept: list[int] = []
     for i, unit in enumerate(units):
-        if kept and np.max(units[kept] @ unit) > similarity:
-            without, with_it = np.mean(losses[kept]), np.mean(losses[[*kept, i]])
-            if abs(with_it - without) <= tolerance:
-                continue
+        like = [k for k in kept if units[k] @ unit > similarity]
+        if like and abs(np.mean(losses[[*like, i]]) - np.mean(losses[like])) <= tolerance:
+            continue
         kept.append(i)
     return np.isin(np.arange(len(units)), kept)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def gradient_importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " n"]:
     """Return IMP of each row: the norm of its loss's gradient where it has just been embedded.
 
@@ -100,7 +100,11 @@ def gradient_importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Arr
         ValueError: the batch has no targets, or is packed.
     """
     check_batch(batch, "the batch")
+    return _importance(apply, params, batch)
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " n"]:
     def loss(outputs: Array) -> Array:
         nll, counted = nll_of(outputs, batch)
         number = jnp.maximum(jnp.sum(by_example(batch, counted), axis=1), 1)
