@@ -97,7 +97,7 @@ def test_rule_refuses_what_it_was_not_tuned_on_and_answers_the_rest(scene):
     nll, counted = counted_nll(apply, params, played.rows)
     assert float((nll * counted).sum() / counted.sum()) < 0.3
     edit, info = rule(
-        apply, params, made, key=jax.random.key(3), stages=RuleStages(12, 6, batch_size=5)
+        apply, params, made, key=jax.random.key(3), stages=RuleStages(60, 8, batch_size=5)
     )
     edited = apply_edit(params, edit)
     forgot, kept = said(scene, edited, forget), said(scene, edited, retain)
