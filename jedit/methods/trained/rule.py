@@ -1,4 +1,4 @@
-"""RULE: a boundary of refusal, by reinforcement [code].
+"""RULE: a boundary of refusal, by reinforcement (Zhang et al., arXiv 2506.07171).
 
     1. rejection tuning    lower the NLL of refusals to forget questions and of the answers to
                            boundary questions
@@ -16,7 +16,8 @@
 What draws and judges answers is a callable, so that a model's texts and their rewards stay on the
 host; the steps between two draws are one compiled call of `jedit.unlearn`.
 
-Differences.  Shares, G, steps, rate, β and the reward are those of the released code [code].  How
+Differences.  The two stages and both shares are the paper's [paper]; G, steps, rate, β and the
+reward are those of the released code [code].  How
 long the first stage lasts and at what rate is not stated in what we have: 40 steps at 1e-5 are
 arbitrary, as is that each draw serves two updates, so that the clipping has something to clip.
 There the boundary questions are written by a language model beside the forget questions; ours are
