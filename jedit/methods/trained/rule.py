@@ -17,11 +17,11 @@ What draws and judges answers is a callable, so that a model's texts and their r
 host; the steps between two draws are one compiled call of `jedit.unlearn`.
 
 Differences.  The two stages and both shares are the paper's [paper]; G, steps, rate, β and the
-reward are those of the released code [code].  How
-long the first stage lasts and at what rate is not stated in what we have: 40 steps at 1e-5 are
-arbitrary, as is that each draw serves two updates, so that the clipping has something to clip.
-There the boundary questions are written by a language model beside the forget questions; ours are
-retain rows that the caller gives, neighbours where there are any.
+reward are those of the released code [code].  How long the first stage lasts and at what rate is
+not stated in what we have: 40 steps at 1e-5 are arbitrary, as is that each draw serves two updates,
+so that the clipping has something to clip.  There the boundary questions are written by a language
+model beside the forget questions; ours are retain rows that the caller gives, neighbours where
+there are any.
 """
 
 import dataclasses
