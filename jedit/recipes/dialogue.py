@@ -105,9 +105,12 @@ def dialogue(
         for rows, share in ((forget, forget_share), (retain, boundary_share))
     )
     texts = [(row.question, refusal_to(row, i)) for i, row in enumerate(refused)]
+    # Together, as what is encoded apart may have another width.
+    encoded = speaker.encode([*texts, *((row.question, row.answer) for row in answered)])
+    cut = len(texts)
     made = Dialogue(
-        speaker.encode(texts),
-        speaker.encode([(row.question, row.answer) for row in answered]),
+        jax.tree.map(lambda x: x[:cut], encoded),
+        jax.tree.map(lambda x: x[cut:], encoded),
         _Play(speaker, tuple(refused), tuple(answered)),
     )
     usual = (rates or {}).get(Pace.BOUNDED)
