@@ -44,6 +44,13 @@ def _mcu(*scene):
     return methods.mcu(scene[1], scene[2], SGD, site="w", rank=2)
 
 
+def _fit(apply, params, _, forget, retain):
+    """NPO stands in for FIT's objective, which wants graded rows (test_fit)."""
+    del retain
+    objective = with_retain(NPO())
+    return methods.fit_unlearning(apply, params, forget, SGD, objective=objective)
+
+
 TRAINERS = [
     Row("natural", lambda *scene: methods.natural(GA(), scene[2])),
     Row("reglu", lambda _, p, c, *sets: methods.reglu(p, c, c, SGD)),  # noqa: ARG005
@@ -57,6 +64,7 @@ TRAINERS = [
     Row("ofmu", lambda *_: methods.ofmu(SGD, inner_steps=1)),
     Row("mcu", _mcu),
     Row("sam", lambda *_: methods.sam(SGD)),
+    Row("fit_unlearning", _fit),
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
     Row("l1_sparse", lambda *_: methods.l1_sparse(SGD, strength=0.01, steps=3)),
@@ -113,8 +121,10 @@ def states(apply, params, tokens):
 OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),
+    "FIT": objectives.FIT(),
     "GA": objectives.GA(),
     "IHL": objectives.IHL(),
+    "GRPO": objectives.GRPO(),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
     "RMU": objectives.RMU(states),
@@ -131,6 +141,23 @@ OBJECTIVES = {
 }
 
 
+def _drawn(rows, _):
+    """What a model has drawn, with advantages that belong to the rows."""
+    targets = jnp.where(rows.mask & rows.valid, rows.targets, 0).astype(float)
+    likeness, nll = jnp.sum(targets, axis=1), 0.3 * targets
+    return objectives.Answers(rows, nll, jnp.sin(likeness))
+
+
+def _graded(rows, _):
+    counted = rows.mask & rows.valid
+    taught = rows._replace(targets=jnp.where(counted, (rows.targets + 1) % 7, -100))
+    return objectives.GradedRows(rows, taught, jnp.sum(counted, axis=1) % 3)
+
+
+# What an objective takes as the forget set, where that is not the rows alone.
+ROWS_OF = {"DPO": lambda forget, retain: (forget, retain), "FIT": _graded, "GRPO": _drawn}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_keeps_its_promises(name, tolerance):
     """One compiled program for all of them, also for an equal value."""
@@ -140,7 +167,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
     def evaluate(objective, params, reference, forget, retain):
         nonlocal num_traces
         num_traces += 1
-        rows = (forget, retain) if name == "DPO" else forget
+        rows = ROWS_OF.get(name, lambda forget, _: forget)(forget, retain)
         loss = lambda p: objective(apply, p, rows, retain, reference)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -172,10 +199,19 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 
 NO_ROW = {
     "MinorPart": "is what objectives are made of",
+    "Answers": "is what an objective takes",
+    "GradedRows": "is what an objective takes",
+    "Importance": "is what an objective takes",
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
+    "distinct_requests": "chooses rows",
     "falling": "makes a schedule",
+    "graded_rows": "makes data",
+    "gradient_importance": "measures, and changes nothing",
+    "group_advantages": "is what objectives are made of",
+    "influential_layers": "measures, and changes nothing",
+    "rule": "draws answers between its steps, and is not to be traced (test_rule)",
     "forget": "stops by itself, and is not to be traced (tests/requests/test_forget)",
     "interactions": "measures a stack of edits",
     "module_effects": "measures, and changes nothing",

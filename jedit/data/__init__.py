@@ -19,7 +19,7 @@ from jedit.data.invented.authors import generate_authors
 from jedit.data.jsonl import DataError, QaRow, read_rows, write_rows
 from jedit.data.mnist import load_mnist
 from jedit.data.packing import Packing, pack
-from jedit.data.pairing import pair_by_entity, pair_in_turn, pair_uniformly
+from jedit.data.pairing import neighbor_sets, pair_by_entity, pair_in_turn, pair_uniformly
 from jedit.data.records import read_records, read_texts
 from jedit.data.selection import check_disjoint, rows_with, select_rows
 from jedit.data.templates import Rendered, chat_template, encode_rendered, plain_template
@@ -56,6 +56,7 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "pack",
+    "neighbor_sets",
     "pair_by_entity",
     "pair_in_turn",
     "pair_uniformly",

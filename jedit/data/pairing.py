@@ -6,8 +6,13 @@
                   (e + j) mod |N_k(E)|, so that an entity's rows meet all of its neighbours
 
 The third is MELU's modular entity-wise sampling [derived from its description: the exact order is
-ours].  Each function gives the indices of one epoch; gather with them, and hand
-`(forget, paired retain)` to `jedit.unlearn` as one forget set whose rows belong together.
+ours].  Each function gives the indices of one epoch; with its other arguments bound it is a
+training method's `pairing`:
+
+    beside = functools.partial(pair_by_entity, entities, neighbors)
+    method = TrainingMethod(objective, optimizer, pairing=beside)
+
+`neighbor_sets` makes the neighbour sets of what the rows' entities have in common.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +22,40 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
+
+
+def neighbor_sets(
+    forget: Sequence[Mapping[str, str]], retain: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, list[int]], ...]:
+    """Return neighbour sets: for each attribute the retain rows that share it, and a general set.
+
+    Args:
+        forget: by row the attributes of whom it is about, "entity" among them: its name.
+        retain: the same of the retain rows.
+
+    Returns:
+        A mapping for each attribute but "entity", from an entity to the numbers of the retain rows
+        that share its value; and a last one to all retain rows. An entity that shares a value with
+        nobody has all retain rows there.
+
+    Raises:
+        ValueError: a row has no entity, or not the attributes of the first one.
+    """
+    names = list(forget[0]) if forget else []
+    for row in (*forget, *retain):
+        if "entity" not in row or not set(names) <= set(row):
+            raise ValueError(f"expected the attributes {names}, entity among them; got {row}")
+    everything = list(range(len(retain)))
+    found = []
+    for name in (*(n for n in names if n != "entity"), None):
+        near = {}
+        for row in forget:
+            alike = everything
+            if name is not None:
+                alike = [i for i in everything if retain[i][name] == row[name]]
+            near[row["entity"]] = alike or everything
+        found.append(near)
+    return tuple(found)
 
 
 def pair_uniformly(

@@ -26,6 +26,13 @@ from jedit.methods.engrams.engram import engram
 from jedit.methods.pruning.memorised_subspace import SubspaceInfo, memorised_subspace
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.cure import ModuleEffects, cure, module_effects
+from jedit.methods.trained.fit import (
+    distinct_requests,
+    fit_unlearning,
+    graded_rows,
+    gradient_importance,
+    influential_layers,
+)
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
@@ -36,6 +43,7 @@ from jedit.methods.trained.refitted import Refit, unlearn_refitted
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
+from jedit.methods.trained.rule import Dialogue, Played, RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 from jedit.methods.trained.ssiuu import ssiuu
@@ -56,6 +64,7 @@ __all__ = [
     "CausalTrace",
     "Corruption",
     "Directions",
+    "Dialogue",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
@@ -63,7 +72,10 @@ __all__ = [
     "PruningInfo",
     "Refit",
     "ModuleEffects",
+    "Played",
     "Restoration",
+    "RuleInfo",
+    "RuleStages",
     "Search",
     "SubspaceInfo",
     "TargetInfo",
@@ -73,8 +85,13 @@ __all__ = [
     "cure",
     "curvature_engram",
     "curvature_pruning",
+    "distinct_requests",
     "engram",
+    "fit_unlearning",
+    "graded_rows",
+    "gradient_importance",
     "gu",
+    "influential_layers",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -90,6 +107,7 @@ __all__ = [
     "repselect_moments",
     "rome",
     "rosu",
+    "rule",
     "salun",
     "sam",
     "ssiuu",

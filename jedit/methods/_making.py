@@ -27,17 +27,21 @@ from jedit.methods.row import (
     Need,
 )
 from jedit.methods.trained.cure import cure, module_effects
+from jedit.methods.trained.fit import fit_unlearning, graded_rows
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect
+from jedit.methods.trained.rule import RuleStages, rule
 from jedit.methods.trained.salun import salun
 from jedit.objectives import (
     DPO,
+    FIT,
     GA,
     NPO,
     RMU,
+    GradedRows,
     Objective,
     RandomLabel,
     RepresentationDeviation,
@@ -173,6 +177,27 @@ def with_alternates(material: Material) -> tuple[Batch, Batch]:
         raise ValueError(f"{others} alternates are not as many for each of {rows} forget rows")
     repeated = jax.tree.map(lambda leaf: jax.numpy.concatenate([leaf] * (others // rows)), forget)
     return repeated, alternates
+
+
+def by_fit(material: Material, *, layers: int, beta: float, kl_weight: float) -> TrainingMethod:
+    given = (material.apply, material.params, material.forget, material.optimizer)
+    return fit_unlearning(*given, layers=layers, objective=FIT(beta=beta, kl_weight=kl_weight))
+
+
+def graded(material: Material) -> GradedRows:
+    given = (material.apply, material.params, material.forget)
+    return graded_rows(*given, key=jax.random.key(SEED))
+
+
+def by_rule(material: Material, *, tuning_steps: int, steps: int) -> ClosedForm:
+    stages = RuleStages(tuning_steps, steps)
+
+    def edit(apply, params, *, forget, retain):
+        del forget, retain  # the dialogue holds what it needs of them
+        key = jax.random.key(SEED)
+        return rule(apply, params, material.take(Need.DIALOGUE), key=key, stages=stages)
+
+    return edit
 
 
 def by_salun(material: Material, *, fraction: float, forget_weight: float) -> TrainingMethod:

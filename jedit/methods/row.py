@@ -17,6 +17,8 @@ from jaxtyping import Array, PyTree
 from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.edits import Edit
+from jedit.methods.trained.rule import Dialogue
+from jedit.objectives import GradedRows
 from jedit.training import TrainingMethod
 
 # The learning rate stands in the optimizer's state, so that a grid of them compiles once; 1e-5 is
@@ -24,6 +26,8 @@ from jedit.training import TrainingMethod
 ADAM = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
     learning_rate=1e-5
 )
+# What methods are run on as the forget set: rows, with others beside them, or graded.
+ForgetRows = Batch | tuple[Batch, Batch] | GradedRows
 # `(apply, params, *, forget, retain) -> (Edit, Info)`, which `jedit.run_method` runs.
 ClosedForm = Callable[..., tuple[Edit, Any]]
 
@@ -40,6 +44,7 @@ class Need(enum.Enum):
     SUBJECTS = "a position in each forget row"
     REFUSALS = "refusals"
     ALTERNATES = "alternate answers"
+    DIALOGUE = "answers that are drawn and judged"
     NUM_CLASSES = "the number of classes"
     RETAIN = "retain rows beforehand"
     STEPS = "the number of steps"
@@ -91,6 +96,7 @@ class Material:
         refusals: rows with refusals in place of the forget rows' answers.
         alternates: rows with plausible wrong answers in their place: one for each forget row, or
             several, all first ones before all second ones.
+        dialogue: what RULE is taught by and asks.
         num_classes: of the outputs.
         retain: rows to be kept, for what is measured on them before a method is run.
         steps: how many a method that trains will take, at most.
@@ -110,6 +116,7 @@ class Material:
     subjects: Array | None = None
     refusals: Batch | None = None
     alternates: Batch | None = None
+    dialogue: Dialogue | None = None
     num_classes: int | None = None
     retain: Batch | None = None
     steps: int | None = None
@@ -175,7 +182,7 @@ class Row:
             raise ValueError(f"{self.name} has no setting {', '.join(unknown)}; it has {known}")
         return self.make(material, **{**self.settings, **settings})
 
-    def forget_rows(self, material: Material) -> Batch | tuple[Batch, Batch]:
+    def forget_rows(self, material: Material) -> ForgetRows:
         """Return the rows that the method is to be run on as the forget set."""
         return material.forget
 
@@ -191,9 +198,9 @@ class BySteps(Row):
 
     make: Callable[..., TrainingMethod]
     pace: Pace
-    prepare: Callable[[Material], Batch | tuple[Batch, Batch]] | None = None
+    prepare: Callable[[Material], ForgetRows] | None = None
 
-    def forget_rows(self, material: Material) -> Batch | tuple[Batch, Batch]:
+    def forget_rows(self, material: Material) -> ForgetRows:
         """Return the forget set that the method trains on: with other labels, say, or refusals."""
         return material.forget if self.prepare is None else self.prepare(material)
 

@@ -49,6 +49,7 @@ from jedit.metrics.output_kl import output_kl, output_kl_per_row
 from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
+from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -80,6 +81,7 @@ __all__ = [
     "answer_nll_sum_per_row",
     "answer_probability",
     "attribution",
+    "answer_rewards",
     "average_gap",
     "depth_score",
     "exact_memorization",
@@ -115,6 +117,8 @@ __all__ = [
     "privacy_score",
     "privleak",
     "reference_scores",
+    "refusal_rewards",
+    "refuses",
     "retained_utility",
     "recovery_by_component",
     "rouge",

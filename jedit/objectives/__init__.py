@@ -9,7 +9,9 @@ gives.  Equal values compile once.  `with_retain` puts a retain term on any of t
 
 from jedit.objectives.ce_u import CEU
 from jedit.objectives.dpo import DPO
+from jedit.objectives.fit import FIT, GradedRows, Importance
 from jedit.objectives.ga import GA
+from jedit.objectives.grpo import GRPO, Answers, group_advantages
 from jedit.objectives.held import RetainKL, RetainNLL, with_retain
 from jedit.objectives.hidden_states import random_direction
 from jedit.objectives.ihl import IHL
@@ -28,12 +30,17 @@ from jedit.objectives.weighted_ascent import WGA, SatImp
 __all__ = [
     "CEU",
     "DPO",
+    "FIT",
     "GA",
     "IHL",
+    "GRPO",
     "NPO",
     "RMU",
     "UNDIAL",
     "WGA",
+    "Answers",
+    "GradedRows",
+    "Importance",
     "LogitMargin",
     "MinorPart",
     "Objective",
@@ -44,6 +51,7 @@ __all__ = [
     "RetainStates",
     "SatImp",
     "SimNPO",
+    "group_advantages",
     "random_direction",
     "relabel",
     "sequence_nll",

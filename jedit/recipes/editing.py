@@ -30,10 +30,14 @@ from jedit.training import TrainingMethod, run_method, unlearn
 RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
-# What texts without questions give: no position of a fact, no refusals, no other answers.
-OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES}
+# What texts without questions give: no position of a fact, no refusals, no other
+# answers, nothing to be asked.
+OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE}
 FITTED = frozenset(
-    {Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS, Need.ALTERNATES}
+    {
+        *(Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS),
+        *(Need.ALTERNATES, Need.DIALOGUE),
+    }
 )
 PROBE = 32  # retain rows on which a budget is kept
 

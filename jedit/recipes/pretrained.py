@@ -142,6 +142,7 @@ def forget_in_checkpoint(
             words,
             config.max_position_embeddings,
             list(forget),
+            rows["retain"],
             whole,
             lambda pairs: placed(encode([QaRow(*x) for x in pairs], False)[0], settings.mesh),
             select,

@@ -18,7 +18,7 @@ from jedit.data import (
     prompts_of,
 )
 from jedit.data.templates import Render, Rendered
-from jedit.data.text import Spans
+from jedit.data.text import END, Spans
 from jedit.models._optional import optional
 
 Pairs = Sequence[tuple[str, str]]
@@ -46,6 +46,11 @@ class OwnWords(NamedTuple):
     def prompt_texts(self, prompts: Prompts) -> list[str]:
         """Decode the texts of prompts."""
         return [self.tokenizer.decode(ids) for ids in _token_ids(prompts)]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset({self.tokenizer.token_to_id(END)})
 
     def answers(self, tokens: Int32[np.ndarray, "n seq"]) -> list[str]:
         """Decode the texts of generated tokens, each up to its end."""

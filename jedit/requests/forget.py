@@ -33,7 +33,7 @@ comes of it, and where it fails: `tests/bench/claims/natural.md`.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ class ForgetInfo(NamedTuple):
 def forget(
     apply: Apply,
     params: PyTree,
-    forget: Batch | tuple[Batch, ...],
+    forget: Batch | tuple[Any, ...],
     retain: Batch,
     *,
     key: Array,
@@ -294,7 +294,7 @@ def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
     return TrainingMethod(objective, optax.adam(rate), batch_size=rewind.batch_size)
 
 
-def _first(forget: Batch | tuple[Batch, ...]) -> Batch:
+def _first(forget: Batch | tuple[Any, ...]) -> Batch:
     """Return the rows to forget, of what stands beside them.
 
     Raises:

@@ -32,7 +32,7 @@ from jedit.core.devices import on_auto_axes, places_of, row_sharding
 from jedit.core.outputs import check_sets
 from jedit.training.freezing import merge, split, which_are_trained
 from jedit.training.method import TrainingMethod
-from jedit.training.rows import num_rows, row_streams
+from jedit.training.rows import num_rows, paired_stream, row_streams
 from jedit.training.steps import Program, Read, advance, joined
 from jedit.training.watch import History, LoopState, Watch
 
@@ -100,6 +100,7 @@ def unlearn(
         None if extra is None else _OfSets(extra, apply),
         method.trainable,
         method.batch_size,
+        method.pairing,
     )
     sets = {"forget": forget, "retain": retain}
     return _train(how, params, sets, steps=steps, key=key, watch=watch)
@@ -157,6 +158,7 @@ class _How(NamedTuple):
     update_args: Callable | None
     trainable: str | None
     batch_size: int
+    pairing: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +181,14 @@ class _OfRows:
     def __call__(self, params: PyTree, drawn: tuple, reference: PyTree) -> Any:
         del reference  # a loss of `fit` has none
         return self.function(params, *drawn)
+
+
+def _beside(stream: Any, first: int, pairing: Callable, sets: tuple) -> Array:
+    forget, retain = sets
+    if forget is None or retain is None:
+        raise ValueError("the method has a pairing, of retain rows with forget rows; give it both")
+    counts = {"num_forget": num_rows(forget), "num_retain": num_rows(retain)}
+    return paired_stream(stream, first, pairing, **counts)
 
 
 def _check_hashable(value: Any, name: str) -> None:
@@ -242,6 +252,8 @@ def _train(
                 )
             fixed = (how.batch_size, how.trainable, begin, every)
             given = (params, start.reference, state, key, sets, fixed)
+            if how.pairing is not None:
+                given += (how.pairing(epoch=0),)
             done, (trained, state), past = checkpoint.resume("loop", given, (trained, state))
             if done:
                 begin = done
@@ -254,6 +266,8 @@ def _train(
                 break  # all was done before
             before = None if callback is None else jax.tree.map(jnp.copy, trained)
             streams = row_streams(sets, first, last - first, how.batch_size, keys)
+            if how.pairing is not None:
+                streams = (streams[0], _beside(streams[0], first, how.pairing, sets))
             trained, state, history, is_finite = advance(program, trained, state, read, streams)
             if not isinstance(is_finite, Tracer) and not bool(is_finite):
                 reached = merge(trained, params, is_trained)

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import optax
+from jaxtyping import Int
 
 from jedit.core.display import short_repr
 from jedit.objectives import Objective
@@ -28,6 +30,10 @@ class TrainingMethod(NamedTuple):
             and has neither gradient nor optimizer state: in the optimizer's trees, None stands
             there. None: all real parameters are trained.
         batch_size: rows of each set in a step, 32 (arbitrary); a smaller set is taken whole.
+        pairing: `(*, epoch) -> (num_forget, several)` row numbers of the retain set: in its epoch e
+            a forget row brings these with it, and no others are drawn. `jedit.data.pair_in_turn`
+            and `pair_by_entity` are such functions, with their other arguments bound by
+            `functools.partial`. None: retain rows are drawn by themselves.
     """
 
     objective: Objective
@@ -35,5 +41,6 @@ class TrainingMethod(NamedTuple):
     update_args: Callable[..., dict] | None = None
     trainable: str | None = None
     batch_size: int = 32
+    pairing: Callable[..., Int[np.ndarray, "forget several"]] | None = None
 
     __repr__ = short_repr

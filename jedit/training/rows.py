@@ -4,12 +4,17 @@ Rows are drawn epoch by epoch: epoch e is a permutation of the set, made from `f
 the epochs follow one another in one stream that is cut into batches.  So each row is seen equally
 often, to within one, and the rows of step s depend on the key and on s: not on the number of steps,
 not on where a run was broken off, not on the number of devices.
+
+Where a method says which retain rows go beside which forget row, those are what a step sees of the
+retain set.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
 
@@ -50,6 +55,55 @@ def _piece(count: int, length: int, place: Array, key: Array) -> Int[Array, " le
 
     stream = jax.vmap(permutation)(epochs).reshape(-1)
     return lax.dynamic_slice(stream, (place[1],), (length,))
+
+
+def paired_stream(
+    stream: Int[Array, "steps size"],
+    first: int,
+    pairing: Callable[..., np.ndarray],
+    *,
+    num_forget: int,
+    num_retain: int,
+) -> Int[Array, "steps beside"]:
+    """Return the retain rows that go beside the forget rows of a stream, forget row by forget row.
+
+    Args:
+        stream: numbers of forget rows, from step `first` on.
+        first: the first step.
+        pairing: `(*, epoch) -> (num_forget, several)` numbers of retain rows.
+        num_forget: how many forget rows there are.
+        num_retain: how many retain rows there are.
+
+    Raises:
+        ValueError: the pairing gives something else.
+    """
+    steps, size = stream.shape
+    epochs = (first * size + np.arange(steps * size)) // num_forget
+    low, high = (int(epochs[0]), int(epochs[-1])) if epochs.size else (0, 0)
+    tables = [
+        _checked_table(pairing(epoch=e), num_forget, num_retain) for e in range(low, high + 1)
+    ]
+    several = {table.shape[1] for table in tables}
+    if len(several) != 1:
+        raise ValueError(f"pairing gave {sorted(several)} retain rows a forget row, by the epoch")
+    found = jnp.asarray(np.stack(tables))[(epochs - low).reshape(steps, size), stream]
+    return found.reshape(steps, -1)
+
+
+def _checked_table(table: np.ndarray, num_forget: int, num_retain: int) -> np.ndarray:
+    table = np.asarray(table)
+    is_whole = np.issubdtype(table.dtype, np.integer)
+    if table.ndim != 2 or len(table) != num_forget or not table.size or not is_whole:
+        raise ValueError(
+            f"pairing must give ({num_forget}, several) row numbers, some for each forget row; got "
+            f"{table.shape}, {table.dtype}"
+        )
+    if table.min() < 0 or table.max() >= num_retain:
+        raise ValueError(
+            f"pairing must give numbers of retain rows, from 0 to {num_retain - 1}; got "
+            f"{table.min()} to {table.max()}"
+        )
+    return table.astype(np.int32)
 
 
 def num_rows(rows: PyTree) -> int:

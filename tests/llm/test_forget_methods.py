@@ -29,7 +29,7 @@ ROWS = [
 FORGET, RETAIN = ROWS[:4], ROWS[4:]
 QUICK = Settings(batch_size=4, attack=False, max_len=56)
 NATURAL = {"steps": 4, "recovery": 0}
-IN_SHORT = ("AltPO", "MEMIT")
+IN_SHORT = ("AltPO", "FIT", "MEMIT", "RULE")
 ALL = [
     name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
     for name, _ in methods()

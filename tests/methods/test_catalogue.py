@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from jedit import methods
+from jedit.core.batch import Batch
 from jedit.curvature import ekfac, estimate
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit
-from jedit.methods import CATALOGUE, ByBudget, BySteps, Material, Need, _making
+from jedit.methods import CATALOGUE, ByBudget, BySteps, Dialogue, Material, Need, Played, _making
 from jedit.methods.rows import closed_forms, objectives, steps
 from jedit.objectives import NPO, with_retain
 from jedit.training import TrainingMethod, run_method
@@ -22,6 +24,9 @@ from tests.test_contract import ESTIMATOR, make_scene, network
 # Public methods that make no model forget: parts of others, looked for by name.
 PARTS = {
     "causal_trace",
+    "distinct_requests",
+    "gradient_importance",
+    "influential_layers",
     "module_effects",
     "repselect_moments",
     "target_values",
@@ -56,10 +61,26 @@ def scene():
         alternates=forget._replace(targets=(jnp.asarray(forget.targets) + 2) % 3),
         num_classes=3,
         retain=retain,
+        dialogue=Dialogue(forget, retain, Play(forget, retain), 1e-2, 1e-2),
         steps=4,
         has_positions=False,
     )
     return material, retain
+
+
+class Play(NamedTuple):
+    """Labels drawn from the network: right ones are wanted of the retain rows alone."""
+
+    forget: Batch
+    retain: Batch
+
+    def __call__(self, params, *, key):
+        rows = jax.tree.map(lambda *x: jnp.repeat(jnp.concatenate(x), 4, axis=0), *self)
+        drawn = jax.random.categorical(key, network(params, rows.inputs))
+        is_right = np.asarray(drawn == rows.targets).reshape(-1, 4)
+        cut = len(self.forget.targets)
+        rewards = np.concatenate([~is_right[:cut], is_right[cut:]]).astype(float)
+        return Played(rows._replace(targets=drawn), rewards)
 
 
 def ran(row, material, retain):

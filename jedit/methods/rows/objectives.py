@@ -118,6 +118,17 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="FIT",
+        description="Random labels, NPO, or NPO with a retain KL, by how large a row's gradient is;"
+        " trains the 8 layers that matter most to the rows.",
+        when="requests that keep coming",
+        papers=("2601.21682",),
+        make=_making.by_fit,
+        settings={"layers": 8, "beta": 0.1, "kl_weight": 1.0},
+        prepare=_making.graded,
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
         name="AltPO",
         description="Prefers an alternate answer, sampled from the model, to the answer (DPO, beta"
         " 0.1), with the retain loss.",

@@ -23,7 +23,7 @@ from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, est
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
-from jedit.methods import kfade
+from jedit.methods import Dialogue, kfade
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Row
 from jedit.recipes.comparison.judge import Judge, probe_batch
@@ -69,6 +69,7 @@ class Fitted(NamedTuple):
         moments: K-FAC of the forget and of the retain answers, by the need; likewise.
         temperature: the one of the grid's that methods without one of their own step at.
         alternates: the forget rows' alternate answers; None where no method needs them.
+        dialogue: what RULE is taught by and asks; likewise.
         seconds: of one K-FAC.
         corrected_seconds: of one K-FAC and its EK-FAC.
         moment_seconds: of the moments.
@@ -79,6 +80,7 @@ class Fitted(NamedTuple):
     moments: dict[Need, Curvature] = {}
     temperature: float = 1.0
     alternates: Batch | None = None
+    dialogue: Dialogue | None = None
     seconds: float = 0.0
     corrected_seconds: float = 0.0
     moment_seconds: float = 0.0
@@ -191,6 +193,7 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         subjects=_last_prompt_token(task.forget),
         refusals=task.refusals,
         alternates=fitted.alternates,
+        dialogue=fitted.dialogue,
         num_classes=outputs.shape[-1],
         retain=task.retain,
         steps=grid.looks[-1],
@@ -228,6 +231,8 @@ def fit_material(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say
     if Need.ALTERNATES in needed and task.alternates is not None:
         say("sampling alternate answers to the forget rows' questions")
         fitted = fitted._replace(alternates=task.alternates())
+    if Need.DIALOGUE in needed and task.dialogue is not None:
+        fitted = fitted._replace(dialogue=task.dialogue())
     return fitted
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
+from jedit.methods import Dialogue
 from jedit.methods.row import Pace, Reach
 
 # What the demo runs unless it is asked for all.
@@ -73,6 +74,7 @@ class Task(NamedTuple):
         refusals: what DPO prefers to the answers of the forget rows, row by row, or None.
         alternates: makes what AltPO prefers to the answers of the forget rows, row by row, where a
             method needs it; or None.
+        dialogue: makes what RULE is taught by and asks, where a method needs it; or None.
         utility: params to Model Utility, or None.
         judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
         pack: makes fewer sequences of the rows that judge a point; None: they stay as they are.
@@ -93,6 +95,7 @@ class Task(NamedTuple):
     layers: tuple[str, ...]
     refusals: Batch | None = None
     alternates: Callable[[], Batch] | None = None
+    dialogue: Callable[[], Dialogue] | None = None
     utility: Callable[[PyTree], float] | None = None
     judged_rows: int | None = None
     pack: Callable[[Batch], Batch] | None = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
+from jedit.methods.row import ForgetRows
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.freezing import split, which_are_trained
 from jedit.training.rate import with_learning_rate
@@ -20,7 +21,7 @@ def ascend(
     method: TrainingMethod,
     apply: Callable,
     params: PyTree,
-    forget: Batch | tuple[Batch, Batch],
+    forget: ForgetRows,
     retain: Batch,
     *,
     learning_rates: tuple[float, ...],

@@ -135,7 +135,7 @@ def _forgotten(
     total: int,
     *,
     model: tuple[Apply, PyTree] | None = None,
-    rows: Batch | tuple[Batch, ...] | None = None,
+    rows: Batch | tuple[Any, ...] | None = None,
 ) -> Made:
     """Let `jedit.forget` take the steps, which looks, keeps the budget, stops and saves."""
     apply, params = (given.apply, given.params) if model is None else model

@@ -16,9 +16,11 @@ from jedit.core.paths import matcher
 from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, answers_only
+from jedit.methods import Dialogue
 from jedit.methods.row import Material, Need, Row
 from jedit.models import load_stepper
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
+from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.folders.places import SELECT, hidden_site, written_layers
 from jedit.recipes.folders.placing import cut
@@ -27,6 +29,7 @@ from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import REFUSAL
 from jedit.recipes.tofu.evaluation import ROOM
 from jedit.recipes.tokenization import Words
+from jedit.requests.forget import held_out
 from jedit.requests.unseen import spread, take
 
 # What random numbers are drawn for, by place; "edit" is the method itself.
@@ -44,6 +47,7 @@ class Given(NamedTuple):
         words: its tokenizer.
         num_positions: number of positions that it has.
         forget: the rows to forget, as texts.
+        retain: the rows to keep, as texts, in the order of their encoded set.
         sets: the encoded rows: "forget", "retain", and "unseen" where there are some.
         encode: makes a batch of rows.
         select: pattern of the parameters to edit; None: the method's own.
@@ -58,6 +62,7 @@ class Given(NamedTuple):
     words: Words
     num_positions: int
     forget: Sequence[QaRow]
+    retain: Sequence[QaRow]
     sets: dict[str, Batch]
     encode: Callable[[Sequence[tuple[str, str]]], Batch]
     select: str | None
@@ -113,6 +118,8 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
         made["alternates"] = _alternates(given, settings)
     if Need.RETAIN in row.needs:
         made["retain"] = seen
+    if Need.DIALOGUE in row.needs:
+        made["dialogue"] = _dialogue(given)
     if Need.HIDDEN_SITE in row.needs:
         made["hidden_site"] = hidden_site(params)
     if Need.LAYERS in row.needs:
@@ -141,6 +148,23 @@ def _fitted(
     chunks = [change(batch) for batch in cut(rows, settings)]
     key = given.key_of(name)
     return estimate(estimator, given.params, chunks, key=key, checkpoint=part)
+
+
+def _dialogue(given: Given) -> Dialogue:
+    """Return what RULE is taught by and asks.
+
+    Raises:
+        ValueError: some of the rows are texts without questions.
+    """
+    seen = held_out(Batch(jnp.arange(len(given.retain))))[0].inputs
+    retain = [given.retain[i] for i in np.asarray(seen)]
+    rows = [(row.question, row.answer) for row in (*given.forget, *retain)]
+    if not all(question for question, _ in rows):
+        raise ValueError("RULE asks questions, and some of the rows have none: they are texts")
+    longest = int(np.asarray(given.encode(rows).mask).sum(axis=1).max()) + ROOM
+    room = given.num_positions + 1 - given.words.prompts(rows).tokens.shape[1]
+    parts = (load_stepper(given.folder), given.words, given.encode, min(longest, room))
+    return dialogue(Speaker(*parts), given.forget, retain)
 
 
 def _alternates(given: Given, settings: Settings) -> Batch:

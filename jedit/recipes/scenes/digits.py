@@ -41,7 +41,7 @@ ALL = GRID._replace(
     methods=tuple(
         row.name
         for row in CATALOGUE.values()
-        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES}
+        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE}
     )
 )
 SHARE_SEEN = 0.7

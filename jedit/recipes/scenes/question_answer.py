@@ -19,6 +19,7 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
+from jedit.methods import Dialogue
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
@@ -26,8 +27,10 @@ from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Grid, Task
+from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
+from jedit.recipes.tokenization import OwnWords
 from jedit.report import Answer, Comparison
 from jedit.requests import Unseen
 from jedit.requests.unseen import spread
@@ -171,6 +174,7 @@ def question_answer(
             alternates=functools.partial(
                 rows.alternates, sets.forget, model, original.params, key=sample_key
             ),
+            dialogue=functools.partial(rows.dialogue, sets.forget, sets.seen, model, grid),
         )
         judged, models = compare(task, grid, key=compare_key, say=Within(part, say))
         notes, run = _notes(sets, rows), None
@@ -278,6 +282,14 @@ class _Rows:
             return decode_answers(self.tokenizer, tokens)
 
         return self.encode(sampled_alternates(rows, ask, key=key))
+
+    def dialogue(
+        self, forget: Sequence[QaRow], retain: Sequence[QaRow], model: Model, grid: Grid
+    ) -> Dialogue:
+        """Return what RULE is taught by and asks, at rates of the grid."""
+        stepper = gpt_stepper(num_layers=model.layers, num_heads=model.heads)
+        speaker = Speaker(stepper, OwnWords(self.tokenizer), self.encode, ANSWER_TOKENS)
+        return dialogue(speaker, forget, retain, rates=grid.rates)
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
         """Return the rows with their questions in other words, which no model was trained on."""

@@ -1,6 +1,6 @@
 """What TOFU and its successors measure on one model, by question set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,12 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow, batches, pack
 from jedit.data.text import Spans
+from jedit.methods import Dialogue
+from jedit.methods.row import Pace
 from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
+from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.tokenization import Words
 
@@ -215,6 +218,20 @@ def alternates(model: LanguageModel, params: PyTree, asked: Questions, *, key: A
         return model.words.answers(tokens)
 
     return model.encode(sampled_alternates(asked.rows, ask, key=key))
+
+
+def dialogue_of(
+    model: LanguageModel,
+    forget: Sequence[QaRow],
+    retain: Sequence[QaRow],
+    rates: Mapping[Pace, tuple[float, ...]] | None = None,
+) -> Dialogue:
+    """Return what RULE is taught by and asks, at rates of a grid or at its own."""
+    rows = [(row.question, row.answer) for row in (*forget, *retain)]
+    longest = int(np.asarray(model.encode(rows).mask).sum(axis=1).max()) + ROOM
+    room = model.num_positions + 1 - model.words.prompts(rows).tokens.shape[1]
+    parts = (model.stepper, model.words, model.encode, min(longest, room))
+    return dialogue(Speaker(*parts, dtype=model.dtype), forget, retain, rates=rates)
 
 
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:

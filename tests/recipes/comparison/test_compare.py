@@ -11,7 +11,7 @@ import pytest
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import batches
-from jedit.methods import CATALOGUE, ByBudget, ByScale, Pace, Reach
+from jedit.methods import CATALOGUE, ByBudget, ByScale, Dialogue, Pace, Played, Reach
 from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison import compare as compare_module
 from jedit.recipes.comparison.compare import compare
@@ -142,7 +142,19 @@ def test_every_method_of_the_demo_moves_the_model(task):
         looks=(4,),
     )
     others = [task.forget._replace(targets=task.forget.targets - i) for i in (3, 2)]
-    with_answers = task._replace(refusals=others[0], alternates=lambda: others[1])
+
+    def play(params, *, key):
+        """Wrong labels are wanted of eight forget rows."""
+        rows = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:8], 4, axis=0), task.forget)
+        drawn = jax.random.categorical(key, task.apply(params, rows.inputs))
+        rewards = np.asarray(drawn != rows.targets).astype(float).reshape(8, 4)
+        return Played(rows._replace(targets=drawn), rewards)
+
+    with_answers = task._replace(
+        refusals=others[0],
+        alternates=lambda: others[1],
+        dialogue=lambda: Dialogue(others[0], task.retain, play, 0.03, 0.03),
+    )
     judged, _ = compare(with_answers, grid, key=jax.random.key(1), say=lambda _: None)
     assert [m.name for m in judged.methods] == names
     for curve in judged.curves:

@@ -1,0 +1,214 @@
+"""RULE: a boundary of refusal, by reinforcement (Zhang et al., arXiv 2506.07171).
+
+    1. rejection tuning    lower the NLL of refusals to forget questions and of the answers to
+                           boundary questions
+    2. GRPO                per step, G answers to each question are drawn, judged, and
+                           -E min(ρ A, clip(ρ) A) + β KL(p || p_ref) is lowered
+
+    12% of the forget set, 8% boundary questions     `Dialogue.refusals`, `Dialogue.boundary`
+    reward R                                         within `Dialogue.play`; a language model's is
+                                                     `refusal_rewards`, `answer_rewards`
+    G = 8 answers, 20 steps, rate 2e-6               `Dialogue.play`, `RuleStages.steps`,
+                                                     `Dialogue.rate`
+    β = 1e-2                                         `jedit.objectives.GRPO`
+    p_ref                                            the model after stage 1
+
+What draws and judges answers is a callable, so that a model's texts and their rewards stay on the
+host; the steps between two draws are one compiled call of `jedit.unlearn`.
+
+Differences.  The two stages and both shares are the paper's [paper]; G, steps, rate, β and the
+reward are those of the released code [code].  How long the first stage lasts and at what rate is
+not stated in what we have: 40 steps at 1e-5 are arbitrary, as is that each draw serves two updates,
+so that the clipping has something to clip.  There the boundary questions are written by a language
+model beside the forget questions; ours are retain rows that the caller gives, neighbours where
+there are any.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from jedit.core.arguments import check_function, check_kind
+from jedit.core.batch import Batch
+from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from jedit.edits import Edit, edit_between
+from jedit.objectives import GRPO, Answers, RetainNLL, group_advantages
+from jedit.objectives.token_nll import counted_nll
+from jedit.training.loop import unlearn
+from jedit.training.method import TrainingMethod
+from jedit.training.watch import LoopState, Watch
+
+
+class Played(NamedTuple):
+    """Answers that a model gave, with their rewards.
+
+    Attributes:
+        rows: all answers, those to one question one after the other.
+        rewards: (questions, answers to each).
+    """
+
+    rows: Batch
+    rewards: Float[np.ndarray, "questions group"]
+
+
+class Dialogue(NamedTuple):
+    """What RULE is taught by, and asked.
+
+    Attributes:
+        refusals: questions to forget, with refusals for answers; the paper's code takes 12% of the
+            forget set.
+        boundary: questions near them that are to be answered, with their answers; there 8%.
+        play: `(params, *, key) -> Played`: asks some questions, draws answers, judges them.
+        tuning_rate: Adam's learning rate of the first stage; 1e-5 is arbitrary.
+        rate: Adam's learning rate of the second stage; 2e-6, the code's for models of 7B and more;
+            a small model needs a hundred times as much.
+    """
+
+    refusals: Batch
+    boundary: Batch
+    play: Callable[..., Played]
+    tuning_rate: float = 1e-5
+    rate: float = 2e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleStages:
+    """How long the two stages of RULE last.
+
+    Attributes:
+        tuning_steps: steps of rejection tuning; 40 is arbitrary.
+        steps: draws of answers, each learnt from; 20, the code's. 0: rejection tuning alone.
+        updates: steps of the optimizer for one draw; 2 is arbitrary.
+        batch_size: rows in a step of the first stage; 16 is arbitrary.
+    """
+
+    tuning_steps: int = 40
+    steps: int = 20
+    updates: int = 2
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of their range.
+
+        Raises:
+            ValueError: a number out of its range, by its name.
+        """
+        check_numbers(COUNT_OR_ZERO, tuning_steps=self.tuning_steps, steps=self.steps)
+        check_numbers(COUNT, updates=self.updates, batch_size=self.batch_size)
+
+
+class RuleInfo(NamedTuple):
+    """What the stages did.
+
+    Attributes:
+        tuning_loss: mean NLL of the first stage's rows, a step each.
+        rewards: mean reward of each draw, before it is learnt from.
+        reference_kl: estimated KL to the model after the first stage, at each update.
+    """
+
+    tuning_loss: Float[np.ndarray, " tuning_steps"]
+    rewards: Float[np.ndarray, " steps"]
+    reference_kl: Float[np.ndarray, " updates"]
+
+
+def rule(
+    apply: Callable[[PyTree, PyTree], Array],
+    params: PyTree,
+    dialogue: Dialogue,
+    *,
+    key: Key[Array, ""],
+    stages: RuleStages = RuleStages(),  # noqa: B008 - frozen and hashable
+    objective: GRPO = GRPO(),  # noqa: B008 - frozen and hashable
+) -> tuple[Edit, RuleInfo]:
+    """Teach a model where to refuse: rejection tuning, then GRPO.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`.
+        params: the trained parameters.
+        dialogue: what it is taught by, and what draws and judges answers.
+        key: the random key of the rows' orders and of the draws.
+        stages: how long both stages last.
+        objective: GRPO's clipping and KL.
+
+    Returns:
+        The edit, and what the stages did.
+
+    Raises:
+        TypeError: an argument is something else.
+        ValueError: a number out of its range, or rewards that are no groups of the rows.
+        FloatingPointError: a loss or a parameter is not finite.
+    """
+    check_kind(dialogue, Dialogue, "dialogue", "what RULE is taught by, and asked")
+    check_kind(stages, RuleStages, "stages", "such as RuleStages(steps=20)")
+    check_function(dialogue.play, "play", "(params, *, key)")
+    check_numbers(NOT_NEGATIVE, tuning_rate=dialogue.tuning_rate, rate=dialogue.rate)
+    tuning_key, play_key, order_key = (jax.random.fold_in(key, i) for i in range(3))
+    taught = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts), dialogue.refusals, dialogue.boundary
+    )
+    tuning = TrainingMethod(RetainNLL(), _adam(dialogue.tuning_rate), batch_size=stages.batch_size)
+    tuned, history = unlearn(
+        tuning, apply, params, None, taught, steps=stages.tuning_steps, key=tuning_key
+    )
+    state = LoopState(0, tuned, None, tuned)
+    rewards, divergences = [], []
+    for step in range(stages.steps):
+        drawn = dialogue.play(state.params, key=jax.random.fold_in(play_key, step))
+        answers = _answers(apply, state.params, drawn)
+        method = TrainingMethod(objective, _adam(dialogue.rate), batch_size=len(answers.advantages))
+        ends: list[LoopState] = []
+        _, learnt = unlearn(
+            method,
+            apply,
+            state,
+            answers,
+            steps=state.step + stages.updates,
+            key=order_key,
+            watch=Watch(_keep_in(ends), every=stages.updates),
+        )
+        state = ends[-1]
+        rewards.append(float(np.mean(drawn.rewards)))
+        divergences.append(np.asarray(learnt["reference_kl"]))
+    info = RuleInfo(
+        np.asarray(history["loss"]),
+        np.asarray(rewards),
+        np.concatenate(divergences) if divergences else np.zeros(0),
+    )
+    return edit_between(params, state.params), info
+
+
+def _keep_in(ends: list[LoopState]) -> Callable[..., None]:
+    def keep(state: LoopState, history: object) -> None:
+        del history
+        ends.append(state)
+
+    return keep
+
+
+def _answers(apply: Callable, params: PyTree, drawn: Played) -> Answers:
+    advantages = group_advantages(drawn.rewards).reshape(-1)
+    count = len(jax.tree.leaves(drawn.rows)[0])
+    if len(advantages) != count:
+        raise ValueError(
+            f"play gave {count} rows and rewards of shape {np.shape(drawn.rewards)}; give one "
+            "reward for each row"
+        )
+    return Answers(drawn.rows, _nll(apply, params, drawn.rows), advantages)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(apply: Callable, params: PyTree, rows: Batch) -> Array:
+    return counted_nll(apply, params, rows)[0]
+
+
+@functools.cache
+def _adam(learning_rate: float) -> optax.GradientTransformation:
+    """One optimizer for each rate, which programs are compared by."""
+    return optax.adam(learning_rate)

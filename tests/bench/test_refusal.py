@@ -1,0 +1,49 @@
+"""The script of refusals, streams and neighbours on a toy: what it measures, not what it finds."""
+
+import json
+
+import jax
+import pytest
+
+from jedit.data import QaRow
+from tests.bench.claims import refusal
+
+
+@pytest.fixture(autouse=True, scope="module")
+def standard_promotion():
+    """What optax's Adam mixes, its counter and its decay rates, strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_values_are_shared_by_attribute():
+    def row(author, attribute, value):
+        fields = {"author": author, "attribute": attribute, "value": value}
+        return QaRow("?", ".", fields=fields)
+
+    rows = [row("a", "genre", "crime"), row("b", "genre", "crime"), row("b", "theme", "crime")]
+    found = refusal.values_of(rows)
+    assert found["a"] & found["b"] == {("genre", "crime")}
+    assert len(found["b"]) == 2
+
+
+def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
+    refusal.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "refusal.json").read_text())["runs"]
+    (rule,), (fit,), (melu,) = found["rule"], found["fit"], found["melu"]
+    assert {"untouched", "rejection tuning", "RULE"} < set(rule)
+    assert sum(name.startswith("IdkDPO") for name in rule) == 4
+    for row in rule.values():
+        for name in ("untaught", "paraphrased", "kept"):
+            assert 0 <= row[f"{name} refused"] <= 1
+    assert rule["untouched"]["kept refused"] == 0
+    assert set(fit) >= {"filter", "untouched", "FIT", "NPO"}
+    assert all(0 <= fit[name]["F.D."] <= 1 for name in fit if name != "filter")
+    assert melu["scene"]["neighbour authors"] >= 1
+    assert "| RULE |" in capsys.readouterr().out
+
+    def refuse(*_):
+        raise AssertionError("what is on the disk is not measured again")
+
+    monkeypatch.setattr(refusal, "Scene", refuse)
+    refusal.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
