@@ -21,7 +21,18 @@ from jedit.methods.curvature.natural import natural
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
+from jedit.methods.latents._autoencoder import (
+    AutoencoderInfo,
+    SparseAutoencoder,
+    fit_autoencoder,
+)
+from jedit.methods.latents.sae_guided import fit_latents, sae_guided
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.trained.attention_shifting import (
+    attention_shifting,
+    important_tokens,
+    token_importance,
+)
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
@@ -44,6 +55,7 @@ __all__ = [
     "Ascent",
     "AssociationInfo",
     "Associations",
+    "AutoencoderInfo",
     "CausalTrace",
     "Corruption",
     "EngramInfo",
@@ -52,12 +64,17 @@ __all__ = [
     "Layers",
     "Restoration",
     "Search",
+    "SparseAutoencoder",
     "TargetInfo",
     "alphaedit",
+    "attention_shifting",
     "causal_trace",
     "curvature_engram",
     "engram",
+    "fit_autoencoder",
+    "fit_latents",
     "gu",
+    "important_tokens",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -68,7 +85,9 @@ __all__ = [
     "rome",
     "rosu",
     "salun",
+    "sae_guided",
     "sam",
     "target_values",
+    "token_importance",
     "uam",
 ]

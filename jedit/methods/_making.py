@@ -17,11 +17,13 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
+from jedit.methods.latents.sae_guided import sae_guided
 from jedit.methods.row import (
     ClosedForm,
     Material,
     Need,
 )
+from jedit.methods.trained.attention_shifting import attention_shifting
 from jedit.methods.trained.gu import gu
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.repselect import repselect
@@ -148,6 +150,16 @@ def rmu(material: Material) -> TrainingMethod:
     return TrainingMethod(
         with_retain(RMU(hidden, seed=SEED), RetainStates(hidden)), material.optimizer
     )
+
+
+def by_sae_guided(material: Material, *, push: float) -> TrainingMethod:
+    hidden = Entering(material.take(Need.HIDDEN_SITE))
+    return sae_guided(hidden, material.take(Need.LATENTS), material.optimizer, push=push)
+
+
+def by_attention_shifting(material: Material, **settings: float) -> TrainingMethod:
+    maps = material.take(Need.ATTENTION)
+    return attention_shifting(material.optimizer, maps=maps, **settings)
 
 
 # Optimizers are compared by identity: the same one for the same settings, so that a second scene

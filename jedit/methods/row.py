@@ -17,6 +17,8 @@ from jaxtyping import Array, PyTree
 from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.edits import Edit
+from jedit.objectives.attention_shift import Attention
+from jedit.objectives.sae_guided import LatentMeans
 from jedit.training import TrainingMethod
 
 # The learning rate stands in the optimizer's state, so that a grid of them compiles once; 1e-5 is
@@ -42,6 +44,8 @@ class Need(enum.Enum):
     ALTERNATES = "alternate answers"
     NUM_CLASSES = "the number of classes"
     STEPS = "the number of steps"
+    ATTENTION = "attention weights"
+    LATENTS = "latents of known and of unknown rows"
 
     @property
     def field(self) -> str:
@@ -92,6 +96,9 @@ class Material:
             several, all first ones before all second ones.
         num_classes: of the outputs.
         steps: how many a method that trains will take, at most.
+        attention: how the model's attention is read, `tracing.AttentionMaps()` where it has some.
+        latents: a sparse autoencoder of the hidden site with the means of known and of unknown
+            rows, as `methods.fit_latents` makes it.
         has_positions: whether the outputs of a row are several.
     """
 
@@ -110,6 +117,8 @@ class Material:
     alternates: Batch | None = None
     num_classes: int | None = None
     steps: int | None = None
+    attention: Attention | None = None
+    latents: LatentMeans | None = None
     has_positions: bool = True
 
     def gives(self, need: Need) -> bool:

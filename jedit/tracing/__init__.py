@@ -7,6 +7,7 @@ from jedit.tracing.attention import (
     attention_weights,
     find_attention,
 )
+from jedit.tracing.attention_maps import AttentionMaps
 from jedit.tracing.discover import find_sites
 from jedit.tracing.entering import Entering
 from jedit.tracing.intervene import Intervention, intervene
@@ -16,6 +17,7 @@ from jedit.tracing.sites import Site, Sites, Weight
 __all__ = [
     "Attended",
     "Attention",
+    "AttentionMaps",
     "Attentions",
     "Capture",
     "Entering",

@@ -27,13 +27,10 @@ from jaxtyping import Array, PyTree
 from jedit.core.arguments import check_function, check_inputs, check_params
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.tracing import versions
 from jedit.tracing.dependence import at_probes
 from jedit.tracing.interpreter import Plan, Records, Rewrite, Tap, evaluate
 from jedit.tracing.pullback import argument_leaves
-from jedit.tracing.relations import ELEMENTWISE
-from jedit.tracing.source import source_line
-from jedit.tracing.versions import inner_jaxprs, scan_layout
+from jedit.tracing.softmax import Candidate, Search, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +198,8 @@ def _trace(apply: Callable, params: PyTree, inputs: PyTree) -> _Traced:
             f"{jax.tree_util.tree_structure(shape)}; wrap it so that it returns the logits alone"
         )
     num_params = len(jax.tree.leaves(params))
-    search = _Search()
-    values = [_Value(on_data=i >= num_params) for i in range(len(jaxpr.jaxpr.invars))]
+    search = Search()
+    values = [Value(on_data=i >= num_params) for i in range(len(jaxpr.jaxpr.invars))]
     _, plan = search.walk(jaxpr.jaxpr, values, (), "")
     chosen = [search.candidates[i] for i in sorted(search.confirmed)]
     # Numbered anew, in the program's order; what met no values is an ordinary softmax.
@@ -213,10 +210,24 @@ def _trace(apply: Callable, params: PyTree, inputs: PyTree) -> _Traced:
     lead = shape.shape[:-1]
     labels = at_probes(jaxpr, plan, num_params, lead)[1] if chosen and lead else {}
     found = tuple(_described(i, c, labels.get(i, ()), lead) for i, c in enumerate(chosen))
+    if any(one.examples is None for one in found) and _leads(inputs) == {1}:
+        # An axis of length one is nobody's: with two examples the axes can be told apart.
+        two = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), inputs)
+        axes = _trace(apply, params, two).found.values()
+        if len(axes) == len(found):
+            found = tuple(
+                dataclasses.replace(one, examples=other.examples, queries=other.queries)
+                for one, other in zip(found, axes, strict=True)
+            )
     return _Traced(jaxpr, plan, Attentions(found, tuple(dict.fromkeys(search.unseen))))
 
 
-def _described(number: int, candidate: "_Candidate", labels, lead: tuple[int, ...]) -> Attention:
+def _leads(inputs: PyTree) -> set[int]:
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(inputs)]
+    return {shape[0] if shape else 0 for shape in shapes}
+
+
+def _described(number: int, candidate: Candidate, labels, lead: tuple[int, ...]) -> Attention:
     num_scans = len(candidate.shape) - candidate.rank
     keys = num_scans + candidate.keys
 
@@ -243,255 +254,3 @@ def _described(number: int, candidate: "_Candidate", labels, lead: tuple[int, ..
         num_scans,
         candidate.source,
     )
-
-
-# How a softmax is put together, followed value by value.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sum:
-    """The sum of an exponential's entries along axes; or its reciprocal, or its logarithm."""
-
-    of: int
-    axes: tuple[int, ...]
-    form: str = "plain"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Value:
-    """What is known of a variable.
-
-    Attributes:
-        on_data: whether it depends on the inputs.
-        is_score: whether it is a product of two such values, changed entry by entry since.
-        exponential: number of the exponential of a score that it is, entry by entry.
-        total: the sum of one that it is.
-        weights: numbers of the softmaxes that it is made of.
-    """
-
-    on_data: bool = False
-    is_score: bool = False
-    exponential: int | None = None
-    total: _Sum | None = None
-    weights: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass
-class _Candidate:
-    plan: Plan
-    equation: int
-    keys: int
-    rank: int
-    shape: tuple[int, ...]
-    dtype: str
-    source: str
-
-
-RELAYOUTS = frozenset(
-    [
-        "broadcast_in_dim",
-        "concatenate",
-        "copy",
-        "expand_dims",
-        "pad",
-        "reshape",
-        "rev",
-        "slice",
-        "split",
-        "squeeze",
-        "transpose",
-        *versions.CAST,
-        *versions.IDENTITY,
-    ]
-)
-# What leaves an entry where it is: an exponential, or a sum, is still one after it.
-_IN_PLACE = frozenset(["mul", "select_n", "stop_gradient", *versions.CAST, *versions.IDENTITY])
-_OF_SUMS = frozenset(
-    ["add", "broadcast_in_dim", "expand_dims", "max", "reshape", "select_n", "stop_gradient"]
-    + [*versions.CAST, *versions.IDENTITY]
-)
-FLASH = "divides by the softmax's sum after the values (flash attention)"
-
-
-class _Search:
-    """A walk over a program: candidates are softmaxes of scores, confirmed where values follow."""
-
-    def __init__(self) -> None:
-        self.candidates: list[_Candidate] = []
-        self.confirmed: set[int] = set()
-        self.unseen: list[str] = []
-        self._exponentials = 0
-        self._branches = 0
-
-    def walk(
-        self, jaxpr, invals: list[_Value], scans: tuple[int, ...], source: str
-    ) -> tuple[list[_Value], Plan]:
-        """Follow values through one jaxpr, and return its outputs' values and the plan for it."""
-        env: dict[Any, _Value] = dict(zip(jaxpr.invars, invals, strict=True))
-        plan = Plan()
-
-        def read(atom) -> _Value:
-            known = None if isinstance(atom, jex_core.Literal) else env.get(atom)
-            return _Value() if known is None else known
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            values = [read(atom) for atom in eqn.invars]
-            if inner_jaxprs(eqn):
-                outs = self._enter(i, eqn, values, scans, plan, source)
-            else:
-                outs = [self._equation(i, eqn, values, scans, plan, source)] * len(eqn.outvars)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars], plan
-
-    def _enter(self, i, eqn, values, scans, plan, source) -> list[_Value]:
-        """Follow values into what an equation calls."""
-        name, line = eqn.primitive.name, source_line(eqn, source)
-        opaque = _Value(on_data=any(v.on_data for v in values))
-        if name in versions.INLINED:
-            inside = inner_jaxprs(eqn)[0].jaxpr
-            outs, inner = self.walk(inside, values, scans, line)
-            plan.inner[i] = (inner,)
-            return outs
-        if name == "scan":
-            body = eqn.params["jaxpr"].jaxpr
-            num_consts, num_carry = scan_layout(eqn)
-            # A carry may be of data from the second iteration on.
-            into = [
-                dataclasses.replace(v, on_data=opaque.on_data)
-                if num_consts <= k < num_consts + num_carry
-                else _Value(v.on_data)
-                for k, v in enumerate(values)
-            ]
-            lengths = (*scans, int(eqn.params["length"]))
-            outs, inner = self.walk(body, into, lengths, line)
-            plan.inner[i] = (inner,)
-            return [_Value(v.on_data) for v in outs]
-        if name == "cond":
-            walked = [
-                self.walk(branch.jaxpr, values[1:], scans, line)
-                for branch in eqn.params["branches"]
-            ]
-            for _, inner in walked:
-                inner.branch = self._branches
-                self._branches += 1
-            plan.inner[i] = tuple(inner for _, inner in walked)
-            return [opaque] * len(eqn.outvars)
-        inside = inner_jaxprs(eqn)[0].jaxpr
-        is_one_to_one = (len(inside.invars), len(inside.outvars)) == (
-            len(eqn.invars),
-            len(eqn.outvars),
-        )
-        if name in versions.CUSTOM_RULE and is_one_to_one:
-            return self._whole(i, eqn, inside, values, scans, plan, line)
-        if name not in versions.CUSTOM_RULE and sum(v.on_data for v in values) > 1:
-            hidden = _Search()
-            hidden.walk(inside, [_Value(True)] * len(inside.invars), scans, line)
-            if name == "pallas_call" or hidden.confirmed or hidden.unseen:
-                self.unseen.append(f"what is inside `{name}` ({line})")
-        return [opaque] * len(eqn.outvars)
-
-    def _whole(self, i, eqn, inside, values, scans, plan, line) -> list[_Value]:
-        """Follow values through a call that must stay whole: it may be a softmax itself."""
-        within, base = _Search(), len(self.candidates)
-        within.candidates, within._exponentials = list(self.candidates), self._exponentials
-        outs, _ = within.walk(inside, values, scans, line)
-        self._exponentials = within._exponentials
-        self.confirmed |= {n for n in within.confirmed if n < base}
-        if within.unseen or any(n >= base for n in within.confirmed):
-            self.unseen.append(
-                f"attention inside a function with a custom derivative rule ({line})"
-            )
-        mine = [n for n in range(base, len(within.candidates)) if n not in within.confirmed]
-        found = [
-            dataclasses.replace(v, weights=frozenset(n for n in v.weights if n < base))
-            for v in outs
-        ]
-        if len(outs) == 1 and any(n in outs[0].weights for n in mine):
-            found = [self._candidate(i, eqn, within.candidates[mine[-1]].keys, scans, plan, line)]
-        return found
-
-    def _candidate(self, i, eqn, keys: int, scans, plan: Plan, source: str) -> _Value:
-        out = eqn.outvars[0].aval
-        self.candidates.append(
-            _Candidate(
-                plan,
-                i,
-                keys,
-                out.ndim,
-                (*scans, *out.shape),
-                str(out.dtype),
-                source_line(eqn, source),
-            )
-        )
-        return _Value(True, weights=frozenset([len(self.candidates) - 1]))
-
-    def _equation(self, i, eqn, values, scans, plan, source) -> _Value:
-        name = eqn.primitive.name
-        on_data = any(v.on_data for v in values)
-        if name == "dot_general":
-            return self._product(eqn, values, source)
-        if name == "exp" and values[0].is_score:
-            total = values[0].total
-            if total is not None and total.form == "log" and len(total.axes) == 1:
-                return self._candidate(i, eqn, total.axes[0], scans, plan, source)
-            self._exponentials += 1
-            return _Value(True, exponential=self._exponentials)
-        if name == "reduce_sum" and values[0].exponential is not None:
-            axes = tuple(int(axis) for axis in eqn.params["axes"])
-            return _Value(on_data, total=_Sum(values[0].exponential, axes))
-        quotient = self._quotient(i, eqn, values, scans, plan, source)
-        if quotient is not None:
-            return quotient
-        is_entrywise = name in ELEMENTWISE or name in RELAYOUTS
-        if not is_entrywise:
-            return _Value(on_data)
-        exponentials = {v.exponential for v in values if v.exponential is not None}
-        keeps = len(exponentials) == 1 and name in _IN_PLACE
-        return _Value(
-            on_data,
-            is_score=any(v.is_score for v in values),
-            exponential=exponentials.pop() if keeps else None,
-            total=_total(name, values),
-            weights=frozenset().union(*(v.weights for v in values)),
-        )
-
-    def _quotient(self, i, eqn, values, scans, plan, source) -> _Value | None:
-        """Return the softmax that an equation completes, if it does."""
-        name = eqn.primitive.name
-        if name not in ("div", "mul") or len(values) != 2:
-            return None
-        form = "plain" if name == "div" else "reciprocal"
-        pairs = [values] if name == "div" else [values, values[::-1]]
-        for top, bottom in pairs:
-            total = bottom.total
-            if total is None or top.exponential is None or len(total.axes) != 1:
-                continue
-            if (total.of, total.form) == (top.exponential, form):
-                return self._candidate(i, eqn, total.axes[0], scans, plan, source)
-        return None
-
-    def _product(self, eqn, values, source) -> _Value:
-        a, b = values
-        for one, other in ((a, b), (b, a)):
-            if other.on_data:
-                self.confirmed |= one.weights
-                if one.exponential is not None:
-                    self.unseen.append(f"a product that {FLASH} ({source_line(eqn, source)})")
-        return _Value(a.on_data or b.on_data, is_score=a.on_data and b.on_data)
-
-
-def _total(name: str, values: list[_Value]) -> _Sum | None:
-    """Return the sum that is still known after an equation, if there is one."""
-    sums = [v.total for v in values if v.total is not None]
-    if len(sums) != 1:
-        return None
-    (total,) = sums
-    if name == "log" and total.form == "plain":
-        return dataclasses.replace(total, form="log")
-    if name == "sub" and total.form == "log" and values[1].total is total:
-        return total
-    if name == "div" and total.form == "plain" and values[1].total is total:
-        return dataclasses.replace(total, form="reciprocal")
-    if name == "integer_pow":
-        return dataclasses.replace(total, form="reciprocal")
-    return total if name in _OF_SUMS else None

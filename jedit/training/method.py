@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import optax
+from jaxtyping import PyTree
 
 from jedit.core.display import short_repr
 from jedit.objectives import Objective
@@ -28,6 +29,9 @@ class TrainingMethod(NamedTuple):
             and has neither gradient nor optimizer state: in the optimizer's trees, None stands
             there. None: all real parameters are trained.
         batch_size: rows of each set in a step, 32 (arbitrary); a smaller set is taken whole.
+        prepare: `(apply, reference, forget, retain) -> (forget, retain)`, run once before the first
+            step: what the objective wants to know of every row, and is dear, is put beside the
+            rows there. None: the sets are taken as they are.
     """
 
     objective: Objective
@@ -35,5 +39,24 @@ class TrainingMethod(NamedTuple):
     update_args: Callable[..., dict] | None = None
     trainable: str | None = None
     batch_size: int = 32
+    prepare: Callable[..., tuple[PyTree, PyTree]] | None = None
 
     __repr__ = short_repr
+
+
+def prepared(
+    method: TrainingMethod, apply: Callable, reference: PyTree, sets: tuple[PyTree, PyTree]
+) -> tuple[TrainingMethod, tuple[PyTree, PyTree]]:
+    """Return the sets as a method's objective takes them, and a method that takes them so.
+
+    For whoever runs a method several times on the same sets: `unlearn` prepares by itself.
+
+    Args:
+        method: the method.
+        apply: `apply(params, inputs) -> outputs`.
+        reference: the params before unlearning.
+        sets: the forget and the retain set.
+    """
+    if method.prepare is None:
+        return method, sets
+    return method._replace(prepare=None), method.prepare(apply, reference, *sets)

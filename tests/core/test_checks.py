@@ -29,7 +29,7 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 
 # What an argument of this name must not be, whichever function takes it.
 BAD = {
-    "alpha": NOT_NEGATIVE, "auc": SHARE, "batch_size": COUNT, "beta": NOT_NEGATIVE,
+    "active": COUNT, "alpha": NOT_NEGATIVE, "auc": SHARE, "batch_size": COUNT, "beta": NOT_NEGATIVE,
     "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE, "bits": COUNT,
     "budget": POSITIVE, "chunk": COUNT, "damping": NOT_NEGATIVE, "decay": SHARE,
     "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
@@ -56,6 +56,8 @@ BAD = {
     "tries": COUNT, "utility": NOT_NEGATIVE,
     "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
     "width": COUNT, "window": COUNT,
+    "latents": COUNT, "push": NOT_NEGATIVE, "reinforcement": NOT_NEGATIVE,
+    "revival": NOT_NEGATIVE, "suppression": (*SHARE, 1.0),
 }  # fmt: skip
 # Stricter than the name alone says.
 STRICTER = {
@@ -84,7 +86,10 @@ STRICTER = {
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
 # Records of what was found, and a helper whose numbers were computed.
-NOT_GIVEN_BY_USERS = {"Entry", "Material", "Site", "Weight", "largest_step_within"}
+NOT_GIVEN_BY_USERS = {
+    *("Attention", "Entry", "Material", "Site", "SparseAutoencoder", "Weight"),
+    "largest_step_within",
+}
 
 
 def _block():

@@ -17,10 +17,13 @@ from jedit.methods import CATALOGUE, ByBudget, BySteps, Material, Need, _making
 from jedit.methods.rows import closed_forms, objectives, steps
 from jedit.objectives import NPO, with_retain
 from jedit.training import TrainingMethod, run_method
-from tests.test_contract import ESTIMATOR, make_scene, network
+from tests.test_contract import ESTIMATOR, FeatureAttention, make_latents, make_scene, network
 
 # Public methods that make no model forget: parts of others, looked for by name.
-PARTS = {"causal_trace", "target_values"}
+PARTS = {
+    *("causal_trace", "fit_autoencoder", "fit_latents", "important_tokens", "target_values"),
+    "token_importance",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,6 +53,8 @@ def scene():
         alternates=forget._replace(targets=(jnp.asarray(forget.targets) + 2) % 3),
         num_classes=3,
         steps=4,
+        attention=FeatureAttention(),
+        latents=make_latents(params, forget, retain),
         has_positions=False,
     )
     return material, retain

@@ -350,6 +350,16 @@ def test_what_forms_no_weights_is_said_and_a_gate_is_no_attention():
     assert (len(found), found.unseen) == (0, ())
 
 
+def test_one_example_has_the_axes_of_several():
+    x = normal(3, SEQ, WIDTH)
+    apply, params, _, _ = of_einsum(x)
+    axes = [
+        [(a.examples, a.queries, a.keys) for a in find_attention(apply, params, rows).values()]
+        for rows in (x, x[:1])
+    ]
+    assert axes[0] == axes[1] == [(0, 2, 3)]
+
+
 def test_a_branch_not_taken_has_weights_of_zero(tolerance):
     def attend(x):
         return jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x), axis=-1) @ x

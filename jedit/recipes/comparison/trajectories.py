@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
+from jedit.training.method import prepared
 from jedit.training.watch import History
 
 
@@ -43,7 +44,8 @@ def ascend(
         there, for each look.
     """
     every = math.gcd(*looks)
-    forget, retain = (jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    sets = tuple(jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    method, (forget, retain) = prepared(method, apply, params, sets)
     for i, learning_rate in enumerate(learning_rates):
         run = functools.partial(
             unlearn,
