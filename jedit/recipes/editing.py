@@ -31,7 +31,7 @@ RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "sca
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other answers.
-OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES}
+OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES, Need.LATENTS}
 FITTED = frozenset(
     {Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS, Need.ALTERNATES}
 )

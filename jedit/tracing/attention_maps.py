@@ -72,6 +72,11 @@ class AttentionMaps:
         return attention_weights(apply, params, inputs, replace=replace).outputs
 
 
+def attention_of(apply: Callable, params: PyTree, inputs: PyTree) -> AttentionMaps | None:
+    """Return how a model's attention is read; None where it attends nowhere."""
+    return AttentionMaps() if find_attention(apply, params, inputs) else None
+
+
 def _checked(found: Attentions) -> Attentions:
     if not found or found.unseen:
         why = f": {'; '.join(found.unseen)}" if found.unseen else ""
