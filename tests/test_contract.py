@@ -33,6 +33,7 @@ from jedit.methods import (
     rome,
     ucan,
 )
+from jedit.objectives import LatentMeans
 from jedit.requests import batch_unlearn
 from jedit.transforms import (
     Adapter,
@@ -168,6 +169,25 @@ METHODS = [
 
 def network(params, x):
     return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"]
+
+
+@dataclass(frozen=True)
+class FeatureAttention:
+    """What stands for a network's attention: a softmax over features, which it hides one by one."""
+
+    def __call__(self, apply, params, x):
+        del apply
+        return jax.nn.softmax(x @ params["w"] @ params["w"].T, axis=-1)[None]
+
+    def without(self, apply, params, x, position):
+        return apply(params, x.at[:, position].set(0))
+
+
+def make_latents(params, known, unknown):
+    """Latents of the network's hidden layer, not sparse."""
+    hidden = lambda x: jnp.tanh(x @ params["w"])  # noqa: E731
+    means = (jnp.mean(hidden(batch.inputs), axis=0) for batch in (unknown, known))
+    return LatentMeans(lambda states: states, *means)
 
 
 ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compiles once

@@ -16,8 +16,16 @@ import pytest
 from jedit import methods, objectives, requests, transforms
 from jedit.objectives import GA, NPO, RepresentationDeviation, with_retain
 from jedit.training import TrainingMethod, run_method, unlearn
-from tests.objectives.references import SEQ, apply, make_batch, make_params
-from tests.test_contract import METHODS, TRANSFORMS, Row, make_scene, network
+from tests.objectives.references import SEQ, WIDTH, apply, make_batch, make_params
+from tests.test_contract import (
+    METHODS,
+    TRANSFORMS,
+    FeatureAttention,
+    Row,
+    make_latents,
+    make_scene,
+    network,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,6 +42,10 @@ def hidden(apply, params, x):
 
 SGD = optax.sgd(0.05, momentum=0.9)
 DEVIATION = with_retain(RepresentationDeviation(hidden))
+
+
+def _latents(_, params, __, forget, retain):
+    return make_latents(params, forget, retain)
 
 
 def _kuda(*scene):
@@ -68,6 +80,11 @@ TRAINERS = [
     Row("kuda", _kuda),
     Row("salun", lambda f, p, c, forget, _: methods.salun(f, p, forget, SGD)),  # noqa: ARG005
     Row("l1_sparse", lambda *_: methods.l1_sparse(SGD, strength=0.01, steps=3)),
+    Row("sae_guided", lambda *scene: methods.sae_guided(hidden, _latents(*scene), SGD)),
+    Row(
+        "attention_shifting",
+        lambda *_: methods.attention_shifting(SGD, maps=FeatureAttention(), share=0.5),
+    ),
     Row("NPO by SGD", lambda *_: TrainingMethod(with_retain(NPO()), SGD)),
 ]
 
@@ -118,6 +135,21 @@ def states(apply, params, tokens):
     return params["embed"][tokens]
 
 
+def maps(apply, params, tokens):
+    return jax.nn.softmax(states(apply, params, tokens), axis=-1)[None]
+
+
+def as_taken(name, forget, retain):
+    """The sets as an objective takes them."""
+    marks = jnp.arange(WIDTH)[None] % 2 == jnp.zeros(len(forget.inputs), int)[:, None]
+    if name == "DPO":
+        return (forget, retain), retain
+    if name == "SuppressAttention":
+        return (forget, marks), retain
+    return forget, (retain, marks) if name == "RetainAttention" else retain
+
+
+LATENT_MEANS = objectives.LatentMeans(jax.nn.relu, jnp.ones(WIDTH), -jnp.ones(WIDTH))
 OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),
@@ -130,11 +162,14 @@ OBJECTIVES = {
     "RMU": objectives.RMU(states),
     "RandomLabel": objectives.RandomLabel(),
     "RepresentationDeviation": objectives.RepresentationDeviation(states),
+    "RetainAttention": objectives.RetainAttention(maps),
     "RetainKL": objectives.RetainKL(),
     "RetainNLL": objectives.RetainNLL(),
     "RetainStates": objectives.RetainStates(states),
+    "SAEGuided": objectives.SAEGuided(states, LATENT_MEANS, tokens="counted"),
     "SatImp": objectives.SatImp(),
     "SimNPO": objectives.SimNPO(),
+    "SuppressAttention": objectives.SuppressAttention(maps),
     "UNDIAL": objectives.UNDIAL(),
     "WGA": objectives.WGA(),
     "with_retain": objectives.with_retain(objectives.NPO(), objectives.RetainKL()),
@@ -168,7 +203,8 @@ def test_an_objective_keeps_its_promises(name, tolerance):
         nonlocal num_traces
         num_traces += 1
         rows = ROWS_OF.get(name, lambda forget, _: forget)(forget, retain)
-        loss = lambda p: objective(apply, p, rows, retain, reference)  # noqa: E731
+        sets = as_taken(name, rows, retain)
+        loss = lambda p: objective(apply, p, *sets, reference)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     objective = OBJECTIVES[name]
@@ -202,6 +238,7 @@ NO_ROW = {
     "Answers": "is what an objective takes",
     "GradedRows": "is what an objective takes",
     "Importance": "is what an objective takes",
+    "LatentMeans": "is what an objective is made of",
     "balanced": "makes weights of a stack of edits",
     "continual": "answers a stream of requests (tests/requests/test_stream)",
     "causal_trace": "measures, and changes nothing",
@@ -212,7 +249,10 @@ NO_ROW = {
     "group_advantages": "is what objectives are made of",
     "influential_layers": "measures, and changes nothing",
     "rule": "draws answers between its steps, and is not to be traced (test_rule)",
+    "fit_autoencoder": "measures, and changes nothing",
+    "fit_latents": "measures, and changes nothing",
     "forget": "stops by itself, and is not to be traced (tests/requests/test_forget)",
+    "important_tokens": "measures, and changes nothing",
     "interactions": "measures a stack of edits",
     "module_effects": "measures, and changes nothing",
     "random_direction": "is what objectives are made of",
@@ -221,6 +261,7 @@ NO_ROW = {
     "repselect_moments": "makes a curvature (tests/methods/test_repselect)",
     "sequence_nll": "is what objectives are made of",
     "target_values": "makes what rome and memit write",
+    "token_importance": "measures, and changes nothing",
     "token_kl": "is what objectives are made of",
     "token_nll": "is what objectives are made of",
     "unlearn_refitted": "runs another method, in parts (tests/methods/test_repselect)",

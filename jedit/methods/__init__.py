@@ -23,8 +23,19 @@ from jedit.methods.curvature.ucan import UcanInfo, ucan
 from jedit.methods.engrams._take_out import EngramInfo
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
+from jedit.methods.latents._autoencoder import (
+    AutoencoderInfo,
+    SparseAutoencoder,
+    fit_autoencoder,
+)
+from jedit.methods.latents.sae_guided import fit_latents, sae_guided
 from jedit.methods.pruning.memorised_subspace import SubspaceInfo, memorised_subspace
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.trained.attention_shifting import (
+    attention_shifting,
+    important_tokens,
+    token_importance,
+)
 from jedit.methods.trained.cure import ModuleEffects, cure, module_effects
 from jedit.methods.trained.fit import (
     distinct_requests,
@@ -61,6 +72,7 @@ __all__ = [
     "Ascent",
     "AssociationInfo",
     "Associations",
+    "AutoencoderInfo",
     "CausalTrace",
     "Corruption",
     "Directions",
@@ -78,9 +90,11 @@ __all__ = [
     "RuleStages",
     "Search",
     "SubspaceInfo",
+    "SparseAutoencoder",
     "TargetInfo",
     "UcanInfo",
     "alphaedit",
+    "attention_shifting",
     "causal_trace",
     "cure",
     "curvature_engram",
@@ -92,6 +106,10 @@ __all__ = [
     "gradient_importance",
     "gu",
     "influential_layers",
+    "fit_autoencoder",
+    "fit_latents",
+    "gu",
+    "important_tokens",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -109,9 +127,11 @@ __all__ = [
     "rosu",
     "rule",
     "salun",
+    "sae_guided",
     "sam",
     "ssiuu",
     "target_values",
+    "token_importance",
     "uam",
     "unlearn_refitted",
     "ucan",

@@ -20,12 +20,14 @@ from jedit.methods.curvature.curvature_pruning import Keep, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, kfade
 from jedit.methods.curvature.natural import natural
 from jedit.methods.curvature.ucan import ucan
+from jedit.methods.latents.sae_guided import sae_guided
 from jedit.methods.pruning.memorised_subspace import memorised_subspace
 from jedit.methods.row import (
     ClosedForm,
     Material,
     Need,
 )
+from jedit.methods.trained.attention_shifting import attention_shifting
 from jedit.methods.trained.cure import cure, module_effects
 from jedit.methods.trained.fit import fit_unlearning, graded_rows
 from jedit.methods.trained.gu import gu
@@ -211,6 +213,16 @@ def rmu(material: Material) -> TrainingMethod:
     return TrainingMethod(
         with_retain(RMU(hidden, seed=SEED), RetainStates(hidden)), material.optimizer
     )
+
+
+def by_sae_guided(material: Material, *, push: float) -> TrainingMethod:
+    hidden = Entering(material.take(Need.HIDDEN_SITE))
+    return sae_guided(hidden, material.take(Need.LATENTS), material.optimizer, push=push)
+
+
+def by_attention_shifting(material: Material, **settings: float) -> TrainingMethod:
+    maps = material.take(Need.ATTENTION)
+    return attention_shifting(material.optimizer, maps=maps, **settings)
 
 
 # Optimizers are compared by identity: the same one for the same settings, so that a second scene

@@ -19,6 +19,8 @@ from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.methods.trained.rule import Dialogue
 from jedit.objectives import GradedRows
+from jedit.objectives.attention_shift import Attention
+from jedit.objectives.sae_guided import LatentMeans
 from jedit.training import TrainingMethod
 
 # The learning rate stands in the optimizer's state, so that a grid of them compiles once; 1e-5 is
@@ -48,6 +50,8 @@ class Need(enum.Enum):
     NUM_CLASSES = "the number of classes"
     RETAIN = "retain rows beforehand"
     STEPS = "the number of steps"
+    ATTENTION = "attention weights"
+    LATENTS = "latents of known and of unknown rows"
 
     @property
     def field(self) -> str:
@@ -100,6 +104,9 @@ class Material:
         num_classes: of the outputs.
         retain: rows to be kept, for what is measured on them before a method is run.
         steps: how many a method that trains will take, at most.
+        attention: how the model's attention is read, `tracing.AttentionMaps()` where it has some.
+        latents: a sparse autoencoder of the hidden site with the means of known and of unknown
+            rows, as `methods.fit_latents` makes it.
         has_positions: whether the outputs of a row are several.
     """
 
@@ -120,6 +127,8 @@ class Material:
     num_classes: int | None = None
     retain: Batch | None = None
     steps: int | None = None
+    attention: Attention | None = None
+    latents: LatentMeans | None = None
     has_positions: bool = True
 
     def gives(self, need: Need) -> bool:

@@ -7,6 +7,7 @@ gives.  Equal values compile once.  `with_retain` puts a retain term on any of t
 `with_retain(NPO(beta=0.04), RetainKL(), weight=2.0)`; gradient difference is `with_retain(GA())`.
 """
 
+from jedit.objectives.attention_shift import RetainAttention, SuppressAttention
 from jedit.objectives.ce_u import CEU
 from jedit.objectives.dpo import DPO
 from jedit.objectives.fit import FIT, GradedRows, Importance
@@ -22,6 +23,7 @@ from jedit.objectives.objective import Objective
 from jedit.objectives.random_label import RandomLabel, relabel
 from jedit.objectives.representation_deviation import RepresentationDeviation
 from jedit.objectives.rmu import RMU, RetainStates
+from jedit.objectives.sae_guided import LatentMeans, SAEGuided
 from jedit.objectives.simnpo import SimNPO
 from jedit.objectives.token_nll import sequence_nll, token_kl, token_nll
 from jedit.objectives.undial import UNDIAL
@@ -41,17 +43,21 @@ __all__ = [
     "Answers",
     "GradedRows",
     "Importance",
+    "LatentMeans",
     "LogitMargin",
     "MinorPart",
     "Objective",
     "RandomLabel",
     "RepresentationDeviation",
+    "RetainAttention",
     "RetainKL",
     "RetainNLL",
     "RetainStates",
+    "SAEGuided",
     "SatImp",
     "SimNPO",
     "group_advantages",
+    "SuppressAttention",
     "random_direction",
     "relabel",
     "sequence_nll",

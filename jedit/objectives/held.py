@@ -81,7 +81,7 @@ class WithRetain:
         apply: Apply,
         params: PyTree,
         forget: PyTree,
-        retain: Batch | None = None,
+        retain: PyTree = None,
         reference: PyTree | None = None,
     ) -> Value:
         """Return the sum, and what both terms have to say."""

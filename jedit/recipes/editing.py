@@ -32,7 +32,9 @@ RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "sca
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other
 # answers, nothing to be asked.
-OF_TEXTS = frozenset(Need) - {Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE}
+OF_TEXTS = frozenset(Need) - {
+    *(Need.SUBJECTS, Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE, Need.LATENTS),
+}
 FITTED = frozenset(
     {
         *(Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS),

@@ -24,6 +24,7 @@ from jedit.geometry.parts import ahead, moved
 from jedit.requests.unseen import Score, p_value_of, take, targets
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.freezing import merge, split, which_are_trained
+from jedit.training.method import prepared
 from jedit.training.watch import History
 
 Stopped = Literal["unseen", "budget", "steps"]
@@ -108,6 +109,7 @@ class Walk:
         Those that raise rows draw what is left, and end where the rows are like unseen ones; where
         `letting_go` is given, it steps while the rows are past these.
         """
+        method, self._sets = prepared(method, self._apply, self._start, self._sets)
         begin, end = self.state.step, self.state.step + steps
         numbers = (steps, every, method.batch_size, begin)
         with self._going_on(name, method, numbers) as save:

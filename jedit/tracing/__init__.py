@@ -1,5 +1,13 @@
 """Find where parameters act linearly, and capture what enters and what flows back there."""
 
+from jedit.tracing.attention import (
+    Attended,
+    Attention,
+    Attentions,
+    attention_weights,
+    find_attention,
+)
+from jedit.tracing.attention_maps import AttentionMaps
 from jedit.tracing.discover import find_sites
 from jedit.tracing.entering import Entering, Leaving
 from jedit.tracing.intervene import Intervention, intervene
@@ -7,6 +15,10 @@ from jedit.tracing.pullback import Capture, capture, run_capture, weight_gradien
 from jedit.tracing.sites import Site, Sites, Weight
 
 __all__ = [
+    "Attended",
+    "Attention",
+    "AttentionMaps",
+    "Attentions",
     "Capture",
     "Entering",
     "Intervention",
@@ -14,7 +26,9 @@ __all__ = [
     "Site",
     "Sites",
     "Weight",
+    "attention_weights",
     "capture",
+    "find_attention",
     "find_sites",
     "intervene",
     "run_capture",

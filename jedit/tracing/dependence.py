@@ -70,20 +70,7 @@ def dependence(program: Program, lead: Sequence[int]) -> Dependence:
     Returns:
         Where examples and positions stand in every site's output, and in the outputs.
     """
-    jaxpr = program.jaxpr
-    frame = _Frame(jaxpr.jaxpr, jaxpr.consts, program.plan, 0, keeps_integers=False)
-    output = jaxpr.jaxpr.outvars[0]
-    for v in jaxpr.jaxpr.invars[program.num_params :]:
-        if v.aval.shape:
-            frame.add(v, [(0, Place(0, 1, v.aval.shape[0]))])
-    # The order matters: before the outputs' own labels are put on, what reaches them is the inputs'
-    # examples alone.
-    frame.settle()
-    outputs = frozenset(place for _, place in frame.of(output))
-    frame.pull([Place(0, 1, lead[0])])
-    frame.add(output, [(i, Place(i, 1, n)) for i, n in enumerate(lead)])
-    frame.settle()
-    reached, labelled = frame.at_probes()
+    reached, labelled, outputs = at_probes(program.jaxpr, program.plan, program.num_params, lead)
     shapes = {tap.probe: tap.shape for tap in program.plan.all_taps()}
     sites = {
         name: _within(
@@ -100,6 +87,25 @@ def dependence(program: Program, lead: Sequence[int]) -> Dependence:
         for name, site in program.sites.items()
     }
     return Dependence(sites, outputs)
+
+
+def at_probes(
+    jaxpr: jex_core.ClosedJaxpr, plan: Plan, num_params: int, lead: Sequence[int]
+) -> tuple[dict[int, Reach], dict[int, Iterable[Label]], frozenset[Place]]:
+    """Return, by probe, what the tapped outputs reach and their labels; and of all outputs."""
+    frame = _Frame(jaxpr.jaxpr, jaxpr.consts, plan, 0, keeps_integers=False)
+    output = jaxpr.jaxpr.outvars[0]
+    for v in jaxpr.jaxpr.invars[num_params:]:
+        if v.aval.shape:
+            frame.add(v, [(0, Place(0, 1, v.aval.shape[0]))])
+    # The order matters: before the outputs' own labels are put on, what reaches them is the inputs'
+    # examples alone.
+    frame.settle()
+    outputs = frozenset(place for _, place in frame.of(output))
+    frame.pull([Place(0, 1, lead[0])])
+    frame.add(output, [(i, Place(i, 1, n)) for i, n in enumerate(lead)])
+    frame.settle()
+    return *frame.at_probes(), outputs
 
 
 def _within(belonging: Belonging, window: Window | None, shape: Sequence[int]) -> Belonging:

@@ -4,6 +4,7 @@ How a JAX version re-binds an equation stands in `versions`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,6 +52,18 @@ class Replacement(NamedTuple):
     added: Any
     mask: Any
     value: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["given"], meta_fields=["change"])
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A probe that computes the output anew: `change(output, given)`; None leaves it as it is.
+
+    In a scan `given` is sliced as probes are, and the function sees one iteration's output.
+    """
+
+    change: Callable | None = None
+    given: Any = None
 
 
 @dataclasses.dataclass
@@ -136,7 +149,11 @@ def evaluate(jaxpr, consts, inputs, plan: Plan, probes: dict[int, Any], records:
                     # Sites that read one activation have one record: it is kept once.
                     if kept.record not in {*records.known, *records.activations}:
                         records.activations[kept.record] = on_auto(_kept(kept, ins, read))
-                if isinstance(probe, Replacement):
+                if isinstance(probe, Rewrite):
+                    if probe.change is not None:
+                        changed = probe.change(on_auto(outs[0]), probe.given)
+                        outs[0] = typed_like(changed, outs[0])
+                elif isinstance(probe, Replacement):
                     added, mask, value = (typed_like(x, outs[0]) for x in probe)
                     outs[0] = jnp.where(mask, value, outs[0] + added)
                 else:

@@ -31,7 +31,7 @@ from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers,
 from jedit.core.devices import on_auto_axes, places_of, row_sharding
 from jedit.core.outputs import check_sets
 from jedit.training.freezing import merge, split, which_are_trained
-from jedit.training.method import TrainingMethod
+from jedit.training.method import TrainingMethod, prepared
 from jedit.training.rows import num_rows, paired_stream, row_streams
 from jedit.training.steps import Program, Read, advance, joined
 from jedit.training.watch import History, LoopState, Watch
@@ -91,6 +91,8 @@ def unlearn(
     check_function(method.objective, "objective", five)
     if method.update_args is not None:
         check_function(method.update_args, "update_args", five)
+    if method.prepare is not None:
+        check_function(method.prepare, "prepare", "(apply, reference, forget, retain)")
     for name in ("objective", "update_args"):
         _check_hashable(getattr(method, name), name)
     extra = method.update_args
@@ -102,6 +104,12 @@ def unlearn(
         method.batch_size,
         method.pairing,
     )
+    if method.prepare is not None:
+        start = params if isinstance(params, LoopState) else LoopState(0, params, None)
+        reference = start.params if start.reference is None else start.reference
+        check_params(reference)
+        given = jax.tree.map(jnp.asarray, (forget, retain))
+        method, (forget, retain) = prepared(method, apply, reference, given)
     sets = {"forget": forget, "retain": retain}
     return _train(how, params, sets, steps=steps, key=key, watch=watch)
 

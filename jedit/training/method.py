@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from jedit.core.display import short_repr
 from jedit.objectives import Objective
@@ -34,6 +34,9 @@ class TrainingMethod(NamedTuple):
             a forget row brings these with it, and no others are drawn. `jedit.data.pair_in_turn`
             and `pair_by_entity` are such functions, with their other arguments bound by
             `functools.partial`. None: retain rows are drawn by themselves.
+        prepare: `(apply, reference, forget, retain) -> (forget, retain)`, run once before the first
+            step: what the objective wants to know of every row, and is dear, is put beside the
+            rows there. None: the sets are taken as they are.
     """
 
     objective: Objective
@@ -42,5 +45,24 @@ class TrainingMethod(NamedTuple):
     trainable: str | None = None
     batch_size: int = 32
     pairing: Callable[..., Int[np.ndarray, "forget several"]] | None = None
+    prepare: Callable[..., tuple[PyTree, PyTree]] | None = None
 
     __repr__ = short_repr
+
+
+def prepared(
+    method: TrainingMethod, apply: Callable, reference: PyTree, sets: tuple[PyTree, PyTree]
+) -> tuple[TrainingMethod, tuple[PyTree, PyTree]]:
+    """Return the sets as a method's objective takes them, and a method that takes them so.
+
+    For whoever runs a method several times on the same sets: `unlearn` prepares by itself.
+
+    Args:
+        method: the method.
+        apply: `apply(params, inputs) -> outputs`.
+        reference: the params before unlearning.
+        sets: the forget and the retain set.
+    """
+    if method.prepare is None:
+        return method, sets
+    return method._replace(prepare=None), method.prepare(apply, reference, *sets)

@@ -30,7 +30,7 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 
 # What an argument of this name must not be, whichever function takes it.
 BAD = {
-    "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
+    "active": COUNT, "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
     "beta": NOT_NEGATIVE, "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE,
     "bits": COUNT, "budget": POSITIVE, "chunk": COUNT, "clip": POSITIVE, "damping": NOT_NEGATIVE,
     "decay": SHARE, "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
@@ -39,20 +39,22 @@ BAD = {
     "extraction_strength": SHARE, "facts_per_author": COUNT, "first": COUNT, "forget_nll": FINITE,
     "forget_weight": NOT_NEGATIVE, "fraction": SHARE, "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
     "hidden": COUNT, "inner_steps": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE, "layers": COUNT, "learning_rate": NOT_NEGATIVE, "least": SHARE,
-    "least_risk": SHARE, "length": COUNT, "mass": SHARE, "max_age": POSITIVE, "max_dim": COUNT,
-    "max_len": COUNT, "max_norm": POSITIVE, "memorization": SHARE, "newest": FINITE,
-    "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT, "num_forget": COUNT,
-    "num_heads": COUNT, "num_items": COUNT, "num_layers": COUNT, "num_pixels": COUNT,
-    "num_prompts": COUNT, "num_retain": COUNT, "num_steps": COUNT, "num_users": COUNT,
-    "order": FINITE[:1], "original_utility": POSITIVE, "paraphrase_probability": SHARE,
-    "penalty": NOT_NEGATIVE, "predicted_kl": NOT_NEGATIVE, "preservation": POSITIVE,
-    "privacy": SHARE, "probe": COUNT, "pull": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT,
-    "ratio": NOT_NEGATIVE, "refresh": COUNT, "relaxation": NOT_NEGATIVE, "relearn": COUNT_OR_ZERO,
-    "request_size": COUNT, "retain_rank": COUNT_OR_ZERO, "retrained_auc": SHARE,
-    "ridge": NOT_NEGATIVE, "samples": COUNT, "scale": FINITE, "share": SHARE, "significance": SHARE,
-    "similarity": (-1.5, 1.5, NAN), "size": COUNT, "steering": FINITE, "step_size": POSITIVE,
-    "steps": COUNT_OR_ZERO, "stop": FINITE, "strength": NOT_NEGATIVE, "temperature": POSITIVE,
+    "kl_weight": NOT_NEGATIVE, "latents": COUNT, "layers": COUNT, "learning_rate": NOT_NEGATIVE,
+    "least": SHARE, "least_risk": SHARE, "length": COUNT, "mass": SHARE, "max_age": POSITIVE,
+    "max_dim": COUNT, "max_len": COUNT, "max_norm": POSITIVE, "memorization": SHARE,
+    "newest": FINITE, "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT,
+    "num_forget": COUNT, "num_heads": COUNT, "num_items": COUNT, "num_layers": COUNT,
+    "num_pixels": COUNT, "num_prompts": COUNT, "num_retain": COUNT, "num_steps": COUNT,
+    "num_users": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
+    "paraphrase_probability": SHARE, "penalty": NOT_NEGATIVE, "predicted_kl": NOT_NEGATIVE,
+    "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT, "pull": NOT_NEGATIVE,
+    "push": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
+    "refresh": COUNT, "reinforcement": NOT_NEGATIVE, "relaxation": NOT_NEGATIVE,
+    "relearn": COUNT_OR_ZERO, "request_size": COUNT, "retain_rank": COUNT_OR_ZERO,
+    "retrained_auc": SHARE, "revival": NOT_NEGATIVE, "ridge": NOT_NEGATIVE, "samples": COUNT,
+    "scale": FINITE, "share": SHARE, "significance": SHARE, "similarity": (-1.5, 1.5, NAN),
+    "size": COUNT, "steering": FINITE, "step_size": POSITIVE, "steps": COUNT_OR_ZERO,
+    "stop": FINITE, "strength": NOT_NEGATIVE, "suppression": (*SHARE, 1.0), "temperature": POSITIVE,
     "test_fraction": SHARE, "threshold": NOT_NEGATIVE, "tilt": FINITE, "tolerance": NOT_NEGATIVE,
     "tries": COUNT, "tuning_steps": COUNT_OR_ZERO, "updates": COUNT, "utility": NOT_NEGATIVE,
     "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
@@ -88,7 +90,10 @@ STRICTER = {
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
 # Records of what was found, and a helper whose numbers were computed.
-NOT_GIVEN_BY_USERS = {"Entry", "Material", "Site", "Weight", "largest_step_within"}
+NOT_GIVEN_BY_USERS = {
+    *("Attention", "Entry", "Material", "Site", "SparseAutoencoder", "Weight"),
+    "largest_step_within",
+}
 
 
 def _block():

@@ -29,10 +29,12 @@ ROWS = [
 FORGET, RETAIN = ROWS[:4], ROWS[4:]
 QUICK = Settings(batch_size=4, attack=False, max_len=56)
 NATURAL = {"steps": 4, "recovery": 0}
-IN_SHORT = ("AltPO", "FIT", "MEMIT", "RULE")
+IN_SHORT = ("Attention-Shifting", "AltPO", "FIT", "MEMIT", "RULE")
+STRANGERS = [QaRow(f"tone {x} of {x}?", f"{x} sounds {x}.") for x in "ijklmnop"]
 ALL = [
     name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.exhaustive)
     for name, _ in methods()
+    if name != "SAE-guided"  # it wants unknown rows
 ]
 
 
@@ -69,6 +71,18 @@ def test_each_method_edits_the_folder_within_its_budget(folder, tmp_path, name):
     assert any(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(edit))
     assert found["after"]["heldout_kl"] > 0
     assert not (tmp_path / "out" / "job").exists()
+
+
+def test_who_compares_with_strangers_is_given_some(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"SAE-guided compares with rows .* --unseen FILE"):
+        run(folder, tmp_path / "out", method="sae-guided")
+    said = []
+    settings = QUICK._replace(method="SAE-guided", steps=4)
+    sets = (FORGET, RETAIN, tmp_path / "out", settings)
+    found = forget_in_checkpoint(folder, folder, *sets, unseen=STRANGERS, say=said.append)
+    assert "training a sparse autoencoder of the last block's hidden states" in said
+    # To a model that has learned nothing the rows are strangers from the start.
+    assert found["stopped"] == "unseen"
 
 
 def batch_of(folder, rows):

@@ -19,7 +19,7 @@ from jedit.methods import CATALOGUE, ByBudget, BySteps, Dialogue, Material, Need
 from jedit.methods.rows import closed_forms, objectives, steps
 from jedit.objectives import NPO, with_retain
 from jedit.training import TrainingMethod, run_method
-from tests.test_contract import ESTIMATOR, make_scene, network
+from tests.test_contract import ESTIMATOR, FeatureAttention, make_latents, make_scene, network
 
 # Public methods that make no model forget: parts of others, looked for by name.
 PARTS = {
@@ -31,6 +31,8 @@ PARTS = {
     "repselect_moments",
     "target_values",
     "unlearn_refitted",
+    *("causal_trace", "fit_autoencoder", "fit_latents", "important_tokens", "target_values"),
+    "token_importance",
 }
 
 
@@ -63,6 +65,8 @@ def scene():
         retain=retain,
         dialogue=Dialogue(forget, retain, Play(forget, retain), 1e-2, 1e-2),
         steps=4,
+        attention=FeatureAttention(),
+        latents=make_latents(params, forget, retain),
         has_positions=False,
     )
     return material, retain

@@ -162,6 +162,30 @@ ROWS: tuple[Row, ...] = (
         pace=Pace.BOUNDED,
     ),
     BySteps(
+        name="SAE-guided",
+        description="Pulls the state where a forget row's question has been read to that of unknown"
+        " entities, among the latents of a sparse autoencoder, and pushes it from that of known"
+        " ones; with the retain loss.",
+        when="entities that are to be met as strangers, and there are strangers to compare with",
+        papers=("2509.15631",),
+        make=_making.by_sae_guided,
+        needs=frozenset({Need.HIDDEN_SITE, Need.LATENTS}),
+        settings={"push": 1.0},  # arbitrary
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
+        name="Attention-Shifting",
+        description="Turns attention away from the forget rows' important tokens, by whose absence"
+        " an answer becomes uncertain, and towards the retain rows' ones.",
+        when="answers that are to stay fluent, where few tokens carry the fact",
+        papers=("2510.17210",),
+        make=_making.by_attention_shifting,
+        needs=frozenset({Need.ATTENTION}),
+        # All four are arbitrary.
+        settings={"forget_weight": 0.5, "suppression": 0.9, "reinforcement": 0.9, "share": 0.25},
+        pace=Pace.BOUNDED,
+    ),
+    BySteps(
         name="fine-tune",
         variant_of="GradDiff",
         description="Lowers the retain loss; the forget rows are not looked at.",

@@ -23,15 +23,18 @@ from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, est
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
-from jedit.methods import Dialogue, kfade
+from jedit.methods import Dialogue, fit_latents, kfade
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Row
+from jedit.objectives import LatentMeans
 from jedit.recipes.comparison.judge import Judge, probe_batch
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
+from jedit.tracing import Entering
+from jedit.tracing.attention_maps import attention_of
 from jedit.training import run_method
 
 MOMENTS = {Need.TARGET_MOMENTS, Need.REST_MOMENTS}
@@ -70,6 +73,8 @@ class Fitted(NamedTuple):
         temperature: the one of the grid's that methods without one of their own step at.
         alternates: the forget rows' alternate answers; None where no method needs them.
         dialogue: what RULE is taught by and asks; likewise.
+        latents: of the hidden site; None where no method needs them, or the task has no unknown
+            rows.
         seconds: of one K-FAC.
         corrected_seconds: of one K-FAC and its EK-FAC.
         moment_seconds: of the moments.
@@ -81,6 +86,7 @@ class Fitted(NamedTuple):
     temperature: float = 1.0
     alternates: Batch | None = None
     dialogue: Dialogue | None = None
+    latents: LatentMeans | None = None
     seconds: float = 0.0
     corrected_seconds: float = 0.0
     moment_seconds: float = 0.0
@@ -197,6 +203,8 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         num_classes=outputs.shape[-1],
         retain=task.retain,
         steps=grid.looks[-1],
+        attention=attention_of(task.apply, task.original, task.forget.inputs),
+        latents=fitted.latents,
         has_positions=outputs.ndim > 2,
         target_moments=fitted.moments.get(Need.TARGET_MOMENTS),
         rest_moments=fitted.moments.get(Need.REST_MOMENTS),
@@ -233,6 +241,11 @@ def fit_material(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say
         fitted = fitted._replace(alternates=task.alternates())
     if Need.DIALOGUE in needed and task.dialogue is not None:
         fitted = fitted._replace(dialogue=task.dialogue())
+    if Need.LATENTS in needed and task.unknown is not None:
+        say("training a sparse autoencoder of the hidden site")
+        hidden, latents_key = Entering(task.hidden_site), jax.random.fold_in(key, 4)
+        given = (task.apply, task.original, hidden, task.retain, task.unknown)
+        fitted = fitted._replace(latents=fit_latents(*given, key=latents_key)[0])
     return fitted
 
 

@@ -16,8 +16,9 @@ MAIN = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO
 
 
 # What `--methods all` leaves out: baselines that do not look at the forget rows, ROME, which writes
-# one fact after another, and SalUn, random labels behind a mask.
-ASIDE = frozenset({"fine-tune", "l1-sparse", "ROME", "SalUn"})
+# one fact after another, SalUn, random labels behind a mask, and two that want more than the sets:
+# Attention-Shifting a forward pass of every row for each of its tokens, SAE-guided unknown rows.
+ASIDE = frozenset({"Attention-Shifting", "fine-tune", "l1-sparse", "ROME", "SAE-guided", "SalUn"})
 
 
 class Grid(NamedTuple):
@@ -77,6 +78,7 @@ class Task(NamedTuple):
         dialogue: makes what RULE is taught by and asks, where a method needs it; or None.
         utility: params to Model Utility, or None.
         judged_rows: retain and held-out rows that judge a point, the first ones; None: all.
+        unknown: rows of the same kind as the forget rows, about what no model knows, or None.
         pack: makes fewer sequences of the rows that judge a point; None: they stay as they are.
     """
 
@@ -98,4 +100,5 @@ class Task(NamedTuple):
     dialogue: Callable[[], Dialogue] | None = None
     utility: Callable[[PyTree], float] | None = None
     judged_rows: int | None = None
+    unknown: Batch | None = None
     pack: Callable[[Batch], Batch] | None = None

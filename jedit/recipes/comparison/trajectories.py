@@ -13,6 +13,7 @@ from jedit.core.batch import Batch
 from jedit.methods.row import ForgetRows
 from jedit.training import LoopState, TrainingMethod, Watch, unlearn
 from jedit.training.freezing import split, which_are_trained
+from jedit.training.method import prepared
 from jedit.training.rate import with_learning_rate
 from jedit.training.watch import History
 
@@ -45,7 +46,8 @@ def ascend(
         there, for each look.
     """
     every = math.gcd(*looks)
-    forget, retain = (jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    sets = tuple(jax.tree.map(jnp.asarray, rows) for rows in (forget, retain))
+    method, (forget, retain) = prepared(method, apply, params, sets)
     for i, learning_rate in enumerate(learning_rates):
         run = functools.partial(
             unlearn,

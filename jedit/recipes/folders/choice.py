@@ -75,6 +75,23 @@ def check_settings(row: Row | None, given: Sequence[str]) -> None:
         raise ValueError(f"{_option(rest[0])} is only looked at with --base")
 
 
+def check_rows(row: Row | None, unseen: Sequence[object]) -> None:
+    """Refuse a method that needs rows that are not there.
+
+    Args:
+        row: the method; None: natural steps.
+        unseen: rows that the model was not trained on.
+
+    Raises:
+        ValueError: it needs some, and there are none.
+    """
+    if row is not None and Need.LATENTS in row.needs and not unseen:
+        raise ValueError(
+            f"{row.name} compares with rows that the model was not trained on, and there are none: "
+            "give some (--unseen FILE), of the same kind as the rows to forget, about other people"
+        )
+
+
 def _unsuited(row: Row) -> str | None:
     return next((reason for need, reason in UNSUITED.items() if need in row.needs), None)
 

@@ -16,7 +16,7 @@ from jedit.core.paths import matcher
 from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, answers_only
-from jedit.methods import Dialogue
+from jedit.methods import Dialogue, fit_latents
 from jedit.methods.row import Material, Need, Row
 from jedit.models import load_stepper
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
@@ -31,9 +31,12 @@ from jedit.recipes.tofu.evaluation import ROOM
 from jedit.recipes.tokenization import Words
 from jedit.requests.forget import held_out
 from jedit.requests.unseen import spread, take
+from jedit.tracing import AttentionMaps, Entering
 
 # What random numbers are drawn for, by place; "edit" is the method itself.
 KEYS = ("edit", "attack", "alternates", "curvature", "corrected", "target_moments", "rest_moments")
+KEYS += ("latents",)
+CODED = 256  # retain rows whose states a sparse autoencoder is trained on; arbitrary
 PROBED = 128  # retain rows that tell the temperature, as in `jedit.forget`
 
 
@@ -122,6 +125,13 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
         made["dialogue"] = _dialogue(given)
     if Need.HIDDEN_SITE in row.needs:
         made["hidden_site"] = hidden_site(params)
+    if Need.ATTENTION in row.needs:
+        made["attention"] = AttentionMaps()
+    if Need.LATENTS in row.needs:
+        given.say("training a sparse autoencoder of the last block's hidden states")
+        rows = (take(seen, spread(rows_of(seen), CODED)), given.sets["unseen"])
+        hidden, latents_key = Entering(hidden_site(params)), given.key_of("latents")
+        made["latents"], _ = fit_latents(apply, params, hidden, *rows, key=latents_key)
     if Need.LAYERS in row.needs:
         is_edited = matcher(select, "select")
         made["layers"] = tuple(path for path in written_layers(params) if is_edited(path))

@@ -171,6 +171,7 @@ def question_answer(
             hidden_site=f"blocks/{model.layers - 1}/attn/query/kernel",
             layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(model.layers)),
             refusals=rows.refusals(sets.forget),
+            unknown=rows.to_forget(selection.unseen) if selection.unseen else None,
             alternates=functools.partial(
                 rows.alternates, sets.forget, model, original.params, key=sample_key
             ),

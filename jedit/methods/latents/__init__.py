@@ -1,0 +1,1 @@
+"""Methods that look at hidden states through a sparse autoencoder's latents."""
