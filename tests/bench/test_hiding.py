@@ -26,7 +26,10 @@ def test_a_path_is_cut_where_as_little_is_known(setup):
     assert setup._cut(path, 2 * ends[0]) is path[0]
 
 
-def test_every_number_of_every_model_is_there(setup):
+def test_every_number_of_every_model_is_there(setup, monkeypatch):
+    # One attacker: each is compiled for each number of rows.
+    monkeypatch.setattr(hiding, "ATTACKERS", {1e-3: hiding.ATTACKERS[1e-3]})
+    monkeypatch.setattr(hiding, "LOOKS", (1,))
     names = ("GradDiff", "Ssiuu (0.01)")
     few = {name: hiding.METHODS[name]._replace(steps=2) for name in names}
     runs = [hiding.of_seed(setup, few)] * 2
