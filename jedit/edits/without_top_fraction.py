@@ -5,10 +5,10 @@
     Δ   what training changed                                 `edit`
     ρ   share of a tensor's entries that is left out          `fraction`
 
-The paper finds that a text which was learnt in a few steps is recalled as before without them,
-and that its surprising word no longer comes up elsewhere [notes]. Its published share is 8%
-[notes]. `jedit.transforms.ignore_top_fraction` does the same to every update of a training, so that
-what is left out there may be made up for in the steps after; here nothing can.
+The formula and its share of 8% are the paper's [notes]. It means the text to be recalled without
+them while its surprising word no longer comes up elsewhere; tests/bench/claims/memorised.md says
+what was seen of that here. `jedit.transforms.ignore_top_fraction` does the same to every update of
+a training, so that what is left out may be made up for in the steps after; here nothing can.
 """
 
 import jax.numpy as jnp
