@@ -39,7 +39,7 @@ from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.progress import ignore
 from jedit.recipes.scenes import recommendation as scene
 from jedit.training import TrainingMethod
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, parser, shown, shown_ratio, write
 
 RATES = (3e-4, 1e-3, 3e-3)
 LOOKS = tuple(range(4, 97, 4))
@@ -291,7 +291,7 @@ def main() -> None:
     found = verdicts(seeds)
     print(table(found))
     for name, logs in found["log_ratios"].items():
-        print(name, "-" if logs is None else {k: round(float(v), 3) for k, v in logs.items()})
+        print(f"{name}: {'-' if logs is None else shown_ratio(logs)}")
     write("recommendation", given.out, {**found, "seeds": seeds, "size": str(size)})
 
 
