@@ -141,12 +141,12 @@ def maps(apply, params, tokens):
 
 def as_taken(name, forget, retain):
     """The sets as an objective takes them."""
-    marks = jnp.arange(WIDTH)[None] % 2 == jnp.zeros(len(forget.inputs), int)[:, None]
-    if name == "DPO":
-        return (forget, retain), retain
+    marks = jnp.arange(WIDTH)[None] % 2 == jnp.zeros(len(retain.inputs), int)[:, None]
+    if name == "RetainAttention":
+        return forget, (retain, marks)
     if name == "SuppressAttention":
         return (forget, marks), retain
-    return forget, (retain, marks) if name == "RetainAttention" else retain
+    return ROWS_OF.get(name, lambda forget, _: forget)(forget, retain), retain
 
 
 LATENT_MEANS = objectives.LatentMeans(jax.nn.relu, jnp.ones(WIDTH), -jnp.ones(WIDTH))
@@ -202,8 +202,7 @@ def test_an_objective_keeps_its_promises(name, tolerance):
     def evaluate(objective, params, reference, forget, retain):
         nonlocal num_traces
         num_traces += 1
-        rows = ROWS_OF.get(name, lambda forget, _: forget)(forget, retain)
-        sets = as_taken(name, rows, retain)
+        sets = as_taken(name, forget, retain)
         loss = lambda p: objective(apply, p, *sets, reference)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
