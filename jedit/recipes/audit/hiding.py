@@ -50,11 +50,12 @@ def measures_of(found: Mapping[str, metrics.Influence | str]) -> tuple[list[Meas
         found: the influences by role, "base", "edited" and perhaps "retrained", or the reason why
             there are none.
     """
-    missing = [one for one in found.values() if isinstance(one, str)]
-    if missing:
-        return [], f"The parameters' influence was not measured: {missing[0]}."
-    base = found["base"]
-    shifts = {role: _shift(base, one) for role, one in found.items() if role != "base"}
+    known: dict[str, metrics.Influence] = {}
+    for role, one in found.items():
+        if isinstance(one, str):
+            return [], f"The parameters' influence was not measured: {one}."
+        known[role] = one
+    shifts = {role: _shift(known["base"], one) for role, one in known.items() if role != "base"}
     measures = [
         Measure(name, text, BOOTSTRAP, {role: shift[k] for role, shift in shifts.items()})
         for k, (name, text) in enumerate(TEXTS.items())
