@@ -44,9 +44,12 @@ def test_every_number_of_every_model_is_there_and_kept_with_its_settings(
     assert text.count("\n") == 5
     # What is kept is read again, but not under other settings.
     made = []
-    monkeypatch.setattr(
-        hiding, "measured_of", lambda _, name, tried: made.append(name) or runs[0][name]
-    )
+
+    def again(_, name, *__):
+        made.append(name)
+        return runs[0][name]
+
+    monkeypatch.setattr(hiding, "measured_of", again)
     few["GradDiff"] = few["GradDiff"]._replace(rate=1.0)
     assert hiding.of_seed(few, lambda: setup, tmp_path / "0.json") == runs[0]
     assert made == ["GradDiff"]
