@@ -140,9 +140,8 @@ def _add_lagged_gradient(strength: float) -> optax.GradientTransformationExtraAr
             def value(params: PyTree) -> Array:
                 return penalty(lambda p: row_score_fn(p, row), state.previous, params)
 
-            return jax.tree.map(
-                lambda s, g: s + g.astype(s.dtype), sums, jax.grad(value)(params)
-            ), None
+            gradient = jax.grad(value)(params)
+            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradient), None
 
         def penalised() -> PyTree:
             counted = by_example(rows, counted_outputs(rows, rows.targets.shape))
