@@ -163,7 +163,7 @@ def _rounds(
         losses = forget_loss_fn, retain_loss_fn
 
         def there(moved: PyTree) -> PyTree:
-            return jax.tree.map(lambda p, m: (p + m).astype(p.dtype), params, moved)
+            return jax.tree.map(lambda p, m: (p.astype(m.dtype) + m).astype(p.dtype), params, moved)
 
         # Summed wide: small steps would be lost one by one beside narrow parameters.
         def further(moved: PyTree, step: PyTree) -> PyTree:
