@@ -7,9 +7,17 @@
     D- = (I- after - I- before) / T                  `influence_shift`, "hidden"
     T  = mean over the rows of (I+ + I-) before
 
-What held the answer up may be gone (D+: true erasure), or something new holds it down (D-: hiding,
-which training on anything can undo).  D+ + D- is the fall of Σ_i A_i, in shares of T: the two part
-it without a rest.  Both can be negative.
+What held the answer up may be gone (D+: true erasure, by the paper), or something new holds it down
+(D-: hiding, which training on anything can undo).  In the mean over the rows
+
+    D+ + D- = (Σ A before - Σ A after) / T,      D+ - D- = 1 - (I+ + I- after) / T
+
+so that the two say how far Σ_i A_i has fallen and how far all influence has, and nothing else.
+Where a common factor of a matrix moves nothing, as before a norm, Σ_i A_i is 0 over that matrix,
+and D- = -D+ there whatever was done to the model.  All A of a row carry the factor P: of an answer
+that has become impossible nothing is left of either sign, D+ > 0 > D-, however it was made so.  So
+neither number is a verdict, and models are to be compared at one P alone: in our test models of
+which a third or nothing came back by relearning had the same two (tests/bench/claims/ssiuu.md).
 
 Units.  θ_i is a single parameter.  A hidden unit is a coordinate of what enters a site y = h W, by
 that site's own work alone: since the sum over positions of h_i Σ_j W_ij ∂P/∂y_j is Σ_j W_ij
@@ -17,12 +25,9 @@ that site's own work alone: since the sum over positions of h_i Σ_j W_ij ∂P/�
 
 Differences.  What D+ and D- stand for is the paper's [notes]; that they are differences of sums
 over all units, each row's by itself, that T is their unit, and the geometric mean over tokens in
-the place of P are ours.  All A of a row carry the factor P: of an answer that has become
-impossible nothing is left of either sign, and D+ > 0 > D-, whatever made it so.  With
-`score="log_probability"` that factor is gone; but then each sum grows with the row's gradient, in a
-model that never saw the row as well, so read it beside such a model's.  In a network with norms,
-which a common factor of a matrix does not move, Σ_i A_i is about 0 and D- about -D+: the two then
-say whether all influence has grown or fallen (tests/bench/claims/ssiuu.md).
+the place of P are ours.  With `score="log_probability"` the factor P is gone; but then each sum
+grows with the row's gradient, in a model that never saw the row as well: read it beside such a
+model's.
 """
 
 from collections.abc import Iterable, Sequence
@@ -93,7 +98,8 @@ def attribution(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Return each unit's attribution, the mean over the rows.
 
-    One row is differentiated at a time: the cost is a gradient per row, the memory two gradients.
+    One row is differentiated at a time: the cost is a gradient per row, the memory a gradient in
+    params' dtype and two in float32 (or wider), the attributions of a row and their sum.
 
     Args:
         apply: `apply(params, inputs) -> logits`; no row's outputs may depend on another row.

@@ -8,7 +8,8 @@ unit of positive attribution holds the answer up, and one of negative attributio
 For one row the two scores have the same attributions but for the factor P: A[P] = P A[log P].
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,12 @@ def row_attribution(
 
     It costs a gradient, and can be differentiated again.
     """
+    return attributed(lambda params: row_score(score, apply, params, row), params)
 
-    def value(params: PyTree) -> tuple[Array, Array]:
-        return row_score(score, apply, params, row)
 
-    gradient, count = jax.grad(value, has_aux=True)(params)
-    return jax.tree.map(lambda p, g: wide(p) * wide(g), params, gradient), count
+def attributed(
+    score_fn: Callable[[PyTree], tuple[Float[Array, ""], Any]], params: PyTree
+) -> tuple[PyTree, Any]:
+    """Return θ ∂s/∂θ of every parameter, in float32 or wider, and what the score has beside it."""
+    gradient, beside = jax.grad(score_fn, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: wide(p) * wide(g), params, gradient), beside

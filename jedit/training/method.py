@@ -25,7 +25,8 @@ class TrainingMethod(NamedTuple):
             objective's, and what `update_args` returns.
         update_args: `(apply, params, forget, retain, reference) -> dict` of further keyword
             arguments of the optimizer's update, computed at each step; a tree like params is cut as
-            they are, and a function of params still gets whole ones. None: there are none.
+            they are, and a function of params still gets whole ones, with its further arguments as
+            they are. None: there are none.
         trainable: regular expression; a parameter in whose path it is not found stays bit-identical
             and has neither gradient nor optimizer state: in the optimizer's trees, None stands
             there. None: all real parameters are trained.

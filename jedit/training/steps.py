@@ -130,7 +130,7 @@ def _take_steps(
     def cut(extra: Any) -> Any:
         """Cut an extra argument to what the optimizer sees: of whole params, the trained part."""
         if callable(extra):
-            return lambda tree: cut(extra(merge(tree, params, is_trained)))
+            return lambda tree, *more: cut(extra(merge(tree, params, is_trained), *more))
         is_like_params = jax.tree.structure(extra) == structure
         return split(extra, is_trained) if is_like_params else extra
 

@@ -26,13 +26,15 @@ def test_a_path_is_cut_where_as_little_is_known(setup):
     assert setup._cut(path, 2 * ends[0]) is path[0]
 
 
-def test_every_number_of_every_model_is_there(setup, monkeypatch):
+def test_every_number_of_every_model_is_there_and_kept_with_its_settings(
+    setup, monkeypatch, tmp_path
+):
     # One attacker: each is compiled for each number of rows.
     monkeypatch.setattr(hiding, "ATTACKERS", {1e-3: hiding.ATTACKERS[1e-3]})
     monkeypatch.setattr(hiding, "LOOKS", (1,))
     names = ("GradDiff", "Ssiuu (0.01)")
     few = {name: hiding.METHODS[name]._replace(steps=2) for name in names}
-    runs = [hiding.of_seed(setup, few)] * 2
+    runs = [hiding.of_seed(few, lambda: setup, tmp_path / "0.json")] * 2
     found, text = hiding.table(runs)
     assert list(found) == ["untouched", "retrained", *names]
     assert set(found["GradDiff"]) == set(hiding.COLUMNS)
@@ -40,3 +42,14 @@ def test_every_number_of_every_model_is_there(setup, monkeypatch):
     assert np.all(np.isfinite(values))
     assert found["untouched"]["D+"]["mean"] == found["untouched"]["D-"]["mean"] == 0
     assert text.count("\n") == 5
+    # What is kept is read again, but not under other settings.
+    made = []
+
+    def again(_, name, *__):
+        made.append(name)
+        return runs[0][name]
+
+    monkeypatch.setattr(hiding, "measured_of", again)
+    few["GradDiff"] = few["GradDiff"]._replace(rate=1.0)
+    assert hiding.of_seed(few, lambda: setup, tmp_path / "0.json") == runs[0]
+    assert made == ["GradDiff"]

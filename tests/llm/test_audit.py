@@ -152,11 +152,9 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     assert lens["edited"][-1]["value"] == pytest.approx(
         measures["probability"]["edited"]["value"], rel=1e-3
     )
-    assert rules["erased"]["outcome"] == "undecided"
-    shares = [
-        measures[name]["edited"]["value"] for name in ("erased_influence", "hidden_influence")
-    ]
-    assert rules["erased"]["estimate"]["value"] == pytest.approx(shares[0] - shares[1], rel=1e-6)
+    assert "erased" not in rules  # D+ and D- are shown and judge nothing
+    for name in ("erased_influence", "hidden_influence"):
+        assert np.isfinite(measures[name]["edited"]["value"])
     again = found["sections"][3]["curves"]["relearning"]
     assert set(again) == {"edited", "unseen"}
     assert again["edited"]["steps"] == [0, 2, 8, 16]

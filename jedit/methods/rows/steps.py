@@ -152,8 +152,8 @@ ROWS: tuple[Row, ...] = (
     BySteps(
         name="Ssiuu",
         description="GradDiff, with a penalty on every change of what holds the forget answers"
-        " down: parameters of negative attribution stay as they were a step before.",
-        when="answers that are to be erased, not hidden",
+        " down: negative attributions of parameters are held where they were a step before.",
+        when="relearning is to bring back less than after GradDiff",
         papers=("2509.22263",),
         make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
         settings={"strength": 0.01, "score": "probability"},  # the strength is ours
@@ -165,7 +165,7 @@ ROWS: tuple[Row, ...] = (
         variant_of="Ssiuu",
         description="The same with attributions of the answer's log-probability, which do not"
         " vanish with the answer (ours).",
-        when="the same, where relearning is to be held down most",
+        when="the same; of the two, less came back after it in our test",
         papers=(),
         make=lambda material, **settings: _making.around(ssiuu, material.optimizer, **settings),
         settings={"strength": 0.01, "score": "log_probability"},
@@ -173,13 +173,13 @@ ROWS: tuple[Row, ...] = (
     ),
     BySteps(
         name="OFMU",
-        description="Five steps up a bounded forget loss, off the retain gradient, then one down"
-        " the retain loss that is held where the ascent ended; and so on.",
-        when="forgetting first, and a repair that does not undo it",
+        description="Rounds of five steps up a bounded forget loss, off the retain gradient, and"
+        " one down the retain loss that is held where the ascent ended.",
+        when="a baseline: in our test its repair kept no more than gradient ascent",
         papers=("2509.22483",),
         make=lambda material, **settings: _making.around(ofmu, material.optimizer, **settings),
         settings={"beta": 0.1, "inner_steps": 5, "penalty": 0.1},  # T: the paper's least
-        pace=Pace.UNBOUNDED,
+        pace=Pace.BOUNDED,
     ),
     BySteps(
         name="UAM",

@@ -1,20 +1,27 @@
-"""Is what held the answers up gone, or does something new hold them down?"""
+"""How much of a model holds the answers up, and how much holds them down: measures, no verdict.
+
+D+ + D- is the fall of the parameters' attributions together and D+ - D- that of all influence
+(`jedit.metrics.attribution`): both follow the answers' probability, whether an edit erased or hid.
+So no rule judges by them, and they stand beside the retrained model's.
+"""
 
 from collections.abc import Mapping
 
 from jaxtyping import PyTree
 
 from jedit import metrics
-from jedit.recipes.audit.estimates import BOOTSTRAP, mean_difference, ratio_of
+from jedit.recipes.audit.estimates import BOOTSTRAP, ratio_of
+from jedit.recipes.audit.parts import FAILURES, described
 from jedit.recipes.audit.rows import Rows
-from jedit.recipes.audit.rules import judge
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tofu.membership import Answers, spread
-from jedit.report.audit_results import Estimate, Finding, Measure
+from jedit.report.audit_results import Estimate, Measure
 
 NOTE = (
-    "Influence is counted in probability. Of an answer that has become next to impossible little "
-    "is left of either sign, however it was made so: a yes then says little, and a no much."
+    "Influence (D+, D-) is no verdict. D+ - D- is by how much all influence has fallen, which "
+    "mostly follows the answers' probability: a likelier answer has more, an impossible one none, "
+    "in a model that never saw the rows as well. Read it beside a retrained model whose answers "
+    "are as likely, or not at all."
 )
 TEXTS = {
     "erased_influence": "share of the parameters' influence that no longer holds the answers up "
@@ -23,32 +30,37 @@ TEXTS = {
 }
 
 
-def influence_of(model: LanguageModel, params: PyTree, asked: Rows) -> metrics.Influence:
+def influence_of(model: LanguageModel, params: PyTree, asked: Rows) -> metrics.Influence | str:
     """Return how much of a model holds the answers up and down, of 40 rows at most.
 
-    Costs a gradient for each of them.
+    Costs a gradient for each of them, of all parameters: where there is no room for it, or no
+    derivative, the reason is returned, so that nothing else of an audit is lost.
     """
     few = spread(Answers(asked.rows, asked.answers))[0]
-    return metrics.influence(model.apply, params, few)
+    try:
+        return metrics.influence(model.apply, params, few)
+    except FAILURES as error:
+        return described(error)
 
 
-def measures_of(found: Mapping[str, metrics.Influence]) -> list[Measure]:
-    """Return D+ and D- of the way from the original model to each other one.
+def measures_of(found: Mapping[str, metrics.Influence | str]) -> tuple[list[Measure], str]:
+    """Return D+ and D- of the way from the original model to each other one, and a note on them.
 
     Args:
-        found: the influences by role: "base", "edited" and perhaps "retrained".
+        found: the influences by role, "base", "edited" and perhaps "retrained", or the reason why
+            there are none.
     """
-    shifts = {role: _shift(found["base"], one) for role, one in found.items() if role != "base"}
-    return [
+    known: dict[str, metrics.Influence] = {}
+    for role, one in found.items():
+        if isinstance(one, str):
+            return [], f"The parameters' influence was not measured: {one}."
+        known[role] = one
+    shifts = {role: _shift(known["base"], one) for role, one in known.items() if role != "base"}
+    measures = [
         Measure(name, text, BOOTSTRAP, {role: shift[k] for role, shift in shifts.items()})
         for k, (name, text) in enumerate(TEXTS.items())
     ]
-
-
-def finding_of(found: Mapping[str, metrics.Influence]) -> Finding:
-    """Judge by which of the two is larger."""
-    shift = metrics.influence_shift(found["base"], found["edited"])
-    return judge("erased", mean_difference(shift.erased, shift.hidden))
+    return measures, NOTE
 
 
 def _shift(before: metrics.Influence, after: metrics.Influence) -> tuple[Estimate, Estimate]:

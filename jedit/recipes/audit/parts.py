@@ -10,6 +10,15 @@ from jedit.recipes.audit import forgotten, membership
 from jedit.recipes.audit.comeback import Spending
 from jedit.recipes.audit.rows import Rows
 
+# What a part of an audit may end with, such as too little memory, without the others being lost.
+FAILURES = (ArithmeticError, ImportError, MemoryError, RuntimeError, ValueError)
+
+
+def described(error: Exception) -> str:
+    """Return an error's kind and first line."""
+    line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}{': ' * bool(line)}{line}"
+
 
 class Settings(NamedTuple):
     """Settings of an audit.
@@ -53,7 +62,8 @@ class OfModel(NamedTuple):
         ratios: its truth ratios of the forget rows; None where there are no wrong answers.
         lens: probabilities by layer, by set.
         states: hidden states by layer, by set; for the probe.
-        influence: how much of it holds the forget answers up, and how much down.
+        influence: how much of it holds the forget answers up, and how much down, or the reason why
+            that is not known.
     """
 
     said: dict[str, forgotten.Said]
@@ -61,4 +71,4 @@ class OfModel(NamedTuple):
     ratios: Float[np.ndarray, " n"] | None
     lens: dict[str, Float[np.ndarray, "layers n"]]
     states: dict[str, Float[np.ndarray, "layers n width"]]
-    influence: metrics.Influence
+    influence: metrics.Influence | str

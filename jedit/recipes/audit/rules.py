@@ -204,20 +204,6 @@ TABLE = (
         "The Unlearning Depth Score is {x}; retraining has 1.",
         "The Unlearning Depth Score is {x}; retraining has 1, the original model 0.",
     ),
-    Rule(
-        "erased",
-        "depth",
-        "Is it erased, and not only held down by something new?",
-        "at least",
-        0.0,
-        "at least as much influence for the answers gone as against them grown (D+ - D- from 0 on)",
-        "Ssiuu, arXiv 2509.22263",
-        "What held the answers up has lost more of its influence than has grown against them, by "
-        "{x} of all there was: nothing shows that they are only hidden.",
-        "More has grown in the model that holds the answers down than is gone of what held them "
-        "up, by {x} (below 0) of all influence there was: they are rather hidden than erased, and "
-        "training on anything may bring them back.",
-    ),
     _back(
         "relearning",
         "Does teaching some of the rows not bring back the others?",

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from jedit import metrics
 from jedit.recipes.audit import comeback, cost, depth, forgotten, hiding, membership
 from jedit.recipes.audit.folders import Models, difference, hashed, open_models, same_weights
-from jedit.recipes.audit.parts import Asked, OfModel, Settings
+from jedit.recipes.audit.parts import FAILURES, Asked, OfModel, Settings, described
 from jedit.recipes.audit.rows import Rows, RowSets, check_sets, encode
 from jedit.recipes.audit.rules import overall
 from jedit.recipes.audit.sections import NO_ATTACKS, DepthFound, sections_of
@@ -183,9 +183,8 @@ def _attacked_or_why(
     """Attack, or return why that failed: what was measured before is not to be lost by it."""
     try:
         return _attacked(models, asked, settings, key=key, say=say)
-    except (ArithmeticError, ImportError, RuntimeError, ValueError) as error:
-        line = str(error).partition("\n")[0]
-        return f"the attacks failed: {type(error).__name__}{': ' * bool(line)}{line}"
+    except FAILURES as error:
+        return f"the attacks failed: {described(error)}"
 
 
 def _attacked(

@@ -109,20 +109,17 @@ def _depth(found: dict[str, OfModel], depth_found: DepthFound | None) -> Section
             text = "Unlearning Depth Score: 0 all still there, 1 gone as far as by retraining"
             models = {"edited": depth_found[1]}
             measures.append(Measure("depth_score", text, BOOTSTRAP, models))
-    influences = {role: one.influence for role, one in found.items()}
-    findings.append(hiding.finding_of(influences))
-    measures += hiding.measures_of(influences)
+    influences, note = hiding.measures_of({role: one.influence for role, one in found.items()})
+    measures += influences
     return Section(
         "depth",
         "Where is it still?",
         "A model computes layer by layer. The lens asks what it would say if it stopped behind "
         "each; the probe, whether the rows to forget can be told from unseen ones inside. What is "
-        "only unsaid at the end is still there before it. Influence is how much each "
-        "parameter speaks for an answer or against it: what is erased no longer speaks for it, "
-        "what is hidden is spoken against.",
+        "only unsaid at the end is still there before it.",
         measures,
         (),
-        [hiding.NOTE, *([PROBE_NOTE] if probe else [])],
+        [note, *([PROBE_NOTE] if probe else [])],
         findings,
         depth.curves_of(layers),
     )

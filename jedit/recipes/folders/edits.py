@@ -120,10 +120,19 @@ def at_rate(optimizer: Any, learning_rate: float) -> optax.GradientTransformatio
     Args:
         optimizer: an optax transform whose state has a "learning_rate".
         learning_rate: the new one.
+
+    Raises:
+        ValueError: at init, the state holds no rate, so that it would not be the one that is said.
     """
 
     def init(params: PyTree) -> Any:
-        return with_learning_rate(optimizer.init(params), learning_rate)
+        state = optimizer.init(params)
+        if not optax.tree_utils.tree_get_all_with_path(state, "learning_rate"):
+            raise ValueError(
+                "the optimizer's state holds no learning_rate to be set; make it by "
+                "optax.inject_hyperparams, as jedit.methods.row.ADAM is"
+            )
+        return with_learning_rate(state, learning_rate)
 
     return optax.GradientTransformationExtraArgs(init, optimizer.update)
 

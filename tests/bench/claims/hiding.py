@@ -1,12 +1,14 @@
-"""Claim: unlearning hides answers (D- >> D+); Ssiuu erases them, and its answers do not return.
+"""Claim: unlearning hides answers (D- >> D+); after Ssiuu, relearning brings back fewer of them.
 
     python -m tests.bench.claims.hiding [--seeds 3] [--quick]
 
 A GPT of 0.4 million parameters learns 300 facts about invented authors; three authors, 30 rows, are
 to be forgotten.  Each method takes steps until the mean probability of the forget answers is that
-of a retrained model, and its last step is cut there: forgetting is matched, and what is compared is
-how it was done.  Of each model:
+of a retrained model, and its last step is cut there; one that is not there in 200 steps is taken as
+it then is.  Forgetting is matched where it was reached, what is kept is not: a model that was
+damaged relearns less too, so read what comes back beside it.  Of each model:
 
+    reached       in how many of the seeds it came to the retrained model's probability
     kept          mean probability of retain answers that no method saw
     D+, D-        `metrics.influence_shift` on the forget rows, of P and of log P; `half`: the same
                   where half of what the rows' probability has to fall is gone
@@ -14,13 +16,18 @@ how it was done.  Of each model:
                   others: the best of two rates and two numbers of updates by Adam
     benign        the same, of 30 rows about authors that nobody has heard of
 
-The retrained model is attacked alike; its D+ and D- are those of a model that never knew.  Rates
-and strengths were chosen by hand on seed 100: of three rates the one that kept most.  The numbers
-of a seed are kept in `--out`, and not made again.
+The retrained model is attacked alike; its D+ and D- are those of a model that never knew.
+
+Rates and strengths were chosen by hand on seed 100, not by one rule: ascent, GradDiff at the rate
+of 1e-4, 3e-4 and 1e-3 that kept most; NPO at 3e-4, as 1e-4 did not arrive; RMU and OFMU at 3e-4
+though 1e-4 kept .01 more, as it took twice the steps; Ssiuu at 3e-4 alone, with the strength at
+which relearning brought back least.  A method's numbers of a seed are kept in `--out`, and made
+again where its settings have changed.
 """
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -52,12 +59,11 @@ Numbers = dict[str, dict[str, float]]
 
 
 class Tried(NamedTuple):
-    """A method at its learning rate, the most steps it may take, and how often it is looked at."""
+    """A method at its learning rate, and the most steps that it may take."""
 
     make: Callable[[Material], TrainingMethod]
     rate: float
     steps: int = 200
-    every: int = 1
 
 
 def _row(name: str) -> Callable[[Material], TrainingMethod]:
@@ -74,7 +80,7 @@ METHODS = {
     "GradDiff": Tried(_row("GradDiff"), 1e-4),
     "NPO": Tried(_row("NPO"), 3e-4),
     "RMU": Tried(_row("RMU"), 3e-4),
-    "OFMU": Tried(_row("OFMU"), 3e-4, every=6),  # a round: five up, one down
+    "OFMU": Tried(_row("OFMU"), 3e-4),  # a step is a round: five up, one down
     "Ssiuu (0.01)": Tried(_ssiuu(0.01), 3e-4),
     "Ssiuu (0.01, log P)": Tried(_ssiuu(0.01, score="log_probability"), 3e-4),
     "Ssiuu (0.01) of NPO": Tried(_ssiuu(0.01, objective=with_retain(NPO())), 3e-4),
@@ -128,11 +134,10 @@ class Setup:
             self.retain,
             steps=tried.steps,
             key=jax.random.fold_in(jax.random.key(self.seed), 1),
-            watch=Watch(is_reached, every=tried.every),
+            watch=Watch(is_reached, every=1),
         )
         half = (self.known(self.original) + self.target) / 2
-        steps = tried.every * (len(path) - 1)
-        return steps, self._cut(path, half), self._cut(path, self.target)
+        return len(path) - 1, self._cut(path, half), self._cut(path, self.target)
 
     def _cut(self, path: list[PyTree], level: float) -> PyTree:
         """The first model of a path that knows as little; on its last step, by bisection."""
@@ -189,19 +194,71 @@ class Setup:
         return found | attacks | {"benign": float(np.max(benign))}
 
 
-def of_seed(setup: Setup, methods: dict[str, Tried]) -> Numbers:
-    """Every method's numbers, and those of the two models that no method made."""
-    models = {"untouched": setup.original, "retrained": setup.retrained}
-    found = {name: setup.measured(params) for name, params in models.items()}
-    for name, tried in methods.items():
-        steps, halfway, params = setup.unlearned(tried)
-        found[name] = {"steps": float(steps), **setup.shifts(halfway, "half ")}
-        found[name] |= setup.measured(params)
-        print(setup.seed, name, json.dumps(found[name]), flush=True)
+def settings_of(name: str, tried: Tried | None, is_toy: bool) -> dict[str, Any]:
+    """What a method's numbers were made with, in so far as it is set here."""
+    row = CATALOGUE.get(name)
+    return {
+        "rate": None if tried is None else tried.rate,
+        "steps": None if tried is None else tried.steps,
+        "settings": None if row is None else {k: str(x) for k, x in row.settings.items()},
+        "batch": BATCH,
+        "epochs": EPOCHS,
+        "attackers": list(ATTACKERS),
+        "looks": list(LOOKS),
+        "shares": list(SHARES),
+        "toy": is_toy,
+    }
+
+
+def measured_of(setup: Setup, name: str, tried: Tried | None) -> dict[str, float]:
+    """One method's numbers, or those of a model that no method made."""
+    if tried is None:
+        return setup.measured(setup.original if name == "untouched" else setup.retrained)
+    steps, halfway, params = setup.unlearned(tried)
+    return {
+        "steps": float(steps),
+        **setup.shifts(halfway, "half "),
+        **setup.measured(params),
+    }
+
+
+def of_seed(
+    methods: dict[str, Tried], make_setup: Callable[[], Setup], path: Path, *, is_toy: bool = False
+) -> Numbers:
+    """Every method's numbers, and those of the two models that no method made; kept in a file."""
+    wanted: dict[str, Tried | None] = {"untouched": None, "retrained": None, **methods}
+    settings = {name: settings_of(name, tried, is_toy) for name, tried in wanted.items()}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    done = {name: one for name, one in kept.items() if one["settings"] == settings.get(name)}
+    missing = [name for name in wanted if name not in done]
+    setup = make_setup() if missing else None
+    for name in missing:
+        assert setup is not None
+        numbers = measured_of(setup, name, wanted[name])
+        print(setup.seed, name, json.dumps(numbers), flush=True)
+        done[name] = {"settings": settings[name], "numbers": numbers}
+        path.write_text(json.dumps(done, indent=1) + "\n")
+    found = {name: dict(done[name]["numbers"]) for name in wanted}
+    # Cut models are at the level or a rounding below it.
+    level = found["retrained"]["known"]
+    for name in methods:
+        found[name]["reached"] = float(found[name]["known"] <= level * (1 + 1e-6))
     return found
 
 
-COLUMNS = ("steps", "known", "kept", ".1", ".3", "benign", "D+", "D-", "log D+", "log D-")
+COLUMNS = (
+    "steps",
+    "reached",
+    "known",
+    "kept",
+    ".1",
+    ".3",
+    "benign",
+    "D+",
+    "D-",
+    "log D+",
+    "log D-",
+)
 COLUMNS += ("half D+", "half D-", "half log D+", "half log D-")
 
 
@@ -245,17 +302,17 @@ def main() -> None:
     given = options.parse_args()
     methods = METHODS
     if given.quick:
-        methods = {name: tried._replace(steps=2 * tried.every) for name, tried in METHODS.items()}
+        methods = {name: tried._replace(steps=2) for name, tried in METHODS.items()}
     given.out.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(given.seeds):
-        path = given.out / f"hiding-{'quick-' * given.quick}{seed}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        if set(methods) - set(known):
+
+        def make_setup(seed: int = seed) -> Setup:
             made = authors_model(seed, epochs=1, num_authors=6) if given.quick else None
-            known = of_seed(Setup(seed, made), methods)
-            path.write_text(json.dumps(known, indent=1) + "\n")
-        runs.append(known)
+            return Setup(seed, made)
+
+        path = given.out / f"hiding-{'quick-' * given.quick}{seed}.json"
+        runs.append(of_seed(methods, make_setup, path, is_toy=given.quick))
     summary, text = table(runs)
     print(text)
     apart = differences(runs)
