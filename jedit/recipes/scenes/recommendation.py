@@ -7,7 +7,7 @@ users chose, or the half of it that they withdraw.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -227,12 +227,12 @@ def split(log: Interactions, forgotten: Forgotten, *, seed: int, max_len: int) -
         sequences = [known[i][-width - 1 :] for i in chosen]
         return rows(sequences, [np.arange(len(one)) == len(one) - 1 for one in sequences])
 
-    def of_kept(chosen: Iterable[int]) -> Batch:
+    def of_kept(chosen: np.ndarray) -> Batch:
         return rows([kept[i] for i in chosen if i in kept and len(kept[i]) > 1])
 
     return Sets(
         data=rows(learnt),
-        kept=of_kept(range(len(learnt))),
+        kept=of_kept(np.arange(len(learnt))),
         forget=rows([learnt[i] for i in gone], [is_gone[i] for i in gone]),
         seen=of_kept(seen),
         heldout=of_kept(heldout),
