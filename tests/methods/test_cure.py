@@ -8,7 +8,7 @@ import pytest
 
 from jedit.core import row_blocks
 from jedit.core.batch import Batch
-from jedit.methods import ModuleEffects, _making, cure, module_effects
+from jedit.methods import ModuleEffects, _making, cure, module_effects, rosu
 from jedit.objectives import GA, RetainNLL
 from jedit.training import unlearn
 
@@ -129,6 +129,18 @@ def test_a_step_goes_by_each_groups_rule(scene, is_conflict, key, tolerance):
     moved, history = unlearn(method, network, params, forget, retain, steps=1, key=key)
     tolerance.check(moved, {n: params[n] - 0.2 * expected[n] for n in params})
     tolerance.check(history["loss"][0], loss(params, retain))
+
+
+def test_integers_stand_beside_what_is_trained(scene, key):
+    params, forget, retain = scene
+    effects = ModuleEffects(("head",), (("head",),), jnp.ones(1), jnp.ones(1))
+    given = {**params, "count": jnp.arange(3)}
+    for method in (cure(effects, optax.sgd(0.1)), rosu(optax.sgd(0.1), radius=0.01)):
+        moved, _ = unlearn(
+            method._replace(batch_size=16), network, given, forget, retain, steps=1, key=key
+        )
+        np.testing.assert_array_equal(moved["count"], given["count"])
+        assert np.any(np.asarray(moved["head"] != params["head"]))
 
 
 def test_what_it_cannot_do_without_is_said(scene):

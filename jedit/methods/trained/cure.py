@@ -199,7 +199,7 @@ class _ForgetGradients:
         def loss(params: PyTree) -> Array:
             return self.objective(apply, params, forget, retain, reference)[0]
 
-        return {"forget_grads": jax.grad(loss)(params)}
+        return {"forget_grads": jax.grad(loss, allow_int=True)(params)}
 
 
 def _by_group(groups: dict[str, Group]) -> optax.GradientTransformationExtraArgs:
