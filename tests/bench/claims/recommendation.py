@@ -324,7 +324,7 @@ def main() -> None:
     }
     for seed in range(given.seeds):
         path = given.out / f"recommendation{'-quick' * given.quick}-{seed}.json"
-        seeds.append(kept(path, settings, functools.partial(one_seed, seed, size)))
+        seeds.append(kept(path, settings, lambda seed=seed: one_seed(seed, size)))
         print(f"seed {seed} is done", flush=True)
     found = verdicts(seeds)
     print(table(found))
