@@ -240,6 +240,7 @@ def verdicts(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
     reglu_pairs = (
         ("REGLU, IHL", "LoRA, NPO"),
+        ("REGLU, GradDiff", "LoRA, NPO"),
         ("REGLU, GradDiff", "LoRA, GradDiff"),
         ("REGLU, IHL", "LoRA, IHL"),
         ("REGLU, IHL", "REGLU, IHL, not kept off"),
