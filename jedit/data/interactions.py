@@ -67,7 +67,7 @@ def read_interactions(path: str | Path) -> Interactions:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    taken: dict[str, list[tuple[float, str]]] = {}
+    taken: dict[str, list[tuple[int | float, str]]] = {}
     try:
         places = _columns(next(lines, []), path)
         for fields in lines:
@@ -152,7 +152,7 @@ def _columns(header: Sequence[str], path: Path) -> dict[str, int]:
     for name, known in COLUMNS.items():
         found = [i for i, one in enumerate(given) if one in known]
         if len(found) != 1:
-            shown = ", ".join(given)[:80] or "nothing"
+            shown = repr(", ".join(given)[:80]) if any(given) else "nothing"
             raise DataError(
                 f"{path}: the first line must name the columns user, item and time once each, got "
                 f"{shown}."
@@ -161,7 +161,11 @@ def _columns(header: Sequence[str], path: Path) -> dict[str, int]:
     return places
 
 
-def _number(text: str, where: str) -> float:
+def _number(text: str, where: str) -> int | float:
+    try:
+        return int(text)  # exact: as floats, stamps in nanoseconds would merge
+    except ValueError:
+        pass
     try:
         number = float(text)
     except ValueError:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jedit.core.batch import Batch
@@ -290,12 +291,15 @@ def by_reglu(
 
 
 @on_auto_axes
-def _first(rows: Batch) -> Batch:
-    return jax.tree.map(lambda x: jax.numpy.asarray(x)[:PATCHED], rows)
+def _spread(rows: Batch) -> Batch:
+    """Return a few rows from all over the set: the first may be all of one author."""
+    count = len(jax.tree.leaves(rows)[0])
+    which = np.linspace(0, count - 1, min(PATCHED, count)).round().astype(int)
+    return jax.tree.map(lambda x: jax.numpy.asarray(x)[which], rows)
 
 
 def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
-    few = (_first(rows) for rows in (material.forget, material.take(Need.RETAIN)))
+    few = (_spread(rows) for rows in (material.forget, material.take(Need.RETAIN)))
     effects = module_effects(material.apply, material.params, *few, chunk=1)
     return cure(effects, material.optimizer, threshold=threshold)
 

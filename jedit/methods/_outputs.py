@@ -1,16 +1,18 @@
 """Second moments of matrices' outputs on two sets, out of those of their inputs: Wᵀ A W."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jedit.core.arguments import refuse_tracers
+from jedit.core.arguments import check_kind
 from jedit.core.devices import fetched
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature
-from jedit.curvature.checks import check_counted, check_covers, check_layers_finite
+from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.types import Kronecker
+from jedit.methods._two_sets import comparable
 from jedit.tracing.sites import Weight
 
 
@@ -34,11 +36,16 @@ class Served(NamedTuple):
         found = jnp.einsum("lio,lij,ljp->lop", self.matrix, inputs, self.matrix, precision=HIGHEST)
         return (found + jnp.swapaxes(found, 1, 2)) / 2  # rounding is not symmetric
 
+    def output_squares(self, inputs: Array) -> Float[Array, "layers d_out"]:
+        """Return that moment's diagonal alone, of a vocabulary's outputs as well."""
+        entered = jnp.einsum("lij,ljo->lio", inputs, self.matrix, precision=HIGHEST)
+        return jnp.sum(self.matrix * entered, axis=1)
+
 
 def served_matrices(
     params: PyTree, target: Curvature, rest: Curvature, method: str
-) -> dict[str, Served]:
-    """Return the matrices with dense input moments of two sets, by block.
+) -> Iterator[tuple[str, Served]]:
+    """Yield the matrices with dense input moments of two sets, one at a time, with their blocks.
 
     Tables that are looked up in, vectors, and inputs too long for a dense factor are left out.
 
@@ -54,35 +61,25 @@ def served_matrices(
             several sites, no such matrix, or a trace.
         FloatingPointError: a moment is not finite.
     """
-    refuse_tracers(method, (params, target, rest), "make it outside")
-    for curvature, name in ((target, "target"), (rest, "rest")):
-        leaves = check_covers(curvature, params)
-        check_counted(curvature.num_outputs, f"the curvature of {name}")
-    if set(target.blocks) != set(rest.blocks):
-        raise ValueError("target and rest must be curvatures of the same sites")
-    found = {}
-    for name, block in target.blocks.items():
-        if not isinstance(block, Kronecker):
-            continue
+    for given, name in ((target, "target"), (rest, "rest")):
+        check_kind(given, Curvature, name, "as jedit.estimate returns it")
+    _, _, blocks, leaves = comparable(params, target, rest, method)
+    dense = {n: b for n, b in blocks.items() if target.factors[b.input].matrix.ndim == 3}
+    if not dense:
+        raise ValueError(f"{method} needs a matrix whose inputs have a dense moment; there is none")
+    for name, block in dense.items():
         other = rest.blocks[name]
         assert isinstance(other, Kronecker)
-        if block.is_merged:
-            raise ValueError(
-                f"{name} is used at several sites, whose input moments a curvature merges with "
-                "weights of their own; leave it out by `select`"
-            )
-        moments = target.factors[block.input].matrix, rest.factors[other.input].matrix
-        if moments[0].ndim == 2:  # a table's, or too long a one's: a diagonal
-            continue
-        moments = tuple(map(fetched, moments))
+        # Here and not before: offloaded moments come one by one.
+        moments = [
+            fetched(curvature.factors[one.input].matrix)
+            for curvature, one in ((target, block), (rest, other))
+        ]
         for moment in moments:
             check_layers_finite(moment, name)
         dtype = moments[0].dtype
         matrix = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
-        found[name] = Served(block.weight, matrix, *moments)
-    if not found:
-        raise ValueError(f"{method} needs a matrix whose inputs have a dense moment; there is none")
-    return found
+        yield name, Served(block.weight, matrix, *moments)
 
 
 def kernel_of(served: Served) -> tuple[Weight, Array]:

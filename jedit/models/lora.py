@@ -140,6 +140,7 @@ def with_lora(
         if unknown := [path for path in pairs if path not in weights]:
             raise ValueError(f"{unknown} have no adapters; those that have are {list(weights)}")
         begun = jax.tree.map(lambda x: x, lora)
+        kept = {}
         for path, (a, b) in pairs.items():
             weight = weights[path]
             if a.ndim != 2 or (len(a), *b.shape) != (weight.d_in, a.shape[1], weight.d_out):
@@ -148,8 +149,10 @@ def with_lora(
                     f"({weight.d_in}, rank) and (rank, {weight.d_out})"
                 )
             dtype = leaves[path].dtype
-            _at(begun, path).update(a=a.astype(dtype), b=b.astype(dtype))
-        return {"base": added(params, pairs, -scale), "lora": begun}
+            # What is taken off the weights is what is kept, after its rounding.
+            kept[path] = a.astype(dtype), b.astype(dtype)
+            _at(begun, path).update(a=kept[path][0], b=kept[path][1])
+        return {"base": added(params, kept, -scale), "lora": begun}
 
     return Adapted(adapted, {"base": params, "lora": lora}, merge, start)
 

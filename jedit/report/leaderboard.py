@@ -102,7 +102,7 @@ MEASURES = {
     ),
     "forget_next_ndcg": Measure("their\nnext N", "NDCG@10 of the same"),
     "retain_next_recall": Measure(
-        "others'\nnext R", "recall@10 of the other users' next choice, which no model has learnt"
+        "others'\nnext R", "recall@10 of held-out users' next choice, which no model has learnt"
     ),
     "retain_next_ndcg": Measure("others'\nnext N", "NDCG@10 of the same", is_main=True),
     "probe_accuracy": Measure("probe", "how often a hidden state says which author is asked about"),

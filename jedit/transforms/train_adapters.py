@@ -103,6 +103,16 @@ def train_adapters(
                 f"the adapter {name!r} has A {one.a.shape} and B {one.b.shape}, expected "
                 f"{wanted[0]} and {wanted[1]} for {w.path!r}"
             )
+        if w.bias_path is not None:
+            raise ValueError(
+                f"the adapter {name!r} has a bias's row; give it the weight's `kernel`"
+            )
+        if one.off is not None and (one.off.ndim, *one.off.shape[:2]) != (3, w.layers, w.d_out):
+            raise ValueError(
+                f"the adapter {name!r} is kept off directions of shape {one.off.shape}, expected "
+                f"({w.layers}, {w.d_out}, k)"
+            )
+    _check_disjoint(adapters)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params) -> Any:
@@ -111,12 +121,18 @@ def train_adapters(
         return TrainAdaptersState(own, inner.init(_trained(own)))
 
     def update(updates, state, params=None, **extra_args) -> Any:
-        del extra_args  # trees like params would be none of the adapters
+        # What is like the parameters, or asks for them, is nothing like the adapters.
+        structure = jax.tree.structure(updates)
+        passed = {
+            name: extra
+            for name, extra in extra_args.items()
+            if not callable(extra) and jax.tree.structure(extra) != structure
+        }
         now = state.adapters
         leaves = check_has((one.weight for one in now.values()), updates, "adapters")
         gradients = _gradients(now, leaves, scale, weight)
         steps: Any
-        steps, after = inner.update(gradients, state.inner, _trained(now))
+        steps, after = inner.update(gradients, state.inner, _trained(now), **passed)
         moved = {
             name: dataclasses.replace(one, a=one.a + steps[name][0], b=one.b + steps[name][1])
             for name, one in now.items()
@@ -128,6 +144,19 @@ def train_adapters(
         return sharded_like(made, like), TrainAdaptersState(moved, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_disjoint(adapters: Mapping[str, Adapter]) -> None:
+    of_path: dict[str, list[Weight]] = {}
+    for one in adapters.values():
+        of_path.setdefault(one.weight.path, []).append(one.weight)
+    for path, weights in of_path.items():
+        if len(weights) == 1:
+            continue
+        ones = (jnp.ones((w.layers, w.d_in, w.d_out), jnp.int8) for w in weights)
+        parts = (w.scatter(x)[path] for w, x in zip(weights, ones, strict=True))
+        if bool(jnp.any(sum(parts, start=jnp.zeros(weights[0].shape, jnp.int8)) > 1)):
+            raise ValueError(f"several adapters of {path!r} overlap; each entry may have one")
 
 
 def _trained(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Array, Array]]:

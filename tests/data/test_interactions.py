@@ -32,8 +32,12 @@ def test_a_file_is_sequences_by_time(tmp_path, header):
     ("text", "sentence"),
     [
         ("", "must name the columns user, item and time once each, got nothing"),
-        ("user,item\na,b\n", "must name the columns user, item and time once each, got user, item"),
-        ("user,userId,item,time\n", "once each, got user, userid, item, time"),
+        (
+            "user,item\na,b\n",
+            "must name the columns user, item and time once each, got 'user, item'",
+        ),
+        ("user,userId,item,time\n", "once each, got 'user, userid, item, time'"),
+        ("\x1b[31m,item,time\n", "once each, got '\\x1b[31m, item, time'"),
         ("user,item,time\na,b\n", ":2: the line has 2 fields, fewer than the header names"),
         ("user,item,time\na,b,soon\n", ":2: the time must be a number, got 'soon'"),
         ("user,item,time\na,b,nan\n", ":2: the time must be a number, got 'nan'"),
@@ -51,6 +55,13 @@ def test_what_is_no_such_file_is_refused(tmp_path, text, sentence):
         read_interactions(path)
     assert str(caught.value).startswith(str(path))
     assert sentence in str(caught.value)
+
+
+def test_stamps_in_nanoseconds_stay_apart(tmp_path):
+    stamps = [1_700_000_000_000_000_002, 1_700_000_000_000_000_001, 1_700_000_000_000_000_000]
+    lines = [f"ann,{item},{stamp}" for item, stamp in zip("abc", stamps, strict=True)]
+    log = read_interactions(written(tmp_path, "\n".join(["user,item,time", *lines])))
+    assert log.items == ("c", "b", "a")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

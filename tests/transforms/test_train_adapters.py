@@ -83,6 +83,36 @@ def test_it_trains_what_differentiating_the_adapters_trains(scene, optimizer, ke
     assert np.abs(np.asarray(reached["q"] - params["q"])).max() > 1e-2
 
 
+def test_extra_arguments_reach_the_optimizer(scene):
+    """A plateau's `value`, for instance; not what is like the parameters, or asks for them."""
+    params, x, _, pairs, _ = scene
+    weight = find_sites(network, params, x)["q"].weight.kernel
+    given = {}
+
+    def update(updates, state, params=None, **extra):
+        del params
+        given.update(extra)
+        return updates, state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    transform = train_adapters(optimizer, {"q": Adapter(weight, *(p[None] for p in pairs["q"]))})
+    state = transform.init(params)
+    extras = {"value": jnp.float32(2.0), "forget_grads": params, "grad_fn": lambda p: p}
+    transform.update(params, state, params, **extras)
+    assert given == {"value": 2.0}
+
+
+def test_what_is_begun_is_what_bfloat16_holds(scene, key):
+    """The pairs are rounded to be kept: it is their product that is taken off the weights."""
+    params, x, _, pairs, _ = scene
+    narrow = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+    adapted = with_lora(network, narrow, x.astype(jnp.bfloat16), rank=2, key=key)
+    begun = adapted.start(pairs)
+    a, b = (np.asarray(p.astype(jnp.bfloat16), np.float32) for p in pairs["q"])
+    expected = jnp.asarray(-(a @ b), jnp.bfloat16)
+    np.testing.assert_array_equal(begun["base"]["q"].reshape(expected.shape), expected)
+
+
 def test_what_is_no_adapter_is_refused(scene, key):
     params, x, _, pairs, _ = scene
     weight = find_sites(network, params, x)["q"].weight.kernel
@@ -91,6 +121,13 @@ def test_what_is_no_adapter_is_refused(scene, key):
         train_adapters(optax.sgd(1.0), {})
     with pytest.raises(ValueError, match=r"'q' has A \(1, 5, 2\) and B \(1, 2, 5\), expected"):
         train_adapters(optax.sgd(1.0), {"q": Adapter(weight, a, b[..., 1:])})
+    biased = find_sites(network, params, x)["q"].weight
+    with pytest.raises(ValueError, match="'q' has a bias's row; give it the weight's `kernel`"):
+        train_adapters(optax.sgd(1.0), {"q": Adapter(biased, a, b)})
+    with pytest.raises(ValueError, match=r"directions of shape \(1, 5, 2\), expected \(1, 6, k\)"):
+        train_adapters(optax.sgd(1.0), {"q": Adapter(weight, a, b, a)})
+    with pytest.raises(ValueError, match="several adapters of 'q' overlap"):
+        train_adapters(optax.sgd(1.0), dict.fromkeys("xy", Adapter(weight, a, b)))
     with pytest.raises(ValueError, match="no leaf 'q', which the adapters covers"):
         train_adapters(optax.sgd(1.0), {"q": Adapter(weight, a, b)}).init({"o": params["o"]})
     adapted = with_lora(network, params, x, rank=2, key=key)

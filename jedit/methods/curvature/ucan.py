@@ -98,9 +98,9 @@ def ucan(
     check_numbers(SHARE, least_risk=least_risk)
     check_numbers(NOT_NEGATIVE, strength=strength)
     risk, utility, kept, changes = {}, {}, {}, {}
-    for name, served in served_matrices(params, target, rest, "U-CAN").items():
+    for name, served in served_matrices(params, target, rest, "U-CAN"):
         weight, kernel = kernel_of(served)
-        a, b = (_root(_diagonal(served.outputs(m))) for m in (served.target, served.rest))
+        a, b = (_root(served.output_squares(m)) for m in (served.target, served.rest))
         inputs = _root(_diagonal(served.rest))[:, : weight.d_in]
         used = jnp.sum(jnp.abs(kernel) * inputs[:, :, None], axis=1)
         most = jnp.max(used, axis=1, keepdims=True)

@@ -21,8 +21,9 @@ class RetainGradient:
         del params  # the projection asks where it stands
 
         def retain_grad_fn(params: PyTree) -> PyTree:
-            return jax.grad(lambda p: self.held(apply, p, forget, retain, reference), has_aux=True)(
-                params
-            )[0]
+            # Integer leaves stand beside what is trained; the loop leaves them out.
+            return jax.grad(
+                lambda p: self.held(apply, p, forget, retain, reference)[0], allow_int=True
+            )(params)
 
         return {"retain_grad_fn": retain_grad_fn}

@@ -14,9 +14,11 @@
 
 Differences. Confirmed [paper: abstract and notes] are the circuit's causal reading, the three
 groups, and that each has an update rule of its own which keeps the two gradients from conflict. A
-module here is a place where a parameter acts (a matrix with its bias, a table), the patch is zero,
-and what has no such place is shared: ours. Ours as well are the score, τ, GA, and that the
-conflict of all shared parameters together is taken off the forget gradient alone.
+module here is a place where a parameter acts by a product or a look-up (a matrix with its bias, a
+gain, a table), and the patch is zero: ours. What has no such place is shared (positions that are
+added, a norm's bias), as is a module of a hundredth of the mean effect or less, where s would be
+rounding. Ours as well are the score, τ, GA, and that the conflict of all shared parameters together
+is taken off the forget gradient alone.
 """
 
 import dataclasses
@@ -48,6 +50,7 @@ from jedit.tracing import find_sites, intervene
 from jedit.training.method import TrainingMethod
 
 Group = Literal["forget", "retain", "shared"]
+LEAST_EFFECT = 0.01  # of the mean module's; a module that does less is shared; arbitrary
 
 
 class ModuleEffects(NamedTuple):
@@ -70,41 +73,33 @@ class ModuleEffects(NamedTuple):
     @property
     def specificity(self) -> Float[Array, " modules"]:
         """Return s of each module: 1 serves forget rows alone, -1 retain rows alone."""
-        return specificity(self.forget, self.retain)
+        return self._contrast(_shares(self.forget), _shares(self.retain))
 
     def groups(self, threshold: float) -> dict[str, Group]:
         """Return each parameter's group; of one that stands in several modules, by their sums."""
-        total: dict[str, list[Array]] = {}
-        for i, paths in enumerate(self.paths):
+        total: dict[str, tuple[Array, Array]] = {}
+        modules = zip(self.paths, _shares(self.forget), _shares(self.retain), strict=True)
+        for paths, e_f, e_r in modules:
             for path in paths:
-                old = total.get(path, [jnp.zeros(()), jnp.zeros(())])
-                both = zip(old, (self.forget[i], self.retain[i]), strict=True)
-                total[path] = [a + jnp.maximum(b, 0) for a, b in both]
-        # Over the modules' own sums, not over those of parameters that share a module.
-        sums = [jnp.sum(jnp.maximum(x, 0)) for x in (self.forget, self.retain)]
+                f, r = total.get(path, (0, 0))
+                total[path] = f + e_f, r + e_r
         found: dict[str, Group] = {}
         for path, effects in total.items():
-            shares = (e / jnp.where(t > 0, t, 1) for e, t in zip(effects, sums, strict=True))
-            s = float(_contrast(*shares))
+            s = float(self._contrast(*effects))
             found[path] = "forget" if s > threshold else "retain" if s < -threshold else "shared"
         return found
 
-
-def specificity(
-    forget: Float[Array, " modules"], retain: Float[Array, " modules"]
-) -> Float[Array, " modules"]:
-    """Return s of the rises of both losses; 0 where a module changes neither."""
-    shares = []
-    for rises in (forget, retain):
-        rises = jnp.maximum(rises, 0)
-        total = jnp.sum(rises)
-        shares.append(rises / jnp.where(total > 0, total, 1))
-    return _contrast(*shares)
+    def _contrast(self, e_f: Array, e_r: Array) -> Array:
+        # Where both effects are rounding, their contrast would be the sign of noise.
+        both = e_f + e_r
+        is_there = both > 2 * LEAST_EFFECT / len(self.names)
+        return jnp.where(is_there, (e_f - e_r) / jnp.where(is_there, both, 1), 0)
 
 
-def _contrast(e_f: Array, e_r: Array) -> Array:
-    both = e_f + e_r
-    return (e_f - e_r) / jnp.where(both > 0, both, 1)
+def _shares(rises: Float[Array, " modules"]) -> Float[Array, " modules"]:
+    rises = jnp.maximum(rises, 0)
+    total = jnp.sum(rises)
+    return rises / jnp.where(total > 0, total, 1)
 
 
 @on_auto_axes
@@ -135,9 +130,10 @@ def module_effects(
     for rows, name in ((forget, "forget"), (retain, "retain")):
         check_batch(rows, name)
     sites = find_sites(apply, params, forget.inputs)
-    if not sites:
+    # What is added to a stream has no output of its own: zero there wipes the stream out.
+    names = tuple(name for name, site in sites.items() if site.kind != "bias")
+    if not names:
         raise ValueError(f"the function has no module to be patched:\n{sites}")
-    names = tuple(sites)
     f, r = (_rises(apply, names, chunk, params, rows) for rows in (forget, retain))
     return ModuleEffects(names, tuple(sites[name].weight.paths for name in names), f, r)
 
@@ -147,8 +143,11 @@ def _rises(apply: Apply, names: tuple[str, ...], chunk: int, params: PyTree, row
     def loss(is_off: Array) -> Array:
         # One program for all modules: masks say which is off.
         replace = {name: (is_off[i], jnp.zeros(())) for i, name in enumerate(names)}
-        outputs = intervene(apply, params, rows.inputs, replace=replace).outputs
-        return masked_mean(*counted_nll(lambda *_: outputs, None, rows))
+
+        def patched(params: PyTree, inputs: Array) -> Array:
+            return intervene(apply, params, inputs, replace=replace).outputs
+
+        return masked_mean(*counted_nll(patched, params, rows))
 
     cases = jnp.concatenate([jnp.zeros((1, len(names)), bool), jnp.eye(len(names), dtype=bool)])
     losses = jax.lax.map(loss, cases, batch_size=chunk)
@@ -200,7 +199,7 @@ class _ForgetGradients:
         def loss(params: PyTree) -> Array:
             return self.objective(apply, params, forget, retain, reference)[0]
 
-        return {"forget_grads": jax.grad(loss)(params)}
+        return {"forget_grads": jax.grad(loss, allow_int=True)(params)}
 
 
 def _by_group(groups: dict[str, Group]) -> optax.GradientTransformationExtraArgs:

@@ -19,7 +19,9 @@ k = 128, β = 0.7 on phi-1.5, with a learning rate of 1e-4. That the code's outp
 their bias is derived. It averages outputs over the positions of a row's answer before it takes
 moments: `kfac(..., sharing="reduce")` gives that, and the catalogue's moments, which are of single
 tokens, do not. r and k are at most a share of a matrix's outputs here (ours: both are an eighth
-or less of phi-1.5's), since all of a narrow model's outputs would be both. Adapters are
+or less of phi-1.5's), since all of a narrow model's outputs would be both. Where the forget and the
+retain outputs are alike, C is negative at a β above a half, and its top eigenvectors are the
+directions that are used least: the adapters then have hardly anything to begin from. Adapters are
 trained through the gradient of the whole matrix (`transforms.train_adapters`), which is the same
 and needs that gradient's memory; every matrix that the moments cover has one.
 """
@@ -134,7 +136,7 @@ def reglu(
     check_optimizer(optimizer)
     adapters = {
         name: _adapter(served, directions)
-        for name, served in served_matrices(params, target, rest, "REGLU").items()
+        for name, served in served_matrices(params, target, rest, "REGLU")
     }
     transform = train_adapters(optimizer, adapters, scale=scale, weight=weight)
     trainable = "|".join(exactly({one.weight.path: None for one in adapters.values()}))
@@ -145,11 +147,19 @@ def reglu(
 def _adapter(served: Served, directions: Directions) -> Adapter:
     """Return A₀, B₀ and what B is kept off, in the moments' dtype."""
     weight, matrix = kernel_of(served)
-    rank, retain_rank = directions.of(weight.d_out)
+    rank, retain_rank = (min(n, weight.rows) for n in directions.of(weight.d_out))
+    span = None
+    if weight.d_out > served.matrix.shape[1]:
+        # More outputs than inputs lie in a space of as many directions: no moment of a
+        # vocabulary's outputs is ever formed.
+        span, triangle = jnp.linalg.qr(jnp.swapaxes(served.matrix, 1, 2))
+        served = served._replace(matrix=jnp.swapaxes(triangle, 1, 2))
     how = {"rank": rank, "retain_rank": retain_rank, "balance": directions.balance}
     moments = zip(served.outputs(served.target), served.outputs(served.rest), strict=True)
     # One at a time: several batched decompositions side by side can deadlock.
     pairs = [jax.block_until_ready(solve(*pair, **how)) for pair in moments]
     top, retained = (jnp.stack(side) for side in zip(*pairs, strict=True))
+    if span is not None:
+        top, retained = (jnp.matmul(span, side, precision=HIGHEST) for side in (top, retained))
     a = jnp.matmul(matrix, top, precision=HIGHEST)
     return Adapter(weight, a, jnp.swapaxes(top, 1, 2), retained)

@@ -84,8 +84,8 @@ class _Gradients:
             return -GA()(apply, params, forget)[0]
 
         def grad_fn(params: PyTree) -> PyTree:
-            return jax.grad(lambda p: self.held(apply, p, forget, retain, reference), has_aux=True)(
-                params
-            )[0]
+            return jax.grad(
+                lambda p: self.held(apply, p, forget, retain, reference)[0], allow_int=True
+            )(params)
 
-        return {"forget_grads": jax.grad(forget_loss)(params), "grad_fn": grad_fn}
+        return {"forget_grads": jax.grad(forget_loss, allow_int=True)(params), "grad_fn": grad_fn}

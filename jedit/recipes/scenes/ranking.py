@@ -4,10 +4,13 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
+from jedit.core.outputs import counted_outputs
+from jedit.core.precision import wide
 from jedit.data import batches
 from jedit.recipes.fitting import rows_of
 
@@ -15,10 +18,11 @@ TOP = 10
 
 
 def ranking(apply: Callable, params: PyTree, rows: Batch, *, chunk: int = 64) -> dict[str, float]:
-    """Rank all items but those that the user has had, where the rows count, by scikit-learn.
+    """Rank all items but those that the user has had, where the rows count.
 
     Each place where rows count has one right item, so that recall is how often it is among the
-    first ten, and NDCG the mean of 1/log2(1 + rank) where it is.
+    first ten, and NDCG the mean of 1/log2(1 + rank) where it is. What scores the same as the right
+    item stands before it.
 
     Args:
         apply: `apply(params, items) -> logits`, of which the first is that of padding.
@@ -30,32 +34,28 @@ def ranking(apply: Callable, params: PyTree, rows: Batch, *, chunk: int = 64) ->
         "recall" and "ndcg", both of the first ten; a model whose logits are not finite ranks
         nothing, and has 0.
     """
-    from sklearn.metrics import ndcg_score, top_k_accuracy_score
-
-    scores, labels = [], []
+    found = []
     for part in batches(rows, min(chunk, rows_of(rows))):
-        logits = np.asarray(_outputs(apply, params, part.inputs), np.float64)
-        items, targets = np.asarray(part.inputs), np.asarray(part.targets)
-        for row, place in zip(*np.nonzero(_counted(part)), strict=True):
-            one = logits[row, place, 1:].copy()
-            if not np.all(np.isfinite(one)):
-                return {"recall": 0.0, "ndcg": 0.0}
-            seen = items[row, : place + 1]
-            one[seen[seen > 0] - 1] = one.min() - 1  # below all others
-            scores.append(one)
-            labels.append(targets[row, place] - 1)
-    scores, labels = np.stack(scores), np.array(labels)
-    every = np.arange(scores.shape[1])
-    recall = top_k_accuracy_score(labels, scores, k=TOP, labels=every)
-    ndcg = ndcg_score(labels[:, None] == every[None], scores, k=TOP)
-    return {"recall": float(recall), "ndcg": float(ndcg)}
+        ranks, is_counted = map(np.asarray, _ranks(apply, params, part))
+        found.append(ranks[is_counted])
+    ranks = np.concatenate(found)
+    if np.any(ranks == 0):
+        return {"recall": 0.0, "ndcg": 0.0}
+    is_among = ranks <= TOP
+    gains = np.where(is_among, 1 / np.log2(1 + ranks), 0)
+    return {"recall": float(np.mean(is_among)), "ndcg": float(np.mean(gains))}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _outputs(apply: Callable, params: PyTree, inputs: PyTree) -> jax.Array:
-    return apply(params, inputs)
-
-
-def _counted(rows: Batch) -> np.ndarray:
-    is_counted = np.asarray(rows.mask) > 0
-    return is_counted if rows.valid is None else is_counted & (np.asarray(rows.valid) > 0)
+def _ranks(apply: Callable, params: PyTree, rows: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the right item's rank from 1 at every place, 0 where logits are not finite."""
+    assert rows.targets is not None
+    logits = wide(apply(params, rows.inputs))
+    count = logits.shape[-1]
+    had = jax.nn.one_hot(rows.inputs, count, dtype=bool)
+    # Item 0 is padding, and what the user has had is not recommended.
+    is_out = jnp.cumsum(had, axis=1, dtype=jnp.int32).astype(bool).at[..., 0].set(True)
+    own = jnp.take_along_axis(logits, rows.targets[..., None], axis=-1)
+    ranks = jnp.sum((logits >= own) & (~is_out), axis=-1)
+    ranks = jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), ranks, 0)
+    return ranks, counted_outputs(rows, ranks.shape)

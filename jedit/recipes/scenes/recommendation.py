@@ -1,8 +1,9 @@
 """The recommendation scene: a small generative recommender forgets some users, or some choices.
 
 A GPT reads the items that a user has had and predicts the next. Each user's last item is learnt by
-no model: the ranking of it says what the recommendations are worth. What is forgotten are all that
-some users chose, or the half of it that they withdraw.
+no model: the ranking of it says what the recommendations are worth. It is asked for at a place in
+the history where other users' items are learnt, in every model. What is forgotten are all that some
+users chose, or the half of it that they withdraw.
 """
 
 import time
@@ -55,6 +56,7 @@ ALL = GRID._replace(
 )
 SHARE_FORGOTTEN = 0.1
 MIN_USERS = 20  # two of them to be forgotten, and retain users for the edit and for the judge
+MAX_ITEMS = 50_000  # at which the logits of 64 rows of 50 items take 640 MB; arbitrary
 
 
 class Sets(NamedTuple):
@@ -64,11 +66,11 @@ class Sets(NamedTuple):
         data: what the model learns.
         kept: the same without what is to be forgotten.
         forget: what is to be forgotten.
-        seen: what is kept of the users that edits see.
-        heldout: of the other users to keep.
+        seen: what is kept of the users that edits see; of users who withdraw choices as well.
+        heldout: of the other users to keep, likewise.
         forget_next: the last item of the users that something is forgotten of, which no model
             learns.
-        retain_next: that of the other users.
+        retain_next: that of the users held out, whom no edit sees.
     """
 
     data: Batch
@@ -126,8 +128,9 @@ def recommendation(
             f"{len(log.items)} items, and is then made to forget {what} of {counts['forget']} of "
             "them. The retrained model comes from the same recipe and the same initial parameters "
             "without it. Users to keep are cut in two: curvature and edits see the first part, the "
-            "held-out part judges them. The last item of each user is learnt by no model: these "
-            "are the test rows, and rankings of them say what the recommendations are worth.",
+            "held-out part judges them. The last item of each user is learnt by no model: those "
+            "of held-out users are the test rows, and rankings of them say what the "
+            "recommendations are worth.",
         ),
         num_rows={
             "training": counts["data"],
@@ -160,11 +163,16 @@ def recommendation(
 
 
 def check_size(log: Interactions) -> None:
-    """Refuse interactions of too few users or items.
+    """Refuse interactions of too few users or items, or of too many items.
 
     Raises:
         DataError: with what there is.
     """
+    if len(log.items) > MAX_ITEMS:
+        raise DataError(
+            f"a recommender scores all items at every place, {MAX_ITEMS} of them at most, got "
+            f"{len(log.items)} items; leave the rarest out."
+        )
     if len(log.users) < MIN_USERS or len(log.items) <= TOP:
         raise DataError(
             f"a recommender needs {MIN_USERS} users with three items each and more than {TOP} "
@@ -175,6 +183,10 @@ def check_size(log: Interactions) -> None:
 def split(log: Interactions, forgotten: Forgotten, *, seed: int, max_len: int) -> Sets:
     """Choose who is forgotten, and make the rows of both kinds; longer histories lose their start.
 
+    No history is longer than the longest of the users whose choices are all kept, and the rows of
+    last items begin one item later, so that whatever is asked for stands at a place where every
+    model has learnt.
+
     Raises:
         DataError: interactions of too few users or items.
     """
@@ -182,9 +194,11 @@ def split(log: Interactions, forgotten: Forgotten, *, seed: int, max_len: int) -
     rng = np.random.default_rng([seed, 1])
     users = rng.permutation(len(log.users))
     gone, rest = np.split(users, [max(2, round(SHARE_FORGOTTEN * len(users)))])
-    seen, heldout = np.split(rest, [round(SHARE_SEEN * len(rest))])
-    known = [items[-max_len - 1 :] + 1 for items in log.sequences]
-    width = max(map(len, known)) - 1
+    seen, heldout = _cut(rest)
+    # What the model reads, one item to predict behind it, and the last one, which is not learnt.
+    longest = min(max_len + 2, max(len(log.sequences[i]) for i in rest))
+    known = [items[-longest:] + 1 for items in log.sequences]
+    width = longest - 2
     learnt = [items[:-1] for items in known]
     kept = dict(enumerate(learnt))
     is_gone = [np.ones(len(items), bool) for items in learnt]
@@ -197,6 +211,8 @@ def split(log: Interactions, forgotten: Forgotten, *, seed: int, max_len: int) -
         is_gone[user][:] = False
         is_gone[user][places[: max(1, len(places) // 2)]] = True
         kept[user] = learnt[user][~is_gone[user]]
+    if forgotten == "choices":
+        seen, heldout = (np.concatenate(x) for x in zip((seen, heldout), _cut(gone), strict=True))
 
     def rows(sequences: Sequence[np.ndarray], asked: Sequence[np.ndarray] | None = None) -> Batch:
         inputs = np.zeros((len(sequences), width), np.int32)
@@ -208,18 +224,25 @@ def split(log: Interactions, forgotten: Forgotten, *, seed: int, max_len: int) -
         return Batch(*(jax.numpy.asarray(x) for x in (inputs, targets, mask, valid)))
 
     def of_next(chosen: np.ndarray) -> Batch:
-        last = [np.arange(len(known[i])) == len(known[i]) - 1 for i in chosen]
-        return rows([known[i] for i in chosen], last)
+        sequences = [known[i][-width - 1 :] for i in chosen]
+        return rows(sequences, [np.arange(len(one)) == len(one) - 1 for one in sequences])
+
+    def of_kept(chosen: np.ndarray) -> Batch:
+        return rows([kept[i] for i in chosen if i in kept and len(kept[i]) > 1])
 
     return Sets(
         data=rows(learnt),
-        kept=rows([items for items in kept.values() if len(items) > 1]),
+        kept=of_kept(np.arange(len(learnt))),
         forget=rows([learnt[i] for i in gone], [is_gone[i] for i in gone]),
-        seen=rows([kept[i] for i in seen]),
-        heldout=rows([kept[i] for i in heldout]),
+        seen=of_kept(seen),
+        heldout=of_kept(heldout),
         forget_next=of_next(gone),
-        retain_next=of_next(rest),
+        retain_next=of_next(np.setdiff1d(heldout, gone)),
     )
+
+
+def _cut(users: np.ndarray) -> list[np.ndarray]:
+    return np.split(users, [round(SHARE_SEEN * len(users))])
 
 
 def trained(

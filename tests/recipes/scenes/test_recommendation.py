@@ -48,19 +48,45 @@ def users_of(rows):
 def test_forgotten_users_are_in_no_retained_row_and_last_items_are_not_learnt(max_len):
     sets = scene.split(LOG, "users", seed=2, max_len=max_len)
     sizes = [len(rows.inputs) for rows in sets]
-    assert sizes == [30, 27, 3, 19, 8, 3, 27]
-    length = min(8, max_len + 1)
+    assert sizes == [30, 27, 3, 19, 8, 3, 8]
+    length = min(8, max_len + 2)
     assert {len(pairs) for pairs in asked(sets.data)} == {length - 2}
     assert {len(pairs) for pairs in asked(sets.forget_next)} == {1}
     rows = {name: {tuple(p) for p in asked(part)} for name, part in sets._asdict().items()}
     assert rows["data"] == rows["kept"] | rows["forget"]
     assert rows["kept"] == rows["seen"] | rows["heldout"]
     assert not rows["kept"] & rows["forget"]
-    last = {int(items[-1]) + 1 for items in LOG.sequences}
-    assert {pairs[0][1] for pairs in rows["forget_next"] | rows["retain_next"]} == last
+    last = {tuple(items[-3:] + 1) for items in LOG.sequences}
+    nexts = [(*h[-2:], item) for ((h, item),) in rows["forget_next"] | rows["retain_next"]]
+    assert len(nexts) == len(sets.forget_next.inputs) + len(sets.retain_next.inputs)
+    assert set(nexts) < last
+    # Of the users to keep, only those that no edit sees are asked.
+    ends = {h[-2:] for ((h, _),) in rows["retain_next"]}
+    assert ends == {(pairs[-1][0][-1], pairs[-1][1]) for pairs in rows["heldout"]}
     for part, nexts in (("forget", "forget_next"), ("data", "retain_next")):
         learnt = {history for pairs in asked(getattr(sets, part)) for history, _ in pairs}
         assert not learnt & {pairs[0][0] for pairs in asked(getattr(sets, nexts))}
+
+
+@pytest.mark.parametrize("forgotten", ["users", "choices"])
+@pytest.mark.parametrize("max_len", [50, 5])
+def test_what_is_asked_stands_where_every_model_learns(forgotten, max_len):
+    """Also where the longest histories are those of users who are forgotten."""
+    gone = scene.split(LOG, "users", seed=2, max_len=50).forget
+    longer = [
+        np.append(items, np.setdiff1d(np.arange(16), items)[:3]) if i in users_of(gone) else items
+        for i, items in enumerate(LOG.sequences)
+    ]
+    log = LOG._replace(sequences=tuple(longer))
+    sets = scene.split(log, forgotten, seed=2, max_len=max_len)
+    assert max(len(items) for items in log.sequences) == 11
+    learnt = np.any(np.asarray(sets.kept.mask) * np.asarray(sets.kept.valid), axis=0)
+    assert sets.data.inputs.shape[1] == min(6, max_len)
+    for rows in (sets.forget, sets.forget_next, sets.retain_next):
+        is_asked = np.any(np.asarray(rows.mask), axis=0)
+        assert np.any(is_asked)
+        assert np.all(learnt[is_asked])
+    assert {len(pairs) for pairs in asked(sets.retain_next)} == {1}
 
 
 def test_withdrawn_choices_leave_the_history_but_not_the_user():
@@ -75,6 +101,11 @@ def test_withdrawn_choices_leave_the_history_but_not_the_user():
         left = [i for i in LOG.sequences[user][:-1] + 1 if i not in withdrawn]
         assert tuple(left[:-1]) in kept
         assert len(left) == 4
+    # Users who withdraw choices are users to keep: edits see some of them, others are judged.
+    rows = {name: {tuple(p) for p in asked(part)} for name, part in sets._asdict().items()}
+    assert rows["kept"] == rows["seen"] | rows["heldout"]
+    assert [len(part.inputs) for part in (sets.seen, sets.heldout)] == [21, 9]
+    assert len(sets.retain_next.inputs) == 8
 
 
 def test_rankings_are_counted(key):
@@ -97,6 +128,11 @@ def test_rankings_are_counted(key):
     assert found == pytest.approx({"recall": np.mean(hits), "ndcg": np.mean(gains)})
     lost = ranking(apply, jnp.full_like(params, jnp.nan), rows)
     assert lost == {"recall": 0.0, "ndcg": 0.0}
+    # Whoever scores all items alike recommends none: of 16, those left stand before the right one.
+    flat = ranking(apply, jnp.zeros_like(params), rows)
+    places = [16 - len(history) for pairs in asked(rows) for history, _ in pairs]
+    assert flat["recall"] == pytest.approx(np.mean(np.array(places) <= 10))
+    assert flat["recall"] < 0.3
     del key
 
 
@@ -106,6 +142,8 @@ def test_too_few_to_recommend_to_are_refused():
         scene.split(few, "users", seed=0, max_len=8)
     with pytest.raises(DataError, match="more than 10 items, got 30 users and 10 items"):
         scene.check_size(LOG._replace(items=LOG.items[:10]))
+    with pytest.raises(DataError, match="50000 of them at most, got 50001 items"):
+        scene.check_size(LOG._replace(items=("item",) * 50_001))
 
 
 @pytest.fixture
