@@ -71,9 +71,24 @@ def test_each_method_is_attacked_at_the_matched_price(monkeypatch):
         assert 0 < record["change in top"] < 1
         assert record["before"] != found["untouched"]["before"]
     assert found["RepSelect"]["before"] != found[repselect.TRAINED]["before"]
-    ratios = repselect.report([found, found])["ratios"]
-    assert set(ratios) == {f"{a} / RMU" for a in ("RepSelect", repselect.TRAINED, "MCU")}
-    assert ratios["MCU / RMU"]["mean"] == found["MCU"]["lasting"] / found["RMU"]["lasting"]
+    compared = repselect.report([found, found])["compared"]
+    pairs = {f"{a} - {n} x RMU" for a in ("RepSelect", repselect.TRAINED) for n in (1, 4)}
+    assert set(compared) == pairs | {"MCU - 1 x RMU"}
+    less = found["RepSelect"]["lasting"] - 4 * found["RMU"]["lasting"]
+    assert compared["RepSelect - 4 x RMU"]["mean"] == pytest.approx(less)
+
+
+def test_the_price_is_matched_where_a_run_passes_it(monkeypatch):
+    """On a line whose KL is known, between two looks; and a run that never gets there stays."""
+    monkeypatch.setattr(repselect, "kl", lambda _, params: float(params["w"] ** 2))
+    scene = repselect.Setup(*[None] * 7)._replace(original={"w": np.float64(0)})
+    looks = lambda *values: iter([{"w": np.float64(v)} for v in values])  # noqa: E731
+    params, cost = repselect.at_budget(scene, looks(0.1, 0.9, 0.0))
+    assert 0.098 < cost <= 0.1
+    assert params["w"] == pytest.approx(np.sqrt(0.1), rel=0.02)
+    assert repselect.at_budget(scene, looks(0.1, 0.2))[1] == pytest.approx(0.04)
+    params, cost = repselect.at_budget(scene, looks(np.nan))
+    assert (float(params["w"]), cost) == (0.0, 0.0)
 
 
 def test_seeds_that_were_measured_are_read_and_not_run_again(monkeypatch, tmp_path, capsys):
