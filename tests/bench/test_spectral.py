@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jedit.core.paths import parameter_paths
 from jedit.recipes.scenes.question_answer import Model
 from tests.bench.claims import pruning, repselect, scenes
 
@@ -33,11 +34,17 @@ def test_pruning_loses_what_was_learnt_by_heart_first(monkeypatch):
     assert lost["by heart"] > max(0.3, 3 * lost["general"])
     assert middle["true labels"] > begin["true labels"] + 0.1, "what is right comes back"
     assert harsh["general"] < 0.3
-    assert pruning.kept_at(points, "smallest weights", 0.001) == 0
+    assert pruning.kept_at(points, "smallest weights", -1.0) is None
     assert set(pruning.summary([points, points])) == set(points) - {"untouched"}
-    assert np.all(pruning.smallest_zero(scene.params, 0.0, "kernel")["layers"][0]["bias"] == 0) == (
-        np.all(scene.params["layers"][0]["bias"] == 0)
-    )
+    cut = pruning.smallest_zero(scene.params, 0.5, "kernel")
+    for (path, leaf), whole in zip(
+        parameter_paths(cut), jax.tree.leaves(scene.params), strict=True
+    ):
+        share = float(np.mean(np.asarray(leaf) == 0))
+        if path.endswith("kernel"):
+            assert share == pytest.approx(0.5, abs=0.02)
+        else:
+            np.testing.assert_array_equal(leaf, whole)
 
 
 def test_the_strings_are_what_the_gpt_is_asked_by_heart(monkeypatch):
@@ -105,4 +112,5 @@ def test_seeds_that_were_measured_are_read_and_not_run_again(monkeypatch, tmp_pa
     given = ["--seeds", "2", "--scene", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["pruning", *given])
     pruning.main(given)
-    assert "| pruning, products | 0.9 ± 0 |" in capsys.readouterr().out
+    # Half is midway between 0.6 and 0.4: (0.79 + 0.72) / 2 of 0.8. No strength leaves a quarter.
+    assert "| pruning, products | 0.944 ± 0 | never |" in capsys.readouterr().out

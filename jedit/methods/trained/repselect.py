@@ -17,16 +17,15 @@ MLPs' matrices alone, and in versions projects against a retain gradient. So do 
 for: the moments are `repselect_moments`, centred and of the objective;
 `requests.unlearn_refitted` takes them anew; the curvature's `select` says which matrices are
 trained; `retain_rank` projects. The catalogue's row has none of it: its moments are a curvature's,
-about zero, of labels that the model draws, once, of every matrix that this covers. What the trainer does and we don't: it sends each
-token's vector to its own component along C times it, where ours is linear, C itself; and takes the
-gradient with an adversarial LoRA in the model, for which `jedit.methods.sam` is the nearest here. A
-version that came later takes for M the left and right singular values of the summed gradient. k is
-512 as in a later release (400 in the trainer), and at most an eighth of a factor's directions,
-since it is an eighth of the width of an 8B model; with all of a narrow model's, C would whiten. SGD
-and η = 0.2 are the trainer's; a step's length is that of all matrices together. On a small GPT the
-row lasts 1.2 to 2 times longer than NPO under relearning, not 4 to 50, and centred moments do far
-worse, likely because the mean of the inputs is then no top direction and passes unshrunk
-(tests/bench/claims/spectral.md).
+about zero, of labels that the model draws, once, of every matrix that this covers. What the trainer
+does and we don't: it sends each token's vector to its own component along C times it, where ours is
+linear, C itself; and takes the gradient with an adversarial LoRA in the model, for which
+`jedit.methods.sam` is the nearest here. A version that came later takes for M the left and right
+singular values of the summed gradient. k is 512 as in a later release (400 in the trainer), and at
+most an eighth of a factor's directions, since it is an eighth of the width of an 8B model; with all
+of a narrow model's, C would whiten. SGD and η = 0.2 are the trainer's; a step's length is that of
+all matrices together. What was measured of both on a small GPT, which is not the published factor:
+tests/bench/claims/spectral.md.
 """
 
 import functools
@@ -129,8 +128,8 @@ def repselect_moments(
         key: the key of the estimate, which draws nothing here.
 
     Returns:
-        A curvature for `repselect`. Costs three forward and two activation-backward passes, of which
-        two and one are made row by row.
+        A curvature for `repselect`. Costs three forward and two activation-backward passes, two and one of
+        them row by row.
 
     Raises:
         ValueError: as `estimate` and `kfac` refuse.
