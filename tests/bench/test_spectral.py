@@ -1,6 +1,8 @@
 """The scripts of pruning and of RepSelect, each once at toy size."""
 
 import json
+import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,7 +90,7 @@ def test_each_method_is_attacked_at_the_matched_price(monkeypatch):
 def test_the_price_is_matched_where_a_run_passes_it(monkeypatch):
     """On a line whose KL is known, between two looks; and a run that never gets there stays."""
     monkeypatch.setattr(repselect, "kl", lambda _, params: float(params["w"] ** 2))
-    scene = repselect.Setup(*[None] * 7)._replace(original={"w": np.float64(0)})
+    scene: Any = types.SimpleNamespace(original={"w": np.float64(0)})
     looks = lambda *values: iter([{"w": np.float64(v)} for v in values])  # noqa: E731
     params, cost = repselect.at_budget(scene, looks(0.1, 0.9, 0.0))
     assert 0.098 < cost <= 0.1

@@ -200,7 +200,7 @@ def test_the_rows_strength_is_the_price_it_keeps_to(scene):
 
 
 def test_the_search_ends_at_the_strongest_that_is_within():
-    """Of one number that is set to its strength, at a cost known: and a cost that is NaN is none."""
+    """Of one number that is set to its strength, at a known cost, which is NaN beyond a half."""
 
     class Price:
         predicted = staticmethod(lambda move: float(move["w"][0]) ** 2)

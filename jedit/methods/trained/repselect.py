@@ -128,8 +128,8 @@ def repselect_moments(
         key: the key of the estimate, which draws nothing here.
 
     Returns:
-        A curvature for `repselect`. Costs three forward and two activation-backward passes, two and one of
-        them row by row.
+        A curvature for `repselect`. Costs three forward passes, two of them row by row, and two
+        activation-backward ones, one of them so.
 
     Raises:
         ValueError: as `estimate` and `kfac` refuse.
