@@ -131,7 +131,6 @@ def test_minor_parts_are_equal_by_value_and_compile_once():
         MinorPart(Leaving("w"), np.eye(7)[:, :2])(network, params, rows.inputs)
 
 
-@pytest.mark.filterwarnings("ignore:.*bfloat16")
 def test_a_dominant_mean_is_taken_out_of_narrow_states():
     """A mean of a thousand times the rest: a Q rounded to bfloat16 would leave four."""
     rng = np.random.default_rng(3)
