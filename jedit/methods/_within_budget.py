@@ -10,7 +10,7 @@ from jedit.core.display import short_repr
 from jedit.edits import Edit, dense
 from jedit.geometry import RetainKl
 
-EVALUATIONS = 12  # to a 2,000th of the range's logarithms; arbitrary
+EVALUATIONS = 12  # the first, and 11 halvings of the logarithms' range; arbitrary
 
 
 class WithinBudget(NamedTuple):
