@@ -42,7 +42,7 @@ class Forget:
     by its name (help lists them)."""
     budget: float | None = None
     """Retain KL that the edit may cost, nats per answer token, kept in truth on rows that it does
-    not see. None: 0.05 for K-FADE; others may cost what they take."""
+    not see. None: 0.05 for K-FADE and curvature pruning; others may cost what they take."""
     unseen: Path | None = None
     """Rows of the same kind that the model was not trained on, a file like --data: steps stop where
     the rows to forget cannot be told from them, and a model that never knew these is left alone."""

@@ -50,7 +50,6 @@ from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.mcu import mcu
 from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
-from jedit.methods.trained.refitted import Refit, unlearn_refitted
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
@@ -82,7 +81,6 @@ __all__ = [
     "KfadeInfo",
     "Layers",
     "PruningInfo",
-    "Refit",
     "ModuleEffects",
     "Played",
     "Restoration",
@@ -133,6 +131,5 @@ __all__ = [
     "target_values",
     "token_importance",
     "uam",
-    "unlearn_refitted",
     "ucan",
 ]

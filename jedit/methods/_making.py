@@ -9,10 +9,13 @@ import numpy as np
 import optax
 
 from jedit.core.batch import Batch
+from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.paths import exactly
-from jedit.geometry import null_space
+from jedit.curvature.likelihoods import Categorical
+from jedit.geometry import RetainKl, null_space
 from jedit.geometry.surrogate import Scope
+from jedit.methods._within_budget import strongest_within
 from jedit.methods.associations._write import Associations, Layers
 from jedit.methods.associations.alphaedit import alphaedit
 from jedit.methods.associations.memit import memit
@@ -92,12 +95,16 @@ def by_memorised_subspace(material: Material, *, share: float) -> ClosedForm:
     return edit
 
 
-def by_curvature_pruning(material: Material, *, mass: float, keep: Keep) -> ClosedForm:
+def by_curvature_pruning(material: Material, *, keep: Keep):
     curvature = material.take(Need.CURVATURE)
 
-    def edit(apply, params, *, forget, retain):
-        del apply, forget, retain  # the curvature holds what it needs of the retain rows
-        return curvature_pruning(params, curvature, mass=mass, keep=keep)
+    def edit(apply, params, *, forget, retain, budget: float):
+        del forget  # no forget row is named
+        check_numbers(POSITIVE, budget=budget)
+        price = RetainKl(apply, params, retain, likelihood=Categorical())
+        # Of the strength, what share of the curvature is not kept.
+        at = lambda lost: curvature_pruning(params, curvature, mass=1 - lost, keep=keep)  # noqa: E731
+        return strongest_within(at, price, budget=budget, least=1e-6, most=0.99)
 
     return edit
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
@@ -92,7 +93,9 @@ def recovery_by_component(
             "models must be the original, the unlearned, the relearned and, if there is one, the "
             f"retrained one's parameters; got {len(models)}"
         )
-    states = [np.asarray(_states(hidden, apply, params, rows), np.float64) for params in models]
+    found = [_states(hidden, apply, params, rows) for params in models]
+    eps = float(max(jnp.finfo(x.dtype).eps for x in found))
+    states = [np.asarray(x, np.float64) for x in found]
     counted = np.asarray(counted_outputs(rows, states[0].shape[:-1]))
     if not counted.any():
         raise ValueError("the rows count no position: mask and valid leave out all")
@@ -106,7 +109,7 @@ def recovery_by_component(
     edit = (unlearned - original) @ vectors
     squares = np.sum(edit**2, axis=0)
     # Of a direction along which only rounding moved there is no share.
-    floor = np.sum(original**2) * len(values) * np.finfo(np.float32).eps ** 2
+    floor = np.sum(original**2) * len(values) * eps**2
     is_moved = squares > floor
 
     def share(change: np.ndarray, along: np.ndarray) -> np.ndarray:

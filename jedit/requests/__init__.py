@@ -5,6 +5,7 @@ from jedit.requests.comeback import Comeback
 from jedit.requests.forget import ForgetInfo, forget
 from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind, Watching
 from jedit.requests.overlap import balanced, interactions
+from jedit.requests.refitted import Refit, unlearn_refitted
 from jedit.requests.stream import Answering, Refresh, RequestInfo, continual
 from jedit.requests.unseen import Unseen
 
@@ -16,6 +17,7 @@ __all__ = [
     "Forgetting",
     "Natural",
     "Recovery",
+    "Refit",
     "Refresh",
     "RequestInfo",
     "Rewind",
@@ -27,4 +29,5 @@ __all__ = [
     "continual",
     "forget",
     "interactions",
+    "unlearn_refitted",
 ]

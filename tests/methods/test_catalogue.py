@@ -30,7 +30,6 @@ PARTS = {
     "module_effects",
     "repselect_moments",
     "target_values",
-    "unlearn_refitted",
     *("causal_trace", "fit_autoencoder", "fit_latents", "important_tokens", "target_values"),
     "token_importance",
 }

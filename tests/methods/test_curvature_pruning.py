@@ -10,8 +10,9 @@ import pytest
 from jedit.core.batch import Batch
 from jedit.curvature import Diagonal, eigenvalues, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.edits import apply_edit
-from jedit.methods import curvature_pruning
+from jedit.edits import Edit, apply_edit
+from jedit.methods import CATALOGUE, Material, curvature_pruning
+from jedit.methods._within_budget import strongest_within
 from jedit.methods.curvature.curvature_pruning import least_kept
 
 D_IN, WIDTH, CLASSES = 6, 5, 3
@@ -165,6 +166,56 @@ def test_the_least_value_kept_is_that_of_a_sorted_sum(dtype):
             order = np.sort(layer.ravel())[::-1]
             assert least.item() == order[top(order.astype(np.float64), mass) - 1]
     assert np.all(np.asarray(least_kept(jnp.zeros((1, 4), dtype), 0.5)) == 0)
+
+
+def test_the_rows_strength_is_the_price_it_keeps_to(scene):
+    """The least mass within the budget: by the KL itself, of it and of a little less mass."""
+    params, rows, curvature = scene
+    row = CATALOGUE["curvature pruning"]
+    method = row.of(Material(network, params, rows, curvature=curvature))
+
+    def kl_of(edit):
+        p, q = (
+            np.asarray(jax.nn.log_softmax(network(x, rows.inputs)), np.float64)
+            for x in (params, apply_edit(params, edit))
+        )
+        return np.mean(np.sum(np.exp(p) * (p - q), axis=1))
+
+    sizes = []
+    for budget in (0.003, 0.05, 0.3):
+        edit, found = method(network, params, forget=rows, retain=rows, budget=budget)
+        assert kl_of(edit) <= budget * 1.001
+        assert float(found.true_kl[-1]) == pytest.approx(kl_of(edit), rel=1e-3, abs=1e-7)
+        same, info = curvature_pruning(params, curvature, mass=1 - found.strength)
+        jax.tree.map(np.testing.assert_array_equal, same, edit)
+        harsher = curvature_pruning(params, curvature, mass=1 - 1.01 * found.strength)[0]
+        assert kl_of(harsher) > 0.999 * kl_of(edit)
+        sizes.append(sum(float(x[0]) for x in info.relative_norm.values()))
+    assert sizes == sorted(sizes)
+    nothing, found = method(network, params, forget=rows, retain=rows, budget=1e-12)
+    assert kl_of(nothing) < 1e-9  # what no output needs may go
+    assert float(found.true_kl[-1]) <= 1e-12
+    with pytest.raises(ValueError, match="budget must be positive"):
+        method(network, params, forget=rows, retain=rows, budget=0.0)
+
+
+def test_the_search_ends_at_the_strongest_that_is_within():
+    """Of one number that is set to its strength, at a known cost, which is NaN beyond a half."""
+
+    class Price:
+        predicted = staticmethod(lambda move: float(move["w"][0]) ** 2)
+
+        def __call__(self, move):
+            at = float(move["w"][0])
+            return at**2 if at < 0.5 else np.nan
+
+    made = lambda strength: (Edit({"w": jnp.asarray([strength])}), None)  # noqa: E731
+    for budget, expected in ((0.01, 0.1), (1.0, 0.5), (1e-14, 0.0)):
+        given = {"budget": budget, "least": 1e-6, "most": 0.99}
+        edit, found = strongest_within(made, Price(), **given)  # pyright: ignore[reportArgumentType]
+        assert found.strength == pytest.approx(expected, rel=0.01)
+        assert found.strength <= expected
+        assert set(edit.blocks) == ({"w"} if expected else set())
 
 
 def test_mistakes_get_a_sentence(scene):

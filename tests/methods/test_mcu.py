@@ -1,5 +1,7 @@
 """MCU: its directions are those of the outputs themselves, and nothing is moved along them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,8 +131,25 @@ def test_minor_parts_are_equal_by_value_and_compile_once():
         MinorPart(Leaving("w"), np.eye(7)[:, :2])(network, params, rows.inputs)
 
 
+def test_a_dominant_mean_is_taken_out_of_narrow_states():
+    """A mean of a thousand times the rest: a Q rounded to bfloat16 would leave four."""
+    rng = np.random.default_rng(3)
+    q = np.linalg.qr(rng.normal(size=(WIDTH, 1)))[0]
+    h = jnp.asarray(1000 * q.T + 0.1 * rng.normal(size=(5, WIDTH)), jnp.bfloat16)
+    minor = MinorPart(lambda apply, params, inputs: inputs, q)(network, {}, h)  # noqa: ARG005
+    exact = np.asarray(h, np.float64)
+    np.testing.assert_allclose(minor, exact - exact @ q @ q.T, atol=2e-3)
+
+
 def test_mistakes_get_a_sentence():
-    params, _, moments = scene(with_bias=True)
+    params, rows, moments = scene(with_bias=True)
+    estimator = kfac(network, Categorical(), select="w|b", centred=True)
+    centred = estimate(estimator, params, [rows], key=jax.random.key(1))
+    with pytest.raises(ValueError, match="the moment of 'w' is centred"):
+        mcu(params, centred, optax.sgd(0.1), site="w")
+    blocks = {n: dataclasses.replace(b, is_merged=True) for n, b in moments.blocks.items()}
+    with pytest.raises(ValueError, match="'w' is used at several sites"):
+        mcu(params, dataclasses.replace(moments, blocks=blocks), optax.sgd(0.1), site="w")
     with pytest.raises(ValueError, match="'v' has no moment of inputs"):
         mcu(params, moments, optax.sgd(0.1), site="v")
     with pytest.raises(ValueError, match="at most 6 of 8; got 7"):

@@ -8,12 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.curvature import Diagonal, estimate, factors, kfac, solve
 from jedit.curvature.likelihoods import Categorical
-from jedit.methods import CATALOGUE, Refit, repselect, repselect_moments, unlearn_refitted
+from jedit.data import batches
+from jedit.methods import CATALOGUE, repselect, repselect_moments
 from jedit.objectives import GA, NPO, RetainNLL
-from jedit.training import unlearn
+from jedit.requests import Refit, unlearn_refitted
+from jedit.training import LoopState, unlearn
+from jedit.training.freezing import which_are_trained
 from jedit.transforms import shrink_top_directions
 
 D_IN, WIDTH, CLASSES, ROWS = 9, 7, 3, 40
@@ -168,21 +172,31 @@ def by_hand(params, forget, weights):
     return x, weights[:, None] * ((p - labels) @ v.T) * (1 - hidden**2), p
 
 
-@pytest.mark.parametrize("sizes", [(40,), (25, 15)])
-def test_the_trainers_moments_are_centred_and_of_the_objective(sizes, key, tolerance):
-    """NPO's, away from its reference, where each row has a weight of its own; any cut of rows."""
+@pytest.mark.parametrize("cut", [(40,), (25, 15), "batches", "blocks"])
+def test_the_trainers_moments_are_centred_and_of_the_objective(cut, key, tolerance, monkeypatch):
+    """NPO's, away from its reference, where each row has a weight of its own; any cut of rows.
+
+    `batches` fills the last one up with empty rows; and of large outputs NPO sees blocks of rows.
+    """
     params, forget, curvature = scene()
     reference = jax.tree.map(lambda p: 0.7 * p, params)
+    fresh = lambda params, x: network(params, x)  # noqa: E731 - so that it is traced anew
     nll = lambda p: -np.log(by_hand(p, forget, np.ones(ROWS))[2][range(ROWS), forget.targets])  # noqa: E731
     beta = 0.9
     weights = 2 / (1 + np.exp(beta * (nll(params) - nll(reference))))
     assert weights.max() > 1.2 * weights.min()
     x, g, _ = by_hand(params, forget, weights)
-    cuts = np.cumsum([0, *sizes])
-    slices = [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
-    cut = [jax.tree.map(lambda t, rows=rows: t[rows], forget) for rows in slices]
+    if isinstance(cut, str):
+        rows = list(batches(forget, 32))
+        assert len(rows[-1].targets) == 32
+        if cut == "blocks":
+            monkeypatch.setattr(row_blocks, "MOST_BYTES", 100)
+    else:
+        ends = np.cumsum([0, *cut])
+        slices = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+        rows = [jax.tree.map(lambda t, part=part: t[part], forget) for part in slices]
     given = {"objective": NPO(beta=beta), "reference": reference, "select": "w|b"}
-    found = repselect_moments(network, params, cut, key=key, **given)
+    found = repselect_moments(fresh, params, rows, key=key, **given)
     a, outer = (np.asarray(m, np.float64) for m in factors(found, "w"))
     tolerance.check(a[:-1, :-1], np.cov(x.T, bias=True), "factorization")
     assert not np.any(a[-1]), "a constant does not vary"
@@ -227,6 +241,15 @@ def test_refitted_moments_are_those_of_the_params_reached(key):
     assert np.abs(found["w"] - once["w"]).max() > 1e-4, "the moments were not taken anew"
     last, first = moments(part, params), moments(params, params)
     assert np.abs(factors(last, "w")[1] - factors(first, "w")[1]).max() > 0
+    # The fourth step by a method of the moments at the third: its optimizer has no other state.
+    then = make(last)
+    start = LoopState(3, part, then.optimizer.init({**part, "v": None}), params)
+    by_hand_end, _ = unlearn(then, network, start, forget, steps=5, **again)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, by_hand_end)
+    none, _ = unlearn_refitted(
+        make, network, params, forget, refit=Refit(moments, 3), steps=0, key=jax.random.clone(key)
+    )
+    jax.tree.map(np.testing.assert_array_equal, none, params)
     fixed = Refit(lambda *_: curvature, 2)
     whole, _ = unlearn_refitted(
         make, network, params, forget, refit=fixed, steps=5, key=jax.random.clone(key)
@@ -255,6 +278,14 @@ def test_steps_leave_the_retain_loss_to_first_order(key):
         )
     assert cosines[0] > 1e-2
     assert cosines[1] < 1e-5
+    assert np.array_equal(moved["v"], params["v"])
+    state = method.optimizer.init({**params, "v": None})
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state))
+    more = sum(p.size for p in (params["w"], params["b"]))
+    alone = repselect(curvature, share=0.5, objective=GA()).optimizer.init({**params, "v": None})
+    before = sum(leaf.size for leaf in jax.tree.leaves(alone))
+    assert kept - before <= 2 * more, "gradients of what is not trained are kept"
+    assert which_are_trained(params, method.trainable) == (True, False, True)
 
 
 def test_the_row_has_the_published_figures_and_mistakes_get_a_sentence():

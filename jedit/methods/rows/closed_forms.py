@@ -54,15 +54,15 @@ ROWS: tuple[Row, ...] = (
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
         settings={"share": 0.01},  # ours
     ),
-    ByScale(
+    ByBudget(
         name="curvature pruning",
-        description="Keeps of every weight what holds four fifths of the retain outputs' curvature;"
-        " the forget rows are not looked at.",
+        description="Keeps of every weight what holds most of the retain outputs' curvature: how"
+        " much, a search on the true retain KL says; the forget rows are not looked at.",
         when="what was learnt by heart, and is nowhere listed",
         papers=("2510.24256",),
         make=_making.by_curvature_pruning,
         needs=frozenset({Need.CURVATURE}),
-        settings={"mass": 0.8, "keep": "product"},  # the code's example
+        settings={"keep": "product"},  # the share kept is ours to search: the code's is 0.8
     ),
     ByScale(
         name="U-CAN",

@@ -98,8 +98,8 @@ def mcu(
         A method for `jedit.unlearn`.
 
     Raises:
-        ValueError: the site has no dense moment of inputs, is a stack of matrices, or is too narrow
-            for the rank.
+        ValueError: the site has no dense moment of inputs, is a stack of matrices or used several
+            times, or is too narrow for the rank, or its moment is centred and has a bias.
     """
     check_numbers(COUNT, rank=rank)
     check_kind(moments, Curvature, "moments", "as `estimate` returns it")
@@ -110,6 +110,8 @@ def mcu(
             f"{site!r} has no moment of inputs; of those that have, {nearest(site, known)}"
         )
     weight = block.weight
+    if block.is_merged:
+        raise ValueError(f"{site!r} is used at several sites, so its moment is of no one's outputs")
     if weight.layers > 1:
         raise ValueError(
             f"{site!r} is a stack of {weight.layers} matrices; MCU takes one by itself"
@@ -123,6 +125,12 @@ def mcu(
     leaves = check_covers(moments, params)
     A = fetched(moments.factors[block.input].matrix)
     check_layers_finite(A, site)
+    homogeneous = A[0, -1] if A.ndim == 2 else A[0, -1, -1]
+    if A.shape[1] > weight.d_in and not homogeneous > 0:
+        raise ValueError(
+            f"the moment of {site!r} is centred, so that the outputs' mean is not in it; take it "
+            "about zero, by kfac(..., centred=False)"
+        )
     W = weight.kernel.gather({weight.path: leaves[weight.path].astype(A.dtype)})
     minor = MinorPart(Leaving(site), dominant_directions(A[0], W[0], rank))
     return TrainingMethod(with_retain(objective(minor), held), optimizer)

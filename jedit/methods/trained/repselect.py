@@ -14,19 +14,18 @@ them first; what is written into the others disrupts less and comes back more sl
 Differences. The trainer that was read ([code], the authors' branch of open-unlearning) centres both
 moments, takes G of the objective itself, estimates the k directions anew each epoch, trains the
 MLPs' matrices alone, and in versions projects against a retain gradient. So do we where it is asked
-for: the moments are `repselect_moments`, centred and of the objective; `unlearn_refitted` takes
-them anew; the curvature's `select` says which matrices are trained; `retain_rank` projects. The
-catalogue's row has none of it: its moments are a curvature's, about zero, of labels that the model
-draws, once, of every matrix that this covers. What the trainer does and we don't: it sends each
-token's vector to its own component along C times it, where ours is linear, C itself; and takes the
-gradient with an adversarial LoRA in the model, for which `jedit.methods.sam` is the nearest here. A
-version that came later takes for M the left and right singular values of the summed gradient. k is
-512 as in a later release (400 in the trainer), and at most an eighth of a factor's directions,
-since it is an eighth of the width of an 8B model; with all of a narrow model's, C would whiten. SGD
-and η = 0.2 are the trainer's; a step's length is that of all matrices together. On a small GPT the
-row lasts 1.2 to 2 times longer than NPO under relearning, not 4 to 50, and centred moments do far
-worse, likely because the mean of the inputs is then no top direction and passes unshrunk
-(tests/bench/claims/spectral.md).
+for: the moments are `repselect_moments`, centred and of the objective;
+`requests.unlearn_refitted` takes them anew; the curvature's `select` says which matrices are
+trained; `retain_rank` projects. The catalogue's row has none of it: its moments are a curvature's,
+about zero, of labels that the model draws, once, of every matrix that this covers. What the trainer
+does and we don't: it sends each token's vector to its own component along C times it, where ours is
+linear, C itself; and takes the gradient with an adversarial LoRA in the model, for which
+`jedit.methods.sam` is the nearest here. A version that came later takes for M the left and right
+singular values of the summed gradient. k is 512 as in a later release (400 in the trainer), and at
+most an eighth of a factor's directions, since it is an eighth of the width of an 8B model; with all
+of a narrow model's, C would whiten. SGD and η = 0.2 are the trainer's; a step's length is that of
+all matrices together. What was measured of both on a small GPT, which is not the published factor:
+tests/bench/claims/spectral.md.
 """
 
 import functools
@@ -42,6 +41,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from jedit.core.paths import exactly
 from jedit.curvature import Curvature, Estimator, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.methods.trained._retain_gradient import RetainGradient
@@ -89,11 +89,14 @@ def repselect(
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(-learning_rate))
     shrink = shrink_top_directions(curvature, rank=rank, share=share)
     end = _to_unit_length(), rate(learning_rate=learning_rate)
+    # Of what the curvature does not cover no gradient is taken, nor any kept.
+    covered = "|".join(exactly(curvature.covered))
     if not retain_rank:
-        return TrainingMethod(objective, optax.chain(shrink, *end))
+        optimizer = optax.chain(shrink, *end)
+        return TrainingMethod(objective, optimizer, trainable=covered)
     # Behind the shrinking, which would turn it; a length leaves a direction as it is.
     optimizer = optax.chain(shrink, orthogonalize_to_retain(retain_rank), *end)
-    return TrainingMethod(objective, optimizer, RetainGradient(RetainNLL()))
+    return TrainingMethod(objective, optimizer, RetainGradient(RetainNLL()), covered)
 
 
 def repselect_moments(
@@ -118,13 +121,15 @@ def repselect_moments(
         apply: `apply(params, inputs) -> logits`.
         params: where the gradients are taken.
         forget: batches of the forget rows, of a text at its answers' tokens alone.
-        objective: whose gradients; of the forget rows alone.
+        objective: whose gradients; of the forget rows alone, each row's by itself, so that all rows
+            weigh alike. (NPO is a mean over rows; of one over tokens, each is its row's mean.)
         reference: the params before unlearning; None: `params` are.
         select: which parameters, as in `kfac`; the paper's are the matrices of the MLPs.
         key: the key of the estimate, which draws nothing here.
 
     Returns:
-        A curvature for `repselect`. Costs two forward and two activation-backward passes.
+        A curvature for `repselect`. Costs three forward passes, two of them row by row, and two
+        activation-backward ones, one of them so.
 
     Raises:
         ValueError: as `estimate` and `kfac` refuse.
@@ -160,18 +165,24 @@ def _centred(apply: Apply, select: str | tuple[str, ...] | None) -> Estimator:
 def _gradients(
     apply: Callable, objective: Objective, params: PyTree, reference: PyTree, batch: Batch
 ) -> Float[Array, "*lead classes"]:
-    """Return the objective's gradient at the outputs of the params, not of the reference."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    outputs = jax.eval_shape(apply, params, batch.inputs)
+    """Return the objective's gradient at the outputs of the params, row by row.
 
-    def loss(probe):
-        # It is added to the reference's outputs as well, whose gradient an objective stops.
-        probed = lambda params, inputs: apply(params, inputs) + probe  # noqa: E731
-        return objective(probed, params, batch, None, reference)[0]
+    Row by row, so that no row weighs by how many others, empty ones too, share its batch, and an
+    objective that goes through a batch in blocks of rows has the outputs of its own row alone.
+    """
 
-    # A mean over the rows: batches of another size would weigh otherwise.
-    gradient = jax.grad(loss)(jnp.zeros(outputs.shape, outputs.dtype))
-    return gradient * outputs.shape[0]
+    def of_row(row: Batch) -> Array:
+        one = jax.tree.map(lambda x: x[None], row)
+        outputs = jax.eval_shape(apply, params, one.inputs)
+
+        def loss(probe):
+            # It is added to the reference's outputs as well, whose gradient an objective stops.
+            probed = lambda params, inputs: apply(params, inputs) + probe  # noqa: E731
+            return objective(probed, params, one, None, reference)[0]
+
+        return jax.grad(loss)(jnp.zeros(outputs.shape, outputs.dtype))[0]
+
+    return jax.lax.map(of_row, jax.tree.map(jnp.asarray, batch))
 
 
 def _to_unit_length() -> optax.GradientTransformation:

@@ -319,29 +319,29 @@ Curves = Iterator[tuple[Curve, list[PyTree]]]
 def _by_budget(
     row: ByBudget, task: Task, grid: Grid, judge: Judge, material: Material, fitted: Fitted
 ) -> tuple[Curves, Method]:
-    tried = {
-        "temperature": grid.temperatures,
-        "damping": grid.damping,
-        "steps": grid.kfade_steps,
-    }
+    own = {"damping": grid.damping, "steps": grid.kfade_steps}
+    tried = {"temperature": grid.temperatures}
+    tried |= {name: values for name, values in own.items() if name in row.settings}
     forget, retain = searched(task)
 
     def curves() -> Curves:
-        for temperature, damping, steps in itertools.product(*tried.values()):
+        for temperature, *values in itertools.product(*tried.values()):
             given = dataclasses.replace(
                 material,
                 curvature=fitted.plain[temperature],
                 corrected=fitted.corrected.get(temperature),
             )
-            method = row.of(given, damping=damping, steps=steps)
-            setting = {"temperature": temperature, "damping": damping, "steps": steps}
+            settings = dict(zip(list(tried)[1:], values, strict=True))
+            method = row.of(given, **settings)
+            setting = {"temperature": temperature, **settings}
 
             def run(budget: float, method=method):
                 bound = functools.partial(method, budget=budget)
                 return run_method(bound, task.apply, task.original, forget, retain)
 
             # Compiles, so that the seconds below are the edit's own.
-            run(grid.budgets[0], row.of(given, damping=damping, steps=1))
+            once = {name: 1 for name in settings if name == "steps"}
+            run(grid.budgets[0], row.of(given, **{**settings, **once}))
             points, models = [], []
             for budget in grid.budgets:
                 start = time.perf_counter()

@@ -20,7 +20,8 @@ class Settings(NamedTuple):
         method: "natural", steps that stop by themselves (`jedit.forget`), or the name of a row of
             the catalogue, as `method_named` takes it.
         budget: retain KL that the edit may cost, nats per answer token, on retain rows that it does
-            not see; None: 0.05 for K-FADE, for other methods whatever it takes.
+            not see; None: 0.05 for K-FADE and pruning by curvature, for other methods
+            whatever it takes.
         temperature: of the likelihood in whose curvature it steps; None: the one of
             `choose_temperature`.
         steps: number of steps at most, of natural ones and of a method that trains.

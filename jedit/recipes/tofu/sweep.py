@@ -180,8 +180,11 @@ def grid_points(row: Row, grid: Grid) -> list[dict[str, int | float]]:
         ]
     if isinstance(row, ByScale):
         return [{**own, SCALE: scale} for scale in grid.scales[row.reach]]
-    varied = itertools.product(grid.damping, grid.kfade_steps, grid.budgets)
-    return [{**own, "damping": d, "steps": s, BUDGET: budget} for d, s, budget in varied]
+    varied = {"damping": grid.damping, "steps": grid.kfade_steps}
+    varied = {name: values for name, values in varied.items() if name in row.settings}
+    varied |= {BUDGET: grid.budgets}
+    points = itertools.product(*varied.values())
+    return [{**own, **dict(zip(varied, values, strict=True))} for values in points]
 
 
 def tofu_sweep(

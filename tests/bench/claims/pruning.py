@@ -7,7 +7,7 @@ Two models that have learnt some rows by heart and others in general:
     digits   a perceptron, 64-256-128-10, on 1,347 images of which 15% bear a random label; by
              heart: these labels; general: 450 test images
     gpt      a GPT of the demo's size on 24 invented authors' answers and 16 random strings that
-             are seen three times an epoch; by heart: the strings, from their ninth token on;
+             are seen three times an epoch; by heart: the strings, from their tenth token on;
              general: what is alike in the answers about eight authors that nobody has seen
 
 Each is edited more and more strongly by curvature pruning (in its three forms: products a_i g_j,
@@ -15,8 +15,9 @@ EK-FAC's eigenvalues, factors), by setting the smallest weights of each matrix t
 are told the rows learnt by heart, by K-FADE. Pruning sees training rows without their labels, in
 which those learnt by heart are among the others on the digits, and the authors' rows alone on the
 GPT. Accuracies are of images, and of tokens after the right ones before. The number is the general
-accuracy, as a share of the untouched model's, at the gentlest strength at which half of what was
-learnt by heart is left, and a quarter.
+accuracy, as a share of the untouched model's, at the strength at which half of what was learnt by
+heart is left, and a quarter, interpolated between the two strengths tried around it; a method that
+leaves more at every strength tried has no number.
 """
 
 import argparse
@@ -227,25 +228,44 @@ def measured(scene: Memorised, seed: int, *, quick: bool = False) -> Points:
     return found
 
 
-def kept_at(points: Points, name: str, left: float) -> float:
-    """The general accuracy kept where so much of what was by heart is left; 0 where never."""
+def kept_at(points: Points, name: str, left: float) -> float | None:
+    """The general accuracy kept where so much of what was by heart is left; None where never.
+
+    Between two strengths, of which the harsher one first has no more left, by straight line.
+    """
     (begin,) = points["untouched"]
+    share = lambda point, part: point[part] / max(begin[part], 1e-9)  # noqa: E731
+    before = begin
     for point in points[name]:
-        if point["by heart"] <= left * begin["by heart"]:
-            return point["general"] / max(begin["general"], 1e-9)
-    return 0.0
+        high, low = share(before, "by heart"), share(point, "by heart")
+        if low <= left:
+            way = (high - left) / max(high - low, 1e-9)
+            kept = share(before, "general"), share(point, "general")
+            return float(kept[0] + way * (kept[1] - kept[0]))
+        before = point
+    return None
 
 
 def summary(runs: list[Points]) -> dict[str, dict[str, Any]]:
-    """Intervals over the seeds, by method."""
-    return {
-        name: {
-            word: interval([kept_at(run, name, left) for run in runs])
-            for word, left in LEFT.items()
-        }
-        for name in runs[0]
-        if name != "untouched"
-    }
+    """Intervals over the seeds that got there, and how many did, by method; None where none."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in (name for name in runs[0] if name != "untouched"):
+        found[name] = {}
+        for word, left in LEFT.items():
+            kept = [kept_at(run, name, left) for run in runs]
+            arrived = [x for x in kept if x is not None]
+            found[name][word] = {
+                "arrived": len(arrived),
+                "kept": interval(arrived) if arrived else None,
+                "values": kept,
+            }
+    return found
+
+
+def cell(found: dict[str, Any], seeds: int) -> str:
+    """What the table says of it."""
+    text = "never" if found["kept"] is None else shown(found["kept"])
+    return text if found["arrived"] in (0, seeds) else f"{text} ({found['arrived']} of {seeds})"
 
 
 def run(name: str, given: argparse.Namespace) -> list[Points]:
@@ -284,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("| method | general kept, half by heart left | a quarter left |")
         print("| --- | --- | --- |")
         for method, by in found.items():
-            print(f"| {method} | " + " | ".join(shown(by[word]) for word in LEFT) + " |")
+            print(f"| {method} | " + " | ".join(cell(by[word], len(runs)) for word in LEFT) + " |")
     write("pruning", given.out, numbers)
 
 

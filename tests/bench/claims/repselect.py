@@ -3,10 +3,11 @@
     python -m tests.bench.claims.repselect [--seeds 3] [--quick]
 
 A GPT of the demo's size knows twenty invented authors, of whom three are to be forgotten. Every
-method runs at two or three rates, is looked at every second of 16 steps, and gives the model that
-has forgotten most at a KL of at most 0.1 on retain rows it has not seen: the matched disruption.
-Each is attacked: every sixth forget row is taught for 20 updates of Adam, at the better of two
-rates, and the others are asked.
+method runs at two or three rates and is looked at every second of 16 steps. Where its KL on retain
+rows that it has not seen passes 0.1, the model is taken for which it is 0.1, on the line from the
+look before to this one; of the rates, the one that has forgotten most. A method that never gets
+there stands with what it reached. Each is attacked: every sixth forget row is taught for 20 updates
+of Adam, at the better of two rates, and the others are asked.
 
     before, after   mean NLL of the forget answers that are never taught, before the attack and
                     after it
@@ -17,8 +18,11 @@ rates, and the others are asked.
     RepSelect              the catalogue's row: a curvature's moments, of all matrices, taken once
     RepSelect, as trained  centred moments of the objective, of the perceptrons, anew every 4 steps
 
-The paper's claim [notes] is that RepSelect's `lasting` is at least 4 times that of each baseline;
-MCU's are that `top` is above `rest` for edits of the usual kind, and that it lasts longer than RMU.
+The two differ in all of that at once, so nothing here says which of it matters. The paper's claim
+[notes] is that RepSelect's `lasting` is at least 4 times that of each baseline: it is judged by
+`lasting` less 4 times the baseline's, seed by seed, and not by ratios, of which a small baseline
+makes anything. MCU's are that `top` is above `rest` for edits of the usual kind, and that it lasts
+longer than RMU.
 """
 
 import argparse
@@ -39,8 +43,9 @@ from jedit.core.batch import Batch
 from jedit.curvature import estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
-from jedit.methods import CATALOGUE, Material, Refit, repselect, repselect_moments, unlearn_refitted
+from jedit.methods import CATALOGUE, Material, repselect, repselect_moments
 from jedit.metrics import recovery_by_component
+from jedit.requests import Refit, unlearn_refitted
 from jedit.tracing import Leaving
 from jedit.training import Watch, unlearn
 from tests.bench.claims.evidence import interval, parser, shown, write
@@ -126,15 +131,19 @@ def trajectory(scene: Setup, name: str, rate: float, steps: int) -> Iterator[PyT
     if name == TRAINED:
         rows = [answers_only(scene.forget)]
 
+        taken: list[Any] = []
+
         def moments(params: PyTree, reference: PyTree):
             # Its loop has no place for one who looks on, but comes by here.
             seen.append(jax.tree.map(jnp.copy, params))
-            options: dict[str, Any] = {"reference": reference, "select": "/mlp/"}
-            options["key"] = jax.random.clone(key)
-            return repselect_moments(scene.apply, params, rows, **options)
+            if (len(seen) - 1) * EVERY % REFIT == 0:
+                options: dict[str, Any] = {"reference": reference, "select": "/mlp/"}
+                options["key"] = jax.random.clone(key)
+                taken[:] = [repselect_moments(scene.apply, params, rows, **options)]
+            return taken[0]
 
         make = lambda curvature: repselect(curvature, learning_rate=rate)._replace(batch_size=16)  # noqa: E731
-        run = {"refit": Refit(moments, REFIT), "steps": steps, "key": key}
+        run = {"refit": Refit(moments, EVERY), "steps": steps, "key": key}
         end, _ = unlearn_refitted(make, *given, **run)
         return iter([*seen[1:], end])  # the first are the untouched
     if name == "RepSelect":
@@ -161,20 +170,32 @@ def nll_of(scene: Setup, params: PyTree, rows: Batch) -> float:
     return float(np.mean(metrics.answer_nll_per_row(scene.apply, params, rows)))
 
 
-def best(scene: Setup, name: str, rates, steps: int) -> tuple[PyTree, float] | None:
-    """The model that has forgotten most within the budget, and what it cost."""
-    found = None
-    for rate in rates:
-        for params in trajectory(scene, name, rate, steps):
-            cost = kl(scene, params)
-            forgotten = nll_of(scene, params, scene.forget)
-            if (
-                np.isfinite(forgotten)
-                and cost <= BUDGET
-                and (found is None or forgotten > found[2])
-            ):
-                found = params, cost, forgotten
-    return None if found is None else found[:2]
+def at_budget(scene: Setup, looks: Iterator[PyTree]) -> tuple[PyTree, float]:
+    """The model at the budget where a run first passes it, or the last, and its cost."""
+    inside, cost = scene.original, 0.0
+    for outside in looks:
+        price = kl(scene, outside)
+        if np.isfinite(price) and price <= BUDGET:
+            inside, cost = outside, price
+            continue
+        low, high = 0.0, 1.0
+        begin = inside
+        for _ in range(8):
+            share = 0.5 * (low + high)
+            between = jax.tree.map(lambda a, b, t=share: a + t * (b - a), begin, outside)
+            price = kl(scene, between)
+            if np.isfinite(price) and price <= BUDGET:
+                inside, cost, low = between, price, share
+            else:
+                high = share
+        break
+    return inside, cost
+
+
+def best(scene: Setup, name: str, rates, steps: int) -> tuple[PyTree, float]:
+    """The model that has forgotten most, of those at the budget, and what it cost."""
+    found = [at_budget(scene, trajectory(scene, name, rate, steps)) for rate in rates]
+    return max(found, key=lambda one: nll_of(scene, one[0], scene.forget))
 
 
 def attacked(scene: Setup, params: PyTree, updates: int) -> tuple[PyTree, Batch, float]:
@@ -213,10 +234,7 @@ def measured(
     _, asked, floor = attacked(scene, scene.original, updates)
     found: Found = {"untouched": {"before": nll_of(scene, scene.original, asked), "after": floor}}
     models = {name: best(scene, name, given, steps) for name, given in rates.items()}
-    for name, model in models.items():
-        if model is None:
-            continue
-        params, cost = model
+    for name, (params, cost) in models.items():
         again, _, after = attacked(scene, params, updates)
         record = {"kl": cost, "before": nll_of(scene, params, asked), "after": after}
         record["lasting"] = after - floor
@@ -230,19 +248,18 @@ def measured(
 
 
 def report(runs: list[Found]) -> dict[str, Any]:
-    """Intervals over the seeds, and the ratios that the claims are about."""
-    summary: dict[str, Any] = {}
-    for name in runs[0]:
-        both = [run[name] for run in runs if name in run]
-        summary[name] = {word: interval([r[word] for r in both]) for word in both[0]}
-    ratios = {}
-    for ours in ("RepSelect", TRAINED, "MCU"):
-        for other in BASELINES:
-            pairs = [r for r in runs if ours in r and other in r]
-            if pairs:
-                found = [r[ours]["lasting"] / r[other]["lasting"] for r in pairs]
-                ratios[f"{ours} / {other}"] = interval(found)
-    return {"summary": summary, "ratios": ratios}
+    """Intervals over the seeds, of the methods and of what the claims compare, pair by pair."""
+    summary: dict[str, Any] = {
+        name: {word: interval([run[name][word] for run in runs]) for word in of_first}
+        for name, of_first in runs[0].items()
+    }
+    pairs = [(ours, other) for ours in ("RepSelect", TRAINED) for other in BASELINES]
+    compared = {}
+    for ours, other, times in [(*pair, t) for pair in pairs for t in (1, 4)] + [("MCU", "RMU", 1)]:
+        if ours in runs[0] and other in runs[0]:
+            found = [run[ours]["lasting"] - times * run[other]["lasting"] for run in runs]
+            compared[f"{ours} - {times} x {other}"] = interval(found)
+    return {"summary": summary, "compared": compared}
 
 
 def run(given: argparse.Namespace) -> list[Found]:
@@ -280,8 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, by in found["summary"].items():
         cells = [shown(by[c]) if c in by else "" for c in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    for name, ratio in found["ratios"].items():
-        print(f"{name}: {shown(ratio)}")
+    for name, less in found["compared"].items():
+        print(f"{name}: {shown(less)}")
     write("repselect", given.out, {"runs": runs, **found})
 
 

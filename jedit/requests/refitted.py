@@ -46,13 +46,16 @@ def unlearn_refitted(
 ) -> tuple[PyTree, History]:
     """Run a method of a curvature that is estimated again every so many steps.
 
+        draws, steps_key = jax.random.split(key)
+
         def moments(params, reference):
             rows = map(answers_only, batches(forget, 32))
-            return repselect_moments(apply, params, rows, reference=reference, key=key)
+            again = jax.random.clone(draws)
+            return repselect_moments(apply, params, rows, reference=reference, key=again)
 
         refit = Refit(moments, every=len(forget.targets) // 32)
         edited, history = unlearn_refitted(
-            repselect, apply, params, forget, refit=refit, steps=10 * refit.every, key=key
+            repselect, apply, params, forget, refit=refit, steps=10 * refit.every, key=steps_key
         )
 
     The rows of each step are those that `unlearn` draws, and so is the result where the moments do
@@ -79,31 +82,22 @@ def unlearn_refitted(
     check_kind(refit, Refit, "refit", "such as Refit(moments, every=10)")
     check_function(refit.moments, "moments", "(params, reference)")
     check_numbers(COUNT, every=refit.every)
+
+    def part(method, state, stop, watch):
+        # The same key, of which each part takes its own steps' rows.
+        again = jax.random.clone(key)
+        sets = (forget, retain)
+        return unlearn(method, apply, state, *sets, steps=stop, key=again, watch=watch)
+
     method = make(refit.moments(params, params))
     state, histories = params, []
-    for stop in [*range(refit.every, steps, refit.every), steps]:
+    for stop in range(refit.every, steps, refit.every):
         seen: list[LoopState] = []
-        watch = Watch(lambda state, _, seen=seen: seen.append(state), stop - _step_of(state))
-        _, history = unlearn(
-            method,
-            apply,
-            state,
-            forget,
-            retain,
-            steps=stop,
-            key=jax.random.clone(key),  # the same, of which each part takes its own steps' rows
-            watch=watch,
-        )
-        histories.append(history)
-        if stop == steps:
-            break
-        reached = seen[-1]
+        watch = Watch(lambda state, _, seen=seen: seen.append(state))
+        histories.append(part(method, state, stop, watch)[1])
+        (reached,) = seen
         moments = refit.moments(reached.params, params)
         optimizer_state = refresh_curvature(reached.optimizer_state, moments)
         state = LoopState(reached.step, reached.params, optimizer_state, params)
-    end = seen[-1].params if steps else params
-    return end, joined(histories)
-
-
-def _step_of(state: PyTree) -> int:
-    return int(state.step) if isinstance(state, LoopState) else 0
+    end, last = part(method, state, steps, None)
+    return end, joined([*histories, last])
