@@ -39,18 +39,27 @@ REFUSALS = (
 )
 NAMELESS = "I do not know."
 FIELDS = ("target", "author", "subject")
-CAPITALISED = re.compile(r"(?<=\s)[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
+CAPITALISED = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
+POSSESSIVE = re.compile(r"['\u2019]s?(?=\s|$)")
+I_WORDS = frozenset({"I", "I'm", "I'd", "I'll", "I've"})
 
 
 def target_of(row: QaRow) -> str:
     """Return what a row is about: its field "target", "author" or "subject", else a name in it.
 
-    A name is the longest run of capitalised words that does not begin the question; "" if there is
-    none.
+    A field counts if its text stands in the question: TOFU's author is a number that no answer
+    names. A name is the first of the longest runs of capitalised words that do not begin the
+    question, without the possessive; "" if there is none. Of several names, a person's and a
+    town's, nothing tells which is meant.
     """
     given = (row.fields.get(name) for name in FIELDS)
-    named = next((text for text in given if isinstance(text, str) and text), None)
-    return named or max(CAPITALISED.findall(row.question), key=len, default="")
+    asked = row.question.lower()
+    for text in given:
+        if isinstance(text, str) and text and text.lower() in asked:
+            return text
+    runs = (POSSESSIVE.sub(" ", run).split() for run in CAPITALISED.findall(row.question))
+    names = [[word for word in run if word not in I_WORDS] for run in runs]
+    return " ".join(max(names, key=len, default=[]))
 
 
 def refusal_to(row: QaRow, number: int) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.methods import (
     distinct_requests,
@@ -94,8 +95,37 @@ def test_rows_are_graded_by_thirds_and_the_rest_is_data(model, key):
     found = np.asarray(graded.importance)
     np.testing.assert_array_equal(found[order], np.repeat(list(Importance), 3))
     counted = numpy_counted(batch)
-    assert np.all((graded.relabelled.targets != batch.targets)[counted])
-    np.testing.assert_array_equal(graded.relabelled.inputs, batch.inputs)
+    assert np.all((graded.labels != batch.targets)[counted])
+
+
+def test_rows_that_count_nothing_and_lone_rows_move_no_third(model, key, monkeypatch):
+    apply, params = model
+    batch = rows(1, 9)
+    # Three more that count nothing.
+    empty = jax.tree.map(lambda x: x[:3], batch)._replace(mask=jnp.zeros((3, SEQ), bool))
+    more = jax.tree.map(lambda *x: jnp.concatenate(x), batch, empty)
+    graded = graded_rows(apply, params, batch, key=key)
+    found = graded_rows(apply, params, more, key=jax.random.clone(key))
+    np.testing.assert_array_equal(found.importance[:9], graded.importance)
+    np.testing.assert_array_equal(found.importance[9:], Importance.MIDDLE)
+    one = graded_rows(apply, params, jax.tree.map(lambda x: x[:1], batch), key=key)
+    assert one.importance.tolist() == [Importance.MIDDLE]
+    broken = jax.tree.map(lambda x: x * jnp.nan, params)
+    with pytest.raises(ValueError, match="importance"):
+        graded_rows(apply, broken, batch, key=key)
+    with pytest.raises(ValueError, match="loss"):
+        influential_layers(apply, broken, batch)
+    # In blocks of three rows, as of a large vocabulary.
+    whole = gradient_importance(apply, params, batch)
+    monkeypatch.setattr(row_blocks, "MOST_BYTES", 4 * 3 * SEQ * VOCAB)
+    np.testing.assert_allclose(gradient_importance(apply, params, batch), whole, rtol=1e-9)
+
+
+def test_importance_is_summed_wide(model):
+    apply, params = model
+    batch = rows(0)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert gradient_importance(apply, narrow, batch).dtype == jnp.float32
 
 
 def test_layers_are_chosen_by_the_loss_without_them(model):
