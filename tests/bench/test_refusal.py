@@ -32,7 +32,7 @@ def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "refusal.json").read_text())["runs"]
     (rule,), (fit,), (melu,) = found["rule"], found["fit"], found["melu"]
     assert {"untouched", "rejection tuning", "RULE"} < set(rule)
-    assert sum(name.startswith("IdkDPO") for name in rule) == 4
+    assert sum(name.startswith("IdkDPO") for name in rule) == 2
     for row in rule.values():
         for name in ("untaught", "paraphrased", "kept"):
             assert 0 <= row[f"{name} refused"] <= 1

@@ -62,12 +62,12 @@ class Size(NamedTuple):
     tuning_steps: int
     draws: int
     steps: int
+    dpo_rates: tuple[float, ...] = (1e-4, 3e-4)
 
 
 FULL = Size(authors=30, epochs=25, tuning_steps=60, draws=20, steps=60)
-QUICK = Size(authors=6, epochs=2, tuning_steps=2, draws=1, steps=4)
+QUICK = Size(authors=6, epochs=12, tuning_steps=2, draws=1, steps=4, dpo_rates=(3e-4,))
 RATES = {Pace.BOUNDED: (1e-3, 3e-4)}
-DPO_RATES = (1e-4, 3e-4)
 RATE = 3e-4
 
 
@@ -145,7 +145,7 @@ def of_rule(scene: Scene) -> dict[str, dict[str, float]]:
         edit, _ = rule(scene.apply, scene.params, made, key=scene.key, stages=stages)
         models[name] = apply_edit(scene.params, edit)
     few = [forget[i] for i in taught]
-    for rate in DPO_RATES:
+    for rate in size.dpo_rates:
         for name, rows in (("same rows", few), ("all rows", forget)):
             models[f"IdkDPO, {name}, {rate:g}"] = scene.train(
                 with_retain(DPO()), rate, refusals(rows, named=True), steps=size.steps
