@@ -138,7 +138,7 @@ def test_layers_are_chosen_by_the_loss_without_them(model, tolerance):
         kept = params | {"blocks": dict(zip(names[:2], left, strict=True))}
         without = loss(shorter(kept, batch.inputs))
         number = {
-            name: jax.tree.map(lambda _, name=name: int(name == gone), block)
+            name: jax.tree.map(lambda _, name=name, gone=gone: int(name == gone), block)
             for name, block in blocks.items()
         }
         numbers = jax.tree.map(lambda _: 0, params) | {"blocks": number}

@@ -12,8 +12,9 @@ are to be forgotten.  70% of the other rows are seen by the methods, the rest ju
             the retrained model than NPO with the retain loss (harmonic mean of F.D. and R.U.), and
             its filter leaves the repeated requests out.
     melu    With neighbours and a general row beside each forget row, entity by entity, the held-out
-            rows of neighbours (authors who share a value with a forgotten one) are kept better than
-            with as many rows drawn uniformly or in turn, where forgetting is the same.
+            rows of neighbours (authors of a forgotten one's region, who share surnames and towns)
+            are kept better than with as many rows drawn uniformly or in turn, where forgetting is
+            the same.
 
 Each seed's numbers are kept in `out`, and a second run takes them from there.
 """
@@ -32,6 +33,7 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import QaRow, encode_rows, pair_by_entity, pair_in_turn, pair_uniformly
+from jedit.data.invented.author_values import REGIONS
 from jedit.edits import apply_edit
 from jedit.methods import RuleStages, distinct_requests, fit_unlearning, graded_rows, rule
 from jedit.methods.row import Pace
@@ -233,20 +235,17 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
     return found
 
 
-def values_of(rows: Sequence[QaRow]) -> dict[str, set[tuple[str, str]]]:
-    """By author, what is known: pairs of an attribute and its value."""
-    found: dict[str, set[tuple[str, str]]] = {}
-    for row in rows:
-        known = found.setdefault(str(row.fields["author"]), set())
-        known.add((str(row.fields["attribute"]), str(row.fields["value"])))
-    return found
+def region_of(author: str) -> int:
+    """Return the number of the region that an invented author's surname is of."""
+    return next(i for i, region in enumerate(REGIONS) if author.split()[-1] in region[2])
 
 
 def of_melu(scene: Scene) -> dict[str, dict[str, float]]:
     """Three samplings of retain rows, two beside each forget row, at the same forgetting."""
-    known = values_of(scene.made.rows)
+    known = {str(row.fields["author"]) for row in scene.made.rows}
     gone = list(dict.fromkeys(str(row.fields["author"]) for row in scene.forget))
-    near = {name: {o for o in known if o not in gone and known[o] & known[name]} for name in gone}
+    near = {name: {o for o in known if region_of(o) == region_of(name)} for name in gone}
+    near = {name: others - set(gone) for name, others in near.items()}
     is_near = lambda row: any(row.fields["author"] in found for found in near.values())  # noqa: E731
     beside = {
         name: [i for i, row in enumerate(scene.seen) if row.fields["author"] in near[name]]
