@@ -237,7 +237,8 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
 
 def region_of(author: str) -> int:
     """Return the number of the region that an invented author's surname is of."""
-    return next(i for i, region in enumerate(REGIONS) if author.split()[-1] in region[2])
+    ends = [tuple(f" {surname}" for surname in region[2]) for region in REGIONS]
+    return next(i for i, surnames in enumerate(ends) if author.endswith(surnames))
 
 
 def of_melu(scene: Scene) -> dict[str, dict[str, float]]:
