@@ -54,6 +54,7 @@ from jedit.edits import Edit, apply_edit, edit_between
 from jedit.geometry import RetainKl
 from jedit.geometry.parts import moved
 from jedit.methods.curvature.natural import covered, natural
+from jedit.objectives.fit import GradedRows
 from jedit.objectives.held import WithRetain
 from jedit.requests.comeback import Comeback, attacked
 from jedit.requests.forgetting import Forgetting, Natural, Rewind, Watching
@@ -303,7 +304,8 @@ def _first(forget: Batch | tuple[Any, ...]) -> Batch:
     """
     if isinstance(forget, Batch) or not isinstance(forget, tuple):
         return forget
-    for part in forget:
+    is_graded = isinstance(forget, GradedRows)  # whose last part says how important the rows are
+    for part in forget[:2] if is_graded else forget:
         check_batch(part, "forget")
     if len(numbers := {rows_in(part) for part in forget}) > 1:
         raise ValueError(
