@@ -12,8 +12,9 @@ are to be forgotten.  70% of the other rows are seen by the methods, the rest ju
             the retrained model than NPO with the retain loss (harmonic mean of F.D. and R.U.), and
             its filter leaves the repeated requests out.
     melu    With neighbours and a general row beside each forget row, entity by entity, the held-out
-            rows of neighbours (authors who share a value with a forgotten one) are kept better than
-            with as many rows drawn uniformly or in turn, where forgetting is the same.
+            rows of neighbours (authors of a forgotten one's region, who share surnames and towns)
+            are kept better than with as many rows drawn uniformly or in turn, where forgetting is
+            the same.
 
 Each seed's numbers are kept in `out`, and a second run takes them from there.
 """
@@ -32,6 +33,7 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import QaRow, encode_rows, pair_by_entity, pair_in_turn, pair_uniformly
+from jedit.data.invented.author_values import REGIONS
 from jedit.edits import apply_edit
 from jedit.methods import RuleStages, distinct_requests, fit_unlearning, graded_rows, rule
 from jedit.methods.row import Pace
@@ -62,12 +64,12 @@ class Size(NamedTuple):
     tuning_steps: int
     draws: int
     steps: int
+    dpo_rates: tuple[float, ...] = (1e-4, 3e-4)
 
 
 FULL = Size(authors=30, epochs=25, tuning_steps=60, draws=20, steps=60)
-QUICK = Size(authors=6, epochs=2, tuning_steps=2, draws=1, steps=4)
+QUICK = Size(authors=6, epochs=12, tuning_steps=2, draws=1, steps=4, dpo_rates=(3e-4,))
 RATES = {Pace.BOUNDED: (1e-3, 3e-4)}
-DPO_RATES = (1e-4, 3e-4)
 RATE = 3e-4
 
 
@@ -145,7 +147,7 @@ def of_rule(scene: Scene) -> dict[str, dict[str, float]]:
         edit, _ = rule(scene.apply, scene.params, made, key=scene.key, stages=stages)
         models[name] = apply_edit(scene.params, edit)
     few = [forget[i] for i in taught]
-    for rate in DPO_RATES:
+    for rate in size.dpo_rates:
         for name, rows in (("same rows", few), ("all rows", forget)):
             models[f"IdkDPO, {name}, {rate:g}"] = scene.train(
                 with_retain(DPO()), rate, refusals(rows, named=True), steps=size.steps
@@ -233,20 +235,18 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
     return found
 
 
-def values_of(rows: Sequence[QaRow]) -> dict[str, set[tuple[str, str]]]:
-    """By author, what is known: pairs of an attribute and its value."""
-    found: dict[str, set[tuple[str, str]]] = {}
-    for row in rows:
-        known = found.setdefault(str(row.fields["author"]), set())
-        known.add((str(row.fields["attribute"]), str(row.fields["value"])))
-    return found
+def region_of(author: str) -> int:
+    """Return the number of the region that an invented author's surname is of."""
+    ends = [tuple(f" {surname}" for surname in region[2]) for region in REGIONS]
+    return next(i for i, surnames in enumerate(ends) if author.endswith(surnames))
 
 
 def of_melu(scene: Scene) -> dict[str, dict[str, float]]:
     """Three samplings of retain rows, two beside each forget row, at the same forgetting."""
-    known = values_of(scene.made.rows)
+    known = {str(row.fields["author"]) for row in scene.made.rows}
     gone = list(dict.fromkeys(str(row.fields["author"]) for row in scene.forget))
-    near = {name: {o for o in known if o not in gone and known[o] & known[name]} for name in gone}
+    near = {name: {o for o in known if region_of(o) == region_of(name)} for name in gone}
+    near = {name: others - set(gone) for name, others in near.items()}
     is_near = lambda row: any(row.fields["author"] in found for found in near.values())  # noqa: E731
     beside = {
         name: [i for i, row in enumerate(scene.seen) if row.fields["author"] in near[name]]
