@@ -30,7 +30,7 @@ from jedit.methods.latents._autoencoder import (
 )
 from jedit.methods.latents.sae_guided import fit_latents, sae_guided
 from jedit.methods.pruning.memorised_subspace import SubspaceInfo, memorised_subspace
-from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.row import ByBudget, ByDraws, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.attention_shifting import (
     attention_shifting,
     important_tokens,
@@ -54,7 +54,7 @@ from jedit.methods.trained.refitted import Refit, unlearn_refitted
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
-from jedit.methods.trained.rule import Dialogue, Played, RuleInfo, RuleStages, rule
+from jedit.methods.trained.rule import RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 from jedit.methods.trained.ssiuu import ssiuu
@@ -62,6 +62,7 @@ from jedit.methods.trained.ssiuu import ssiuu
 __all__ = [
     "CATALOGUE",
     "ByBudget",
+    "ByDraws",
     "ByScale",
     "BySteps",
     "Material",
@@ -76,7 +77,6 @@ __all__ = [
     "CausalTrace",
     "Corruption",
     "Directions",
-    "Dialogue",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
@@ -84,7 +84,6 @@ __all__ = [
     "PruningInfo",
     "Refit",
     "ModuleEffects",
-    "Played",
     "Restoration",
     "RuleInfo",
     "RuleStages",

@@ -17,10 +17,10 @@ from jaxtyping import Array, Int32, PyTree
 
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow
-from jedit.methods import Dialogue, Played
 from jedit.methods.row import Pace
 from jedit.metrics import answer_rewards, refusal_rewards
 from jedit.models import Stepper, cast_params
+from jedit.objectives import Dialogue, Played
 from jedit.recipes.alternates import sampled_tokens
 from jedit.recipes.tokenization import Words
 from jedit.requests.unseen import spread

@@ -16,7 +16,7 @@ from jedit.curvature import choose_temperature
 from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByScale, BySteps, Material, Need, Pace, Row
+from jedit.methods.row import ByDraws, ByScale, BySteps, Material, Need, Pace, Row
 from jedit.recipes.comparison.compare import Fitted, fit_material, material_of, searched
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
@@ -28,6 +28,7 @@ from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
 
 RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
+DRAWS = "draws"
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other
@@ -55,6 +56,7 @@ class Strength(NamedTuple):
         step_length: length of one step where steps have one (RepSelect).
         scale: what an edit in closed form is multiplied by.
         budget: true retain KL that K-FADE may cost, nats per token.
+        draws: how often RULE draws answers; 20, its code's.
     """
 
     steps: int = 100
@@ -64,6 +66,7 @@ class Strength(NamedTuple):
     step_length: float = 0.1
     scale: float = 1.0
     budget: float = 0.05
+    draws: int = 20
 
     def point(self, row: Row) -> Point:
         """Return the settings at which a row of the catalogue is run, with those of its own."""
@@ -71,6 +74,8 @@ class Strength(NamedTuple):
         if isinstance(row, BySteps):
             rate = RATES.get(row.pace, RATE)
             return own | {STEPS: self.steps, BATCH: self.batch_size, rate: getattr(self, rate)}
+        if isinstance(row, ByDraws):
+            return own | {DRAWS: self.draws}
         if isinstance(row, ByScale):
             return own | {SCALE: self.scale}
         return own | {BUDGET: self.budget}
@@ -170,6 +175,10 @@ class Editor:
             method = row.of(material, **own) if make is None else make(material, point)
             return self._train(method, row, material, point, key=batches_key)
         method = row.of(material, **own)
+        if isinstance(row, ByDraws):
+            given = (task.apply, task.original)
+            edit, _ = method(*given, steps=int(point[DRAWS]), key=batches_key)
+            return apply_edit(task.original, edit)
         if isinstance(row, ByScale):
             edit, _ = run_method(method, task.apply, task.original, task.forget, task.retain)
             return apply_edit(task.original, edit, point[SCALE])

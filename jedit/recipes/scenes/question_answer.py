@@ -19,9 +19,9 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
-from jedit.methods import Dialogue
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
+from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison.compare import compare
