@@ -14,7 +14,7 @@ from jedit.core.paths import exactly, matcher, parameter_paths
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, dense
 from jedit.geometry import RetainKl, largest_step_within
-from jedit.methods.row import ByBudget, ByDraws, BySteps, Row
+from jedit.methods.row import ByBudget, ByDraws, BySteps, Need, Row
 from jedit.models import cast_params, load_model, mixed_precision
 from jedit.recipes.by_itself import found_of
 from jedit.recipes.fitting import rows_of
@@ -193,7 +193,7 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
             how = {"trainable": given.select, "batch_size": settings.batch_size}
             key = given.key_of("edit")
             edit, _ = method(apply, params, steps=settings.steps, key=key, **how)
-            found |= {"steps": settings.steps, "learning_rate": material.dialogue.rate}
+            found |= {"steps": settings.steps, "learning_rate": material.take(Need.DIALOGUE).rate}
         else:
             edit, _ = run_method(method, apply, params, forget, seen)
         edit, price = _within(edit, given, priced, settings)

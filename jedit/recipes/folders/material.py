@@ -19,6 +19,7 @@ from jedit.data import QaRow, answers_only
 from jedit.methods import fit_latents
 from jedit.methods.row import Material, Need, Row
 from jedit.models import load_stepper
+from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import rows_of
