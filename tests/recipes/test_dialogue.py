@@ -91,7 +91,7 @@ def said(scene, params, rows):
     return speaker.words.answers(np.asarray(tokens))
 
 
-def test_rule_refuses_what_it_was_not_tuned_on_and_answers_the_rest(scene):
+def test_rule_refuses_the_rows_it_was_taught_on_and_answers_the_rest(scene):
     apply, params, speaker = scene
     assert not refuses(said(scene, params, ROWS)).any()
     rates = {Pace.BOUNDED: (3e-3, 1e-3)}
