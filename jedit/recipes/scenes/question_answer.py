@@ -289,7 +289,11 @@ class _Rows:
     ) -> Dialogue:
         """Return what RULE is taught by and asks, at rates of the grid."""
         stepper = gpt_stepper(num_layers=model.layers, num_heads=model.heads)
-        speaker = Speaker(stepper, OwnWords(self.tokenizer), self.encode, ANSWER_TOKENS)
+        words = OwnWords(self.tokenizer)
+        # Questions are not cut: a long one leaves less room for an answer.
+        asked = words.prompts([(row.question, row.answer) for row in (*forget, *retain)])
+        room = self.width + ANSWER_TOKENS + 1 - asked.tokens.shape[1]
+        speaker = Speaker(stepper, words, self.encode, max(1, min(ANSWER_TOKENS, room)))
         return dialogue(speaker, forget, retain, rates=grid.rates)
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:
