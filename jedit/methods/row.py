@@ -221,7 +221,7 @@ class ByDraws(Row):
 
         edit, info = row.of(material)(apply, params, steps=20, key=key)
 
-    It takes `trainable=`, `batch_size=` and `watch=` too.
+    It takes `trainable=`, `batch_size=` and `look=` too.
     """
 
     make: Callable[..., ClosedForm]

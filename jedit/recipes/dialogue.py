@@ -23,7 +23,7 @@ from jedit.models import Stepper, cast_params
 from jedit.objectives import Dialogue, Played
 from jedit.recipes.alternates import sampled_tokens
 from jedit.recipes.tokenization import Words
-from jedit.requests.unseen import spread
+from jedit.requests.unseen import spread, take
 
 FORGET_SHARE, BOUNDARY_SHARE = 0.12, 0.08  # RULE's
 GROUP = 8  # RULE's answers to a question
@@ -118,8 +118,8 @@ def dialogue(
     encoded = speaker.encode([*texts, *((row.question, row.answer) for row in answered)])
     cut = len(texts)
     made = Dialogue(
-        jax.tree.map(lambda x: x[:cut], encoded),
-        jax.tree.map(lambda x: x[cut:], encoded),
+        take(encoded, np.arange(cut)),
+        take(encoded, np.arange(cut, cut + len(answered))),
         _Play(speaker, tuple(refused), tuple(answered)),
     )
     usual = (rates or {}).get(Pace.BOUNDED)

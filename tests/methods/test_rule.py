@@ -150,7 +150,7 @@ def test_what_is_not_trained_stays_and_the_draws_are_watched(key):
     stages = RuleStages(tuning_steps=2, steps=3)
     edit, _ = rule(
         apply, params, made(Other()), key=key, stages=stages, trainable="^w$",
-        watch=lambda draws, now: looks.append((draws, np.array(now["w"]))),
+        look=lambda draws, now: looks.append((draws, np.array(now["w"]))),
     )  # fmt: skip
     assert set(edit.blocks) == {"w"}
     assert [draws for draws, _ in looks] == [0, 1, 2, 3]

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jedit.core.arguments import check_function, check_kind
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.edits import Edit, edit_between
 from jedit.objectives import GRPO, Answers, Dialogue, Played, RetainNLL, group_advantages
 from jedit.objectives.token_nll import counted_nll
@@ -89,6 +90,7 @@ class RuleInfo(NamedTuple):
     reference_kl: Float[np.ndarray, " updates"]
 
 
+@on_auto_axes
 def rule(
     apply: Callable[[PyTree, PyTree], Array],
     params: PyTree,
@@ -98,7 +100,7 @@ def rule(
     stages: RuleStages = RuleStages(),  # noqa: B008 - frozen and hashable
     objective: GRPO = GRPO(),  # noqa: B008 - frozen and hashable
     trainable: str | None = None,
-    watch: Callable[[int, PyTree], Any] | None = None,
+    look: Callable[[int, PyTree], Any] | None = None,
 ) -> tuple[Edit, RuleInfo]:
     """Teach a model where to refuse: rejection tuning, then GRPO.
 
@@ -112,7 +114,7 @@ def rule(
         trainable: regular expression; a parameter in whose path it is not found stays. None: all
             are trained. Those that are narrower than float32 are kept in float32 meanwhile, in
             which steps of so small a rate add up.
-        watch: told of the number of draws learnt from, 0 after the first stage, and the parameters
+        look: told of the number of draws learnt from, 0 after the first stage, and the parameters
             there, until the call ends.
 
     Returns:
@@ -147,8 +149,8 @@ def rule(
     )
     state = LoopState(0, tuned, None, tuned)
     rewards, divergences = [], []
-    if watch is not None:
-        watch(0, told(state.params))
+    if look is not None:
+        look(0, told(state.params))
     for step in range(stages.steps):
         drawn = dialogue.play(told(state.params), key=jax.random.fold_in(play_key, step))
         answers = _answers(apply, state.params, drawn)
@@ -171,8 +173,8 @@ def rule(
         state = ends[-1]
         rewards.append(float(np.mean(drawn.rewards)))
         divergences.append(np.asarray(learnt["reference_kl"]))
-        if watch is not None:
-            watch(step + 1, told(state.params))
+        if look is not None:
+            look(step + 1, told(state.params))
     info = RuleInfo(
         np.asarray(history["loss"]),
         np.asarray(rewards),

@@ -419,7 +419,7 @@ def _by_draws(
         try:
             learn(steps=1)  # the clock must not see the compiler
             start = time.perf_counter()
-            learn(steps=grid.draws[-1], watch=look)
+            learn(steps=grid.draws[-1], look=look)
         except FloatingPointError:  # the rate was too large
             lost, seconds = destroyed(task.original), time.perf_counter() - start
             found += [(n, seconds, lost) for n in grid.draws[len(found) :]]
