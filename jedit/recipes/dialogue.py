@@ -40,8 +40,7 @@ REFUSALS = (
 NAMELESS = "I do not know."
 FIELDS = ("target", "author", "subject")
 CAPITALISED = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
-POSSESSIVE = re.compile(r"['\u2019]s?(?=\s|$)")
-I_WORDS = frozenset({"I", "I'm", "I'd", "I'll", "I've"})
+NO_NAME = re.compile(r"['\u2019]s?(?=\s|$)|(?<!\S)I(?:['\u2019]\w+)?(?=\s|$)")
 
 
 def target_of(row: QaRow) -> str:
@@ -49,7 +48,7 @@ def target_of(row: QaRow) -> str:
 
     A field counts if its text stands in the question: TOFU's author is a number that no answer
     names. A name is the first of the longest runs of capitalised words that do not begin the
-    question, without the possessive; "" if there is none. Of several names, a person's and a
+    question, up to a possessive; "" if there is none. Of several names, a person's and a
     town's, nothing tells which is meant.
     """
     given = (row.fields.get(name) for name in FIELDS)
@@ -57,9 +56,9 @@ def target_of(row: QaRow) -> str:
     for text in given:
         if isinstance(text, str) and text and text.lower() in asked:
             return text
-    runs = (POSSESSIVE.sub(" ", run).split() for run in CAPITALISED.findall(row.question))
-    names = [[word for word in run if word not in I_WORDS] for run in runs]
-    return " ".join(max(names, key=len, default=[]))
+    runs = (NO_NAME.split(run) for run in CAPITALISED.findall(row.question))
+    names = [name.strip() for run in runs for name in run]
+    return max(names, key=lambda name: len(name.split()), default="")
 
 
 def refusal_to(row: QaRow, number: int) -> str:

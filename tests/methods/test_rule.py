@@ -140,11 +140,11 @@ def test_small_steps_add_up_in_narrow_weights_and_play_sees_narrow_ones(key):
 
 def test_what_is_not_trained_stays_and_the_draws_are_watched(key):
     def apply(params, inputs):
-        return bandit(params, inputs) + params["bias"]
+        return bandit(params, inputs) + params["bias"][None]
 
     class Other(Play):
         def __call__(self, params, *, key):
-            return super().__call__({"w": params["w"] + params["bias"]}, key=key)
+            return super().__call__({"w": params["w"] + params["bias"][None]}, key=key)
 
     params, looks = PARAMS | {"bias": jnp.zeros(ARMS)}, []
     stages = RuleStages(tuning_steps=2, steps=3)

@@ -165,7 +165,8 @@ def graded_rows(apply: Apply, params: PyTree, batch: Batch, *, key: Key[Array, "
     if (among := measured[measured > 0]).size and among.min() < among.max():
         low, high = np.quantile(among, [1 / 3, 2 / 3])
         importance = np.where(measured > high, Importance.HIGH, importance)
-        importance = np.where(measured <= low, Importance.LOW, importance)
+        is_low = (measured <= low) & (measured > 0)
+        importance = np.where(is_low, Importance.LOW, importance)
     num_classes = jax.eval_shape(apply, params, rows.inputs).shape[-1]
     taught = relabel(rows, num_classes, key=key)
     assert taught.targets is not None
