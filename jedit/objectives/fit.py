@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from jedit.core.arguments import check_batch
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.outputs import by_example
 from jedit.core.row_blocks import in_row_blocks
 from jedit.objectives.held import RetainKL
 from jedit.objectives.objective import Value, needed
-from jedit.objectives.token_nll import check_batch, masked_mean, nll_of, sequence_nll
+from jedit.objectives.token_nll import masked_mean, nll_of, sequence_nll
 
 
 class Importance(enum.IntEnum):

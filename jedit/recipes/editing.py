@@ -28,7 +28,7 @@ from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
 
 RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
-DRAWS = "draws"
+DRAWS, DRAWN = "draws", 20  # of RULE, as its code does
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other
@@ -56,7 +56,6 @@ class Strength(NamedTuple):
         step_length: length of one step where steps have one (RepSelect).
         scale: what an edit in closed form is multiplied by.
         budget: true retain KL that K-FADE may cost, nats per token.
-        draws: how often RULE draws answers; 20, its code's.
     """
 
     steps: int = 100
@@ -66,7 +65,6 @@ class Strength(NamedTuple):
     step_length: float = 0.1
     scale: float = 1.0
     budget: float = 0.05
-    draws: int = 20
 
     def point(self, row: Row) -> Point:
         """Return the settings at which a row of the catalogue is run, with those of its own."""
@@ -75,7 +73,7 @@ class Strength(NamedTuple):
             rate = RATES.get(row.pace, RATE)
             return own | {STEPS: self.steps, BATCH: self.batch_size, rate: getattr(self, rate)}
         if isinstance(row, ByDraws):
-            return own | {DRAWS: self.draws}
+            return own | {DRAWS: DRAWN}
         if isinstance(row, ByScale):
             return own | {SCALE: self.scale}
         return own | {BUDGET: self.budget}
