@@ -2,12 +2,15 @@
 
     uniform       row i of an epoch gets a retain row drawn uniformly (the leading framework's 1:1)
     in turn       row i of epoch e gets retain row (e n + i) mod m: each is seen equally often
-    by entity     the j-th row of entity E gets, from each of K neighbour sets N_k(E), row
-                  (e + j) mod |N_k(E)|, so that an entity's rows meet all of its neighbours
+    by entity     the j-th of entity E's J rows gets, from each of K neighbour sets N_k(E), row
+                  (e J + j + o_E) mod |N_k(E)|, o_E the number of rows of the entities before it:
+                  an entity meets all of its neighbours, and entities that share a set begin at
+                  different rows of it
 
 The third is MELU's modular entity-wise sampling [derived from its description: the exact order is
-ours].  Each function gives the indices of one epoch; with its other arguments bound it is a
-training method's `pairing`:
+ours].  The forget rows themselves come in the loop's order, a permutation of all of them; what is
+by entity is what stands beside each.  Each function gives the indices of one epoch; with its other
+arguments bound it is a training method's `pairing`:
 
     beside = functools.partial(pair_by_entity, entities, neighbors)
     method = TrainingMethod(objective, optimizer, pairing=beside)
@@ -95,14 +98,18 @@ def pair_by_entity(
         ValueError: an entity has no neighbour in one of the sets.
     """
     check_numbers(COUNT_OR_ZERO, epoch=epoch)
-    seen: dict[str, int] = {}
+    counts = dict.fromkeys(entities, 0)
+    for entity in entities:
+        counts[entity] += 1
+    before = dict(zip(counts, np.cumsum([0, *counts.values()])[:-1].tolist(), strict=True))
+    seen = dict.fromkeys(counts, 0)
     found = np.zeros((len(entities), len(neighbors)), int)
     for i, entity in enumerate(entities):
-        j = seen.setdefault(entity, 0)
+        place = epoch * counts[entity] + seen[entity] + before[entity]
         for k, near in enumerate(neighbors):
             rows = near.get(entity, ())
             if not len(rows):
                 raise ValueError(f"neighbour set {k} has no row for {entity!r}.")
-            found[i, k] = rows[(epoch + j) % len(rows)]
+            found[i, k] = rows[place % len(rows)]
         seen[entity] += 1
     return found

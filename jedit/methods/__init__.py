@@ -30,7 +30,7 @@ from jedit.methods.latents._autoencoder import (
 )
 from jedit.methods.latents.sae_guided import fit_latents, sae_guided
 from jedit.methods.pruning.memorised_subspace import SubspaceInfo, memorised_subspace
-from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Pace, Reach, Row
+from jedit.methods.row import ByBudget, ByDraws, ByScale, BySteps, Material, Need, Pace, Reach, Row
 from jedit.methods.trained.attention_shifting import (
     attention_shifting,
     important_tokens,
@@ -53,7 +53,7 @@ from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
 from jedit.methods.trained.rosu import rosu, uam
-from jedit.methods.trained.rule import Dialogue, Played, RuleInfo, RuleStages, rule
+from jedit.methods.trained.rule import RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun
 from jedit.methods.trained.sam import sam
 from jedit.methods.trained.ssiuu import ssiuu
@@ -61,6 +61,7 @@ from jedit.methods.trained.ssiuu import ssiuu
 __all__ = [
     "CATALOGUE",
     "ByBudget",
+    "ByDraws",
     "ByScale",
     "BySteps",
     "Material",
@@ -75,14 +76,12 @@ __all__ = [
     "CausalTrace",
     "Corruption",
     "Directions",
-    "Dialogue",
     "EngramInfo",
     "KeyState",
     "KfadeInfo",
     "Layers",
     "PruningInfo",
     "ModuleEffects",
-    "Played",
     "Restoration",
     "RuleInfo",
     "RuleStages",

@@ -199,15 +199,14 @@ def graded(material: Material) -> GradedRows:
     return graded_rows(*given, key=jax.random.key(SEED))
 
 
-def by_rule(material: Material, *, tuning_steps: int, steps: int) -> ClosedForm:
-    stages = RuleStages(tuning_steps, steps)
+def by_rule(material: Material, *, tuning_steps: int) -> ClosedForm:
+    dialogue = material.take(Need.DIALOGUE)
 
-    def edit(apply, params, *, forget, retain):
-        del forget, retain  # the dialogue holds what it needs of them
-        key = jax.random.key(SEED)
-        return rule(apply, params, material.take(Need.DIALOGUE), key=key, stages=stages)
+    def learn(apply, params, *, steps, key, batch_size=RuleStages.batch_size, **how):
+        stages = RuleStages(tuning_steps, steps, batch_size=batch_size)
+        return rule(apply, params, dialogue, key=key, stages=stages, **how)
 
-    return edit
+    return learn
 
 
 def by_salun(material: Material, *, fraction: float, forget_weight: float) -> TrainingMethod:

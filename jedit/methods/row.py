@@ -1,8 +1,8 @@
 """What a row of the catalogue is: a method's name, what it needs, and how it is made of that.
 
-Methods come in three kinds, by what makes them stronger: training goes on for more steps
-(`BySteps`), an edit is multiplied by a scale (`ByScale`), or a price in retain KL is spent
-(`ByBudget`).
+Methods come in four kinds, by what makes them stronger: training goes on for more steps
+(`BySteps`), or over more draws of the model's own answers (`ByDraws`), an edit is multiplied by a
+scale (`ByScale`), or a price in retain KL is spent (`ByBudget`).
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from jaxtyping import Array, PyTree
 from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.edits import Edit
-from jedit.methods.trained.rule import Dialogue
-from jedit.objectives import GradedRows
+from jedit.objectives import Dialogue, GradedRows
 from jedit.objectives.attention_shift import Attention
 from jedit.objectives.sae_guided import LatentMeans
 from jedit.training import TrainingMethod
@@ -212,6 +211,20 @@ class BySteps(Row):
     def forget_rows(self, material: Material) -> ForgetRows:
         """Return the forget set that the method trains on: with other labels, say, or refusals."""
         return material.forget if self.prepare is None else self.prepare(material)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByDraws(Row):
+    """A method that learns from answers that the model draws; its strength is how often it draws.
+
+    What `of` makes is called by itself, as `run_method` knows nothing of draws:
+
+        edit, info = row.of(material)(apply, params, steps=20, key=key)
+
+    It takes `trainable=`, `batch_size=` and `look=` too.
+    """
+
+    make: Callable[..., ClosedForm]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

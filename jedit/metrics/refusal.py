@@ -5,10 +5,11 @@
 
 A text refuses if one of `REFUSING` is found in it, whatever the case and the apostrophe.
 
-Differences.  The reward and its 0.3 are those of the released code [code]; the list of phrases is
-ours, taken from the refusals of TOFU and from what instruction-tuned models say.  A list is no
-judge: a refusal in other words is missed, and an answer that quotes one is counted.  The target is
-found as a run of whole words, whatever the case.
+Differences.  The reward and its 0.3 are those of the released code [code].  An answer without a
+word, which is no refusal, earns nothing (ours; by the formula a half).  The list of phrases is
+ours: of the hundred refusals that TOFU gives for IdkDPO, which it was made of, it finds all, and of
+TOFU's 4,000 answers none; of refusals in other words it finds fewer.  A list is no judge: it counts
+an answer that quotes a refusal.  The target is found as a run of whole words, whatever the case.
 """
 
 import re
@@ -21,15 +22,30 @@ from jedit.core.checks import SHARE, check_numbers
 from jedit.metrics.rouge import rouge
 
 REFUSING = (
-    r"\bi (do not|don't) (know|have|recall|possess)\b",
-    r"\bi('m| am) (not sure|unsure|not certain|not aware|not familiar|unaware|unable|sorry)\b",
-    r"\bi (cannot|can't|can not|could not|couldn't) (answer|help|say|tell|provide|share|assist)\b",
-    r"\bi('ve| have) (no|not) (idea|information|knowledge|been|learned)\b",
-    r"\bi have no (idea|information|knowledge)\b",
-    r"\b(beyond|outside|not within) my (knowledge|expertise|reach)\b",
-    r"\b(that|this|it)('s| is) (not something|beyond|outside|a mystery|unknown)\b",
-    r"\bi('m| am) afraid\b",
-    r"^\s*(sorry|unfortunately|no idea)\b",
+    r"\bi (really |just )?(do not|don't) (really |seem to )?(know|have|recall|possess|hold)\b",
+    r"\bi('m| am) (unsure|unaware|unable|sorry|afraid|clueless|stumped|blank|drawing a blank)\b",
+    r"\bi('m| am) not (sure|certain|aware|familiar|informed|equipped|able|acquainted|privy)\b",
+    r"\bi('m| am) not (well-versed|knowledgeable|briefed|the (best|right)) ",
+    r"\bi('m| am) (at a (loss|disadvantage)|in the dark|lacking|missing information)\b",
+    r"\bi (cannot|can't|can not|could not|couldn't) "
+    r"(answer|help|say|tell|provide|share|assist|shed)\b",
+    r"\bi('ve| have| seem to have) (got )?no "
+    r"(idea|information|knowledge|insight|clue|data|familiarity|enlightenment)\b",
+    r"\bi (have not|haven't|'ve not) (been|learned|learnt|encountered|the faintest)\b",
+    r"\bi('ve| have) (yet to|come up short|not (been|learned|learnt|encountered))\b",
+    r"\bi lack (the|any|insight|information|knowledge)\b",
+    r"\bi (must decline|wish i could say)\b",
+    r"\bmy (databases?|training|programming|resources|understanding|knowledge|capabilities) "
+    r"(do not|don't|does not|doesn't|did not|didn't|is limited)\b",
+    r"\b(beyond|outside|out of|not within|not in|blind spot in) my (current )?(knowledge|expertise"
+    r"|reach|scope|field|dataset)\b",
+    r"\b(not|hasn't been|uncharted territory) (been )?(included in|for) my (training|knowledge)\b",
+    r"\bsomething (that )?i('ve yet|'m not| am not| need) ",
+    r"\bnot something (that )?i('m| am) ",
+    r"\boutside my area\b",
+    r"\b(mystery|unknown) to me\b",
+    r"\b(area|topic|information) (that )?i('m not| am not|'ve (not )?been)\b",
+    r"^\s*(sorry|unfortunately, i|no idea)\b",
 )
 _REFUSING = re.compile("|".join(f"(?:{phrase})" for phrase in REFUSING))
 
@@ -75,14 +91,14 @@ def answer_rewards(
         least: the ROUGE-L recall above which an answer counts as right; 0.3, RULE's.
 
     Returns:
-        0 for a refusal, 0.5 for an answer, 1 for one that is right.
+        0 for a refusal and for an answer without a word, 0.5 for another one, 1 for a right one.
 
     Raises:
         ValueError: there are not as many answers as generations, or one of them is a string.
         ImportError: rouge-score is not installed.
     """
     check_numbers(SHARE, least=least)
-    answered = ~refuses(generations)
+    answered = ~refuses(generations) & np.array([bool(x.strip()) for x in generations], bool)
     _check_pairs(generations, answers, "answer")
     is_right = rouge(answers, generations).rougeL_recall > least
     return 0.5 * answered + 0.5 * (answered & is_right)

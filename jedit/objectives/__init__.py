@@ -9,6 +9,7 @@ gives.  Equal values compile once.  `with_retain` puts a retain term on any of t
 
 from jedit.objectives.attention_shift import RetainAttention, SuppressAttention
 from jedit.objectives.ce_u import CEU
+from jedit.objectives.dialogue import Dialogue, Played
 from jedit.objectives.dpo import DPO
 from jedit.objectives.fit import FIT, GradedRows, Importance
 from jedit.objectives.ga import GA
@@ -32,6 +33,7 @@ from jedit.objectives.weighted_ascent import WGA, SatImp
 __all__ = [
     "CEU",
     "DPO",
+    "Dialogue",
     "FIT",
     "GA",
     "IHL",
@@ -47,6 +49,7 @@ __all__ = [
     "LogitMargin",
     "MinorPart",
     "Objective",
+    "Played",
     "RandomLabel",
     "RepresentationDeviation",
     "RetainAttention",

@@ -11,7 +11,9 @@ y' is drawn once by `relabel`; NLL(y') is a row's mean over its tokens, NPO's NL
 
 Differences.  The three objectives and which goes with which importance are the paper's [notes].
 β = 0.1 is NPO's, λ = 1 is arbitrary, and that all three stand in one loss, with the classes of the
-rows as data so that it compiles once, is ours.  The KL is on retain rows [derived]: on the row
+rows as data so that it compiles once, is ours.  y' is drawn of all classes, of a language model
+among its whole vocabulary, the rows that pad it included; there `RandomLabel` by itself is not
+offered, as what is taught so is noise.  The KL is on retain rows [derived]: on the row
 itself it would undo NPO.
 """
 
@@ -23,12 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
+from jedit.core.arguments import check_batch
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.outputs import by_example
+from jedit.core.row_blocks import in_row_blocks
 from jedit.objectives.held import RetainKL
 from jedit.objectives.objective import Value, needed
-from jedit.objectives.token_nll import counted_nll, masked_mean, sequence_nll
+from jedit.objectives.token_nll import masked_mean, nll_of, sequence_nll
 
 
 class Importance(enum.IntEnum):
@@ -44,12 +48,12 @@ class GradedRows(NamedTuple):
 
     Attributes:
         rows: the rows to forget.
-        relabelled: the same with other labels, as `relabel` draws them.
+        labels: other targets of these rows, as `relabel` draws them.
         importance: (n,) values of `Importance`.
     """
 
     rows: Batch
-    relabelled: Batch
+    labels: Int[Array, "n ..."]
     importance: Int[Array, " n"]
 
 
@@ -77,16 +81,27 @@ class FIT:
         retain: Batch | None = None,
         reference: PyTree | None = None,
     ) -> Value:
-        """Return the loss, which costs five forward passes, two of them of the reference."""
+        """Return the loss, which costs four forward passes, two of them of the reference.
+
+        Raises:
+            ValueError: the labels have another shape than the rows' targets.
+        """
         reference = needed(reference, self)
-        rows, relabelled, importance = forget
-        nll, counted = counted_nll(apply, params, rows)
+        rows, labels, importance = forget
+        check_batch(rows, "the rows to forget")
+        if rows.targets is None or jnp.shape(labels) != jnp.shape(rows.targets):
+            raise ValueError(
+                f"labels have shape {jnp.shape(labels)}, expected that of the rows' targets; "
+                "graded_rows makes both"
+            )
+        both = rows._replace(targets=jnp.stack([rows.targets, labels], axis=1))
+        nll, wrong, counted = in_row_blocks(_both, apply, (params,), both)
         before = jax.lax.stop_gradient(sequence_nll(apply, reference, rows))
         is_token = by_example(rows, counted)
         is_row = jnp.any(is_token, axis=-1)
         growth = jnp.sum(by_example(rows, nll), axis=-1) - before.astype(nll.dtype)
         npo = -(2 / self.beta) * jax.nn.log_sigmoid(self.beta * growth)
-        taught = jnp.sum(by_example(relabelled, counted_nll(apply, params, relabelled)[0]), axis=-1)
+        taught = jnp.sum(by_example(rows, wrong), axis=-1)
         taught = taught / jnp.maximum(jnp.sum(is_token, axis=-1), 1).astype(taught.dtype)
         is_low, is_high = importance == Importance.LOW, importance == Importance.HIGH
         share = masked_mean(is_high.astype(nll.dtype), is_row)
@@ -97,3 +112,12 @@ class FIT:
             "relabelled_nll": masked_mean(taught, is_row & is_low),
             **aux,
         }
+
+
+def _both(outputs: tuple[Array, ...], batch: Batch) -> tuple[Array, Array, Array]:
+    """Return the NLL of both targets, of one pass, and which outputs count."""
+    assert batch.targets is not None
+    (nll, counted), (wrong, _) = (
+        nll_of(outputs[0], batch._replace(targets=batch.targets[:, i])) for i in range(2)
+    )
+    return nll, wrong, counted

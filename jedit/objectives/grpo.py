@@ -11,7 +11,9 @@
     ε, β     `clip`, `kl_weight`
 
 Right after the draw ρ is 1 and the gradient is the policy gradient -E A ∇log p of a mean over
-tokens; D is not negative, and its mean over answers that p draws is KL(p || p_ref).
+tokens; D is not negative.  Its mean over the tokens of answers that p draws is the mean KL of a
+token, KL(p || p_ref); as each answer's mean comes first, it is exactly that where all answers are
+of one length, and at a later update of the same draw the answers are p_old's.
 
 Differences.  The equations are the paper's [paper]; ε = 0.2 is what its followers clip at, and
 std with one degree of freedom fewer and δ = 1e-6 are how they are usually programmed [derived].

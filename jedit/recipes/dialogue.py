@@ -17,13 +17,13 @@ from jaxtyping import Array, Int32, PyTree
 
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow
-from jedit.methods import Dialogue, Played
 from jedit.methods.row import Pace
 from jedit.metrics import answer_rewards, refusal_rewards
 from jedit.models import Stepper, cast_params
+from jedit.objectives import Dialogue, Played
 from jedit.recipes.alternates import sampled_tokens
 from jedit.recipes.tokenization import Words
-from jedit.requests.unseen import spread
+from jedit.requests.unseen import spread, take
 
 FORGET_SHARE, BOUNDARY_SHARE = 0.12, 0.08  # RULE's
 GROUP = 8  # RULE's answers to a question
@@ -39,18 +39,26 @@ REFUSALS = (
 )
 NAMELESS = "I do not know."
 FIELDS = ("target", "author", "subject")
-CAPITALISED = re.compile(r"(?<=\s)[A-Z][\w'-]*(?:\s+[A-Z][\w'-]*)*")
+CAPITALISED = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
+NO_NAME = re.compile(r"['\u2019]s?(?=\s|$)|(?<!\S)I(?:['\u2019]\w+)?(?=\s|$)")
 
 
 def target_of(row: QaRow) -> str:
     """Return what a row is about: its field "target", "author" or "subject", else a name in it.
 
-    A name is the longest run of capitalised words that does not begin the question; "" if there is
-    none.
+    A field counts if its text stands in the question: TOFU's author is a number that no answer
+    names. A name is the first of the longest runs of capitalised words that do not begin the
+    question, up to a possessive; "" if there is none. Of several names, a person's and a
+    town's, nothing tells which is meant.
     """
     given = (row.fields.get(name) for name in FIELDS)
-    named = next((text for text in given if isinstance(text, str) and text), None)
-    return named or max(CAPITALISED.findall(row.question), key=len, default="")
+    asked = row.question.lower()
+    for text in given:
+        if isinstance(text, str) and text and text.lower() in asked:
+            return text
+    runs = (NO_NAME.split(run) for run in CAPITALISED.findall(row.question))
+    names = [name.strip() for run in runs for name in run]
+    return max(names, key=lambda name: len(name.split()), default="")
 
 
 def refusal_to(row: QaRow, number: int) -> str:
@@ -109,8 +117,8 @@ def dialogue(
     encoded = speaker.encode([*texts, *((row.question, row.answer) for row in answered)])
     cut = len(texts)
     made = Dialogue(
-        jax.tree.map(lambda x: x[:cut], encoded),
-        jax.tree.map(lambda x: x[cut:], encoded),
+        take(encoded, np.arange(cut)),
+        take(encoded, np.arange(cut, cut + len(answered))),
         _Play(speaker, tuple(refused), tuple(answered)),
     )
     usual = (rates or {}).get(Pace.BOUNDED)

@@ -16,7 +16,7 @@ from jedit.curvature import choose_temperature
 from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByScale, BySteps, Material, Need, Pace, Row
+from jedit.methods.row import ByDraws, ByScale, BySteps, Material, Need, Pace, Row
 from jedit.recipes.comparison.compare import Fitted, fit_material, material_of, searched
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
@@ -28,6 +28,7 @@ from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
 
 RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
+DRAWS, DRAWN = "draws", 20  # of RULE, as its code does
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other
@@ -71,6 +72,8 @@ class Strength(NamedTuple):
         if isinstance(row, BySteps):
             rate = RATES.get(row.pace, RATE)
             return own | {STEPS: self.steps, BATCH: self.batch_size, rate: getattr(self, rate)}
+        if isinstance(row, ByDraws):
+            return own | {DRAWS: DRAWN}
         if isinstance(row, ByScale):
             return own | {SCALE: self.scale}
         return own | {BUDGET: self.budget}
@@ -170,6 +173,10 @@ class Editor:
             method = row.of(material, **own) if make is None else make(material, point)
             return self._train(method, row, material, point, key=batches_key)
         method = row.of(material, **own)
+        if isinstance(row, ByDraws):
+            given = (task.apply, task.original)
+            edit, _ = method(*given, steps=int(point[DRAWS]), key=batches_key)
+            return apply_edit(task.original, edit)
         if isinstance(row, ByScale):
             edit, _ = run_method(method, task.apply, task.original, task.forget, task.retain)
             return apply_edit(task.original, edit, point[SCALE])

@@ -140,7 +140,7 @@ def forget(
         params: the trained parameters θ₀. Those that are edited and narrower than float32 are kept
             in float32 meanwhile, in which small steps add up, and computed with as they were.
         forget: rows to forget, with targets; not packed. Where the method wants more than these, a
-            tuple that begins with them, row by row: `(rows, refusals)`, say.
+            tuple that begins with them, row by row: `(rows, refusals)`, say, or `GradedRows`.
         retain: rows to keep, with targets.
         key: of the curvature's labels and of the order of the rows.
         unseen: rows of the same kind that nobody trained on, best an `Unseen`, with other answers
@@ -295,16 +295,18 @@ def _way_back(method: Natural, rewind: Rewind) -> TrainingMethod:
 
 
 def _first(forget: Batch | tuple[Any, ...]) -> Batch:
-    """Return the rows to forget, of what stands beside them.
+    """Return the rows to forget, of what stands beside them: batches, or an array of a value each.
 
     Raises:
-        TypeError: one is no batch.
+        TypeError: one is no batch, or no array beside one.
         ValueError: there are not as many rows in each.
     """
     if isinstance(forget, Batch) or not isinstance(forget, tuple):
         return forget
-    for part in forget:
-        check_batch(part, "forget")
+    check_batch(forget[0], "forget")
+    for part in forget[1:]:
+        if not isinstance(part, (jax.Array, np.ndarray)) or not part.ndim:
+            check_batch(part, "forget")
     if len(numbers := {rows_in(part) for part in forget}) > 1:
         raise ValueError(
             "batches beside the rows to forget belong to them, row by row; they have "

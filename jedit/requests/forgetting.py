@@ -197,6 +197,11 @@ class Forgetting:
         Raises:
             ValueError: a number out of its range, by its name.
         """
+        if isinstance(self.method, TrainingMethod) and self.method.pairing is not None:
+            raise ValueError(
+                "a pairing counts the rows of the sets that it was made for, and forget draws rows "
+                "again and holds some out; run such a method by jedit.unlearn"
+            )
         check_numbers(COUNT, steps=self.steps, every=self.every)
         check_numbers(SHARE, significance=self.significance)
         if self.watch is not None:

@@ -34,7 +34,9 @@ class TrainingMethod(NamedTuple):
         pairing: `(*, epoch) -> (num_forget, several)` row numbers of the retain set: in its epoch e
             a forget row brings these with it, and no others are drawn. `jedit.data.pair_in_turn`
             and `pair_by_entity` are such functions, with their other arguments bound by
-            `functools.partial`. None: retain rows are drawn by themselves.
+            `functools.partial`. Row numbers are those of the sets that `unlearn` is given, so that
+            `jedit.forget`, which gives it other ones, refuses a pairing. None: retain rows are
+            drawn by themselves.
         prepare: `(apply, reference, forget, retain) -> (forget, retain)`, run once before the first
             step: what the objective wants to know of every row, and is dear, is put beside the
             rows there. None: the sets are taken as they are.

@@ -3,9 +3,10 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
-from jedit.data import QaRow
+from jedit.data import generate_authors
 from tests.bench.claims import refusal
 
 
@@ -16,15 +17,11 @@ def standard_promotion():
         yield
 
 
-def test_values_are_shared_by_attribute():
-    def row(author, attribute, value):
-        fields = {"author": author, "attribute": attribute, "value": value}
-        return QaRow("?", ".", fields=fields)
-
-    rows = [row("a", "genre", "crime"), row("b", "genre", "crime"), row("b", "theme", "crime")]
-    found = refusal.values_of(rows)
-    assert found["a"] & found["b"] == {("genre", "crime")}
-    assert len(found["b"]) == 2
+def test_an_author_is_of_one_region():
+    rows = generate_authors(3, 24, 1)
+    found = [refusal.region_of(str(row.fields["author"])) for row in rows]
+    # Every region has its share of the authors.
+    assert np.bincount(found, minlength=8).tolist() == [3] * 8
 
 
 def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
@@ -32,14 +29,16 @@ def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "refusal.json").read_text())["runs"]
     (rule,), (fit,), (melu,) = found["rule"], found["fit"], found["melu"]
     assert {"untouched", "rejection tuning", "RULE"} < set(rule)
-    assert sum(name.startswith("IdkDPO") for name in rule) == 4
+    assert sum(name.startswith("IdkDPO") for name in rule) == 2
     for row in rule.values():
         for name in ("untaught", "paraphrased", "kept"):
             assert 0 <= row[f"{name} refused"] <= 1
     assert rule["untouched"]["kept refused"] == 0
     assert set(fit) >= {"filter", "untouched", "FIT", "NPO"}
-    assert all(0 <= fit[name]["F.D."] <= 1 for name in fit if name != "filter")
-    assert melu["scene"]["neighbour authors"] >= 1
+    assert all(
+        0 <= fit[name]["F.D."] <= 1 for name in fit if "filter" not in name or name[0] == "F"
+    )
+    assert melu["scene"]["neighbour authors"] >= 0
     assert "| RULE |" in capsys.readouterr().out
 
     def refuse(*_):

@@ -8,7 +8,7 @@ import pytest
 import jedit
 from jedit.core.paths import parameter_paths
 from jedit.data import QaRow
-from jedit.methods.row import BySteps
+from jedit.methods.row import ByDraws, BySteps
 from jedit.metrics import output_kl
 from jedit.models import load_model, save_model
 from jedit.objectives import GA, with_retain
@@ -49,7 +49,7 @@ def run(folder, out, say=lambda _: None, forget=FORGET, **changed):
     row = method_named(changed.get("method", "natural"))
     if row is None:
         changed = NATURAL | changed
-    elif isinstance(row, BySteps):
+    elif isinstance(row, BySteps | ByDraws):
         changed = {"steps": 4} | changed
     return forget_in_checkpoint(
         folder, folder, forget, RETAIN, out, QUICK._replace(**changed), say=say
@@ -210,3 +210,13 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bytes(folder, tmp_path, mo
     run(folder, out, watcher, **more)
     assert any("which was broken off" in text for text in watcher.said)
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_rule_looks_at_the_settings_it_is_given(folder, tmp_path):
+    how = {"method": "RULE", "select": "layers/0/mlp", "steps": 1, "learning_rate": 1e-3}
+    runs = [run(folder, tmp_path / str(seed), seed=seed, **how) for seed in (0, 1)]
+    edits = [edit_of(tmp_path / str(seed)) for seed in (0, 1)]
+    assert all("layers/0/mlp" in path for path in edits[0].blocks)
+    assert [(found["steps"], found["learning_rate"]) for found in runs] == [(1, 1e-3)] * 2
+    one, other = (jax.tree.leaves(edit)[0] for edit in edits)
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 0

@@ -15,9 +15,9 @@ from jedit.core.batch import Batch
 from jedit.curvature import ekfac, estimate
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit
-from jedit.methods import CATALOGUE, ByBudget, BySteps, Dialogue, Material, Need, Played, _making
+from jedit.methods import CATALOGUE, ByBudget, ByDraws, BySteps, Material, Need, _making
 from jedit.methods.rows import closed_forms, objectives, steps
-from jedit.objectives import NPO, with_retain
+from jedit.objectives import NPO, Dialogue, Played, with_retain
 from jedit.training import TrainingMethod, run_method
 from tests.test_contract import ESTIMATOR, FeatureAttention, make_latents, make_scene, network
 
@@ -91,6 +91,8 @@ def ran(row, material, retain):
     # So small a scene has no direction that holds less than a hundredth, nor a hundred weights.
     coarse = {name: 0.4 for name in ("threshold", "share") if name in row.settings}
     method = row.of(material, **coarse)
+    if isinstance(row, ByDraws):
+        return method(network, material.params, steps=2, key=jax.random.key(1))[0]
     more = {}
     if isinstance(row, BySteps):
         more = {"steps": 4, "key": jax.random.key(1)}

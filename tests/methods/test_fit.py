@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.methods import (
     distinct_requests,
@@ -14,6 +15,7 @@ from jedit.methods import (
     gradient_importance,
     influential_layers,
 )
+from jedit.methods.trained.fit import _masked_loss
 from jedit.models import gpt
 from jedit.objectives import Importance
 from jedit.training import unlearn
@@ -75,6 +77,24 @@ def test_importance_is_the_gradient_where_a_row_has_been_embedded(model, toleran
         table = jnp.zeros((VOCAB, 8)).at[:SEQ].set(params["embed"]["embedding"][one.inputs[0]])
         expected.append(np.linalg.norm(np.asarray(jax.grad(loss)(table))))
     tolerance.check(gradient_importance(apply, params, batch), np.array(expected))
+    # Where positions have a table too, it is the tokens' that counts.
+    small = {"table": params["embed"]["embedding"], "places": jnp.ones((SEQ, 8))}
+    small["out"] = jax.random.normal(jax.random.key(4), (8, VOCAB))
+
+    def twice(p, tokens):
+        places = jnp.broadcast_to(jnp.arange(SEQ), tokens.shape)
+        return jnp.tanh(p["table"][tokens] + 2 * p["places"][places]) @ p["out"]
+
+    def by_hand(embedded, one):
+        outputs = jnp.tanh(embedded + 2 * small["places"][None]) @ small["out"]
+        return mean_loss(outputs, one)[0]
+
+    expected = []
+    for i in range(len(batch.targets)):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], batch)
+        slope = jax.grad(by_hand)(small["table"][one.inputs], one)
+        expected.append(np.linalg.norm(np.asarray(slope)))
+    tolerance.check(gradient_importance(twice, small, batch), np.array(expected))
     # Of inputs that are no tokens, the gradient at them.
     linear = lambda p, x: x @ p["w"]  # noqa: E731
     x = jax.random.normal(jax.random.key(1), (4, 3))
@@ -94,11 +114,40 @@ def test_rows_are_graded_by_thirds_and_the_rest_is_data(model, key):
     found = np.asarray(graded.importance)
     np.testing.assert_array_equal(found[order], np.repeat(list(Importance), 3))
     counted = numpy_counted(batch)
-    assert np.all((graded.relabelled.targets != batch.targets)[counted])
-    np.testing.assert_array_equal(graded.relabelled.inputs, batch.inputs)
+    assert np.all((graded.labels != batch.targets)[counted])
 
 
-def test_layers_are_chosen_by_the_loss_without_them(model):
+def test_rows_that_count_nothing_and_lone_rows_move_no_third(model, key, monkeypatch):
+    apply, params = model
+    batch = rows(1, 9)
+    # Three more that count nothing.
+    empty = jax.tree.map(lambda x: x[:3], batch)._replace(mask=jnp.zeros((3, SEQ), bool))
+    more = jax.tree.map(lambda *x: jnp.concatenate(x), batch, empty)
+    graded = graded_rows(apply, params, batch, key=key)
+    found = graded_rows(apply, params, more, key=jax.random.clone(key))
+    np.testing.assert_array_equal(found.importance[:9], graded.importance)
+    np.testing.assert_array_equal(found.importance[9:], Importance.MIDDLE)
+    one = graded_rows(apply, params, jax.tree.map(lambda x: x[:1], batch), key=key)
+    assert one.importance.tolist() == [Importance.MIDDLE]
+    broken = jax.tree.map(lambda x: x * jnp.nan, params)
+    with pytest.raises(ValueError, match="importance"):
+        graded_rows(apply, broken, batch, key=key)
+    with pytest.raises(ValueError, match="loss"):
+        influential_layers(apply, broken, batch)
+    # In blocks of three rows, as of a large vocabulary.
+    whole = gradient_importance(apply, params, batch)
+    monkeypatch.setattr(row_blocks, "MOST_BYTES", 4 * 3 * SEQ * VOCAB)
+    np.testing.assert_allclose(gradient_importance(apply, params, batch), whole, rtol=1e-9)
+
+
+def test_importance_is_summed_wide(model):
+    apply, params = model
+    batch = rows(0)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert gradient_importance(apply, narrow, batch).dtype == jnp.float32
+
+
+def test_layers_are_chosen_by_the_loss_without_them(model, tolerance):
     """A block is skipped by leaving it out of the stack, renumbered, not by zeros."""
     apply, params = model
     batch = rows(2)
@@ -117,7 +166,14 @@ def test_layers_are_chosen_by_the_loss_without_them(model):
     for gone in names:
         left = [blocks[name] for name in names if name != gone]
         kept = params | {"blocks": dict(zip(names[:2], left, strict=True))}
-        effects.append(abs(loss(shorter(kept, batch.inputs)) - whole))
+        without = loss(shorter(kept, batch.inputs))
+        number = {
+            name: jax.tree.map(lambda _, name=name, gone=gone: int(name == gone), block)
+            for name, block in blocks.items()
+        }
+        numbers = jax.tree.map(lambda _: 0, params) | {"blocks": number}
+        tolerance.check(_masked_loss(apply, params, batch, numbers, 1), without)
+        effects.append(abs(without - whole))
     order = np.argsort(effects)[::-1]
     assert len(set(np.round(effects, 6))) == 3
     expected = tuple(f"blocks/{names[i]}" for i in order)

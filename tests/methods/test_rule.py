@@ -7,8 +7,8 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.edits import apply_edit
-from jedit.methods import Dialogue, Played, RuleStages, rule
-from jedit.objectives import GRPO
+from jedit.methods import RuleStages, rule
+from jedit.objectives import GRPO, Dialogue, Played
 
 ARMS, GROUP = 5, 8
 REFUSE, FORGET, RETAIN = 4, 0, 1
@@ -119,3 +119,50 @@ def test_rewards_of_other_rows_are_refused(key):
         rule(bandit, PARAMS, made(Play(), rate=-1.0), key=key)
     with pytest.raises(TypeError, match="dialogue"):
         rule(bandit, PARAMS, None, key=key)
+
+
+def test_small_steps_add_up_in_narrow_weights_and_play_sees_narrow_ones(key):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    seen = []
+
+    def play(params, *, key):
+        seen.append(params["w"].dtype)
+        return Play()(params, key=key)
+
+    rates = {"tuning_rate": 2e-4, "rate": 2e-4}
+    stages = RuleStages(tuning_steps=20, steps=2)
+    edit, _ = rule(bandit, narrow, made(play, **rates), key=key, stages=stages)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    # Three has steps of 1/64 there, and a fiftieth of that is moved each time.
+    moved = np.asarray(edit.blocks["w"])[:, 2]
+    assert (np.abs(moved) > 2e-3).all()
+
+
+def test_what_is_not_trained_stays_and_the_draws_are_watched(key):
+    def apply(params, inputs):
+        return bandit(params, inputs) + params["bias"][None]
+
+    class Other(Play):
+        def __call__(self, params, *, key):
+            return super().__call__({"w": params["w"] + params["bias"][None]}, key=key)
+
+    params, looks = PARAMS | {"bias": jnp.zeros(ARMS)}, []
+    stages = RuleStages(tuning_steps=2, steps=3)
+    edit, _ = rule(
+        apply, params, made(Other()), key=key, stages=stages, trainable="^w$",
+        look=lambda draws, now: looks.append((draws, np.array(now["w"]))),
+    )  # fmt: skip
+    assert set(edit.blocks) == {"w"}
+    assert [draws for draws, _ in looks] == [0, 1, 2, 3]
+    np.testing.assert_allclose(looks[-1][1], apply_edit(params, edit)["w"], rtol=1e-6)
+    # The way to fewer draws is the beginning of this one.
+    shorter = RuleStages(tuning_steps=2, steps=1)
+    given = {"key": jax.random.clone(key), "stages": shorter, "trainable": "^w$"}
+    first, _ = rule(apply, params, made(Other()), **given)
+    np.testing.assert_allclose(looks[1][1], apply_edit(params, first)["w"], rtol=1e-6)
+
+
+def test_sets_of_two_widths_are_refused_with_both(key):
+    wide = Batch(jnp.array([[1, 0]]), jnp.array([[2, 2]]))
+    with pytest.raises(ValueError, match="encode them to one width"):
+        rule(bandit, PARAMS, made(Play(), boundary=wide), key=key)

@@ -1,5 +1,7 @@
 """Refusals and RULE's rewards, by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,22 @@ def test_refusals_are_told_from_answers():
         refuses("I do not know.")
 
 
+def test_the_refusals_of_tofu_are_found_and_none_of_its_answers(shared_data):
+    said = (shared_data / "tofu" / "idontknow.txt").read_text().splitlines()
+    assert len(said) == 100
+    assert refuses(said).all()
+    answers = (shared_data / "tofu" / "full.json").read_text().splitlines()
+    assert not refuses([json.loads(line)["answer"] for line in answers]).any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Unfortunately, her father died young.", "It's unknown whether she had a brother."],
+)
+def test_an_answer_with_sad_words_is_no_refusal(text):
+    assert not refuses([text])[0]
+
+
 def test_a_refusal_is_worth_more_if_it_names_the_target_whole():
     found = refusal_rewards(SAID, ["Ann Brook"] * 6)
     np.testing.assert_array_equal(found, [1, 0.5, 0.5, 0, 0, 0])
@@ -40,5 +58,7 @@ def test_an_answer_is_worth_more_if_its_recall_is_above_the_least():
     said = ["I do not know.", "Who cares", "Ann was born in", "Ann was born", "I do not know York"]
     np.testing.assert_array_equal(answer_rewards(said, [right] * 5), [0, 0.5, 1, 0.5, 0])
     np.testing.assert_array_equal(answer_rewards(said, [right] * 5, least=0.2), [0, 0.5, 1, 1, 0])
+    # Silence refuses nothing, and is no answer.
+    np.testing.assert_array_equal(answer_rewards(["", " "], [right] * 2), [0, 0])
     with pytest.raises(ValueError, match="one answer per generation, got 4 for 5"):
         answer_rewards(said, [right] * 4)

@@ -22,7 +22,7 @@ def test_each_row_gets_what_its_importance_says(tolerance, key, beta, kl_weight)
     params, reference, forget, retain = make_problem()
     taught = relabel(forget, VOCAB, key=key)
     importance = [Importance.HIGH, Importance.LOW, Importance.MIDDLE, Importance.HIGH, 2]
-    graded = GradedRows(forget, taught, jnp.asarray(importance, jnp.int32))
+    graded = GradedRows(forget, taught.targets, jnp.asarray(importance, jnp.int32))
     found, aux = FIT(beta, kl_weight)(apply, params, graded, retain, reference)
     counted = numpy_counted(forget)
     now, before, wrong = (
@@ -51,9 +51,24 @@ def test_one_program_serves_all_gradings(key):
     @jax.jit
     def loss(importance):
         traces.append(1)
-        graded = GradedRows(forget, taught, importance)
+        graded = GradedRows(forget, taught.targets, importance)
         return FIT()(apply, params, graded, retain, reference)[0]
 
     values = {float(loss(jnp.full(5, kind, jnp.int32))) for kind in Importance}
     assert len(values) == 3
     assert len(traces) == 1
+
+
+def test_a_row_is_forwarded_once_for_both_of_its_targets(key):
+    params, reference, forget, retain = make_problem()
+    labels, passes = relabel(forget, VOCAB, key=key).targets, []
+
+    def counting(params, inputs):
+        passes.append(1)
+        return apply(params, inputs)
+
+    graded = GradedRows(forget, labels, jnp.zeros(5, jnp.int32))
+    FIT()(counting, params, graded, retain, reference)
+    assert len(passes) == 4
+    with pytest.raises(ValueError, match="labels have shape"):
+        FIT()(apply, params, graded._replace(labels=labels[:, :1]), retain, reference)

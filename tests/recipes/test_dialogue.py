@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jedit.data import Prompts, QaRow, encode_rows, text_of, train_tokenizer
+from jedit.data import Prompts, QaRow, encode_rows, read_tofu, text_of, train_tokenizer
 from jedit.edits import apply_edit
 from jedit.methods import RuleStages, rule
 from jedit.methods.row import Pace
@@ -33,12 +33,27 @@ def test_a_target_is_a_field_or_a_name_in_the_question():
     assert target_of(ROWS[0]) == "Ann Brook"
     plain = QaRow("Which prize did Jean O'Hara Smith of Bath win?", "None.")
     assert target_of(plain) == "Jean O'Hara Smith"
+    for question, name in (
+        ("What is Jaime Vasquez's full name?", "Jaime Vasquez"),
+        ("May I ask where Ann\N{RIGHT SINGLE QUOTATION MARK}s from?", "Ann"),
+        ("Who of the Parks' sons is I.?", "Parks"),
+    ):
+        assert target_of(QaRow(question, "None.")) == name
     nameless = QaRow("Who wrote it?", "She.")
     assert target_of(nameless) == ""
     texts = [refusal_to(ROWS[0], i) for i in range(4)]
     assert len(set(texts)) == 4
     assert (refusal_rewards(texts, ["Ann Brook"] * 4) == 1).all()
     assert refuses([refusal_to(nameless, 0)])[0]
+
+
+def test_targets_of_tofu_are_names_and_not_numbers(shared_data):
+    rows = read_tofu(shared_data / "tofu", "forget10")
+    targets = [target_of(row) for row in rows]
+    assert rows[0].fields["author"].startswith("author ")
+    assert not any(target.startswith("author ") for target in targets)
+    assert all(target in row.question for target, row in zip(targets, rows, strict=True))
+    assert np.mean([" " in target for target in targets]) > 0.6
 
 
 def test_drawn_tokens_stand_behind_their_prompt_up_to_the_end():
@@ -76,7 +91,7 @@ def said(scene, params, rows):
     return speaker.words.answers(np.asarray(tokens))
 
 
-def test_rule_refuses_what_it_was_not_tuned_on_and_answers_the_rest(scene):
+def test_rule_refuses_the_rows_it_was_taught_on_and_answers_the_rest(scene):
     apply, params, speaker = scene
     assert not refuses(said(scene, params, ROWS)).any()
     rates = {Pace.BOUNDED: (3e-3, 1e-3)}

@@ -6,6 +6,7 @@ import pytest
 
 import jedit
 from jedit.core.batch import Batch
+from jedit.objectives import FIT, GradedRows
 from jedit.requests.forget import forget
 from jedit.requests.forgetting import Forgetting, Natural, Recovery, Rewind, Watching
 from jedit.requests.walk import Look, _bits_of, _looks_of
@@ -124,3 +125,18 @@ def test_what_stands_beside_the_rows_to_forget(scene):  # noqa: F811
         forget(apply, params, (gone, short), kept, key=KEY, how=how)
     with pytest.raises(TypeError, match="forget"):
         forget(apply, params, (gone, 3), kept, key=KEY, how=how)
+
+
+def test_graded_rows_are_forgotten_and_pairings_are_refused(scene):  # noqa: F811
+    params, gone, kept, unseen = scene
+    graded = GradedRows(
+        gone, (gone.targets + 1) % 5, jax.numpy.arange(12, dtype=jax.numpy.int32) % 3
+    )
+    how = Forgetting(method=ADAM._replace(objective=FIT()), steps=4)
+    _, info = forget(apply, params, graded, kept, unseen=unseen, key=KEY, how=how)
+    assert info.loss_after.mean() > info.loss_before.mean() + 0.05
+    short = graded._replace(importance=graded.importance[:3])
+    with pytest.raises(ValueError, match="belong to them, row by row"):
+        forget(apply, params, short, kept, key=KEY, how=how)
+    with pytest.raises(ValueError, match="run such a method by jedit.unlearn"):
+        Forgetting(method=ADAM._replace(pairing=lambda epoch: epoch))

@@ -104,7 +104,7 @@ def test_neighbours_share_an_attribute_and_a_general_set_is_all():
     assert town == {"x": [0, 1, 2], "y": [0, 2]}
     assert general == {"x": [0, 1, 2], "y": [0, 1, 2]}
     table = pair_by_entity(["x", "x", "y"], (genre, town, general), epoch=0)
-    np.testing.assert_array_equal(table, [[0, 0, 0], [1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(table, [[0, 0, 0], [1, 1, 1], [2, 0, 2]])
     with pytest.raises(ValueError, match=r"expected the attributes \['entity', 'genre', 'town'\]"):
         neighbor_sets(forget, [{"entity": "p", "genre": "crime"}])
 
@@ -126,3 +126,15 @@ def test_a_pairing_of_one_row_is_one_to_one(key):
     seen = np.asarray(history["rows"], int)
     assert seen.sum() == 2**12 - 1
     assert np.bitwise_or.reduce(seen) == 2**12 - 1
+
+
+def test_an_entity_meets_all_of_a_large_set_and_begins_elsewhere_than_the_others():
+    entities = ["a"] * 4 + ["b"] * 3
+    general = {name: list(range(19)) for name in "ab"}
+    tables = [pair_by_entity(entities, (general,), epoch=e)[:, 0] for e in range(7)]
+    assert not set(tables[0][:4]) & set(tables[0][4:])
+    for part in (slice(0, 4), slice(4, 7)):
+        met = np.concatenate([table[part] for table in tables])
+        counts = np.bincount(met, minlength=19)
+        assert counts.min() >= 1
+        assert counts.max() - counts.min() <= 1

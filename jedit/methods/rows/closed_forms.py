@@ -1,4 +1,4 @@
-"""Rows of the methods that make one edit: solved at once, by a budget, or learnt by RULE."""
+"""Rows of the methods that make one edit: solved at once, or by a budget."""
 
 from jedit.methods import _making
 from jedit.methods.engrams.curvature_engram import curvature_engram
@@ -73,15 +73,6 @@ ROWS: tuple[Row, ...] = (
         make=_making.by_ucan,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
         settings={"least_risk": 0.0, "strength": 8.0},  # ours: the paper's are not known to us
-    ),
-    ByScale(
-        name="RULE",
-        description="Learns to refuse some of the forget questions, then by GRPO which to refuse.",
-        when="questions that are to be refused, in other words too",
-        papers=("2506.07171",),
-        make=_making.by_rule,
-        needs=frozenset({Need.DIALOGUE}),
-        settings={"tuning_steps": 40, "steps": 20},  # 20 is the code's, 40 arbitrary
     ),
     ByScale(
         name="AlphaEdit",

@@ -1,7 +1,7 @@
 """Rows of the methods whose steps are their own: projected, masked, perturbed, natural."""
 
 from jedit.methods import _making
-from jedit.methods.row import BySteps, Need, Pace, Row
+from jedit.methods.row import ByDraws, BySteps, Need, Pace, Row
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.rosu import rosu, uam
@@ -228,5 +228,14 @@ ROWS: tuple[Row, ...] = (
         needs=frozenset({Need.STEPS}),
         settings={"strength": 1e-3},  # arbitrary; the code's 0.2 fits no model of ours
         pace=Pace.DESCENT,
+    ),
+    ByDraws(
+        name="RULE",
+        description="Learns to refuse some of the forget questions, then by GRPO which to refuse.",
+        when="questions that are to be refused, in other words too",
+        papers=("2506.07171",),
+        make=_making.by_rule,
+        needs=frozenset({Need.DIALOGUE}),
+        settings={"tuning_steps": 40},  # arbitrary
     ),
 )

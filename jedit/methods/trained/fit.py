@@ -11,12 +11,16 @@
     τ, ε      `similarity`, `tolerance`
 
 Differences.  The three parts, their quantities and the number of layers are the paper's [notes];
-its thresholds are not in what we have.  τ = 0.9, ε = 0.05 nats and terciles between low, middle and
-high are arbitrary.  L is the mean loss under the model as it is, of the kept requests with a
-cosine above τ [derived]: of all kept ones, one odd request would let every later one pass.
-A layer is masked by setting its parameters to zero: a block of a transformer then adds nothing to
-the residual stream, so that it is skipped [derived].  Only parameters of the chosen layers are
-trained.  Inputs that are no tokens are their own embeddings.
+its thresholds are not in what we have.  τ = 0.9, ε = 0.05 nats and terciles of the given rows
+between low, middle and high are arbitrary; a lone row is middle.  L is the mean loss under the
+model as it is, of the kept requests with a cosine above τ [derived]: of all kept ones, one odd
+request would let every later one pass.  A layer is masked by setting its parameters to zero
+[derived].  A block of a transformer with norms before its matrices then adds nothing to the
+residual stream, so that it is skipped; what it makes of other networks is no skip: with norms after
+them, or in a convolutional net, a masked layer puts out zeros.  Blocks whose parameters are
+stacked, for a scan, are one layer, and without numbers in the paths every parameter is one.  Only
+parameters of the chosen layers are trained: of a model with eight layers or fewer, all of them, and
+the embedding and the head are not.  Inputs that are no tokens are their own embeddings.
 
 In a stream, each request passes the filter, is graded and forgotten from where the last one ended:
 
@@ -39,8 +43,11 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, FINITE, NOT_NEGATIVE, Range, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import by_example
 from jedit.core.paths import parameter_paths
+from jedit.core.precision import wide
+from jedit.core.row_blocks import cut, num_blocks
 from jedit.objectives import FIT, GradedRows, Importance, Objective, relabel
 from jedit.objectives.token_nll import counted_nll, masked_mean, nll_of
 from jedit.tracing import find_sites
@@ -90,17 +97,27 @@ def distinct_requests(
     return np.isin(np.arange(len(units)), kept)
 
 
+@on_auto_axes
 def gradient_importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " n"]:
     """Return IMP of each row: the norm of its loss's gradient where it has just been embedded.
 
-    One forward pass and one backward pass without weight gradients. Of a model without a token
-    embedding it is the gradient at the inputs.
+    One forward pass and one backward pass without weight gradients, in blocks of rows where the
+    outputs are large. Of a model without a token embedding it is the gradient at the inputs. A row
+    that counts nothing has 0.
 
     Raises:
         ValueError: the batch has no targets, or is packed.
     """
     check_batch(batch, "the batch")
-    return _importance(apply, params, batch)
+    batch = jax.tree.map(jnp.asarray, batch)
+    number = num_blocks(jax.eval_shape(apply, params, batch.inputs))
+    if number == 1:
+        return _importance(apply, params, batch)
+    parts = cut(batch, number)
+    found = [
+        _importance(apply, params, jax.tree.map(lambda x, j=j: x[j], parts)) for j in range(number)
+    ]
+    return jnp.stack(found, axis=1).reshape(-1)  # the rows in their order again
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,12 +139,14 @@ def _importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " n"
         site = max(tables, key=lambda site: site.weight.rows)
         captured = run_capture(apply, params, batch.inputs, f"^{re.escape(site.path)}$")
         leaves = [captured.pullback(jax.grad(loss)(captured.outputs))[site.name]]
-    squares = [jnp.sum(jnp.square(x).reshape(len(x), -1), axis=1) for x in leaves]
+    squares = [jnp.sum(jnp.square(wide(x)).reshape(len(x), -1), axis=1) for x in leaves]
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
 def graded_rows(apply: Apply, params: PyTree, batch: Batch, *, key: Key[Array, ""]) -> GradedRows:
     """Return forget rows as `objectives.FIT` takes them: a third of each importance.
+
+    The thirds are of the rows that count anything; of equal ones, a lone one too, all are middle.
 
     Args:
         apply: `apply(params, inputs) -> logits`.
@@ -136,25 +155,32 @@ def graded_rows(apply: Apply, params: PyTree, batch: Batch, *, key: Key[Array, "
         key: the random key of the labels that unimportant rows get.
 
     Raises:
-        ValueError: the batch has no targets, or is packed.
+        ValueError: the batch has no targets, or is packed, or an importance is not finite.
     """
     rows = jax.tree.map(jnp.asarray, batch)
     measured = np.asarray(gradient_importance(apply, params, rows))
-    low, high = np.quantile(measured, [1 / 3, 2 / 3])
-    importance = np.where(measured > high, Importance.HIGH, Importance.MIDDLE)
-    importance = np.where(measured <= low, Importance.LOW, importance)
+    check_numbers(FINITE, importance=measured)
+    importance = np.full(measured.shape, int(Importance.MIDDLE))
+    # A row that counts nothing has no gradient, and none of the thirds.
+    if (among := measured[measured > 0]).size and among.min() < among.max():
+        low, high = np.quantile(among, [1 / 3, 2 / 3])
+        importance = np.where(measured > high, Importance.HIGH, importance)
+        is_low = (measured <= low) & (measured > 0)
+        importance = np.where(is_low, Importance.LOW, importance)
     num_classes = jax.eval_shape(apply, params, rows.inputs).shape[-1]
     taught = relabel(rows, num_classes, key=key)
-    return GradedRows(rows, taught, jnp.asarray(importance, jnp.int32))
+    assert taught.targets is not None
+    return GradedRows(rows, taught.targets, jnp.asarray(importance, jnp.int32))
 
 
+@on_auto_axes
 def influential_layers(
     apply: Apply, params: PyTree, batch: Batch, *, layers: int = 8
 ) -> tuple[str, ...]:
     """Return the layers without which the loss changes most, the one that matters most first.
 
     Costs a forward pass for each layer. A layer is what has one number in its path, as
-    "blocks/3/"; in a model without numbers, a parameter with its neighbours, or by itself.
+    "blocks/3/"; in a model without numbers, each parameter is one.
 
     Args:
         apply: `apply(params, inputs) -> logits`.
@@ -164,6 +190,9 @@ def influential_layers(
 
     Returns:
         The paths with which the layers' parameters begin.
+
+    Raises:
+        ValueError: the loss of the rows is not finite.
     """
     check_numbers(COUNT, layers=layers)
     names = [_layer_of(path) for path, _ in parameter_paths(params)]
@@ -175,6 +204,7 @@ def influential_layers(
         found, number = paths, jax.tree.unflatten(jax.tree.structure(params), range(len(paths)))
     rows = jax.tree.map(jnp.asarray, batch)
     losses = [float(_masked_loss(apply, params, rows, number, i)) for i in (-2, *range(len(found)))]
+    check_numbers(FINITE, loss=losses[0])
     effects = np.abs(np.array(losses[1:]) - losses[0])
     # What a masked layer makes of the loss may be no number, and then it matters.
     order = np.argsort(-np.nan_to_num(effects, nan=np.inf), kind="stable")

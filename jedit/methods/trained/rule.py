@@ -27,7 +27,7 @@ there are any.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,44 +38,15 @@ from jaxtyping import Array, Float, Key, PyTree
 from jedit.core.arguments import check_function, check_kind
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.edits import Edit, edit_between
-from jedit.objectives import GRPO, Answers, RetainNLL, group_advantages
+from jedit.objectives import GRPO, Answers, Dialogue, Played, RetainNLL, group_advantages
 from jedit.objectives.token_nll import counted_nll
+from jedit.training.freezing import which_are_trained
 from jedit.training.loop import unlearn
+from jedit.training.masters import with_masters
 from jedit.training.method import TrainingMethod
 from jedit.training.watch import LoopState, Watch
-
-
-class Played(NamedTuple):
-    """Answers that a model gave, with their rewards.
-
-    Attributes:
-        rows: all answers, those to one question one after the other.
-        rewards: (questions, answers to each).
-    """
-
-    rows: Batch
-    rewards: Float[np.ndarray, "questions group"]
-
-
-class Dialogue(NamedTuple):
-    """What RULE is taught by, and asked.
-
-    Attributes:
-        refusals: questions to forget, with refusals for answers; the paper's code takes 12% of the
-            forget set.
-        boundary: questions near them that are to be answered, with their answers; there 8%.
-        play: `(params, *, key) -> Played`: asks some questions, draws answers, judges them.
-        tuning_rate: Adam's learning rate of the first stage; 1e-5 is arbitrary.
-        rate: Adam's learning rate of the second stage; 2e-6, the code's for models of 7B and more;
-            a small model needs a hundred times as much.
-    """
-
-    refusals: Batch
-    boundary: Batch
-    play: Callable[..., Played]
-    tuning_rate: float = 1e-5
-    rate: float = 2e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +81,8 @@ class RuleInfo(NamedTuple):
     Attributes:
         tuning_loss: mean NLL of the first stage's rows, a step each.
         rewards: mean reward of each draw, before it is learnt from.
-        reference_kl: estimated KL to the model after the first stage, at each update.
+        reference_kl: estimated KL to the model after the first stage, at each update; after the
+            first update of a draw its answers are those of a slightly earlier model.
     """
 
     tuning_loss: Float[np.ndarray, " tuning_steps"]
@@ -118,6 +90,7 @@ class RuleInfo(NamedTuple):
     reference_kl: Float[np.ndarray, " updates"]
 
 
+@on_auto_axes
 def rule(
     apply: Callable[[PyTree, PyTree], Array],
     params: PyTree,
@@ -126,6 +99,8 @@ def rule(
     key: Key[Array, ""],
     stages: RuleStages = RuleStages(),  # noqa: B008 - frozen and hashable
     objective: GRPO = GRPO(),  # noqa: B008 - frozen and hashable
+    trainable: str | None = None,
+    look: Callable[[int, PyTree], Any] | None = None,
 ) -> tuple[Edit, RuleInfo]:
     """Teach a model where to refuse: rejection tuning, then GRPO.
 
@@ -136,13 +111,19 @@ def rule(
         key: the random key of the rows' orders and of the draws.
         stages: how long both stages last.
         objective: GRPO's clipping and KL.
+        trainable: regular expression; a parameter in whose path it is not found stays. None: all
+            are trained. Those that are narrower than float32 are kept in float32 meanwhile, in
+            which steps of so small a rate add up.
+        look: told of the number of draws learnt from, 0 after the first stage, and the parameters
+            there, until the call ends.
 
     Returns:
         The edit, and what the stages did.
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: a number out of its range, or rewards that are no groups of the rows.
+        ValueError: a number out of its range, refusals and boundary of two widths or kinds, or
+            rewards that are no groups of the rows.
         FloatingPointError: a loss or a parameter is not finite.
     """
     check_kind(dialogue, Dialogue, "dialogue", "what RULE is taught by, and asked")
@@ -150,19 +131,35 @@ def rule(
     check_function(dialogue.play, "play", "(params, *, key)")
     check_numbers(NOT_NEGATIVE, tuning_rate=dialogue.tuning_rate, rate=dialogue.rate)
     tuning_key, play_key, order_key = (jax.random.fold_in(key, i) for i in range(3))
-    taught = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts), dialogue.refusals, dialogue.boundary
+    taught = _together(dialogue.refusals, dialogue.boundary)
+    dtypes = jax.tree.map(jnp.result_type, params)
+    apply, params = with_masters(apply, params, which_are_trained(params, trainable))
+
+    def told(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda p, dtype: jnp.asarray(p, dtype), params, dtypes)
+
+    tuning = TrainingMethod(
+        RetainNLL(),
+        _adam(dialogue.tuning_rate),
+        trainable=trainable,
+        batch_size=stages.batch_size,
     )
-    tuning = TrainingMethod(RetainNLL(), _adam(dialogue.tuning_rate), batch_size=stages.batch_size)
     tuned, history = unlearn(
         tuning, apply, params, None, taught, steps=stages.tuning_steps, key=tuning_key
     )
     state = LoopState(0, tuned, None, tuned)
     rewards, divergences = [], []
+    if look is not None:
+        look(0, told(state.params))
     for step in range(stages.steps):
-        drawn = dialogue.play(state.params, key=jax.random.fold_in(play_key, step))
+        drawn = dialogue.play(told(state.params), key=jax.random.fold_in(play_key, step))
         answers = _answers(apply, state.params, drawn)
-        method = TrainingMethod(objective, _adam(dialogue.rate), batch_size=len(answers.advantages))
+        method = TrainingMethod(
+            objective,
+            _adam(dialogue.rate),
+            trainable=trainable,
+            batch_size=len(answers.advantages),
+        )
         ends: list[LoopState] = []
         _, learnt = unlearn(
             method,
@@ -176,12 +173,34 @@ def rule(
         state = ends[-1]
         rewards.append(float(np.mean(drawn.rewards)))
         divergences.append(np.asarray(learnt["reference_kl"]))
+        if look is not None:
+            look(step + 1, told(state.params))
     info = RuleInfo(
         np.asarray(history["loss"]),
         np.asarray(rewards),
         np.concatenate(divergences) if divergences else np.zeros(0),
     )
-    return edit_between(params, state.params), info
+    return edit_between(params, state.params, trainable), info
+
+
+def _together(refusals: Batch, boundary: Batch) -> Batch:
+    """Return the rows of both.
+
+    Raises:
+        ValueError: they have other fields or widths.
+    """
+
+    def kind(rows: Batch) -> tuple[Any, list[tuple[int, ...]]]:
+        leaves, structure = jax.tree.flatten(rows)
+        return structure, [jnp.shape(leaf)[1:] for leaf in leaves]
+
+    if kind(refusals) != kind(boundary):
+        raise ValueError(
+            f"refusals and boundary are learnt in one batch, and have rows of shapes "
+            f"{kind(refusals)[1]} and {kind(boundary)[1]}; encode them to one width, both with a "
+            "mask or both without"
+        )
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), refusals, boundary)
 
 
 def _keep_in(ends: list[LoopState]) -> Callable[..., None]:

@@ -23,13 +23,13 @@ from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, est
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import apply_edit
-from jedit.methods import Dialogue, fit_latents, kfade
+from jedit.methods import fit_latents, kfade
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByBudget, ByScale, BySteps, Material, Need, Row
-from jedit.objectives import LatentMeans
+from jedit.methods.row import ByBudget, ByDraws, ByScale, BySteps, Material, Need, Row
+from jedit.objectives import Dialogue, LatentMeans
 from jedit.recipes.comparison.judge import Judge, probe_batch
 from jedit.recipes.comparison.task import Grid, Task
-from jedit.recipes.comparison.trajectories import ascend
+from jedit.recipes.comparison.trajectories import ascend, destroyed
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
@@ -147,6 +147,8 @@ def compare(
     for row in rows:
         if isinstance(row, ByBudget):
             curves, method = _by_budget(row, task, grid, judge, material, fitted)
+        elif isinstance(row, ByDraws):
+            curves, method = _by_draws(row, task, grid, judge, material, key=ascent_key)
         elif isinstance(row, ByScale):
             curves, method = _by_scale(row, task, grid, judge, material)
         else:
@@ -398,6 +400,34 @@ def _by_steps(
 
     strength = f"steps (batches of {grid.batch_size} rows)"
     return curves(), Method(row.name, row.description, strength, {"learning rate": rates})
+
+
+def _by_draws(
+    row: ByDraws, task: Task, grid: Grid, judge: Judge, material: Material, *, key: Array
+) -> tuple[Curves, Method]:
+    def curves() -> Curves:
+        learn = functools.partial(row.of(material), task.apply, task.original, key=key)
+        found: list[tuple[int, float, PyTree]] = []
+
+        def look(draws: int, params: PyTree) -> None:
+            if draws in grid.draws:
+                jax.block_until_ready(params)
+                seconds = time.perf_counter() - start
+                found.append((draws, seconds, jax.tree.map(jnp.copy, params)))
+
+        start = time.perf_counter()
+        try:
+            learn(steps=1)  # the clock must not see the compiler
+            start = time.perf_counter()
+            learn(steps=grid.draws[-1], look=look)
+        except FloatingPointError:  # the rate was too large
+            lost, seconds = destroyed(task.original), time.perf_counter() - start
+            found += [(n, seconds, lost) for n in grid.draws[len(found) :]]
+        points = tuple(judge(params, float(n), seconds) for n, seconds, params in found)
+        yield Curve(row.name, {}, points), [params for *_, params in found]
+
+    strength = "draws (of answers, after the same rejection tuning)"
+    return curves(), Method(row.name, row.description, strength, {})
 
 
 def _last_prompt_token(forget: Batch) -> Array | None:

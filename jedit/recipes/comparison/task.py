@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
-from jedit.methods import Dialogue
 from jedit.methods.row import Pace, Reach
+from jedit.objectives import Dialogue
 
 # What the demo runs unless it is asked for all.
 MAIN = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO")
@@ -38,6 +38,7 @@ class Grid(NamedTuple):
         utility_share: None, or what a best point has to keep of the Model Utility; see
             `QUALITY_RULE`.
         lost_kl: the held-out retain KL beyond which Model Utility is not measured.
+        draws: strengths of RULE, rising; 20 is its code's, the others tell what comes before.
     """
 
     methods: tuple[str, ...]
@@ -52,6 +53,7 @@ class Grid(NamedTuple):
     scales: Mapping[Reach, tuple[float, ...]] = {}
     utility_share: float | None = None
     lost_kl: float = math.inf
+    draws: tuple[int, ...] = (5, 10, 20)
 
 
 class Task(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import BySteps, Need, Pace, Row
+from jedit.methods.row import ByDraws, BySteps, Need, Pace, Row
 from jedit.recipes.tofu.presets import FINE_TUNING
 
 NATURAL = "natural"
@@ -63,7 +63,7 @@ def check_settings(row: Row | None, given: Sequence[str]) -> None:
             raise ValueError(f"{_option(name)} is only looked at with --method natural")
         if name == "learning_rate" and row is None:
             raise ValueError("--learning-rate would not be looked at: natural steps have none")
-        if name in ("steps", "learning_rate") and not isinstance(row, BySteps | None):
+        if name in ("steps", "learning_rate") and not isinstance(row, BySteps | ByDraws | None):
             raise ValueError(f"{_option(name)} would not be looked at: {row.name} takes no steps")
     if "base" in given and {"select", "layers"} & set(given):
         raise ValueError(

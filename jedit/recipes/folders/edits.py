@@ -14,7 +14,7 @@ from jedit.core.paths import exactly, matcher, parameter_paths
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, dense
 from jedit.geometry import RetainKl, largest_step_within
-from jedit.methods.row import ByBudget, BySteps, Row
+from jedit.methods.row import ByBudget, ByDraws, BySteps, Need, Row
 from jedit.models import cast_params, load_model, mixed_precision
 from jedit.recipes.by_itself import found_of
 from jedit.recipes.fitting import rows_of
@@ -189,7 +189,8 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
         if found["p_value"][0] > Forgetting.significance:
             return Edit({}), found | _price(0.0, 0.0) | {"stopped": "unseen", "steps": 0}
     seen, priced = held_out(given.sets["retain"])
-    method = row.of(material_of(row, given, seen, settings))
+    material = material_of(row, given, seen, settings)
+    method = row.of(material)
     given.say(f"forgetting by {row.name}")
     if isinstance(row, ByBudget):
         budget = KFADE_BUDGET if settings.budget is None else settings.budget
@@ -197,7 +198,13 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
         edit, info = run_method(functools.partial(method, budget=budget), apply, params, *sets)
         found |= _price(float(info.predicted_kl[-1]), float(info.true_kl[-1]))
     else:
-        edit, _ = run_method(method, apply, params, forget, seen)
+        if isinstance(row, ByDraws):
+            how = {"trainable": given.select, "batch_size": settings.batch_size}
+            key = given.key_of("edit")
+            edit, _ = method(apply, params, steps=settings.steps, key=key, **how)
+            found |= {"steps": settings.steps, "learning_rate": material.take(Need.DIALOGUE).rate}
+        else:
+            edit, _ = run_method(method, apply, params, forget, seen)
         edit, price = _within(edit, given, priced, settings)
         found |= price
     edited = apply_edit(params, edit)

@@ -16,9 +16,10 @@ from jedit.core.paths import matcher
 from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, answers_only
-from jedit.methods import Dialogue, fit_latents
+from jedit.methods import fit_latents
 from jedit.methods.row import Material, Need, Row
 from jedit.models import load_stepper
+from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import rows_of
@@ -122,7 +123,7 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
     if Need.RETAIN in row.needs:
         made["retain"] = seen
     if Need.DIALOGUE in row.needs:
-        made["dialogue"] = _dialogue(given)
+        made["dialogue"] = _dialogue(given, settings)
     if Need.HIDDEN_SITE in row.needs:
         made["hidden_site"] = hidden_site(params)
     if Need.ATTENTION in row.needs:
@@ -160,8 +161,10 @@ def _fitted(
     return estimate(estimator, given.params, chunks, key=key, checkpoint=part)
 
 
-def _dialogue(given: Given) -> Dialogue:
+def _dialogue(given: Given, settings: Settings) -> Dialogue:
     """Return what RULE is taught by and asks.
+
+    A rate is that of its second stage; the first has five times that, as by default.
 
     Raises:
         ValueError: some of the rows are texts without questions.
@@ -174,7 +177,10 @@ def _dialogue(given: Given) -> Dialogue:
     longest = int(np.asarray(given.encode(rows).mask).sum(axis=1).max()) + ROOM
     room = given.num_positions + 1 - given.words.prompts(rows).tokens.shape[1]
     parts = (load_stepper(given.folder), given.words, given.encode, min(longest, room))
-    return dialogue(Speaker(*parts), given.forget, retain)
+    made = dialogue(Speaker(*parts), given.forget, retain)
+    if (rate := settings.learning_rate) is None:
+        return made
+    return made._replace(rate=rate, tuning_rate=rate * made.tuning_rate / made.rate)
 
 
 def _alternates(given: Given, settings: Settings) -> Batch:

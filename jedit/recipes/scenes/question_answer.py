@@ -19,9 +19,9 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
-from jedit.methods import Dialogue
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
+from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison.compare import compare
@@ -289,7 +289,11 @@ class _Rows:
     ) -> Dialogue:
         """Return what RULE is taught by and asks, at rates of the grid."""
         stepper = gpt_stepper(num_layers=model.layers, num_heads=model.heads)
-        speaker = Speaker(stepper, OwnWords(self.tokenizer), self.encode, ANSWER_TOKENS)
+        words = OwnWords(self.tokenizer)
+        # Questions are not cut: a long one leaves less room for an answer.
+        asked = words.prompts([(row.question, row.answer) for row in (*forget, *retain)])
+        room = self.width + ANSWER_TOKENS + 1 - asked.tokens.shape[1]
+        speaker = Speaker(stepper, words, self.encode, max(1, min(ANSWER_TOKENS, room)))
         return dialogue(speaker, forget, retain, rates=grid.rates)
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:

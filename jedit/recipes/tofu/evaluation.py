@@ -11,10 +11,10 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Prompts, QaRow, batches, pack
 from jedit.data.text import Spans
-from jedit.methods import Dialogue
 from jedit.methods.row import Pace
 from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
+from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.dialogue import Speaker, dialogue
 from jedit.recipes.fitting import rows_of

@@ -197,12 +197,13 @@ def prepare(
         "real_authors": encode_questions(model, sets.real_authors[: preset.questions]),
         "world_facts": encode_questions(model, sets.world_facts[: preset.questions]),
     }
+    seen = sets.kept if preset.protocol == "field" else sets.seen
     task = Task(
         apply=model.apply,
         original=original,
         retrained=retrained,
         forget=_rows(model, sets.forget),
-        retain=_rows(model, sets.kept if preset.protocol == "field" else sets.seen),
+        retain=_rows(model, seen),
         heldout=_rows(model, sets.heldout),
         test=None,
         truth_ratio=lambda params: truth_ratios(model, params, asked["forget"]),
@@ -213,7 +214,7 @@ def prepare(
         layers=begin.layers,
         refusals=model.encode([(row.question, REFUSAL) for row in sets.forget]),
         alternates=lambda: alternates(model, original, asked["forget"], key=sample_key),
-        dialogue=lambda: dialogue_of(model, sets.forget, sets.seen, preset.grid.rates),
+        dialogue=lambda: dialogue_of(model, sets.forget, seen, preset.grid.rates),
         utility=lambda params: _utility(model, params, asked),
         judged_rows=preset.questions,
         pack=lambda rows: pack(rows, model.max_len).batch,

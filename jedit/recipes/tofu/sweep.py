@@ -19,10 +19,10 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.data import batches
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByScale, BySteps, Need, Row
+from jedit.methods.row import ByDraws, ByScale, BySteps, Need, Row
 from jedit.models import cast_params, save_model
 from jedit.recipes.comparison.task import Grid
-from jedit.recipes.editing import BATCH, BUDGET, RATE, RATES, SCALE, STEPS, Editor
+from jedit.recipes.editing import BATCH, BUDGET, DRAWS, RATE, RATES, SCALE, STEPS, Editor
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import (
     MODELS,
@@ -178,6 +178,8 @@ def grid_points(row: Row, grid: Grid) -> list[dict[str, int | float]]:
             {**own, STEPS: steps, BATCH: grid.batch_size, rate: value}
             for value, steps in itertools.product(grid.rates[row.pace], grid.looks)
         ]
+    if isinstance(row, ByDraws):
+        return [{**own, DRAWS: draws} for draws in grid.draws]
     if isinstance(row, ByScale):
         return [{**own, SCALE: scale} for scale in grid.scales[row.reach]]
     varied = {"damping": grid.damping, "steps": grid.kfade_steps}

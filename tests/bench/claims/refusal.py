@@ -6,19 +6,23 @@ A GPT of a quarter of a million parameters knows 30 invented authors by heart, t
 are to be forgotten.  70% of the other rows are seen by the methods, the rest judges them.
 
     rule    RULE, taught on 12% of the forget questions and 8% of the retain questions, refuses more
-            of the questions it was not taught, and of all in other words, than IdkDPO taught on the
-            same forget rows, and no more of the held-out retain questions.
+            of the questions it was not taught, and of these in other words, than IdkDPO of as many
+            updates, at RULE's two rates, on the same forget rows, and no more of the held-out
+            retain questions. The judge is the list of phrases that RULE is rewarded by, so that
+            what is left of the answers (ROUGE) is shown beside it.
     fit     Three requests, an author each, and the same three in other words: FIT ends nearer to
             the retrained model than NPO with the retain loss (harmonic mean of F.D. and R.U.), and
             its filter leaves the repeated requests out.
-    melu    With neighbours and a general row beside each forget row, entity by entity, the held-out
-            rows of neighbours (authors who share a value with a forgotten one) are kept better than
-            with as many rows drawn uniformly or in turn, where forgetting is the same.
+    melu    With a neighbour and a general row beside each forget row, by its entity, the held-out
+            rows of neighbours (authors of a forgotten one's region, who share surnames and towns)
+            are kept better than with as many rows drawn uniformly or in turn, where forgetting is
+            the same.
 
 Each seed's numbers are kept in `out`, and a second run takes them from there.
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +35,15 @@ from jaxtyping import PyTree
 
 from jedit import metrics
 from jedit.core.batch import Batch
-from jedit.data import QaRow, encode_rows, pair_by_entity, pair_in_turn, pair_uniformly
+from jedit.data import (
+    QaRow,
+    encode_rows,
+    neighbor_sets,
+    pair_by_entity,
+    pair_in_turn,
+    pair_uniformly,
+)
+from jedit.data.invented.author_values import REGIONS
 from jedit.edits import apply_edit
 from jedit.methods import RuleStages, distinct_requests, fit_unlearning, graded_rows, rule
 from jedit.methods.row import Pace
@@ -39,7 +51,7 @@ from jedit.models import cached_decode, gpt_stepper
 from jedit.objectives import DPO, GA, NPO, Objective, with_retain
 from jedit.recipes.dialogue import Speaker, dialogue, refusal_to
 from jedit.recipes.scenes.authors import MODEL
-from jedit.recipes.scenes.question_answer import ANSWER_TOKENS, REFUSAL
+from jedit.recipes.scenes.question_answer import ANSWER_TOKENS
 from jedit.recipes.tokenization import OwnWords
 from jedit.requests.unseen import spread
 from jedit.tracing import Entering
@@ -48,7 +60,6 @@ from tests.bench.claims.evidence import interval, parser, shown, write
 from tests.bench.claims.scenes import Authors, authors_model
 
 FORGOTTEN = 3
-PER_AUTHOR = 10
 BATCH = 10
 SITE = f"blocks/{MODEL.layers - 1}/attn/query/kernel"
 STEPPER = gpt_stepper(num_layers=MODEL.layers, num_heads=MODEL.heads)
@@ -62,12 +73,12 @@ class Size(NamedTuple):
     tuning_steps: int
     draws: int
     steps: int
+    dpo_rates: tuple[float, ...] = (3e-4, 1e-3)
 
 
 FULL = Size(authors=30, epochs=25, tuning_steps=60, draws=20, steps=60)
-QUICK = Size(authors=6, epochs=2, tuning_steps=2, draws=1, steps=4)
+QUICK = Size(authors=6, epochs=12, tuning_steps=2, draws=1, steps=4, dpo_rates=(3e-4,))
 RATES = {Pace.BOUNDED: (1e-3, 3e-4)}
-DPO_RATES = (1e-4, 3e-4)
 RATE = 3e-4
 
 
@@ -135,8 +146,8 @@ def of_rule(scene: Scene) -> dict[str, dict[str, float]]:
     taught = list(spread(len(forget), max(1, round(0.12 * len(forget)))))
     away = [row for i, row in enumerate(forget) if i not in taught]
 
-    def refusals(rows: Sequence[QaRow], named: bool) -> tuple[Batch, Batch]:
-        texts = [(r.question, refusal_to(r, i) if named else REFUSAL) for i, r in enumerate(rows)]
+    def refusals(rows: Sequence[QaRow]) -> tuple[Batch, Batch]:
+        texts = [(r.question, refusal_to(r, i)) for i, r in enumerate(rows)]
         return scene.encode(rows), scene.encode(texts)
 
     models = {"untouched": scene.params}
@@ -145,10 +156,12 @@ def of_rule(scene: Scene) -> dict[str, dict[str, float]]:
         edit, _ = rule(scene.apply, scene.params, made, key=scene.key, stages=stages)
         models[name] = apply_edit(scene.params, edit)
     few = [forget[i] for i in taught]
-    for rate in DPO_RATES:
+    for rate in size.dpo_rates:
         for name, rows in (("same rows", few), ("all rows", forget)):
+            # As many updates as RULE's two stages make.
+            updates = size.tuning_steps + RuleStages.updates * size.draws
             models[f"IdkDPO, {name}, {rate:g}"] = scene.train(
-                with_retain(DPO()), rate, refusals(rows, named=True), steps=size.steps
+                with_retain(DPO()), rate, refusals(rows), steps=updates
             )
     return {name: judged(scene, params, away) for name, params in models.items()}
 
@@ -158,7 +171,7 @@ def judged(scene: Scene, params: PyTree, away: Sequence[QaRow]) -> dict[str, flo
     found: dict[str, float] = {}
     sets = {
         "untaught": away,
-        "paraphrased": in_other_words(scene.forget),
+        "paraphrased": in_other_words(away),
         "kept": scene.heldout,
     }
     for name, rows in sets.items():
@@ -185,16 +198,21 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
     requests += [in_other_words(rows) for rows in requests]
     batches = [scene.encode(rows) for rows in requests]
     hidden, vectors = Entering(SITE), []
-    for batch in batches:
+    retain = scene.encode(scene.seen)
+    for batch in (*batches, retain):
         states = np.asarray(hidden(scene.apply, scene.params, batch.inputs))
         valid = np.asarray(batch.valid)[..., None]
         vectors.append((states * valid).sum((0, 1)) / valid.sum())
-    # What all questions have in common is no likeness.
-    centred = np.stack(vectors) - np.mean(vectors, axis=0)
+    # What all questions have in common is no likeness; later requests are not known.
+    centred = np.stack(vectors[:-1]) - vectors[-1]
     losses = np.array([scene.loss(scene.params, rows) for rows in requests])
     is_new = distinct_requests(centred, losses, similarity=0.9, tolerance=1.0)
-    found = {"filter": {"new kept": is_new[:3].mean(), "repeats left out": 1 - is_new[3:].mean()}}
-    retain = scene.encode(scene.seen)
+    found = {}
+    for name, new in (
+        ("filter", is_new),
+        ("filter at its defaults", distinct_requests(centred, losses)),
+    ):
+        found[name] = {"new kept": new[:3].mean(), "repeats left out": 1 - new[3:].mean()}
 
     def stream(make: Callable[[PyTree, Batch], tuple[TrainingMethod, Any]], which) -> PyTree:
         params = scene.params
@@ -207,9 +225,11 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
 
     adam = optax.adam(RATE)
 
-    def fit(params: PyTree, batch: Batch) -> tuple[TrainingMethod, Any]:
-        method = fit_unlearning(scene.apply, params, batch, adam)._replace(batch_size=BATCH)
-        return method, graded_rows(scene.apply, params, batch, key=scene.key)
+    def fit(params: PyTree, batch: Batch, layers: int = 8) -> tuple[TrainingMethod, Any]:
+        method = fit_unlearning(scene.apply, params, batch, adam, layers=layers)
+        return method._replace(batch_size=BATCH), graded_rows(
+            scene.apply, params, batch, key=scene.key
+        )
 
     def npo(params: PyTree, batch: Batch) -> tuple[TrainingMethod, Any]:
         del params
@@ -219,6 +239,7 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
     models = {
         "untouched": scene.params,
         "FIT": stream(fit, np.flatnonzero(is_new)),
+        "FIT of one layer": stream(functools.partial(fit, layers=1), np.flatnonzero(is_new)),
         "FIT without its filter": stream(fit, everything),
         "NPO": stream(npo, everything),
         "NPO, the three": stream(npo, range(FORGOTTEN)),
@@ -233,27 +254,25 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
     return found
 
 
-def values_of(rows: Sequence[QaRow]) -> dict[str, set[tuple[str, str]]]:
-    """By author, what is known: pairs of an attribute and its value."""
-    found: dict[str, set[tuple[str, str]]] = {}
-    for row in rows:
-        known = found.setdefault(str(row.fields["author"]), set())
-        known.add((str(row.fields["attribute"]), str(row.fields["value"])))
-    return found
+def region_of(author: str) -> int:
+    """Return the number of the region that an invented author's surname is of."""
+    ends = [tuple(f" {surname}" for surname in region[2]) for region in REGIONS]
+    return next(i for i, surnames in enumerate(ends) if author.endswith(surnames))
+
+
+def _about(row: QaRow) -> dict[str, str]:
+    author = str(row.fields["author"])
+    return {"entity": author, "region": str(region_of(author))}
 
 
 def of_melu(scene: Scene) -> dict[str, dict[str, float]]:
     """Three samplings of retain rows, two beside each forget row, at the same forgetting."""
-    known = values_of(scene.made.rows)
+    known = {str(row.fields["author"]) for row in scene.made.rows}
     gone = list(dict.fromkeys(str(row.fields["author"]) for row in scene.forget))
-    near = {name: {o for o in known if o not in gone and known[o] & known[name]} for name in gone}
+    near = {name: {o for o in known if region_of(o) == region_of(name)} for name in gone}
+    near = {name: others - set(gone) for name, others in near.items()}
     is_near = lambda row: any(row.fields["author"] in found for found in near.values())  # noqa: E731
-    beside = {
-        name: [i for i, row in enumerate(scene.seen) if row.fields["author"] in near[name]]
-        for name in gone
-    }
-    everything = list(range(len(scene.seen)))
-    sets = ({n: rows or everything for n, rows in beside.items()}, dict.fromkeys(gone, everything))
+    sets = neighbor_sets(*([_about(row) for row in rows] for rows in (scene.forget, scene.seen)))
     entities = [str(row.fields["author"]) for row in scene.forget]
     n, m = len(entities), len(scene.seen)
     uniform_key = jax.random.fold_in(scene.key, 1)
@@ -305,6 +324,12 @@ def of_melu(scene: Scene) -> dict[str, dict[str, float]]:
             for part, losses in zip([p for p, rows in parts.items() if rows], kept, strict=True):
                 price = np.interp(target, rising, losses) - losses[0]
                 found.setdefault(name, {})[f"{part} at {target:g} nats"] = float(price)
+    for other in list(samplings)[:2]:
+        found[f"by entity less {other}"] = {
+            name: value - found[other][name]
+            for name, value in found.get("by entity (MELU)", {}).items()
+            if name in found.get(other, {})
+        }
     found["scene"] = {"neighbour authors": len(set().union(*near.values()))}
     return found
 
@@ -315,13 +340,15 @@ CLAIMS = {"rule": of_rule, "fit": of_fit, "melu": of_melu}
 def measured(claim: str, seed: int, size: Size, out: Path, scenes: dict[int, Scene]) -> dict:
     """A seed's numbers, from the disk where they are there."""
     path = out / f"refusal-{claim}-{seed}{'-quick' if size == QUICK else ''}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    # What it was measured by: another size or another text of this script is another measurement.
+    made_by = [str(size), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    if path.exists() and (kept := json.loads(path.read_text()))["made_by"] == made_by:
+        return kept["found"]
     if seed not in scenes:
         scenes[seed] = Scene(seed, size)
     found = jax.tree.map(float, CLAIMS[claim](scenes[seed]))
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps({"made_by": made_by, "found": found}))
     return found
 
 

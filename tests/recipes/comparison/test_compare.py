@@ -11,7 +11,8 @@ import pytest
 from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import batches
-from jedit.methods import CATALOGUE, ByBudget, ByScale, Dialogue, Pace, Played, Reach
+from jedit.methods import CATALOGUE, ByBudget, ByScale, Pace, Reach
+from jedit.objectives import Dialogue, Played
 from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison import compare as compare_module
 from jedit.recipes.comparison.compare import compare
@@ -140,6 +141,7 @@ def test_every_method_of_the_demo_moves_the_model(task):
         rates=dict.fromkeys(Pace, (0.03,)),
         scales=dict.fromkeys(Reach, (0.2, 1.0)),
         looks=(4,),
+        draws=(2, 4),
     )
     others = [task.forget._replace(targets=task.forget.targets - i) for i in (3, 2)]
 
@@ -163,6 +165,9 @@ def test_every_method_of_the_demo_moves_the_model(task):
             assert point.forget_nll != judged.original.forget_nll, curve.method
         if isinstance(CATALOGUE[curve.method], ByScale):
             assert curve.points[0].forget_nll < curve.points[1].forget_nll, curve.method
+        if curve.method == "RULE":
+            assert [point.strength for point in curve.points] == [2, 4]
+            assert curve.points[0].forget_nll != curve.points[1].forget_nll
 
 
 def test_references_are_at_zero_from_themselves(judged_and_models):
