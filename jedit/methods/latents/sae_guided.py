@@ -64,11 +64,12 @@ def fit_latents(
     unknown: Batch,
     *,
     key: Key[Array, ""],
-    latents: int | None = None,
     active: int = 16,
     tokens: Tokens = "first",
 ) -> tuple[LatentMeans, AutoencoderInfo]:
     """Train an autoencoder on the states of both sets, and take the means of its latents.
+
+    It has four latents for each of the states' features (arbitrary).
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
@@ -77,7 +78,6 @@ def fit_latents(
         known: rows about entities that the model knows, of which some or none are to be forgotten.
         unknown: rows of the same kind about entities that it has never seen.
         key: of the autoencoder.
-        latents: m; None: four for each of the states' features (arbitrary).
         active: k, how many are on at once; 16 is arbitrary.
         tokens: where a row's entity is looked at, "first" or "counted", as `SAEGuided` says it.
 
@@ -85,7 +85,7 @@ def fit_latents(
         ValueError: a number is out of its range, a set has no such token, or the means of known and
             unknown entities are equal.
     """
-    check_numbers(COUNT, latents=latents, active=active)
+    check_numbers(COUNT, active=active)
     gathered, found = [], []
     for name, rows in (("known", known), ("unknown", unknown)):
         check_batch(rows, name)
@@ -99,7 +99,7 @@ def fit_latents(
         gathered.append(states[valid])
         found.append(states[marked])
     all_states = jnp.concatenate(gathered)
-    number = 4 * all_states.shape[-1] if latents is None else latents
+    number = 4 * all_states.shape[-1]
     made, info = fit_autoencoder(all_states, latents=number, active=min(active, number), key=key)
     known_mean, unknown_mean = (jnp.mean(made.encode(states), axis=0) for states in found)
     if not bool(jnp.any(known_mean != unknown_mean)):
