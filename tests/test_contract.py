@@ -186,8 +186,9 @@ class FeatureAttention:
 def make_latents(params, known, unknown):
     """Latents of the network's hidden layer, not sparse."""
     hidden = lambda x: jnp.tanh(x @ params["w"])  # noqa: E731
-    means = (jnp.mean(hidden(batch.inputs), axis=0) for batch in (unknown, known))
-    return LatentMeans(lambda states: states, *means)
+    strange, familiar = (jnp.mean(hidden(batch.inputs), axis=0) for batch in (unknown, known))
+    distance = jnp.mean(jnp.sum((hidden(known.inputs) - strange[None]) ** 2, axis=-1))
+    return LatentMeans(lambda states: states, strange, familiar, distance)
 
 
 ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compiles once

@@ -131,13 +131,28 @@ def test_known_entities_come_to_look_unknown():
     )
     assert info.explained_variance > 0.7
     assert info.active <= 4
-    method = sae_guided(hidden, latents, optax.adam(0.01))
-    after, history = unlearn(method, apply, params, forget, retain, steps=60, key=jax.random.key(3))
-    assert history["unknown_distance"][-5:].mean() < 0.8 * history["unknown_distance"][:5].mean()
 
-    # As the reference itself sees it, at the position where the answer is read off.
-    z = [np.asarray(latents.encode(hidden(apply, p, forget.inputs)))[:, 2] for p in (params, after)]
-    far = [np.linalg.norm(x - np.asarray(latents.unknown), axis=-1).mean() for x in z]
-    assert far[1] < far[0]
+    def edited(push):
+        method = sae_guided(hidden, latents, optax.adam(0.01), push=push)
+        given = apply, params, forget, retain
+        return unlearn(method, *given, steps=60, key=jax.random.key(3))[0]
+
+    # At the position where the answer is read off: how far from known (0) to unknown (1).
+    known, unknown_mean = np.asarray(latents.known), np.asarray(latents.unknown)
+    way = (unknown_mean - known) / np.sum((unknown_mean - known) ** 2)
+
+    def come(params):
+        z = np.asarray(latents.encode(hidden(apply, params, forget.inputs)))[:, 2]
+        return (z - known) @ way, np.linalg.norm(z - unknown_mean, axis=-1).mean()
+
+    places, far = zip(come(params), *(come(edited(push)) for push in (0.0, 1.0)), strict=True)
+    # The push is there from the start: single codes lie far from either mean.
+    assert np.mean(places[0] < 1) > 0.5
+    assert max(far[1:]) < far[0]
+    # The pull alone makes codes alike, wherever they are; what is pushed becomes strange.
+    assert places[2].mean() > 0.8
+    assert places[2].mean() > places[1].mean() + 0.1
+    with pytest.raises(ValueError, match="active=33 latents cannot be on of latents=32"):
+        fit_latents(apply, params, hidden, retain, unknown, key=jax.random.key(2), active=33)
     with pytest.raises(ValueError, match="known and unknown entities have the same latents"):
         fit_latents(apply, params, hidden, retain, retain, key=jax.random.key(2))
