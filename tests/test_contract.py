@@ -180,7 +180,8 @@ class FeatureAttention:
         return jax.nn.softmax(x @ params["w"] @ params["w"].T, axis=-1)[None]
 
     def without(self, apply, params, x, position):
-        return apply(params, x.at[:, position].set(0))
+        is_kept = jnp.arange(x.shape[-1]) != position
+        return apply(params, jnp.where(is_kept[None], x, 0))
 
 
 def make_latents(params, known, unknown):

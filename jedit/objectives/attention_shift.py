@@ -49,7 +49,7 @@ class Attention(Protocol):
         ...
 
     def without(self, apply: Apply, params: PyTree, inputs: PyTree, position: Any) -> Array:
-        """Return the outputs where no other position attends to this one."""
+        """Return the outputs where no other position attends to this one; -1 hides none."""
         ...
 
 

@@ -17,8 +17,9 @@ entity's tokens, with a retain term, is the paper's [paper, by the notes]; the e
 known to us. Codes are sparse: those of single entities lie much farther from their mean than one
 mean from the other. So ours measures the pull by what it is before the first step, and the push
 along the line between the means alone: a distance from μ_k is large from the start, and would push
-nowhere. The push ends at μ_u, for without an end it would go on for ever. ν = 1 is arbitrary. Latents that the
-top-k leaves out have no gradient, so that what is not active can only become so as others fall.
+nowhere. The push ends at μ_u, for without an end it would go on for ever. ν = 1 is arbitrary.
+Latents that the top-k leaves out have no gradient, so that what is not active can only become so as
+others fall.
 """
 
 import dataclasses

@@ -66,10 +66,16 @@ def test_importance_is_what_a_hidden_token_adds_to_the_entropy(scene, tolerance)
         return np.array([e[c].mean() for e, c in zip(each, counted, strict=True)])
 
     expected = np.stack([entropy(j) - entropy(None) for j in range(SEQ)], axis=1)
-    expected[np.asarray(rows.valid) == 0] = 0
+    # What is asked, but for the first token; not what is answered.
+    is_asked = np.array([0 < j < f for f in (2, 3, 2, 4, 3) for j in range(SEQ)]).reshape(5, SEQ)
+    expected[~is_asked] = 0
     plain = lambda p, t: attend(p, t)  # noqa: E731
     found = token_importance(plain, params, rows, chunk=2)
     tolerance.check(found, expected)
+    # A row without a question is all text; what no counted output sees adds nothing, to the bit.
+    text = rows._replace(mask=jnp.asarray(np.arange(SEQ) < 3, int)[None].repeat(5, 0))
+    found_in_text = np.asarray(token_importance(plain, params, text))
+    assert np.all((found_in_text != 0) == ((np.arange(SEQ) > 0) & (np.arange(SEQ) < 2)))
     marks = np.asarray(important_tokens(found, rows, share=0.3))
     for values, marked, length in zip(expected, marks, [6, 5, 6, 6, 4], strict=True):
         allowed = int(np.ceil(0.3 * length))
@@ -79,6 +85,7 @@ def test_importance_is_what_a_hidden_token_adds_to_the_entropy(scene, tolerance)
 
 def test_attention_turns_away_where_the_facts_are(scene):
     params, rows = scene
+    rows = rows._replace(mask=jnp.asarray(np.arange(SEQ)[None] >= [[3], [3], [4], [5], [3]], int))
     forget, retain = (jax.tree.map(lambda x, s=s: x[s], rows) for s in (slice(2), slice(2, 5)))
     plain = lambda p, t: attend(p, t)  # noqa: E731
     method = attention_shifting(optax.adam(0.003), share=0.3)
