@@ -180,14 +180,16 @@ class FeatureAttention:
         return jax.nn.softmax(x @ params["w"] @ params["w"].T, axis=-1)[None]
 
     def without(self, apply, params, x, position):
-        return apply(params, x.at[:, position].set(0))
+        is_kept = jnp.arange(x.shape[-1]) != position
+        return apply(params, jnp.where(is_kept[None], x, 0))
 
 
 def make_latents(params, known, unknown):
     """Latents of the network's hidden layer, not sparse."""
     hidden = lambda x: jnp.tanh(x @ params["w"])  # noqa: E731
-    means = (jnp.mean(hidden(batch.inputs), axis=0) for batch in (unknown, known))
-    return LatentMeans(lambda states: states, *means)
+    strange, familiar = (jnp.mean(hidden(batch.inputs), axis=0) for batch in (unknown, known))
+    distance = jnp.mean(jnp.sum((hidden(known.inputs) - strange[None]) ** 2, axis=-1))
+    return LatentMeans(lambda states: states, strange, familiar, distance)
 
 
 ESTIMATOR = kfac(network, Categorical(), select="w|b")  # one, so that it compiles once

@@ -149,7 +149,9 @@ def as_taken(name, forget, retain):
     return ROWS_OF.get(name, lambda forget, _: forget)(forget, retain), retain
 
 
-LATENT_MEANS = objectives.LatentMeans(jax.nn.relu, jnp.ones(WIDTH), -jnp.ones(WIDTH))
+LATENT_MEANS = objectives.LatentMeans(
+    jax.nn.relu, jnp.ones(WIDTH), -jnp.ones(WIDTH), jnp.asarray(9.0)
+)
 OBJECTIVES = {
     "CEU": objectives.CEU(),
     "DPO": objectives.DPO(),

@@ -79,6 +79,7 @@ DEFAULTS = [
     Default("methods.attention_shifting", "suppression", 0.9, "λ; 0.9 is arbitrary", OURS),
     Default("methods.attention_shifting", "reinforcement", 0.9, "μ; 0.9 is arbitrary", OURS),
     Default("methods.attention_shifting", "share", 0.25, "most; 0.25 is arbitrary", OURS),
+    Default("methods.attention_shifting", "chunk", 32, "once, in `token_importance`; 32", OURS),
     Default("methods.important_tokens", "share", 0.25, "up; 0.25 is arbitrary", OURS),
     Default("methods.token_importance", "chunk", 32, "once; 32 is arbitrary", OURS),
     Default("methods.fit_autoencoder", "epochs", 30, "seen; 30 is arbitrary", OURS),

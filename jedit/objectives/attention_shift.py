@@ -14,8 +14,8 @@ The mean is over maps and over the queries that count. α is what `with_retain` 
 Differences. The forms of L and S are the paper's [paper, by the notes]. R, "reinforced" there, is
 ours: the same with the sign turned. λ = 0.9 and μ = 0.9 are arbitrary: at λ = 1 the target is zero
 where A is not, and the KL infinite. Which queries are meant is not stated; ours are those where the
-answer is predicted, as in every objective here. A reference of adapters, which the paper trains, is
-any: `trainable=` chooses the parameters.
+answer is predicted, as in every objective here. The paper trains adapters in the attention; here a
+method's `trainable=` chooses the parameters.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Attention(Protocol):
         ...
 
     def without(self, apply: Apply, params: PyTree, inputs: PyTree, position: Any) -> Array:
-        """Return the outputs where no other position attends to this one."""
+        """Return the outputs where no other position attends to this one; -1 hides none."""
         ...
 
 

@@ -1,10 +1,12 @@
 """SAE-guided unlearning: make a known entity look like an unknown one (2509.15631).
 
-    L = mean ‖z - μ_u‖² / D  +  ν mean max(0, 1 - ‖z - μ_k‖² / D),     D = ‖μ_u - μ_k‖²
+    L = mean ‖z - μ_u‖² / V  +  ν mean max(0, 1 - s),     s = (z - μ_k) · (μ_u - μ_k) / ‖μ_u - μ_k‖²
 
     z    latents of a sparse autoencoder, of the hidden state at the entity's tokens    `latents`
     μ_u  mean of z over tokens of unknown entities, of the params before unlearning
     μ_k  the same over known entities
+    V    mean ‖z - μ_u‖² over known entities, before                                    `distance`
+    s    how far z has come on the way from μ_k, where it is 0, to μ_u, where it is 1
     ν    weight of the push away from μ_k                                               `push`
 
 To forget is here to be recognised as one recognises who was never heard of. A retain term goes with
@@ -12,9 +14,12 @@ it: `with_retain(SAEGuided(hidden, latents))`.
 
 Differences. That z is pulled to the mean of unknown and pushed from that of known entities, at the
 entity's tokens, with a retain term, is the paper's [paper, by the notes]; the exact loss is not
-known to us. Ours measures both in units of the means' own distance, and the push ends where z is as
-far from μ_k as μ_u is: without an end it would go on for ever. ν = 1 is arbitrary. Latents that the
-top-k leaves out have no gradient, so that what is not active can only become so as others fall.
+known to us. Codes are sparse: those of single entities lie much farther from their mean than one
+mean from the other. So ours measures the pull by what it is before the first step, and the push
+along the line between the means alone: a distance from μ_k is large from the start, and would push
+nowhere. The push ends at μ_u, for without an end it would go on for ever. ν = 1 is arbitrary.
+Latents that the top-k leaves out have no gradient, so that what is not active can only become so as
+others fall.
 """
 
 import dataclasses
@@ -40,18 +45,20 @@ Tokens = Literal["first", "counted"]
 class LatentMeans:
     """Where known and unknown entities lie among a sparse autoencoder's latents.
 
-    Equal to itself alone: arrays cannot be compared while a program is compiled. They become
-    constants of the program that uses them.
+    Equal to itself alone: arrays cannot be compared while a program is compiled. What uses another
+    one is compiled anew; JAX hands the arrays to the compiled program as arguments.
 
     Attributes:
         encode: the autoencoder's, `states (..., d) -> latents (..., m)`.
         unknown: μ_u, mean latents at tokens of unknown entities.
         known: μ_k, the same of known ones.
+        distance: V, mean squared distance of known entities' latents from μ_u.
     """
 
     encode: Callable[[Float[Array, "*lead d"]], Float[Array, "*lead m"]]
     unknown: Float[Array, " m"]
     known: Float[Array, " m"]
+    distance: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +94,34 @@ class SAEGuided:
     ) -> Value:
         """Return the loss; the reference is in the means already."""
         check_batch(forget, "forget")
-        states = wide(self.hidden(apply, params, forget.inputs))
+        states = self.hidden(apply, params, forget.inputs)
+        states, counted = entity_states(states, forget, self.tokens)
         z = self.latents.encode(states)
-        counted = entity_tokens(forget, states.shape[:-1], self.tokens)
-        unknown, known = (x.astype(z.dtype) for x in (self.latents.unknown, self.latents.known))
-        apart = jnp.maximum(jnp.sum((unknown - known) ** 2), jnp.finfo(z.dtype).tiny)
-        lead = (1,) * (z.ndim - 1)
-        pull = jnp.sum((z - unknown.reshape(*lead, -1)) ** 2, axis=-1) / apart
-        near = 1 - jnp.sum((z - known.reshape(*lead, -1)) ** 2, axis=-1) / apart
-        pull, push = (masked_mean(x, counted) for x in (pull, jnp.maximum(near, 0)))
+        found = self.latents.unknown, self.latents.known, self.latents.distance
+        unknown, known, distance = (x.astype(z.dtype) for x in found)
+        least, lead = jnp.finfo(z.dtype).tiny, (1,) * (z.ndim - 1)
+        pull = jnp.sum((z - unknown.reshape(*lead, -1)) ** 2, axis=-1)
+        pull = pull / jnp.maximum(distance, least)
+        way = (unknown - known) / jnp.maximum(jnp.sum((unknown - known) ** 2), least)
+        way, known = (x.reshape(*lead, -1) for x in (way, known))
+        near = jnp.maximum(1 - jnp.sum((z - known) * way, axis=-1), 0)
+        pull, push = (masked_mean(x, counted) for x in (pull, near))
         return pull + self.push * push, {"unknown_distance": pull, "known_nearness": push}
+
+
+def entity_states(
+    states: Float[Array, "batch *lead d"], batch: Batch, tokens: Tokens
+) -> tuple[Float[Array, "batch *some d"], Bool[Array, "batch *some"]]:
+    """Return the states among which a row's entity is looked at, and which of them count.
+
+    Those of the first outputs are picked, so that nothing is encoded that is not looked at.
+    """
+    counted = entity_tokens(batch, states.shape[:-1], tokens)
+    if tokens == "first" and states.ndim == 3:
+        first = jnp.argmax(counted, axis=1)
+        states = jnp.take_along_axis(states, first[:, None, None], axis=1)[:, 0]
+        counted = jnp.any(counted, axis=1)
+    return wide(states), counted
 
 
 def entity_tokens(batch: Batch, lead: tuple[int, ...], tokens: Tokens) -> Bool[Array, "*lead"]:

@@ -109,7 +109,7 @@ class Walk:
         Those that raise rows draw what is left, and end where the rows are like unseen ones; where
         `letting_go` is given, it steps while the rows are past these.
         """
-        method, self._sets = prepared(method, self._apply, self._start, self._sets)
+        ready: dict[TrainingMethod, tuple[TrainingMethod, tuple[PyTree, PyTree]]] = {}
         begin, end = self.state.step, self.state.step + steps
         numbers = (steps, every, method.batch_size, begin)
         with self._going_on(name, method, numbers) as save:
@@ -124,7 +124,12 @@ class Walk:
                 if self._checkpoint is not None and every >= steps:
                     stop = min(look, self.state.step + self._checkpoint.every)
                 now = letting_go if letting_go is not None and self._is_past(self.score) else method
-                self._ahead(now, stop - self.state.step, left)
+                # What is dear is prepared once a leg, where there is a step to take; the sets stay
+                # as they are given, for the next leg has a method of its own.
+                if now not in ready:
+                    ready[now] = prepared(now, self._apply, self._start, self._sets)
+                now, sets = ready[now]
+                self._ahead(now, sets, stop - self.state.step, left)
                 if stop == look:
                     self._look(_difference(self._start, self.state.params), is_raising=is_raising)
                 # Where the budget ends the path what is left of it is no state of the loop's.
@@ -177,8 +182,14 @@ class Walk:
 
             yield save
 
-    def _ahead(self, method: TrainingMethod, steps: int, is_left: np.ndarray) -> None:
-        forget, retain = self._sets
+    def _ahead(
+        self,
+        method: TrainingMethod,
+        sets: tuple[PyTree, PyTree],
+        steps: int,
+        is_left: np.ndarray,
+    ) -> None:
+        forget, retain = sets
         # As many rows as there were, those that are left several times over: one shape, and so one
         # program.
         left = np.flatnonzero(is_left) if is_left.any() else np.arange(len(is_left))

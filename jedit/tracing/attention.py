@@ -11,8 +11,10 @@ recognised by what it computes (`exp`, its sum, their quotient, or `exp` of logi
 that sum), as a function of its own or written out, under jit, remat and scan.
 
 What forms no weights is not found, and said: flash attention, which divides by the sum after the
-values, kernels of any kind, and attention inside a function with a custom derivative rule, which
-must stay whole, or in a `while` loop.
+values; scores that meet values without a softmax; kernels, and any primitive not known here that
+takes several values of the data; and attention inside a function with a custom derivative rule,
+which must stay whole, or in a `while` loop. Not told is linear attention as a recurrence, whose
+state is carried from position to position: it is no sum over scores.
 """
 
 import dataclasses

@@ -45,7 +45,8 @@ class AttentionMaps:
     ) -> Array:
         """Return the outputs where no other position attends to this one, in any layer.
 
-        The weights on the others are divided by their sum. The position itself goes on attending to
+        The weights on the others are divided by their sum, where some was taken away; a position
+        of -1 hides nothing. The position itself goes on attending to
         itself: what it says of its own token, nobody hears.
 
         Raises:
@@ -64,7 +65,10 @@ class AttentionMaps:
                 is_kept = (index[1] != position) | (index[0] == position)
                 kept = jnp.where(is_kept, weights, 0)
                 total = jnp.sum(kept, axis=keys, keepdims=True)
-                return kept / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
+                # A row that never saw the position stays what it is, to the bit.
+                is_touched = jnp.any(jnp.where(is_kept, 0, weights) != 0, axis=keys, keepdims=True)
+                divided = kept / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
+                return jnp.where(is_touched, divided, weights)
 
             return change
 

@@ -7,6 +7,7 @@ softmax of scores is confirmed as attention where it meets a third such value in
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core as jex_core
 
 from jedit.tracing import versions
@@ -80,6 +81,14 @@ _OF_SUMS = frozenset(
     ["add", "broadcast_in_dim", "expand_dims", "max", "reshape", "select_n", "stop_gradient"]
     + [*versions.CAST, *versions.IDENTITY]
 )
+# What takes several values, and makes no product of theirs.
+_MIXES_NO_PAIRS = frozenset(
+    ["argsort", "conv_general_dilated", "dynamic_slice", "dynamic_update_slice", "gather"]
+    + ["psum", "psum_invariant", "reduce", "reduce_window", "sort", "all_gather", "all_to_all"]
+    + ["scatter", "scatter-add", "scatter_add", "scatter_max", "scatter_min", "scatter_mul"]
+    + [*versions.RAGGED, "cumsum", "ppermute", "reduce_max", "reduce_sum", "top_k"]
+)
+LINEAR = "of scores and values without a softmax (linear attention)"
 FLASH = "divides by the softmax's sum after the values (flash attention)"
 
 
@@ -153,11 +162,8 @@ class Search:
         )
         if name in versions.CUSTOM_RULE and is_one_to_one:
             return self._whole(i, eqn, inside, values, scans, plan, line)
-        if name not in versions.CUSTOM_RULE and sum(v.on_data for v in values) > 1:
-            hidden = Search()
-            hidden.walk(inside, [Value(True)] * len(inside.invars), scans, line)
-            if name == "pallas_call" or hidden.confirmed or hidden.unseen:
-                self.unseen.append(f"what is inside `{name}` ({line})")
+        if opaque.on_data and _attends(eqn, values, line):
+            self.unseen.append(f"what is inside `{name}` ({line})")
         return [opaque] * len(eqn.outvars)
 
     def _whole(self, i, eqn, inside, values, scans, plan, line) -> list[Value]:
@@ -200,9 +206,10 @@ class Search:
         on_data = any(v.on_data for v in values)
         if name == "dot_general":
             return self._product(eqn, values, source)
-        if name == "exp" and values[0].is_score:
+        if name in ("exp", "exp2") and values[0].is_score:
             total = values[0].total
-            if total is not None and total.form == "log" and len(total.axes) == 1:
+            is_logged = total is not None and (name, total.form) == ("exp", "log")
+            if total is not None and is_logged and len(total.axes) == 1:
                 return self._candidate(i, eqn, total.axes[0], scans, plan, source)
             self._exponentials += 1
             return Value(True, exponential=self._exponentials)
@@ -214,6 +221,13 @@ class Search:
             return quotient
         is_entrywise = name in ELEMENTWISE or name in RELAYOUTS
         if not is_entrywise:
+            floats = sum(
+                v.on_data and jnp.issubdtype(atom.aval.dtype, jnp.floating)
+                for v, atom in zip(values, eqn.invars, strict=True)
+            )
+            if floats > 1 and name not in _MIXES_NO_PAIRS:
+                where = source_line(eqn, source)
+                self.unseen.append(f"what `{name}` makes of several values ({where})")
             return Value(on_data)
         exponentials = {v.exponential for v in values if v.exponential is not None}
         keeps = len(exponentials) == 1 and name in _IN_PLACE
@@ -221,7 +235,7 @@ class Search:
             on_data,
             is_score=any(v.is_score for v in values),
             exponential=exponentials.pop() if keeps else None,
-            total=_total(name, values),
+            total=_total(eqn, values),
             weights=frozenset().union(*(v.weights for v in values)),
         )
 
@@ -247,11 +261,51 @@ class Search:
                 self.confirmed |= one.weights
                 if one.exponential is not None:
                     self.unseen.append(f"a product that {FLASH} ({source_line(eqn, source)})")
-        return Value(a.on_data or b.on_data, is_score=a.on_data and b.on_data)
+                elif one.is_score and not one.weights:
+                    self.unseen.append(f"a product {LINEAR} ({source_line(eqn, source)})")
+        is_both, weights = a.on_data and b.on_data, a.weights | b.weights
+        # Heads that are mixed by a parameter are still weights; values summed by them are not.
+        return Value(
+            a.on_data or b.on_data,
+            is_score=is_both and not weights,
+            weights=frozenset() if is_both else weights,
+        )
 
 
-def _total(name: str, values: list[Value]) -> _Sum | None:
+def _attends(eqn, values: list[Value], line: str) -> bool:
+    """Return whether what an equation calls, and cannot be taken apart, may be attention."""
+    name = eqn.primitive.name
+    if name == "pallas_call":
+        # What a kernel does with its operands' references is not followed.
+        names = _names_in([x.jaxpr for x in inner_jaxprs(eqn)])
+        is_softmax = "dot_general" in names and bool(names & {"exp", "exp2"})
+        return is_softmax or sum(v.on_data for v in values) > 1
+    on_data = [v.on_data for v in values]
+    for closed in inner_jaxprs(eqn):
+        number = len(closed.jaxpr.invars)
+        into = on_data if number == len(values) else [True] * number
+        if name == "while":
+            cond, body = (eqn.params[f"{part}_nconsts"] for part in ("cond", "body"))
+            carry = [any(on_data)] * (len(values) - cond - body)
+            is_body = closed is eqn.params["body_jaxpr"]
+            into = (on_data[cond : cond + body] if is_body else on_data[:cond]) + carry
+        hidden = Search()
+        hidden.walk(closed.jaxpr, [Value(x) for x in into], (), line)
+        if hidden.confirmed or hidden.unseen:
+            return True
+    return False
+
+
+def _names_in(jaxprs: list) -> set[str]:
+    """Return the names of all primitives, inner ones too."""
+    equations = [eqn for jaxpr in jaxprs for eqn in jaxpr.eqns]
+    inner = [closed.jaxpr for eqn in equations for closed in inner_jaxprs(eqn)]
+    return {eqn.primitive.name for eqn in equations} | (_names_in(inner) if inner else set())
+
+
+def _total(eqn, values: list[Value]) -> _Sum | None:
     """Return the sum that is still known after an equation, if there is one."""
+    name = eqn.primitive.name
     sums = [v.total for v in values if v.total is not None]
     if len(sums) != 1:
         return None
@@ -261,7 +315,8 @@ def _total(name: str, values: list[Value]) -> _Sum | None:
     if name == "sub" and total.form == "log" and values[1].total is total:
         return total
     if name == "div" and total.form == "plain" and values[1].total is total:
-        return dataclasses.replace(total, form="reciprocal")
+        return None if values[0].on_data else dataclasses.replace(total, form="reciprocal")
     if name == "integer_pow":
-        return dataclasses.replace(total, form="reciprocal")
+        is_reciprocal = (eqn.params["y"], total.form) == (-1, "plain")
+        return dataclasses.replace(total, form="reciprocal") if is_reciprocal else None
     return total if name in _OF_SUMS else None

@@ -28,11 +28,10 @@ def test_every_method_is_measured_beside_the_others(tmp_path, monkeypatch, capsy
     shifting.main()
 
 
-def test_fluency_is_the_untouched_models_own_perplexity_of_what_it_would_say():
+def test_fluency_is_the_perplexity_of_what_is_said_to_a_judge_that_knows_no_facts():
     scene = shifting.make_scene(0, shifting.QUICK)
-    task = scene.task
-    # Its own greedy answers are as likely as its answers are; another model's are less so.
+    # What the judge itself says is as likely to it as can be; another model's is less so.
     other = jax.tree.map(
-        lambda x: x + 0.3 * np.sign(np.sin(np.arange(x.size))).reshape(x.shape), task.original
+        lambda x: x + 0.3 * np.sign(np.sin(np.arange(x.size))).reshape(x.shape), scene.judge
     )
-    assert shifting.fluency(scene, task.original) < shifting.fluency(scene, other)
+    assert shifting.fluency(scene, scene.judge) < shifting.fluency(scene, other)

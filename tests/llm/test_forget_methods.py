@@ -74,7 +74,7 @@ def test_each_method_edits_the_folder_within_its_budget(folder, tmp_path, name):
 
 
 def test_who_compares_with_strangers_is_given_some(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"SAE-guided compares with rows .* --unseen FILE"):
+    with pytest.raises(ValueError, match=r"SAE-guided compares with rows .*--unseen FILE"):
         run(folder, tmp_path / "out", method="sae-guided")
     said = []
     settings = QUICK._replace(method="SAE-guided", steps=4)

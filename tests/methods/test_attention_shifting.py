@@ -66,10 +66,16 @@ def test_importance_is_what_a_hidden_token_adds_to_the_entropy(scene, tolerance)
         return np.array([e[c].mean() for e, c in zip(each, counted, strict=True)])
 
     expected = np.stack([entropy(j) - entropy(None) for j in range(SEQ)], axis=1)
-    expected[np.asarray(rows.valid) == 0] = 0
+    # What is asked, but for the first token; not what is answered.
+    is_asked = np.array([0 < j < f for f in (2, 3, 2, 4, 3) for j in range(SEQ)]).reshape(5, SEQ)
+    expected[~is_asked] = 0
     plain = lambda p, t: attend(p, t)  # noqa: E731
     found = token_importance(plain, params, rows, chunk=2)
     tolerance.check(found, expected)
+    # A row without a question is all text; what no counted output sees adds nothing, to the bit.
+    text = rows._replace(mask=jnp.asarray(np.arange(SEQ) < 3, int)[None].repeat(5, 0))
+    found_in_text = np.asarray(token_importance(plain, params, text))
+    assert np.all((found_in_text != 0) == ((np.arange(SEQ) > 0) & (np.arange(SEQ) < 2)))
     marks = np.asarray(important_tokens(found, rows, share=0.3))
     for values, marked, length in zip(expected, marks, [6, 5, 6, 6, 4], strict=True):
         allowed = int(np.ceil(0.3 * length))
@@ -79,6 +85,7 @@ def test_importance_is_what_a_hidden_token_adds_to_the_entropy(scene, tolerance)
 
 def test_attention_turns_away_where_the_facts_are(scene):
     params, rows = scene
+    rows = rows._replace(mask=jnp.asarray(np.arange(SEQ)[None] >= [[3], [3], [4], [5], [3]], int))
     forget, retain = (jax.tree.map(lambda x, s=s: x[s], rows) for s in (slice(2), slice(2, 5)))
     plain = lambda p, t: attend(p, t)  # noqa: E731
     method = attention_shifting(optax.adam(0.003), share=0.3)
@@ -131,13 +138,28 @@ def test_known_entities_come_to_look_unknown():
     )
     assert info.explained_variance > 0.7
     assert info.active <= 4
-    method = sae_guided(hidden, latents, optax.adam(0.01))
-    after, history = unlearn(method, apply, params, forget, retain, steps=60, key=jax.random.key(3))
-    assert history["unknown_distance"][-5:].mean() < 0.8 * history["unknown_distance"][:5].mean()
 
-    # As the reference itself sees it, at the position where the answer is read off.
-    z = [np.asarray(latents.encode(hidden(apply, p, forget.inputs)))[:, 2] for p in (params, after)]
-    far = [np.linalg.norm(x - np.asarray(latents.unknown), axis=-1).mean() for x in z]
-    assert far[1] < far[0]
+    def edited(push):
+        method = sae_guided(hidden, latents, optax.adam(0.01), push=push)
+        given = apply, params, forget, retain
+        return unlearn(method, *given, steps=60, key=jax.random.key(3))[0]
+
+    # At the position where the answer is read off: how far from known (0) to unknown (1).
+    known, unknown_mean = np.asarray(latents.known), np.asarray(latents.unknown)
+    way = (unknown_mean - known) / np.sum((unknown_mean - known) ** 2)
+
+    def come(params):
+        z = np.asarray(latents.encode(hidden(apply, params, forget.inputs)))[:, 2]
+        return (z - known) @ way, np.linalg.norm(z - unknown_mean, axis=-1).mean()
+
+    places, far = zip(come(params), *(come(edited(push)) for push in (0.0, 1.0)), strict=True)
+    # The push is there from the start: single codes lie far from either mean.
+    assert np.mean(places[0] < 1) > 0.5
+    assert max(far[1:]) < far[0]
+    # The pull alone makes codes alike, wherever they are; what is pushed becomes strange.
+    assert places[2].mean() > 0.8
+    assert places[2].mean() > places[1].mean() + 0.1
+    with pytest.raises(ValueError, match="active=33 latents cannot be on of latents=32"):
+        fit_latents(apply, params, hidden, retain, unknown, key=jax.random.key(2), active=33)
     with pytest.raises(ValueError, match="known and unknown entities have the same latents"):
         fit_latents(apply, params, hidden, retain, retain, key=jax.random.key(2))

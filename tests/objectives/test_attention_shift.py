@@ -72,22 +72,27 @@ def test_latents_are_pulled_to_the_unknown_and_pushed_from_the_known(scene, tole
     params, _, batch, _ = scene
     rng = np.random.default_rng(1)
     unknown, known = rng.normal(size=(2, WIDTH))
-    means = LatentMeans(jax.nn.relu, jnp.asarray(unknown), jnp.asarray(known))
+    means = LatentMeans(jax.nn.relu, jnp.asarray(unknown), jnp.asarray(known), jnp.asarray(5.0))
     z = np.maximum(np.asarray(batch.inputs) @ np.asarray(params["w"]), 0)
     apart = np.sum((unknown - known) ** 2)
     for tokens, rows in (
         ("counted", [(0, 1), (0, 2), (0, 3), (1, 2), (2, 0)]),
         ("first", [(0, 1), (1, 2), (2, 0)]),
     ):
-        pull = np.mean([np.sum((z[at] - unknown) ** 2) for at in rows]) / apart
-        push = np.mean([max(0, 1 - np.sum((z[at] - known) ** 2) / apart) for at in rows])
+        pull = np.mean([np.sum((z[at] - unknown) ** 2) for at in rows]) / 5
+        way = [(z[at] - known) @ (unknown - known) / apart for at in rows]
+        push = np.mean([max(0, 1 - s) for s in way])
         loss, aux = SAEGuided(states, means, 0.7, tokens)(len, params, batch)
         tolerance.check(loss, pull + 0.7 * push)
         tolerance.check(aux, {"unknown_distance": pull, "known_nearness": push})
-    at_known = LatentMeans(jax.nn.relu, jnp.asarray(unknown), jnp.asarray(z[0, 1]))
     alone = batch._replace(mask=jnp.zeros_like(batch.mask).at[0, 1].set(1))
-    _, aux = SAEGuided(states, at_known)(len, params, alone)
-    tolerance.check(aux, {"unknown_distance": np.array(1.0), "known_nearness": np.array(1.0)})
+    for at, (far, near) in (("known", (1.0, 1.0)), ("unknown", (0.0, 0.0))):
+        ends = {"unknown": jnp.asarray(unknown), "known": jnp.asarray(known), at: z[0, 1]}
+        distance = jnp.sum((ends["unknown"] - ends["known"]) ** 2)
+        _, aux = SAEGuided(states, LatentMeans(jax.nn.relu, distance=distance, **ends))(
+            len, params, alone
+        )
+        tolerance.check(aux, {"unknown_distance": np.array(far), "known_nearness": np.array(near)})
 
 
 def test_mistakes_get_a_sentence(scene):

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
+from jax.extend import core as jex_core
 
 from jedit.models import gpt
-from jedit.tracing import attention_weights, find_attention
+from jedit.tracing import AttentionMaps, attention_weights, find_attention
 from tests.tracing.oracle import filled, normal, user_rules
 from tests.tracing.test_flax_nnx import split
 
@@ -348,6 +350,103 @@ def test_what_forms_no_weights_is_said_and_a_gate_is_no_attention():
     assert "custom derivative rule" in found.unseen[0]
     found = find_attention(mixture, jnp.eye(WIDTH), x)
     assert (len(found), found.unseen) == (0, ())
+
+
+def softmax_of_two(x):
+    top = jnp.exp2(jnp.einsum("bqd,bkd->bqk", x, x))
+    return (top / top.sum(axis=-1, keepdims=True)) @ x
+
+
+def attend(x):
+    return jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x), axis=-1) @ x
+
+
+def in_a_loop(x):
+    step = lambda state: (state[0] + 1, attend(state[1]))  # noqa: E731
+    return jax.lax.while_loop(lambda state: state[0] < 2, step, (0, x))[1]
+
+
+def linear(x):
+    scores = jnp.einsum("bqd,bkd->bqk", x, x) * jnp.asarray(CAUSAL)[None]
+    return jnp.einsum("bqk,bkd->bqd", scores, x)
+
+
+def by_states(x):
+    return jnp.einsum("bqd,bde->bqe", x, jnp.einsum("bkd,bke->bde", jax.nn.relu(x), x))
+
+
+def kernel(x):
+    def run(x_ref, out_ref):
+        rows = x_ref[...]
+        out_ref[...] = jax.nn.softmax(rows @ rows.T, axis=-1) @ rows
+
+    shape = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return jax.vmap(lambda rows: pl.pallas_call(run, shape, interpret=True)(rows))(x)
+
+
+def fused(x):
+    return fused_p.bind(x, x, x)
+
+
+fused_p = jex_core.Primitive("dot_product_attention_fwd")
+fused_p.def_abstract_eval(lambda *operands: operands[0])
+
+
+@pytest.mark.parametrize("inner", [in_a_loop, linear, by_states, kernel, fused])
+def test_what_is_missed_beside_a_plain_layer_is_said(inner):
+    """Else a token would be hidden in the one layer, and heard in the other."""
+    apply = lambda p, x: inner(attend(x @ p) @ p)  # noqa: E731
+    found = find_attention(apply, jnp.eye(WIDTH), normal(2, SEQ, WIDTH))
+    assert len(found) == 1
+    assert len(found.unseen) == 1
+    with pytest.raises(ValueError, match="forms no attention weights"):
+        AttentionMaps().without(apply, jnp.eye(WIDTH), normal(2, SEQ, WIDTH), 1)
+
+
+def test_a_loop_without_attention_says_nothing():
+    def apply(p, x):
+        state = (0, attend(x))
+        step = lambda s: (s[0] + 1, jnp.tanh(s[1] @ p) * jax.nn.softmax(s[1] @ p))  # noqa: E731
+        return jax.lax.while_loop(lambda s: s[0] < 2, step, state)[1]
+
+    found = find_attention(apply, jnp.eye(WIDTH), normal(2, SEQ, WIDTH))
+    assert (len(found), found.unseen) == (1, ())
+
+
+def test_a_power_or_share_of_the_sum_is_no_softmax():
+    x = normal(2, SEQ, WIDTH)
+
+    def odd(how):
+        def apply(p, x):
+            del p
+            top = jnp.exp(jnp.einsum("bqd,bkd->bqk", x, x))
+            return (top * how(top.sum(axis=-1, keepdims=True), x)) @ x
+
+        return apply
+
+    for how in (lambda total, _: total**-2, lambda total, x: x[..., :1] / total):
+        assert not find_attention(odd(how), jnp.eye(WIDTH), x)
+
+
+def test_heads_mixed_by_a_parameter_and_another_base_are_attention():
+    def mixed(p, x):
+        weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", x, x), axis=-1)
+        weights = jnp.einsum("bqk,hg->bqkhg", weights, p)[..., 0, 1]
+        return weights @ x
+
+    x = normal(2, SEQ, WIDTH)
+    assert len(find_attention(mixed, jnp.eye(WIDTH), x)) == 1
+    assert len(find_attention(lambda p, x: softmax_of_two(x @ p), jnp.eye(WIDTH), x)) == 1
+
+
+def test_what_does_not_see_a_hidden_token_stays_to_the_bit():
+    x, apply = normal(2, SEQ, WIDTH), block
+    params = jax.tree.map(lambda leaf: leaf[0], block_params())
+    maps = AttentionMaps()
+    run = jax.jit(lambda position: maps.without(apply, params, x, position))
+    whole, hidden = run(-1), run(3)
+    np.testing.assert_array_equal(hidden[:, :4], whole[:, :4])
+    assert np.all(hidden[:, 4:] != whole[:, 4:])
 
 
 def test_one_example_has_the_axes_of_several():

@@ -1,8 +1,9 @@
 """A top-k sparse autoencoder of hidden states (Gao et al. 2024, arXiv 2406.04093).
 
     z = topk(relu((h - b_dec) W_enc + b_enc))        h_hat = z W_dec + b_dec
-    loss = mean ‖h - h_hat‖² / V  +  ρ mean over dead latents of min over h of (least - before)₊
+    loss = mean ‖h - h_hat‖² / V  +  ρ / m Σ over dead latents of min over h of (least - before)₊
 
+    m       number of latents                                `latents`
     k       latents that may be on at once                   `active`
     W_dec   rows of norm one, of which h is a sparse sum     `decoder`
     V       mean ‖h - mean h‖², so that 1 explains nothing
@@ -29,7 +30,7 @@ from jaxtyping import Array, Float, Key
 
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
 from jedit.core.display import short_repr
-from jedit.core.precision import wide
+from jedit.core.precision import HIGHEST, wide
 from jedit.training.loop import fit
 
 Weights = dict[str, Array]
@@ -67,13 +68,14 @@ class SparseAutoencoder:
     def decode(self, latents: Float[Array, "*lead m"]) -> Float[Array, "*lead d"]:
         """Return h_hat."""
         bias = self.decoder_bias.reshape((1,) * (latents.ndim - 1) + (-1,))
-        return (latents @ self.decoder + bias) * self.scale
+        return (_product(latents, self.decoder) + bias) * self.scale
 
     def _before(self, states: Array) -> Array:
         ones = (1,) * (states.ndim - 1)
         centred = states.astype(self.encoder.dtype) / self.scale
         centred = centred - self.decoder_bias.reshape(*ones, -1)
-        return jax.nn.relu(centred @ self.encoder + self.encoder_bias.reshape(*ones, -1))
+        raw = _product(centred, self.encoder) + self.encoder_bias.reshape(*ones, -1)
+        return jax.nn.relu(raw)
 
 
 class AutoencoderInfo(NamedTuple):
@@ -99,9 +101,12 @@ def top(values: Float[Array, "*lead m"], number: int) -> Float[Array, "*lead m"]
     if number >= values.shape[-1]:
         return values
     # Strictly no more than so many, also of equal values.
-    _, where = jax.lax.top_k(values, number)
-    kept = jax.nn.one_hot(where, values.shape[-1], dtype=bool).any(axis=-2)
-    return jnp.where(kept, values, 0)
+    largest, where = jax.lax.top_k(values, number)
+    return jnp.put_along_axis(jnp.zeros_like(values), where, largest, axis=-1, inplace=False)
+
+
+def _product(rows: Array, matrix: Array) -> Array:
+    return jnp.matmul(rows, matrix, precision=HIGHEST)
 
 
 def fit_autoencoder(
@@ -203,7 +208,7 @@ class _Loss:
         loss = jnp.mean(jnp.sum(error**2, axis=-1)) / width
         is_dead = ~jnp.any(z > 0, axis=0)
         # Before the ReLU: what it cuts off has no gradient, and could never be revived.
-        raw = (states - weights["decoder_bias"][None]) @ weights["encoder"]
+        raw = _product(states - weights["decoder_bias"][None], weights["encoder"])
         raw = raw + weights["encoder_bias"][None]
         least = jax.lax.stop_gradient(jax.lax.top_k(before, self.active)[0][:, -1:])
         lacking = jax.nn.relu(jnp.min(least - raw, axis=0))

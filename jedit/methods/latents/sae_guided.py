@@ -16,14 +16,17 @@ from jaxtyping import Array, Key, PyTree
 from jedit.core.arguments import check_batch
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide
 from jedit.methods.latents._autoencoder import AutoencoderInfo, fit_autoencoder
 from jedit.objectives.held import RetainNLL, with_retain
 from jedit.objectives.hidden_states import Hidden
 from jedit.objectives.objective import Objective
-from jedit.objectives.sae_guided import LatentMeans, SAEGuided, Tokens, entity_tokens
+from jedit.objectives.sae_guided import LatentMeans, SAEGuided, Tokens, entity_states
 from jedit.training.method import TrainingMethod
+
+ROWS = 32  # that go through the model at once; arbitrary
 
 
 def sae_guided(
@@ -56,6 +59,7 @@ def sae_guided(
     return TrainingMethod(with_retain(SAEGuided(hidden, latents, push, tokens), held), optimizer)
 
 
+@on_auto_axes
 def fit_latents(
     apply: Apply,
     params: PyTree,
@@ -64,11 +68,13 @@ def fit_latents(
     unknown: Batch,
     *,
     key: Key[Array, ""],
-    latents: int | None = None,
     active: int = 16,
     tokens: Tokens = "first",
 ) -> tuple[LatentMeans, AutoencoderInfo]:
     """Train an autoencoder on the states of both sets, and take the means of its latents.
+
+    The states of all positions of both sets are held at once, in float32 or wider. The autoencoder
+    has four latents for each of the states' features (arbitrary).
 
     Args:
         apply: `apply(params, inputs) -> outputs`.
@@ -77,7 +83,6 @@ def fit_latents(
         known: rows about entities that the model knows, of which some or none are to be forgotten.
         unknown: rows of the same kind about entities that it has never seen.
         key: of the autoencoder.
-        latents: m; None: four for each of the states' features (arbitrary).
         active: k, how many are on at once; 16 is arbitrary.
         tokens: where a row's entity is looked at, "first" or "counted", as `SAEGuided` says it.
 
@@ -85,26 +90,34 @@ def fit_latents(
         ValueError: a number is out of its range, a set has no such token, or the means of known and
             unknown entities are equal.
     """
-    check_numbers(COUNT, latents=latents, active=active)
+    check_numbers(COUNT, active=active)
     gathered, found = [], []
+    run = jax.jit(hidden, static_argnums=0)
     for name, rows in (("known", known), ("unknown", unknown)):
         check_batch(rows, name)
-        states = wide(jax.jit(hidden, static_argnums=0)(apply, params, rows.inputs))
-        lead = states.shape[:-1]
-        marked = entity_tokens(rows, lead, tokens)
-        if not bool(jnp.any(marked)):
+        every, marked = [], []
+        for i in range(0, jax.tree.leaves(rows)[0].shape[0], ROWS):
+            part = jax.tree.map(lambda x, i=i: x[i : i + ROWS], rows)
+            states = run(apply, params, part.inputs)
+            # Every position that is data: the latents are to be those of all a row's words.
+            valid = counted_outputs(Batch(part.inputs, valid=part.valid), states.shape[:-1])
+            every.append(wide(states[valid]))
+            at_entity, is_counted = entity_states(states, part, tokens)
+            marked.append(at_entity[is_counted])
+        if not sum(map(len, marked)):
             raise ValueError(f"{name} counts no output, so it marks no entity's token")
-        # Every position that is data: the latents are to be those of all a row's words.
-        valid = counted_outputs(Batch(rows.inputs, valid=rows.valid), lead)
-        gathered.append(states[valid])
-        found.append(states[marked])
+        gathered += every
+        found.append(jnp.concatenate(marked))
     all_states = jnp.concatenate(gathered)
-    number = 4 * all_states.shape[-1] if latents is None else latents
-    made, info = fit_autoencoder(all_states, latents=number, active=min(active, number), key=key)
-    known_mean, unknown_mean = (jnp.mean(made.encode(states), axis=0) for states in found)
+    made, info = fit_autoencoder(
+        all_states, latents=4 * all_states.shape[-1], active=active, key=key
+    )
+    known_latents, unknown_latents = (made.encode(states) for states in found)
+    known_mean, unknown_mean = (jnp.mean(z, axis=0) for z in (known_latents, unknown_latents))
+    distance = jnp.mean(jnp.sum((known_latents - unknown_mean[None]) ** 2, axis=-1))
     if not bool(jnp.any(known_mean != unknown_mean)):
         raise ValueError(
             "known and unknown entities have the same latents on the mean, so nothing tells one "
             "from the other; give other rows, or another site"
         )
-    return LatentMeans(made.encode, unknown_mean, known_mean), info
+    return LatentMeans(made.encode, unknown_mean, known_mean, distance), info

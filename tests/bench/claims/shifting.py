@@ -10,8 +10,11 @@ nats on retain rows.  Measured there:
     forget      mean probability of the forget answers, length-normalised
     KL          to the untouched model, on retain rows that no edit sees, nats per output
     relearned   `forget` of the rows not taught, after 20 updates on half of the forget rows
-    fluency     perplexity, under the untouched model, of what the edited one answers to the forget
-                questions (greedily): 1 is fluent to it, whatever is said
+    fluency     perplexity of what the edited model answers to the forget questions (greedily), less
+                the text's end, to a judge that learned other invented authors alone: it knows how
+                such answers are worded, and none of the facts
+
+The rows taught and those asked about alternate, so that both are about the same authors.
 
 A seed that was measured is read from the folder of the numbers.
 """
@@ -84,6 +87,7 @@ class Scene(NamedTuple):
     forget: list[QaRow]
     encode: Callable[[list], Batch]
     tokenizer: Any
+    judge: PyTree
 
 
 def make_scene(seed: int, size: Size) -> Scene:
@@ -127,7 +131,10 @@ def make_scene(seed: int, size: Size) -> Scene:
         layers=tuple(f"blocks/{i}/mlp/down/kernel" for i in range(size.model.layers)),
         unknown=encode(strangers),
     )
-    return Scene(task, forget, encode, tokenizer)
+    told = generate_authors(seed + 2000, size.authors, size.facts)
+    told = encode([row for row in told if row.fields["author"] not in names])
+    judge = train(apply, initial, told, size.recipe, key=jax.random.clone(keys[1]))[-1].params
+    return Scene(task, forget, encode, tokenizer, judge)
 
 
 def probability(task: Task, params: PyTree, rows: Batch) -> float:
@@ -136,7 +143,7 @@ def probability(task: Task, params: PyTree, rows: Batch) -> float:
 
 
 def fluency(scene: Scene, params: PyTree) -> float:
-    """Return the perplexity, to the untouched model, of what these parameters answer."""
+    """Return the perplexity, to the judge, of the words that these parameters answer."""
     task = scene.task
     asked = prompts_of(task.forget)
     added = greedy_decode(task.apply, params, asked.tokens, ANSWER, prompt_lengths=asked.lengths)
@@ -144,14 +151,19 @@ def fluency(scene: Scene, params: PyTree) -> float:
     rows = scene.encode(
         [(row.question, text) for row, text in zip(scene.forget, said, strict=True)]
     )
-    return float(np.exp(np.mean(answer_nll_per_row(task.apply, task.original, rows))))
+    # An answer that is cut off after so many tokens does not end there.
+    counted = np.asarray(rows.mask) > 0
+    is_last = counted & (np.cumsum(counted, axis=1) == counted.sum(axis=1, keepdims=True))
+    words = np.where(counted.sum(axis=1, keepdims=True) > 1, counted & ~is_last, counted)
+    rows = rows._replace(mask=np.asarray(words, np.asarray(rows.mask).dtype))
+    return float(np.exp(np.mean(answer_nll_per_row(task.apply, scene.judge, rows))))
 
 
 def judged(scene: Scene, params: PyTree, kl: float, *, seed: int) -> dict[str, float]:
     """Measure one model."""
     task = scene.task
-    half = len(scene.forget) // 2
-    taught, asked = (scene.encode(scene.forget[s]) for s in (slice(half), slice(half, None)))
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    taught, asked = (scene.encode(scene.forget[s]) for s in halves)
     back = relearn(
         task.apply,
         params,
@@ -212,9 +224,12 @@ def main() -> None:
     print("|  | " + " | ".join(COLUMNS) + " |")
     print("| --- " * (1 + len(COLUMNS)) + "|")
     for name in runs[0]:
-        summary[name] = {c: interval([run[name][c] for run in runs]) for c in COLUMNS}
-        cells = [shown(summary[name][c]) for c in COLUMNS]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        there = [run[name] for run in runs if not np.isnan(run[name]["forget"])]
+        summary[name] = {c: interval([run[c] for run in there]) for c in COLUMNS}
+        cells = [shown(summary[name][c]) if there else "" for c in COLUMNS]
+        # A seed without a point within the budget counts in no mean.
+        few = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} seeds)"
+        print(f"| {name}{few} | " + " | ".join(cells) + " |")
     write(NAME, given.out, {"runs": runs, "summary": summary})
 
 
