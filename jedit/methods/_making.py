@@ -227,7 +227,7 @@ def by_sae_guided(material: Material, *, push: float) -> TrainingMethod:
     return sae_guided(hidden, material.take(Need.LATENTS), material.optimizer, push=push)
 
 
-def by_attention_shifting(material: Material, **settings: float) -> TrainingMethod:
+def by_attention_shifting(material: Material, **settings: Any) -> TrainingMethod:
     maps = material.take(Need.ATTENTION)
     return attention_shifting(material.optimizer, maps=maps, **settings)
 
