@@ -5,6 +5,7 @@ import datetime
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,20 @@ def parser(doc: str | None, *, seeds: int = 5) -> argparse.ArgumentParser:
     options.add_argument("--seeds", type=int, default=seeds, help="how many, counted from 0")
     options.add_argument("--out", type=Path, default=OUT, help="folder of the numbers and figure")
     return options
+
+
+def kept(path: Path, settings: dict[str, Any], make: Callable[[], dict]) -> dict[str, Any]:
+    """Return one seed's numbers, read where they were made at the same settings, or made anew."""
+    settings = json.loads(json.dumps(settings))  # as they are read again: tuples are lists
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record.get("settings") == settings:
+            return record
+        print(f"{path} was made at other settings: made anew", file=sys.stderr, flush=True)
+    record = make() | {"settings": settings}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def write(name: str, out: Path, numbers: dict[str, Any]) -> Path:
