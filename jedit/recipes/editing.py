@@ -53,7 +53,7 @@ class Strength(NamedTuple):
         learning_rate: Adam's; 1e-5 is open-unlearning's.
         predicted_kl: retain KL that one natural step is predicted to cost, nats per token.
         step_length: length of one step where steps have one (RepSelect).
-        scale: what an edit in closed form is multiplied by.
+        scale: what an edit in closed form is multiplied by, or the share that a pruning takes.
         budget: true retain KL that K-FADE may cost, nats per token.
     """
 
@@ -169,10 +169,11 @@ class Editor:
         if isinstance(row, BySteps):
             method = row.of(material, **own) if make is None else make(material, point)
             return self._train(method, row, material, point, key=batches_key)
-        method = row.of(material, **own)
         if isinstance(row, ByScale):
+            method, scale = row.scaled(material, point[SCALE], **own)
             edit, _ = run_method(method, task.apply, task.original, task.forget, task.retain)
-            return apply_edit(task.original, edit, point[SCALE])
+            return apply_edit(task.original, edit, scale)
+        method = row.of(material, **own)
         method = functools.partial(method, budget=point[BUDGET])
         edit, _ = run_method(method, task.apply, task.original, *searched(task))
         return apply_edit(task.original, edit)
