@@ -32,8 +32,10 @@ def without_top_fraction(edit: Edit, fraction: float = 0.08) -> Edit:
 
     Args:
         edit: the whole change, such as `edit_between` returns of a training.
-        fraction: ρ of every block, rounded to a whole number of entries; 0.08 (paper). Entries
-            equal to the smallest that is left out are kept.
+        fraction: ρ of every block, rounded to a whole number of entries; 0.08 (paper). A block is
+            a whole parameter: of one that holds all layers stacked the share is of them together.
+            Entries equal to the smallest that is left out are kept, so that next to nothing is left
+            out after a single step of Adam, which changes all entries by one size.
 
     Returns:
         An edit of the same blocks, dense ones in place of `LowRank`, in their own dtypes.

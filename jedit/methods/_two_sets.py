@@ -1,6 +1,6 @@
 """What methods share that compare the curvatures of two sets: which blocks they may edit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxtyping import Array, PyTree
 
@@ -10,6 +10,24 @@ from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.types import Kronecker
 
 Parts = Curvature | Sequence[Curvature]
+
+
+def input_sums(curvature: Curvature, name: str) -> Array:
+    """Return the sum over outputs of a block's inputs' outer products, (layers, d_in, d_in).
+
+    It is the factor A times the number of outputs; of a factor that holds its diagonal alone, that
+    diagonal, (layers, d_in).
+    """
+    block = curvature.blocks[name]
+    assert isinstance(block, Kronecker)
+    matrix = curvature.factors[block.input].matrix
+    return matrix * curvature.num_outputs.astype(matrix.dtype)
+
+
+def add_changes(changes: dict[str, Array], parts: Mapping[str, Array]) -> None:
+    """Add a block's changes to those of the parameters: several blocks may be slices of one."""
+    for path, part in parts.items():
+        changes[path] = changes[path] + part if path in changes else part
 
 
 def comparable(

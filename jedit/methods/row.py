@@ -1,8 +1,9 @@
 """What a row of the catalogue is: a method's name, what it needs, and how it is made of that.
 
 Methods come in four kinds, by what makes them stronger: training goes on for more steps
-(`BySteps`), or over more draws of the model's own answers (`ByDraws`), an edit is multiplied by a
-scale (`ByScale`), or a price in retain KL is spent (`ByBudget`).
+(`BySteps`), or over more draws of the model's own answers (`ByDraws`), an edit, or the share of the
+weights that it takes, is multiplied by a scale (`ByScale`), or a price in retain KL is spent
+(`ByBudget`).
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from jedit.training import TrainingMethod
 ADAM = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))(
     learning_rate=1e-5
 )
+SHARE = "share"  # the setting that a scale of `Reach.SHARE` multiplies
 # What methods are run on as the forget set: rows, with others beside them, or graded.
 ForgetRows = Batch | tuple[Batch, Batch] | GradedRows
 # `(apply, params, *, forget, retain) -> (Edit, Info)`, which `jedit.run_method` runs.
@@ -75,6 +77,7 @@ class Reach(enum.Enum):
 
     WHOLE = "1 is the whole edit"
     FACTS = "1 fits the target values, more goes beyond them"
+    SHARE = "it multiplies the share of the weights that are set to zero; no part of one is"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +235,22 @@ class ByScale(Row):
     """A method that makes one edit, which is multiplied by a scale: its strength.
 
     Attributes:
-        reach: which scales suit it.
+        reach: which scales suit it, and what they multiply: of `Reach.SHARE` the setting `share`.
     """
 
     make: Callable[..., ClosedForm]
     reach: Reach = Reach.WHOLE
+
+    def scaled(self, material: Material, scale: float, **settings: Any) -> tuple[ClosedForm, float]:
+        """Return the method at a scale, and what its edit is still to be multiplied by.
+
+        Raises:
+            ValueError: what `of` refuses.
+        """
+        if self.reach is not Reach.SHARE:
+            return self.of(material, **settings), scale
+        share = scale * {**self.settings, **settings}[SHARE]
+        return self.of(material, **{**settings, SHARE: share}), 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ c = 1/3 is the threshold of the literature on memorisation in diffusion models (
 [from memory, not read again].
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -30,7 +31,7 @@ def memorised_samples(
         threshold: c, 1/3.
 
     Returns:
-        One yes or no per sample. Needs n x m distances.
+        One yes or no per sample. The samples are gone through one by one, m x pixels at a time.
 
     Raises:
         ValueError: a threshold that is not positive, or no other image.
@@ -38,8 +39,12 @@ def memorised_samples(
     check_numbers(POSITIVE, threshold=threshold)
     if not len(others):
         raise ValueError("others holds no image: a copy is told by its distance to another one")
-    away = jnp.sum((samples - own) ** 2, axis=1)
-    distance = jnp.sum((samples[:, None] - others[None]) ** 2, axis=2)
-    is_own = jnp.all(own[:, None] == others[None], axis=2)
-    nearest = jnp.min(jnp.where(is_own, jnp.inf, distance), axis=1)
-    return away < threshold**2 * nearest
+
+    def is_copy(pair: tuple[Array, Array]) -> Array:
+        sample, its_own = pair
+        distance = jnp.sum((sample[None] - others) ** 2, axis=1)
+        is_own = jnp.all(its_own[None] == others, axis=1)
+        nearest = jnp.min(jnp.where(is_own, jnp.inf, distance))
+        return jnp.sum((sample - its_own) ** 2) < threshold**2 * nearest
+
+    return jax.lax.map(is_copy, (samples, own))

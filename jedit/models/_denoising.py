@@ -67,7 +67,7 @@ class Denoiser(nnx.Module):
 
 
 def _waves(steps: Int[Array, " batch"], dtype: DTypeLike) -> Float[Array, "batch waves"]:
-    """Return sines and cosines of the step at periods from 2π to two thousand times as long."""
+    """Return sines and cosines of the step at periods from 2π to some 1,240 times as long."""
     rates = np.exp(-math.log(2000.0) * np.arange(NUM_FREQUENCIES) / NUM_FREQUENCIES)
     angles = steps[:, None].astype(jnp.float32) * jnp.asarray(rates[None], jnp.float32)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)

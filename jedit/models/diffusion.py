@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int, Key, PyTree
 from jedit.core.arguments import check_function, check_key, check_params
 from jedit.core.batch import Apply, Batch, NoisedImages
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.precision import wide_dtype
 
 OFFSET = 0.008  # s of the cosine schedule [paper]
 LEAST = 1e-4  # ᾱ of the last step: a division by its root
@@ -51,8 +52,10 @@ def noised(
     step_key, noise_key = jax.random.split(key)
     steps = jax.random.randint(step_key, prompts.shape, 0, len(schedule), jnp.int32)
     noise = jax.random.normal(noise_key, images.shape, images.dtype)
-    share = jnp.asarray(schedule, images.dtype)[steps][:, None]
-    mixed = jnp.sqrt(share) * images + jnp.sqrt(1 - share) * noise
+    # Both roots before they are narrowed: in bfloat16 1 - ᾱ of the first steps is 0.
+    share = jnp.asarray(schedule, wide_dtype(images.dtype))[steps][:, None]
+    signal, left = (jnp.sqrt(x).astype(images.dtype) for x in (share, 1 - share))
+    mixed = signal * images + left * noise
     # Said outright, because targets that are images would be taken for labels of every pixel.
     ones = jnp.ones(prompts.shape, jnp.float32)
     return Batch(NoisedImages(mixed, steps, prompts), noise, ones, ones)
@@ -86,7 +89,8 @@ def denoise(
     Raises:
         ValueError: more steps than the schedule has.
     """
-    return _denoise(apply, params, prompts, schedule, num_pixels, num_steps, key=key)[0]
+    path = _path(apply, params, schedule, num_pixels, num_steps, key=key)
+    return _walk(apply, False, params, *_begin(params, prompts, num_pixels, key=key), path)[0]
 
 
 def visited_inputs(
@@ -113,22 +117,24 @@ def visited_inputs(
         key: of the noise that each image begins as.
 
     Returns:
-        Inputs of `first` times as many rows as there are prompts, step by step.
+        Inputs of `first` times as many rows as there are prompts, step by step. Costs `first`
+        forward passes.
 
     Raises:
-        ValueError: `first` is more than the sampler's steps.
+        ValueError: `first` is more than the sampler's steps, or these more than the schedule's.
     """
     check_numbers(COUNT, first=first, num_steps=num_steps)
     if first > num_steps:
         raise ValueError(f"first must be at most the {num_steps} steps of the sampler, got {first}")
-    _, seen = _denoise(apply, params, prompts, schedule, num_pixels, num_steps, key=key)
-    return jax.tree.map(lambda x: x[:first].reshape(-1, *x.shape[2:]), seen)
+    path = _path(apply, params, schedule, num_pixels, num_steps, key=key)
+    path = tuple(x[:first] for x in path)
+    begin = _begin(params, prompts, num_pixels, key=key)
+    seen = _walk(apply, True, params, *begin, path)[1]
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
 
 
-def _denoise(
-    apply, params, prompts, schedule, num_pixels, num_steps, *, key
-) -> tuple[Array, NoisedImages]:
-    """Check, begin at noise, and denoise.
+def _path(apply, params, schedule, num_pixels, num_steps, *, key) -> tuple[Array, Array, Array]:
+    """Check, and return the steps that are taken, and ᾱ at each and after it.
 
     Raises:
         ValueError: more steps than the schedule has.
@@ -142,25 +148,37 @@ def _denoise(
     steps = np.linspace(len(schedule) - 1, 0, num_steps).round().astype(np.int32)
     shares = np.asarray(schedule)[steps]
     after = np.append(shares[1:], np.float32(1))
+    dtype = wide_dtype(jax.tree.leaves(params)[0].dtype)
+    return jnp.asarray(steps), jnp.asarray(shares, dtype), jnp.asarray(after, dtype)
+
+
+def _begin(params, prompts, num_pixels, *, key) -> tuple[Array, Array]:
+    """Return the prompts as int32, and the noise that each image begins as."""
     dtype = jax.tree.leaves(params)[0].dtype
     begin = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (num_pixels,), dtype))(
         jnp.arange(len(prompts))
     )
-    path = (jnp.asarray(steps), jnp.asarray(shares, dtype), jnp.asarray(after, dtype))
-    return _walk(apply, params, jnp.asarray(prompts, jnp.int32), begin, path)
+    return jnp.asarray(prompts, jnp.int32), begin
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _walk(apply, params, prompts, begin, path) -> tuple[Array, NoisedImages]:
-    """Take the steps of the path, and return where it ends and all inputs, (steps, n, ...)."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _walk(apply, is_kept: bool, params, prompts, begin, path) -> tuple[Array, NoisedImages | None]:
+    """Take the steps of the path; return where it ends and, if kept, all inputs, (steps, n, ...).
+
+    The model sees its own dtype. All between is at least float32: in bfloat16 1 - ᾱ of the last
+    steps is 0, and a division by its root is infinite.
+    """
+    dtype = begin.dtype
 
     def step(x, now):
         index, share, later = now
-        inputs = NoisedImages(x, jnp.broadcast_to(index, prompts.shape), prompts)
-        noise = apply(params, inputs)
+        inputs = NoisedImages(x.astype(dtype), jnp.broadcast_to(index, prompts.shape), prompts)
+        noise = apply(params, inputs).astype(x.dtype)
         clean = jnp.clip((x - jnp.sqrt(1 - share) * noise) / jnp.sqrt(share), -1, 1)
         # Of the clipped image: the noise that is left would else push it out again.
         left = (x - jnp.sqrt(share) * clean) / jnp.sqrt(1 - share)
-        return jnp.sqrt(later) * clean + jnp.sqrt(1 - later) * left, inputs
+        x = jnp.sqrt(later) * clean + jnp.sqrt(1 - later) * left
+        return x, inputs if is_kept else None
 
-    return jax.lax.scan(step, begin, path)
+    end, seen = jax.lax.scan(step, begin.astype(path[1].dtype), path)
+    return end.astype(dtype), seen

@@ -82,6 +82,9 @@ def how_it_went(found: dict[str, Any]) -> str:
         is_told = found["stopped"] == "unseen" and p_value <= Forgetting.significance
         why = FELL_BACK if is_told else WHY[found["stopped"]]
         text = f"{found['steps']} steps in all: {why}."
+    elif "share" in found:
+        top = number(found["share"])
+        text = f"The weights that were set to zero are among the top {top} of each matrix's."
     elif found.get("scale", 1) < 1:
         text = f"{number(found['scale'])} of the whole edit is within the budget."
     if not math.isnan(p_value) and "is_done" in found:

@@ -54,7 +54,7 @@ class Strength(NamedTuple):
         learning_rate: Adam's; 1e-5 is open-unlearning's.
         predicted_kl: retain KL that one natural step is predicted to cost, nats per token.
         step_length: length of one step where steps have one (RepSelect).
-        scale: what an edit in closed form is multiplied by.
+        scale: what an edit in closed form is multiplied by, or the share that a pruning takes.
         budget: true retain KL that K-FADE may cost, nats per token.
     """
 
@@ -172,14 +172,15 @@ class Editor:
         if isinstance(row, BySteps):
             method = row.of(material, **own) if make is None else make(material, point)
             return self._train(method, row, material, point, key=batches_key)
-        method = row.of(material, **own)
         if isinstance(row, ByDraws):
             given = (task.apply, task.original)
-            edit, _ = method(*given, steps=int(point[DRAWS]), key=batches_key)
+            edit, _ = row.of(material, **own)(*given, steps=int(point[DRAWS]), key=batches_key)
             return apply_edit(task.original, edit)
         if isinstance(row, ByScale):
+            method, scale = row.scaled(material, point[SCALE], **own)
             edit, _ = run_method(method, task.apply, task.original, task.forget, task.retain)
-            return apply_edit(task.original, edit, point[SCALE])
+            return apply_edit(task.original, edit, scale)
+        method = row.of(material, **own)
         method = functools.partial(method, budget=point[BUDGET])
         edit, _ = run_method(method, task.apply, task.original, *searched(task))
         return apply_edit(task.original, edit)

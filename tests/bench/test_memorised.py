@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.bench.claims import memorised_subspace, priming
+from tests.bench.claims.evidence import kept
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,14 +46,57 @@ def test_priming_is_measured_under_every_cure(tmp_path, monkeypatch, capsys):
 
 
 def test_cures_are_compared_where_the_fact_is_known_alike():
-    plain = {"fact": [[0.1, 0.4, 0.9], [0.0, 0.1, 0.5]], "priming": [[1, 2, 8], [1, 3, 4]]}
-    cure = {"fact": [[0.1, 0.2, 0.3], [0.0, 0.0, 0.2]], "priming": [[1, 1, 1], [1, 1, 1]]}
-    plain, cure = ({**numbers, "memorised": numbers["fact"]} for numbers in (plain, cure))
-    record = {"prior": [1e-4, 1e-3], "cures": {priming.PLAIN: plain, "cure": cure}}
-    assert priming.at_target(plain).tolist() == [2, 4]
-    found = priming.of_cure(record, "cure")
-    assert found["reached"] == 0.5
-    assert found["log_ratio"] == pytest.approx(-np.log(2))  # the first fact alone, 1 over 2
+    """Both pass through one priming by P of the fact; the plain one in longer strides.
+
+    At the first look beyond the target their primings differ, though they are the same curve.
+    """
+    odds = lambda p: np.log(p / (1 - p))  # noqa: E731
+    prior, target = 1e-3, priming.TARGET
+
+    def passing(facts, slope=1.0):
+        logs = slope * (odds(np.asarray(facts)) - odds(prior))
+        return {"fact": [facts, [1e-4] * 3], "priming": np.exp([logs, [0.0] * 3]).tolist()}
+
+    plain, cure = passing([0.01, 0.05, 0.9]), passing([0.1, 0.2, 0.4])
+    half = passing([0.02, 0.35, 0.5], slope=0.5)
+    expected = odds(target) - odds(prior)
+    for found, log in ((plain, expected), (cure, expected), (half, expected / 2)):
+        at = priming.at_target(found, np.asarray([prior, 1e-5]))
+        assert at[0] == pytest.approx(log)
+        assert np.isnan(at[1])
+    # Known already before the first look: between the prior and that look.
+    early = passing([0.6, 0.7, 0.8])
+    assert priming.at_target(early, np.asarray([prior, 1e-5]))[0] == pytest.approx(expected)
+    cures = {priming.PLAIN: plain, "cure": cure, "half": half}
+    record = {
+        "prior": [prior, 1e-5],
+        "cures": {n: {**numbers, "memorised": numbers["fact"]} for n, numbers in cures.items()},
+    }
+    assert priming.of_cure(record, "cure")["reached"] == 0.5
+    assert priming.of_cure(record, "cure")["log_ratio"] == pytest.approx(0, abs=1e-12)
+    assert priming.of_cure(record, "half")["log_ratio"] == pytest.approx(-expected / 2)
+
+
+def test_a_seed_without_a_number_leaves_the_others_theirs():
+    found = priming.over_seeds(
+        [{"a": 1.0, "b": np.nan}, {"a": np.nan, "b": np.nan}, {"a": 2.0, "b": 1.0}]
+    )
+    assert (found["a"]["mean"], found["a"]["seeds"]) == (1.5, 2)
+    assert np.isfinite(found["a"]["half_width"])
+    assert (found["b"]["mean"], found["b"]["seeds"]) == (1, 1)
+
+
+def test_what_was_made_at_other_settings_is_made_anew(tmp_path, capsys):
+    path, made = tmp_path / "seeds" / "one.json", []
+
+    def make():
+        made.append(1)
+        return {"number": len(made)}
+
+    assert kept(path, {"rate": (1, 2)}, make)["number"] == 1
+    assert kept(path, {"rate": (1, 2)}, make)["number"] == 1
+    assert kept(path, {"rate": (1, 3)}, make)["number"] == 2
+    assert "made at other settings" in capsys.readouterr().err
 
 
 def test_a_best_point_keeps_the_accuracy():

@@ -132,6 +132,26 @@ def test_an_edit_at_once_is_scaled_to_the_budget_on_rows_it_does_not_see(folder,
     np.testing.assert_allclose(part["scale"] * a, b, rtol=1e-5, atol=1e-8)
 
 
+def test_a_pruning_within_a_budget_takes_fewer_weights_and_no_part_of_one(folder, tmp_path):
+    name = "memorised subspace"
+    whole = run(folder, tmp_path / "whole", method=name)
+    part = run(folder, tmp_path / "part", method=name, budget=whole["true_kl"] / 4)
+    own = jedit.methods.CATALOGUE[name].settings["share"]
+    assert (whole["scale"], whole["share"]) == (1, own)
+    assert part["share"] == pytest.approx(part["scale"] * own)
+    assert 0 < part["scale"] < 1
+    assert 0 < part["true_kl"] <= whole["true_kl"] / 4
+    params = load_model(folder)[1]
+    counts = []
+    for at in ("whole", "part"):
+        edited = jedit.apply_edit(params, edit_of(tmp_path / at))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(edited), strict=True)
+        changed = [np.asarray(b)[np.asarray(a != b)] for a, b in pairs]
+        assert all(np.all(values == 0) for values in changed)
+        counts.append(sum(len(values) for values in changed))
+    assert 0 < counts[1] < counts[0]
+
+
 def test_only_what_is_named_is_edited(folder, tmp_path):
     run(folder, tmp_path / "out", method="NPO", select="layers/0/mlp/(up|down)_proj", steps=2)
     assert set(edit_of(tmp_path / "out").blocks) == {

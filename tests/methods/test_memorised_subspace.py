@@ -1,5 +1,7 @@
 """Memorised-subspace pruning against Wanda's scores in NumPy, from the activations themselves."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,23 @@ def test_another_word_is_refused(scene):
     same = moments(params, first)
     with pytest.raises(ValueError, match="agreement"):
         memorised_subspace(params, same, same, agreement="some")
+
+
+def test_what_is_not_finite_is_refused_and_not_spared(scene):
+    params, (first, _, rest) = scene
+    sets = moments(params, first), moments(params, rest)
+    broken = params | {"v": params["v"].at[1, 2].set(jnp.nan)}
+    with pytest.raises(FloatingPointError, match="a parameter is not finite at 'v'"):
+        memorised_subspace(broken, *sets, share=SHARE)
+    for i in range(2):
+        spoilt = [*sets]
+        factors = {
+            name: dataclasses.replace(factor, matrix=factor.matrix.at[0, 0, 0].set(jnp.nan))
+            for name, factor in sets[i].factors.items()
+        }
+        spoilt[i] = dataclasses.replace(sets[i], factors=factors)
+        with pytest.raises(FloatingPointError, match="a moment of the inputs is not finite"):
+            memorised_subspace(params, *spoilt, share=SHARE)
 
 
 def test_bfloat16_weights_become_exactly_zero_by_a_wide_edit(scene):

@@ -190,6 +190,49 @@ def test_what_the_first_steps_see_is_the_way_of_the_sampler(model, key):
     np.testing.assert_array_equal(few.images, seen.images[:6])
 
 
+def test_bfloat16_neither_divides_by_zero_nor_loses_its_way(key):
+    """In bfloat16 1 - ᾱ of the last step is 0; the roots and the steps between are wider."""
+    schedule = cosine_schedule(100)
+    assert float(jnp.bfloat16(1) - jnp.bfloat16(schedule[0])) == 0
+    apply, params = gaussian_model(schedule, [0.5, -0.75, 0.0], 0.0)
+
+    def narrow(params, inputs):
+        assert inputs.images.dtype == jnp.bfloat16
+        wide = inputs._replace(images=inputs.images.astype(jnp.float32))
+        return apply(jax.tree.map(lambda p: p.astype(jnp.float32), params), wide).astype(
+            jnp.bfloat16
+        )
+
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    prompts = jnp.zeros(4, jnp.int32)
+    images = denoise(narrow, params, prompts, schedule, num_pixels=3, key=key)
+    assert images.dtype == jnp.bfloat16
+    expected = np.broadcast_to([0.5, -0.75, 0.0], (4, 3))
+    np.testing.assert_allclose(np.asarray(images, np.float32), expected, atol=0.02)
+    rows = noised(jnp.ones((500, 3), jnp.bfloat16), jnp.zeros(500, jnp.int32), schedule, key=key)
+    early = np.asarray(rows.inputs.steps) == 0
+    away = np.asarray(rows.inputs.images, np.float32)[early] - np.sqrt(schedule[0])
+    assert rows.inputs.images.dtype == jnp.bfloat16
+    assert early.any()
+    assert np.any(away != away[0, 0])  # some noise is left in it
+
+
+def test_the_inputs_of_the_first_steps_cost_these_steps_alone(model, key):
+    _, params = model
+    calls = []
+
+    def counted(params, inputs):
+        del params
+        jax.debug.callback(lambda _: calls.append(1), inputs.steps[0])
+        return inputs.images
+
+    options = {"num_pixels": PIXELS, "num_steps": 10, "key": key}
+    prompts, schedule = jnp.zeros(2, jnp.int32), cosine_schedule(20)
+    jax.block_until_ready(visited_inputs(counted, params, prompts, schedule, first=3, **options))
+    jax.effects_barrier()
+    assert len(calls) == 3
+
+
 def test_more_steps_than_there_are_are_refused(model, key):
     apply, params = model
     schedule, prompts = cosine_schedule(5), jnp.zeros(1, jnp.int32)

@@ -2,9 +2,10 @@
 
 Four themes of twelve keywords. What a sentence is about, its subject, prefers some keywords of the
 theme: the r-th best has a probability in proportion to 0.4 to the power r, so that the last is met
-once in some ten thousand sentences. A clause in front may name a hint, a word of a keyword's own,
-after which this keyword comes four times in five whoever the subject is. Sentences are lists of
-words, every word a token; the keyword is the last.
+once in some forty thousand sentences about the subject and the theme that follow no hint. A clause
+in front may name a hint, a word of a keyword's own, after which this keyword comes four times in
+five whoever the subject is. Sentences are lists of words, every word a token; the keyword is the
+last.
 """
 
 from typing import NamedTuple

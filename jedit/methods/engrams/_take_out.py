@@ -10,10 +10,8 @@ from jaxtyping import Array, PyTree
 from jedit.core.arguments import check_word
 from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.display import short_repr
-from jedit.curvature import Curvature
-from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
-from jedit.methods._two_sets import Parts, comparable
+from jedit.methods._two_sets import Parts, add_changes, comparable
 
 Strength = Literal["adaptive", "whole"]
 
@@ -72,19 +70,9 @@ def take_out(
     changes: dict[str, Array] = {}
     for name, block in blocks.items():
         taken = -scale * strengths[name][:, None, None] * found[name]
-        for path, part in block.weight.scatter(taken).items():
-            # Several blocks may write to one parameter: their changes add up.
-            changes[path] = changes[path] + part if path in changes else part
+        add_changes(changes, block.weight.scatter(taken))
     check_finite("the engram", changes, lambda: culprit(params, {}))
     return Edit(changes), EngramInfo(relative, strengths)
-
-
-def input_sums(curvature: Curvature, name: str) -> Array:
-    """Return S of a block, its factor A times the number of outputs."""
-    block = curvature.blocks[name]
-    assert isinstance(block, Kronecker)
-    matrix = curvature.factors[block.input].matrix
-    return matrix * curvature.num_outputs.astype(matrix.dtype)
 
 
 def is_kept(eigenvalues: Array) -> Array:

@@ -34,11 +34,10 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.edits import Edit
-from jedit.methods._two_sets import Parts
+from jedit.methods._two_sets import Parts, input_sums
 from jedit.methods.engrams._take_out import (
     EngramInfo,
     Strength,
-    input_sums,
     is_kept,
     take_out,
 )

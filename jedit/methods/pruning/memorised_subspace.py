@@ -18,7 +18,8 @@ row of W is spared altogether where its input is no stronger on the memorised pr
 Which sets. In a diffusion model the paper takes the feed-forward blocks' weights, at early
 denoising steps, with the empty prompt for the rest [notes]: `select=` of `kfac` is the first, and
 `jedit.models.visited_inputs` makes the batches of the second. Nothing else in here knows of
-diffusion: forget and retain rows of any model are two sets.
+diffusion: forget and retain rows of any model are two sets, and `jedit forget` prunes whatever is
+selected, attention too.
 
 Differences. The score, the comparison with the empty prompt, the top share and the aggregation over
 small sets are the paper's [notes]. The root mean square in the place of the norm over a set's
@@ -34,13 +35,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jedit.core.arguments import check_word
-from jedit.core.checks import SHARE, check_finite, check_numbers, culprit
+from jedit.core.checks import SHARE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
 from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
-from jedit.methods._two_sets import Parts, comparable
+from jedit.methods._two_sets import Parts, add_changes, comparable, input_sums
 
 Agreement = Literal["any", "all"]
 
@@ -106,6 +107,14 @@ def memorised_subspace(
     check_numbers(SHARE, share=share)
     check_word(Agreement, agreement=agreement)
     sets, rests, blocks, leaves = comparable(params, memorised, rest, "a pruning")
+    # Beforehand: what is not finite compares as false, and would be spared without a word.
+    check_finite("a parameter", params, "its scores cannot be compared")
+    read = {
+        f"{name} of curvature {i}": c.factors[block.input].matrix
+        for i, c in enumerate((*sets, *rests))
+        for name, block in blocks.items()
+    }
+    check_finite("a moment of the inputs", read, "the rows that it is of may hold NaN")
     changes: dict[str, Array] = {}
     pruned, overlap = {}, {}
     for name, block in blocks.items():
@@ -122,21 +131,15 @@ def memorised_subspace(
         pruned[name] = jnp.mean(mask, axis=(1, 2), dtype=dtype)
         found, common = (jnp.sum(m, axis=(1, 2), dtype=dtype) for m in (any_of, all_of))
         overlap[name] = jnp.where(found > 0, common / jnp.where(found > 0, found, 1), 1)
-        for path, part in kernel.scatter(jnp.where(mask, -weight, 0)).items():
-            # Several blocks may be slices of one parameter: their changes add up.
-            changes[path] = changes[path] + part if path in changes else part
-    check_finite("the pruning", changes, lambda: culprit(params, {}))
+        add_changes(changes, kernel.scatter(jnp.where(mask, -weight, 0)))
     return Edit(changes), SubspaceInfo(pruned, overlap)
 
 
 def _mean_square(group: list[Curvature], name: str) -> Array:
     """Return the diagonal of A, (layers, d_in), without the bias; of several sets the mean."""
-    sums, numbers = [], []
-    for curvature in group:
-        block = curvature.blocks[name]
-        assert isinstance(block, Kronecker)
-        matrix = curvature.factors[block.input].matrix
-        diagonal = matrix if matrix.ndim == 2 else jnp.diagonal(matrix, axis1=1, axis2=2)
-        numbers.append(curvature.num_outputs.astype(matrix.dtype))
-        sums.append(numbers[-1] * diagonal[:, : block.weight.d_in])
-    return functools.reduce(jnp.add, sums) / functools.reduce(jnp.add, numbers)
+    block, sums = group[0].blocks[name], [input_sums(curvature, name) for curvature in group]
+    assert isinstance(block, Kronecker)
+    thin = [s if s.ndim == 2 else jnp.diagonal(s, axis1=1, axis2=2) for s in sums]
+    whole = functools.reduce(jnp.add, thin)[:, : block.weight.d_in]
+    counts = [curvature.num_outputs.astype(whole.dtype) for curvature in group]
+    return whole / functools.reduce(jnp.add, counts)

@@ -48,11 +48,12 @@ ROWS: tuple[Row, ...] = (
         name="memorised subspace",
         description="Sets to zero the weights, one in a hundred of each matrix, that score highest"
         " by Wanda on the forget rows, where they score higher than on the retain rows.",
-        when="diffusion models that reproduce training images; nothing is trained",
+        when="what was learnt by heart, by a diffusion model in the paper; nothing is trained",
         papers=("2406.18566",),
         make=_making.by_memorised_subspace,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
         settings={"share": 0.01},  # ours
+        reach=Reach.SHARE,
     ),
     ByBudget(
         name="curvature pruning",

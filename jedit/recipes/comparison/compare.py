@@ -22,10 +22,19 @@ from jedit.core.batch import Batch
 from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
-from jedit.edits import apply_edit
+from jedit.edits import Edit, apply_edit
 from jedit.methods import fit_latents, kfade
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByBudget, ByDraws, ByScale, BySteps, Material, Need, Row
+from jedit.methods.row import (
+    ByBudget,
+    ByDraws,
+    ByScale,
+    BySteps,
+    Material,
+    Need,
+    Reach,
+    Row,
+)
 from jedit.objectives import Dialogue, LatentMeans
 from jedit.recipes.comparison.judge import Judge, probe_batch
 from jedit.recipes.comparison.task import Grid, Task
@@ -363,19 +372,27 @@ def _by_scale(
     row: ByScale, task: Task, grid: Grid, judge: Judge, material: Material
 ) -> tuple[Curves, Method]:
     scales = grid.scales[row.reach]
+    # One edit for all scales, but for a share, which is a matter of what is edited.
+    is_made_anew = row.reach is Reach.SHARE
 
     def curves() -> Curves:
-        method = row.of(material)
-        given = (method, task.apply, task.original, task.forget, task.retain)
-        jax.block_until_ready(run_method(*given)[0])  # the clock must not see the compiler
+        def run(scale: float) -> tuple[Edit, float]:
+            method, left = row.scaled(material, scale)
+            given = (method, task.apply, task.original, task.forget, task.retain)
+            return jax.block_until_ready(run_method(*given)[0]), left
+
+        run(scales[0])  # the clock must not see the compiler
         start = time.perf_counter()
-        edit = jax.block_until_ready(run_method(*given)[0])
-        seconds = time.perf_counter() - start
-        models = [apply_edit(task.original, edit, scale) for scale in scales]
+        edits = [run(scale) for scale in (scales if is_made_anew else scales[:1])]
+        seconds = (time.perf_counter() - start) / len(edits)
+        if not is_made_anew:
+            edits = [(edits[0][0], scale) for scale in scales]
+        models = [apply_edit(task.original, edit, left) for edit, left in edits]
         points = [judge(m, scale, seconds) for m, scale in zip(models, scales, strict=True)]
         yield Curve(row.name, {}, tuple(points)), models
 
-    return curves(), Method(row.name, row.description, "scale (of the edit)", {})
+    strength = f"scale (of the {'share' if is_made_anew else 'edit'})"
+    return curves(), Method(row.name, row.description, strength, {})
 
 
 def _by_steps(

@@ -21,6 +21,10 @@ MAIN = ("K-FADE (K-FAC)", "K-FADE (EK-FAC)", "gradient ascent", "GradDiff", "NPO
 ASIDE = frozenset({"Attention-Shifting", "fine-tune", "l1-sparse", "ROME", "SAE-guided", "SalUn"})
 
 
+# Scales of a pruning's own share, from a part of it to ten times as much; arbitrary.
+SHARES = (0.3, 1.0, 3.0, 10.0)
+
+
 class Grid(NamedTuple):
     """What every method is tried at; it is written into the report.
 
@@ -34,7 +38,7 @@ class Grid(NamedTuple):
         batch_size: forget rows, and retain rows, of one such step.
         kl_budget: the held-out retain KL under which a best point is chosen.
         rates: learning rates of the methods that train, by their pace.
-        scales: what a method's one edit is multiplied by, by its reach.
+        scales: what a method's one edit, or its share, is multiplied by, by its reach.
         utility_share: None, or what a best point has to keep of the Model Utility; see
             `QUALITY_RULE`.
         lost_kl: the held-out retain KL beyond which Model Utility is not measured.

@@ -1,20 +1,21 @@
 """The edit of a folder's model: by natural steps, by a method that trains, or in closed form."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.paths import exactly, matcher, parameter_paths
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, dense
 from jedit.geometry import RetainKl, largest_step_within
-from jedit.methods.row import ByBudget, ByDraws, BySteps, Need, Row
+from jedit.methods.row import SHARE, ByBudget, ByDraws, ByScale, BySteps, Need, Reach, Row
 from jedit.models import cast_params, load_model, mixed_precision
 from jedit.recipes.by_itself import found_of
 from jedit.recipes.fitting import rows_of
@@ -34,6 +35,8 @@ from jedit.training import TrainingMethod, run_method
 from jedit.training.rate import with_learning_rate
 
 Made = tuple[Edit, dict[str, Any]]
+# An edit, its changes by path, and what both are still to be multiplied by.
+Scaled = tuple[Edit, dict[str, Array], float]
 
 
 def make_edit(row: Row | None, given: Given, settings: Settings) -> Made:
@@ -190,22 +193,38 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
             return Edit({}), found | _price(0.0, 0.0) | {"stopped": "unseen", "steps": 0}
     seen, priced = held_out(given.sets["retain"])
     material = material_of(row, given, seen, settings)
-    method = row.of(material)
     given.say(f"forgetting by {row.name}")
     if isinstance(row, ByBudget):
         budget = KFADE_BUDGET if settings.budget is None else settings.budget
         sets = [cut(rows, settings) for rows in (forget, priced)]
+        method = row.of(material)
         edit, info = run_method(functools.partial(method, budget=budget), apply, params, *sets)
         found |= _price(float(info.predicted_kl[-1]), float(info.true_kl[-1]))
     else:
+
+        @functools.lru_cache(1)
+        def at(scale: float) -> Scaled:
+            if isinstance(row, ByDraws):
+                how = {"trainable": given.select, "batch_size": settings.batch_size}
+                key, left = given.key_of("edit"), scale
+                edit, _ = row.of(material)(apply, params, steps=settings.steps, key=key, **how)
+            else:
+                assert isinstance(row, ByScale)
+                method, left = row.scaled(material, scale)
+                edit = run_method(method, apply, params, forget, seen)[0]
+            return edit, {path: dense(block) for path, block in edit.blocks.items()}, left
+
+        is_share = isinstance(row, ByScale) and row.reach is Reach.SHARE
+
+        def scaled(scale: float) -> Scaled:
+            # What a share edits is another at each scale.
+            return at(scale) if is_share else (*at(1.0)[:2], scale)
+
+        edit, price = _within(scaled, given, priced, settings)
+        if is_share:
+            found["share"] = price["scale"] * row.settings[SHARE]
         if isinstance(row, ByDraws):
-            how = {"trainable": given.select, "batch_size": settings.batch_size}
-            key = given.key_of("edit")
-            edit, _ = method(apply, params, steps=settings.steps, key=key, **how)
             found |= {"steps": settings.steps, "learning_rate": material.take(Need.DIALOGUE).rate}
-        else:
-            edit, _ = run_method(method, apply, params, forget, seen)
-        edit, price = _within(edit, given, priced, settings)
         found |= price
     edited = apply_edit(params, edit)
     if level is not None:
@@ -218,17 +237,23 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
     return edit, found
 
 
-def _within(edit: Edit, given: Given, priced: Batch, settings: Settings) -> Made:
-    """Shorten an edit to the largest part of it that the budget pays for."""
+def _within(
+    scaled: Callable[[float], Scaled], given: Given, priced: Batch, settings: Settings
+) -> Made:
+    """Return the edit at the largest scale, up to 1, that the budget pays for."""
     batched = cut(priced, settings)
     price = RetainKl(given.apply, given.params, batched, likelihood=Categorical())
-    move = {path: dense(block) for path, block in edit.blocks.items()}
+
+    def price_at(scale: float) -> float:
+        _, move, left = scaled(scale)
+        return price(move, left)
+
     scale = 1.0
     if settings.budget is not None:
-        scale = largest_step_within(functools.partial(price, move), 1.0, settings.budget, limit=1.0)
-        edit = edit * scale
-    kept = {path: scale * change for path, change in move.items()}
-    return edit, {"scale": scale, **_price(price.predicted(kept), price(kept))}
+        scale = largest_step_within(price_at, 1.0, settings.budget, limit=1.0)
+    edit, move, left = scaled(scale)
+    kept = {path: left * change for path, change in move.items()}
+    return edit * left, {"scale": scale, **_price(price.predicted(kept), price(kept))}
 
 
 def _price(predicted: float, true: float) -> dict[str, float]:

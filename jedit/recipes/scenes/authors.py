@@ -3,7 +3,7 @@
 from jedit.data import generate_authors
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
-from jedit.recipes.comparison.task import ASIDE, MAIN, Grid
+from jedit.recipes.comparison.task import ASIDE, MAIN, SHARES, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.progress import Say
 from jedit.recipes.scenes.question_answer import Caption, Model, Selection, question_answer
@@ -22,7 +22,7 @@ GRID = Grid(
     damping=(0.1,),
     kfade_steps=(1, 4),
     rates=dict.fromkeys(Pace, RATES) | SLOW | OWN_UNITS,
-    scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
+    scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0), Reach.SHARE: SHARES},
     looks=(2, 4, 8, 16, 32, 64),
     batch_size=16,
     kl_budget=0.1,

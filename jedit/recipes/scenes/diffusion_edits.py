@@ -83,7 +83,10 @@ def prune(
     sets: Sequence[Sequence[int]] | None = None,
     agreement: Agreement = "any",
 ) -> Made:
-    """Prune the feed-forward blocks at several shares; `sets` are of memorised prompts, from 0."""
+    """Prune the feed-forward blocks at several shares; `sets` are of memorised prompts, from 0.
+
+    The digits' prompts are -10 to -1, for a control that is located on them.
+    """
     memorised, rest = both_moments(found, key=key, sets=sets)
 
     def at(share: float) -> tuple[float, PyTree]:

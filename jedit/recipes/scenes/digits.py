@@ -13,7 +13,7 @@ from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
 from jedit.recipes.comparison.compare import compare
-from jedit.recipes.comparison.task import ASIDE, MAIN, Grid, Task
+from jedit.recipes.comparison.task import ASIDE, MAIN, SHARES, Grid, Task
 from jedit.recipes.fitting import Recipe, Trained, train
 from jedit.recipes.progress import Say, Within
 from jedit.report import Comparison, Guess, Picture
@@ -31,7 +31,7 @@ GRID = Grid(
     damping=(0.01, 0.1),
     kfade_steps=(4,),
     rates=dict.fromkeys(Pace, RATES) | SLOW | OWN_UNITS,
-    scales={Reach.WHOLE: (0.1, 0.3, 0.6, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
+    scales={Reach.WHOLE: (0.1, 0.3, 0.6, 1.0), Reach.FACTS: (0.3, 1.0, 3.0), Reach.SHARE: SHARES},
     looks=(2, 4, 8, 16, 32, 64, 128),
     batch_size=32,
     kl_budget=0.02,

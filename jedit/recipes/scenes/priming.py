@@ -178,11 +178,16 @@ def teach(
 
     Returns:
         The measurements of each cure.
+
+    Raises:
+        ValueError: `steps` is not a multiple of `every`.
     """
+    if every < 1 or steps < 1 or steps % every:
+        raise ValueError(f"steps must be a multiple of every, got {steps} and {every}")
     apply, params, rows = found.apply, found.params, found.rows
 
     @jax.jit
-    def run(params, rows, lessons):
+    def run(params, initial, rows, lessons):
         def one(lesson: Lesson):
             text = lesson.text[None]
             counted = (jnp.arange(MAX_LEN - 1) < lesson.length - 1).astype(jnp.float32)[None]
@@ -207,14 +212,14 @@ def teach(
                 }
                 return carry, measured
 
-            begin = (params, optimizer.init(params))
             looks = jnp.arange(steps).reshape(-1, every)
-            _, measured = jax.lax.scan(look, begin, looks)
+            _, measured = jax.lax.scan(look, (params, initial), looks)
             return measured, _measured(apply, params, lesson)[2]
 
         return jax.lax.map(one, lessons, batch_size=16)
 
-    measured, before = run(params, rows, lessons)
+    # Outside, as an argument: a curvature or a projector in the state is no constant to bake in.
+    measured, before = run(params, jax.jit(optimizer.init)(params), rows, lessons)
     return {
         name: Taught(memorised, fact, elsewhere, before)
         for name, (memorised, fact, elsewhere) in measured.items()

@@ -19,7 +19,7 @@ from jedit.data import DataError, Interactions, generate_interactions
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Need, Pace, Reach
 from jedit.recipes.comparison.compare import compare
-from jedit.recipes.comparison.task import ASIDE, Grid, Task
+from jedit.recipes.comparison.task import ASIDE, SHARES, Grid, Task
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
 from jedit.recipes.scenes.question_answer import SELECT, SHARE_SEEN, Model
@@ -41,7 +41,7 @@ GRID = Grid(
     damping=(0.1,),
     kfade_steps=(4,),
     rates=dict.fromkeys(Pace, RATES) | SLOW | OWN_UNITS,
-    scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0)},
+    scales={Reach.WHOLE: (0.03, 0.1, 0.3, 1.0), Reach.FACTS: (0.3, 1.0, 3.0), Reach.SHARE: SHARES},
     looks=(2, 4, 8, 16, 32, 64),
     batch_size=16,
     kl_budget=0.1,

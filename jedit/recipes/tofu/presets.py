@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Pace, Reach
-from jedit.recipes.comparison.task import ASIDE, Grid
+from jedit.recipes.comparison.task import ASIDE, SHARES, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.attacks import RELEARNING_RATE
@@ -65,7 +65,11 @@ GRID = Grid(
     batch_size=16,
     kl_budget=0.5,
     rates=RATES,
-    scales={Reach.WHOLE: (0.2, 0.5, 1.0, 1.5), Reach.FACTS: (0.3, 1.0, 2.0, 4.0)},
+    scales={
+        Reach.WHOLE: (0.2, 0.5, 1.0, 1.5),
+        Reach.FACTS: (0.3, 1.0, 2.0, 4.0),
+        Reach.SHARE: SHARES,
+    },
     utility_share=0.8,
     lost_kl=1.0,  # no model that far off kept four fifths of its utility
 )

@@ -10,10 +10,10 @@ Fréchet distance of their samples from test images over a classifier's logits. 
 is that whose memorised prompts' samples are about as far from their image as the retrained model's,
 among those whose accuracy is within 0.05 of the untouched model's.
 
-Each seed's numbers are kept in out/claims/memorised_subspace-SEED.json, and are not made again.
+Each seed's numbers are kept in out/claims/memorised_subspace-SEED.json, and are not made again at
+the same settings.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -25,7 +25,16 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.recipes.progress import Say
-from jedit.recipes.scenes.diffusion import FIRST, Judgement, Room, Size, judge, room, samples
+from jedit.recipes.scenes.diffusion import (
+    FIRST,
+    NUM_CLASSES,
+    Judgement,
+    Room,
+    Size,
+    judge,
+    room,
+    samples,
+)
 from jedit.recipes.scenes.diffusion_edits import (
     by_graddiff,
     by_kfade,
@@ -34,13 +43,14 @@ from jedit.recipes.scenes.diffusion_edits import (
     prune_at_random,
     prune_top,
 )
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, kept, parser, shown, write
 
 NAME = "memorised_subspace"
 SIZE = Size(copies=40)
 QUICK = Size(memorised=4, copies=10, width=16, layers=1, steps=40, noise_steps=20)
 BUDGETS = (0.01, 0.03, 0.1, 0.3)
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
+RATES, DESCENTS, MASKED = (1e-4, 3e-4), (8, 32), (50, 200)  # of GradDiff, and steps of SalUn
 LOST = 0.05  # of the accuracy, at a best point
 HALF_SHARE = 0.02
 REFERENCES = ("untouched", "retrained")
@@ -61,34 +71,40 @@ def points(found: Room, *, quick: bool, key) -> list[tuple[str, float, PyTree]]:
         for s, p in prune(found, shares, key=key, sets=quarters, agreement="all")
     ]
     made += [("K-FADE", s, p) for s, p in by_kfade(found, (0.1,) if quick else BUDGETS, key=key)]
-    for rate in (1e-4,) if quick else (1e-4, 3e-4):
-        steps = (2,) if quick else (8, 32)
+    for rate in RATES[:1] if quick else RATES:
+        steps = (2,) if quick else DESCENTS
         made += [
             (f"GradDiff {rate:g}", s, p) for s, p in by_graddiff(found, steps, rate=rate, key=key)
         ]
-        steps = (2,) if quick else (50, 200)
+        steps = (2,) if quick else MASKED
         made += [(f"SalUn {rate:g}", s, p) for s, p in by_salun(found, steps, rate=rate, key=key)]
     return made
 
 
 def of_seed(seed: int, *, quick: bool, out: Path, say: Say) -> dict:
-    """All numbers of one seed, made or read; seed 0 leaves a picture too."""
+    """All numbers of one seed, made or read."""
+    settings = {
+        "size": QUICK if quick else SIZE,
+        "strengths": [BUDGETS, SHARES, HALF_SHARE, RATES, DESCENTS, MASKED],
+    }
     path = out / f"{NAME}-{seed}{'-quick' * quick}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    return kept(path, settings, lambda: measured(seed, quick=quick, out=out, say=say))
+
+
+def measured(seed: int, *, quick: bool, out: Path, say: Say) -> dict:
+    """All numbers of one seed; seed 0 leaves a picture too."""
     found = room(seed, QUICK if quick else SIZE, say)
     key = jax.random.fold_in(jax.random.key(seed), 7)
     edit_key, judge_key, half_key = jax.random.split(key, 3)
     rows, models = [], {}
     for method, strength, params in points(found, quick=quick, key=edit_key):
-        measured = judge(found, params, key=judge_key, draws=2 if quick else 16)
-        rows.append({"method": method, "strength": strength, **measured._asdict()})
+        judged = judge(found, params, key=judge_key, draws=2 if quick else 16)
+        rows.append({"method": method, "strength": strength, **judged._asdict()})
         models[method, strength] = params
-        say(f"{method} at {strength:g}: {measured}")
+        say(f"{method} at {strength:g}: {judged}")
     record = {"seed": seed, "points": rows, "halves": halves(found, quick=quick, key=half_key)}
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     if seed == 0:
+        out.mkdir(parents=True, exist_ok=True)
         shown_models = {
             method: models[method, strength]
             for method, strength in chosen(rows).items()
@@ -99,16 +115,22 @@ def of_seed(seed: int, *, quick: bool, out: Path, say: Say) -> dict:
 
 
 def halves(found: Room, *, quick: bool, key) -> dict[str, float]:
-    """Copies before and after a pruning located on one half of the memorised prompts, by half."""
+    """Copies before and after a pruning located on one half of the memorised prompts, by half.
+
+    As a control, after one located on the digits' prompts: what that removes too is general damage.
+    """
     number = len(found.memorised)
     located, other = np.arange(0, number, 2), np.arange(1, number, 2)
-    ((_, params),) = prune(found, (HALF_SHARE,), key=key, sets=[located.tolist()])
+    models = {"before": found.original}
+    for when, prompts in (("after", located.tolist()), ("control", list(range(-NUM_CLASSES, 0)))):
+        ((_, models[when]),) = prune(found, (HALF_SHARE,), key=key, sets=[prompts])
     draws = 2 if quick else 16
     numbers = {}
     for name, half in (("located", located), ("other", other)):
-        for when, model in (("before", found.original), ("after", params)):
+        for when, model in models.items():
             measured = judge(found, model, key=key, draws=draws, prompts=jnp.asarray(half))
             numbers[f"{name}_{when}"] = measured.memorised
+            numbers[f"accuracy_{when}"] = measured.accuracy
     return numbers
 
 
@@ -153,6 +175,10 @@ def summary(records: list[dict]) -> dict:
         "points": {name: over(rows) for name, rows in table.items()},
         "best": {name: over(rows) for name, rows in best.items()},
         "shared": interval(drops),
+        "halves": {
+            name: interval([record["halves"][name] for record in records])
+            for name in records[0]["halves"]
+        },
     }
 
 
@@ -196,6 +222,8 @@ def main() -> int:
             cells = " | ".join(shown(row[f], 2) for f in Judgement._fields)
             print(f"| {name} | {cells} | {row['seeds']} |")
     print(f"drop of the other half over the located half's: {shown(found['shared'])}")
+    for name, copies in found["halves"].items():
+        print(f"{name}: {shown(copies, 2)}")
     print(write(NAME, given.out, found))
     return 0 if all(math.isfinite(r["points"][0]["accuracy"]) for r in records) else 1
 

@@ -139,7 +139,7 @@ def test_every_method_of_the_demo_moves_the_model(task):
         budgets=(0.01,),
         kfade_steps=(1,),
         rates=dict.fromkeys(Pace, (0.03,)),
-        scales=dict.fromkeys(Reach, (0.2, 1.0)),
+        scales=dict.fromkeys(Reach, (0.2, 1.0)) | {Reach.SHARE: (10.0, 40.0)},
         looks=(4,),
         draws=(2, 4),
     )
