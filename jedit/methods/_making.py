@@ -220,9 +220,22 @@ def by_sae_guided(material: Material, *, push: float) -> TrainingMethod:
     return sae_guided(hidden, material.take(Need.LATENTS), material.optimizer, push=push)
 
 
-def by_attention_shifting(material: Material, **settings: float) -> TrainingMethod:
-    maps = material.take(Need.ATTENTION)
-    return attention_shifting(material.optimizer, maps=maps, **settings)
+def by_attention_shifting(
+    material: Material,
+    *,
+    forget_weight: float,
+    suppression: float,
+    reinforcement: float,
+    share: float,
+) -> TrainingMethod:
+    return attention_shifting(
+        material.optimizer,
+        forget_weight=forget_weight,
+        suppression=suppression,
+        reinforcement=reinforcement,
+        share=share,
+        maps=material.take(Need.ATTENTION),
+    )
 
 
 # Optimizers are compared by identity: the same one for the same settings, so that a second scene
