@@ -79,7 +79,7 @@ def test_importance_is_what_a_hidden_token_adds_to_the_entropy(scene, tolerance)
     marks = np.asarray(important_tokens(found, rows, share=0.3))
     for values, marked, length in zip(expected, marks, [6, 5, 6, 6, 4], strict=True):
         allowed = int(np.ceil(0.3 * length))
-        wanted = [j for j in np.argsort(-values)[:allowed] if values[j] > 1e-6]
+        wanted = [j for j in np.argsort(-values)[:allowed] if values[j] > 1e-12]
         assert sorted(np.flatnonzero(marked)) == sorted(wanted)
 
 

@@ -136,8 +136,7 @@ def token_importance(
         params: the parameters.
         rows: the rows; the mean is over a row's outputs that count.
         maps: how attention is read, and a token hidden.
-        chunk: rows that are computed at once, with the logits of all their positions; 32 is
-            arbitrary.
+        chunk: rows that are computed at once; 32 is arbitrary. Their logits are held whole.
 
     Returns:
         I, zero where a token is no candidate (the first, what answers, padding), where a row counts
