@@ -211,7 +211,8 @@ def test_the_search_ends_at_the_strongest_that_is_within():
             return float(change["w"][0]) ** 2
 
         def __call__(self, move, alpha=1.0, *, start=None):
-            at = float(move["w"][0])
+            assert start is None
+            at = alpha * float(move["w"][0])
             return at**2 if at < 0.5 else np.nan
 
     made = lambda strength: (Edit({"w": jnp.asarray([strength])}), None)  # noqa: E731
