@@ -11,6 +11,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import Diagonal, eigenvalues, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit
+from jedit.geometry import RetainKl
 from jedit.methods import CATALOGUE, Material, curvature_pruning
 from jedit.methods._within_budget import strongest_within
 from jedit.methods.curvature.curvature_pruning import least_kept
@@ -202,17 +203,22 @@ def test_the_rows_strength_is_the_price_it_keeps_to(scene):
 def test_the_search_ends_at_the_strongest_that_is_within():
     """Of one number that is set to its strength, at a known cost, which is NaN beyond a half."""
 
-    class Price:
-        predicted = staticmethod(lambda move: float(move["w"][0]) ** 2)
+    class Price(RetainKl):
+        def __init__(self):
+            pass
 
-        def __call__(self, move):
-            at = float(move["w"][0])
+        def predicted(self, change):
+            return float(change["w"][0]) ** 2
+
+        def __call__(self, move, alpha=1.0, *, start=None):
+            assert start is None
+            at = alpha * float(move["w"][0])
             return at**2 if at < 0.5 else np.nan
 
     made = lambda strength: (Edit({"w": jnp.asarray([strength])}), None)  # noqa: E731
     for budget, expected in ((0.01, 0.1), (1.0, 0.5), (1e-14, 0.0)):
         given = {"budget": budget, "least": 1e-6, "most": 0.99}
-        edit, found = strongest_within(made, Price(), **given)  # pyright: ignore[reportArgumentType]
+        edit, found = strongest_within(made, Price(), **given)
         assert found.strength == pytest.approx(expected, rel=0.01)
         assert found.strength <= expected
         assert set(edit.blocks) == ({"w"} if expected else set())

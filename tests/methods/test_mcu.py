@@ -146,7 +146,7 @@ def test_mistakes_get_a_sentence():
     estimator = kfac(network, Categorical(), select="w|b", centred=True)
     centred = estimate(estimator, params, [rows], key=jax.random.key(1))
     with pytest.raises(ValueError, match="the moment of 'w' is centred"):
-        mcu(params, centred, optax.sgd(0.1), site="w")
+        mcu(params, centred, optax.sgd(0.1), site="w", rank=2)
     blocks = {n: dataclasses.replace(b, is_merged=True) for n, b in moments.blocks.items()}
     with pytest.raises(ValueError, match="'w' is used at several sites"):
         mcu(params, dataclasses.replace(moments, blocks=blocks), optax.sgd(0.1), site="w")
