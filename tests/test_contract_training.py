@@ -187,7 +187,7 @@ def _drawn(rows, _):
 
 def _graded(rows, _):
     counted = rows.mask & rows.valid
-    taught = rows._replace(targets=jnp.where(counted, (rows.targets + 1) % 7, -100))
+    taught = jnp.where(counted, (rows.targets + 1) % 7, -100)
     return objectives.GradedRows(rows, taught, jnp.sum(counted, axis=1) % 3)
 
 
@@ -237,7 +237,9 @@ def test_an_objective_keeps_its_promises(name, tolerance):
 NO_ROW = {
     "MinorPart": "is what objectives are made of",
     "Answers": "is what an objective takes",
+    "Dialogue": "is what RULE is made of",
     "GradedRows": "is what an objective takes",
+    "Played": "is what RULE is made of",
     "Importance": "is what an objective takes",
     "LatentMeans": "is what an objective is made of",
     "balanced": "makes weights of a stack of edits",
