@@ -88,8 +88,9 @@ def _surrogate(params):
 def _adapters(curvature):
     a = np.linspace(-1.0, 1.0, 8, dtype=np.float32).reshape(1, 4, 2)
     b = np.linspace(0.3, 2.0, 12, dtype=np.float32).reshape(1, 2, 6)
-    weight = curvature.blocks["w"].weight.kernel
-    return {"w": Adapter(weight, jnp.asarray(a), jnp.asarray(b))}
+    # In another library's loop the first layer has another name.
+    name, block = next(iter(curvature.blocks.items()))
+    return {name: Adapter(block.weight.kernel, jnp.asarray(a), jnp.asarray(b))}
 
 
 # Of "w" most, of "v" and "b" nothing is among the largest two fifths.

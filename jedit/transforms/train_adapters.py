@@ -87,7 +87,7 @@ def train_adapters(
 
     Raises:
         ValueError: a number out of its range; no adapters, or of other shapes than their parameter;
-            at `init` and `update`, the parameters lack one.
+            at `update`, the updates lack one.
     """
     check_optimizer(optimizer)
     check_numbers(FINITE, scale=scale)
@@ -116,7 +116,7 @@ def train_adapters(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params) -> Any:
-        check_has((one.weight for one in adapters.values()), params, "adapters")
+        del params  # in nnx.Optimizer's hands they still hold variables
         own = owned(adapters)
         return TrainAdaptersState(own, inner.init(_trained(own)))
 
@@ -129,7 +129,9 @@ def train_adapters(
             if not callable(extra) and jax.tree.structure(extra) != structure
         }
         now = state.adapters
-        leaves = check_has((one.weight for one in now.values()), updates, "adapters")
+        found = check_has((one.weight for one in now.values()), updates, "adapters")
+        # Of these alone, so that what is computed of them lies on a mesh as they do.
+        leaves = {one.weight.path: found[one.weight.path] for one in now.values()}
         gradients = _gradients(now, leaves, scale, weight)
         steps: Any
         steps, after = inner.update(gradients, state.inner, _trained(now), **passed)
