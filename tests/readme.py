@@ -26,8 +26,9 @@ def snippets(text):
 TITLE = """# All methods
 
 Made of the catalogue's rows by `python -m tests.readme --write`. A name stands for its row in
-`jedit.methods.CATALOGUE` and, in small letters, after `jedit forget --method`; names in one line
-are variants of the first. *Ours* has no paper.
+`jedit.methods.CATALOGUE` and, but for those of classifiers, after `jedit forget --method` (in
+quotes, or without blanks and brackets); names in one line are variants of the first. *Ours* has no
+paper.
 
 """
 

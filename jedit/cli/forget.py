@@ -59,7 +59,8 @@ class Forget:
     """Ledger in which the edit is recorded; it is made if it is not there. What its edits forgot is
     left out of --retain."""
     steps: int | None = None
-    """Steps at most, of natural ones and of a method that trains. None: 48."""
+    """Steps at most, of natural ones and of a method that trains; of RULE draws of answers, of OFMU
+    rounds of six updates. None: 48."""
     learning_rate: float | None = None
     """Of a method that trains. None: what TOFU's preset for checkpoints tries last: 1e-5, 3e-5 for
     what is bounded, and for some their own unit."""

@@ -6,7 +6,7 @@
     edit, info = jedit.run_method(method, apply, params, row.forget_rows(material), retain,
                              steps=100, key=key)
 
-The command line, the comparisons of the demo and of TOFU, the tests and the README's table of
+The command line, the comparisons of the demo and of TOFU, the tests and the table of all
 methods read these rows. A new method is its file, its test, and its row in `methods.rows`.
 """
 

@@ -151,13 +151,14 @@ class Row:
     Attributes:
         name: as it is shown and asked for.
         description: what it does, one sentence.
-        when: when to use it, a clause for the README's table.
+        when: when to use it, a clause for the table of all methods.
         papers: arXiv numbers.
         make: of `Material` and settings, the method.
         needs: what the material must hold.
         settings: keyword arguments of `make` with the values it is run at: the published ones.
         is_ours: whether it, or what it adds to the papers', is this project's.
-        variant_of: name of the row beside which the README's table shows this one; None: a line.
+        variant_of: name of the row beside which the table of all methods shows this one; None:
+            it has a line.
     """
 
     name: str

@@ -108,8 +108,9 @@ def recovery_by_component(
     values, vectors = np.maximum(values[::-1], 0), vectors[:, ::-1]
     edit = (unlearned - original) @ vectors
     squares = np.sum(edit**2, axis=0)
-    # Of a direction along which only rounding moved there is no share.
-    floor = np.sum(original**2) * len(values) * eps**2
+    # Of a direction along which only rounding moved there is no share: rounding moves each entry by
+    # at most half an eps of itself, and all directions alike.
+    floor = np.sum(original**2) * eps**2 / len(values)
     is_moved = squares > floor
 
     def share(change: np.ndarray, along: np.ndarray) -> np.ndarray:

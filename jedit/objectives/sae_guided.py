@@ -46,7 +46,7 @@ class LatentMeans:
     """Where known and unknown entities lie among a sparse autoencoder's latents.
 
     Equal to itself alone: arrays cannot be compared while a program is compiled. What uses another
-    one is compiled anew; JAX hands the arrays to the compiled program as arguments.
+    one is compiled anew, and its arrays are constants of that program: large ones make it large.
 
     Attributes:
         encode: the autoencoder's, `states (..., d) -> latents (..., m)`.

@@ -118,6 +118,10 @@ def cautions(found: dict[str, Any], budget: float | None) -> list[str]:
         texts.append(
             "The model never knew these rows, as far as the test can tell: nothing was changed."
         )
+    if found.get("strength") == 0:
+        texts.append(
+            "The least edit of this method costs more than the budget: nothing was changed."
+        )
     if "unseen" not in found["num_rows"]:
         texts.append(
             "Without --unseen rows it was not tested whether the model knew these rows at all."

@@ -107,7 +107,12 @@ def dialogue(
         boundary_share: share of the retain rows that is used; 0.08, RULE's.
         rates: of a grid, by pace: both stages learn at the largest and at the smallest for a
             bounded objective; None: at `Dialogue`'s.
+
+    Raises:
+        ValueError: the questions leave no room for an answer.
     """
+    if speaker.num_steps < 1:
+        raise ValueError("a question is as long as the model's positions: it cannot be answered")
     refused, answered = (
         [rows[i] for i in spread(len(rows), max(1, round(share * len(rows))))]
         for rows, share in ((forget, forget_share), (retain, boundary_share))

@@ -53,7 +53,7 @@ def unlearn_refitted(
             again = jax.random.clone(draws)
             return repselect_moments(apply, params, rows, reference=reference, key=again)
 
-        refit = Refit(moments, every=len(forget.targets) // 32)
+        refit = Refit(moments, every=max(1, len(forget.targets) // 32))
         edited, history = unlearn_refitted(
             repselect, apply, params, forget, refit=refit, steps=10 * refit.every, key=steps_key
         )

@@ -109,7 +109,7 @@ class Walk:
         Those that raise rows draw what is left, and end where the rows are like unseen ones; where
         `letting_go` is given, it steps while the rows are past these.
         """
-        ready: dict[TrainingMethod, tuple[TrainingMethod, tuple[PyTree, PyTree]]] = {}
+        ready: dict[int, tuple[TrainingMethod, tuple[PyTree, PyTree]]] = {}  # by identity
         begin, end = self.state.step, self.state.step + steps
         numbers = (steps, every, method.batch_size, begin)
         with self._going_on(name, method, numbers) as save:
@@ -126,9 +126,9 @@ class Walk:
                 now = letting_go if letting_go is not None and self._is_past(self.score) else method
                 # What is dear is prepared once a leg, where there is a step to take; the sets stay
                 # as they are given, for the next leg has a method of its own.
-                if now not in ready:
-                    ready[now] = prepared(now, self._apply, self._start, self._sets)
-                now, sets = ready[now]
+                if id(now) not in ready:
+                    ready[id(now)] = prepared(now, self._apply, self._start, self._sets)
+                now, sets = ready[id(now)]
                 self._ahead(now, sets, stop - self.state.step, left)
                 if stop == look:
                     self._look(_difference(self._start, self.state.params), is_raising=is_raising)

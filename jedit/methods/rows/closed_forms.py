@@ -69,7 +69,7 @@ ROWS: tuple[Row, ...] = (
         name="U-CAN",
         description="Turns down every matrix's outputs that forget rows drive harder than retain"
         " rows, smoothly, and less the more retain rows use them.",
-        when="one edit from forward passes alone; recommenders with adapters, in the paper",
+        when="one edit from moments alone; recommenders with adapters, in the paper",
         papers=("2602.23400",),
         make=_making.by_ucan,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),

@@ -121,7 +121,7 @@ ROWS: tuple[Row, ...] = (
         name="FIT",
         description="Random labels, NPO, or NPO with a retain KL, by how large a row's gradient is;"
         " trains the 8 layers that matter most to the rows.",
-        when="requests that keep coming",
+        when="requests that keep coming, after its filter (`distinct_requests`)",
         papers=("2601.21682",),
         make=_making.by_fit,
         settings={"layers": 8, "beta": 0.1, "kl_weight": 1.0},

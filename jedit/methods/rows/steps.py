@@ -73,7 +73,7 @@ ROWS: tuple[Row, ...] = (
         name="MCU",
         description="RMU of what a layer answers to the forget rows, without the mean and the 8"
         " directions in which that varies most, with the retain loss.",
-        when="an attacker will fine-tune",
+        when="an attacker will fine-tune, by its paper",
         papers=("2605.11685",),
         make=_making.by_mcu,
         needs=frozenset({Need.LAYERS, Need.TARGET_MOMENTS}),
@@ -232,7 +232,7 @@ ROWS: tuple[Row, ...] = (
     ByDraws(
         name="RULE",
         description="Learns to refuse some of the forget questions, then by GRPO which to refuse.",
-        when="questions that are to be refused, in other words too",
+        when="questions that are to be refused, which the model learns by trying",
         papers=("2506.07171",),
         make=_making.by_rule,
         needs=frozenset({Need.DIALOGUE}),

@@ -209,12 +209,15 @@ def important_tokens(
     Args:
         importance: I, as `token_importance` returns it.
         rows: the rows, whose padding is not counted among their tokens.
-        share: which part of a row's tokens, at most, rounded up; 0.25 is arbitrary.
+        share: which part of the tokens that may be hidden, of a row with a question those of it,
+            at most, rounded up; 0.25 is arbitrary.
     """
     check_numbers(POSITIVE_SHARE, share=share)
     seq = importance.shape[-1]
     length = jnp.full(len(importance), seq)
-    if rows.valid is not None and rows.valid.shape == importance.shape:
+    if rows.mask is not None and rows.mask.shape == importance.shape:
+        length = jnp.sum(_candidates(rows, importance.shape, seq), axis=-1)
+    elif rows.valid is not None and rows.valid.shape == importance.shape:
         length = jnp.sum(rows.valid.astype(bool), axis=-1)
     # How many of a row's tokens stand before each: the first of equal ones is the first in line.
     order = jnp.argsort(-importance, axis=-1, stable=True)

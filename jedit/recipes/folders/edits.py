@@ -15,6 +15,7 @@ from jedit.core.paths import exactly, matcher, parameter_paths
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, dense
 from jedit.geometry import RetainKl, largest_step_within
+from jedit.methods._within_budget import WithinBudget
 from jedit.methods.row import SHARE, ByBudget, ByDraws, ByScale, BySteps, Need, Reach, Row
 from jedit.models import cast_params, load_model, mixed_precision
 from jedit.recipes.by_itself import found_of
@@ -200,6 +201,8 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
         method = row.of(material)
         edit, info = run_method(functools.partial(method, budget=budget), apply, params, *sets)
         found |= _price(float(info.predicted_kl[-1]), float(info.true_kl[-1]))
+        if isinstance(info, WithinBudget):
+            found["strength"] = float(info.strength)
     else:
 
         @functools.lru_cache(1)

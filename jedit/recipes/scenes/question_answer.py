@@ -293,7 +293,7 @@ class _Rows:
         # Questions are not cut: a long one leaves less room for an answer.
         asked = words.prompts([(row.question, row.answer) for row in (*forget, *retain)])
         room = self.width + ANSWER_TOKENS + 1 - asked.tokens.shape[1]
-        speaker = Speaker(stepper, words, self.encode, max(1, min(ANSWER_TOKENS, room)))
+        speaker = Speaker(stepper, words, self.encode, min(ANSWER_TOKENS, room))
         return dialogue(speaker, forget, retain, rates=grid.rates)
 
     def in_other_words(self, rows: Sequence[QaRow]) -> Batch | None:

@@ -46,12 +46,12 @@ GRID = Grid(
     batch_size=16,
     kl_budget=0.1,
 )
-# For `jedit demo --methods all`: items have no refusals and no alternates.
+# For `jedit demo --methods all`: items have no refusals and no alternates, and answer nothing.
 ALL = GRID._replace(
     methods=tuple(
         row.name
         for row in CATALOGUE.values()
-        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES}
+        if row.name not in ASIDE and not row.needs & {Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE}
     )
 )
 SHARE_FORGOTTEN = 0.1
