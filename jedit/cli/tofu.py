@@ -22,7 +22,7 @@ def tofu_command(options: Tofu, command: str) -> int:
         UsageError: a mistake that the user can mend.
     """
     from jedit.data import DataError
-    from jedit.recipes.tofu.presets import PRESETS
+    from jedit.recipes.tofu.presets import KNOWN, PRESETS
     from jedit.recipes.tofu.published import PUBLISHED
     from jedit.recipes.tofu.run import read_sets, tofu
 
@@ -35,7 +35,7 @@ def tofu_command(options: Tofu, command: str) -> int:
     if options.grid == "published":
         preset = preset._replace(grid=preset.grid._replace(methods=tuple(PUBLISHED)))
     if options.methods:
-        known = preset.grid.methods
+        known = tuple(PUBLISHED) if options.grid == "published" else KNOWN
         if unknown := [name for name in options.methods if name not in known]:
             raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(known)}")
         preset = preset._replace(grid=preset.grid._replace(methods=options.methods))

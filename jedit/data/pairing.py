@@ -92,7 +92,7 @@ def pair_by_entity(
         entities: names of whom each forget row is about.
         neighbors: neighbour sets (of the same profession, of the same country, unrelated, ...),
             each a mapping from an entity to the retain rows that are its neighbours.
-        epoch: number of the epoch, from 0; another epoch takes other neighbours.
+        epoch: number of the epoch, from 0; an entity's rows go on in line where the last ended.
 
     Raises:
         ValueError: an entity has no neighbour in one of the sets.

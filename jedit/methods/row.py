@@ -19,7 +19,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.objectives import Dialogue, GradedRows
-from jedit.objectives.attention_shift import Attention
+from jedit.objectives.attention_shift import AttentionReader
 from jedit.objectives.sae_guided import LatentMeans
 from jedit.training import TrainingMethod
 
@@ -129,7 +129,7 @@ class Material:
     num_classes: int | None = None
     retain: Batch | None = None
     steps: int | None = None
-    attention: Attention | None = None
+    attention: AttentionReader | None = None
     latents: LatentMeans | None = None
     has_positions: bool = True
 

@@ -39,7 +39,7 @@ Maps = Callable[[Apply, PyTree, PyTree], Float[Array, "maps batch *lead keys"]]
 
 
 @runtime_checkable
-class Attention(Protocol):
+class AttentionReader(Protocol):
     """How a model's attention is read, and a token hidden: `jedit.tracing.AttentionMaps`."""
 
     def __call__(

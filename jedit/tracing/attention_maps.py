@@ -16,9 +16,9 @@ from jedit.tracing.attention import Attention, Attentions, attention_weights, fi
 class AttentionMaps:
     """All attention of a model whose inputs and outputs are positions.
 
-    maps = AttentionMaps()
-    weights = maps(apply, params, tokens)
-    outputs = maps.without(apply, params, tokens, 3)
+        maps = AttentionMaps()
+        weights = maps(apply, params, tokens)
+        outputs = maps.without(apply, params, tokens, 3)
 
     Equal by value, and hashable, as objectives want it.
     """

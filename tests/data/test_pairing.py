@@ -28,10 +28,10 @@ def test_an_entitys_rows_meet_all_its_neighbours():
     near = [{"x": [10, 11, 12], "y": [20]}, {"x": [30, 31], "y": [40, 41]}]
     entities = ["x", "y", "x", "x", "y"]
     assert_array_equal(
-        pair_by_entity(entities, near, epoch=0), [[10, 30], [20, 40], [11, 31], [12, 30], [20, 41]]
+        pair_by_entity(entities, near, epoch=0), [[10, 30], [20, 41], [11, 31], [12, 30], [20, 40]]
     )
     assert_array_equal(
-        pair_by_entity(entities, near, epoch=1), [[11, 31], [20, 41], [12, 30], [10, 31], [20, 40]]
+        pair_by_entity(entities, near, epoch=1), [[10, 31], [20, 41], [11, 30], [12, 31], [20, 40]]
     )
     with pytest.raises(ValueError, match="neighbour set 1 has no row for 'z'"):
         pair_by_entity(["z"], [{"z": [1]}, {"z": []}], epoch=0)

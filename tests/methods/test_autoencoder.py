@@ -43,7 +43,7 @@ def test_a_planted_dictionary_is_found_again(planted):
     assert np.median(matched) > 0.98
     assert np.mean(matched > 0.9) >= 0.85
     assert info.explained_variance > 0.9
-    assert info.active <= 3
+    assert info.active <= 3 + 1e-5  # a mean
     assert info.dead <= 8 / 32  # more latents than there are atoms
     # What is on is what was planted.
     assert len(mine) == 24
@@ -73,9 +73,9 @@ def test_what_is_dead_is_revived():
     rng = np.random.default_rng(2)
     # Nearly all in one plane: directions across it are nowhere the largest.
     states = jnp.asarray(rng.normal(size=(512, 6)) * np.array([3, 3, 0.1, 0.1, 0.1, 0.1]))
-    how = {"latents": 64, "active": 1, "key": jax.random.key(0), "epochs": 400, "batch_size": 512}
-    _, alone = fit_autoencoder(states, revival=0.0, **how)
-    _, helped = fit_autoencoder(states, revival=0.5, **how)
+    how = {"latents": 64, "active": 1, "epochs": 400, "batch_size": 512}
+    _, alone = fit_autoencoder(states, revival=0.0, key=jax.random.key(0), **how)
+    _, helped = fit_autoencoder(states, revival=0.5, key=jax.random.key(0), **how)
     assert alone.dead > 0.2
     assert helped.dead < 0.7 * alone.dead
 

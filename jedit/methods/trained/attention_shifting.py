@@ -40,7 +40,7 @@ from jedit.core.outputs import by_example, check_contents, counted_outputs
 from jedit.core.precision import wide
 from jedit.objectives.attention_shift import (
     BELOW_ONE,
-    Attention,
+    AttentionReader,
     Marked,
     RetainAttention,
     SuppressAttention,
@@ -57,7 +57,7 @@ def attention_shifting(
     suppression: float = 0.9,
     reinforcement: float = 0.9,
     share: float = 0.25,
-    maps: Attention = AttentionMaps(),  # noqa: B008 - frozen and hashable
+    maps: AttentionReader = AttentionMaps(),  # noqa: B008 - frozen and hashable
     chunk: int = 32,
 ) -> TrainingMethod:
     """Make Attention-Shifting around any optimizer.
@@ -101,7 +101,7 @@ def attention_shifting(
 
 
 def _marked_sets(
-    maps: Attention,
+    maps: AttentionReader,
     share: float,
     chunk: int,
     apply: Apply,
@@ -126,7 +126,7 @@ def token_importance(
     params: PyTree,
     rows: Batch,
     *,
-    maps: Attention = AttentionMaps(),  # noqa: B008 - frozen and hashable
+    maps: AttentionReader = AttentionMaps(),  # noqa: B008 - frozen and hashable
     chunk: int = 32,
 ) -> Float[Array, "batch seq"]:
     """Return how much more uncertain the answer is where a token is hidden, nats per output.
@@ -180,7 +180,7 @@ def _candidates(rows: Batch, lead: tuple[int, ...], keys: int) -> Bool[Array, "b
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _importance(
-    apply: Apply, maps: Attention, params: PyTree, rows: Batch, positions: Int[Array, " some"]
+    apply: Apply, maps: AttentionReader, params: PyTree, rows: Batch, positions: Int[Array, " some"]
 ) -> Float[Array, "batch some"]:
     def entropies(position: Array) -> tuple[Array, Array]:
         logits = maps.without(apply, params, rows.inputs, position)

@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -123,6 +124,7 @@ def module_effects(
     Raises:
         TypeError: an argument is something else.
         ValueError: a chunk below one, or the function has no site.
+        FloatingPointError: a loss is not finite without one of the modules, which is named.
     """
     check_numbers(COUNT, chunk=chunk)
     check_function(apply)
@@ -135,6 +137,8 @@ def module_effects(
     if not names:
         raise ValueError(f"the function has no module to be patched:\n{sites}")
     f, r = (_rises(apply, names, chunk, params, rows) for rows in (forget, retain))
+    for i in np.flatnonzero(~np.isfinite(np.asarray(f) + np.asarray(r))):
+        raise FloatingPointError(f"a loss is not finite without {names[i]}")
     return ModuleEffects(names, tuple(sites[name].weight.paths for name in names), f, r)
 
 

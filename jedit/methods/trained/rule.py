@@ -167,7 +167,7 @@ def rule(
             state,
             answers,
             steps=state.step + stages.updates,
-            key=order_key,
+            key=jax.random.clone(order_key),  # the loop goes on by the number of its step
             watch=Watch(_keep_in(ends), every=stages.updates),
         )
         state = ends[-1]

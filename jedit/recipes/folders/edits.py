@@ -248,6 +248,8 @@ def _within(
     price = RetainKl(given.apply, given.params, batched, likelihood=Categorical())
 
     def price_at(scale: float) -> float:
+        if scale == 0:
+            return 0.0
         _, move, left = scaled(scale)
         return price(move, left)
 

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from jedit.data.benchmarks import TOFU_AUTHORS
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import Pace, Reach
+from jedit.methods.row import BySteps, Need, Pace, Reach
 from jedit.recipes.comparison.task import ASIDE, SHARES, Grid
 from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes.question_answer import Model
@@ -55,6 +55,12 @@ OWN_UNITS = {Pace.PREDICTED_KL, Pace.STEP_LENGTH}
 # NPO by natural steps at the beta alone that goes far enough. Second-order steps are left to those
 # who name them: one of OFMU costs some twenty gradients, one of Ssiuu differentiates every row.
 LEFT_OUT = ASIDE | {"NPO (natural)", "OFMU", "Ssiuu", "Ssiuu (log)"}
+# What can be named: all but what has no rates here, or asks for rows about unknown authors.
+KNOWN = tuple(
+    row.name
+    for row in CATALOGUE.values()
+    if Need.LATENTS not in row.needs and not (isinstance(row, BySteps) and row.pace not in RATES)
+)
 GRID = Grid(
     methods=tuple(name for name in CATALOGUE if name not in LEFT_OUT),
     budgets=(0.05, 0.1, 0.2, 0.4),

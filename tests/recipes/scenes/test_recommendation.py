@@ -9,6 +9,8 @@ import pytest
 
 from jedit.cli.main import main
 from jedit.data import DataError, Interactions, generate_interactions
+from jedit.methods import CATALOGUE, Need
+from jedit.recipes.scenes import digits
 from jedit.recipes.scenes import recommendation as scene
 from jedit.recipes.scenes.ranking import ranking
 
@@ -208,3 +210,9 @@ def test_mistakes_are_said_before_any_work(folder, capsys, arguments, sentence):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert sentence in line
     assert [item.name for item in folder.iterdir()] == ["few.csv"]
+
+
+def test_all_methods_of_a_scene_that_has_no_answers_can_be_given_what_they_need():
+    asks = {Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE, Need.LATENTS}
+    for grid in (digits.ALL, scene.ALL):
+        assert [name for name in grid.methods if CATALOGUE[name].needs & asks] == []
