@@ -160,6 +160,7 @@ def test_the_least_value_kept_is_that_of_a_sorted_sum(dtype):
     rng = np.random.default_rng(0)
     values = rng.exponential(size=(2, 7, 9)) ** 3 * np.array([1.0, 1e-12])[:, None, None]
     values[0, 0] = 0
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     values = np.asarray(values, dtype)
     for mass in (0.05, 0.5, 0.999):
         found = np.asarray(least_kept(jnp.asarray(values), mass))

@@ -24,6 +24,10 @@ from tests.objectives.references import numpy_counted
 VOCAB, SEQ = 11, 6
 
 
+# What a layer is worth is compared with a shorter model's loss.
+pytestmark = pytest.mark.float64
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _standard_promotion():
     """What optax's Adam mixes, its counter and its decay rates, strict promotion forbids."""

@@ -234,17 +234,16 @@ def test_refitted_moments_are_those_of_the_params_reached(key):
     run = {"steps": 5, "key": key}
     found, history = unlearn_refitted(make, network, params, forget, refit=Refit(moments, 3), **run)
     assert history["loss"].shape == (5,)
-    again = {"key": jax.random.clone(key)}
     begin = make(moments(params, params))
-    once, _ = unlearn(begin, network, params, forget, steps=5, **again)
-    part, _ = unlearn(begin, network, params, forget, steps=3, **again)
+    once, _ = unlearn(begin, network, params, forget, steps=5, key=jax.random.clone(key))
+    part, _ = unlearn(begin, network, params, forget, steps=3, key=jax.random.clone(key))
     assert np.abs(found["w"] - once["w"]).max() > 1e-4, "the moments were not taken anew"
     last, first = moments(part, params), moments(params, params)
     assert np.abs(factors(last, "w")[1] - factors(first, "w")[1]).max() > 0
     # The fourth step by a method of the moments at the third: its optimizer has no other state.
     then = make(last)
     start = LoopState(3, part, then.optimizer.init({**part, "v": None}), params)
-    by_hand_end, _ = unlearn(then, network, start, forget, steps=5, **again)
+    by_hand_end, _ = unlearn(then, network, start, forget, steps=5, key=jax.random.clone(key))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, by_hand_end)
     none, _ = unlearn_refitted(
         make, network, params, forget, refit=Refit(moments, 3), steps=0, key=jax.random.clone(key)
@@ -254,7 +253,7 @@ def test_refitted_moments_are_those_of_the_params_reached(key):
     whole, _ = unlearn_refitted(
         make, network, params, forget, refit=fixed, steps=5, key=jax.random.clone(key)
     )
-    plain, _ = unlearn(make(curvature), network, params, forget, steps=5, **again)
+    plain, _ = unlearn(make(curvature), network, params, forget, steps=5, key=jax.random.clone(key))
     jax.tree.map(np.testing.assert_array_equal, whole, plain)
 
 
