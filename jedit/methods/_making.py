@@ -28,6 +28,7 @@ from jedit.methods.latents.sae_guided import sae_guided
 from jedit.methods.pruning.memorised_subspace import memorised_subspace
 from jedit.methods.row import (
     ClosedForm,
+    Drawing,
     Material,
     Need,
 )
@@ -199,7 +200,7 @@ def graded(material: Material) -> GradedRows:
     return graded_rows(*given, key=jax.random.key(SEED))
 
 
-def by_rule(material: Material, *, tuning_steps: int) -> ClosedForm:
+def by_rule(material: Material, *, tuning_steps: int) -> Drawing:
     dialogue = material.take(Need.DIALOGUE)
 
     def learn(apply, params, *, steps, key, batch_size=RuleStages.batch_size, **how):

@@ -33,6 +33,8 @@ SHARE = "share"  # the setting that a scale of `Reach.SHARE` multiplies
 ForgetRows = Batch | tuple[Batch, Batch] | GradedRows
 # `(apply, params, *, forget, retain) -> (Edit, Info)`, which `jedit.run_method` runs.
 ClosedForm = Callable[..., tuple[Edit, Any]]
+# `(apply, params, *, steps, key, ...) -> (Edit, Info)`, which is called by itself.
+Drawing = Callable[..., tuple[Edit, Any]]
 
 
 class Need(enum.Enum):
@@ -228,7 +230,7 @@ class ByDraws(Row):
     It takes `trainable=`, `batch_size=` and `look=` too.
     """
 
-    make: Callable[..., ClosedForm]
+    make: Callable[..., Drawing]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,19 @@ class Speaker:
     dtype: DTypeLike | None = None
 
 
+def room_for_answers(
+    words: Words,
+    encode: Callable[[Sequence[tuple[str, str]]], Batch],
+    rows: Sequence[tuple[str, str]],
+    *,
+    spare: int,
+    num_positions: int,
+) -> int:
+    """Return the tokens of the longest known answer and some to spare, as far as there is room."""
+    longest = int(np.asarray(encode(rows).mask).sum(axis=1).max()) + spare
+    return min(longest, num_positions + 1 - words.prompts(rows).tokens.shape[1])
+
+
 def dialogue(
     speaker: Speaker,
     forget: Sequence[QaRow],

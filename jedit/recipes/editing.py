@@ -28,7 +28,7 @@ from jedit.requests.unseen import spread, take
 from jedit.training import TrainingMethod, run_method, unlearn
 
 RATE, STEPS, BATCH, SCALE, BUDGET = "learning_rate", "steps", "batch_size", "scale", "budget"
-DRAWS, DRAWN = "draws", 20  # of RULE, as its code does
+DRAWS = "draws"  # of RULE
 # What a method that trains calls its rate, where it is none of Adam's.
 RATES = {Pace.PREDICTED_KL: "predicted_kl", Pace.STEP_LENGTH: "step_length"}
 # What texts without questions give: no position of a fact, no refusals, no other
@@ -72,8 +72,6 @@ class Strength(NamedTuple):
         if isinstance(row, BySteps):
             rate = RATES.get(row.pace, RATE)
             return own | {STEPS: self.steps, BATCH: self.batch_size, rate: getattr(self, rate)}
-        if isinstance(row, ByDraws):
-            return own | {DRAWS: DRAWN}
         if isinstance(row, ByScale):
             return own | {SCALE: self.scale}
         return own | {BUDGET: self.budget}

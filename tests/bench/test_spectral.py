@@ -1,6 +1,5 @@
 """The scripts of pruning and of RepSelect, each once at toy size."""
 
-import json
 import types
 from typing import Any
 
@@ -108,11 +107,13 @@ def test_seeds_that_were_measured_are_read_and_not_run_again(monkeypatch, tmp_pa
             {"strength": 0.5, "by heart": 0.4, "general": 0.72},
         ],
     }
-    lines = [json.dumps({"seed": seed, "points": points}) for seed in (0, 1)]
-    (tmp_path / "pruning-digits.jsonl").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(pruning, "measured", lambda *_, **__: pytest.fail("it was run again"))
     given = ["--seeds", "2", "--scene", "digits", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["pruning", *given])
+    monkeypatch.setitem(pruning.SCENES, "digits", lambda seed: seed)
+    monkeypatch.setattr(pruning, "measured", lambda *_, **__: points)
+    pruning.main(given)
+    capsys.readouterr()
+    monkeypatch.setattr(pruning, "measured", lambda *_, **__: pytest.fail("it was run again"))
     pruning.main(given)
     # Half is midway between 0.6 and 0.4: (0.79 + 0.72) / 2 of 0.8. No strength leaves a quarter.
     assert "| pruning, products | 0.944 ± 0 | never |" in capsys.readouterr().out

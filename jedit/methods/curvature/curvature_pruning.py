@@ -42,6 +42,7 @@ from jedit.curvature.algebra import eigenvalues, gather, rotate
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
+from jedit.methods._two_sets import add_changes
 
 Keep = Literal["product", "factors"]
 
@@ -143,10 +144,11 @@ def curvature_pruning(
         turned = rotate(curvature, name, weight)
         # Where nothing is cut the difference is zero to the bit, and not what rounding leaves.
         taken = rotate(curvature, name, jnp.where(cut, -turned, 0), back=True)
-        for path, part in block.weight.scatter(taken).items():
-            place = sharding_of(leaves[path])
-            part = part if place is None else jax.lax.with_sharding_constraint(part, place)
-            changes[path] = changes[path] + part if path in changes else part
+        parts = block.weight.scatter(taken)
+        for path, part in parts.items():
+            if (place := sharding_of(leaves[path])) is not None:
+                parts[path] = jax.lax.with_sharding_constraint(part, place)
+        add_changes(changes, parts)
         of = lambda x: jnp.sum(x, axis=(1, 2))  # noqa: E731
         total, size = of(values), jnp.sqrt(of(turned**2))
         info.kept[name] = 1 - jnp.mean(cut, axis=(1, 2), dtype=dtype)

@@ -35,6 +35,7 @@ from jedit.core.display import short_repr
 from jedit.curvature import Curvature
 from jedit.edits import Edit
 from jedit.methods._outputs import kernel_of, served_matrices
+from jedit.methods._two_sets import add_changes
 
 
 class UcanInfo(NamedTuple):
@@ -108,8 +109,7 @@ def ucan(
         how = {"least_risk": least_risk, "strength": strength}
         risk[name], kept[name] = solve(a, b, utility[name], **how)
         change = (kept[name] - 1)[:, None, :] * served.matrix
-        for path, part in served.weight.scatter(change).items():
-            changes[path] = changes[path] + part if path in changes else part
+        add_changes(changes, served.weight.scatter(change))
     check_finite("U-CAN's edit", changes, lambda: culprit(params, {}))
     return Edit(changes), UcanInfo(risk, utility, kept)
 

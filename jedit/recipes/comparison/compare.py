@@ -43,7 +43,7 @@ from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
 from jedit.tracing import Entering
-from jedit.tracing.attention_maps import attention_of
+from jedit.tracing.attention_maps import AttentionMaps, attention_of
 from jedit.training import run_method
 
 MOMENTS = {Need.TARGET_MOMENTS, Need.REST_MOMENTS}
@@ -82,6 +82,7 @@ class Fitted(NamedTuple):
         temperature: the one of the grid's that methods without one of their own step at.
         alternates: the forget rows' alternate answers; None where no method needs them.
         dialogue: what RULE is taught by and asks; likewise.
+        attention: how attention is read; None where no method does, or the model has none.
         latents: of the hidden site; None where no method needs them, or the task has no unknown
             rows.
         seconds: of one K-FAC.
@@ -95,6 +96,7 @@ class Fitted(NamedTuple):
     temperature: float = 1.0
     alternates: Batch | None = None
     dialogue: Dialogue | None = None
+    attention: AttentionMaps | None = None
     latents: LatentMeans | None = None
     seconds: float = 0.0
     corrected_seconds: float = 0.0
@@ -214,7 +216,7 @@ def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:
         num_classes=outputs.shape[-1],
         retain=task.retain,
         steps=grid.looks[-1],
-        attention=attention_of(task.apply, task.original, task.forget.inputs),
+        attention=fitted.attention,
         latents=fitted.latents,
         has_positions=outputs.ndim > 2,
         target_moments=fitted.moments.get(Need.TARGET_MOMENTS),
@@ -252,6 +254,9 @@ def fit_material(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say
         fitted = fitted._replace(alternates=task.alternates())
     if Need.DIALOGUE in needed and task.dialogue is not None:
         fitted = fitted._replace(dialogue=task.dialogue())
+    if Need.ATTENTION in needed:  # looking for it traces the whole model
+        attention = attention_of(task.apply, task.original, task.forget.inputs)
+        fitted = fitted._replace(attention=attention)
     if Need.LATENTS in needed and task.unknown is not None:
         say("training a sparse autoencoder of the hidden site")
         hidden, latents_key = Entering(task.hidden_site), jax.random.fold_in(key, 4)

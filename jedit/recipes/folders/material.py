@@ -21,7 +21,7 @@ from jedit.methods.row import Material, Need, Row
 from jedit.models import load_stepper
 from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
-from jedit.recipes.dialogue import Speaker, dialogue
+from jedit.recipes.dialogue import Speaker, dialogue, room_for_answers
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.folders.places import SELECT, hidden_site, written_layers
 from jedit.recipes.folders.placing import cut
@@ -174,10 +174,9 @@ def _dialogue(given: Given, settings: Settings) -> Dialogue:
     rows = [(row.question, row.answer) for row in (*given.forget, *retain)]
     if not all(question for question, _ in rows):
         raise ValueError("RULE asks questions, and some of the rows have none: they are texts")
-    longest = int(np.asarray(given.encode(rows).mask).sum(axis=1).max()) + ROOM
-    room = given.num_positions + 1 - given.words.prompts(rows).tokens.shape[1]
-    parts = (load_stepper(given.folder), given.words, given.encode, min(longest, room))
-    made = dialogue(Speaker(*parts), given.forget, retain)
+    said = (given.words, given.encode)
+    room = room_for_answers(*said, rows, spare=ROOM, num_positions=given.num_positions)
+    made = dialogue(Speaker(load_stepper(given.folder), *said, room), given.forget, retain)
     if (rate := settings.learning_rate) is None:
         return made
     return made._replace(rate=rate, tuning_rate=rate * made.tuning_rate / made.rate)

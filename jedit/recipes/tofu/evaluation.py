@@ -16,7 +16,7 @@ from jedit.metrics import SetUtility
 from jedit.models import Stepper, cached_decode, cast_params
 from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
-from jedit.recipes.dialogue import Speaker, dialogue
+from jedit.recipes.dialogue import Speaker, dialogue, room_for_answers
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.tokenization import Words
 
@@ -228,10 +228,10 @@ def dialogue_of(
 ) -> Dialogue:
     """Return what RULE is taught by and asks, at rates of a grid or at its own."""
     rows = [(row.question, row.answer) for row in (*forget, *retain)]
-    longest = int(np.asarray(model.encode(rows).mask).sum(axis=1).max()) + ROOM
-    room = model.num_positions + 1 - model.words.prompts(rows).tokens.shape[1]
-    parts = (model.stepper, model.words, model.encode, min(longest, room))
-    return dialogue(Speaker(*parts, dtype=model.dtype), forget, retain, rates=rates)
+    said = (model.words, model.encode)
+    room = room_for_answers(*said, rows, spare=ROOM, num_positions=model.num_positions)
+    speaker = Speaker(model.stepper, *said, room, dtype=model.dtype)
+    return dialogue(speaker, forget, retain, rates=rates)
 
 
 def generate(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:

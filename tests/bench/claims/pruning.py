@@ -22,9 +22,7 @@ leaves more at every strength tried has no number.
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +48,7 @@ from jedit.methods import Ascent, curvature_pruning, kfade
 from jedit.models import mlp
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.scenes.authors import MODEL
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, kept, parser, shown, write
 
 MASSES = (0.9999, 0.999, 0.997, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 SHARES = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -270,18 +268,18 @@ def cell(found: dict[str, Any], seeds: int) -> str:
 
 def run(name: str, given: argparse.Namespace) -> list[Points]:
     """The seeds of a scene; those measured before are read, not run again."""
-    done: Path = given.out / f"pruning-{name}{'-quick' if given.quick else ''}.jsonl"
-    done.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
-    runs = {record["seed"]: record["points"] for record in known}
-    for seed in range(given.seeds):
-        if seed in runs:
-            continue
+
+    def one_seed(seed: int) -> dict[str, Any]:
         scene = (TOYS if given.quick else SCENES)[name](seed)
-        runs[seed] = measured(scene, seed, quick=given.quick)
-        with done.open("a") as file:
-            file.write(json.dumps({"seed": seed, "points": runs[seed]}) + "\n")
-    return [runs[seed] for seed in range(given.seeds)]
+        return {"points": measured(scene, seed, quick=given.quick)}
+
+    quick = "-quick" if given.quick else ""
+    settings = {"tried": [MASSES, SHARES, BUDGETS], "is_quick": given.quick}
+    paths = [given.out / f"pruning-{name}{quick}-{seed}.json" for seed in range(given.seeds)]
+    return [
+        kept(path, settings, lambda seed=seed: one_seed(seed))["points"]
+        for seed, path in enumerate(paths)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

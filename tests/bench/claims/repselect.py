@@ -48,7 +48,7 @@ from jedit.metrics import recovery_by_component
 from jedit.requests import Refit, unlearn_refitted
 from jedit.tracing import Leaving
 from jedit.training import Watch, unlearn
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, kept, parser, shown, write
 from tests.bench.claims.scenes import authors_model
 
 BUDGET, STEPS, EVERY, REFIT = 0.1, 16, 2, 4
@@ -264,24 +264,18 @@ def report(runs: list[Found]) -> dict[str, Any]:
 
 def run(given: argparse.Namespace) -> list[Found]:
     """The seeds; those measured before are read, not run again."""
-    done = given.out / f"repselect{'-quick' if given.quick else ''}.jsonl"
-    done.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
-    runs = {record["seed"]: record["found"] for record in known}
+    size: dict[str, Any] = {"rates": RATES}
+    scene: dict[str, Any] = {}
+    if given.quick:
+        rates = {name: rates[:1] for name, rates in RATES.items()}
+        size, scene = {"rates": rates, "steps": 6, "updates": 2}, {"epochs": 1, "num_authors": 5}
+    runs = []
     for seed in range(given.seeds):
-        if seed in runs:
-            continue
-        if given.quick:
-            quick = {name: rates[:1] for name, rates in RATES.items()}
-            runs[seed] = measured(
-                setup(seed, epochs=1, num_authors=5), rates=quick, steps=6, updates=2
-            )
-        else:
-            runs[seed] = measured(setup(seed))
-        print(json.dumps({"seed": seed, **runs[seed]}), flush=True)
-        with done.open("a") as file:
-            file.write(json.dumps({"seed": seed, "found": runs[seed]}) + "\n")
-    return [runs[seed] for seed in range(given.seeds)]
+        path = given.out / f"repselect{'-quick' if given.quick else ''}-{seed}.json"
+        make = lambda seed=seed: {"found": measured(setup(seed, **scene), **size)}  # noqa: E731
+        runs.append(kept(path, size | scene, make)["found"])
+        print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
+    return runs
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,7 +46,7 @@ from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.scenes.question_answer import SELECT, Model
-from tests.bench.claims.evidence import interval, parser, shown, write
+from tests.bench.claims.evidence import interval, kept, parser, shown, write
 
 NAME = "shifting"
 METHODS = ("Attention-Shifting", "SAE-guided", "NPO", "RMU", "K-FADE (K-FAC)")
@@ -215,10 +215,9 @@ def main() -> None:
     runs = []
     for seed in range(given.seeds):
         path = given.out / f"{NAME}{'-quick' if given.quick else ''}-{seed}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(measured(seed, QUICK if given.quick else WHOLE)))
-        runs.append(json.loads(path.read_text()))
+        size = QUICK if given.quick else WHOLE
+        made = kept(path, size._asdict(), lambda s=seed, z=size: {"found": measured(s, z)})
+        runs.append(made["found"])
         print(json.dumps({"seed": seed, **runs[-1]}), flush=True)
     summary: dict[str, Any] = {}
     print("|  | " + " | ".join(COLUMNS) + " |")
