@@ -34,7 +34,7 @@ def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
         for name in ("untaught", "paraphrased", "kept"):
             assert 0 <= row[f"{name} refused"] <= 1
     assert rule["untouched"]["kept refused"] == 0
-    assert set(fit) >= {"filter", "untouched", "FIT", "NPO"}
+    assert set(fit) >= {"filter", "untouched", "FIT, 0.0003", "NPO, 0.0003"}
     assert all(
         0 <= fit[name]["F.D."] <= 1 for name in fit if "filter" not in name or name[0] == "F"
     )

@@ -74,10 +74,13 @@ class Size(NamedTuple):
     draws: int
     steps: int
     dpo_rates: tuple[float, ...] = (3e-4, 1e-3)
+    fit_rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
 
 
 FULL = Size(authors=30, epochs=25, tuning_steps=60, draws=20, steps=60)
-QUICK = Size(authors=6, epochs=12, tuning_steps=2, draws=1, steps=4, dpo_rates=(3e-4,))
+QUICK = Size(
+    authors=6, epochs=12, tuning_steps=2, draws=1, steps=4, dpo_rates=(3e-4,), fit_rates=(3e-4,)
+)
 RATES = {Pace.BOUNDED: (1e-3, 3e-4)}
 RATE = 3e-4
 
@@ -223,26 +226,35 @@ def of_fit(scene: Scene) -> dict[str, dict[str, float]]:
             params, _ = unlearn(method, scene.apply, params, rows, retain, steps=steps, key=key)
         return params
 
-    adam = optax.adam(RATE)
+    adams = {rate: optax.adam(rate) for rate in {RATE, *size.fit_rates}}
 
-    def fit(params: PyTree, batch: Batch, layers: int = 8) -> tuple[TrainingMethod, Any]:
-        method = fit_unlearning(scene.apply, params, batch, adam, layers=layers)
+    def fit(
+        params: PyTree, batch: Batch, layers: int = 8, rate: float = RATE
+    ) -> tuple[TrainingMethod, Any]:
+        method = fit_unlearning(scene.apply, params, batch, adams[rate], layers=layers)
         return method._replace(batch_size=BATCH), graded_rows(
             scene.apply, params, batch, key=scene.key
         )
 
-    def npo(params: PyTree, batch: Batch) -> tuple[TrainingMethod, Any]:
+    def npo(params: PyTree, batch: Batch, rate: float = RATE) -> tuple[TrainingMethod, Any]:
         del params
-        return TrainingMethod(with_retain(NPO()), adam, batch_size=BATCH), batch
+        return TrainingMethod(with_retain(NPO()), adams[rate], batch_size=BATCH), batch
 
     everything = range(len(batches))
+    new = np.flatnonzero(is_new)
     models = {
         "untouched": scene.params,
-        "FIT": stream(fit, np.flatnonzero(is_new)),
-        "FIT of one layer": stream(functools.partial(fit, layers=1), np.flatnonzero(is_new)),
+        "FIT of one layer": stream(functools.partial(fit, layers=1), new),
         "FIT without its filter": stream(fit, everything),
-        "NPO": stream(npo, everything),
-        "NPO, the three": stream(npo, range(FORGOTTEN)),
+        **{
+            f"{name}, {rate:g}": stream(functools.partial(make, rate=rate), which)
+            for rate in size.fit_rates
+            for name, make, which in (
+                ("FIT", fit, new),
+                ("NPO", npo, everything),
+                ("NPO, the three", npo, range(FORGOTTEN)),
+            )
+        },
     }
     theirs = [scene.scores(scene.retrained, rows) for rows in (scene.forget, scene.heldout)]
     for name, params in models.items():
