@@ -74,14 +74,14 @@ def vision_command(options: VisionOptions, command: str) -> int:
         stages = Stages()
         with going_on(options.out), stages:
             protocol = _changed(PRESETS[source], options)
-            tables = vision(images, protocol, runs, options.out, say=stages)
+            outcomes = vision(images, protocol, runs, options.out, say=stages)
     except (ValueError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from None
     except FloatingPointError as error:
         raise UsageError(f"{error}; give a smaller --train-rate.") from None
-    for what in options.tasks:
-        mine = [(title, lines) for title, lines in tables if title.startswith(f"{what}: ")]
-        show(mine, options.out / what, stages)
+    for what, _, tables in outcomes:
+        titled = [(f"{what}: {title}", lines) for title, lines in tables]
+        show(titled, options.out / what, stages)
     return 0
 
 

@@ -105,6 +105,14 @@ class Runs(NamedTuple):
     tasks: Sequence[What] = TASKS
 
 
+class Outcome(NamedTuple):
+    """What came of one task: the records of all runs, but for the tuning seed's, and the tables."""
+
+    what: What
+    records: list[Record]
+    tables: list[tuple[str, list[list[str]]]]
+
+
 class Pair(NamedTuple):
     """One seed's task with its original and its retrained model, and the seconds these took."""
 
@@ -120,8 +128,8 @@ def vision(
     out: Path,
     *,
     say: Say,
-) -> list[tuple[str, list[list[str]]]]:
-    """Run the protocol, and return the tables, which `out` holds too.
+) -> list[Outcome]:
+    """Run the protocol, and return what came of each task; `out` holds it too.
 
     Args:
         images: the rows to train on, and those to test on.
@@ -135,12 +143,11 @@ def vision(
             of another run in `out`.
     """
     check_runs(runs, out)
-    tables = []
+    found = []
     for what in runs.tasks:
         data = Data(images, protocol, out / MODELS, Within(what, say))
-        found = _run(what, data, runs, out / what)
-        tables += [(f"{what}: {title}", lines) for title, lines in found]
-    return tables
+        found.append(_run(what, data, runs, out / what))
+    return found
 
 
 def check_runs(runs: Runs, out: Path) -> None:
@@ -239,7 +246,7 @@ def about(images: tuple[Images, Images], protocol: Protocol) -> dict[str, Any]:
     return {"benchmark": "vision", "images": whole.hexdigest(), **nested, **values}
 
 
-def _run(what: What, data: Data, runs: Runs, out: Path) -> list[tuple[str, list[list[str]]]]:
+def _run(what: What, data: Data, runs: Runs, out: Path) -> Outcome:
     """Choose each method's point, run it by all seeds, and write the tables of one task."""
     rows = {name: CATALOGUE[name] for name in runs.methods}
     protocol = data.protocol
@@ -260,7 +267,7 @@ def _run(what: What, data: Data, runs: Runs, out: Path) -> list[tuple[str, list[
     trials = [Trial(n, point, seed) for seed in runs.seeds for n in rows for point in at[n]]
     records = made(trials)
     title = f"Vision, {what}: {len(runs.seeds)} seeds"
-    return finish(out, title, data.about, records, SHEETS, notes)
+    return Outcome(what, records, finish(out, title, data.about, records, SHEETS, notes))
 
 
 def _records(what: What, data: Data, trials: Sequence[Trial], *, out: Path) -> list[Record]:

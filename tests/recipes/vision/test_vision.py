@@ -56,8 +56,8 @@ def done(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("vision") / "out"
     said = []
     runs = Runs(METHODS, "published", (0, 1), ("class",))
-    tables = vision(images, PROTOCOL, runs, out, say=said.append)
-    return out, tables, said
+    (outcome,) = vision(images, PROTOCOL, runs, out, say=said.append)
+    return out, outcome.tables, said
 
 
 def network(params, inputs):
@@ -110,7 +110,7 @@ def test_a_model_that_has_run_away_is_judged(images):
 def test_everything_is_there_and_compared(done):
     out, tables, said = done
     title, (heading, *lines) = tables[0]
-    assert title.startswith("class: Percent")
+    assert title.startswith("Percent")
     assert [line[0] for line in lines] == [RETRAINED, UNTOUCHED, *METHODS]
     assert {"UA", "RA", "TA", "MIA", "gap", "Tug-of-War", "RTE s"} <= set(heading)
     assert {p.name for p in (out / "models").iterdir()} == {
@@ -138,16 +138,17 @@ def test_a_second_run_makes_nothing_and_a_third_makes_what_is_missing(images, do
     out, tables, _ = done
     said = []
     runs = Runs(METHODS, "published", (0, 1), ("class",))
-    again = vision(images, PROTOCOL, runs, out, say=said.append)
-    assert again == tables
+    (outcome,) = vision(images, PROTOCOL, runs, out, say=said.append)
+    assert outcome.tables == tables
     assert not any("run 1 of" in text for text in said)
     file = next((out / "class" / "runs").glob("rosu-*-seed1.json"))
     file.unlink()
     said.clear()
-    again = vision(images, PROTOCOL, runs, out, say=said.append)
+    (outcome,) = vision(images, PROTOCOL, runs, out, say=said.append)
     assert sum("run 1 of 1" in text for text in said) == 1
     assert not any("training on" in text for text in said)
-    mine, before = (dict(zip(t[0][1][0], t[0][1][6], strict=True)) for t in (again, tables))
+    both = (outcome.tables, tables)
+    mine, before = (dict(zip(t[0][1][0], t[0][1][6], strict=True)) for t in both)
     assert (mine["model"], mine["UA"], mine["MIA"]) == ("ROSU", before["UA"], before["MIA"])
 
 
