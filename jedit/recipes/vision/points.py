@@ -59,6 +59,8 @@ GRID_RATES: Mapping[Pace, tuple[float, ...]] = {
     Pace.PREDICTED_KL: (1e-5, 1e-4, 1e-3, 1e-2),
     Pace.STEP_LENGTH: (3e-3, 0.01, 0.03, 0.1),
 }
+# Their rates are no learning rates of SGD.
+OWN_UNITS = frozenset({Pace.ADAM_METRIC, Pace.PREDICTED_KL, Pace.STEP_LENGTH})
 GRID_SCALES: Mapping[Reach, tuple[float, ...]] = {
     Reach.WHOLE: (0.3, 0.6, 1.0, 1.5),
     Reach.FACTS: (0.1, 0.3, 1.0, 3.0),
@@ -99,7 +101,7 @@ def points_of(row: Row, points: Points, *, epochs: float, batch_size: int) -> li
         rate = RATES.get(row.pace, RATE)
         if points == "published":
             theirs = PUBLISHED.get(row.name, {EPOCHS: PUBLISHED_EPOCHS})
-            usual = 0.01 if rate == RATE else GRID_RATES[row.pace][1]
+            usual = GRID_RATES[row.pace][1] if row.pace in OWN_UNITS else 0.01
             return [{rate: usual, **own, BATCH: batch_size, **theirs}]
         fixed = {**own, EPOCHS: epochs, BATCH: batch_size}
         rates = GRID_RATES[row.pace]
