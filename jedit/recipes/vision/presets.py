@@ -18,9 +18,9 @@ Source = Literal["cifar10", "mnist", "digits"]
 SPLIT_SEED = 0  # of the digits, which come in one piece
 PRESETS: Mapping[Source, Protocol] = {
     "cifar10": Protocol(),
-    "mnist": Protocol(Model(8, (1, 1, 1), 2), Recipe(8, 128, 0.05, augmented=False)),
+    "mnist": Protocol(Model(8, (1, 1, 1), 2), Recipe(12, 64, 0.1, augmented=False)),
     "digits": Protocol(
-        Model(8, (1, 1)), Recipe(20, 64, 0.05, augmented=False), batch_size=64, fitted_rows=500
+        Model(8, (1, 1)), Recipe(20, 64, 0.1, augmented=False), batch_size=64, fitted_rows=500
     ),
 }
 
