@@ -62,16 +62,21 @@ def test_the_advantage_is_at_like_forgetting():
     assert found["level"] == pytest.approx(0.5)
     assert found["saved"] == pytest.approx(0.4 - 0.3)
     assert coupling.advantage(5.0, paths) is None
+    assert coupling.advantage(1.0, paths, 0.9)["saved"] == pytest.approx(0.9 - 0.3)
+    assert coupling.advantage(1.0, paths, 1.1) is None
     assert coupling.advantage(1.0, paths | {"ROSU": [[np.nan, np.nan]]}) is None
 
 
 def test_the_slope_is_over_the_seeds():
     def line(share, cos, saved):
-        return {"share": share, "cos": cos, "found": {"saved": saved}}
+        paths = {"UAM": [[2.0, 1.0 + saved]], "ROSU": [[2.0, 1.0]]}
+        found = {"saved": saved, "level": 0.5}
+        return {"share": share, "cos": cos, "start": 1.0, "paths": paths, "found": found}
 
     seeds = [
         [line(0, 0.0, 1.0), line(0.5, 0.5, 1.0 + 0.5 * k), line(1, 1.0, 1.0 + k)] for k in (2, 4)
     ]
     found = coupling.summary(seeds)
-    assert found["slope"]["values"] == pytest.approx([2, 4])
+    assert found["slopes"]["None"]["values"] == pytest.approx([2, 4])
+    assert found["slopes"]["0.5"]["values"] == pytest.approx([2, 4])
     assert found["table"][2]["saved"]["mean"] == pytest.approx(4)
