@@ -27,7 +27,8 @@ from jedit.recipes.sweep import Point
 from jedit.recipes.vision.training import MOMENTUM, WEIGHT_DECAY
 
 Points = Literal["grid", "published"]
-EPOCHS = "epochs"
+# Passes over the retain rows, and over the forget rows.
+EPOCHS, FORGET_EPOCHS = "epochs", "forget_epochs"
 # What is no matter of a classifier: answers of several tokens, refusals, attention.
 HAS = frozenset(Need) - {
     *(Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE, Need.LATENTS, Need.ATTENTION),
@@ -42,7 +43,7 @@ METHODS = tuple(
 PUBLISHED_EPOCHS = 5.0
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "fine-tune": {RATE: 0.01, EPOCHS: 10.0},
-    "gradient ascent": {RATE: 1e-4, EPOCHS: 5.0},
+    "gradient ascent": {RATE: 1e-4, FORGET_EPOCHS: 5.0},
     "random label": {RATE: 0.1, EPOCHS: 10.0},
     "SalUn": {RATE: 0.1, EPOCHS: 10.0},
     "l1-sparse": {RATE: 0.01, EPOCHS: 10.0},
@@ -90,7 +91,7 @@ def points_of(row: Row, points: Points, *, epochs: float, batch_size: int) -> li
     Args:
         row: the method.
         points: the choice.
-        epochs: passes over the retain rows (of gradient ascent, the forget rows) on the grid.
+        epochs: passes over the retain rows on the grid.
         batch_size: forget rows, and retain rows, of one step.
 
     Returns:
@@ -116,15 +117,10 @@ def points_of(row: Row, points: Points, *, epochs: float, batch_size: int) -> li
     return [{**own, BUDGET: budget} for budget in budgets]
 
 
-def with_steps(row: Row, point: Point, num_forget: int, num_retain: int) -> Point:
-    """Return a point as an editor takes it, its epochs as steps.
-
-    An epoch is one pass over the retain rows; of gradient ascent, which looks at no others, over
-    the forget rows.
-    """
-    if EPOCHS not in point:
-        return point
-    is_ascent = isinstance(row, BySteps) and row.pace is Pace.PLAIN_ASCENT
-    rows = num_forget if is_ascent else num_retain
-    steps = math.ceil(point[EPOCHS] * rows / min(int(point[BATCH]), rows))
-    return {**{k: v for k, v in point.items() if k != EPOCHS}, STEPS: steps}
+def with_steps(point: Point, num_forget: int, num_retain: int) -> Point:
+    """Return a point as an editor takes it, its epochs as steps."""
+    for name, rows in ((EPOCHS, num_retain), (FORGET_EPOCHS, num_forget)):
+        if name in point:
+            steps = math.ceil(point[name] * rows / min(int(point[BATCH]), rows))
+            return {**{k: v for k, v in point.items() if k != name}, STEPS: steps}
+    return point

@@ -311,7 +311,7 @@ class _Held:
             self.seconds = self.pair.seconds[trial.method]
             return task.original if trial.method == UNTOUCHED else task.retrained
         row, task = CATALOGUE[trial.method], self.pair.task
-        point = with_steps(row, trial.point, rows_of(task.forget), rows_of(task.retain))
+        point = with_steps(trial.point, rows_of(task.forget), rows_of(task.retain))
         start = time.perf_counter()  # the models of a seed are no part of an edit
         params = jax.block_until_ready(self.editor(row, point, trial.seed))
         self.seconds = time.perf_counter() - start
