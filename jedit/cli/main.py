@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jedit.cli.plan import PlanOptions, plan_command
     from jedit.cli.rwku import RwkuOptions, rwku_command
     from jedit.cli.tofu import tofu_command
+    from jedit.cli.vision import VisionOptions, vision_command
     from jedit.cli.wmdp import WmdpOptions, wmdp_command
 
     commands: dict[str, tuple[type, Callable]] = {
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "audit": (AuditOptions, audit_command),
         "rwku": (RwkuOptions, rwku_command),
         "muse": (MuseOptions, muse_command),
+        "vision": (VisionOptions, vision_command),
         "wmdp": (WmdpOptions, wmdp_command),
         "ledger": (LedgerOptions, ledger),
     }

@@ -13,7 +13,9 @@ from jedit.data.benchmarks import (
     read_wmdp,
     read_zsre,
 )
-from jedit.data.digits import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.data.cifar import load_cifar10
+from jedit.data.digits import forget_cluster, load_digits, split_digits
+from jedit.data.images import Images, forget_class, forget_random
 from jedit.data.interactions import Interactions, generate_interactions, read_interactions
 from jedit.data.invented.authors import generate_authors
 from jedit.data.jsonl import DataError, QaRow, read_rows, write_rows
@@ -35,7 +37,7 @@ from jedit.data.text import (
 __all__ = [
     "Choice",
     "DataError",
-    "Digits",
+    "Images",
     "Interactions",
     "Packing",
     "Prompts",
@@ -51,8 +53,10 @@ __all__ = [
     "encode_rows",
     "forget_class",
     "forget_cluster",
+    "forget_random",
     "generate_authors",
     "generate_interactions",
+    "load_cifar10",
     "load_digits",
     "load_mnist",
     "pack",

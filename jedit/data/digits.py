@@ -1,42 +1,19 @@
-"""The handwritten digits that ship with scikit-learn, and two ways to choose what to forget.
+"""The handwritten digits that ship with scikit-learn, and a way to choose one hand of them.
 
 1,797 images of 8 x 8 pixels by 13 writers (the test part of "Optical Recognition of Handwritten
 Digits", UCI). Who wrote which is not recorded, so a writer is stood in for by a cluster: samples of
 one class that look alike.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int, Int32
 
-from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, POSITIVE_SHARE, check_numbers
+from jedit.data.images import Images, checked_label
 
 
-class Digits(NamedTuple):
-    """Images of handwritten digits with their labels.
-
-    Attributes:
-        images: one-channel images, values from 0 to 1.
-        labels: digits from 0 to 9.
-    """
-
-    images: Float32[np.ndarray, "n height width 1"]
-    labels: Int32[np.ndarray, " n"]
-
-    def take(self, indices: Int[np.ndarray, " part"]) -> "Digits":
-        """Return the images and labels at the given places."""
-        return Digits(self.images[indices], self.labels[indices])
-
-    def as_batch(self) -> Batch:
-        """Return all images as one batch, in which every one counts."""
-        ones = jnp.ones(self.labels.shape, jnp.float32)
-        return Batch(jnp.asarray(self.images), jnp.asarray(self.labels), ones, ones)
-
-
-def load_digits() -> Digits:
+def load_digits() -> Images:
     """Load the images, scaled to [0, 1].
 
     Returns:
@@ -48,12 +25,12 @@ def load_digits() -> Digits:
     datasets, _ = _sklearn()
     bunch = datasets.load_digits()
     images = (bunch.images / 16).astype(np.float32)[..., None]
-    return Digits(images, bunch.target.astype(np.int32))
+    return Images(images, bunch.target.astype(np.int32))
 
 
 def split_digits(
-    digits: Digits, *, seed: int, test_fraction: float = 0.25
-) -> tuple[Digits, Digits]:
+    digits: Images, *, seed: int, test_fraction: float = 0.25
+) -> tuple[Images, Images]:
     """Split into a training and a test part, class by class, in random order.
 
     Args:
@@ -83,25 +60,8 @@ def split_digits(
     )
 
 
-def forget_class(digits: Digits, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose every sample of one class.
-
-    Args:
-        digits: the images to choose from, those of the training part.
-        label: the class to forget.
-
-    Returns:
-        The indices to forget and the indices to retain, both rising.
-
-    Raises:
-        ValueError: there is no such class.
-    """
-    chosen = digits.labels == _checked(digits, label)
-    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
-
-
 def forget_cluster(
-    digits: Digits, label: int, *, seed: int, size: int = 80
+    digits: Images, label: int, *, seed: int, size: int = 80
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose the samples of one class that look as if one hand had written them.
 
@@ -121,7 +81,7 @@ def forget_cluster(
         ValueError: there is no such class, or it has no more than `size` samples.
     """
     check_numbers(COUNT, size=size)
-    members = np.flatnonzero(digits.labels == _checked(digits, label))
+    members = np.flatnonzero(digits.labels == checked_label(digits, label))
     if size >= len(members):
         raise ValueError(
             f"size must be less than the {len(members)} samples of class {label}, got {size}."
@@ -136,13 +96,6 @@ def forget_cluster(
             if abs(len(found) - size) < abs(len(best) - size):
                 best = found
     return best, np.setdiff1d(np.arange(len(digits.labels)), best)
-
-
-def _checked(digits: Digits, label: int) -> int:
-    labels = np.unique(digits.labels).tolist()
-    if label not in labels:
-        raise ValueError(f"there is no class {label}; the classes are {labels}.")
-    return label
 
 
 def _sklearn() -> tuple[Any, Any]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from jedit.data.digits import Digits
+from jedit.data.images import Images
 
 PARTS = ("train", "t10k")
 UNSIGNED_BYTE = 0x08
 
 
-def load_mnist(folder: str | Path) -> tuple[Digits, Digits]:
+def load_mnist(folder: str | Path) -> tuple[Images, Images]:
     """Load the images, scaled to [0, 1].
 
     Args:
@@ -69,7 +69,7 @@ def read_idx(path: str | Path) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
-def _load_part(folder: Path, part: str) -> Digits:
+def _load_part(folder: Path, part: str) -> Images:
     images = read_idx(_found(folder, f"{part}-images-idx3-ubyte"))
     labels = read_idx(_found(folder, f"{part}-labels-idx1-ubyte"))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
@@ -77,7 +77,7 @@ def _load_part(folder: Path, part: str) -> Digits:
             f"{folder}: {part}-images has shape {images.shape} and {part}-labels {labels.shape}, "
             "expected (n, height, width) and (n,) of the same n"
         )
-    return Digits((images / np.float32(255))[..., None], labels.astype(np.int32))
+    return Images((images / np.float32(255))[..., None], labels.astype(np.int32))
 
 
 def _found(folder: Path, name: str) -> Path:

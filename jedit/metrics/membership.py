@@ -2,11 +2,13 @@
 
     confidence         p_y
     entropy            -Σ_i p_i log p_i
+    correctness        1 if argmax_i p_i = y, else 0
     modified_entropy   -(1 - p_y) log p_y - Σ_{i≠y} p_i log(1 - p_i)
 
-Members of the training set have high confidence and low entropies.  The modified one (Song and
-Mittal, arXiv 2003.10595) is 0 for a row whose label is given for certain and grows without bound
-for one that is given another for certain; the plain one cannot tell these apart.
+Members of the training set have high confidence and low entropies, and are classified correctly.
+The modified entropy (Song and Mittal, arXiv 2003.10595) is 0 for a row whose label is given for
+certain and grows without bound for one that is given another for certain; the plain one cannot tell
+these apart.
 
     MIA = |{forget rows that the attack calls non-members}| / |{forget rows}|
 
@@ -38,7 +40,7 @@ from jedit.core.batch import Apply, Batch
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import labelled_values
 
-Kind = Literal["confidence", "entropy", "modified_entropy"]
+Kind = Literal["confidence", "entropy", "modified_entropy", "correctness"]
 Rule = Literal["midpoint", "best"]
 
 
@@ -140,10 +142,15 @@ def _modified_entropy(log_p: Float[Array, "*lead classes"], targets: Int[Array, 
     return -of_target - jnp.sum(of_others, axis=-1)
 
 
+def _correctness(log_p: Float[Array, "*lead classes"], targets: Int[Array, "*lead"]) -> Array:
+    return (jnp.argmax(log_p, axis=-1).astype(targets.dtype) == targets).astype(log_p.dtype)
+
+
 _FORMULAS = {
     "confidence": _confidence,
     "entropy": _entropy,
     "modified_entropy": _modified_entropy,
+    "correctness": _correctness,
 }
 
 

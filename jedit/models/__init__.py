@@ -1,6 +1,6 @@
 """Models as pure functions: each maker or loader returns `(apply, params)`.
 
-`cnn`, `denoiser`, `gpt` and `mlp` are small and made here. `load_model` and its kin bring a
+`cnn`, `denoiser`, `gpt`, `mlp` and `resnet` are made here. `load_model` and its kin bring a
 language model from a Hugging Face folder; they need the extra `llm`, and import it when they are
 called.
 """
@@ -16,6 +16,7 @@ from jedit.models.llama2c import convert_llama2c
 from jedit.models.lora import Adapted, with_lora
 from jedit.models.mlp import mlp
 from jedit.models.peft import load_adapter, save_adapter
+from jedit.models.resnet import resnet
 
 __all__ = [
     "Adapted",
@@ -36,6 +37,7 @@ __all__ = [
     "mixed_precision",
     "mlp",
     "noised",
+    "resnet",
     "sampled_decode",
     "save_adapter",
     "save_model",

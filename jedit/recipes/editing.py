@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
@@ -16,7 +17,7 @@ from jedit.curvature import choose_temperature
 from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
-from jedit.methods.row import ByDraws, ByScale, BySteps, Material, Need, Pace, Row
+from jedit.methods.row import ADAM, ByDraws, ByScale, BySteps, Material, Need, Pace, Row
 from jedit.recipes.comparison.compare import Fitted, fit_material, material_of, searched
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
@@ -131,9 +132,22 @@ class Editor:
         *,
         say: Say,
         temperatures: tuple[float, ...] = (1.0,),
+        optimizer: optax.GradientTransformation = ADAM,
+        fitted_rows: int | None = None,
     ):
-        """Take a task, of which no retrained model is looked at."""
+        """Take a task, of which no retrained model is looked at.
+
+        Args:
+            task: the model and its sets.
+            has: what can be given to methods.
+            say: a watcher, told of each stage.
+            temperatures: of the curvatures; where there are several, the model's outputs choose.
+            optimizer: what methods that train step by, with the rate in its state.
+            fitted_rows: rows of each set that curvatures are estimated on, at equal distances;
+                None: all.
+        """
         self.task, self.has, self.say, self.temperatures = task, has, say, temperatures
+        self.optimizer, self.fitted_rows = optimizer, fitted_rows
         self._seed: int | None = None
         self._fitted: dict[frozenset[Need], Fitted] = {}
         self._temperature: float | None = None
@@ -223,12 +237,32 @@ class Editor:
         )
         if needs and needs not in self._fitted:
             self._fitted = {}  # before the others are made
-            self._fitted = {needs: fit_material(self.task, grid, [row], key=key, say=self.say)}
+            self._fitted = {needs: self._fit(grid, row, key=key)}
         fitted = self._fitted[needs] if needs else Fitted()
         material = material_of(self.task, grid, fitted)
         corrected = fitted.corrected.get(fitted.temperature)
         subjects = material.subjects if Need.SUBJECTS in self.has else None
-        return dataclasses.replace(material, corrected=corrected, subjects=subjects)
+        return dataclasses.replace(
+            material, corrected=corrected, subjects=subjects, optimizer=self.optimizer
+        )
+
+    def _fit(self, grid: Grid, row: Row, *, key: Array) -> Fitted:
+        """Estimate what a row needs, on some of the rows where that is asked for."""
+        task, number = self.task, self.fitted_rows
+        if number is None:
+            return fit_material(task, grid, [row], key=key, say=self.say)
+        some = task._replace(forget=fewer(task.forget, number), retain=fewer(task.retain, number))
+        fitted = fit_material(some, grid, [row], key=key, say=self.say)
+        # What is estimated on a part of a set counts for the whole of it where two sets are added.
+        shares = {
+            Need.TARGET_MOMENTS: rows_of(task.forget) / rows_of(some.forget),
+            Need.REST_MOMENTS: rows_of(task.retain) / rows_of(some.retain),
+        }
+        moments = {
+            need: dataclasses.replace(found, num_outputs=found.num_outputs * shares[need])
+            for need, found in fitted.moments.items()
+        }
+        return fitted._replace(moments=moments)
 
     def _chosen(self, needs: frozenset[Need]) -> float:
         """Return the temperature of the curvatures, chosen when the first one is to be fitted."""

@@ -10,7 +10,7 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.metrics import UnlearningScores
 
-KINDS = ("confidence", "entropy", "modified_entropy")
+KINDS = ("confidence", "entropy", "modified_entropy", "correctness")
 
 
 def identity(params, inputs):
@@ -29,6 +29,8 @@ def numpy_scores(logits, targets, kind):
         p = scipy.special.softmax(row)
         if kind == "confidence":
             found.append(p[y])
+        elif kind == "correctness":
+            found.append(float(np.all(p <= p[y])))
         elif kind == "entropy":
             found.append(scipy.special.entr(p).sum())
         else:
@@ -56,6 +58,7 @@ def test_scores_by_hand():
     expected = {
         "confidence": [0.5, 0.25],
         "entropy": [1.5 * log2] * 2,
+        "correctness": [1, 0],
         # 1/2 log 2 - 2 · 1/4 log(3/4), and 3/4 log 4 - 1/2 log(1/2) - 1/4 log(3/4).
         "modified_entropy": [1.5 * log2 - 0.5 * log3, 2.5 * log2 - 0.25 * log3],
     }

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.batch import Batch
 from jedit.curvature import Curvature, estimate, kfac
 from jedit.curvature.likelihoods import Gaussian
-from jedit.data import Digits, load_digits, split_digits
+from jedit.data import Images, load_digits, split_digits
 from jedit.metrics import frechet_distance, memorised_samples
 from jedit.models import cnn, cosine_schedule, denoise, denoiser, noised, visited_inputs
 from jedit.recipes.fitting import Recipe, train
@@ -256,12 +256,12 @@ def _apply(num_pixels: int, num_prompts: int, width: int, layers: int) -> Callab
     )[0]
 
 
-def _split(rows: Digits, number: int) -> tuple[Digits, Digits]:
+def _split(rows: Images, number: int) -> tuple[Images, Images]:
     every = np.arange(len(rows.labels))
     return rows.take(every[:number]), rows.take(every[number:])
 
 
-def _pixels(rows: Digits) -> Array:
+def _pixels(rows: Images) -> Array:
     return jnp.asarray(2 * rows.images.reshape(len(rows.images), -1) - 1)
 
 

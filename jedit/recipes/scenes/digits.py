@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from jedit.data import Digits, forget_class, forget_cluster, load_digits, split_digits
+from jedit.data import Images, forget_class, forget_cluster, load_digits, split_digits
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import Need, Pace, Reach
 from jedit.models import cnn
@@ -56,7 +56,7 @@ class _Part(NamedTuple):
     what: str
     forget: np.ndarray
     retain: np.ndarray
-    test: Digits
+    test: Images
     test_name: str
 
 
@@ -90,7 +90,7 @@ def digits(
     size = sum(x.size for x in jax.tree.leaves(initial))
     model = f"CNN, channels {', '.join(map(str, channels))}, hidden {hidden}, {size} parameters"
 
-    def fit(part: Digits) -> Trained:
+    def fit(part: Images) -> Trained:
         return train(apply, initial, part.as_batch(), recipe, key=order_key, say=say)[0]
 
     say(f"digits: training the model on {len(rows.labels)} images")
@@ -108,7 +108,7 @@ def digits(
     return tuple(found)
 
 
-def _parts(rows: Digits, test: Digits, *, seed: int) -> list[_Part]:
+def _parts(rows: Images, test: Images, *, seed: int) -> list[_Part]:
     cluster, not_cluster = forget_cluster(rows, LABEL, seed=seed)
     members, others = forget_class(rows, LABEL)
     look_alike = (
@@ -140,7 +140,7 @@ def _parts(rows: Digits, test: Digits, *, seed: int) -> list[_Part]:
 
 def _compare_part(
     part: _Part,
-    rows: Digits,
+    rows: Images,
     apply: Callable,
     original: Trained,
     retrained: Trained,
@@ -213,7 +213,7 @@ def _compare_part(
 
 
 def _pictures(
-    apply: Callable, models: tuple[PyTree, PyTree, PyTree], kind: str, rows: Digits
+    apply: Callable, models: tuple[PyTree, PyTree, PyTree], kind: str, rows: Images
 ) -> list[Picture]:
     """Return a few images with the guesses of the untouched, the edited and the retrained model."""
     shown = rows.take(spread(len(rows.labels), SHOWN))

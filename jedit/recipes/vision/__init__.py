@@ -1,0 +1,1 @@
+"""Unlearning of image classifiers by the field's protocol."""
