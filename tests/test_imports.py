@@ -30,6 +30,7 @@ TABLE = {
         *("tracing", "curvature", "geometry", "edits", "objectives", "transforms", "training"),
         *("methods", "attacks"),
     },
+    "steering": {"tracing", "edits"},
     "metrics": {"tracing", "objectives", "training"},
     "attacks": {"objectives", "training"},
     "checkpoint": {"tracing", "curvature", "edits"},
