@@ -119,8 +119,8 @@ def expert_layers(
         found[layer] = ExpertLayer(name, down, number, chosen)
     if not found:
         raise ValueError(
-            "there is no mixture of experts: no parameter is called router/kernel; those that are "
-            f"seen are {list(sites.covered)[:12]}, and of others it is known that {sites.uncovered}"
+            "there is no mixture of experts: no site of a parameter called router/kernel is among "
+            f"{list(sites)[:12]}, and what is not covered is {sites.uncovered}"
         )
     return found
 
@@ -180,7 +180,7 @@ def expert_use(
     count = sum(map(int, counts))
     if count == 0:
         raise ValueError("no position counts: there are no rows, or mask and valid leave out all")
-    return {name: sum(np.asarray(t[name], np.float64) for t in totals) / count for name in layers}
+    return {name: np.sum([t[name] for t in totals], axis=0, dtype=float) / count for name in layers}
 
 
 def top_experts(scores: Mapping[str, Float[np.ndarray, " experts"]], number: int) -> list[Expert]:
