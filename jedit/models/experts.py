@@ -55,7 +55,11 @@ def routed(scores: Float[Array, "*lead experts"], chosen: int) -> Float[Array, "
 
     Returns:
         The weights, in the scores' dtype; those of a token sum to one.
+
+    Raises:
+        ValueError: `chosen` is no count.
     """
+    check_numbers(COUNT, chosen=chosen)
     best, index = jax.lax.top_k(wide(scores), chosen)
     weights = jax.nn.softmax(best, axis=-1)
     places = jax.nn.one_hot(index, scores.shape[-1], dtype=weights.dtype)

@@ -150,8 +150,10 @@ def run_steered(
     `Rewritten.site_outputs` are the moved h without their bias; `whole_outputs` adds it.
 
     Raises:
-        ValueError: a map's site is none of the function, or has other units.
+        ValueError: a map's site is none of the function, or has other units; or the strength is
+            not finite.
     """
+    check_numbers(FINITE, strength=strength)
     changes = {name: _making(name, one, strength) for name, one in steering.maps.items()}
     return rewrite_outputs(apply, params, inputs, changes)
 
