@@ -229,7 +229,8 @@ def main(arguments: list[str] | None = None) -> None:
     size = QUICK if given.quick else FULL
     settings = {
         "size": size._asdict(), "experts": SIZE._asdict(), "model": MODEL._asdict(),
-        "rates": [RATE, TUNING_RATE], "budgets": BUDGETS, "judge": "taught refusals, twice in two wordings",
+        "rates": [RATE, TUNING_RATE], "budgets": BUDGETS,
+        "judge": "taught refusals, twice in two wordings",
     }  # fmt: skip
     runs = []
     for seed in range(given.seeds):
