@@ -184,19 +184,23 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             parts = [run[name][n] for run in runs]
             rows[f"{name}, {n} off"] = jax.tree.map(lambda *x: interval(x), *parts)
 
-    def cut(run: dict, name: str) -> float:
-        before = run["untouched"]["region refused"]
-        return 1 - run[name][ten]["region refused"] / before if before else 0.0
+    def cut(run: dict, name: str, part: str) -> float:
+        before = run["untouched"][f"{part} refused"]
+        return 1 - run[name][ten][f"{part} refused"] / before if before else 0.0
 
     differences = {
-        f"share of refusals cut by ten, {name}": interval([cut(run, name) for run in runs])
+        f"share of refusals cut by ten, {part}, {name}": interval(
+            [cut(run, name, part) for run in runs]
+        )
+        for part in ("region", "unseen")
         for name in (*METHODS, "random")
     }
     for name in METHODS[:2]:
         for other in (*METHODS[2:], "random"):
-            differences[f"refused with ten off, {name} less {other}"] = interval(
-                [r[name][ten]["region refused"] - r[other][ten]["region refused"] for r in runs]
-            )
+            for part in ("region refused", "unseen refused"):
+                differences[f"{part} with ten off, {name} less {other}"] = interval(
+                    [run[name][ten][part] - run[other][ten][part] for run in runs]
+                )
             for budget in runs[0]["at price"]:
                 prices = [run["at price"][budget] for run in runs]
                 differences[f"refused at {budget} nats, {name} less {other}"] = interval(
