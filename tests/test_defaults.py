@@ -203,6 +203,9 @@ DEFAULTS = [
     Default("transforms.shrink_top_directions", "uncovered", "zero", '"zero" (they stay', OURS),
     Default("transforms.train_adapters", "scale", 1.0, "A B; 1.0 is arbitrary", OURS),
     Default("transforms.train_adapters", "weight", 0.0, "shows; 0.0, none", OURS),
+    Default(
+        "steering.switch_experts", "gain", 0.0, "0.0 switches them off, the paper's", "2502.11096"
+    ),
     Default("attacks.linear_probe", "strength", 1.0, "penalty; 1.0 is its", "scikit-learn"),
     Default("attacks.relearn", "batch_size", 8, "8 (arbitrary)", OURS),
     Default("metrics.answer_rewards", "least", 0.3, "right; 0.3, RULE's", "RULE's code"),

@@ -20,11 +20,13 @@ TABLE = {
     "curvature": {"tracing"},
     "geometry": {"tracing", "curvature"},
     "edits": {"tracing", "curvature"},
+    "steering": {"tracing", "curvature", "edits", "models"},
     "objectives": set(),
     "transforms": {"tracing", "curvature", "geometry"},
     "training": {"objectives", "edits"},
     "methods": {
         *("tracing", "curvature", "geometry", "edits", "objectives", "transforms", "training"),
+        "steering",
     },
     "requests": {
         *("tracing", "curvature", "geometry", "edits", "objectives", "transforms", "training"),

@@ -50,6 +50,7 @@ from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
 from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
+from jedit.metrics.refusal_rates import RefusalCurve, refusal_curve, refusal_rates
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -72,6 +73,7 @@ __all__ = [
     "InfluenceShift",
     "MembershipAttack",
     "PreferenceScores",
+    "RefusalCurve",
     "Rouge",
     "SetUtility",
     "UnlearningScores",
@@ -118,6 +120,8 @@ __all__ = [
     "privleak",
     "recovery_by_component",
     "reference_scores",
+    "refusal_curve",
+    "refusal_rates",
     "refusal_rewards",
     "refuses",
     "retained_utility",

@@ -9,6 +9,7 @@ from jedit.models.cnn import cnn
 from jedit.models.decoding import Stepper, cached_decode, greedy_decode, sampled_decode
 from jedit.models.denoiser import denoiser
 from jedit.models.diffusion import cosine_schedule, denoise, noised, visited_inputs
+from jedit.models.experts import Experts, routed
 from jedit.models.functional import cast_params, mixed_precision, to_pure
 from jedit.models.gpt import gpt, gpt_stepper
 from jedit.models.huggingface import load_model, load_stepper, save_model
@@ -20,6 +21,7 @@ from jedit.models.resnet import resnet
 
 __all__ = [
     "Adapted",
+    "Experts",
     "Stepper",
     "cached_decode",
     "cast_params",
@@ -38,6 +40,7 @@ __all__ = [
     "mlp",
     "noised",
     "resnet",
+    "routed",
     "sampled_decode",
     "save_adapter",
     "save_model",

@@ -14,6 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jedit.core.batch import PackedTokens
+from jedit.models._mixture import Mixture
+from jedit.models.experts import Experts
 
 Cache = tuple[Array, Array]  # keys and values, each (batch, heads, positions, width of a head)
 
@@ -148,11 +150,21 @@ class Perceptron(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, num_heads: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        experts: Experts | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.attn_norm = LayerNorm(width, param_dtype)
         self.attn = Attention(width, num_heads, param_dtype, rngs)
         self.mlp_norm = LayerNorm(width, param_dtype)
-        self.mlp = Perceptron(width, param_dtype, rngs)
+        if experts is None:
+            self.mlp = Perceptron(width, param_dtype, rngs)
+        else:
+            self.mlp = Mixture(width, experts, param_dtype, rngs)
 
     def __call__(
         self, x: Float[Array, "batch seq width"], segments: Int[Array, "batch seq"] | None = None
@@ -174,6 +186,7 @@ class Gpt(nnx.Module):
         num_layers: int,
         num_heads: int,
         max_len: int,
+        experts: Experts | None,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -185,7 +198,7 @@ class Gpt(nnx.Module):
         self.embed.dtype = None
         self.positions = nnx.Param(small(rngs.params(), (max_len, width), param_dtype))
         self.blocks = nnx.List(
-            Block(width, num_heads, param_dtype, rngs) for _ in range(num_layers)
+            Block(width, num_heads, experts, param_dtype, rngs) for _ in range(num_layers)
         )
         self.norm = LayerNorm(width, param_dtype)
         self.head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)

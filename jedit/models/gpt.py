@@ -10,6 +10,7 @@ from jaxtyping import Array, Key, PyTree
 from jedit.core.batch import Apply
 from jedit.core.checks import COUNT, check_numbers
 from jedit.models.decoding import Stepper
+from jedit.models.experts import Experts, check_experts
 from jedit.models.functional import to_pure, to_pure_method
 
 
@@ -21,6 +22,7 @@ def gpt(
     num_layers: int,
     num_heads: int,
     max_len: int,
+    experts: Experts | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Apply, dict[str, Any]]:
     """Make a decoder-only language model as a pure function.
@@ -32,6 +34,12 @@ def gpt(
     "blocks/<i>/attn/{query,key,value,out}/kernel", "blocks/<i>/mlp/{up,down}/kernel", "norm/scale",
     "head/kernel", and the biases; every kernel is `(d_in, d_out)`.
 
+    With experts, "blocks/<i>/mlp/{up,down}" are `(experts, d_in, d_out)`, without biases, beside
+    "blocks/<i>/mlp/router/kernel". Their sites have a layer for each expert, which sees the tokens
+    that were sent to it: curvature is by expert. An expert that a share p of the tokens is sent to
+    has moments p times as large as among its own, on both sides, so that its K-FAC block, their
+    product, is p times too small; EK-FAC's eigenvalues are right. No loss balances the router.
+
     Args:
         key: for the initial parameters.
         vocab: number of tokens, and of logits.
@@ -39,6 +47,7 @@ def gpt(
         num_layers: number of blocks.
         num_heads: number of attention heads; divides the width.
         max_len: number of learned positions, the longest sequence that `apply` takes.
+        experts: size of the mixture in the place of each perceptron; None: perceptrons.
         dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:
@@ -47,30 +56,31 @@ def gpt(
         their rows may not, else the sequence's logits are NaN.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the heads do not divide the width, or a mixture that cannot be.
     """
     sizes = {"vocab": vocab, "width": width, "num_heads": num_heads, "max_len": max_len}
     check_numbers(COUNT, **sizes, num_layers=num_layers)
     if width % num_heads:
         raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}.")
+    if experts is not None:
+        check_experts(experts)
     from flax import nnx  # late: it takes a third of a second
 
     from jedit.models._networks import Gpt
 
     rngs = nnx.Rngs(key)
-    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, dtype, rngs))
+    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, experts, dtype, rngs))
 
 
-def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
+def gpt_stepper(*, num_layers: int, num_heads: int, experts: Experts | None = None) -> Stepper:
     """Make the one-position step of a `gpt` model, with a cache of keys and values.
 
     It is for `cached_decode`, with the parameters of `gpt`; the arguments are what the parameters
-    do not tell of the model.
-
-    For `cached_decode`; the parameters are those of `gpt`, and what they do not tell of it are the
-    arguments here.
+    do not tell of the model, as `gpt` was given them.
     """
     check_numbers(COUNT, num_layers=num_layers, num_heads=num_heads)
+    if experts is not None:
+        check_experts(experts)
     from flax import nnx
 
     from jedit.models._networks import Gpt, check_length
@@ -87,7 +97,7 @@ def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
         # Made without arrays, at trace time: only the module's structure is needed, which the
         # shapes tell.
         module = nnx.eval_shape(
-            lambda: Gpt(vocab, width, num_layers, num_heads, max_len, dtype, nnx.Rngs(0))
+            lambda: Gpt(vocab, width, num_layers, num_heads, max_len, experts, dtype, nnx.Rngs(0))
         )
         return to_pure_method(module, "step")(params, tokens, position, caches)
 

@@ -12,6 +12,7 @@ from jedit.tracing.discover import find_sites
 from jedit.tracing.entering import Entering, Leaving
 from jedit.tracing.intervene import Intervention, intervene
 from jedit.tracing.pullback import Capture, capture, run_capture, weight_gradients
+from jedit.tracing.rewrite import Rewritten, rewrite_outputs
 from jedit.tracing.sites import Site, Sites, Weight
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Entering",
     "Intervention",
     "Leaving",
+    "Rewritten",
     "Site",
     "Sites",
     "Weight",
@@ -31,6 +33,7 @@ __all__ = [
     "find_attention",
     "find_sites",
     "intervene",
+    "rewrite_outputs",
     "run_capture",
     "weight_gradients",
 ]

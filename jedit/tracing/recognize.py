@@ -112,6 +112,7 @@ def _site(eqn, scope, origin, kind, weight, axes_in, axes_out, shape_in, **more)
         num_uses=math.prod(scope.lengths[d] for d in uses),
         branch=scope.branch,
         source=source_line(eqn, scope.source),
+        num_scans=len(scope.lengths),
         **more,
     )
 

@@ -124,6 +124,19 @@ class Axes:
             math.prod(shape[end:]),
         )
 
+    def laid_out(self, features: Array, shape: tuple[int, ...]) -> Array:
+        """Return (layers, features) so that it broadcasts to the array, which has this shape."""
+        end = self.num_layers + self.num_positions
+        sizes = [shape[axis] for axis in self.permutation]
+        sizes[self.num_layers : end] = [1] * self.num_positions
+        order = sorted(range(len(shape)), key=lambda i: self.permutation[i])
+        return jnp.transpose(features.reshape(sizes), order)
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Return the array's axes that become features, in their order."""
+        return self.permutation[self.num_layers + self.num_positions :]
+
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
@@ -146,6 +159,11 @@ class Patches:
         space = (n + i for i in (self.out_spec[0], *self.out_spec[2:]))
         return (*space, *(i for i, kind in enumerate(self.scan_axes) if kind == "use"))
 
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Return the output's axis of features; groups, of which there are several, share it."""
+        return (len(self.scan_axes) + self.out_spec[1],)
+
     def _merge(self, array: Array, spec: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
         n = len(self.scan_axes)
         array = jnp.transpose(array, (*range(n), *(n + i for i in spec)))
@@ -161,6 +179,14 @@ class Patches:
         positions = [n, *(n + 3 + i for i in range(space)), *uses]
         axes = Axes((*layers, n + 1, *positions, n + 2), len(layers) + 1, len(positions))
         return axes.canonical(array)
+
+    def laid_out(self, features: Array, shape: tuple[int, ...]) -> Array:
+        """Return (layers, d_out), groups among the layers, so that it broadcasts to the output."""
+        n = len(self.scan_axes)
+        sizes = [shape[i] if kind == "layer" else 1 for i, kind in enumerate(self.scan_axes)]
+        sizes += [1] * (len(shape) - n)
+        sizes[n + self.out_spec[1]] = shape[n + self.out_spec[1]]
+        return features.reshape(sizes)
 
     def inputs(self, array: Array) -> Array:
         """Return patches (layers, batch, space..., d_in), channel-major as a kernel is."""
@@ -213,6 +239,7 @@ class Site:
         window_in: by axis, which part of what is captured is this site's (several parameters joined
             to one operand), (start, stop); None for all of it.
         window_out: by axis, which part of its equation's output is this site's; None for all.
+        num_scans: how many axes of scans stand in front of activation and output.
     """
 
     name: str
@@ -234,6 +261,7 @@ class Site:
     index_column: int = 0
     window_in: tuple[tuple[int, int], ...] | None = None
     window_out: tuple[tuple[int, int], ...] | None = None
+    num_scans: int = 0
 
     @property
     def path(self) -> str:
@@ -257,6 +285,10 @@ class Site:
         if isinstance(self.axes_out, Patches):
             return self.axes_out.gradients(gradient)
         return self.axes_out.canonical(gradient)
+
+    def laid_out(self, features: Array) -> Array:
+        """Return (layers, d_out) so that it broadcasts to the output, scans in front."""
+        return self.axes_out.laid_out(features, self.output_shape)
 
     @property
     def shared_input(self) -> tuple:

@@ -18,7 +18,7 @@ from jedit.core import checks
 PACKAGES = (
     "attacks", "checkpoint", "curvature", "curvature.likelihoods", "data", "edits",
     "geometry", "methods", "metrics", "models", "objectives", "report", "requests",
-    "tracing", "training", "transforms",
+    "steering", "tracing", "training", "transforms",
 )  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 FINITE = (NAN, INF, -INF)
@@ -32,12 +32,14 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 BAD = {
     "active": COUNT, "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
     "beta": NOT_NEGATIVE, "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE,
-    "bits": COUNT, "budget": POSITIVE, "chunk": COUNT, "clip": POSITIVE, "damping": NOT_NEGATIVE,
+    "bits": COUNT, "budget": POSITIVE, "chosen": COUNT, "chunk": COUNT, "clip": POSITIVE,
+    "damping": NOT_NEGATIVE,
     "decay": SHARE, "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
     "dual_rate": NOT_NEGATIVE, "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
     "eps": NOT_NEGATIVE, "every": COUNT, "exact_memorization": SHARE, "exponent": FINITE,
     "extraction_strength": SHARE, "facts_per_author": COUNT, "first": COUNT, "forget_nll": FINITE,
-    "forget_weight": NOT_NEGATIVE, "fraction": SHARE, "gamma": NOT_NEGATIVE, "group_bytes": COUNT,
+    "forget_weight": NOT_NEGATIVE, "fraction": SHARE, "gain": FINITE, "gamma": NOT_NEGATIVE,
+    "group_bytes": COUNT,
     "hidden": COUNT, "inner_steps": COUNT, "kept_bytes": COUNT_OR_ZERO, "kl_budget": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE, "latents": COUNT, "layers": COUNT, "learning_rate": NOT_NEGATIVE,
     "least": SHARE, "least_risk": SHARE, "length": COUNT, "mass": SHARE, "max_age": POSITIVE,
@@ -45,7 +47,7 @@ BAD = {
     "newest": FINITE, "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT,
     "num_forget": COUNT, "num_heads": COUNT, "num_items": COUNT, "num_layers": COUNT,
     "num_pixels": COUNT, "num_prompts": COUNT, "num_retain": COUNT, "num_steps": COUNT,
-    "num_users": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
+    "num_users": COUNT, "number": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
     "paraphrase_probability": SHARE, "penalty": NOT_NEGATIVE, "predicted_kl": NOT_NEGATIVE,
     "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT, "pull": NOT_NEGATIVE,
     "push": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
@@ -86,7 +88,10 @@ STRICTER = {
     ("linear_probe", "strength"): POSITIVE,
     ("NPO", "beta"): POSITIVE,
     ("null_space", "threshold"): (*NOT_NEGATIVE, 1.5),
+    ("refuse_by_sum", "threshold"): SHARE,
+    ("run_steered", "strength"): FINITE,
     ("SimNPO", "beta"): POSITIVE,
+    ("steered", "strength"): FINITE,
 }
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
@@ -111,6 +116,8 @@ NEEDED = {
     "relearn": {"looks": (1,)},
     "ekfac": {"apply": len, "kfac_curvature": jedit.Curvature({}, {}, np.ones(()))},
     "encode_rows": {"rows": []},
+    "run_steered": {"steering": jedit.steering.Steering({})},
+    "steered": {"steering": jedit.steering.Steering({})},
     "kuda": {
         "objective": len,
         "select": "w",

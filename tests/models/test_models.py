@@ -129,7 +129,11 @@ def numpy_gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def numpy_gpt(tree, tokens, num_heads):
+def numpy_perceptron(tree, h):
+    return numpy_dense(numpy_gelu(numpy_dense(h, tree["up"])), tree["down"])
+
+
+def numpy_gpt(tree, tokens, num_heads, mlp=numpy_perceptron):
     """The forward pass, token by token and head by head."""
     rows = []
     for row in np.asarray(tokens):
@@ -148,9 +152,7 @@ def numpy_gpt(tree, tokens, num_heads):
                     mixed[t, part] = weight / weight.sum() @ v[: t + 1, part]
             x = x + numpy_dense(mixed, block["attn"]["out"])
             h = numpy_norm(x, block["mlp_norm"])
-            x = x + numpy_dense(
-                numpy_gelu(numpy_dense(h, block["mlp"]["up"])), block["mlp"]["down"]
-            )
+            x = x + mlp(block["mlp"], h)
         rows.append(numpy_norm(x, tree["norm"]) @ tree["head"]["kernel"])
     return np.stack(rows)
 
