@@ -33,6 +33,7 @@ from jedit.metrics.likelihood_attacks import (
     reference_scores,
     zlib_scores,
 )
+from jedit.metrics.logical_generalisation import LogicalScores, logical_scores
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
 from jedit.metrics.memorised_samples import memorised_samples
 from jedit.metrics.model_utility import (
@@ -50,6 +51,12 @@ from jedit.metrics.privleak import membership_auc, privleak
 from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
 from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
+from jedit.metrics.relational_probe import (
+    Operators,
+    RelationalStructure,
+    relational_probe,
+    relational_structure,
+)
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -70,8 +77,11 @@ __all__ = [
     "DepthScores",
     "Influence",
     "InfluenceShift",
+    "LogicalScores",
     "MembershipAttack",
+    "Operators",
     "PreferenceScores",
+    "RelationalStructure",
     "Rouge",
     "SetUtility",
     "UnlearningScores",
@@ -96,6 +106,7 @@ __all__ = [
     "influence",
     "influence_shift",
     "knowmem",
+    "logical_scores",
     "membership_attack",
     "membership_auc",
     "membership_scores",
@@ -120,6 +131,8 @@ __all__ = [
     "reference_scores",
     "refusal_rewards",
     "refuses",
+    "relational_probe",
+    "relational_structure",
     "retained_utility",
     "rouge",
     "set_utility",

@@ -44,8 +44,8 @@ BAD = {
     "max_dim": COUNT, "max_len": COUNT, "max_norm": POSITIVE, "memorization": SHARE,
     "newest": FINITE, "noise": NOT_NEGATIVE, "num_authors": COUNT, "num_classes": COUNT,
     "num_forget": COUNT, "num_heads": COUNT, "num_items": COUNT, "num_layers": COUNT,
-    "num_pixels": COUNT, "num_prompts": COUNT, "num_retain": COUNT, "num_steps": COUNT,
-    "num_users": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
+    "num_pixels": COUNT, "num_prompts": COUNT, "num_relations": COUNT, "num_retain": COUNT,
+    "num_steps": COUNT, "num_users": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
     "paraphrase_probability": SHARE, "penalty": NOT_NEGATIVE, "predicted_kl": NOT_NEGATIVE,
     "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT, "pull": NOT_NEGATIVE,
     "push": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
@@ -85,6 +85,7 @@ STRICTER = {
     ("linear_probe", "strength"): POSITIVE,
     ("NPO", "beta"): POSITIVE,
     ("null_space", "threshold"): (*NOT_NEGATIVE, 1.5),
+    ("relational_probe", "ridge"): POSITIVE,
     ("SimNPO", "beta"): POSITIVE,
 }
 # No quantities: any whole number will do.
