@@ -29,17 +29,17 @@ from tests.bench.claims.evidence import interval, kept, parser, shown, write
 NAME = "bilinear"
 LOW, HIGH = 3e-3, 6e-3
 TRAININGS = {
-    "decay 0, rate 0.003": Training(0.0, LOW),
     "decay 0": Training(0.0, HIGH),
-    "decay 1": Training(1.0, HIGH),
-    "decay 3, rate 0.003": Training(3.0, LOW),
     "decay 3": Training(3.0, HIGH),
     "decay 0, reversed text": Training(0.0, HIGH, both_ways=True),
+    "decay 0, rate 0.003": Training(0.0, LOW),
+    "decay 3, rate 0.003": Training(3.0, LOW),
+    "decay 1": Training(1.0, HIGH),
 }
-EDITED = ("decay 0", "decay 3", "decay 0, reversed text")
+EDITED = ("decay 0", "decay 3")
 PLAIN, DECAYED = "decay 0", "decay 3"
 CASES = 10
-QUICK = Size(families=16, width=16, layers=2, steps=60, batch_size=64)
+QUICK = Size(families=8, width=32, layers=2, steps=300, batch_size=64)
 ONE_TO_ONE = (HUSBAND, WIFE, SISTER, BROTHER)  # whose transposed operators have one answer
 SCORES = ("generalisation", "reverse", "onto new", "of others", "locality", "elsewhere", "price")
 

@@ -200,8 +200,8 @@ def _losses(apply: Callable, params: PyTree, edit: Edit, row: Batch, scales: Arr
 
 
 def _loss(apply: Callable, params: PyTree, row: Batch) -> Array:
-    logits = apply(params, row.inputs)[:, 1]
-    new = row.targets[:, 1]
+    assert row.targets is not None
+    logits, new = apply(params, row.inputs)[:, 1], row.targets[:, 1]
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, new))
 
 
