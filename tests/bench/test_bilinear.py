@@ -139,7 +139,7 @@ def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
     for row in summary["models"].values():
         assert all(0 <= cell["mean"] <= 1 for cell in row.values())
     methods = summary["edits"][bilinear.PLAIN]
-    assert len(methods) == 11
+    assert len(methods) == 10
     assert max(row["reached"]["mean"] for row in methods.values()) == 1
     assert "| fine-tuning at 0.004, block 1 |" in capsys.readouterr().out
 

@@ -87,7 +87,7 @@ def sets_of(found: Room, number: int, *, seed: int) -> Sets:
     others = rng.permutation([*whole[half:], *lost[number - half :]])
     donors, rest = others[:number], others[number:]
     cases = []
-    for family, donor in zip(edited, donors, strict=True):
+    for family, donor in zip(map(int, edited), map(int, donors), strict=True):
         old = Fact(families.token("Christine", family), HUSBAND, families.token("Andrew", family))
         new = rewrite(families, old, families.token("Colin", donor))
         kinds = {"reverse": new.reverse, "onto new": new.onto_new, "of others": new.of_others}
