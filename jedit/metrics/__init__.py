@@ -33,6 +33,7 @@ from jedit.metrics.likelihood_attacks import (
     reference_scores,
     zlib_scores,
 )
+from jedit.metrics.logical_generalisation import LogicalScores, logical_scores
 from jedit.metrics.membership import MembershipAttack, membership_attack, membership_scores
 from jedit.metrics.memorised_samples import memorised_samples
 from jedit.metrics.model_utility import (
@@ -51,6 +52,12 @@ from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
 from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
 from jedit.metrics.refusal_rates import RefusalCurve, refusal_curve, refusal_rates
+from jedit.metrics.relational_probe import (
+    Operators,
+    RelationalStructure,
+    relational_probe,
+    relational_structure,
+)
 from jedit.metrics.rouge import Rouge, rouge
 from jedit.metrics.stability import (
     fit_forget_degree,
@@ -71,9 +78,12 @@ __all__ = [
     "DepthScores",
     "Influence",
     "InfluenceShift",
+    "LogicalScores",
     "MembershipAttack",
+    "Operators",
     "PreferenceScores",
     "RefusalCurve",
+    "RelationalStructure",
     "Rouge",
     "SetUtility",
     "UnlearningScores",
@@ -98,6 +108,7 @@ __all__ = [
     "influence",
     "influence_shift",
     "knowmem",
+    "logical_scores",
     "membership_attack",
     "membership_auc",
     "membership_scores",
@@ -124,6 +135,8 @@ __all__ = [
     "refusal_rates",
     "refusal_rewards",
     "refuses",
+    "relational_probe",
+    "relational_structure",
     "retained_utility",
     "rouge",
     "set_utility",
