@@ -25,6 +25,7 @@ from jedit.metrics.depth_score import DepthScores, depth_score
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
+from jedit.metrics.forget_ratio import ForgetRatio, forget_ratio
 from jedit.metrics.frechet_distance import frechet_distance
 from jedit.metrics.gradient_norm import gradient_norm_scores
 from jedit.metrics.likelihood_attacks import (
@@ -51,6 +52,7 @@ from jedit.metrics.probability import answer_probability, normalized_probability
 from jedit.metrics.recovery import ComponentRecovery, recovery_by_component
 from jedit.metrics.refusal import answer_rewards, refusal_rewards, refuses
 from jedit.metrics.rouge import Rouge, rouge
+from jedit.metrics.spillover import Change, change_by_group, nearness, rank_correlation
 from jedit.metrics.stability import (
     fit_forget_degree,
     fit_retain_utility,
@@ -60,20 +62,24 @@ from jedit.metrics.stability import (
     windowed_forgetting,
     worst_case_accuracy,
 )
+from jedit.metrics.task_predictors import TaskPredictors, task_predictors
 from jedit.metrics.truth_ratio import truth_ratio
 from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_of_war
 
 __all__ = [
     "AccuracyScores",
     "AnswerLosses",
+    "Change",
     "ComponentRecovery",
     "DepthScores",
+    "ForgetRatio",
     "Influence",
     "InfluenceShift",
     "MembershipAttack",
     "PreferenceScores",
     "Rouge",
     "SetUtility",
+    "TaskPredictors",
     "UnlearningScores",
     "accuracy",
     "accuracy_scores",
@@ -83,6 +89,7 @@ __all__ = [
     "answer_rewards",
     "attribution",
     "average_gap",
+    "change_by_group",
     "depth_score",
     "exact_memorization",
     "extraction_strength",
@@ -90,6 +97,7 @@ __all__ = [
     "fit_retain_utility",
     "forget_degree",
     "forget_quality",
+    "forget_ratio",
     "forget_truth_ratio",
     "frechet_distance",
     "gradient_norm_scores",
@@ -106,6 +114,7 @@ __all__ = [
     "minimum_accuracy",
     "model_utility",
     "multiple_choice_accuracy",
+    "nearness",
     "ngram_entropy",
     "nll",
     "normalized_choice_accuracy",
@@ -116,6 +125,7 @@ __all__ = [
     "preference_scores",
     "privacy_score",
     "privleak",
+    "rank_correlation",
     "recovery_by_component",
     "reference_scores",
     "refusal_rewards",
@@ -123,6 +133,7 @@ __all__ = [
     "retained_utility",
     "rouge",
     "set_utility",
+    "task_predictors",
     "truth_ratio",
     "tug_of_war",
     "utility_score",
