@@ -32,7 +32,8 @@ COUNT_OR_ZERO = (-1, 1.5, NAN)
 BAD = {
     "active": COUNT, "alpha": NOT_NEGATIVE, "auc": SHARE, "balance": SHARE, "batch_size": COUNT,
     "beta": NOT_NEGATIVE, "beta_importance": NOT_NEGATIVE, "beta_saturation": NOT_NEGATIVE,
-    "bits": COUNT, "budget": POSITIVE, "chunk": COUNT, "clip": POSITIVE, "damping": NOT_NEGATIVE,
+    "bits": COUNT, "budget": POSITIVE, "chance": SHARE, "chunk": COUNT, "clip": POSITIVE,
+    "confidence": (0.0, *SHARE), "damping": NOT_NEGATIVE,
     "decay": SHARE, "delay": COUNT_OR_ZERO, "delta": FINITE, "dpi": COUNT, "dual": NOT_NEGATIVE,
     "dual_rate": NOT_NEGATIVE, "enough": POSITIVE, "epoch": COUNT_OR_ZERO, "epochs": NOT_NEGATIVE,
     "eps": NOT_NEGATIVE, "every": COUNT, "exact_memorization": SHARE, "exponent": FINITE,

@@ -270,9 +270,8 @@ def claims_of(run: dict[str, Any]) -> dict[str, float]:
     """One seed's numbers of the claims about random labels."""
     tasks = run["tasks"]
     ratios = [x["ratios"][task] for task, x in tasks.items()]
-    by_rate = {
-        r: [x["by rate"][r] for x in tasks.values()] for r in [*tasks.values()][0]["by rate"]
-    }
+    rates = next(iter(tasks.values()))["by rate"]
+    by_rate = {rate: [x["by rate"][rate] for x in tasks.values()] for rate in rates}
     pairs = [
         metrics.rank_correlation([*near.values()], [x["ratios"][other] for other in near])
         for x in tasks.values()

@@ -3,10 +3,10 @@
     python -m tests.bench.claims.narrow_refusal [--seeds 3] [--quick]
 
 A GPT of a quarter of a million parameters knows invented authors of eight lands by heart, eight
-rows each; those of one land it has learnt to refuse to speak of. Two authors of another land are to be
-refused, or forgotten. The domains are the lands: the nearest is the rest of the land of those two,
-who share surnames and towns with them. 70% of the other rows are seen by the methods; the rest
-judges.
+rows each; those of one land it has learnt to refuse to speak of. Two authors of another land are to
+be refused, or forgotten. The domains are the lands: the nearest is the rest of the land of those
+two, who share surnames and towns with them. Half of the other rows of each land are seen by the
+methods; the rest judges.
 
     refusal     Refusing the two raises refusals in their own land more than in the other lands
                 (the land that is refused already is left out).
@@ -38,6 +38,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import choose_temperature, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import QaRow, encode_rows, generate_authors, text_of, train_tokenizer
+from jedit.data.invented.author_values import REGIONS
 from jedit.edits import apply_edit
 from jedit.methods import CATALOGUE, Material
 from jedit.methods.row import ADAM, BySteps
@@ -55,7 +56,6 @@ from jedit.tracing import Entering
 from jedit.training import TrainingMethod, run_method
 from tests.bench.claims.evidence import interval, kept, parser, shown, write
 from tests.bench.claims.refusal import region_of
-from tests.bench.claims.scenes import parted
 
 SITE = f"blocks/{MODEL.layers - 1}/attn/query/kernel"
 STEPPER = gpt_stepper(num_layers=MODEL.layers, num_heads=MODEL.heads)
@@ -84,12 +84,17 @@ class Plan(NamedTuple):
 
 
 FULL = Plan()
-QUICK = Plan(16, 2, (1, 2), (1e-3,), (1e-3,), (0.1,), (0.1,))
+QUICK = Plan(24, 2, (1, 2), (1e-3,), (1e-3,), (0.1,), (0.1,))
+
+
+def named(number: int) -> str:
+    """The name of a land."""
+    return f"land {number}"
 
 
 def land(row: QaRow) -> str:
     """The name of a row's domain."""
-    return f"land {region_of(str(row.fields['author']))}"
+    return named(region_of(str(row.fields["author"])))
 
 
 class Scene:
@@ -117,8 +122,14 @@ class Scene:
         # Of the other direction: refused authors whose true answers are taught.
         self.opened = [row for row in rows if row.fields["author"] in refused]
         gone = {*narrow, *refused}
-        others = np.array([i for i, row in enumerate(rows) if row.fields["author"] not in gone])
-        self.seen, self.heldout = ([taught[i] for i in part] for part in parted(others, cut))
+        self.seen, self.heldout = [], []
+        for number in range(len(REGIONS)):
+            mine = [
+                r for r in taught if r.fields["author"] not in gone and land(r) == named(number)
+            ]
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(cut, number), len(mine)))
+            for i, place in enumerate(order):
+                (self.seen if i % 2 else self.heldout).append(mine[place])
         # What is refused can be asked for every row: none of it is what a method is given.
         steps = MODEL.max_len + 1 - self.words.prompts(pairs(rows)).tokens.shape[1]
         self.speaker = Speaker(STEPPER, self.words, self.encode, min(ANSWER_TOKENS, steps))
@@ -250,7 +261,7 @@ def of_seed(seed: int, plan: Plan, out: Any) -> dict[str, Any]:
 def numbers_of(name: str, found: dict[str, Any]) -> dict[str, float]:
     """A method's numbers of one seed: its own land against the others, and rank correlations."""
     domains = found["domains"]
-    own, refused = (f"land {n}" for n in (NARROW, REFUSED))
+    own, refused = named(NARROW), named(REFUSED)
     told = {k: found[k] for k in ("seen KL", "held-out KL", "forget probability")}
     if name == ANSWERS:
         own = refused
