@@ -24,7 +24,7 @@ def test_tasks_are_measured_once(tmp_path, monkeypatch):
     looks = [at for at, _ in run["points"]["random labels: first"]]
     assert looks == ["0.001, 1 steps", "0.001, 2 steps"]
     assert [at for at, _ in run["points"]["K-FADE (K-FAC): first"]] == ["0.1, 0.1"]
-    monkeypatch.setattr(narrow, "of_seed", None)  # what is on the disk is not measured again
+    monkeypatch.setattr(narrow, "Judged", None)  # what is on the disk is not measured again
     narrow.main(given)
 
 
@@ -90,5 +90,5 @@ def test_domains_are_measured_once(tmp_path, monkeypatch):
     assert told["refusal, own less others"] == pytest.approx(
         change["land 1"] - sum(others) / len(others)
     )
-    monkeypatch.setattr(narrow_refusal, "of_seed", None)
+    monkeypatch.setattr(narrow_refusal, "Scene", None)  # what is on the disk is not measured again
     narrow_refusal.main(given)

@@ -140,9 +140,10 @@ def test_the_table_and_the_figure_show_them(found, tmp_path):
     assert len(figure.axes) == 3
     for axes, field in zip(figure.axes, ("refusal", "probability", "rouge"), strict=True):
         points, *_ = axes.containers[0]
-        np.testing.assert_allclose(points.get_xdata(), [domain.nearness for domain in found])
+        x, y = (np.asarray(values, float) for values in (points.get_xdata(), points.get_ydata()))
+        np.testing.assert_allclose(x, [domain.nearness for domain in found])
         changes = [getattr(domain, field).change for domain in found]
-        np.testing.assert_allclose(points.get_ydata(), changes)
+        np.testing.assert_allclose(y, changes)
         assert axes.get_xlabel()
         assert "shares" in axes.get_ylabel()
     save_png(figure, tmp_path / "figure.png")

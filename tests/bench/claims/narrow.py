@@ -318,7 +318,7 @@ def _differences(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for name in (NATURAL, KFADE):
         for other in METHODS:
-            if other in (NATURAL, KFADE):
+            if other in (NATURAL, KFADE) or name not in METHODS:
                 continue
             by_seed = []
             for run in runs:

@@ -74,7 +74,9 @@ def test_a_question_that_fills_the_model_is_refused(start):
 def test_what_a_model_says_is_what_the_metrics_say(start, key):
     asked = encoded(start)
     said = forgotten.said_of(start.model, start.params, asked, key=key)
-    assert set(said.values) == set(forgotten.TEXTS)
+    assert set(said.values) == {*forgotten.TEXTS, "refused"}
+    # Its answers are the rows' own, or nonsense: no refusals.
+    assert said.values["refused"].tolist() == [0] * len(asked.rows)
     logits = np.asarray(start.model.apply(start.params, asked.whole.inputs), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_p, np.asarray(asked.whole.targets)[..., None], -1)[..., 0]
