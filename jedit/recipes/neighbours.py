@@ -73,7 +73,10 @@ def effects_by_domain(
         scores["probability"].append(np.nan_to_num(metrics.answer_probability(loss)))
         scores["rouge"].append(metrics.rouge(answers, said).rougeL_recall)
     changes = {k: metrics.change_by_group(*pair, domains) for k, pair in scores.items()}
-    found = [Domain(n, near[n], **{k: by[n] for k, by in changes.items()}) for n in names]
+    found = [
+        Domain(n, near[n], changes["refusal"][n], changes["probability"][n], changes["rouge"][n])
+        for n in names
+    ]
     return tuple(by_nearness(found))
 
 
