@@ -72,7 +72,7 @@ def effects_by_domain(
         # To a model that is destroyed no answer is likely.
         scores["probability"].append(np.nan_to_num(metrics.answer_probability(loss)))
         scores["rouge"].append(metrics.rouge(answers, said).rougeL_recall)
-    changes = {k: metrics.change_by_group(*pair, domains) for k, pair in scores.items()}
+    changes = {k: metrics.change_by_group(x[0], x[1], domains) for k, x in scores.items()}
     found = [
         Domain(n, near[n], changes["refusal"][n], changes["probability"][n], changes["rouge"][n])
         for n in names
