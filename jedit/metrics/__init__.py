@@ -25,6 +25,7 @@ from jedit.metrics.depth_score import DepthScores, depth_score
 from jedit.metrics.exact_memorization import exact_memorization
 from jedit.metrics.extraction_strength import extraction_strength
 from jedit.metrics.forget_quality import forget_quality
+from jedit.metrics.forget_ratio import ForgetRatio, forget_ratio
 from jedit.metrics.frechet_distance import frechet_distance
 from jedit.metrics.gradient_norm import gradient_norm_scores
 from jedit.metrics.likelihood_attacks import (
@@ -59,6 +60,7 @@ from jedit.metrics.relational_probe import (
     relational_structure,
 )
 from jedit.metrics.rouge import Rouge, rouge
+from jedit.metrics.spillover import Change, change_by_group, nearness, rank_correlation
 from jedit.metrics.stability import (
     fit_forget_degree,
     fit_retain_utility,
@@ -68,14 +70,17 @@ from jedit.metrics.stability import (
     windowed_forgetting,
     worst_case_accuracy,
 )
+from jedit.metrics.task_predictors import TaskPredictors, task_predictors
 from jedit.metrics.truth_ratio import truth_ratio
 from jedit.metrics.unlearning_scores import UnlearningScores, average_gap, tug_of_war
 
 __all__ = [
     "AccuracyScores",
     "AnswerLosses",
+    "Change",
     "ComponentRecovery",
     "DepthScores",
+    "ForgetRatio",
     "Influence",
     "InfluenceShift",
     "LogicalScores",
@@ -86,6 +91,7 @@ __all__ = [
     "RelationalStructure",
     "Rouge",
     "SetUtility",
+    "TaskPredictors",
     "UnlearningScores",
     "accuracy",
     "accuracy_scores",
@@ -95,6 +101,7 @@ __all__ = [
     "answer_rewards",
     "attribution",
     "average_gap",
+    "change_by_group",
     "depth_score",
     "exact_memorization",
     "extraction_strength",
@@ -102,6 +109,7 @@ __all__ = [
     "fit_retain_utility",
     "forget_degree",
     "forget_quality",
+    "forget_ratio",
     "forget_truth_ratio",
     "frechet_distance",
     "gradient_norm_scores",
@@ -119,6 +127,7 @@ __all__ = [
     "minimum_accuracy",
     "model_utility",
     "multiple_choice_accuracy",
+    "nearness",
     "ngram_entropy",
     "nll",
     "normalized_choice_accuracy",
@@ -129,6 +138,7 @@ __all__ = [
     "preference_scores",
     "privacy_score",
     "privleak",
+    "rank_correlation",
     "recovery_by_component",
     "reference_scores",
     "refusal_curve",
@@ -140,6 +150,7 @@ __all__ = [
     "retained_utility",
     "rouge",
     "set_utility",
+    "task_predictors",
     "truth_ratio",
     "tug_of_war",
     "utility_score",

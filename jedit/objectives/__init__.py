@@ -21,7 +21,7 @@ from jedit.objectives.logit_margin import LogitMargin
 from jedit.objectives.minor_part import MinorPart
 from jedit.objectives.npo import NPO
 from jedit.objectives.objective import Objective
-from jedit.objectives.random_label import RandomLabel, relabel
+from jedit.objectives.random_label import RandomLabel, relabel, relabel_among
 from jedit.objectives.representation_deviation import RepresentationDeviation
 from jedit.objectives.rmu import RMU, RetainStates
 from jedit.objectives.sae_guided import LatentMeans, SAEGuided
@@ -63,6 +63,7 @@ __all__ = [
     "group_advantages",
     "random_direction",
     "relabel",
+    "relabel_among",
     "sequence_nll",
     "token_kl",
     "token_nll",

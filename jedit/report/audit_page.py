@@ -139,10 +139,18 @@ def _table(measures: Sequence[Measure]) -> Table:
 
 def _groups(section: Section) -> Table:
     """Return the cost by group of rows."""
+    columns = {
+        "kl": "KL, nats per token",
+        "base": "perplexity before",
+        "edited": "perplexity after",
+        "refused_base": "refused before",
+        "refused_edited": "refused after",
+    }
+    # Where answers are not asked for, nothing is known of refusals.
+    told = [name for name in columns if any(name in m.models for m in section.groups)]
     rows = []
     for measure in section.groups:
         cells = [str(measure.models["kl"].num_rows)]
-        cells += [measure.models[name].text for name in ("kl", "base", "edited")]
-        rows.append((measure.text, cells))
-    headings = ["rows", "KL, nats per token", "perplexity before", "perplexity after"]
+        rows.append((measure.text, cells + [measure.models[name].text for name in told]))
+    headings = ["rows", *(columns[name] for name in told)]
     return Table(headings, rows, sorted({measure.how for measure in section.groups}))

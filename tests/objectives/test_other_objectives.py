@@ -168,6 +168,27 @@ def test_random_labels_are_others_and_uniform(problem, key, tolerance):
     check(RandomLabel(), (*problem[:2], relabelled, problem[3]), expected, tolerance)
 
 
+def test_random_labels_among_a_tasks_own_know_nothing_of_the_right_ones(problem, key, tolerance):
+    params, _, forget, _ = problem
+    labels = [1, 3, 4]
+    right = np.repeat(labels, 2000)
+    many = Batch(jnp.zeros((6000, 1)), jnp.asarray(right, jnp.int16))
+    new = objectives.relabel_among(many, labels, key=key).targets
+    assert new.dtype == jnp.int16
+    counts = np.array([[np.sum((right == a) & (new == b)) for b in labels] for a in labels])
+    assert counts.sum() == 6000
+    # Nine cells of probability 1/9: five standard errors.
+    assert np.abs(counts - 2000 / 3).max() < 5 * np.sqrt(6000 * 8 / 81)
+    relabelled = objectives.relabel_among(forget, [1, 3], key=jax.random.fold_in(key, 1))
+    expected = numpy_mean_nll(params, relabelled)
+    check(RandomLabel(), (*problem[:2], relabelled, problem[3]), expected, tolerance)
+    for wrong in ([2], [2, 2], [[0, 1]]):
+        with pytest.raises(ValueError, match="labels must be two at least"):
+            objectives.relabel_among(forget, wrong, key=key)
+    with pytest.raises(ValueError, match="labels must not be negative|labels must be at least 0"):
+        objectives.relabel_among(forget, [-1, 2], key=key)
+
+
 def hidden(apply, params, inputs):
     del apply
     return params["embed"][inputs]
@@ -199,6 +220,8 @@ def test_missing_targets_get_a_sentence(problem, key):
             objective(apply, params, bare, None, reference)
     with pytest.raises(ValueError, match="relabel needs targets"):
         objectives.relabel(bare, VOCAB, key=key)
+    with pytest.raises(ValueError, match="relabel_among needs targets"):
+        objectives.relabel_among(bare, [0, 1], key=key)
 
 
 def ragged(lengths):

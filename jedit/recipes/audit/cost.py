@@ -52,6 +52,7 @@ def measures_of(kept: Kept) -> list[Measure]:
         "probability": "probability of the answers",
         "rouge_greedy": "ROUGE-L recall of the model's likeliest answer",
         "exact_memorization": "share of tokens that come by themselves",
+        "refused": "share of questions that are refused, by a list of phrases",
     }
     for name, text in texts.items():
         found = {
@@ -84,7 +85,7 @@ def check_group(asked: Rows, field: str) -> None:
 
 
 def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure], list[str]]:
-    """Return KL and perplexities by group of rows, the dearest first, and notes."""
+    """Return KL, perplexities and refusals by group of rows, the dearest first, and notes."""
     if field is None:
         return [], []
     labels = [row.fields.get(field) for row in asked.rows]
@@ -98,6 +99,8 @@ def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure]
         found = {"kl": mean_of(kept.kl[chosen], is_share=False)}
         for role in ("base", "edited"):
             found[role] = perplexity_of(kept.said[role].loss[chosen])
+            if (refused := kept.said[role].values.get("refused")) is not None:
+                found[f"refused_{role}"] = mean_of(refused[chosen])
         measures.append(Measure(name, f"{field}: {name}", BOOTSTRAP, found))
     most = number(measures[0].models["kl"].value)
     notes = [

@@ -41,7 +41,8 @@ class Said(NamedTuple):
 
     Attributes:
         loss: loss of the answers per token, in nats: lower the better it is known.
-        values: by a name of `TEXTS` the values that could be had.
+        values: by a name of `TEXTS` the values that could be had, and "refused", 1 where the
+            likeliest answer is a refusal by `metrics.refuses`, of which no forgetting is judged.
     """
 
     loss: Values
@@ -79,7 +80,7 @@ def said_of(
 def rouge_of(
     model: LanguageModel, params: PyTree, asked: Rows, *, key: Array, draws: int = NUM_DRAWS
 ) -> dict[str, Values]:
-    """Return ROUGE-L recall of the likeliest answer, and of the best of several drawn ones."""
+    """Return ROUGE-L recall of the likeliest answer and of the best drawn one, and refusals."""
     truths = [row.answer for row in asked.rows]
     chunk = min(model.chunk, len(asked.rows))
     texts = []
@@ -88,7 +89,11 @@ def rouge_of(
         places = np.arange(start, start + chunk) % len(asked.rows)
         part = Prompts(asked.prompts.tokens[places], asked.prompts.lengths[places])
         texts += generate(model, params, part, asked.num_steps)
-    found = {"rouge_greedy": metrics.rouge(truths, texts[: len(truths)]).rougeL_recall}
+    texts = texts[: len(truths)]
+    found = {
+        "rouge_greedy": metrics.rouge(truths, texts).rougeL_recall,
+        "refused": metrics.refuses(texts).astype(np.float64),
+    }
     room = model.num_positions + 1 - asked.prompts.tokens.shape[1]
     given = (model.stepper, cast_params(params, model.dtype), asked.prompts)
     drawn = []

@@ -74,7 +74,9 @@ def test_a_question_that_fills_the_model_is_refused(start):
 def test_what_a_model_says_is_what_the_metrics_say(start, key):
     asked = encoded(start)
     said = forgotten.said_of(start.model, start.params, asked, key=key)
-    assert set(said.values) == set(forgotten.TEXTS)
+    assert set(said.values) == {*forgotten.TEXTS, "refused"}
+    # Its answers are the rows' own, or nonsense: no refusals.
+    assert said.values["refused"].tolist() == [0] * len(asked.rows)
     logits = np.asarray(start.model.apply(start.params, asked.whole.inputs), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_p, np.asarray(asked.whole.targets)[..., None], -1)[..., 0]
@@ -268,14 +270,16 @@ def test_what_comes_back_beyond_unseen_rows_is_judged():
 def test_the_cost_is_told_by_group(start):
     asked = encoded(start, ROWS, "retain")
     loss, kl = np.linspace(1, 2, 12), np.arange(12) / 100
-    rouge = {"rouge_greedy": np.linspace(0.5, 0.9, 12)}
-    less = {"rouge_greedy": 0.5 * rouge["rouge_greedy"]}
+    rouge = {"rouge_greedy": np.linspace(0.5, 0.9, 12), "refused": np.zeros(12)}
+    less = {"rouge_greedy": 0.5 * rouge["rouge_greedy"], "refused": (np.arange(12) % 6 == 2) * 1.0}
     said = {"base": forgotten.Said(loss, rouge), "edited": forgotten.Said(loss + 1, less)}
     kept = Kept(said, kl, None)
     groups, notes = cost.groups_of(kept, asked, "shelf")
     assert [m.name for m in groups] == ["2", "1", "0"]
     assert groups[0].models["kl"].value == pytest.approx(kl[2::3].mean())
     assert groups[0].models["edited"].value == pytest.approx(np.exp(1 + loss[2::3].mean()))
+    refused = [[m.models[f"refused_{r}"].value for r in ("base", "edited")] for m in groups]
+    assert refused == [[0, 0.5], [0, 0], [0, 0]]
     assert "Of 3 groups by shelf, 2 paid most" in notes[0]
     with pytest.raises(DataError, match='no row to keep has the field "author"; there are shelf'):
         cost.check_group(asked, "author")

@@ -1,0 +1,94 @@
+"""The scripts about narrow unlearning, on toys, and what they make of numbers that are known."""
+
+import json
+
+import pytest
+
+from tests.bench.claims import narrow, narrow_refusal
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def test_tasks_are_measured_once(tmp_path, monkeypatch):
+    # A method by steps and one by a budget: each other one is compiled like one of the two.
+    monkeypatch.setattr(narrow, "METHODS", ("random labels", narrow.KFADE))
+    given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    narrow.main(given)
+    run = json.loads((tmp_path / "narrow-quick-0.json").read_text())
+    assert set(run["tasks"]) == set(narrow.TASKS)
+    for task, one in run["tasks"].items():
+        assert set(one["nearness"]) == set(narrow.TASKS) - {task}
+        assert 0.5 <= one["confidence"] <= 1
+        assert one["hidden_variance"] > 0
+        assert all(0 <= x <= 1 for x in (*one["probe"], *one["said"]))
+    looks = [at for at, _ in run["points"]["random labels: first"]]
+    assert looks == ["0.001, 1 steps", "0.001, 2 steps"]
+    assert [at for at, _ in run["points"]["K-FADE (K-FAC): first"]] == ["0.1, 0.1"]
+    monkeypatch.setattr(narrow, "Judged", None)  # what is on the disk is not measured again
+    narrow.main(given)
+
+
+def test_the_cheapest_point_that_forgets_half_is_taken_and_judged_elsewhere():
+    def point(choice, others, test):
+        return {"choice": choice, "choice others": others, "test": test, "test others": 2 * others}
+
+    points = {
+        "NPO: first": [("a", point(0.4, 0.0, 0.5)), ("b", point(0.6, 0.3, 0.7))],
+        "NPO: repeat": [("c", point(0.9, 0.2, 1.0)), ("d", point(0.5, 0.1, 0.4))],
+        f"{narrow.KFADE}: first": [("e", point(0.8, 0.1, 0.6))],
+        f"{narrow.KFADE}: repeat": [("f", point(0.1, 0.0, 0.1))],
+    }
+    assert narrow.chosen(points["NPO: first"])[0] == "b"
+    assert narrow.chosen(points["NPO: repeat"])[0] == "d"
+    assert narrow.chosen(points[f"{narrow.KFADE}: repeat"]) is None
+    run = {"points": points}
+    found = narrow._cost(run, "NPO")
+    assert found == pytest.approx({"reached": 1, "others": (0.6 + 0.2) / 2, "task": 0.55})
+    assert narrow._cost(run, narrow.KFADE)["reached"] == 0.5
+
+
+def test_claims_of_numbers_that_are_known():
+    def task(name, ratio, confidence, probe):
+        ratios = {"a": 0.0, "b": 0.1, "c": 0.2, name: ratio}
+        return {
+            "accuracy": 0.99,
+            "confidence": confidence,
+            "hidden_variance": -confidence,
+            "ratios": ratios,
+            "by rate": {"0.001": ratio},
+            "nearness": {n: i for i, n in enumerate("abc") if n != name},
+            "probe": [0.9, probe],
+            "said": [0.95, 0.5],
+        }
+
+    run = {"tasks": {n: task(n, *x) for n, *x in (("a", 0.9, 0.6, 0.8), ("b", 0.05, 0.99, 0.7))}}
+    found = narrow.claims_of(run)
+    assert found["ratio at 0.001 with confidence"] == pytest.approx(-1)
+    assert found["ratio at 0.001 with hidden_variance"] == pytest.approx(1)
+    assert found["nearness with damage"] == pytest.approx(1)
+    assert found["probe less said, after"] == pytest.approx(0.25)
+    assert found["tasks above 0.5"] == found["tasks below 0.1"] == 1
+
+
+def test_domains_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(narrow_refusal, "METHODS", (narrow_refusal.DPO,))
+    # Of a toy, every point counts as far enough.
+    monkeypatch.setattr(narrow_refusal, "HALF", 10.0)
+    given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    narrow_refusal.main(given)
+    run = json.loads((tmp_path / "narrow_refusal-quick-0.json").read_text())
+    assert run[narrow_refusal.ANSWERS] is None  # no probability is above ten
+    found = run[narrow_refusal.DPO]
+    assert {"land 0", "land 1"} < set(found["domains"])
+    for domain in found["domains"].values():
+        assert -1 <= domain["nearness"] <= 1
+        assert all(0 <= domain[k]["after"] <= 1 for k in narrow_refusal.SCORES)
+    assert (tmp_path / "narrow_refusal-IdkDPO.png").exists()
+    told = narrow_refusal.numbers_of(narrow_refusal.DPO, found)
+    change = {n: x["refusal"]["change"] for n, x in found["domains"].items()}
+    others = [change[n] for n in change if n not in ("land 0", "land 1")]
+    assert told["refusal, own less others"] == pytest.approx(
+        change["land 1"] - sum(others) / len(others)
+    )
+    monkeypatch.setattr(narrow_refusal, "Scene", None)  # what is on the disk is not measured again
+    narrow_refusal.main(given)
