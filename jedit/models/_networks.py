@@ -139,20 +139,34 @@ def _attend(query: Array, keys: Array, values: Array, is_seen: Array) -> Array:
 
 
 class Perceptron(nnx.Module):
-    def __init__(self, width: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        activation: Callable = jax.nn.gelu,
+    ):
+        self.activation = activation
         self.up = nnx.Linear(width, 4 * width, param_dtype=param_dtype, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return self.down(jax.nn.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nnx.Module):
-    def __init__(self, width: int, num_heads: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        activation: Callable = jax.nn.gelu,
+    ):
         self.attn_norm = LayerNorm(width, param_dtype)
         self.attn = Attention(width, num_heads, param_dtype, rngs)
         self.mlp_norm = LayerNorm(width, param_dtype)
-        self.mlp = Perceptron(width, param_dtype, rngs)
+        self.mlp = Perceptron(width, param_dtype, rngs, activation)
 
     def __call__(
         self, x: Float[Array, "batch seq width"], segments: Int[Array, "batch seq"] | None = None
@@ -176,6 +190,7 @@ class Gpt(nnx.Module):
         max_len: int,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
+        activation: Callable = jax.nn.gelu,
     ):
         small = jax.nn.initializers.normal(0.02)
         self.embed = nnx.Embed(
@@ -185,7 +200,7 @@ class Gpt(nnx.Module):
         self.embed.dtype = None
         self.positions = nnx.Param(small(rngs.params(), (max_len, width), param_dtype))
         self.blocks = nnx.List(
-            Block(width, num_heads, param_dtype, rngs) for _ in range(num_layers)
+            Block(width, num_heads, param_dtype, rngs, activation) for _ in range(num_layers)
         )
         self.norm = LayerNorm(width, param_dtype)
         self.head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)

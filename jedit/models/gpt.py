@@ -1,8 +1,9 @@
 """A small decoder-only transformer language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
@@ -22,10 +23,11 @@ def gpt(
     num_heads: int,
     max_len: int,
     dtype: DTypeLike = jnp.float32,
+    activation: Callable[[Array], Array] = jax.nn.gelu,
 ) -> tuple[Apply, dict[str, Any]]:
     """Make a decoder-only language model as a pure function.
 
-    Layer norms stand before the attention and before the GELU perceptron of four times the width;
+    Layer norms stand before the attention and before the perceptron of four times the width;
     positions are learned; the head is not tied to the embedding and has no bias. A token sees
     itself and what stands left of it, so right padding changes nothing to its left. Parameters are
     "embed/embedding", "positions", "blocks/<i>/attn_norm/scale",
@@ -40,6 +42,7 @@ def gpt(
         num_heads: number of attention heads; divides the width.
         max_len: number of learned positions, the longest sequence that `apply` takes.
         dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
+        activation: the function between the perceptron's two kernels, `NMDA(...)` for instance.
 
     Returns:
         `(apply, params)`, with `apply(params, tokens (batch, seq)) -> logits (batch, seq, vocab)`.
@@ -58,17 +61,19 @@ def gpt(
     from jedit.models._networks import Gpt
 
     rngs = nnx.Rngs(key)
-    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, dtype, rngs))
+    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, dtype, rngs, activation))
 
 
-def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
+def gpt_stepper(
+    *,
+    num_layers: int,
+    num_heads: int,
+    activation: Callable[[Array], Array] = jax.nn.gelu,
+) -> Stepper:
     """Make the one-position step of a `gpt` model, with a cache of keys and values.
 
     It is for `cached_decode`, with the parameters of `gpt`; the arguments are what the parameters
     do not tell of the model.
-
-    For `cached_decode`; the parameters are those of `gpt`, and what they do not tell of it are the
-    arguments here.
     """
     check_numbers(COUNT, num_layers=num_layers, num_heads=num_heads)
     from flax import nnx
@@ -86,9 +91,8 @@ def gpt_stepper(*, num_layers: int, num_heads: int) -> Stepper:
         max_len, dtype = len(params["positions"]), params["positions"].dtype
         # Made without arrays, at trace time: only the module's structure is needed, which the
         # shapes tell.
-        module = nnx.eval_shape(
-            lambda: Gpt(vocab, width, num_layers, num_heads, max_len, dtype, nnx.Rngs(0))
-        )
+        sizes = (vocab, width, num_layers, num_heads, max_len, dtype)
+        module = nnx.eval_shape(lambda: Gpt(*sizes, nnx.Rngs(0), activation))
         return to_pure_method(module, "step")(params, tokens, position, caches)
 
     return Stepper(init, step)
