@@ -84,7 +84,7 @@ def orthogonal(optimizer: optax.GradientTransformation, *, rank: int, samples: i
         rank: how many gradients there is room for.
         samples: how many a task stores.
     """
-    return Learner(ogd(LearnNLL(), optimizer), KeepGradients(rank, samples))
+    return Learner(ogd(LearnNLL(), optimizer), KeepGradients(rank, samples), plain(optimizer))
 
 
 def null_space(
@@ -145,7 +145,7 @@ def refresh(
         damping: λ, relative to each block's mean eigenvalue.
     """
     method = refresh_learning(with_retain(LearnNLL()), optimizer, rate=rate, damping=damping)
-    return Learner(method, KeepBoth(KeepRows(size), KeepAnchor(estimator)))
+    return Learner(method, KeepBoth(KeepRows(size), KeepAnchor(estimator)), plain(optimizer))
 
 
 @dataclasses.dataclass(frozen=True)

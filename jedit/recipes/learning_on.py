@@ -64,7 +64,8 @@ class Learner(NamedTuple):
         keep: `(apply, params, rows, kept, *, key) -> Kept`, called when a task has been learnt;
             `kept` is that of the task before, None after the first. None: nothing is kept.
         first: how the first task is learnt, of which nothing is kept yet; None: by the plain
-            `LearnNLL` with the optimizer of `method`, if that is no function.
+            `LearnNLL` with the optimizer of `method`, if that is no function and needs no argument
+            out of what is kept.
     """
 
     method: TrainingMethod | Callable[[Kept], TrainingMethod]
