@@ -38,12 +38,12 @@ def test_rows_of_all_tasks_are_kept_in_equal_number():
     for task in range(3):
         labels = jnp.full(6, task, jnp.int32)
         batch = Batch(100 * labels + jnp.arange(6), labels)
-        kept = keep(None, None, batch, kept, key=jax.random.key(task))
+        kept = keep(len, {}, batch, kept, key=jax.random.key(task))
         assert len(kept.rows.targets) == 7
         counts = np.bincount(np.asarray(kept.rows.targets), minlength=3)
         assert max(counts[: task + 1]) - min(counts[: task + 1]) <= 1
         assert np.array_equal(np.asarray(kept.rows.inputs) // 100, kept.rows.targets)
     whole = KeepRows(None)
-    first = whole(None, None, batch, None, key=jax.random.key(0))
-    both = whole(None, None, batch, first, key=jax.random.key(1))
+    first = whole(len, {}, batch, None, key=jax.random.key(0))
+    both = whole(len, {}, batch, first, key=jax.random.key(1))
     assert np.array_equal(np.sort(both.rows.inputs), np.repeat(batch.inputs, 2))
