@@ -44,12 +44,15 @@ from jedit.transforms import (
     mask_to_salient,
     natural_steps,
     orthogonalize_to_retain,
+    project_out_stored,
     project_realised_update,
     project_to_null_space,
     retain_neutral_surrogate,
     scale_by_curvature,
     shrink_top_directions,
     train_adapters,
+    unlearn_first,
+    with_update_args,
 )
 
 
@@ -83,6 +86,18 @@ def _surrogate(params):
         "forget_grads": jax.tree.map(lambda p: jnp.sin(3 * p), params),
         "grad_fn": lambda p: jax.tree.map(lambda x: x + x**3, p),
     }
+
+
+def _stored(params):
+    """One direction, of length one over all leaves."""
+    size = sum(p.size for p in jax.tree.leaves(params)) ** -0.5
+    return {"stored": jax.tree.map(lambda p: jnp.full((1, *p.shape), size, jnp.float32), params)}
+
+
+def _unlearnt(params, curvature):
+    del params
+    forget_grad_fn = lambda p: jax.tree.map(jnp.sin, p)  # noqa: E731
+    return {**_surrogate({}), "curvature": curvature, "forget_grad_fn": forget_grad_fn}
 
 
 def _adapters(curvature):
@@ -140,6 +155,12 @@ TRANSFORMS = [
     Row("mask_to_salient", lambda _: mask_to_salient(SALIENCY, 0.4)),
     Row("add_constraint_gradient", lambda _: add_constraint_gradient(0.3), MOVES_ALL, _constraint),
     Row("add_l1_gradient", lambda _: add_l1_gradient(0.1), MOVES_ALL),
+    Row("project_out_stored", lambda _: project_out_stored(), MOVES_ALL, _stored),
+    Row(
+        "unlearn_first",
+        lambda c: with_update_args(unlearn_first(optax.sgd(0.3), rate=1e-3), _unlearnt, c),
+        MOVES_ALL,
+    ),
     Row("train_adapters", lambda c: train_adapters(optax.sgd(0.3), _adapters(c), scale=0.7)),
 ]
 METHODS = [

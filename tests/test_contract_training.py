@@ -158,6 +158,7 @@ OBJECTIVES = {
     "FIT": objectives.FIT(),
     "GA": objectives.GA(),
     "IHL": objectives.IHL(),
+    "LearnNLL": objectives.LearnNLL(),
     "GRPO": objectives.GRPO(),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
@@ -234,7 +235,13 @@ def test_an_objective_keeps_its_promises(name, tolerance):
     assert sets[0].inputs.shape[1] == SEQ
 
 
+IN_TURN = "needs more of a task before than its parameters (tests/methods/test_consolidation)"
 NO_ROW = {
+    "activation_intervals": "measures, and changes nothing",
+    "anchored": "makes a curvature",
+    "ogd": IN_TURN,
+    "refresh_learning": IN_TURN,
+    "stored_gradients": "measures, and changes nothing",
     "MinorPart": "is what objectives are made of",
     "Answers": "is what an objective takes",
     "Dialogue": "is what RULE is made of",

@@ -34,9 +34,22 @@ class Default(NamedTuple):
 
 
 MEMIT, FRAMEWORK, OURS = "MEMIT's code, GPT-J", "open-unlearning", "ours"
+INTACT, REFRESH = "InTAct's code", "refresh learning's code"
 DEFAULTS = [
     Default("methods.alphaedit", "ridge", 10.0, "Code: 10.", "AlphaEdit's code"),
     Default("methods.alphaedit", "absolute", True, "absolute: True, as in", "AlphaEdit's code"),
+    Default("methods.activation_intervals", "share", 0.05, "above; 0.05 is the code's", INTACT),
+    Default("methods.InTAct", "variance_weight", 0.01, "of V; 0.01 is the code's", INTACT),
+    Default("methods.InTAct", "held_weight", 1.0, "of H; 1 is the code's", INTACT),
+    Default("methods.InTAct", "drift_weight", 1.0, "of D; 1 is the code's", INTACT),
+    Default("methods.InTAct", "align_weight", 1.0, "of C; 1 is the code's", INTACT),
+    Default("methods.refresh_learning", "inner_steps", 1, "J, 1 as in the released", REFRESH),
+    Default("methods.refresh_learning", "damping", 0.1, "0.1 is arbitrary", OURS),
+    Default("methods.refresh_learning", "seed", 0, "0 is arbitrary", OURS),
+    Default("transforms.project_out_stored", "scope", "global", '"global", the whole', "OGD"),
+    Default("transforms.unlearn_first", "inner_steps", 1, "1 is the released code's", REFRESH),
+    Default("transforms.unlearn_first", "damping", 0.1, "0.1 is arbitrary", OURS),
+    Default("transforms.unlearn_first", "seed", 0, "0 is arbitrary", OURS),
     Default("requests.batch_unlearn", "damping", 0.1, "0.1 is arbitrary", OURS),
     Default("requests.Natural", "damping", 0.01, "eigenvalue; 0.01 is `natural`'s", OURS),
     Default("requests.Natural", "predicted_kl", 1e-4, "nats per output, 1e-4 as there", OURS),

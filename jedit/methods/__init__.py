@@ -16,6 +16,11 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.consolidation._anchor import Anchor, anchored
+from jedit.methods.consolidation.ewc import EWC
+from jedit.methods.consolidation.intact import InTAct, Intervals, activation_intervals
+from jedit.methods.consolidation.ogd import Stored, ogd, stored_gradients
+from jedit.methods.consolidation.refresh import refresh_learning
 from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
@@ -60,6 +65,8 @@ from jedit.methods.trained.ssiuu import ssiuu
 
 __all__ = [
     "CATALOGUE",
+    "EWC",
+    "Anchor",
     "Ascent",
     "AssociationInfo",
     "Associations",
@@ -72,6 +79,8 @@ __all__ = [
     "Corruption",
     "Directions",
     "EngramInfo",
+    "InTAct",
+    "Intervals",
     "KeyState",
     "KfadeInfo",
     "Layers",
@@ -87,10 +96,13 @@ __all__ = [
     "RuleStages",
     "Search",
     "SparseAutoencoder",
+    "Stored",
     "SubspaceInfo",
     "TargetInfo",
     "UcanInfo",
+    "activation_intervals",
     "alphaedit",
+    "anchored",
     "attention_shifting",
     "causal_trace",
     "cure",
@@ -115,7 +127,9 @@ __all__ = [
     "module_effects",
     "natural",
     "ofmu",
+    "ogd",
     "pdu",
+    "refresh_learning",
     "reglu",
     "repselect",
     "repselect_moments",
@@ -126,6 +140,7 @@ __all__ = [
     "salun",
     "sam",
     "ssiuu",
+    "stored_gradients",
     "target_values",
     "token_importance",
     "uam",

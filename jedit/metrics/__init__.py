@@ -68,6 +68,7 @@ from jedit.metrics.stability import (
     minimum_accuracy,
     retained_utility,
     windowed_forgetting,
+    windowed_plasticity,
     worst_case_accuracy,
 )
 from jedit.metrics.task_predictors import TaskPredictors, task_predictors
@@ -156,6 +157,7 @@ __all__ = [
     "utility_score",
     "verbmem",
     "windowed_forgetting",
+    "windowed_plasticity",
     "worst_case_accuracy",
     "zlib_scores",
 ]

@@ -16,10 +16,12 @@ from jedit.models.huggingface import load_model, load_stepper, save_model
 from jedit.models.llama2c import convert_llama2c
 from jedit.models.lora import Adapted, with_lora
 from jedit.models.mlp import mlp
+from jedit.models.nmda import NMDA
 from jedit.models.peft import load_adapter, save_adapter
 from jedit.models.resnet import resnet
 
 __all__ = [
+    "NMDA",
     "Adapted",
     "Experts",
     "Stepper",

@@ -141,12 +141,19 @@ def _attend(query: Array, keys: Array, values: Array, is_seen: Array) -> Array:
 
 
 class Perceptron(nnx.Module):
-    def __init__(self, width: int, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        activation: Callable,
+    ):
+        self.activation = activation
         self.up = nnx.Linear(width, 4 * width, param_dtype=param_dtype, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        return self.down(jax.nn.gelu(self.up(x)))
+        return self.down(self.activation(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -154,17 +161,17 @@ class Block(nnx.Module):
         self,
         width: int,
         num_heads: int,
-        experts: Experts | None,
+        mlp: Experts | Callable,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.attn_norm = LayerNorm(width, param_dtype)
         self.attn = Attention(width, num_heads, param_dtype, rngs)
         self.mlp_norm = LayerNorm(width, param_dtype)
-        if experts is None:
-            self.mlp = Perceptron(width, param_dtype, rngs)
+        if isinstance(mlp, Experts):
+            self.mlp = Mixture(width, mlp, param_dtype, rngs)
         else:
-            self.mlp = Mixture(width, experts, param_dtype, rngs)
+            self.mlp = Perceptron(width, param_dtype, rngs, mlp)
 
     def __call__(
         self, x: Float[Array, "batch seq width"], segments: Int[Array, "batch seq"] | None = None
@@ -186,7 +193,7 @@ class Gpt(nnx.Module):
         num_layers: int,
         num_heads: int,
         max_len: int,
-        experts: Experts | None,
+        mlp: Experts | Callable,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -198,7 +205,7 @@ class Gpt(nnx.Module):
         self.embed.dtype = None
         self.positions = nnx.Param(small(rngs.params(), (max_len, width), param_dtype))
         self.blocks = nnx.List(
-            Block(width, num_heads, experts, param_dtype, rngs) for _ in range(num_layers)
+            Block(width, num_heads, mlp, param_dtype, rngs) for _ in range(num_layers)
         )
         self.norm = LayerNorm(width, param_dtype)
         self.head = nnx.Linear(width, vocab, use_bias=False, param_dtype=param_dtype, rngs=rngs)

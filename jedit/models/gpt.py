@@ -1,8 +1,9 @@
 """A small decoder-only transformer language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
@@ -22,12 +23,12 @@ def gpt(
     num_layers: int,
     num_heads: int,
     max_len: int,
-    experts: Experts | None = None,
+    mlp: Experts | Callable[[Array], Array] = jax.nn.gelu,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Apply, dict[str, Any]]:
     """Make a decoder-only language model as a pure function.
 
-    Layer norms stand before the attention and before the GELU perceptron of four times the width;
+    Layer norms stand before the attention and before the perceptron of four times the width;
     positions are learned; the head is not tied to the embedding and has no bias. A token sees
     itself and what stands left of it, so right padding changes nothing to its left. Parameters are
     "embed/embedding", "positions", "blocks/<i>/attn_norm/scale",
@@ -47,7 +48,8 @@ def gpt(
         num_layers: number of blocks.
         num_heads: number of attention heads; divides the width.
         max_len: number of learned positions, the longest sequence that `apply` takes.
-        experts: size of the mixture in the place of each perceptron; None: perceptrons.
+        mlp: the function between a perceptron's two kernels, `NMDA(...)` for instance, or
+            `Experts(...)`, the size of a mixture in the place of each perceptron.
         dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
 
     Returns:
@@ -62,25 +64,30 @@ def gpt(
     check_numbers(COUNT, **sizes, num_layers=num_layers)
     if width % num_heads:
         raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}.")
-    if experts is not None:
-        check_experts(experts)
+    if isinstance(mlp, Experts):
+        check_experts(mlp)
     from flax import nnx  # late: it takes a third of a second
 
     from jedit.models._networks import Gpt
 
     rngs = nnx.Rngs(key)
-    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, experts, dtype, rngs))
+    return to_pure(Gpt(vocab, width, num_layers, num_heads, max_len, mlp, dtype, rngs))
 
 
-def gpt_stepper(*, num_layers: int, num_heads: int, experts: Experts | None = None) -> Stepper:
+def gpt_stepper(
+    *,
+    num_layers: int,
+    num_heads: int,
+    mlp: Experts | Callable[[Array], Array] = jax.nn.gelu,
+) -> Stepper:
     """Make the one-position step of a `gpt` model, with a cache of keys and values.
 
     It is for `cached_decode`, with the parameters of `gpt`; the arguments are what the parameters
     do not tell of the model, as `gpt` was given them.
     """
     check_numbers(COUNT, num_layers=num_layers, num_heads=num_heads)
-    if experts is not None:
-        check_experts(experts)
+    if isinstance(mlp, Experts):
+        check_experts(mlp)
     from flax import nnx
 
     from jedit.models._networks import Gpt, check_length
@@ -96,9 +103,8 @@ def gpt_stepper(*, num_layers: int, num_heads: int, experts: Experts | None = No
         max_len, dtype = len(params["positions"]), params["positions"].dtype
         # Made without arrays, at trace time: only the module's structure is needed, which the
         # shapes tell.
-        module = nnx.eval_shape(
-            lambda: Gpt(vocab, width, num_layers, num_heads, max_len, experts, dtype, nnx.Rngs(0))
-        )
+        sizes = (vocab, width, num_layers, num_heads, max_len, mlp, dtype)
+        module = nnx.eval_shape(lambda: Gpt(*sizes, nnx.Rngs(0)))
         return to_pure_method(module, "step")(params, tokens, position, caches)
 
     return Stepper(init, step)

@@ -16,6 +16,7 @@ from jedit.transforms.orthogonalize_to_retain import (
     OrthogonalizeToRetainState,
     orthogonalize_to_retain,
 )
+from jedit.transforms.project_out_stored import project_out_stored
 from jedit.transforms.project_realised_update import (
     ProjectRealisedUpdateState,
     project_realised_update,
@@ -38,6 +39,7 @@ from jedit.transforms.shrink_top_directions import (
     shrink_top_directions,
 )
 from jedit.transforms.train_adapters import Adapter, TrainAdaptersState, train_adapters
+from jedit.transforms.unlearn_first import UnlearnFirstState, unlearn_first
 from jedit.transforms.with_update_args import WithUpdateArgsState, with_update_args
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "ScaleByCurvatureState",
     "ShrinkTopDirectionsState",
     "TrainAdaptersState",
+    "UnlearnFirstState",
     "WithUpdateArgsState",
     "add_constraint_gradient",
     "add_l1_gradient",
@@ -62,6 +65,7 @@ __all__ = [
     "mask_to_salient",
     "natural_steps",
     "orthogonalize_to_retain",
+    "project_out_stored",
     "project_realised_update",
     "project_to_null_space",
     "refresh_curvature",
@@ -69,5 +73,6 @@ __all__ = [
     "scale_by_curvature",
     "shrink_top_directions",
     "train_adapters",
+    "unlearn_first",
     "with_update_args",
 ]

@@ -27,7 +27,7 @@ def small(key, dtype=None, size=SIZE):
         num_layers=2,
         num_heads=2,
         max_len=7,
-        experts=size,
+        mlp=size,
         dtype=jnp.zeros(()).dtype if dtype is None else dtype,
     )
     return apply, randomised(params, jax.random.fold_in(key, 1))
@@ -78,7 +78,7 @@ def test_weights_of_the_chosen_sum_to_one_and_of_equal_scores_the_first_is_taken
 
 def test_tokens_one_at_a_time_give_the_same_logits_and_the_same_words(key, tolerance):
     apply, params = small(key)
-    stepper = gpt_stepper(num_layers=2, num_heads=2, experts=SIZE)
+    stepper = gpt_stepper(num_layers=2, num_heads=2, mlp=SIZE)
     tokens = tokens_of(jax.random.fold_in(key, 2), 2, 4)
     cache, found = stepper.init(params, 2, 4), []
     for position in range(4):
@@ -147,4 +147,4 @@ def test_impossible_mixtures_are_refused(key):
     with pytest.raises(ValueError, match="3 experts cannot be chosen of 2"):
         small(key, size=Experts(2, 3, 4))
     with pytest.raises(ValueError, match=r"experts\.width must be at least 1, got 0"):
-        gpt_stepper(num_layers=1, num_heads=1, experts=Experts(2, 1, 0))
+        gpt_stepper(num_layers=1, num_heads=1, mlp=Experts(2, 1, 0))

@@ -199,7 +199,7 @@ def test_ragged_products_are_refused_with_their_reason(key):
 def test_the_size_of_a_mixture_is_what_gpt_was_given():
     _, params = gpt(
         key=jax.random.key(0), vocab=9, width=8, num_layers=1, num_heads=2, max_len=4,
-        experts=Experts(6, 2, 5),
+        mlp=Experts(6, 2, 5),
     )  # fmt: skip
     mixture = params["blocks"]["0"]["mlp"]
     assert mixture["router"]["kernel"].shape == (8, 6)

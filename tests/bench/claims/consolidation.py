@@ -1,0 +1,251 @@
+"""Claims on learning on: what keeps earlier tasks, on the way and at the end.
+
+    python -m tests.bench.claims.consolidation [--seeds 5] [--quick]
+
+Handwritten digits in five tasks: two new classes each, or all classes with the pixels in another
+order.  A perceptron of 64-64-32-10 learns each by 60 updates and all test sets are looked at after
+every one.  Every learner is tuned alike: the same learning rates, three strengths where it has one,
+the best by final accuracy on a seed that is not measured.  Claims, each over paired seeds:
+
+    1  K-FAC's EWC keeps more at the end than the diagonal's
+    2  Refresh learning keeps more at the end than the replay it is built on
+    3  InTAct keeps more at the end than learning with nothing kept
+    4  OGD's worst moment (min-ACC) is better than that of learning with nothing kept
+    5  Even joint learning has a stability gap: WF^10 above zero
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jedit.curvature import diagonal, kfac
+from jedit.curvature.likelihoods import Categorical
+from jedit.data import by_class, by_domain, load_digits, split_digits
+from jedit.models import mlp
+from jedit.recipes import learners
+from jedit.recipes.learning_on import Learner, accuracies, learn_on, stability
+from jedit.report.figure import STYLES, save_png
+from tests.bench.claims import evidence
+
+SITES = ("layers/1/kernel", "layers/2/kernel")
+TUNING_SEED = 1000
+SCENES = ("class", "domain")
+FIELDS = ("final", "minimum", "worst_case", "forgetting 10", "forgetting 100", "plasticity 10")
+
+
+class Size(NamedTuple):
+    """How large all is; the defaults are the claim's."""
+
+    steps: int = 60
+    rates: tuple[float, ...] = (0.1, 0.3)
+    memory: int = 50
+    rank: int = 200
+    strengths: int = 3
+
+
+QUICK = Size(steps=4, rates=(0.1,), memory=10, rank=8, strengths=1)
+
+
+class Way(NamedTuple):
+    """A learner, made for an optimizer and a strength, and the strengths it is tuned over."""
+
+    make: Callable[..., Learner]
+    strengths: tuple[float, ...] = (0.0,)
+
+
+@functools.cache
+def network() -> tuple[Callable, Any]:
+    """The network, of one key; seeds turn its parameters into others (`start`)."""
+    return mlp(key=jax.random.key(0), sizes=(64, 64, 32, 10))
+
+
+@functools.cache
+def ways(size: Size) -> dict[str, Way]:
+    """The learners by name; those of one curvature share its estimator."""
+    apply, _ = network()
+    by_diagonal, by_kfac = (f(apply, Categorical()) for f in (diagonal, kfac))
+    per_task = size.rank // 4
+    found = {
+        "naive": Way(lambda o, _: learners.naive(o)),
+        "joint": Way(lambda o, _: learners.joint(o)),
+        "replay": Way(lambda o, _: learners.replay(o, size=size.memory)),
+        "EWC, diagonal": Way(
+            lambda o, s: learners.ewc(o, by_diagonal, strength=s), (10.0, 100.0, 1000.0)
+        ),
+        "EWC, K-FAC": Way(lambda o, s: learners.ewc(o, by_kfac, strength=s), (1.0, 10.0, 100.0)),
+        "OGD": Way(lambda o, _: learners.orthogonal(o, rank=size.rank, samples=per_task)),
+        "null space": Way(
+            lambda o, s: learners.null_space(o, by_kfac, energy=s), (0.003, 0.01, 0.03)
+        ),
+        "InTAct": Way(lambda o, s: learners.intact(o, SITES, strength=s), (0.01, 0.1, 1.0)),
+        "refresh": Way(
+            lambda o, s: learners.refresh(o, by_diagonal, size=size.memory, rate=s),
+            (1e-8, 1e-7, 1e-6),
+        ),
+    }
+    return {
+        name: way._replace(strengths=way.strengths[: size.strengths]) for name, way in found.items()
+    }
+
+
+@functools.cache
+def sgd(rate: float) -> optax.GradientTransformation:
+    """One optimizer a rate, so that a program is compiled once."""
+    return optax.sgd(rate)
+
+
+def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Size) -> dict:
+    """One stream: what it comes to, and the mean accuracy of tasks begun, by update."""
+    train, test = split_digits(load_digits(), seed=seed)
+    make = by_class if scene == "class" else by_domain
+    tasks = make(train, test, seed=seed)
+    apply, _ = network()
+    # The same initialisation as the network's own, by the seed.
+    params = mlp(key=jax.random.key(seed), sizes=(64, 64, 32, 10))[1]
+    learner = ways(size)[name].make(sgd(rate), strength)
+    try:
+        learnt = learn_on(
+            learner,
+            apply,
+            params,
+            [task.train.as_batch() for task in tasks],
+            steps=size.steps,
+            evaluate=accuracies(apply, [task.test.as_batch() for task in tasks]),
+            key=jax.random.key(seed + 1),
+        )
+    except FloatingPointError:
+        # It diverged, and knows nothing any more.
+        return dict.fromkeys(FIELDS, 0.0) | {"curve": [0.0] * (5 * size.steps + 1)}
+    found = stability(learnt)
+    begun = np.minimum(np.arange(len(learnt.scores)) // size.steps + 1, len(tasks))
+    return {
+        "final": found.final,
+        "minimum": found.minimum,
+        "worst_case": found.worst_case,
+        "forgetting 10": found.forgetting[10],
+        "forgetting 100": found.forgetting[100],
+        "plasticity 10": found.plasticity[10],
+        "curve": [float(np.mean(row[:n])) for row, n in zip(learnt.scores, begun, strict=True)],
+    }
+
+
+def tuned(scene: str, name: str, size: Size) -> dict:
+    """The rate and strength of the best final accuracy, on a seed that is not measured."""
+    points = list(itertools.product(size.rates, ways(size)[name].strengths))
+    finals = [run(scene, name, *point, TUNING_SEED, size)["final"] for point in points]
+    best = int(np.argmax(finals))
+    return {"rate": points[best][0], "strength": points[best][1], "tried": finals}
+
+
+def paired(runs: dict, field: str, one: str, other: str) -> dict[str, float]:
+    """The interval of the difference of two learners, seed by seed."""
+    return evidence.interval(
+        [a[field] - b[field] for a, b in zip(runs[one], runs[other], strict=True)]
+    )
+
+
+def claims(runs: dict) -> dict[str, dict]:
+    """The claims as differences that each says are above zero."""
+    return {
+        "1 final, EWC K-FAC - diagonal": paired(runs, "final", "EWC, K-FAC", "EWC, diagonal"),
+        "2 final, refresh - replay": paired(runs, "final", "refresh", "replay"),
+        "3 final, InTAct - naive": paired(runs, "final", "InTAct", "naive"),
+        "4 min-ACC, OGD - naive": paired(runs, "minimum", "OGD", "naive"),
+        "5 WF^10 of joint": evidence.interval([r["forgetting 10"] for r in runs["joint"]]),
+    }
+
+
+def verdict(found: dict[str, float]) -> str:
+    """Whether an interval says that a claim held."""
+    low, high = found["mean"] - found["half_width"], found["mean"] + found["half_width"]
+    return "held" if low > 0 else "did not hold" if high < 0 else "not decided here"
+
+
+def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
+    """Mean accuracy over the tasks begun, by update; the first seed, six learners a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    shown = ("naive", "joint", "replay", "null space", "InTAct", "refresh")
+    for axes, (scene, runs) in zip(panels, curves.items(), strict=True):
+        for name, look in zip(shown, STYLES, strict=True):
+            axes.plot(runs[name][0]["curve"], **{**look, "ms": 0, "lw": 1.3}, label=name)
+        for task in range(1, 5):
+            axes.axvline(task * steps, color="0.8", lw=0.8, zorder=0)
+        axes.set_title(f"{scene}-incremental digits", fontsize=10)
+        axes.set_xlabel("updates")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy, mean over the tasks begun")
+    panels[0].set_ylim(0, 1.02)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    return drawn
+
+
+def measured(scene: str, name: str, best: dict, seed: int, size: Size) -> dict:
+    """One measured seed at the tuned point."""
+    return run(scene, name, best["rate"], best["strength"], seed, size)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tune, measure, print both tables and the claims, draw the figure."""
+    parser = evidence.parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="a toy, to see that all runs")
+    given = parser.parse_args(arguments)
+    size = QUICK if given.quick else Size()
+    kept: Path = given.out / ("consolidation-quick" if given.quick else "consolidation")
+    summary, curves = {}, {}
+    for scene in SCENES:
+        runs, points = {}, {}
+        for name, way in ways(size).items():
+            path = kept / scene / name.replace(", ", "-").replace(" ", "-")
+            fixed = {"size": size._asdict(), "strengths": way.strengths, "tuned on": TUNING_SEED}
+            points[name] = evidence.kept(
+                path / "tuned.json",
+                fixed,
+                lambda scene=scene, name=name: tuned(scene, name, size),
+            )
+            point = {k: points[name][k] for k in ("rate", "strength")}
+            runs[name] = [
+                evidence.kept(
+                    path / f"{seed}.json",
+                    fixed | point,
+                    lambda scene=scene, name=name, point=point, seed=seed: measured(
+                        scene, name, point, seed, size
+                    ),
+                )
+                for seed in range(given.seeds)
+            ]
+            print(scene, name, point, [round(r["final"], 3) for r in runs[name]], flush=True)
+        table = {
+            n: {f: evidence.interval([r[f] for r in rs]) for f in FIELDS} for n, rs in runs.items()
+        }
+        print(
+            f"\n{scene}-incremental\n\n| learner | rate | strength | " + " | ".join(FIELDS) + " |"
+        )
+        print("| --- | --- | --- |" + " --- |" * len(FIELDS))
+        for name, row in table.items():
+            at = f"{points[name]['rate']:g} | {points[name]['strength']:g}"
+            print(
+                f"| {name} | {at} | " + " | ".join(evidence.shown(x) for x in row.values()) + " |"
+            )
+        held = claims(runs)
+        for claim, found in held.items():
+            print(f"{claim}: {evidence.shown(found)}: {verdict(found)}")
+        summary[scene] = {"table": table, "claims": held, "points": points}
+        curves[scene] = runs
+    path = evidence.write("consolidation", given.out, {"summary": summary})
+    save_png(figure(curves, size.steps), path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The script of consolidation, on a toy; and what its learners keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit.core.batch import Batch
+from jedit.recipes.learners import KeepRows
+from tests.bench.claims import consolidation
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_every_learner_is_tuned_and_measured_on_both_streams(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    consolidation.main(arguments)
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"| {name} |") == 2 for name in consolidation.ways(consolidation.QUICK))
+    assert shown.count("5 WF^10 of joint") == 2
+    assert (tmp_path / "consolidation.png").stat().st_size > 10_000
+
+    def unread(*_):
+        raise AssertionError("a seed that was measured was measured again")
+
+    monkeypatch.setattr(consolidation, "measured", unread)
+    monkeypatch.setattr(consolidation, "tuned", unread)
+    consolidation.main(arguments)
+
+
+def test_rows_of_all_tasks_are_kept_in_equal_number():
+    """Of one size whatever the number of tasks, each row one of its task."""
+    keep, kept = KeepRows(7), None
+    for task in range(3):
+        labels = jnp.full(6, task, jnp.int32)
+        batch = Batch(100 * labels + jnp.arange(6), labels)
+        kept = keep(len, {}, batch, kept, key=jax.random.key(task))
+        assert len(kept.rows.targets) == 7
+        counts = np.bincount(np.asarray(kept.rows.targets), minlength=3)
+        assert max(counts[: task + 1]) - min(counts[: task + 1]) <= 1
+        assert np.array_equal(np.asarray(kept.rows.inputs) // 100, kept.rows.targets)
+    whole = KeepRows(None)
+    first = whole(len, {}, batch, None, key=jax.random.key(0))
+    both = whole(len, {}, batch, first, key=jax.random.key(1))
+    assert np.array_equal(np.sort(both.rows.inputs), np.repeat(batch.inputs, 2))
