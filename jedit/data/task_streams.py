@@ -14,7 +14,7 @@ import numpy as np
 
 from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
-from jedit.data.digits import Digits
+from jedit.data.images import Images
 
 Guise = Literal["rotation", "permutation", "noise"]
 MOST_TURNED = 180.0  # degrees between the first task and one that would follow the last
@@ -31,11 +31,11 @@ class Task(NamedTuple):
     """
 
     name: str
-    train: Digits
-    test: Digits
+    train: Images
+    test: Images
 
 
-def by_class(train: Digits, test: Digits, *, size: int = 2, seed: int) -> tuple[Task, ...]:
+def by_class(train: Images, test: Images, *, size: int = 2, seed: int) -> tuple[Task, ...]:
     """Return tasks of so many classes each, in the order of the labels.
 
     Args:
@@ -60,7 +60,7 @@ def by_class(train: Digits, test: Digits, *, size: int = 2, seed: int) -> tuple[
 
 
 def by_domain(
-    train: Digits, test: Digits, *, guise: Guise = "permutation", number: int = 5, seed: int
+    train: Images, test: Images, *, guise: Guise = "permutation", number: int = 5, seed: int
 ) -> tuple[Task, ...]:
     """Return tasks of all classes, each in another guise; the first is the images as they are.
 
@@ -126,7 +126,7 @@ def _of_one_size(tasks: Sequence[Task], seed: int) -> tuple[Task, ...]:
     """Return the tasks, each cut to the number of rows of the smallest, at random."""
     rng = np.random.default_rng(seed)
 
-    def cut(parts: list[Digits]) -> list[Digits]:
+    def cut(parts: list[Images]) -> list[Images]:
         least = min(len(part.labels) for part in parts)
         return [part.take(rng.permutation(len(part.labels))[:least]) for part in parts]
 

@@ -146,7 +146,7 @@ class Perceptron(nnx.Module):
         width: int,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
-        activation: Callable,
+        activation: Callable = jax.nn.gelu,
     ):
         self.activation = activation
         self.up = nnx.Linear(width, 4 * width, param_dtype=param_dtype, rngs=rngs)

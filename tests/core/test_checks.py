@@ -60,7 +60,7 @@ BAD = {
     "test_fraction": SHARE, "threshold": NOT_NEGATIVE, "tilt": FINITE, "tolerance": NOT_NEGATIVE,
     "tries": COUNT, "tuning_steps": COUNT_OR_ZERO, "updates": COUNT, "utility": NOT_NEGATIVE,
     "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
-    "width": COUNT, "window": COUNT, "number": COUNT, "rate": NOT_NEGATIVE,
+    "width": COUNT, "window": COUNT, "rate": NOT_NEGATIVE,
     "align_weight": NOT_NEGATIVE,
     "drift_weight": NOT_NEGATIVE, "held_weight": NOT_NEGATIVE, "variance_weight": NOT_NEGATIVE,
 }  # fmt: skip

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from jedit.data import Digits, by_class, by_domain
+from jedit.data import Images, by_class, by_domain
 
 
 def made(n, seed):
     rng = np.random.default_rng(seed)
     images = rng.random((n, 4, 4, 1)).astype(np.float32)
-    return Digits(images, (np.arange(n) % 5).astype(np.int32))
+    return Images(images, (np.arange(n) % 5).astype(np.int32))
 
 
 TRAIN, TEST = made(53, 0), made(21, 1)

@@ -50,7 +50,7 @@ from tests.bench.claims.refusal import in_other_words
 from tests.bench.claims.refused_authors import answers, joined, judged, refused, refused_authors
 
 SIZE = Experts(number=32, chosen=2, width=24)
-SIZES = {"num_layers": MODEL.layers, "num_heads": MODEL.heads, "experts": SIZE}
+SIZES = {"num_layers": MODEL.layers, "num_heads": MODEL.heads, "mlp": SIZE}
 STEPPER = gpt_stepper(**SIZES)
 BUDGETS = (0.1, 0.5)
 RATE, TUNING_RATE = 2e-3, 1e-3
