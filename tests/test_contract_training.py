@@ -158,6 +158,7 @@ OBJECTIVES = {
     "FIT": objectives.FIT(),
     "GA": objectives.GA(),
     "IHL": objectives.IHL(),
+    "LearnNLL": objectives.LearnNLL(),
     "GRPO": objectives.GRPO(),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),

@@ -22,6 +22,7 @@ from jedit.data.packing import Packing, pack
 from jedit.data.pairing import neighbor_sets, pair_by_entity, pair_in_turn, pair_uniformly
 from jedit.data.records import read_records, read_texts
 from jedit.data.selection import check_disjoint, rows_with, select_rows
+from jedit.data.task_streams import by_class, by_domain
 from jedit.data.templates import Rendered, chat_template, encode_rendered, plain_template
 from jedit.data.text import (
     Prompts,
@@ -44,6 +45,8 @@ __all__ = [
     "Rewrite",
     "answers_only",
     "batches",
+    "by_class",
+    "by_domain",
     "chat_template",
     "check_disjoint",
     "decode_answers",

@@ -58,6 +58,7 @@ from jedit.metrics.stability import (
     minimum_accuracy,
     retained_utility,
     windowed_forgetting,
+    windowed_plasticity,
     worst_case_accuracy,
 )
 from jedit.metrics.truth_ratio import truth_ratio
@@ -128,6 +129,7 @@ __all__ = [
     "utility_score",
     "verbmem",
     "windowed_forgetting",
+    "windowed_plasticity",
     "worst_case_accuracy",
     "zlib_scores",
 ]

@@ -1,15 +1,18 @@
-"""How well what is kept lasts while request after request is answered.
+"""How well what is kept lasts while request after request is answered, or task after task learnt.
 
-Of a_ti, the accuracy (or any score where more is better) on kept task i after request t, t = 0
-before the first one:
+Of a_ti, the accuracy (or any score where more is better) on kept task i after request or update t,
+t = 0 before the first one:
 
-    min-ACC   mean_i min_{t>0} a_ti                        `minimum_accuracy`
+    min-ACC   mean_i min_{t>e_i} a_ti                      `minimum_accuracy`
     WC-ACC    1/k b + (1 - 1/k) min-ACC                    `worst_case_accuracy`
     WF^w      mean_i max_{t<u<t+w} (a_ti - a_ui)           `windowed_forgetting`; lower is better
+    WP^w      mean_i max_{t<u<t+w} (a_ui - a_ti)           `windowed_plasticity`
 
-b is the score on the newest task, here how well the newest request is forgotten, and k counts it
-with the kept ones.  They look at every step: an average at the end hides a gap that has closed
-again.  De Lange et al. (arXiv 2205.13452).
+e_i is when task i was learnt: 0, if it was there from the beginning (`learnt`); windows begin no
+earlier than s_i, when it was begun (`begun`).  b is the score on the newest task, for requests how
+well the newest one is forgotten, and k counts it with the kept ones.  They look at every step: an
+average at the end hides a gap that has closed again.  De Lange et al. (arXiv 2205.13452); their
+released code agrees with these formulas [code].
 
 Against the model before, ours, with one and the same score s (a probability, an accuracy, ROUGE):
 
@@ -25,8 +28,8 @@ F and R the geometric means of probability, ROUGE and accuracy on the forgotten 
 F* and R* the retrained model's.  1 is best for all four.  To forget more than the retrained model
 makes our forgotten share larger and FIT's F.D. smaller.
 
-Differences. De Lange et al. measure tasks that are learnt one after the other, from when each was
-learnt; kept tasks are all there from the beginning.
+Differences. De Lange et al. measure tasks that are learnt one after the other; where requests are
+answered, kept tasks are all there from the beginning and none of e_i and s_i is given.
 """
 
 from collections.abc import Sequence
@@ -37,53 +40,106 @@ from numpy.typing import ArrayLike
 from jedit.core.checks import FINITE, Range, check_numbers
 
 
-def minimum_accuracy(scores: ArrayLike) -> float:
-    """Return min-ACC, the mean over the tasks of the lowest score after any request.
+def minimum_accuracy(scores: ArrayLike, learnt: ArrayLike | None = None) -> float:
+    """Return min-ACC, the mean over the tasks of the lowest score after any request or update.
 
     Args:
-        scores: one score for each task after each request, (steps + 1, tasks), the first row before
-            any.
+        scores: one score for each task after each request or update, (steps + 1, tasks), the first
+            row before any.
+        learnt: (tasks,), the row at which a task was learnt; only later ones count, and a task that
+            has none, as the newest, is left out. None: 0 for all.
 
     Raises:
-        ValueError: another number of axes, fewer than two rows, no task, or NaN.
+        ValueError: another number of axes, fewer than two rows, no task, or NaN; rows that are
+            none, or no task that has been learnt before the end.
     """
-    # Without the first row: a task that was bad before any request is no harm of theirs.
-    return float(np.mean(np.min(_checked(scores)[1:], axis=0)))
+    # Without the row of `learnt`: a task that was bad before any request is no harm of theirs.
+    return float(np.mean(_lowest(_checked(scores), learnt)))
 
 
-def worst_case_accuracy(scores: ArrayLike, newest: float) -> float:
+def worst_case_accuracy(scores: ArrayLike, newest: float, learnt: ArrayLike | None = None) -> float:
     """Return WC-ACC, min-ACC with the score on the newest request, b, weighted as one task more.
 
     Args:
         scores: scores (steps + 1, tasks), the first row before any request.
-        newest: b, for instance 1 less the accuracy on the rows forgotten last.
+        newest: b, for instance 1 less the accuracy on the rows forgotten last; for tasks learnt one
+            after the other the newest one's last score.
+        learnt: (tasks,), the row at which a task was learnt, as `minimum_accuracy` takes it.
 
     Raises:
         ValueError: scores that `minimum_accuracy` refuses.
     """
     check_numbers(FINITE, newest=newest)
-    share = 1 / (_checked(scores).shape[1] + 1)
-    return share * newest + (1 - share) * minimum_accuracy(scores)
+    lowest = _lowest(_checked(scores), learnt)
+    share = 1 / (len(lowest) + 1)
+    return share * newest + (1 - share) * float(np.mean(lowest))
 
 
-def windowed_forgetting(scores: ArrayLike, window: int) -> float:
+def windowed_forgetting(scores: ArrayLike, window: int, begun: ArrayLike | None = None) -> float:
     """Return WF^w: the deepest fall within so many steps in a row, mean over the tasks; 0 if none.
 
     Args:
         scores: scores (steps + 1, tasks), the first row before any request.
         window: w, the number of measurements in a window, at least 2.
+        begun: (tasks,), the row at which a task was begun; windows lie after it. None: 0 for all.
 
     Raises:
-        ValueError: scores that `minimum_accuracy` refuses, or a window below 2.
+        ValueError: scores that `minimum_accuracy` refuses, a window below 2, or rows that are none.
     """
     check_numbers(Range(2, is_whole=True), window=window)
-    values = _checked(scores)
-    # For each distance of two measurements in one window, the deepest fall of each task.
-    falls = [
-        np.max(values[:-apart] - values[apart:], axis=0)
-        for apart in range(1, min(window, len(values)))
-    ]
-    return float(np.mean(np.maximum(np.max(falls, axis=0), 0)))
+    return _largest_falls(_checked(scores), window, begun)
+
+
+def windowed_plasticity(scores: ArrayLike, window: int, begun: ArrayLike | None = None) -> float:
+    """Return WP^w: the highest rise within so many steps in a row, mean over the tasks; 0 if none.
+
+    Args:
+        scores: scores (steps + 1, tasks), the first row before any update.
+        window: w, the number of measurements in a window, at least 2.
+        begun: (tasks,), the row at which a task was begun, as `windowed_forgetting` takes it.
+
+    Raises:
+        ValueError: what `windowed_forgetting` refuses.
+    """
+    check_numbers(Range(2, is_whole=True), window=window)
+    return _largest_falls(-_checked(scores), window, begun)
+
+
+def _lowest(values: np.ndarray, learnt: ArrayLike | None) -> np.ndarray:
+    """Return the lowest score of each task that was learnt before the last row.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    after = _rows(values, learnt, "learnt")
+    lowest = [np.min(values[e + 1 :, i]) for i, e in enumerate(after) if e + 1 < len(values)]
+    if not lowest:
+        raise ValueError(
+            f"no task was learnt before the last row, {len(values) - 1}; got learnt={after}"
+        )
+    return np.asarray(lowest)
+
+
+def _largest_falls(values: np.ndarray, window: int, begun: ArrayLike | None) -> float:
+    found = []
+    for i, first in enumerate(_rows(values, begun, "begun")):
+        task = values[first:, i]
+        # For each distance of two measurements in one window, the deepest fall.
+        falls = [np.max(task[:-d] - task[d:]) for d in range(1, min(window, len(task)))]
+        found.append(max([0.0, *falls]))
+    return float(np.mean(found))
+
+
+def _rows(values: np.ndarray, given: ArrayLike | None, name: str) -> list[int]:
+    steps, tasks = values.shape
+    rows = np.zeros(tasks, int) if given is None else np.asarray(given)
+    is_whole = np.issubdtype(rows.dtype, np.integer)
+    if rows.shape != (tasks,) or not is_whole or np.any((rows < 0) | (rows >= steps)):
+        raise ValueError(
+            f"{name} must be one row of the scores for each of {tasks} tasks, from 0 to "
+            f"{steps - 1}; got {rows.tolist()}"
+        )
+    return rows.tolist()
 
 
 def forget_degree(before: ArrayLike, after: ArrayLike) -> float:

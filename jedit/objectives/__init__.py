@@ -18,6 +18,7 @@ from jedit.objectives.grpo import GRPO, Answers, group_advantages
 from jedit.objectives.held import RetainKL, RetainNLL, with_retain
 from jedit.objectives.hidden_states import random_direction
 from jedit.objectives.ihl import IHL
+from jedit.objectives.learn import LearnNLL
 from jedit.objectives.logit_margin import LogitMargin
 from jedit.objectives.minor_part import MinorPart
 from jedit.objectives.npo import NPO
@@ -45,6 +46,7 @@ __all__ = [
     "IHL",
     "Importance",
     "LatentMeans",
+    "LearnNLL",
     "LogitMargin",
     "MinorPart",
     "NPO",

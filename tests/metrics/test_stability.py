@@ -41,6 +41,43 @@ def test_a_wider_window_sees_a_slow_fall():
     assert metrics.windowed_forgetting([[0.1], [0.2], [0.3]], 2) == 0
 
 
+def test_tasks_that_are_learnt_in_turn_count_from_when_they_were_learnt():
+    """Against De Lange et al.'s released bookkeeping: a minimum and a window kept step by step."""
+    rng = np.random.default_rng(1)
+    scores = rng.random((13, 3))
+    begun, learnt, window = [0, 4, 8], [4, 8, 12], 3
+    lowest, falls, rises = {}, [0.0] * 3, [0.0] * 3
+    windows = [[], [], []]
+    for t, row in enumerate(scores):
+        now = max(i for i in range(3) if begun[i] < t or not i)  # the task that is being learnt
+        for i in range(3):
+            if t < begun[i]:
+                continue
+            if i < now:
+                lowest[i] = min(lowest.get(i, np.inf), row[i])
+            windows[i] = [*windows[i], row[i]][-window:]
+            pairs = list(itertools.combinations(windows[i], 2))
+            falls[i] = max([falls[i], *(a - b for a, b in pairs)])
+            rises[i] = max([rises[i], *(b - a for a, b in pairs)])
+    assert sorted(lowest) == [0, 1]
+    minimum = np.mean(list(lowest.values()))
+    assert metrics.minimum_accuracy(scores, learnt) == pytest.approx(minimum)
+    assert metrics.worst_case_accuracy(scores, scores[-1, 2], learnt) == pytest.approx(
+        np.mean([scores[-1, 2], *lowest.values()])
+    )
+    assert metrics.windowed_forgetting(scores, window, begun) == pytest.approx(np.mean(falls))
+    assert metrics.windowed_plasticity(scores, window, begun) == pytest.approx(np.mean(rises))
+
+
+def test_rows_that_are_none_are_refused():
+    with pytest.raises(ValueError, match=r"learnt must be one row .* from 0 to 3; got \[0, 4\]"):
+        metrics.minimum_accuracy(SCORES, [0, 4])
+    with pytest.raises(ValueError, match="begun must be one row"):
+        metrics.windowed_forgetting(SCORES, 2, [0.5, 1.0])
+    with pytest.raises(ValueError, match="no task was learnt before the last row, 3"):
+        metrics.minimum_accuracy(SCORES, [3, 3])
+
+
 def test_forgetting_and_keeping_are_one_score_seen_from_two_sides():
     before, after = [0.8, 0.4], [0.1, 0.2]
     assert metrics.retained_utility(before, after) == pytest.approx(0.25)
