@@ -44,7 +44,9 @@ from jedit.methods.trained.fit import (
     gradient_importance,
     influential_layers,
 )
+from jedit.methods.trained.gere import gere
 from jedit.methods.trained.gu import gu
+from jedit.methods.trained.k_fpf import k_fpf, module_sensitivity, sensitive_modules
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.mcu import mcu
@@ -52,6 +54,7 @@ from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
+from jedit.methods.trained.rft import RftInfo, RftStages, filter_rollouts, rft
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.rule import RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun
@@ -82,6 +85,8 @@ __all__ = [
     "PruningInfo",
     "Reach",
     "Restoration",
+    "RftInfo",
+    "RftStages",
     "Row",
     "RuleInfo",
     "RuleStages",
@@ -98,14 +103,17 @@ __all__ = [
     "curvature_pruning",
     "distinct_requests",
     "engram",
+    "filter_rollouts",
     "fit_autoencoder",
     "fit_latents",
     "fit_unlearning",
+    "gere",
     "graded_rows",
     "gradient_importance",
     "gu",
     "important_tokens",
     "influential_layers",
+    "k_fpf",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -113,18 +121,21 @@ __all__ = [
     "memit",
     "memorised_subspace",
     "module_effects",
+    "module_sensitivity",
     "natural",
     "ofmu",
     "pdu",
     "reglu",
     "repselect",
     "repselect_moments",
+    "rft",
     "rome",
     "rosu",
     "rule",
     "sae_guided",
     "salun",
     "sam",
+    "sensitive_modules",
     "ssiuu",
     "target_values",
     "token_importance",

@@ -31,6 +31,7 @@ from jedit.objectives.simnpo import SimNPO
 from jedit.objectives.token_nll import sequence_nll, token_kl, token_nll
 from jedit.objectives.uer import UER
 from jedit.objectives.undial import UNDIAL
+from jedit.objectives.view_batch import ViewBatch, Views, stack_views
 from jedit.objectives.weighted_ascent import WGA, SatImp
 
 __all__ = [
@@ -67,12 +68,15 @@ __all__ = [
     "SuppressAttention",
     "UER",
     "UNDIAL",
+    "ViewBatch",
+    "Views",
     "WGA",
     "group_advantages",
     "random_direction",
     "relabel",
     "replayed_states",
     "sequence_nll",
+    "stack_views",
     "token_kl",
     "token_nll",
     "with_retain",

@@ -73,7 +73,8 @@ def replayed_states(
     """Note where the hidden states of rows lie, before anything is learnt.
 
     Args:
-        hidden: `(apply, params, inputs) -> states`, such as `jedit.tracing.Entering("head/kernel")`.
+        hidden: `(apply, params, inputs) -> states`, such as
+            `jedit.tracing.Entering("head/kernel")`.
         apply: `apply(params, inputs) -> logits`.
         params: the parameters before.
         rows: the rows to be replayed; their padding enters no mean.
@@ -143,7 +144,12 @@ class RetainMargin:
         retain: PyTree = None,
         reference: PyTree | None = None,
     ) -> Value:
-        """Return the margin; retain are `ReplayedStates`, in which the reference is already."""
+        """Return the margin; retain are `ReplayedStates`, in which the reference is already.
+
+        Raises:
+            TypeError: retain is something else.
+            ValueError: its bands are not those of these states.
+        """
         check_kind(retain, ReplayedStates, "retain", "rows that `replayed_states` has looked at")
         states = wide(self.hidden(apply, params, retain.rows.inputs))
         if states.shape != retain.bands.shape:

@@ -102,7 +102,11 @@ class ViewBatch:
         retain: PyTree = None,
         reference: PyTree | None = None,
     ) -> Value:
-        """Return the loss; `Views` among the sets are taken apart, all else stays as it is."""
+        """Return the loss; `Views` among the sets are taken apart, all else stays as it is.
+
+        Raises:
+            ValueError: the weight is above 0, and no set is `Views`, or it is no classifier.
+        """
         sets = tuple(_flat(rows) for rows in (forget, retain))
         loss, aux = self.objective(apply, params, *sets, reference)
         if not self.weight:
@@ -122,7 +126,11 @@ def _flat(rows: PyTree) -> PyTree:
 
 
 def _agreement(apply: Apply, params: PyTree, views: Views) -> tuple[Array, Array]:
-    """Return KL(first view || another), row by row and view by view, and which count."""
+    """Return KL(first view || another), row by row and view by view, and which count.
+
+    Raises:
+        ValueError: the model is no classifier.
+    """
     rows = _flat(views)
     logits = apply(params, rows.inputs)
     if logits.ndim != 2:

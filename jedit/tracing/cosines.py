@@ -1,4 +1,4 @@
-"""The cosines between what enters a site and the columns of its matrix: a head's logits by angle."""
+"""Cosines of what enters a site with the columns of its matrix: a head's logits by angle."""
 
 import dataclasses
 import re

@@ -59,6 +59,8 @@ BAD = {
     "tries": COUNT, "tuning_steps": COUNT_OR_ZERO, "updates": COUNT, "utility": NOT_NEGATIVE,
     "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
     "width": COUNT, "window": COUNT,
+    # Of what learns on, and replays.
+    "count": COUNT, "interval": POSITIVE, "num_rows": COUNT, "spread": POSITIVE, "views": COUNT,
 }  # fmt: skip
 # Stricter than the name alone says.
 STRICTER = {
@@ -81,6 +83,14 @@ STRICTER = {
     ("natural_steps", "predicted_kl"): POSITIVE,
     ("overall_score", "utility"): SHARE,
     ("engram", "scale"): POSITIVE,
+    ("finetune_modules", "tuning_steps"): COUNT,
+    ("k_fpf", "tuning_steps"): COUNT,
+    ("RftStages", "steps"): COUNT,
+    ("RftStages", "threshold"): FINITE,
+    ("UER", "scale"): POSITIVE,
+    ("filter_rollouts", "threshold"): FINITE,
+    ("view_batches", "first"): COUNT_OR_ZERO,
+    ("view_batches", "steps"): COUNT,
     ("l1_sparse", "steps"): COUNT,
     ("linear_probe", "strength"): POSITIVE,
     ("NPO", "beta"): POSITIVE,
@@ -105,7 +115,14 @@ NEEDED = {
     "fit": {"epochs": 1},
     "train_adapters": {"optimizer": optax.sgd(1.0), "adapters": {}},
     "kfac": {"apply": len},
+    "finetune_modules": {"optimizer": optax.sgd(1.0), "select": "w", "every": 1, "tuning_steps": 1},
+    "k_fpf": {"optimizer": optax.sgd(1.0), "modules": "w", "every": 1, "tuning_steps": 1},
+    "gere": {"hidden": len, "optimizer": optax.sgd(1.0)},
+    "sensitive_modules": {"scores": {}},
+    "view_batches": {"num_rows": 4, "first": 0, "steps": 1, "batch_size": 2, "views": 1},
+    "views_for": {"interval": 1.0, "num_rows": 4, "batch_size": 2},
     "with_retain": {"objective": len},
+    "ViewBatch": {"objective": len},
     "kfade": {"budget": 1.0},
     "relearn": {"looks": (1,)},
     "ekfac": {"apply": len, "kfac_curvature": jedit.Curvature({}, {}, np.ones(()))},

@@ -121,7 +121,11 @@ def sensitive_modules(scores: Mapping[str, float], *, count: int) -> str:
 
 
 def _shares(pairs: Sequence[tuple[PyTree, PyTree]]) -> dict[str, float]:
-    """Return C: each module's mean change per parameter, over all pairs, divided by their sum."""
+    """Return C: each module's mean change per parameter, over all pairs, divided by their sum.
+
+    Raises:
+        ValueError: nothing has changed.
+    """
     changes: dict[str, float] = {}
     sizes: dict[str, int] = {}
     for before, after in pairs:
