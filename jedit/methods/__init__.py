@@ -16,6 +16,9 @@ from jedit.methods.associations.memit import memit
 from jedit.methods.associations.rome import rome
 from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
+from jedit.methods.consolidation.gere import gere
+from jedit.methods.consolidation.k_fpf import k_fpf, module_sensitivity, sensitive_modules
+from jedit.methods.consolidation.rft import RftInfo, RftStages, filter_rollouts, rft
 from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
@@ -44,9 +47,7 @@ from jedit.methods.trained.fit import (
     gradient_importance,
     influential_layers,
 )
-from jedit.methods.trained.gere import gere
 from jedit.methods.trained.gu import gu
-from jedit.methods.trained.k_fpf import k_fpf, module_sensitivity, sensitive_modules
 from jedit.methods.trained.kuda import kuda
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.mcu import mcu
@@ -54,7 +55,6 @@ from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.pdu import pdu
 from jedit.methods.trained.reglu import Directions, reglu
 from jedit.methods.trained.repselect import repselect, repselect_moments
-from jedit.methods.trained.rft import RftInfo, RftStages, filter_rollouts, rft
 from jedit.methods.trained.rosu import rosu, uam
 from jedit.methods.trained.rule import RuleInfo, RuleStages, rule
 from jedit.methods.trained.salun import salun

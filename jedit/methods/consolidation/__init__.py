@@ -1,0 +1,1 @@
+"""Methods that keep what is known while a model learns on."""
