@@ -40,6 +40,7 @@ from jedit.transforms import (
     add_constraint_gradient,
     add_l1_gradient,
     clip_by_curvature_norm,
+    finetune_modules,
     ignore_top_fraction,
     mask_to_salient,
     natural_steps,
@@ -79,6 +80,11 @@ def _retain_grads(params):
 
 def _constraint(params):
     return {**_retain_grads(params), "retain_loss": jnp.asarray(0.7)}
+
+
+def _retain_grad_fn(params):
+    del params
+    return {"retain_grad_fn": lambda p: jax.tree.map(lambda x: jnp.cos(x) + 0.5, p)}
 
 
 def _surrogate(params):
@@ -160,6 +166,17 @@ TRANSFORMS = [
         "unlearn_first",
         lambda c: with_update_args(unlearn_first(optax.sgd(0.3), rate=1e-3), _unlearnt, c),
         MOVES_ALL,
+    ),
+    Row(
+        "finetune_modules",
+        lambda _: finetune_modules(
+            optax.sgd(0.3), r"^w$|hidden\S*(kernel|weight|w)\b", every=1, tuning_steps=2
+        ),
+        {
+            **MOVES_ALL,
+            "multi steps": "optax.MultiSteps takes arrays alone as extra arguments",
+        },
+        _retain_grad_fn,
     ),
     Row("train_adapters", lambda c: train_adapters(optax.sgd(0.3), _adapters(c), scale=0.7)),
 ]

@@ -15,6 +15,7 @@ import pytest
 
 from jedit import methods, objectives, requests, transforms
 from jedit.objectives import GA, NPO, RepresentationDeviation, with_retain
+from jedit.tracing import Cosines
 from jedit.training import TrainingMethod, run_method, unlearn
 from tests.objectives.references import SEQ, WIDTH, apply, make_batch, make_params
 from tests.test_contract import (
@@ -85,6 +86,8 @@ TRAINERS = [
         "attention_shifting",
         lambda *_: methods.attention_shifting(SGD, maps=FeatureAttention(), share=0.5),
     ),
+    Row("gere", lambda *_: methods.gere(hidden, SGD)),
+    Row("k_fpf", lambda *_: methods.k_fpf(SGD, "^w$", every=1, tuning_steps=1)),
     Row("NPO by SGD", lambda *_: TrainingMethod(with_retain(NPO()), SGD)),
 ]
 
@@ -139,9 +142,18 @@ def maps(apply, params, tokens):
     return jax.nn.softmax(states(apply, params, tokens), axis=-1)[None]
 
 
+def bands_of(rows):
+    """The rows with bands around nothing, out of which all states lie."""
+    bands = jnp.zeros((*rows.inputs.shape, WIDTH), jnp.int8)
+    low, high = (jnp.full((len(rows.inputs), WIDTH), x) for x in (-0.1, 0.1))
+    return objectives.ReplayedStates(rows, bands, low, high)
+
+
 def as_taken(name, forget, retain):
     """The sets as an objective takes them."""
     marks = jnp.arange(WIDTH)[None] % 2 == jnp.zeros(len(retain.inputs), int)[:, None]
+    if name in ("GeRe", "RetainMargin"):
+        return forget, bands_of(retain)
     if name == "RetainAttention":
         return forget, (retain, marks)
     if name == "SuppressAttention":
@@ -160,6 +172,7 @@ OBJECTIVES = {
     "IHL": objectives.IHL(),
     "LearnNLL": objectives.LearnNLL(),
     "GRPO": objectives.GRPO(),
+    "GeRe": objectives.GeRe(states),
     "LogitMargin": objectives.LogitMargin(),
     "NPO": objectives.NPO(),
     "RMU": objectives.RMU(states),
@@ -167,13 +180,16 @@ OBJECTIVES = {
     "RepresentationDeviation": objectives.RepresentationDeviation(states),
     "RetainAttention": objectives.RetainAttention(maps),
     "RetainKL": objectives.RetainKL(),
+    "RetainMargin": objectives.RetainMargin(states),
     "RetainNLL": objectives.RetainNLL(),
     "RetainStates": objectives.RetainStates(states),
     "SAEGuided": objectives.SAEGuided(states, LATENT_MEANS, tokens="counted"),
     "SatImp": objectives.SatImp(),
     "SimNPO": objectives.SimNPO(),
     "SuppressAttention": objectives.SuppressAttention(maps),
+    "UER": objectives.UER(Cosines("out")),
     "UNDIAL": objectives.UNDIAL(),
+    "ViewBatch": objectives.ViewBatch(objectives.LearnNLL()),
     "WGA": objectives.WGA(),
     "with_retain": objectives.with_retain(objectives.NPO(), objectives.RetainKL()),
 }
@@ -193,7 +209,12 @@ def _graded(rows, _):
 
 
 # What an objective takes as the forget set, where that is not the rows alone.
-ROWS_OF = {"DPO": lambda forget, retain: (forget, retain), "FIT": _graded, "GRPO": _drawn}
+ROWS_OF = {
+    "DPO": lambda forget, retain: (forget, retain),
+    "FIT": _graded,
+    "GRPO": _drawn,
+    "ViewBatch": lambda forget, _: objectives.stack_views([forget, forget]),
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -247,6 +268,14 @@ NO_ROW = {
     "Dialogue": "is what RULE is made of",
     "GradedRows": "is what an objective takes",
     "Played": "is what RULE is made of",
+    "ReplayedStates": "is what an objective takes",
+    "Views": "is what an objective takes",
+    "filter_rollouts": "chooses rows",
+    "module_sensitivity": "measures, and changes nothing",
+    "replayed_states": "makes data",
+    "rft": "draws answers between its steps, and is not to be traced (test_rft)",
+    "sensitive_modules": "makes a name of modules",
+    "stack_views": "makes data",
     "Importance": "is what an objective takes",
     "LatentMeans": "is what an objective is made of",
     "balanced": "makes weights of a stack of edits",

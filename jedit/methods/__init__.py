@@ -18,9 +18,12 @@ from jedit.methods.associations.targets import Search, TargetInfo, target_values
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.consolidation._anchor import Anchor, anchored
 from jedit.methods.consolidation.ewc import EWC
+from jedit.methods.consolidation.gere import gere
 from jedit.methods.consolidation.intact import InTAct, Intervals, activation_intervals
+from jedit.methods.consolidation.k_fpf import k_fpf, module_sensitivity, sensitive_modules
 from jedit.methods.consolidation.ogd import Stored, ogd, stored_gradients
 from jedit.methods.consolidation.refresh import refresh_learning
+from jedit.methods.consolidation.rft import RftInfo, RftStages, filter_rollouts, rft
 from jedit.methods.curvature.curvature_pruning import PruningInfo, curvature_pruning
 from jedit.methods.curvature.kfade import Ascent, KfadeInfo, kfade
 from jedit.methods.curvature.natural import natural
@@ -91,6 +94,8 @@ __all__ = [
     "PruningInfo",
     "Reach",
     "Restoration",
+    "RftInfo",
+    "RftStages",
     "Row",
     "RuleInfo",
     "RuleStages",
@@ -110,14 +115,17 @@ __all__ = [
     "curvature_pruning",
     "distinct_requests",
     "engram",
+    "filter_rollouts",
     "fit_autoencoder",
     "fit_latents",
     "fit_unlearning",
+    "gere",
     "graded_rows",
     "gradient_importance",
     "gu",
     "important_tokens",
     "influential_layers",
+    "k_fpf",
     "kfade",
     "kuda",
     "l1_sparse",
@@ -125,6 +133,7 @@ __all__ = [
     "memit",
     "memorised_subspace",
     "module_effects",
+    "module_sensitivity",
     "natural",
     "ofmu",
     "ogd",
@@ -133,12 +142,14 @@ __all__ = [
     "reglu",
     "repselect",
     "repselect_moments",
+    "rft",
     "rome",
     "rosu",
     "rule",
     "sae_guided",
     "salun",
     "sam",
+    "sensitive_modules",
     "ssiuu",
     "stored_gradients",
     "target_values",

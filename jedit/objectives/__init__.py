@@ -13,6 +13,7 @@ from jedit.objectives.dialogue import Dialogue, Played
 from jedit.objectives.dpo import DPO
 from jedit.objectives.fit import FIT, GradedRows, Importance
 from jedit.objectives.ga import GA
+from jedit.objectives.gere import GeRe, ReplayedStates, RetainMargin, replayed_states
 from jedit.objectives.grpo import GRPO, Answers, group_advantages
 from jedit.objectives.held import RetainKL, RetainNLL, with_retain
 from jedit.objectives.hidden_states import random_direction
@@ -28,7 +29,9 @@ from jedit.objectives.rmu import RMU, RetainStates
 from jedit.objectives.sae_guided import LatentMeans, SAEGuided
 from jedit.objectives.simnpo import SimNPO
 from jedit.objectives.token_nll import sequence_nll, token_kl, token_nll
+from jedit.objectives.uer import UER
 from jedit.objectives.undial import UNDIAL
+from jedit.objectives.view_batch import ViewBatch, Views, stack_views
 from jedit.objectives.weighted_ascent import WGA, SatImp
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "FIT",
     "GA",
     "GRPO",
+    "GeRe",
     "GradedRows",
     "IHL",
     "Importance",
@@ -53,20 +57,27 @@ __all__ = [
     "RandomLabel",
     "RepresentationDeviation",
     "RetainAttention",
+    "ReplayedStates",
     "RetainKL",
+    "RetainMargin",
     "RetainNLL",
     "RetainStates",
     "SAEGuided",
     "SatImp",
     "SimNPO",
     "SuppressAttention",
+    "UER",
     "UNDIAL",
+    "ViewBatch",
+    "Views",
     "WGA",
     "group_advantages",
     "random_direction",
     "relabel",
     "relabel_among",
+    "replayed_states",
     "sequence_nll",
+    "stack_views",
     "token_kl",
     "token_nll",
     "with_retain",

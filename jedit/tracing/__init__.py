@@ -8,6 +8,7 @@ from jedit.tracing.attention import (
     find_attention,
 )
 from jedit.tracing.attention_maps import AttentionMaps
+from jedit.tracing.cosines import Cosines
 from jedit.tracing.discover import find_sites
 from jedit.tracing.entering import Entering, Leaving
 from jedit.tracing.intervene import Intervention, intervene
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionMaps",
     "Attentions",
     "Capture",
+    "Cosines",
     "Entering",
     "Intervention",
     "Leaving",

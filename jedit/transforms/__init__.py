@@ -9,6 +9,7 @@ from jedit.transforms.clip_by_curvature_norm import (
     ClipByCurvatureNormState,
     clip_by_curvature_norm,
 )
+from jedit.transforms.finetune_modules import FinetuneModulesState, finetune_modules
 from jedit.transforms.ignore_top_fraction import ignore_top_fraction
 from jedit.transforms.mask_to_salient import MaskToSalientState, mask_to_salient
 from jedit.transforms.natural_steps import falling, natural_steps
@@ -47,6 +48,7 @@ __all__ = [
     "AddConstraintGradientState",
     "AddL1GradientState",
     "ClipByCurvatureNormState",
+    "FinetuneModulesState",
     "MaskToSalientState",
     "OrthogonalizeToRetainState",
     "ProjectRealisedUpdateState",
@@ -61,6 +63,7 @@ __all__ = [
     "add_l1_gradient",
     "clip_by_curvature_norm",
     "falling",
+    "finetune_modules",
     "ignore_top_fraction",
     "mask_to_salient",
     "natural_steps",

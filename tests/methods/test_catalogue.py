@@ -32,6 +32,8 @@ PARTS = {
     "target_values",
     *("causal_trace", "fit_autoencoder", "fit_latents", "important_tokens", "target_values"),
     "token_importance",
+    # Those learn on, and forget nothing.
+    *("filter_rollouts", "gere", "k_fpf", "module_sensitivity", "rft", "sensitive_modules"),
 }
 
 

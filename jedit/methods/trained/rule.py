@@ -40,13 +40,14 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.edits import Edit, edit_between
+from jedit.methods.trained._draws import Lesson, learn_from_draws
 from jedit.objectives import GRPO, Answers, Dialogue, Played, RetainNLL, group_advantages
 from jedit.objectives.token_nll import counted_nll
 from jedit.training.freezing import which_are_trained
 from jedit.training.loop import unlearn
 from jedit.training.masters import with_masters
 from jedit.training.method import TrainingMethod
-from jedit.training.watch import LoopState, Watch
+from jedit.training.watch import LoopState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,37 +148,26 @@ def rule(
     tuned, history = unlearn(
         tuning, apply, params, None, taught, steps=stages.tuning_steps, key=tuning_key
     )
-    state = LoopState(0, tuned, None, tuned)
-    rewards, divergences = [], []
-    if look is not None:
-        look(0, told(state.params))
-    for step in range(stages.steps):
-        drawn = dialogue.play(told(state.params), key=jax.random.fold_in(play_key, step))
-        answers = _answers(apply, state.params, drawn)
-        method = TrainingMethod(
-            objective,
-            _adam(dialogue.rate),
-            trainable=trainable,
-            batch_size=len(answers.advantages),
-        )
-        ends: list[LoopState] = []
-        _, learnt = unlearn(
-            method,
-            apply,
-            state,
-            answers,
-            steps=state.step + stages.updates,
-            key=jax.random.clone(order_key),  # the loop goes on by the number of its step
-            watch=Watch(_keep_in(ends), every=stages.updates),
-        )
-        state = ends[-1]
-        rewards.append(float(np.mean(drawn.rewards)))
-        divergences.append(np.asarray(learnt["reference_kl"]))
-        if look is not None:
-            look(step + 1, told(state.params))
+    lesson = Lesson(
+        dialogue.play,
+        functools.partial(_answers, apply),
+        TrainingMethod(objective, _adam(dialogue.rate), trainable=trainable),
+        stages.updates,
+        told,
+        look,
+    )
+    state, played, histories = learn_from_draws(
+        lesson,
+        apply,
+        LoopState(0, tuned, None, tuned),
+        draws=stages.steps,
+        play_key=play_key,
+        order_key=order_key,
+    )
+    divergences = [np.asarray(learnt["reference_kl"]) for learnt in histories]
     info = RuleInfo(
         np.asarray(history["loss"]),
-        np.asarray(rewards),
+        np.asarray([float(np.mean(drawn.rewards)) for drawn in played]),
         np.concatenate(divergences) if divergences else np.zeros(0),
     )
     return edit_between(params, state.params, trainable), info
@@ -201,14 +191,6 @@ def _together(refusals: Batch, boundary: Batch) -> Batch:
             "mask or both without"
         )
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), refusals, boundary)
-
-
-def _keep_in(ends: list[LoopState]) -> Callable[..., None]:
-    def keep(state: LoopState, history: object) -> None:
-        del history
-        ends.append(state)
-
-    return keep
 
 
 def _answers(apply: Callable, params: PyTree, drawn: Played) -> Answers:
