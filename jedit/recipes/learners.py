@@ -34,7 +34,8 @@ from jedit.methods import (
     refresh_learning,
     stored_gradients,
 )
-from jedit.objectives import LearnNLL, with_retain
+from jedit.objectives import LearnNLL, replayed_states, with_retain
+from jedit.objectives.hidden_states import Hidden
 from jedit.recipes.learning_on import Kept, Learner, plain
 from jedit.training import TrainingMethod
 from jedit.transforms import project_to_null_space
@@ -158,11 +159,11 @@ class KeepRows:
         check_numbers(COUNT, size=self.size)
 
     def __call__(
-        self, apply: Apply, params: PyTree, rows: Batch, kept: Kept | None, *, key: Array
+        self, apply: Apply, params: PyTree, rows: PyTree, kept: Kept | None, *, key: Array
     ) -> Kept:
         """Return the rows; `size` of them, whatever the number of tasks, so that shapes stay."""
         del apply, params
-        count = len(jax.tree.leaves(rows.inputs)[0])
+        count = len(jax.tree.leaves(rows)[0])
         shuffled = np.asarray(jax.random.permutation(key, count))
         before = () if kept is None else kept.rest
         tasks = (*before, jax.tree.map(lambda x: np.asarray(x)[shuffled], rows))
@@ -182,6 +183,47 @@ class KeepRows:
 def _first(tasks: tuple[PyTree, ...], size: int) -> tuple[PyTree, ...]:
     """Return at most so many rows of each task: more are in no later share."""
     return tuple(jax.tree.map(lambda x: x[:size], task) for task in tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepGeneral:
+    """Keeps rows of the first task alone, as GeRe keeps general texts and nothing of any task.
+
+    Attributes:
+        size: how many rows.
+        hidden: whose bands are noted when the first task has been learnt; None: the rows alone are
+            kept.
+        spread: as `replayed_states` takes it.
+    """
+
+    size: int
+    hidden: Hidden | None = None
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(COUNT, size=self.size)
+
+    def __call__(
+        self, apply: Apply, params: PyTree, rows: PyTree, kept: Kept | None, *, key: Array
+    ) -> Kept:
+        """Return what is kept after the first task, whichever this is.
+
+        Args:
+            apply: the model.
+            params: where the model stands after the first task.
+            rows: the task's rows.
+            kept: what was kept before.
+            key: which rows are drawn.
+        """
+        if kept is not None:
+            return kept
+        count = len(jax.tree.leaves(rows)[0])
+        # Fewer rows than that come again.
+        chosen = np.resize(np.asarray(jax.random.permutation(key, count)), self.size)
+        drawn = jax.tree.map(lambda x: jnp.asarray(x)[chosen], rows)
+        if self.hidden is None:
+            return Kept(drawn)
+        return Kept(replayed_states(self.hidden, apply, params, drawn, spread=self.spread))
 
 
 @dataclasses.dataclass(frozen=True)

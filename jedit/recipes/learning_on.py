@@ -115,7 +115,7 @@ def learn_on(
     learner: Learner,
     apply: Apply,
     params: PyTree,
-    tasks: Sequence[Batch],
+    tasks: Sequence[PyTree],
     *,
     steps: int,
     evaluate: Callable[[PyTree], Float[Array, " tasks"]],
@@ -130,7 +130,7 @@ def learn_on(
         learner: how they are learnt, and what is kept.
         apply: `apply(params, inputs) -> outputs`.
         params: where to begin.
-        tasks: the rows of each task, in the order in which they are learnt.
+        tasks: the rows of each task, a batch or `Views`, in the order in which they are learnt.
         steps: updates on each task.
         evaluate: `params -> (tasks,)`, the scores, such as `accuracies` makes.
         key: the random key; learners that differ in their method alone see the same rows of a task

@@ -199,6 +199,7 @@ def _taught(
     rows = drawn.rows
     mask = rows.mask
     if mask is None:
+        assert rows.targets is not None  # what was drawn is a batch of tokens
         mask = jnp.ones(jnp.shape(rows.targets), jnp.float32)
     mask = jnp.asarray(mask)
     here = jnp.asarray(kept).reshape(-1, *(1,) * (mask.ndim - 1))

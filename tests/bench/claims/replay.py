@@ -52,8 +52,8 @@ from jedit.objectives import (
     stack_views,
     with_retain,
 )
+from jedit.recipes.learners import KeepGeneral, KeepRows
 from jedit.recipes.learning_on import Learner, Learnt, accuracies, learn_on, plain, stability
-from jedit.recipes.replay import Buffer, General
 from jedit.recipes.scenes.author_stream import (
     AuthorStream,
     asks,
@@ -185,7 +185,7 @@ PACES = ((15, 5), (10, 10), (5, 15))  # steps of learning and of fine-tuning in 
 def digit_learner(name: str, rate: float, strength: Any, scene: DigitScene) -> tuple[Learner, Any]:
     """Return how a method learns, and the tasks as it is given them."""
     size, optimizer = scene.size, sgd(rate)
-    keep = Buffer(size.memory)
+    keep = KeepRows(size.memory)
 
     def learner(objective) -> Learner:
         return Learner(TrainingMethod(objective, optimizer, batch_size=size.batch), keep)
@@ -212,7 +212,7 @@ def digit_learner(name: str, rate: float, strength: Any, scene: DigitScene) -> t
     per_step = size.batch // len(SHIFTS)
     method = TrainingMethod(ViewBatch(objective), optimizer, batch_size=per_step)
     first = TrainingMethod(ViewBatch(LearnNLL()), optimizer, batch_size=per_step)
-    return Learner(method, Buffer(size.memory // len(SHIFTS)), first), views
+    return Learner(method, KeepRows(size.memory // len(SHIFTS)), first), views
 
 
 DIGIT_GRIDS: dict[str, tuple[Any, ...]] = {
@@ -274,11 +274,11 @@ def author_learner(name: str, rate: float, strength: Any, stream: AuthorStream, 
     replays = with_retain(LearnNLL(), weight=strength) if name != "naive" else LearnNLL()
     keeps: dict[str, Any] = {
         "naive": None,
-        "replay": Buffer(size.author_memory),
-        "general": General(size.author_memory),
-        "GeRe": General(size.author_memory, Entering("head/kernel")),
-        "wordings": Buffer(size.author_memory),
-        "view batches": Buffer(size.author_memory // 4),
+        "replay": KeepRows(size.author_memory),
+        "general": KeepGeneral(size.author_memory),
+        "GeRe": KeepGeneral(size.author_memory, Entering("head/kernel")),
+        "wordings": KeepRows(size.author_memory),
+        "view batches": KeepRows(size.author_memory // 4),
     }
     objective: Any = GeRe(Entering("head/kernel"), strength) if name == "GeRe" else replays
     first = None
