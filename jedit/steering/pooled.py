@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_word
 from jedit.core.batch import Batch
+from jedit.core.checks import FINITE, check_numbers
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide, wide_dtype
 from jedit.core.row_blocks import pieces_of
@@ -34,8 +35,8 @@ def identity(
         params: pytree of floating-point arrays.
         inputs: inputs of the shape that it is called on; none is read.
         sites: names of sites, as `find_sites` prints them.
-        is_foldable: leave out the parts that `fold` would refuse: shifts without a bias to hold
-            them, and gains of what is only added.
+        is_foldable: whether to leave out the parts that `fold` would refuse: shifts without a bias
+            to hold them, and gains of what is only added; False leaves none out.
 
     Raises:
         ValueError: no site is named, or a name is no site.
@@ -72,7 +73,7 @@ def pooled_outputs(
         params: pytree of floating-point arrays.
         rows: the rows. Of their positions those that `mask` marks count, else those of `valid`.
         steering: which sites, and how they are moved; `identity` moves nothing.
-        strength: of the steering.
+        strength: of the steering, 1.0 for the whole.
         pool: "mean" over a row's positions that count, or the "last" of them.
 
     Returns:
@@ -82,6 +83,7 @@ def pooled_outputs(
         ValueError: a site's positions are not the outputs'.
     """
     check_word(Pool, pool=pool)
+    check_numbers(FINITE, strength=strength)
     run = run_steered(apply, params, rows.inputs, steering, strength=strength)
     lead = run.outputs.shape[:-1]
     weights = _weights(rows, lead, pool)

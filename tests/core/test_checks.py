@@ -18,7 +18,7 @@ from jedit.core import checks
 PACKAGES = (
     "attacks", "checkpoint", "curvature", "curvature.likelihoods", "data", "edits",
     "geometry", "methods", "metrics", "models", "objectives", "report", "requests",
-    "tracing", "training", "transforms",
+    "steering", "tracing", "training", "transforms",
 )  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 FINITE = (NAN, INF, -INF)
@@ -47,16 +47,18 @@ BAD = {
     "num_pixels": COUNT, "num_prompts": COUNT, "num_retain": COUNT, "num_steps": COUNT,
     "num_users": COUNT, "order": FINITE[:1], "original_utility": POSITIVE,
     "paraphrase_probability": SHARE, "penalty": NOT_NEGATIVE, "predicted_kl": NOT_NEGATIVE,
-    "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT, "pull": NOT_NEGATIVE,
-    "push": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT, "ratio": NOT_NEGATIVE,
-    "refresh": COUNT, "reinforcement": NOT_NEGATIVE, "relaxation": NOT_NEGATIVE,
+    "preservation": POSITIVE, "privacy": SHARE, "probe": COUNT, "power": COUNT,
+    "pull": NOT_NEGATIVE, "push": NOT_NEGATIVE, "radius": POSITIVE, "rank": COUNT,
+    "ratio": NOT_NEGATIVE, "refresh": COUNT, "reinforcement": NOT_NEGATIVE,
+    "relaxation": NOT_NEGATIVE,
     "relearn": COUNT_OR_ZERO, "request_size": COUNT, "retain_rank": COUNT_OR_ZERO,
     "retrained_auc": SHARE, "revival": NOT_NEGATIVE, "ridge": NOT_NEGATIVE, "samples": COUNT,
     "scale": FINITE, "share": SHARE, "significance": SHARE, "similarity": (-1.5, 1.5, NAN),
     "size": COUNT, "steering": FINITE, "step_size": POSITIVE, "steps": COUNT_OR_ZERO,
     "stop": FINITE, "strength": NOT_NEGATIVE, "suppression": (*SHARE, 1.0), "temperature": POSITIVE,
     "test_fraction": SHARE, "threshold": NOT_NEGATIVE, "tilt": FINITE, "tolerance": NOT_NEGATIVE,
-    "tries": COUNT, "tuning_steps": COUNT_OR_ZERO, "updates": COUNT, "utility": NOT_NEGATIVE,
+    "tries": COUNT, "tuning_steps": COUNT_OR_ZERO, "units": COUNT, "updates": COUNT,
+    "utility": NOT_NEGATIVE,
     "vocab": COUNT, "vocab_size": COUNT, "weight": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE,
     "width": COUNT, "window": COUNT,
 }  # fmt: skip
@@ -64,7 +66,13 @@ BAD = {
 STRICTER = {
     ("Ascent", "steps"): COUNT,
     ("alphaedit", "ridge"): POSITIVE,
+    ("austeer", "alpha"): FINITE,
     ("cure", "threshold"): SHARE,
+    ("lineas", "learning_rate"): POSITIVE,
+    ("lineas", "steps"): COUNT,
+    ("pooled_outputs", "strength"): FINITE,
+    ("run_steered", "strength"): FINITE,
+    ("steered", "strength"): FINITE,
     ("batch_unlearn", "predicted_kl"): POSITIVE,
     ("continual", "predicted_kl"): POSITIVE,
     ("curvature_engram", "scale"): POSITIVE,
