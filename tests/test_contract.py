@@ -35,6 +35,7 @@ from jedit.methods import (
 )
 from jedit.objectives import LatentMeans
 from jedit.requests import batch_unlearn
+from jedit.steering import fold, identity, lineas
 from jedit.transforms import (
     Adapter,
     add_constraint_gradient,
@@ -192,6 +193,7 @@ METHODS = [
         lambda f, p, c, forget, _: memorised_subspace(p, _of(p, forget), c, share=0.5),  # noqa: ARG005
     ),
     Row("curvature_pruning", lambda _, p, c, *sets: curvature_pruning(p, c)),  # noqa: ARG005
+    Row("lineas", lambda f, p, _, *sets: _lineas(f, p, *sets)),
     Row("rome", lambda f, p, c, forget, _: rome(f, p, c, Associations(forget), None, layer="w")),
     Row(
         "memit",
@@ -221,6 +223,12 @@ class FeatureAttention:
     def without(self, apply, params, x, position):
         is_kept = jnp.arange(x.shape[-1]) != position
         return apply(params, jnp.where(is_kept[None], x, 0))
+
+
+def _lineas(apply, params, forget, retain):
+    start = identity(apply, params, forget.inputs, ["w"], is_foldable=True)
+    learnt, info = lineas(apply, params, forget, retain, start=start, steps=3)
+    return fold(apply, params, forget.inputs, learnt), info
 
 
 def make_latents(params, known, unknown):

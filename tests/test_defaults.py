@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOMS = ("methods", "objectives", "requests", "transforms")
+ROOMS = ("methods", "objectives", "requests", "steering", "transforms")
 
 
 class Default(NamedTuple):
@@ -66,6 +66,17 @@ DEFAULTS = [
     Default("requests.Forgetting", "significance", 0.05, "above it; 0.05 is", "TOFU"),
     Default("methods.memorised_subspace", "share", 0.01, "0.01 (ours:", OURS),
     Default("methods.memorised_subspace", "agreement", "any", '"any" of the memorised', OURS),
+    Default("steering.austeer", "units", 10, "are moved; 10, the code's", "AUSteer's code"),
+    Default("steering.austeer", "alpha", 5.0, "score; 5.0, the code's", "AUSteer's code"),
+    Default("steering.identity", "is_foldable", False, "added; False leaves none", OURS),
+    Default("steering.lineas", "steps", 100, "how many steps; 100 (ours", OURS),
+    Default("steering.lineas", "learning_rate", 0.1, "plain steps; 0.1 (ours)", OURS),
+    Default("steering.mean_difference", "pool", "mean", '"mean" of a row', OURS),
+    Default("steering.pooled_outputs", "pool", "mean", '"mean" over a row', OURS),
+    Default("steering.pooled_outputs", "strength", 1.0, "steering, 1.0 for", OURS),
+    Default("steering.run_steered", "strength", 1.0, "all maps, 1.0 for", OURS),
+    Default("steering.steered", "strength", 1.0, "1.0, is the whole", OURS),
+    Default("steering.transport_cost", "power", 2, "p; 2 (derived", OURS),
     Default("methods.natural", "damping", 0.01, "eigenvalue; 0.01 (ours;", OURS),
     Default("methods.natural", "predicted_kl", 1e-4, "nats per output, 1e-4 (ours)", OURS),
     Default("methods.natural", "batch_size", 16, "a step; 16 is what", OURS),

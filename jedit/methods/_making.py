@@ -56,6 +56,7 @@ from jedit.objectives import (
     relabel,
     with_retain,
 )
+from jedit.steering import Sparsity, fold, identity, lineas
 from jedit.tracing import Entering, find_sites
 from jedit.training import TrainingMethod
 from jedit.transforms import natural_steps, project_to_null_space
@@ -116,6 +117,22 @@ def by_ucan(material: Material, *, least_risk: float, strength: float) -> Closed
     def edit(apply, params, *, forget, retain):
         del apply, forget, retain  # as an engram's, the moments hold what it needs of them
         return ucan(params, target, rest, least_risk=least_risk, strength=strength)
+
+    return edit
+
+
+def by_lineas(
+    material: Material, *, rows: int, steps: int, learning_rate: float, l1: float, group: float
+) -> ClosedForm:
+    sites = material.take(Need.LAYERS)
+
+    def edit(apply, params, *, forget, retain):
+        source, target = _spread(forget, rows), _spread(retain, rows)
+        # What is learnt is what the weights can hold, as an edit is what is wanted of it.
+        start = identity(apply, params, source.inputs, sites, is_foldable=True)
+        how = {"steps": steps, "learning_rate": learning_rate, "sparsity": Sparsity(l1, group)}
+        learnt, info = lineas(apply, params, source, target, start=start, **how)
+        return fold(apply, params, source.inputs, learnt), info
 
     return edit
 
@@ -298,15 +315,15 @@ def by_reglu(
 
 
 @on_auto_axes
-def _spread(rows: Batch) -> Batch:
+def _spread(rows: Batch, most: int) -> Batch:
     """Return a few rows from all over the set: the first may be all of one author."""
     count = len(jax.tree.leaves(rows)[0])
-    which = np.linspace(0, count - 1, min(PATCHED, count)).round().astype(int)
+    which = np.linspace(0, count - 1, min(most, count)).round().astype(int)
     return jax.tree.map(lambda x: jax.numpy.asarray(x)[which], rows)
 
 
 def by_cure(material: Material, *, threshold: float) -> TrainingMethod:
-    few = (_spread(rows) for rows in (material.forget, material.take(Need.RETAIN)))
+    few = (_spread(rows, PATCHED) for rows in (material.forget, material.take(Need.RETAIN)))
     effects = module_effects(material.apply, material.params, *few, chunk=1)
     return cure(effects, material.optimizer, threshold=threshold)
 

@@ -1,6 +1,16 @@
 """Steering: sites' outputs moved by affine maps, experts switched, and refusals by their tokens."""
 
+from jedit.steering.austeer import AusteerInfo, austeer
 from jedit.steering.fold import fold, why_not_folded
+from jedit.steering.lineas import (
+    LineasInfo,
+    Sparsity,
+    lineas,
+    proximal_map,
+    proximal_step,
+    transport_cost,
+)
+from jedit.steering.mean_difference import mean_difference
 from jedit.steering.mote import (
     Expert,
     ExpertLayer,
@@ -11,6 +21,7 @@ from jedit.steering.mote import (
     switch_experts,
     top_experts,
 )
+from jedit.steering.pooled import identity, pooled_outputs
 from jedit.steering.refusal_tokens import (
     Decision,
     RefusalTokens,
@@ -33,20 +44,30 @@ from jedit.steering.steering import (
 
 __all__ = [
     "Affine",
+    "AusteerInfo",
     "Decision",
     "Expert",
     "ExpertLayer",
     "ExpertSite",
     "Gate",
+    "LineasInfo",
     "RefusalTokens",
+    "Sparsity",
     "Steering",
     "add_refusal_tokens",
+    "austeer",
     "begin_answers",
     "expert_layers",
     "expert_scores",
     "expert_use",
     "fold",
+    "identity",
+    "lineas",
     "mark_answers",
+    "mean_difference",
+    "pooled_outputs",
+    "proximal_map",
+    "proximal_step",
     "refusal_probabilities",
     "refuse_by_bias",
     "refuse_by_category",
@@ -55,6 +76,7 @@ __all__ = [
     "steered",
     "switch_experts",
     "top_experts",
+    "transport_cost",
     "whole_outputs",
     "why_not_folded",
 ]

@@ -121,15 +121,16 @@ def steered(apply: Callable, steering: Steering, strength: Scalar = 1.0) -> Call
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`, one array.
         steering: the maps.
-        strength: s, of all maps: 0 changes nothing, 1 is the whole map, and more goes beyond it.
+        strength: s, of all maps: 0 changes nothing, the default, 1.0, is the whole map, and more
+            goes beyond it.
 
     Raises:
         TypeError: an argument is something else.
         ValueError: the strength is not finite. When called: a map's site is none of the function,
             or has other units.
     """
-    check_kind(steering, Steering, "steering", "as `mean_difference` makes it")
     check_numbers(FINITE, strength=strength)
+    check_kind(steering, Steering, "steering", "as `mean_difference` makes it")
 
     def run(params: PyTree, inputs: PyTree) -> Array:
         return run_steered(apply, params, inputs, steering, strength=strength).outputs
@@ -148,6 +149,13 @@ def run_steered(
     """Run the steered function once, and keep the moved outputs beside what it returned.
 
     `Rewritten.site_outputs` are the moved h without their bias; `whole_outputs` adds it.
+
+    Args:
+        apply: a pure function `apply(params, inputs) -> outputs`, one array.
+        params: pytree of floating-point arrays.
+        inputs: pytree of arrays that lead with the examples.
+        steering: the maps.
+        strength: strength of all maps, 1.0 for the whole.
 
     Raises:
         ValueError: a map's site is none of the function, or has other units; or the strength is

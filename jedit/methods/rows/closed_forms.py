@@ -76,6 +76,17 @@ ROWS: tuple[Row, ...] = (
         settings={"least_risk": 0.0, "strength": 8.0},  # ours: the paper's are not known to us
     ),
     ByScale(
+        name="LinEAS",
+        description="Moves the outputs of layers on forget rows to where those on retain rows are,"
+        " unit by unit and all layers together, by gains and shifts folded into the weights.",
+        when="a topic or a style that is to be turned down, rather than facts",
+        papers=("2503.10679",),
+        make=_making.by_lineas,
+        needs=frozenset({Need.LAYERS}),
+        # 32 rows are the paper's; the others are ours.
+        settings={"rows": 32, "steps": 100, "learning_rate": 0.1, "l1": 0.1, "group": 0.1},
+    ),
+    ByScale(
         name="AlphaEdit",
         description="Removes what the layers answer to the forget rows' prompts, in the null space"
         " of the retain rows' inputs.",

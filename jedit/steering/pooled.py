@@ -1,0 +1,140 @@
+"""What a row of data says at a site: one vector of its outputs, pooled over positions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jedit.core.arguments import check_word
+from jedit.core.batch import Batch
+from jedit.core.checks import FINITE, check_numbers
+from jedit.core.paths import parameter_paths
+from jedit.core.precision import wide, wide_dtype
+from jedit.core.row_blocks import pieces_of
+from jedit.steering.steering import Affine, Scalar, Steering, run_steered, whole_outputs
+from jedit.tracing import find_sites
+from jedit.tracing.rewrite import named_sites
+
+Pool = Literal["mean", "last"]
+Pooled = dict[str, Array]  # by site, (layers, rows, units)
+
+
+def identity(
+    apply: Callable,
+    params: PyTree,
+    inputs: PyTree,
+    sites: Sequence[str],
+    *,
+    is_foldable: bool = False,
+) -> Steering:
+    """Return the steering that moves nothing, with a gain and a shift for every unit of the sites.
+
+    Args:
+        apply: a pure function `apply(params, inputs) -> outputs`, one array.
+        params: pytree of floating-point arrays.
+        inputs: inputs of the shape that it is called on; none is read.
+        sites: names of sites, as `find_sites` prints them.
+        is_foldable: whether to leave out the parts that `fold` would refuse: shifts without a bias
+            to hold them, and gains of what is only added; False leaves none out.
+
+    Raises:
+        ValueError: no site is named, or a name is no site.
+    """
+    if not sites:
+        raise ValueError("no site is named that could be steered")
+    maps = {}
+    for name, site in named_sites(find_sites(apply, params, inputs), dict.fromkeys(sites)).items():
+        shape, dtype = (
+            (site.weight.layers, site.weight.d_out),
+            wide_dtype(site.output_dtype),
+        )
+        has_bias = site.weight.bias_path is not None or site.kind in ("bias", "embedding")
+        maps[name] = Affine(
+            gain=None if is_foldable and site.kind == "bias" else jnp.ones(shape, dtype),
+            shift=None if is_foldable and not has_bias else jnp.zeros(shape, dtype),
+        )
+    return Steering(maps)
+
+
+def pooled_outputs(
+    apply: Callable,
+    params: PyTree,
+    rows: Batch,
+    steering: Steering,
+    *,
+    strength: Scalar = 1.0,
+    pool: Pool = "mean",
+) -> Pooled:
+    """Return one vector for each row and each site of a steering: its moved outputs, bias and all.
+
+    Args:
+        apply: a pure function `apply(params, inputs) -> outputs`, one array.
+        params: pytree of floating-point arrays.
+        rows: the rows. Of their positions those that `mask` marks count, else those of `valid`.
+        steering: which sites, and how they are moved; `identity` moves nothing.
+        strength: of the steering, 1.0 for the whole.
+        pool: "mean" over a row's positions that count, or the "last" of them.
+
+    Returns:
+        By site (layers, rows, units), in float32 or wider. A row without positions is zero.
+
+    Raises:
+        ValueError: a site's positions are not the outputs'.
+    """
+    check_word(Pool, pool=pool)
+    check_numbers(FINITE, strength=strength)
+    run = run_steered(apply, params, rows.inputs, steering, strength=strength)
+    lead = run.outputs.shape[:-1]
+    weights = _weights(rows, lead, pool)
+    found = whole_outputs(run, dict(parameter_paths(params)))
+    return {name: _pooled(name, h, weights) for name, h in found.items()}
+
+
+def pooled_in_pieces(
+    apply: Callable, params: PyTree, rows: Batch, steering: Steering, pool: Pool
+) -> Pooled:
+    """Return `pooled_outputs` of many rows, in blocks; their order is that of `pieces_of`."""
+    parts = [
+        pooled_outputs(apply, params, part, steering, pool=pool)
+        for part in pieces_of(apply, params, rows)
+    ]
+    return {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def _weights(rows: Batch, lead: tuple[int, ...], pool: Pool) -> Float[Array, "n positions"]:
+    """Return 1 for each position that is read of its row, else 0."""
+    given = rows.mask if rows.mask is not None else rows.valid
+    counts = jnp.ones(lead) if given is None else jnp.broadcast_to(jnp.asarray(given), lead)
+    counts = (counts != 0).astype(jnp.float32).reshape(lead[0], -1)
+    if pool == "last":
+        numbers = jnp.arange(1, counts.shape[1] + 1, dtype=jnp.float32)[None]
+        last = jnp.max(counts * numbers, axis=1, keepdims=True)
+        counts = counts * (numbers == last).astype(jnp.float32)
+    return counts
+
+
+def _pooled(
+    name: str, h: Array, weights: Float[Array, "n positions"]
+) -> Float[Array, "layers n units"]:
+    n, t = weights.shape
+    layers, *positions, units = h.shape
+    # The outputs' axes lead, or are merged; what follows (heads, pixels) is averaged over.
+    merged, k = 1, 0
+    while k < len(positions) and merged < n * t:
+        merged *= positions[k]
+        k += 1
+    is_known = merged == n * t and (positions[:1] == [n] or k == 1)
+    if not is_known:
+        raise ValueError(
+            f"{name}: its positions {tuple(positions)} are not the outputs' {(n, t)}, rows in front"
+        )
+    h = wide(h).reshape(layers, n, t, -1, units).mean(axis=3)
+    at = weights.astype(h.dtype)[None, :, :, None]
+    # Where nothing counts, as in padding, even what is not finite must not.
+    return jnp.sum(jnp.where(at > 0, h, 0), axis=2) / jnp.maximum(jnp.sum(at, axis=2), 1)
+
+
+def means(found: Mapping[str, Array]) -> dict[str, Float[Array, "layers units"]]:
+    """Return the mean over rows of what was pooled."""
+    return {name: jnp.mean(h, axis=1) for name, h in found.items()}

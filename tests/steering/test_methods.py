@@ -1,0 +1,263 @@
+"""How steerings are made, against SciPy, plain NumPy, and what they are to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+import scipy.stats
+
+from jedit.core.batch import Batch
+from jedit.edits import apply_edit
+from jedit.models import gpt
+from jedit.steering import (
+    Affine,
+    Gate,
+    Sparsity,
+    Steering,
+    austeer,
+    fold,
+    identity,
+    lineas,
+    mean_difference,
+    pooled_outputs,
+    proximal_map,
+    proximal_step,
+    steered,
+    transport_cost,
+)
+from jedit.tracing import intervene
+
+SITES = ["blocks/0/mlp/down/kernel", "blocks/1/mlp/down/kernel"]
+NOTHING = Sparsity(0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """Optax's own steps mix Python floats in."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A small language model, and rows that begin with tokens of either of two kinds."""
+    apply, params = gpt(
+        key=jax.random.key(0), vocab=11, width=8, num_layers=2, num_heads=2, max_len=6
+    )
+    dtype = jnp.zeros(()).dtype
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 7, size=12)
+    valid = jnp.asarray((np.arange(6)[None] < lengths[:, None]).astype(float))
+    source = Batch(jnp.asarray(rng.integers(0, 5, size=(12, 6))), valid=valid)
+    target = Batch(jnp.asarray(rng.integers(5, 11, size=(9, 6))), valid=valid[:9])
+    return apply, params, source, target
+
+
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (6, 4), (5, 3), (1, 4)])
+def test_the_cost_is_scipys_distance(n, m, tolerance):
+    rng = np.random.default_rng(n * m)
+    x, y = rng.normal(size=(2, n)), 1.5 * rng.normal(size=(2, m)) + 0.4
+    expected = [scipy.stats.wasserstein_distance(*pair) for pair in zip(x, y, strict=True)]
+    found = transport_cost(jnp.asarray(x), jnp.asarray(y), power=1)
+    tolerance.check(found, jnp.asarray(expected))
+    # Of squares, the best assignment of as many copies of each.
+    many, others = np.repeat(x[0], m), np.repeat(y[0], n)
+    costs = (many[:, None] - others[None]) ** 2
+    rows, columns = scipy.optimize.linear_sum_assignment(costs)
+    tolerance.check(
+        transport_cost(jnp.asarray(x), jnp.asarray(y))[0], jnp.asarray(costs[rows, columns].mean())
+    )
+
+
+def test_the_proximal_map_is_the_minimum(tolerance):
+    """Found by a method that knows no gradient, from the definition alone."""
+    del tolerance  # the other search is what is not exact
+    x, rate, sparsity = np.array([1.3, -0.6, 0.15, 0.02]), 0.4, Sparsity(0.5, 0.7)
+
+    def value(z):
+        penalty = sparsity.l1 * abs(z).sum() + sparsity.group * 2 * np.linalg.norm(z)
+        return 0.5 * ((z - x) ** 2).sum() + rate * penalty
+
+    best = min(
+        (
+            scipy.optimize.minimize(
+                value, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}
+            )
+            for start in (x, 0.5 * x, [0.7, -0.1, 0.0, 0.0])
+        ),
+        key=lambda found: found.fun,
+    )
+    found = np.asarray(proximal_map(jnp.asarray(x), step_size=rate, sparsity=sparsity))
+    assert value(found) <= best.fun + 1e-6
+    assert np.allclose(found, best.x, atol=1e-4)
+    assert np.array_equal(found == 0, [False, False, True, True])
+    gone = proximal_map(jnp.asarray(x), step_size=rate, sparsity=Sparsity(0.5, 3.0))
+    assert not np.asarray(gone).any()
+
+
+def test_a_chain_ends_at_the_proximal_map(tolerance):
+    params = {"w": jnp.asarray([[1.0, -0.2], [0.01, 0.02]])}
+    gradient = {"w": jnp.asarray([[0.5, 0.1], [-0.3, 0.0]])}
+    optimizer = optax.chain(optax.sgd(0.1), proximal_step(0.1, Sparsity()))
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    expected = proximal_map(params["w"] - 0.1 * gradient["w"], step_size=0.1, sparsity=Sparsity())
+    tolerance.check(optax.apply_updates(params, updates)["w"], expected)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        optimizer.update(gradient, optimizer.init(params))
+
+
+def test_what_is_pooled_is_the_mean_or_the_last_of_what_counts(scene, tolerance):
+    apply, params, source, _ = scene
+    still = identity(apply, params, source.inputs, SITES)
+    found = pooled_outputs(apply, params, source, still)[SITES[0]]
+    run = intervene(apply, params, source.inputs)
+    outputs = run.site_outputs[SITES[0]]
+    weights = source.valid / jnp.sum(source.valid, axis=1, keepdims=True)
+    expected = jnp.einsum("nt,ntd->nd", weights.astype(outputs.dtype), outputs)
+    tolerance.check(found[0], expected)  # biases are zero in a model that was not trained
+    last = pooled_outputs(apply, params, source, still, pool="last")[SITES[0]]
+    ends = jnp.sum(source.valid, axis=1).astype(int) - 1
+    tolerance.check(last[0], outputs[jnp.arange(12), ends])
+
+
+def test_the_mean_difference_moves_a_mean_onto_the_other(scene, tolerance):
+    """At the first site: the next one sees what the first has moved."""
+    apply, params, source, target = scene
+    steering = mean_difference(apply, params, source, target, sites=SITES)
+    assert steering.maps[SITES[0]].gain is None
+    moved, there = (
+        pooled_outputs(apply, params, rows, one)[SITES[0]].mean(axis=1)
+        for rows, one in (
+            (source, steering),
+            (target, identity(apply, params, target.inputs, SITES)),
+        )
+    )
+    tolerance.check(moved, there)
+
+
+def test_austeers_scores_and_units_are_those_counted(scene):
+    apply, params, source, target = scene
+    good, bad = target, jax.tree.map(lambda leaf: leaf[:9], source)
+    steering, info = austeer(apply, params, good, bad, sites=SITES, units=5, alpha=2.0)
+    still = identity(apply, params, good.inputs, SITES)
+    sets = [pooled_outputs(apply, params, rows, still, pool="last") for rows in (good, bad)]
+    expected = []
+    for site in SITES:
+        for unit in range(8):
+            delta = np.asarray(sets[0][site] - sets[1][site])[0, :, unit]
+            up, down = int((delta > 0).sum()), int((delta < 0).sum())
+            expected.append((-1 if up < down else 1) * max(up, down) / 9)
+    found = np.concatenate([np.asarray(info.scores[site]).ravel() for site in SITES])
+    assert np.allclose(found, expected, atol=1e-6)
+    order = sorted(range(16), key=lambda i: -abs(expected[i]))[:5]
+    gains = np.concatenate([np.asarray(steering.maps[site].gain).ravel() for site in SITES])
+    assert sorted(np.flatnonzero(gains != 1)) == sorted(order)
+    assert np.allclose(gains[order], [1 + 2.0 * expected[i] for i in order], atol=1e-6)
+    # Its strength adapts to the input and it is linear all the same: it folds.
+    edited = apply_edit(params, fold(apply, params, source.inputs, steering), 0.3)
+    there = steered(apply, steering, 0.3)(params, source.inputs)
+    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+
+
+def test_lineas_brings_every_layer_nearer_through_the_network(scene):
+    apply, params, source, target = scene
+    start = identity(apply, params, source.inputs, SITES, is_foldable=True)
+    learnt, info = lineas(apply, params, source, target, start=start, steps=60, sparsity=NOTHING)
+    for site in SITES:
+        assert float(info.after[site][0]) < 0.35 * float(info.before[site][0])
+    assert float(info.losses[0]) == pytest.approx(sum(float(x[0]) for x in info.before.values()))
+    assert (np.diff(np.asarray(info.losses)) < 1e-6).mean() > 0.9
+    # The distance that it says is what SciPy finds of the steered network.
+    for site in SITES:
+        x, y = (
+            np.asarray(pooled_outputs(apply, params, rows, one)[site][0], np.float64)
+            for rows, one in ((source, learnt), (target, start))
+        )
+        first = np.asarray(pooled_outputs(apply, params, source, start)[site][0], np.float64)
+        unit = ((first**2).mean(axis=0) + (y**2).mean(axis=0)) / 2
+        expected = 0.0
+        for j in range(8):  # W₂² of 12 and 9 rows, by the best assignment of copies
+            costs = (np.repeat(x[:, j], 3)[:, None] - np.repeat(y[:, j], 4)[None]) ** 2
+            chosen = scipy.optimize.linear_sum_assignment(costs)
+            expected += costs[chosen].mean() / unit[j]
+        assert float(info.after[site][0]) == pytest.approx(expected, rel=1e-3)
+    edited = apply_edit(params, fold(apply, params, source.inputs, learnt))
+    there = steered(apply, learnt)(params, source.inputs)
+    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+
+
+def test_the_gradient_of_lineas_goes_through_the_layers_before(scene):
+    """One step without penalties is the gradient of the cost, by differences of two runs."""
+    apply, params, source, target = scene
+    start = identity(apply, params, source.inputs, SITES)
+    rate, eps = 1e-3, 1e-4
+    learnt, _ = lineas(
+        apply, params, source, target, start=start, steps=1, learning_rate=rate, sparsity=NOTHING
+    )
+    wanted, before = (pooled_outputs(apply, params, rows, start) for rows in (target, source))
+
+    def unit(site):
+        return (jnp.mean(wanted[site][0] ** 2, axis=0) + jnp.mean(before[site][0] ** 2, axis=0)) / 2
+
+    def cost(one):
+        found = pooled_outputs(apply, params, source, one)
+        return sum(
+            float(jnp.sum(transport_cost(found[s][0].T, wanted[s][0].T) / unit(s))) for s in SITES
+        )
+
+    def with_gain(change):
+        first = start.maps[SITES[0]]
+        gain = first.gain.at[0, 3].add(change)
+        return Steering({**start.maps, SITES[0]: Affine(gain, first.shift)})
+
+    slope = (cost(with_gain(eps)) - cost(with_gain(-eps))) / (2 * eps)
+    step = float(learnt.maps[SITES[0]].gain[0, 3]) - 1
+    assert step == pytest.approx(-rate * slope, rel=2e-2)
+
+
+def test_sparsity_leaves_units_alone(scene):
+    apply, params, source, target = scene
+    start = identity(apply, params, source.inputs, SITES)
+    how = {"start": start, "steps": 40}
+    _, dense = lineas(apply, params, source, target, **how, sparsity=NOTHING)
+    some, sparse = lineas(apply, params, source, target, **how, sparsity=Sparsity(1.5, 0.0))
+    none, _ = lineas(apply, params, source, target, **how, sparsity=Sparsity(0.0, 1e3))
+    assert float(dense.moved) == 1
+    assert 0 < float(sparse.moved) < 0.8
+    kept = some.maps[SITES[0]].gain == 1
+    assert bool(jnp.any(kept))
+    assert all(bool(jnp.all(one.gain == 1) & jnp.all(one.shift == 0)) for one in none.maps.values())
+
+
+def test_parts_that_no_parameter_holds_are_left_out():
+    def network(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"][None]) @ params["v"] + jnp.sin(x)
+
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4), "v": jnp.ones((4, 3))}
+    x = jnp.ones((2, 3))
+    maps = identity(network, params, x, ["w", "v"], is_foldable=True).maps
+    assert maps["w"].shift is not None
+    assert maps["v"].shift is None
+    assert maps["v"].gain.shape == (1, 3)
+    assert not fold(network, params, x, Steering(maps)).blocks["w"].any()
+
+
+def test_mistakes_get_a_sentence(scene):
+    apply, params, source, target = scene
+    with pytest.raises(ValueError, match="12 good answers and 9 bad ones are no pairs"):
+        austeer(apply, params, source, target, sites=SITES)
+    with pytest.raises(ValueError, match="no site is named"):
+        identity(apply, params, source.inputs, [])
+    start = Steering({SITES[0]: Affine(gate=Gate(jnp.ones(8), jnp.zeros(()), jnp.ones(())))})
+    with pytest.raises(ValueError, match="have gates"):
+        lineas(apply, params, source, target, start=start)
+
+    def time_first(params, x):
+        return jnp.swapaxes(jnp.swapaxes(x, 0, 1) @ params["w"], 0, 1)
+
+    rows = Batch(jnp.ones((4, 3, 2)))
+    with pytest.raises(ValueError, match="are not the outputs'"):
+        mean_difference(time_first, {"w": jnp.ones((2, 2))}, rows, rows, sites=["w"])
