@@ -107,7 +107,6 @@ STRICTER = {
     ("refuse_by_sum", "threshold"): SHARE,
     ("relational_probe", "ridge"): POSITIVE,
     ("SimNPO", "beta"): POSITIVE,
-    ("steered", "strength"): FINITE,
 }
 # No quantities: any whole number will do.
 NUMBERS_OF_THINGS = {"label", "pad", "seed"}
