@@ -5,13 +5,16 @@ Both of the published forms are read, each of five training batches and one to t
     data_batch_1.bin ... test_batch.bin   rows of 3,073 bytes: the label, then red, green and blue
     data_batch_1 ... test_batch           pickles of a dict with b"data" (n, 3072) and b"labels"
 
-A pickle is a program, and these are read without running it: whatever class or function one names
-is refused, but for the three that NumPy's arrays are made of, in whose place stand objects that
-only hold what they are given.
+A pickle is a program. These are looked through first, and refused if they hold an operation that no
+such batch needs, or more of them than one has: even reading can be made to take all memory, or
+never to end. Then they are read without running anything: whatever class or function one names is
+refused, but for the three that NumPy's arrays are made of, in whose place stand objects that only
+hold what they are given.
 """
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,20 @@ TEST = ("test_batch",)
 NUM_CLASSES = 10
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # of one image, all reds first, then all greens, then all blues
-MAX_PICKLE = 2**28  # bytes; a published batch has 31 million
+MAX_BYTES = 2**25  # of a file; a published batch has 31 million
+# What the pickles of a batch are made of, and nothing that makes room by its own word.
+OPERATIONS = frozenset(
+    (
+        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "REDUCE", "BUILD"),
+        *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"),
+        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL"),
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MEMOIZE"),
+    )
+)
+MAX_OPERATIONS = 200_000  # a published batch has some 40,000: a label, a file name each row
+MAX_TUPLES = 16  # nested in one another they would be hashed without end
 
 
 def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
@@ -36,7 +52,7 @@ def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
             preferred.
 
     Returns:
-        The 50,000 to train on and the 10,000 to test on.
+        All rows of the files to train on, and those of the one to test on: 50,000 and 10,000.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -77,8 +93,19 @@ def _read(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
     return pixels, labels
 
 
+def _bytes(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        ValueError: it holds more than any batch.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
+    return path.read_bytes()
+
+
 def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    data = path.read_bytes()
+    data = _bytes(path)
     if not data or len(data) % (1 + PIXELS):
         raise ValueError(
             f"{path}: holds {len(data)} bytes, expected rows of {1 + PIXELS}, a label and {PIXELS} "
@@ -89,11 +116,10 @@ def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
 
 
 def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    size = path.stat().st_size
-    if size > MAX_PICKLE:
-        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
+    data = _bytes(path)
     try:
-        found = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        _look_through(data)
+        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _RefusedError as error:
         raise ValueError(
             f"{path}: names {error}, which no batch of CIFAR-10 does; it was not run"
@@ -102,9 +128,9 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
         raise ValueError(
             f"{path}: is no batch of CIFAR-10 ({type(error).__name__}); copy the file again"
         ) from None
-    data = found.get(b"data") if isinstance(found, dict) else None
+    pixels = found.get(b"data") if isinstance(found, dict) else None
     labels = found.get(b"labels") if isinstance(found, dict) else None
-    pixels = data.pixels() if isinstance(data, _Array) else None
+    pixels = pixels.pixels() if isinstance(pixels, _Array) else None
     is_list = isinstance(labels, list) and all(type(x) is int for x in labels)
     if pixels is None or not is_list or not labels or len(labels) != len(pixels):
         raise ValueError(
@@ -115,7 +141,23 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
 
 
 class _RefusedError(Exception):
-    """A pickle asks for a class or a function that is none of the three."""
+    """A pickle asks for what no batch needs."""
+
+
+def _look_through(data: bytes) -> None:
+    """Refuse a pickle by its operations, before any of them is followed.
+
+    Raises:
+        _RefusedError: no batch needs such an operation, or so many.
+        ValueError: it is no pickle.
+    """
+    tuples = 0
+    for number, (operation, _, _) in enumerate(pickletools.genops(data)):
+        if operation.name not in OPERATIONS:
+            raise _RefusedError(f"the operation {operation.name}")
+        tuples += operation.name.startswith("TUPLE")
+        if number > MAX_OPERATIONS or tuples > MAX_TUPLES:
+            raise _RefusedError("more than there is in a batch")
 
 
 class _Array:
