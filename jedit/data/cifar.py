@@ -12,6 +12,7 @@ only hold what they are given.
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,51 @@ TEST = ("test_batch",)
 NUM_CLASSES = 10
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # of one image, all reds first, then all greens, then all blues
-MAX_PICKLE = 2**28  # bytes; a published batch has 31 million
+MAX_FILE = 2**25  # bytes; a published batch has 31 million, in either form
+MAX_OPERATIONS = 2**18  # a published batch has about five for each of its 10,000 rows
+# What batches are written by. Others copy the stack or make room for what a file only claims.
+OPERATIONS = frozenset(
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "GLOBAL",
+        "STACK_GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "BINPUT",
+        "LONG_BINPUT",
+        "MEMOIZE",
+        "BINGET",
+        "LONG_BINGET",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+    ]
+)
 
 
 def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
@@ -36,7 +81,8 @@ def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
             preferred.
 
     Returns:
-        The 50,000 to train on and the 10,000 to test on.
+        The images to train on and those to test on: as published 50,000 and 10,000, else as
+        many as the files hold.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -78,7 +124,7 @@ def _read(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
 
 
 def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    data = path.read_bytes()
+    data = _content(path)
     if not data or len(data) % (1 + PIXELS):
         raise ValueError(
             f"{path}: holds {len(data)} bytes, expected rows of {1 + PIXELS}, a label and {PIXELS} "
@@ -89,11 +135,10 @@ def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
 
 
 def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    size = path.stat().st_size
-    if size > MAX_PICKLE:
-        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
+    content = _content(path)
     try:
-        found = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        _check_operations(content)
+        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except _RefusedError as error:
         raise ValueError(
             f"{path}: names {error}, which no batch of CIFAR-10 does; it was not run"
@@ -114,8 +159,24 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
     return pixels, np.array(labels, object)
 
 
+def _content(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
+    return path.read_bytes()
+
+
+def _check_operations(content: bytes) -> None:
+    """Refuse a pickle, before any of it is loaded, that is written by what no batch is."""
+    for i, (operation, _, _) in enumerate(pickletools.genops(content)):
+        if operation.name not in OPERATIONS:
+            raise _RefusedError(f"the operation {operation.name}")
+        if i >= MAX_OPERATIONS:
+            raise _RefusedError(f"more than {MAX_OPERATIONS} operations")
+
+
 class _RefusedError(Exception):
-    """A pickle asks for a class or a function that is none of the three."""
+    """A pickle asks for what no batch needs: a class, a function or an operation."""
 
 
 class _Array:
@@ -152,12 +213,14 @@ class _Dtype:
 
 
 class _Subtype:
-    """Stands for `numpy.ndarray`, of which nothing is asked."""
+    """Stands for `numpy.ndarray`, of which nothing is asked and which takes no attributes."""
+
+    __slots__ = ()
 
 
 _KNOWN = {
     "_reconstruct": ("multiarray", _Array),
-    "ndarray": ("numpy", _Subtype),
+    "ndarray": ("numpy", _Subtype()),
     "dtype": ("numpy", _Dtype),
 }
 
@@ -169,3 +232,22 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF0
         if stand_in is None or module.split(".")[0] != "numpy" or module.split(".")[-1] != package:
             raise _RefusedError(f"{module}.{name}"[:80])
         return stand_in
+
+    # The hash of a tuple of tuples overflows the stack, or takes a time exponential in its depth.
+    def _load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])  # type: ignore[attr-defined]
+        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(isinstance(key, bytes | str) for key in keys):
+            raise _RefusedError("a key that is no string")
+
+    dispatch = {  # noqa: RUF012
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]  # noqa: SLF001
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+    }
