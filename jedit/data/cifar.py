@@ -167,7 +167,11 @@ def _content(path: Path) -> bytes:
 
 
 def _check_operations(content: bytes) -> None:
-    """Refuse a pickle, before any of it is loaded, that is written by what no batch is."""
+    """Refuse a pickle, before any of it is loaded, that is written by what no batch is.
+
+    Raises:
+        _RefusedError: it holds such an operation, or too many.
+    """
     for i, (operation, _, _) in enumerate(pickletools.genops(content)):
         if operation.name not in OPERATIONS:
             raise _RefusedError(f"the operation {operation.name}")
