@@ -28,20 +28,51 @@ TEST = ("test_batch",)
 NUM_CLASSES = 10
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # of one image, all reds first, then all greens, then all blues
-MAX_BYTES = 2**25  # of a file; a published batch has 31 million
-# What the pickles of a batch are made of, and nothing that makes room by its own word.
+MAX_FILE = 2**25  # bytes; a published batch has 31 million, in either form
+MAX_OPERATIONS = 2**18  # a published batch has about five for each of its 10,000 rows
+# What batches are written by. Others copy the stack or make room for what a file only claims.
 OPERATIONS = frozenset(
-    (
-        *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "REDUCE", "BUILD"),
-        *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"),
-        *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL"),
-        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINUNICODE", "SHORT_BINUNICODE"),
-        *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "MEMOIZE"),
-    )
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "GLOBAL",
+        "STACK_GLOBAL",
+        "REDUCE",
+        "BUILD",
+        "BINPUT",
+        "LONG_BINPUT",
+        "MEMOIZE",
+        "BINGET",
+        "LONG_BINGET",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINSTRING",
+        "SHORT_BINSTRING",
+        "BINBYTES",
+        "SHORT_BINBYTES",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "EMPTY_LIST",
+        "APPEND",
+        "APPENDS",
+        "EMPTY_DICT",
+        "SETITEM",
+        "SETITEMS",
+    ]
 )
-MAX_OPERATIONS = 200_000  # a published batch has some 40,000: a label, a file name each row
-MAX_TUPLES = 16  # nested in one another they would be hashed without end
 
 
 def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
@@ -52,7 +83,8 @@ def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
             preferred.
 
     Returns:
-        All rows of the files to train on, and those of the one to test on: 50,000 and 10,000.
+        The images to train on and those to test on: as published 50,000 and 10,000, else as
+        many as the files hold.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -105,7 +137,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    data = _bytes(path)
+    data = _content(path)
     if not data or len(data) % (1 + PIXELS):
         raise ValueError(
             f"{path}: holds {len(data)} bytes, expected rows of {1 + PIXELS}, a label and {PIXELS} "
@@ -116,10 +148,10 @@ def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
 
 
 def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
-    data = _bytes(path)
+    content = _content(path)
     try:
-        _look_through(data)
-        found = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        _check_operations(content)
+        found = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except _RefusedError as error:
         raise ValueError(
             f"{path}: names {error}, which no batch of CIFAR-10 does; it was not run"
@@ -140,24 +172,28 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
     return pixels, np.array(labels, object)
 
 
-class _RefusedError(Exception):
-    """A pickle asks for what no batch needs."""
+def _content(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
+    return path.read_bytes()
 
 
-def _look_through(data: bytes) -> None:
-    """Refuse a pickle by its operations, before any of them is followed.
+def _check_operations(content: bytes) -> None:
+    """Refuse a pickle, before any of it is loaded, that is written by what no batch is.
 
     Raises:
-        _RefusedError: no batch needs such an operation, or so many.
-        ValueError: it is no pickle.
+        _RefusedError: it holds such an operation, or too many.
     """
-    tuples = 0
-    for number, (operation, _, _) in enumerate(pickletools.genops(data)):
+    for i, (operation, _, _) in enumerate(pickletools.genops(content)):
         if operation.name not in OPERATIONS:
             raise _RefusedError(f"the operation {operation.name}")
-        tuples += operation.name.startswith("TUPLE")
-        if number > MAX_OPERATIONS or tuples > MAX_TUPLES:
-            raise _RefusedError("more than there is in a batch")
+        if i >= MAX_OPERATIONS:
+            raise _RefusedError(f"more than {MAX_OPERATIONS} operations")
+
+
+class _RefusedError(Exception):
+    """A pickle asks for what no batch needs: a class, a function or an operation."""
 
 
 class _Array:
@@ -194,12 +230,14 @@ class _Dtype:
 
 
 class _Subtype:
-    """Stands for `numpy.ndarray`, of which nothing is asked."""
+    """Stands for `numpy.ndarray`, of which nothing is asked and which takes no attributes."""
+
+    __slots__ = ()
 
 
 _KNOWN = {
     "_reconstruct": ("multiarray", _Array),
-    "ndarray": ("numpy", _Subtype),
+    "ndarray": ("numpy", _Subtype()),
     "dtype": ("numpy", _Dtype),
 }
 
@@ -211,3 +249,22 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # noqa: SLF0
         if stand_in is None or module.split(".")[0] != "numpy" or module.split(".")[-1] != package:
             raise _RefusedError(f"{module}.{name}"[:80])
         return stand_in
+
+    # The hash of a tuple of tuples overflows the stack, or takes a time exponential in its depth.
+    def _load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])  # type: ignore[attr-defined]
+        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])  # type: ignore[attr-defined]
+        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        if not all(isinstance(key, bytes | str) for key in keys):
+            raise _RefusedError("a key that is no string")
+
+    dispatch = {  # noqa: RUF012
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]  # noqa: SLF001
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+    }

@@ -16,6 +16,7 @@ from jedit.data.images import Images
 
 PARTS = ("train", "t10k")
 UNSIGNED_BYTE = 0x08
+NUM_CLASSES = 10
 
 
 def load_mnist(folder: str | Path) -> tuple[Images, Images]:
@@ -29,7 +30,8 @@ def load_mnist(folder: str | Path) -> tuple[Images, Images]:
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: one of them is no idx file of bytes, or images and labels do not match.
+        ValueError: one of them is no idx file of bytes, images and labels do not match, or a
+            label is none of the ten.
     """
     train, test = (_load_part(Path(folder), part) for part in PARTS)
     return train, test
@@ -76,6 +78,12 @@ def _load_part(folder: Path, part: str) -> Images:
         raise ValueError(
             f"{folder}: {part}-images has shape {images.shape} and {part}-labels {labels.shape}, "
             "expected (n, height, width) and (n,) of the same n"
+        )
+    if not len(labels) or labels.max() >= NUM_CLASSES:
+        got = f"the label {labels.max()}" if len(labels) else "no rows"
+        raise ValueError(
+            f"{folder}: {part}-labels holds {got}, expected labels of 0 to {NUM_CLASSES - 1}; "
+            "is it MNIST's?"
         )
     return Images((images / np.float32(255))[..., None], labels.astype(np.int32))
 

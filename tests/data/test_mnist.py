@@ -92,3 +92,17 @@ def test_the_real_files(shared_data):
     assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert float(train.images.mean(dtype=np.float64)) == pytest.approx(0.1306604762738429, rel=1e-6)
     assert float(train.images.max()) == 1
+
+
+def test_labels_of_other_letters_get_a_sentence(tmp_path):
+    def idx(array):
+        axes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+        return bytes([0, 0, 8, array.ndim]) + axes + array.tobytes()
+
+    for part in ("train", "t10k"):
+        images = tmp_path / f"{part}-images-idx3-ubyte"
+        labels = tmp_path / f"{part}-labels-idx1-ubyte"
+        images.write_bytes(idx(np.zeros((2, 28, 28), np.uint8)))
+        labels.write_bytes(idx(np.array([3, 25], np.uint8)))
+    with pytest.raises(ValueError, match="train-labels holds the label 25, expected"):
+        load_mnist(tmp_path)

@@ -29,10 +29,13 @@ from jedit.recipes.vision.training import MOMENTUM, WEIGHT_DECAY
 Points = Literal["grid", "published"]
 # Passes over the retain rows, and over the forget rows.
 EPOCHS, FORGET_EPOCHS = "epochs", "forget_epochs"
-# What is no matter of a classifier: answers of several tokens, refusals, attention.
-HAS = frozenset(Need) - {
-    *(Need.REFUSALS, Need.ALTERNATES, Need.DIALOGUE, Need.LATENTS, Need.ATTENTION),
-}
+# What a classifier has; a need that is added to the catalogue is no matter of it until named here.
+HAS = frozenset(
+    {
+        *(Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS),
+        *(Need.HIDDEN_SITE, Need.LAYERS, Need.SUBJECTS, Need.NUM_CLASSES, Need.RETAIN, Need.STEPS),
+    }
+)
 # What runs unless others are asked for: all that can, but for ROME, which writes one fact after
 # another, and those that differ from a row there in a setting alone.
 METHODS = tuple(

@@ -147,7 +147,14 @@ def _gap(record: Record) -> float:
 
 
 def _scores(chunks: list[Batch], kind: Any, sign: float) -> Float[np.ndarray, " n"]:
-    return sign * membership_scores(_given, jnp.zeros(()), chunks, kind=kind)
+    scores = sign * membership_scores(_given, jnp.zeros(()), chunks, kind=kind)
+    # Of a model that has run away nothing is a number; as a score it is the lowest there is.
+    # Its rows count as wrong too: the largest of no numbers would be class 0.
+    worst = 0.0 if sign > 0 else -1e9
+    known = scores
+    if kind == "correctness":
+        known = membership_scores(_given, jnp.zeros(()), chunks, kind="confidence")
+    return np.where(np.isnan(known), worst, scores)
 
 
 def _given(params: PyTree, logits: Array) -> Array:

@@ -10,6 +10,7 @@ import functools
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,7 @@ def train_classifier(
             state,
             seen,
             epochs=(epoch + 1) * steps * size / rows_of(rows),  # whole batches alone
-            key=order_key,
+            key=jax.random.clone(order_key),  # each epoch goes on in the same order of all
             batch_size=size,
             watch=Watch(lambda state, _, last=last: last.append(_copied(state)), every=steps),
         )
@@ -163,7 +164,7 @@ def kept_params(
     new = temporary_name(file.parent)
     with new.open("wb") as content:
         arrays = {name: np.asarray(x) for name, x in leaves_with_paths(params)}
-        np.savez(content, allow_pickle=False, **arrays, **{ABOUT: np.array(text)})
+        np.savez(content, **{**arrays, ABOUT: np.array(text)})  # type: ignore[arg-type]
     new.replace(file)
     return params, seconds
 
@@ -182,7 +183,10 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays = {name: content[name] for name in content.files}
         text = json.loads(str(arrays.pop(ABOUT)))
         float(text["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+    except (
+        *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError),
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+    ):
         raise ValueError(
             f"{file}: is no model that a run has written; remove it, and it is trained again"
         ) from None
