@@ -5,11 +5,9 @@ Both of the published forms are read, each of five training batches and one to t
     data_batch_1.bin ... test_batch.bin   rows of 3,073 bytes: the label, then red, green and blue
     data_batch_1 ... test_batch           pickles of a dict with b"data" (n, 3072) and b"labels"
 
-A pickle is a program. These are looked through first, and refused if they hold an operation that no
-such batch needs, or more of them than one has: even reading can be made to take all memory, or
-never to end. Then they are read without running anything: whatever class or function one names is
-refused, but for the three that NumPy's arrays are made of, in whose place stand objects that only
-hold what they are given.
+A pickle is a program, and these are read without running it: whatever class or function one names
+is refused, but for the three that NumPy's arrays are made of, in whose place stand objects that
+only hold what they are given.
 """
 
 import io
@@ -125,17 +123,6 @@ def _read(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
     return pixels, labels
 
 
-def _bytes(path: Path) -> bytes:
-    """Return what a file holds.
-
-    Raises:
-        ValueError: it holds more than any batch.
-    """
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{path}: holds {size} bytes, more than any batch of CIFAR-10")
-    return path.read_bytes()
-
-
 def _read_binary(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]:
     data = _content(path)
     if not data or len(data) % (1 + PIXELS):
@@ -160,9 +147,9 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
         raise ValueError(
             f"{path}: is no batch of CIFAR-10 ({type(error).__name__}); copy the file again"
         ) from None
-    pixels = found.get(b"data") if isinstance(found, dict) else None
+    data = found.get(b"data") if isinstance(found, dict) else None
     labels = found.get(b"labels") if isinstance(found, dict) else None
-    pixels = pixels.pixels() if isinstance(pixels, _Array) else None
+    pixels = data.pixels() if isinstance(data, _Array) else None
     is_list = isinstance(labels, list) and all(type(x) is int for x in labels)
     if pixels is None or not is_list or not labels or len(labels) != len(pixels):
         raise ValueError(

@@ -127,12 +127,6 @@ NO_BATCH = "is no batch of CIFAR-10: expected a dict of"
         (b"\x80\x02(" + b"]" * 2**18 + b"l.", "names more than 262144 operations"),
         # A memo number of four thousand million, for which the reader in C makes room.
         (b"\x80\x02Nr\xff\xff\xff\xff.", NO_BATCH),
-        # A tuple in a tuple and so on as a key, whose hash overflows the stack; of two the same,
-        # whose hash takes 2^n steps; a length of two thousand million; and a million lists.
-        (b"\x80\x02}K\x01" + b"\x85" * 10**6 + b"K\x00s.", "names more than there is in a batch"),
-        (b"\x80\x02}K\x01" + b"2\x86" * 50 + b"K\x00s.", "names the operation DUP"),
-        (b"\x80\x05\x96" + (2 * 10**9).to_bytes(8, "little") + b".", "is no batch|names the oper"),
-        (b"\x80\x02" + b"]" * 10**6 + b".", "names more than there is in a batch"),
         (b"\x80\x02cnumpy\nndarray\n(}tb.", "is no batch of CIFAR-10 "),
     ],
 )

@@ -94,7 +94,7 @@ def evaluate(apply: Callable, params: PyTree, sets: Sets) -> Found:
         sets: the rows.
     """
     seen = {
-        name: [chunk._replace(inputs=_logits(apply, params, chunk)) for chunk in chunks]
+        name: [chunk._replace(inputs=_logits(apply, params, chunk.inputs)) for chunk in chunks]
         for name, chunks in sets._asdict().items()
     }
     numbers = {}
@@ -164,11 +164,5 @@ def _given(params: PyTree, logits: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="apply")
-def _logits(apply: Callable, params: PyTree, rows: Batch) -> Array:
-    """Return the logits; where they are no numbers, such as know everything but the label.
-
-    The likeliest class among NaNs is the first one, and rows of that class would be right.
-    """
-    logits = apply(params, rows.inputs)
-    is_number = jnp.isfinite(logits).all(axis=-1, keepdims=True)
-    return jnp.where(is_number, logits, -100 * jax.nn.one_hot(rows.targets, logits.shape[-1]))
+def _logits(apply: Callable, params: PyTree, images: Array) -> Array:
+    return apply(params, images)
