@@ -7,7 +7,7 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.recipes.learners import KeepRows
-from tests.bench.claims import consolidation
+from tests.bench.claims import consolidation, nmda
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +47,10 @@ def test_rows_of_all_tasks_are_kept_in_equal_number():
     first = whole(len, {}, batch, None, key=jax.random.key(0))
     both = whole(len, {}, batch, first, key=jax.random.key(1))
     assert np.array_equal(np.sort(both.rows.inputs), np.repeat(batch.inputs, 2))
+
+
+def test_activations_are_compared_by_the_same_edit(tmp_path, capsys):
+    nmda.main(["--quick", "--seeds", "1", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert all(f"| K-FADE, {name} | " in shown for name in nmda.ACTIVATIONS)
+    assert shown.count("less GELU, rise") == 2

@@ -34,6 +34,7 @@ PARTS = {
     "token_importance",
     # Those learn on, and forget nothing.
     *("filter_rollouts", "gere", "k_fpf", "module_sensitivity", "rft", "sensitive_modules"),
+    *("activation_intervals", "anchored", "ogd", "refresh_learning", "stored_gradients"),
 }
 
 

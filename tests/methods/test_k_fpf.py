@@ -31,7 +31,7 @@ def network(params, x):
 
 @pytest.fixture
 def scene(key):
-    keys = jax.random.split(key, 5)
+    keys = jax.random.split(jax.random.clone(key), 5)
     params = {
         "body": {"kernel": jax.random.normal(keys[0], (4, 6)), "bias": jnp.zeros(6)},
         "head": {"kernel": jax.random.normal(keys[1], (6, 3))},

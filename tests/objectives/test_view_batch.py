@@ -20,7 +20,7 @@ def classify(params, x):
 
 @pytest.fixture
 def scene(key):
-    keys = jax.random.split(key, 3)
+    keys = jax.random.split(jax.random.clone(key), 3)
     x = jax.random.normal(keys[0], (NUM_VIEWS, ROWS, 4))
     y = jax.random.randint(keys[1], ROWS, 0, 3)
     mask = jnp.array([1, 1, 0, 1, 1])

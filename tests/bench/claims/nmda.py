@@ -54,9 +54,10 @@ class Size(NamedTuple):
     facts: int
     width: int
     epochs: int
+    edits: tuple[str, ...] = EDITS
 
 
-WHOLE, QUICK = Size(16, 8, 64, 20), Size(4, 3, 8, 1)
+WHOLE, QUICK = Size(16, 8, 64, 20), Size(4, 3, 8, 1, EDITS[:1])
 
 
 def measured(seed: int, size: Size) -> dict[str, Any]:
@@ -87,12 +88,11 @@ def measured(seed: int, size: Size) -> dict[str, Any]:
         )[-1].params
         estimator = jedit.kfac(apply, jedit.likelihoods.Categorical(), select=SELECT)
         curvature = jedit.estimate(estimator, params, [retain], key=jax.random.clone(label))
-        edits = {
-            "K-FADE": kfade(apply, params, curvature, forget_rows, retain, budget=BUDGET)[0],
-            "natural steps": jedit.forget(
+        edits = {"K-FADE": kfade(apply, params, curvature, forget_rows, retain, budget=BUDGET)[0]}
+        if "natural steps" in size.edits:
+            edits["natural steps"], _ = jedit.forget(
                 apply, params, forget_rows, retain, budget=BUDGET, key=jax.random.clone(edit_key)
-            )[0],
-        }
+            )
 
         def loss(params: PyTree, rows: Batch, apply=apply) -> float:
             return float(np.mean(metrics.answer_nll_per_row(apply, params, rows)))
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, row in table.items():
         print(f"| {name} | " + " | ".join(shown(row[c]) for c in COLUMNS) + " |")
     differences: dict[str, Any] = {}
-    for kind in EDITS:
+    for kind in size.edits:
         for name in list(ACTIVATIONS)[1:]:
             for column in ("rise", "relearned"):
                 pairs = [
