@@ -139,10 +139,11 @@ def vision(
         say: a watcher, told of each run.
 
     Raises:
-        ValueError: a method that suits no classifier, the tuning seed among the seeds, or records
+        ValueError: a method that suits no classifier, seeds or images that cannot be, or records
             of another run in `out`.
     """
     check_runs(runs, out)
+    check_images(images, protocol, runs)
     found = []
     for what in runs.tasks:
         data = Data(images, protocol, out / MODELS, Within(what, say))
@@ -157,6 +158,8 @@ def check_runs(runs: Runs, out: Path) -> None:
         ValueError: what that is.
     """
     check_methods(runs.methods, HAS, "an image classifier")
+    if len(set(runs.seeds)) < len(runs.seeds):
+        raise ValueError(f"seeds must differ, each is a sample; got {list(runs.seeds)}")
     if TUNING_SEED in runs.seeds:
         raise ValueError(f"seed {TUNING_SEED} is the one that points are chosen on; give another")
     if out.is_dir():
@@ -169,6 +172,34 @@ def check_runs(runs: Runs, out: Path) -> None:
             )
     for what in runs.tasks:
         check_out(out / what)
+
+
+def check_images(images: tuple[Images, Images], protocol: Protocol, runs: Runs) -> None:
+    """Refuse images of which nothing can be forgotten, or nothing kept, before any work.
+
+    Raises:
+        ValueError: what that is.
+    """
+    rows, test = images
+    if not len(rows.labels) or not len(test.labels):
+        raise ValueError("there are no images to train on, or none to test on")
+    if rows.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"images to train on have the shape {rows.images.shape[1:]} and those to test on "
+            f"{test.images.shape[1:]}; give files of one set"
+        )
+    labels = np.unique(rows.labels)
+    if labels[0] < 0 or labels[-1] >= NUM_CLASSES:
+        raise ValueError(f"labels must be from 0 to {NUM_CLASSES - 1}; got {labels.tolist()}")
+    if "random" in runs.tasks:
+        forget_random(rows, seed=0, fraction=protocol.fraction)
+    if "class" in runs.tasks and len(labels) < 2:
+        raise ValueError(
+            f"the {len(rows.labels)} images are all of class {labels[0]}: without it none is left; "
+            "give more --rows"
+        )
+    if not np.isin(test.labels, labels).any():
+        raise ValueError("no image to test on has a class that is trained on; give more --rows")
 
 
 class Data:
@@ -230,7 +261,7 @@ class Data:
                 self.apply, initial, rows, protocol.recipe, key=order_key, say=self.say
             )
 
-        decides = ("images", "model", "recipe", *(("fraction",) if name != "original" else ()))
+        decides = ("images", "model", "recipe", *(["fraction"] if name == "without-random" else []))
         made_of = {"name": name, "seed": seed, **{k: self.about[k] for k in decides}}
         return kept_params(self.models / f"{name}-seed{seed}.npz", initial, made_of, make)
 

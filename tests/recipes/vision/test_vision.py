@@ -332,3 +332,29 @@ def test_published_points_are_those_of_the_papers():
     updates, state = SGD.update({"w": jnp.zeros(2)}, SGD.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.01 * 5e-4, rtol=1e-6)
     assert float(optax.tree_utils.tree_get(state, "learning_rate")) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"rows": [0, 10, 20]}, "the 3 images are all of class 0: without it none is left"),
+        ({"labels": 12}, "labels must be from 0 to 9"),
+        ({"fraction": 1.0}, "leaves a set without any"),
+        ({"seeds": (0, 0)}, "seeds must differ"),
+        ({"size": 6}, "images to train on have the shape .8, 8, 1. and those to test on .6, 6, 1."),
+    ],
+)
+def test_what_cannot_be_forgotten_is_refused_before_any_work(images, tmp_path, changed, sentence):
+    rows, test = images
+    if "rows" in changed:
+        rows = rows.take(np.array(changed["rows"]))
+    if "labels" in changed:
+        rows = rows._replace(labels=rows.labels + np.int32(changed["labels"]))
+    if "size" in changed:
+        side = changed["size"]
+        test = test._replace(images=test.images[:, :side, :side])
+    protocol = PROTOCOL._replace(fraction=changed.get("fraction", 0.1))
+    runs = Runs(METHODS, "published", changed.get("seeds", (0,)))
+    with pytest.raises(ValueError, match=sentence):
+        vision((rows, test), protocol, runs, tmp_path / "out", say=ignore)
+    assert not (tmp_path / "out").exists()
