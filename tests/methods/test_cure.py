@@ -70,11 +70,11 @@ def test_large_outputs_are_taken_in_blocks_of_rows(scene, monkeypatch, tolerance
 
 
 def test_a_few_rows_are_from_all_over_the_set():
-    rows = _making._spread(Batch(jnp.arange(40), jnp.arange(40)))
+    rows = _making._spread(Batch(jnp.arange(40), jnp.arange(40)), 16)
     assert len(rows.inputs) == _making.PATCHED == 16
     assert (rows.inputs[0], rows.inputs[-1]) == (0, 39)
     assert np.all(np.diff(rows.inputs) >= 2)
-    assert np.all(_making._spread(Batch(jnp.arange(5), jnp.arange(5))).inputs == np.arange(5))
+    assert np.all(_making._spread(Batch(jnp.arange(5), jnp.arange(5)), 16).inputs == np.arange(5))
 
 
 def test_groups_are_of_shares_of_all_effects():
