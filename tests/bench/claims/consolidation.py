@@ -3,9 +3,10 @@
     python -m tests.bench.claims.consolidation [--seeds 5] [--quick]
 
 Handwritten digits in five tasks: two new classes each, or all classes with the pixels in another
-order.  A perceptron of 64-64-32-10 learns each by 60 updates and all test sets are looked at after
-every one.  Every learner is tuned alike: the same learning rates, three strengths where it has one,
-the best by final accuracy on a seed that is not measured.  Claims, each over paired seeds:
+order, or all classes turned further.  A perceptron of 64-64-32-10 learns each by 60 updates and all
+test sets are looked at after every one.  Every learner is tuned alike: the same learning rates,
+four strengths where it has one, the best by final accuracy, mean over two seeds that are not
+measured.  Claims, each over paired seeds:
 
     1  K-FAC's EWC keeps more at the end than the diagonal's
     2  Refresh learning keeps more at the end than the replay it is built on
@@ -34,8 +35,8 @@ from jedit.report.figure import STYLES, save_png
 from tests.bench.claims import evidence
 
 SITES = ("layers/1/kernel", "layers/2/kernel")
-TUNING_SEED = 1000
-SCENES = ("class", "domain")
+TUNING_SEEDS = (1000, 1001)  # two, since one that happens not to diverge recommends what does
+SCENES = ("class", "domain", "rotation")
 FIELDS = ("final", "minimum", "worst_case", "forgetting 10", "forgetting 100", "plasticity 10")
 
 
@@ -43,10 +44,10 @@ class Size(NamedTuple):
     """How large all is; the defaults are the claim's."""
 
     steps: int = 60
-    rates: tuple[float, ...] = (0.1, 0.3)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
     memory: int = 50
     rank: int = 200
-    strengths: int = 3
+    strengths: int = 4
 
 
 QUICK = Size(steps=4, rates=(0.1,), memory=10, rank=8, strengths=1)
@@ -76,17 +77,19 @@ def ways(size: Size) -> dict[str, Way]:
         "joint": Way(lambda o, _: learners.joint(o)),
         "replay": Way(lambda o, _: learners.replay(o, size=size.memory)),
         "EWC, diagonal": Way(
-            lambda o, s: learners.ewc(o, by_diagonal, strength=s), (10.0, 100.0, 1000.0)
+            lambda o, s: learners.ewc(o, by_diagonal, strength=s), (1.0, 3.0, 10.0, 30.0)
         ),
-        "EWC, K-FAC": Way(lambda o, s: learners.ewc(o, by_kfac, strength=s), (1.0, 10.0, 100.0)),
+        "EWC, K-FAC": Way(
+            lambda o, s: learners.ewc(o, by_kfac, strength=s), (0.01, 0.1, 1.0, 10.0)
+        ),
         "OGD": Way(lambda o, _: learners.orthogonal(o, rank=size.rank, samples=per_task)),
         "null space": Way(
-            lambda o, s: learners.null_space(o, by_kfac, energy=s), (0.003, 0.01, 0.03)
+            lambda o, s: learners.null_space(o, by_kfac, energy=s), (0.01, 0.03, 0.1, 0.3)
         ),
-        "InTAct": Way(lambda o, s: learners.intact(o, SITES, strength=s), (0.01, 0.1, 1.0)),
+        "InTAct": Way(lambda o, s: learners.intact(o, SITES, strength=s), (0.01, 0.1, 1.0, 10.0)),
         "refresh": Way(
             lambda o, s: learners.refresh(o, by_diagonal, size=size.memory, rate=s),
-            (1e-8, 1e-7, 1e-6),
+            (1e-10, 1e-9, 1e-8, 1e-7),
         ),
     }
     return {
@@ -103,8 +106,11 @@ def sgd(rate: float) -> optax.GradientTransformation:
 def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Size) -> dict:
     """One stream: what it comes to, and the mean accuracy of tasks begun, by update."""
     train, test = split_digits(load_digits(), seed=seed)
-    make = by_class if scene == "class" else by_domain
-    tasks = make(train, test, seed=seed)
+    if scene == "class":
+        tasks = by_class(train, test, seed=seed)
+    else:
+        guise = "rotation" if scene == "rotation" else "permutation"
+        tasks = by_domain(train, test, guise=guise, seed=seed)
     apply, _ = network()
     # The same initialisation as the network's own, by the seed.
     params = mlp(key=jax.random.key(seed), sizes=(64, 64, 32, 10))[1]
@@ -136,9 +142,12 @@ def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Si
 
 
 def tuned(scene: str, name: str, size: Size) -> dict:
-    """The rate and strength of the best final accuracy, on a seed that is not measured."""
+    """The rate and strength of the best mean final accuracy, on seeds that are not measured."""
     points = list(itertools.product(size.rates, ways(size)[name].strengths))
-    finals = [run(scene, name, *point, TUNING_SEED, size)["final"] for point in points]
+    finals = [
+        float(np.mean([run(scene, name, *point, seed, size)["final"] for seed in TUNING_SEEDS]))
+        for point in points
+    ]
     best = int(np.argmax(finals))
     return {"rate": points[best][0], "strength": points[best][1], "tried": finals}
 
@@ -172,7 +181,7 @@ def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(11, 4.6), layout="constrained")
+    drawn = Figure(figsize=(5 * len(curves) + 1, 4.6), layout="constrained")
     FigureCanvasAgg(drawn)
     panels = drawn.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     shown = ("naive", "joint", "replay", "null space", "InTAct", "refresh")
@@ -208,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs, points = {}, {}
         for name, way in ways(size).items():
             path = kept / scene / name.replace(", ", "-").replace(" ", "-")
-            fixed = {"size": size._asdict(), "strengths": way.strengths, "tuned on": TUNING_SEED}
+            fixed = {"size": size._asdict(), "strengths": way.strengths, "tuned on": TUNING_SEEDS}
             points[name] = evidence.kept(
                 path / "tuned.json",
                 fixed,
@@ -225,6 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
                 )
                 for seed in range(given.seeds)
             ]
+            # Learners that project compile at every task; a process has room for only so many.
+            jax.clear_caches()
             print(scene, name, point, [round(r["final"], 3) for r in runs[name]], flush=True)
         table = {
             n: {f: evidence.interval([r[f] for r in rs]) for f in FIELDS} for n, rs in runs.items()
