@@ -54,7 +54,9 @@ def test_each_step_is_the_one_of_two_loops_written_out(scene, key, tolerance):
     steps = 2 * (EVERY + TUNING) + 1
     seen = []
     watch = Watch(lambda state, _: seen.append(jax.tree.map(np.asarray, state.params)), every=1)
-    unlearn(method, network, params, new, buffer, steps=steps, key=key, watch=watch)
+    unlearn(
+        method, network, params, new, buffer, steps=steps, key=jax.random.clone(key), watch=watch
+    )
     here = jax.tree.map(np.asarray, params)
     learning = jax.tree.map(np.zeros_like, here)
     tuning = np.zeros_like(here["head"]["kernel"])
