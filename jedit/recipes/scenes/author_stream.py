@@ -164,7 +164,7 @@ def _views(rows: Sequence[QaRow]) -> list[list[tuple[str, str]]]:
 
 
 def _keyword(row: QaRow) -> tuple[tuple[int, int], ...]:
-    """Return where the keyword stands in the answer; nothing, so that all counts, if it does not."""
+    """Return where the keyword stands in the answer; nothing if it does not: then all counts."""
     value = str(row.fields["value"])
     start = row.answer.lower().find(value.lower())
     return () if start < 0 else ((start, start + len(value)),)
