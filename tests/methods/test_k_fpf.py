@@ -10,7 +10,7 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.methods import k_fpf, module_sensitivity, sensitive_modules
-from jedit.objectives import LearnNLL, RetainNLL
+from jedit.objectives import LearnNLL, RetainNLL, with_retain
 from jedit.training import Watch, unlearn
 from jedit.transforms import finetune_modules
 
@@ -46,15 +46,18 @@ def gradient(objective, params, sets):
     return jax.grad(lambda p: objective(network, p, *sets)[0])(params)
 
 
-def test_each_step_is_the_one_of_two_loops_written_out(scene, key, tolerance):
+@pytest.mark.parametrize("held", [RetainNLL(), with_retain(LearnNLL())], ids=["old", "both"])
+def test_each_step_is_the_one_of_two_loops_written_out(scene, held, key, tolerance):
     """Learning and fine-tuning in turn, each with a momentum of its own, the other's untouched."""
     params, new, buffer = scene
     sgd = optax.sgd(RATE, momentum=MOMENTUM)
-    method = k_fpf(sgd, "^head/", every=EVERY, tuning_steps=TUNING)
+    method = k_fpf(sgd, "^head/", every=EVERY, tuning_steps=TUNING, held=held)
     steps = 2 * (EVERY + TUNING) + 1
     seen = []
     watch = Watch(lambda state, _: seen.append(jax.tree.map(np.asarray, state.params)), every=1)
-    unlearn(method, network, params, new, buffer, steps=steps, key=key, watch=watch)
+    unlearn(
+        method, network, params, new, buffer, steps=steps, key=jax.random.clone(key), watch=watch
+    )
     here = jax.tree.map(np.asarray, params)
     learning = jax.tree.map(np.zeros_like, here)
     tuning = np.zeros_like(here["head"]["kernel"])
@@ -65,7 +68,7 @@ def test_each_step_is_the_one_of_two_loops_written_out(scene, key, tolerance):
             learning = jax.tree.map(lambda m, g: MOMENTUM * m + np.asarray(g), learning, g)
             here = jax.tree.map(lambda p, m: p - RATE * m, here, learning)
         else:
-            g = np.asarray(gradient(RetainNLL(), here, (None, buffer))["head"]["kernel"])
+            g = np.asarray(gradient(held, here, (new, buffer))["head"]["kernel"])
             tuning = MOMENTUM * tuning + g
             here = {
                 "body": here["body"],

@@ -61,7 +61,8 @@ def k_fpf(
         tuning_steps: steps of one interruption, which are steps of the loop as all others.
         finetuner: what fine-tunes; None: the optimizer's rule.
         objective: what is lowered while learning, on the rows in the place of the forget set.
-        held: what is lowered while fine-tuning, on the buffer, in the place of the retain set.
+        held: what is lowered while fine-tuning, on the buffer, in the place of the retain set;
+            `with_retain(LearnNLL())` for the rows that are learnt beside those of the buffer.
 
     Returns:
         A method for `jedit.unlearn`. Each step costs one gradient of either, and of the objective

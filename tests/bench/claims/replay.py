@@ -236,6 +236,7 @@ DIGIT_PAIRS = (
     ("k-FPF", "k-FPF, other"),
     ("k-FPF", "k-FPF, all"),
     ("view batches", "shifts"),
+    ("view batches", "shifts, same kept"),
     ("view batches", "replay"),
     ("replay", "naive"),
 )

@@ -129,6 +129,19 @@ def spread_out(views: Views) -> Batch:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), views.rows)
 
 
+class SameViews:
+    """Keeps the very images that a buffer of rows in views does, each as a row of its own."""
+
+    def __init__(self, groups: int):
+        self.keep = KeepRows(groups)
+
+    def __call__(self, apply, params, rows, kept, *, key):
+        """Return what is kept after one more task."""
+        grouped = jax.tree.map(lambda x: x.reshape(-1, len(SHIFTS), *x.shape[1:]), rows)
+        found = self.keep(apply, params, Views(grouped), kept, key=key)
+        return found._replace(rows=spread_out(found.rows))
+
+
 WEIGHTS, SCALES = (0.5, 1.0, 2.0), (5.0, 10.0, 20.0)
 PACES = ((15, 5), (10, 10), (5, 15))  # steps of learning and of fine-tuning in turn
 
@@ -157,7 +170,9 @@ def digit_learner(name: str, rate: float, strength: Any, scene: DigitScene) -> t
         return Learner(method, keep, plain(optimizer, size.batch)), scene.tasks
     views = [stack_views(shifted(task)) for task in scene.tasks]
     objective = with_retain(LearnNLL(), weight=strength)
-    if name == "shifts":
+    if name.startswith("shifts"):
+        if name == "shifts, same kept":
+            keep = SameViews(size.memory // len(SHIFTS))
         return learner(objective), [spread_out(v) for v in views]
     assert name == "view batches"
     per_step = size.batch // len(SHIFTS)
@@ -174,6 +189,7 @@ DIGIT_GRIDS: dict[str, tuple[Any, ...]] = {
     "k-FPF, other": PACES,
     "k-FPF, all": PACES,
     "shifts": WEIGHTS,
+    "shifts, same kept": WEIGHTS,
     "view batches": WEIGHTS,
 }
 
