@@ -126,6 +126,20 @@ def test_what_is_measured_is_what_is_said(found, sets):
     assert row["cases"]["price"][0] == pytest.approx(0, abs=1e-6)
 
 
+def test_edits_are_paired_only_where_both_models_took_all_cases():
+    def record(reached, share):
+        cases = {score: [share] for score in bilinear.SCORES}
+        numbers = ("trained", "reversal", "direct", "transposed", "composed")
+        return dict.fromkeys(numbers, 1.0) | {"edits": {"x": {"reached": reached, "cases": cases}}}
+
+    plain = [record(1.0, 0.25), record(0.5, 0.0), record(1.0, 0.0)]
+    decayed = [record(1.0, 1.0), record(1.0, 1.0), record(0.75, 1.0)]
+    found = bilinear.summary({bilinear.PLAIN: plain, bilinear.DECAYED: decayed})
+    gained = found["gained by decay"]["of others: x"]
+    assert (gained["seeds"], gained["values"]) == (1, [0.75])
+    assert found["edits"][bilinear.PLAIN]["x"]["of others"]["seeds"] == 3
+
+
 def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):
     few = {name: bilinear.TRAININGS[name] for name in (bilinear.PLAIN, bilinear.DECAYED)}
     monkeypatch.setattr(bilinear, "TRAININGS", few)
