@@ -7,9 +7,10 @@ import pytest
 from jedit.data import QaRow, encode_rows, text_of, train_tokenizer
 from jedit.metrics import refuses, rouge
 from jedit.models import gpt, gpt_stepper, greedy_decode
+from jedit.recipes import neighbours
 from jedit.recipes.dialogue import Speaker
 from jedit.recipes.fitting import Recipe, train
-from jedit.recipes.neighbours import at_question_ends, effects_by_domain
+from jedit.recipes.neighbours import at_question_ends, effects_by_domain, likeliest_answers
 from jedit.recipes.tokenization import OwnWords
 from jedit.report import domain_figure, domain_sheet, save_png
 from jedit.tracing import Entering
@@ -120,6 +121,14 @@ def test_an_unchanged_model_changed_nothing(scene):
         # That so few rows are refused as before says little of others.
         assert domain.refusal.low < domain.refusal.change == 0 < domain.refusal.high
         assert domain.rouge.change == 0
+
+
+def test_more_rows_than_are_decoded_at_a_time_are_answered_in_their_order(scene, monkeypatch):
+    _, models, speaker = scene
+    whole = likeliest_answers(speaker, models[0], ROWS)
+    assert len(set(whole)) == len(ROWS)
+    monkeypatch.setattr(neighbours, "CHUNK", 4)
+    assert likeliest_answers(speaker, models[0], ROWS) == whole
 
 
 def test_no_room_for_an_answer_is_refused(scene):
