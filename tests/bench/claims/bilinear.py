@@ -49,7 +49,15 @@ def of_training(seed: int, name: str, *, quick: bool, out: Path) -> dict[str, An
     """All numbers of one seed and one training, made or read."""
     size, training = (QUICK if quick else Size()), TRAININGS[name]
     cases = (2 if quick else CASES) if name in EDITED else 0
-    settings = {
+    settings = settings_of(size, training, cases)
+    stem = "".join(c if c.isalnum() else "-" for c in name)
+    path = out / f"{NAME}-{seed}-{stem}{'-quick' * quick}.json"
+    return kept(path, settings, lambda: numbers_of(seed, training, size, cases))
+
+
+def settings_of(size: Size, training: Training, cases: int) -> dict[str, Any]:
+    """All that decides a training's numbers."""
+    return {
         "size": size,
         "training": training,
         "cases": cases,
@@ -61,9 +69,6 @@ def of_training(seed: int, name: str, *, quick: bool, out: Path) -> dict[str, An
         ],
         "probes": [LAYERS, RIDGES, ONE_TO_ONE],
     }
-    stem = "".join(c if c.isalnum() else "-" for c in name)
-    path = out / f"{NAME}-{seed}-{stem}{'-quick' * quick}.json"
-    return kept(path, settings, lambda: numbers_of(seed, training, size, cases))
 
 
 def numbers_of(seed: int, training: Training, size: Size, cases: int) -> dict[str, Any]:
