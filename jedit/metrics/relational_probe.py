@@ -25,7 +25,10 @@ Differences. The formula, the answers by the largest value and both tests are th
 is in units of the mean of the s_i² s_j², unless `absolute`; the code's is absolute, 1e-3 to 0.1,
 and is chosen, with the layer, on the very facts that it is then judged by [code]: choose both on
 others. The code asks the transposed operators of husband, wife, brother and sister alone, which
-have one answer; here all are asked, and whoever has o for a son is a right answer (ours).
+have one answer; here all are asked, and whoever has o for a son is a right answer (ours). The
+products leave out the AᵀA that stands between them in X_r1 X_r2 ≈ A M_r1 (AᵀA) M_r2 Aᵀ, as the
+code's do [code]: the two are alike only as far as AᵀA is a multiple of one where the operators act
+[derived].
 """
 
 import functools
@@ -148,6 +151,7 @@ def relational_structure(
 
     Raises:
         ValueError: states of another width, no facts, or a fact that names what there is not.
+        FloatingPointError: states or operators that are not finite.
     """
     number = len(operators.matrices)
     rows = np.unique(_checked(states, facts, number), axis=0)
@@ -155,6 +159,8 @@ def relational_structure(
         raise ValueError(
             f"states have width {states.shape[1]}, the operators {operators.matrices.shape[1]}"
         )
+    check_finite("the states", states, lambda: "they are of a model that has diverged")
+    check_finite("the operators", operators.matrices, lambda: "fit them with a larger ridge")
     objects: dict[tuple[int, int], set[int]] = {}
     subjects: dict[tuple[int, int], set[int]] = {}
     for s, r, o in rows.tolist():

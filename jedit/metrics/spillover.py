@@ -9,11 +9,14 @@ over the groups says whether nearer ones pay more.  Refusals, a probability and 
 scores.
 
 Differences.  All of it is ours: that unlearning in a narrow domain spreads to others is reported in
-several ways, and no definition of distance is agreed on [notes].
+several ways, and no definition of distance is agreed on [notes].  The interval of a share is that
+of Agresti and Min (2005) for a difference of paired shares, with half a row added to each of the
+four cells (yes or no, before and after): rows that all went one way are not taken for certain.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
@@ -37,14 +40,17 @@ class Change(NamedTuple):
         before: mean of the score before.
         after: mean of the score after.
         change: mean of the rows' differences.
-        half_width: of its 95% interval, Student's over the rows; NaN for fewer than two.
+        low: lower end of its 95% interval over the rows, each taken for one of its own; Student's,
+            NaN of one row, or of a score that is 0 or 1 of every row, Agresti and Min's.
+        high: upper end, likewise.
         num_rows: number of rows.
     """
 
     before: float
     after: float
     change: float
-    half_width: float
+    low: float
+    high: float
     num_rows: int
 
 
@@ -68,18 +74,33 @@ def change_by_group(
     if not all(np.isfinite(x).all() for x in scores):
         raise ValueError("scores must be finite; a model that is destroyed has none")
     names = np.asarray(groups, object)
-    return {name: _change(*(x[names == name] for x in scores)) for name in dict.fromkeys(groups)}
+    # By the whole set: a probability may happen to be 0 of all rows of a group.
+    interval = _of_shares if all(np.isin(x, (0, 1)).all() for x in scores) else _students
+    found = {}
+    for name in dict.fromkeys(groups):
+        a, b = (x[names == name] for x in scores)
+        ends = interval(b - a)
+        found[name] = Change(float(a.mean()), float(b.mean()), float((b - a).mean()), *ends, len(a))
+    return found
 
 
-def _change(before: np.ndarray, after: np.ndarray) -> Change:
+def _students(moved: np.ndarray) -> tuple[float, float]:
     from scipy import stats
 
-    moved, number = after - before, len(before)
-    half = float("nan")
-    if number > 1:
-        quantile = float(stats.t.ppf(0.975, number - 1))
-        half = quantile * float(moved.std(ddof=1)) / number**0.5
-    return Change(float(before.mean()), float(after.mean()), float(moved.mean()), half, number)
+    number, mean = len(moved), float(moved.mean())
+    if number < 2:
+        return float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, number - 1)) * float(moved.std(ddof=1)) / number**0.5
+    return mean - half, mean + half
+
+
+def _of_shares(moved: np.ndarray) -> tuple[float, float]:
+    # Of the half rows added one went up and one down, so they move the mean by nothing.
+    number = len(moved) + 2
+    mean = float(moved.sum()) / number
+    variance = (float(np.square(moved).sum()) + 1) / number - mean**2
+    half = NormalDist().inv_cdf(0.975) * (variance / number) ** 0.5
+    return max(mean - half, -1.0), min(mean + half, 1.0)
 
 
 @on_auto_axes
@@ -93,6 +114,10 @@ def nearness(
 ) -> dict[str, float]:
     """Return by group the cosine of its mean hidden state and the forget rows', from -1 to 1.
 
+    Of two groups the one's is the other's with its sign turned, as h_0 lies in the middle.  Groups
+    and forget rows that ask in other words than one another differ by that too: give each the same
+    mix of questions, or what is measured is the mix.
+
     Args:
         apply: `apply(params, inputs) -> outputs`.
         params: the parameters, before unlearning.
@@ -104,6 +129,7 @@ def nearness(
     Raises:
         ValueError: fewer than two groups, one that counts no output, or one whose mean is that of
             all groups, so that there is no angle.
+        FloatingPointError: hidden states that are not finite.
     """
     if len(groups) < 2:
         raise ValueError(f"nearness needs two groups to tell apart, got {len(groups)}")
@@ -148,6 +174,8 @@ def _mean_state(
     count = sum(int(n) for _, n in parts)
     if not count:
         raise ValueError(f"the rows of {name!r} count no output: mask and valid leave out all")
+    if not np.isfinite(total).all():
+        raise FloatingPointError(f"the hidden states of {name!r} are not finite")
     return total / count
 
 

@@ -4,8 +4,8 @@
                            y' of the task's own labels, y among them       `relabel_among`
 
 The labels are data, so they are drawn before the loop, and not anew at each step. Of two labels
-"the other one" is an answer to learn; drawn from both, it tells nothing, which is how
-"Unforgettable Generalization in Language Models" (arXiv 2409.02228) unlearns a task.
+"the other one" is an answer to learn; drawn from both, it tells nothing, which is how we read the
+random labels of "Unforgettable Generalization in Language Models" (arXiv 2409.02228) [notes].
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.data import Prompts, QaRow
-from jedit.models import Stepper, sampled_decode
+from jedit.models import Stepper, cached_decode, sampled_decode
 
 # AltPO samples at 1, where a model that has memorised a row gives its answer; what is above is
 # arbitrary.
@@ -57,18 +57,38 @@ def sampled_tokens(
     temperature: float,
 ) -> np.ndarray:
     """Return the tokens drawn after each prompt, `chunk` rows at a time: the cache takes room."""
-    given = list(zip(prompts.tokens, prompts.lengths, strict=True))
-    tokens = []
-    for start in range(0, len(given), chunk):
-        rows = [given[i % len(given)] for i in range(start, start + chunk)]  # one shape for all
-        drawn = sampled_decode(
+
+    def drawn(start: int, rows: Prompts) -> Array:
+        return sampled_decode(
             stepper,
             params,
-            np.stack([row for row, _ in rows]),
+            rows.tokens,
             num_steps,
             key=jax.random.fold_in(key, start),
             temperature=temperature,
-            prompt_lengths=np.stack([length for _, length in rows]),
+            prompt_lengths=rows.lengths,
         )
-        tokens.append(np.asarray(drawn))
-    return np.concatenate(tokens)[: len(given)]
+
+    return _in_chunks(drawn, prompts, chunk)
+
+
+def likeliest_tokens(
+    stepper: Stepper, params: PyTree, prompts: Prompts, num_steps: int, *, chunk: int
+) -> np.ndarray:
+    """Return the likeliest tokens after each prompt, `chunk` rows at a time."""
+
+    def likeliest(_: int, rows: Prompts) -> Array:
+        given = (stepper, params, rows.tokens, num_steps)
+        return cached_decode(*given, prompt_lengths=rows.lengths)
+
+    return _in_chunks(likeliest, prompts, chunk)
+
+
+def _in_chunks(decode: Callable[[int, Prompts], Array], prompts: Prompts, chunk: int) -> np.ndarray:
+    number = len(prompts.tokens)
+    tokens = []
+    for start in range(0, number, chunk):
+        places = np.arange(start, start + chunk) % number  # one shape for all
+        rows = Prompts(prompts.tokens[places], prompts.lengths[places])
+        tokens.append(np.asarray(decode(start, rows)))
+    return np.concatenate(tokens)[:number]

@@ -16,9 +16,10 @@ from jaxtyping import PyTree
 from jedit import metrics
 from jedit.core.batch import Apply, Batch
 from jedit.data import QaRow
-from jedit.models import cached_decode, cast_params
+from jedit.models import cast_params
 from jedit.objectives.hidden_states import Hidden
-from jedit.recipes.dialogue import Speaker
+from jedit.recipes.alternates import likeliest_tokens
+from jedit.recipes.dialogue import CHUNK, Speaker
 from jedit.report.domains import Domain, by_nearness
 
 
@@ -92,10 +93,9 @@ def likeliest_answers(speaker: Speaker, params: PyTree, rows: Sequence[QaRow]) -
     prompts = speaker.words.prompts([(row.question, row.answer) for row in rows])
     if speaker.dtype is not None:
         params = cast_params(params, speaker.dtype)
-    tokens = cached_decode(
-        speaker.stepper, params, prompts.tokens, speaker.num_steps, prompt_lengths=prompts.lengths
-    )
-    return speaker.words.answers(np.asarray(tokens))
+    chunk = min(CHUNK, len(rows))
+    given = (speaker.stepper, params, prompts, speaker.num_steps)
+    return speaker.words.answers(likeliest_tokens(*given, chunk=chunk))
 
 
 def _encoded(speaker: Speaker, rows: Sequence[QaRow]) -> Batch:

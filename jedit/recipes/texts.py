@@ -10,7 +10,8 @@ from jedit import metrics
 from jedit.core.batch import Batch
 from jedit.data import Choice, Prompts, Rendered, batches
 from jedit.data.text import as_batch
-from jedit.models import cached_decode, cast_params
+from jedit.models import cast_params
+from jedit.recipes.alternates import likeliest_tokens
 from jedit.recipes.sweep import Measured, compared
 from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.recipes.tokenization import ModelWords
@@ -104,22 +105,14 @@ def attack_numbers(known: TextScores, unseen: TextScores) -> dict[str, Measured]
 def answers_of(model: LanguageModel, params: PyTree, prompts: Prompts, num_steps: int) -> list[str]:
     """Return the greedy answers to prompts, in chunks of equal shape, each up to its end token."""
     num_steps = min(num_steps, model.num_positions + 1 - prompts.tokens.shape[1])
-    params = cast_params(params, model.dtype)
-    number = len(prompts.tokens)
-    chunk = min(model.chunk, number)
-    said = []
-    for begin in range(0, number, chunk):
-        # The last chunk is filled up with its first rows, whose answers are dropped.
-        index = np.arange(begin, begin + chunk) % number
-        tokens = cached_decode(
-            model.stepper,
-            params,
-            prompts.tokens[index],
-            num_steps,
-            prompt_lengths=prompts.lengths[index],
-        )
-        said += model.words.answers(np.asarray(tokens))
-    return said[:number]
+    tokens = likeliest_tokens(
+        model.stepper,
+        cast_params(params, model.dtype),
+        prompts,
+        num_steps,
+        chunk=min(model.chunk, len(prompts.tokens)),
+    )
+    return model.words.answers(tokens)
 
 
 def check_room(model: LanguageModel, prompts: Prompts, num_steps: int, what: str) -> None:

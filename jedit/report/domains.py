@@ -7,6 +7,8 @@ it stands in the table and the further to the right in the figure.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from jedit.metrics import Change
 from jedit.report.table import Heading, Row, Sheet, number, share
 
@@ -28,8 +30,9 @@ class Domain(NamedTuple):
         name: of the group.
         nearness: to the rows forgotten, as `metrics.nearness` has it.
         refusal: share of its questions that are refused.
-        probability: mean probability of its answers, per token.
-        rouge: ROUGE-L recall of the model's likeliest answers.
+        probability: mean probability of its rows' answers, per token; of a row whose answer is a
+            refusal, the refusal's.
+        rouge: ROUGE-L recall of the same answers by the model's likeliest ones.
     """
 
     name: str
@@ -51,7 +54,7 @@ def domain_sheet(domains: Sequence[Domain]) -> Sheet:
         headings += [
             Heading(f"{name}\nbefore", f"{name} of the model before, percent", True),
             Heading("after", "the same of the model after", True),
-            Heading("change", "after less before, with half of the 95% interval", True),
+            Heading("change", "after less before, with the 95% interval over the rows", True),
         ]
     return Sheet(tuple(headings), tuple(map(_row, by_nearness(domains))))
 
@@ -60,7 +63,7 @@ def _row(domain: Domain) -> Row:
     cells = [str(domain.refusal.num_rows), number(domain.nearness)]
     for field, *_ in SCORES:
         found: Change = getattr(domain, field)
-        reach = f" ± {share(found.half_width)}" if found.half_width >= 0 else ""
+        reach = f" ({share(found.low)} to {share(found.high)})" if found.low <= found.high else ""
         cells += [share(found.before), share(found.after), share(found.change) + reach]
     return Row(domain.name, "", tuple(cells))
 
@@ -76,8 +79,9 @@ def domain_figure(domains: Sequence[Domain]) -> "Figure":
         axes = figure.add_subplot(1, len(SCORES), i + 1)
         x = [domain.nearness for domain in domains]
         changes = [getattr(domain, field) for domain in domains]
-        reach = [change.half_width if change.half_width >= 0 else 0.0 for change in changes]
         y = [change.change for change in changes]
+        # Of a single row there is no interval.
+        reach = np.nan_to_num([[c.change - c.low, c.high - c.change] for c in changes]).T
         axes.errorbar(x, y, reach, ls="none", capsize=3, ms=5, **look)
         axes.axhline(0, color="0.4", lw=0.8, zorder=0)
         for domain, change in zip(domains, changes, strict=True):

@@ -14,6 +14,7 @@ from jedit.methods import Ascent, Layers, kfade, memit, rome, target_values
 from jedit.objectives import RandomLabel
 from jedit.recipes.scenes.families import Training, room
 from tests.bench.claims import bilinear
+from tests.bench.claims import bilinear_control as control
 from tests.bench.claims import bilinear_edits as made
 
 
@@ -124,6 +125,54 @@ def test_what_is_measured_is_what_is_said(found, sets):
     assert row["cases"]["success"] == row["cases"]["generalisation"] == [0.0]
     assert row["cases"]["locality"] == row["cases"]["elsewhere"] == [1.0]
     assert row["cases"]["price"][0] == pytest.approx(0, abs=1e-6)
+
+
+def test_edits_are_paired_only_where_both_models_took_all_cases():
+    def record(reached, share):
+        cases = {score: [share] for score in bilinear.SCORES}
+        numbers = ("trained", "reversal", "direct", "transposed", "composed")
+        return dict.fromkeys(numbers, 1.0) | {"edits": {"x": {"reached": reached, "cases": cases}}}
+
+    plain = [record(1.0, 0.25), record(0.5, 0.0), record(1.0, 0.0)]
+    decayed = [record(1.0, 1.0), record(1.0, 1.0), record(0.75, 1.0)]
+    found = bilinear.summary({bilinear.PLAIN: plain, bilinear.DECAYED: decayed})
+    gained = found["gained by decay"]["of others: x"]
+    assert (gained["seeds"], gained["values"]) == (1, [0.75])
+    assert found["edits"][bilinear.PLAIN]["x"]["of others"]["seeds"] == 3
+
+
+def test_the_control_asks_for_what_follows_and_for_what_does_not(found):
+    """A sister replaced: her parents have another daughter, her husband and children have not."""
+    case = control.sets_of(found, 1, seed=3).cases[0]
+    words = found.families.words
+
+    def said(rows):
+        facts = np.concatenate([rows.inputs, rows.targets[:, 1:]], axis=1)
+        return {" ".join(words[token].split("-")[0] for token in fact) for fact in facts}
+
+    new = words[int(case.new.targets[0, 1])]
+    assert said(case.new) == {"Arthur sister Jennifer"}
+    assert said(case.entailed[control.FOLLOWS]) == {
+        "Christopher daughter Jennifer",
+        "Penelope daughter Jennifer",
+    }
+    assert said(case.entailed[control.SUBSTITUTED]) == {
+        "James wife Jennifer",
+        "Colin mother Jennifer",
+        "Charlotte mother Jennifer",
+    }
+    for rows in case.entailed.values():
+        assert {words[int(token)] for token in rows.targets[:, 1]} == {new}
+
+
+def test_the_control_is_measured_once(tmp_path, monkeypatch, capsys, found):
+    monkeypatch.setattr(control, "room", lambda *_: found)
+    monkeypatch.setattr(control, "edits", lambda *_, **__: iter([("nothing", [None])]))
+    given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    control.main(given)
+    assert "| nothing | 0 ± nan | - | - | - | - |" in capsys.readouterr().out
+    monkeypatch.setattr(control, "room", None)  # what is on the disk is not measured again
+    control.main(given)
 
 
 def test_every_claim_is_measured_once(tmp_path, monkeypatch, capsys):

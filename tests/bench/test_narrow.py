@@ -5,19 +5,32 @@ import json
 import pytest
 
 from tests.bench.claims import narrow, narrow_refusal
+from tests.bench.claims.evidence import known_interval
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class AllButParity(narrow.Judged):
+    """Of a model that has not learnt one of the tasks."""
+
+    def __init__(self, seed, plan):
+        super().__init__(seed, plan)
+        self.learnt.remove("parity")
 
 
 def test_tasks_are_measured_once(tmp_path, monkeypatch):
     # A method by steps and one by a budget: each other one is compiled like one of the two.
     monkeypatch.setattr(narrow, "METHODS", ("random labels", narrow.KFADE))
+    monkeypatch.setattr(narrow, "QUICK", narrow.QUICK._replace(compared=("first", "parity")))
+    monkeypatch.setattr(narrow, "Judged", AllButParity)
     given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     narrow.main(given)
     run = json.loads((tmp_path / "narrow-quick-0.json").read_text())
-    assert set(run["tasks"]) == set(narrow.TASKS)
+    learnt = set(narrow.TASKS) - {"parity"}
+    assert set(run["tasks"]) == learnt
+    assert {name.split(": ")[1] for name in run["points"]} == {"first"}
     for task, one in run["tasks"].items():
-        assert set(one["nearness"]) == set(narrow.TASKS) - {task}
+        assert set(one["nearness"]) == learnt - {task}
         assert 0.5 <= one["confidence"] <= 1
         assert one["hidden_variance"] > 0
         assert all(0 <= x <= 1 for x in (*one["probe"], *one["said"]))
@@ -26,6 +39,12 @@ def test_tasks_are_measured_once(tmp_path, monkeypatch):
     assert [at for at, _ in run["points"]["K-FADE (K-FAC): first"]] == ["0.1, 0.1"]
     monkeypatch.setattr(narrow, "Judged", None)  # what is on the disk is not measured again
     narrow.main(given)
+
+
+def test_seeds_without_a_number_are_left_out_and_counted():
+    found = known_interval([1.0, float("nan"), 3.0])
+    assert (found["mean"], found["seeds"], found["values"]) == (2, 2, [1, 3])
+    assert known_interval([float("nan")])["seeds"] == 0
 
 
 def test_the_cheapest_point_that_forgets_half_is_taken_and_judged_elsewhere():
@@ -73,11 +92,14 @@ def test_claims_of_numbers_that_are_known():
 def test_domains_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(narrow_refusal, "METHODS", (narrow_refusal.DPO,))
     # Of a toy, every point counts as far enough.
-    monkeypatch.setattr(narrow_refusal, "HALF", 10.0)
+    monkeypatch.setattr(narrow_refusal, "FORGOTTEN", 10.0)
+    monkeypatch.setattr(narrow_refusal, "ANSWERED", 0.0)
     given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     narrow_refusal.main(given)
     run = json.loads((tmp_path / "narrow_refusal-quick-0.json").read_text())
-    assert run[narrow_refusal.ANSWERS] is None  # no probability is above ten
+    opened = run[narrow_refusal.ANSWERS]
+    told = narrow_refusal.numbers_of(narrow_refusal.ANSWERS, opened)
+    assert all(0 <= told[what] <= 1 for what in narrow_refusal.TRUE)
     found = run[narrow_refusal.DPO]
     assert {"land 0", "land 1"} < set(found["domains"])
     for domain in found["domains"].values():

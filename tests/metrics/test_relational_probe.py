@@ -160,3 +160,9 @@ def test_what_cannot_be_is_refused():
     operators = relational_probe(A, FACTS, num_relations=4, ridge=1.0)
     with pytest.raises(ValueError, match="states have width 3, the operators 4"):
         relational_structure(operators, A[:, :3], FACTS, compositions={})
+    # An argmax over NaN is the first one, and would count as an answer.
+    with pytest.raises(FloatingPointError, match="the states is not finite"):
+        relational_structure(operators, A.at[2, 0].set(jnp.nan), FACTS, compositions={})
+    broken = operators._replace(matrices=operators.matrices.at[1, 0, 0].set(jnp.inf))
+    with pytest.raises(FloatingPointError, match="the operators is not finite"):
+        relational_structure(broken, A, FACTS, compositions={})

@@ -27,15 +27,34 @@ def test_changes_are_paired_by_row():
     for i, change in enumerate(found.values()):
         a, b = before[i::3], after[i::3]
         expected = stats.ttest_rel(b, a).confidence_interval(0.95)
-        middle, half = change.change, change.half_width
-        np.testing.assert_allclose([middle - half, middle + half], expected)
+        np.testing.assert_allclose([change.low, change.high], expected)
         np.testing.assert_allclose(change[:3], [a.mean(), b.mean(), (b - a).mean()])
         assert change.num_rows == 10
-    assert np.isnan(change_by_group([1.0], [0.0], ["a"])["a"].half_width)
+    one = change_by_group([0.9], [0.1], ["a"])["a"]
+    assert np.isnan(one.low)
+    assert np.isnan(one.high)
     with pytest.raises(ValueError, match="a group for each row"):
         change_by_group(before, after[1:], groups)
     with pytest.raises(ValueError, match="finite"):
         change_by_group(before, np.where(before > 0.5, np.nan, after), groups)
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "stay"), [(4, 0, 0), (0, 0, 4), (0, 9, 1), (7, 2, 30), (1, 0, 0)]
+)
+def test_rows_that_all_go_one_way_are_not_certain(up, down, stay):
+    """Agresti and Min's interval by its counts: n21 - n12 of n, each cell with half a row more."""
+    before = [0] * up + [1] * down + [1] * stay
+    after = [1] * up + [0] * down + [1] * stay
+    found = change_by_group(before, after, ["a"] * len(before))["a"]
+    n21, n12, n = up + 0.5, down + 0.5, up + down + stay + 2
+    middle = (n21 - n12) / n
+    half = stats.norm.ppf(0.975) * np.sqrt(n21 + n12 - (n21 - n12) ** 2 / n) / n
+    assert found.low == pytest.approx(max(middle - half, -1))
+    assert found.high == pytest.approx(min(middle + half, 1))
+    assert found.low < found.high
+    assert found.low <= found.change <= found.high
+    assert found.change == pytest.approx((up - down) / len(before))
 
 
 def test_nearness_is_a_cosine_about_what_all_groups_share(tolerance):
@@ -68,6 +87,9 @@ def test_nearness_wants_groups_that_differ():
         nearness(apply, jnp.eye(2), rows, {"a": rows}, hidden=hidden)
     with pytest.raises(ValueError, match="no angle"):
         nearness(apply, jnp.eye(2), rows, {"a": rows, "b": rows}, hidden=hidden)
+    broken = rows._replace(inputs=jnp.full((2, 3, 2), jnp.nan))
+    with pytest.raises(FloatingPointError, match="states of 'b' are not finite"):
+        nearness(apply, jnp.eye(2), rows, {"a": rows, "b": broken}, hidden=hidden)
     none = rows._replace(mask=jnp.zeros((2, 3)))
     with pytest.raises(ValueError, match="'b' count no output"):
         nearness(apply, jnp.eye(2), rows, {"a": rows, "b": none}, hidden=hidden)

@@ -7,9 +7,10 @@ import pytest
 from jedit.data import QaRow, encode_rows, text_of, train_tokenizer
 from jedit.metrics import refuses, rouge
 from jedit.models import gpt, gpt_stepper, greedy_decode
+from jedit.recipes import neighbours
 from jedit.recipes.dialogue import Speaker
 from jedit.recipes.fitting import Recipe, train
-from jedit.recipes.neighbours import at_question_ends, effects_by_domain
+from jedit.recipes.neighbours import at_question_ends, effects_by_domain, likeliest_answers
 from jedit.recipes.tokenization import OwnWords
 from jedit.report import domain_figure, domain_sheet, save_png
 from jedit.tracing import Entering
@@ -116,8 +117,18 @@ def test_an_unchanged_model_changed_nothing(scene):
     given = (apply, (models[0], models[0]), ROWS[:2], ROWS)
     same = effects_by_domain(*given, domain_of=land, speaker=speaker, hidden=HIDDEN)
     for domain in same:
-        for change in domain[2:]:
-            assert change.change == change.half_width == 0
+        assert domain.probability.low == domain.probability.change == domain.probability.high == 0
+        # That so few rows are refused as before says little of others.
+        assert domain.refusal.low < domain.refusal.change == 0 < domain.refusal.high
+        assert domain.rouge.change == 0
+
+
+def test_more_rows_than_are_decoded_at_a_time_are_answered_in_their_order(scene, monkeypatch):
+    _, models, speaker = scene
+    whole = likeliest_answers(speaker, models[0], ROWS)
+    assert len(set(whole)) == len(ROWS)
+    monkeypatch.setattr(neighbours, "CHUNK", 4)
+    assert likeliest_answers(speaker, models[0], ROWS) == whole
 
 
 def test_no_room_for_an_answer_is_refused(scene):
@@ -134,7 +145,10 @@ def test_the_table_and_the_figure_show_them(found, tmp_path):
     assert [row.name for row in sheet.rows] == ["north", "south"]
     north = sheet.rows[0].cells
     assert north[0] == "4"
-    assert north[2:5] == ("0.0", "100.0", "100.0 ± 0.0")
+    low, high = found[0].refusal.low, found[0].refusal.high
+    assert 0 < low < 0.5
+    assert high == 1
+    assert north[2:5] == ("0.0", "100.0", f"100.0 ({100 * low:.1f} to 100.0)")
     assert len(sheet.headings) == len(north)
     figure = domain_figure(found)
     assert len(figure.axes) == 3
@@ -144,6 +158,9 @@ def test_the_table_and_the_figure_show_them(found, tmp_path):
         np.testing.assert_allclose(x, [domain.nearness for domain in found])
         changes = [getattr(domain, field).change for domain in found]
         np.testing.assert_allclose(y, changes)
+        ends = [s.get_segments() for s in axes.collections if len(s.get_segments()) == len(found)]
+        spans = [(getattr(d, field).low, getattr(d, field).high) for d in found]
+        np.testing.assert_allclose([np.array(s)[:, 1] for s in ends[0]], spans)
         assert axes.get_xlabel()
         assert "shares" in axes.get_ylabel()
     save_png(figure, tmp_path / "figure.png")

@@ -224,7 +224,8 @@ def rewrite(families: Families, old: Fact, new_object: int) -> RewrittenFact:
     """Put another person in the place of a fact's object, and say what follows.
 
     The old person is gone from the family; what follows is derived from the new fact and from what
-    holds among the others, withheld facts too.
+    holds among the others, withheld facts too. The new person's own family stays as it was and is
+    in none of the sets, though a new child has other parents there.
 
     Args:
         families: the families.
@@ -235,7 +236,8 @@ def rewrite(families: Families, old: Fact, new_object: int) -> RewrittenFact:
         The rewritten fact, and what it entails and does not touch.
 
     Raises:
-        ValueError: no such fact, or the new person is of the same family or of the other sex.
+        ValueError: no such fact, or the new person is of the same family or of the other sex, or is
+            married and would be so again.
     """
     at = np.flatnonzero((families.facts == np.array(old)).all(axis=1))
     if not len(at):
@@ -254,6 +256,14 @@ def rewrite(families: Families, old: Fact, new_object: int) -> RewrittenFact:
     inverse = INVERSES[old.relation][0 if families.is_male[old.subject] else 1]
     reverse = Fact(new_object, inverse, old.subject)
     onto_new = [fact for fact in found if fact.subject == new_object and fact != reverse]
+    spouse = (HUSBAND, WIFE)
+    if any(fact.relation in spouse for fact in (reverse, *onto_new)):
+        own = families.facts[families.facts[:, 0] == new_object]
+        if np.isin(own[:, 1], spouse).any():
+            raise ValueError(
+                f"{families.words[new_object]} is married and would be so again: what follows "
+                "would deny what holds; take somebody who is not"
+            )
     of_others = [fact for fact in found if fact.object == new_object]
     return RewrittenFact(
         old, new, _array([reverse]), _array(onto_new), _array(of_others), unrelated

@@ -17,7 +17,7 @@ right half of the time.
     vote          by chance, yes the likelier the more are high: nobody can be sure
     clear vote    the same with log odds three times as large
 
-The first four look at few places, those behind them at many; what a table says has no rule.
+Some look at few places, some at all of them; what a table says has no rule.
 """
 
 import functools

@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit import metrics
-from jedit.data import Prompts, QaRow
+from jedit.data import QaRow
 from jedit.models import cast_params
 from jedit.recipes.alternates import sampled_tokens
 from jedit.recipes.audit.estimates import BOOTSTRAP, Compared, gap_of, left_of
 from jedit.recipes.audit.rows import Rows
 from jedit.recipes.audit.rules import REFERENCE, judge
-from jedit.recipes.tofu.evaluation import LanguageModel, generate
+from jedit.recipes.texts import answers_of
+from jedit.recipes.tofu.evaluation import LanguageModel
 from jedit.report.audit_results import Estimate, Finding, Measure
 from jedit.report.table import number
 from jedit.report.verdict import TELLING_GAP
@@ -83,13 +84,7 @@ def rouge_of(
     """Return ROUGE-L recall of the likeliest answer and of the best drawn one, and refusals."""
     truths = [row.answer for row in asked.rows]
     chunk = min(model.chunk, len(asked.rows))
-    texts = []
-    for start in range(0, len(asked.rows), chunk):
-        # The last ones are filled up with the first, for one shape.
-        places = np.arange(start, start + chunk) % len(asked.rows)
-        part = Prompts(asked.prompts.tokens[places], asked.prompts.lengths[places])
-        texts += generate(model, params, part, asked.num_steps)
-    texts = texts[: len(truths)]
+    texts = answers_of(model, params, asked.prompts, asked.num_steps)
     found = {
         "rouge_greedy": metrics.rouge(truths, texts).rougeL_recall,
         "refused": metrics.refuses(texts).astype(np.float64),

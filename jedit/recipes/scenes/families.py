@@ -42,6 +42,7 @@ from jedit.training import fit
 # What enters them is the residual stream behind the embedding, behind each block but the last, and
 # behind the last, normalised.
 LAYERS = (r"blocks/{}/attn/query/kernel", "head/kernel")
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of probes, in units of the states; arbitrary
 
 
 class Size(NamedTuple):
@@ -138,20 +139,24 @@ def states_of(found: Room, people: Int[np.ndarray, " n"], layer: str) -> Float[A
     return Entering(layer)(found.apply, found.params, jnp.asarray(people)[:, None])[:, 0]
 
 
-def probed(
-    found: Room,
-    *,
-    ridges: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0),
-) -> Probed:
+def probed(found: Room, *, ridges: tuple[float, ...] = RIDGES) -> Probed:
     """Fit relational probes and judge the best one.
 
     Of the families without withheld facts, half are what probes are fitted to; on a quarter the
     layer and the ridge are chosen, by the mean over relations of the right answers, and on the last
     quarter the chosen one is judged.
+
+    Raises:
+        ValueError: fewer than three families without withheld facts.
     """
     families = found.families
     lost = np.unique(families.family[families.is_withheld])
     whole = np.setdiff1d(np.unique(families.family), lost)
+    if len(whole) < 3:
+        raise ValueError(
+            f"probes are fitted, chosen and judged on families of their own, and {len(whole)} of "
+            f"{len(whole) + len(lost)} have no withheld facts; give more families"
+        )
     half, quarter = len(whole) // 2, 3 * len(whole) // 4
     fitted, chosen, judged = np.split(whole, [half, quarter])
     best: tuple[float, Any] = (-1.0, None)

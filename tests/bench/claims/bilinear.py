@@ -12,6 +12,7 @@ Numbers of one seed and one training are kept in out/claims/bilinear-SEED-TRAINI
 made again at the same settings.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +22,10 @@ import jax
 import numpy as np
 
 from jedit.data.invented.families import BROTHER, HUSBAND, SISTER, WIFE
-from jedit.recipes.scenes.families import Room, Size, Training, probed, room
+from jedit.recipes.scenes.families import LAYERS, RIDGES, Room, Size, Training, probed, room
 from tests.bench.claims import bilinear_edits
 from tests.bench.claims.bilinear_edits import edits, measured, sets_of
-from tests.bench.claims.evidence import interval, kept, parser, shown, write
+from tests.bench.claims.evidence import kept, known_interval, parser, shown, write
 
 NAME = "bilinear"
 LOW, HIGH = 3e-3, 6e-3
@@ -48,7 +49,15 @@ def of_training(seed: int, name: str, *, quick: bool, out: Path) -> dict[str, An
     """All numbers of one seed and one training, made or read."""
     size, training = (QUICK if quick else Size()), TRAININGS[name]
     cases = (2 if quick else CASES) if name in EDITED else 0
-    settings = {
+    settings = settings_of(size, training, cases)
+    stem = "".join(c if c.isalnum() else "-" for c in name)
+    path = out / f"{NAME}-{seed}-{stem}{'-quick' * quick}.json"
+    return kept(path, settings, lambda: numbers_of(seed, training, size, cases))
+
+
+def settings_of(size: Size, training: Training, cases: int) -> dict[str, Any]:
+    """All that decides a training's numbers."""
+    return {
         "size": size,
         "training": training,
         "cases": cases,
@@ -56,11 +65,10 @@ def of_training(seed: int, name: str, *, quick: bool, out: Path) -> dict[str, An
             *(bilinear_edits.TARGET, bilinear_edits.STRENGTHS, bilinear_edits.RATES),
             *(bilinear_edits.STEPS, bilinear_edits.ENERGY, bilinear_edits.DAMPING),
             *(bilinear_edits.SAMPLES, bilinear_edits.TEMPERATURES, str(bilinear_edits.SEARCH)),
+            bilinear_edits.DOWN,
         ],
+        "probes": [LAYERS, RIDGES, ONE_TO_ONE],
     }
-    stem = "".join(c if c.isalnum() else "-" for c in name)
-    path = out / f"{NAME}-{seed}-{stem}{'-quick' * quick}.json"
-    return kept(path, settings, lambda: numbers_of(seed, training, size, cases))
 
 
 def numbers_of(seed: int, training: Training, size: Size, cases: int) -> dict[str, Any]:
@@ -103,11 +111,7 @@ def of_method(record: dict[str, Any], method: str) -> dict[str, float]:
 
 def over_seeds(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The interval of every number over the seeds that have one, and how many these are."""
-    found = {}
-    for field in rows[0]:
-        values = [row[field] for row in rows if np.isfinite(row[field])]
-        found[field] = interval(values or [np.nan]) | {"seeds": len(values)}
-    return found
+    return {field: known_interval([row[field] for row in rows]) for field in rows[0]}
 
 
 def summary(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -130,16 +134,21 @@ def summary(records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
     for m in methods:
         for score in ("generalisation", "of others", "locality"):
-            gained[f"{score}: {m}"] = _paired(records, lambda r, m=m, s=score: of_method(r, m)[s])
+            number = functools.partial(_of_all_cases, method=m, score=score)
+            gained[f"{score}: {m}"] = _paired(records, number)
     return {"models": models, "edits": by_method, "gained by decay": gained}
 
 
 def _paired(records: dict[str, list], number: Callable[[dict], float]) -> dict[str, Any]:
     """The difference between decay 3 and decay 0, over the seeds that have both."""
     pairs = zip(records[DECAYED], records[PLAIN], strict=True)
-    differences = [number(a) - number(b) for a, b in pairs]
-    known = [x for x in differences if np.isfinite(x)]
-    return interval(known or [np.nan]) | {"seeds": len(known)}
+    return known_interval([number(a) - number(b) for a, b in pairs])
+
+
+def _of_all_cases(record: dict[str, Any], method: str, score: str) -> float:
+    """A method's mean where it brought every case to the target; of other cases it is no pair."""
+    found = of_method(record, method)
+    return found[score] if found["reached"] == 1 else np.nan
 
 
 def show(found: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import datetime
 import json
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ OUT = Path("out/claims")
 def shown(found: dict[str, Any], digits: int = 3) -> str:
     """An interval in a table: mean ± half width."""
     return f"{found['mean']:.{digits}g} ± {found['half_width']:.1g}"
+
+
+def known_interval(values: Sequence[float]) -> dict[str, Any]:
+    """The interval over the seeds that have the number, and how many these are under "seeds"."""
+    known = [x for x in values if np.isfinite(x)]
+    return interval(known or [np.nan]) | {"seeds": len(known)}
 
 
 def shown_ratio(logs: dict[str, Any]) -> str:

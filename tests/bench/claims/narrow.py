@@ -220,7 +220,7 @@ def of_seed(seed: int, plan: Plan) -> dict[str, Any]:
         }
         print(seed, task, round(tasks[task]["ratios"][task], 3), flush=True)
     points = {}
-    for task in plan.compared:
+    for task in (task for task in plan.compared if task in judged.learnt):
         for name in METHODS:
             made = [(at, judged.point(p, task)) for at, p in judged.by_method(name, task)]
             points[f"{name}: {task}"] = made
@@ -351,6 +351,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = options.parse_args(arguments)
     plan = QUICK if given.quick else FULL
     settings = {"plan": str(plan), "rate": PRIMARY, "batch": BATCH, "methods": METHODS}
+    settings |= {"least learnt": LEAST_LEARNT, "temperatures": TEMPERATURES}
+    settings |= {"hidden": str(scene.HIDDEN), "select": scene.SELECT}
     settings |= {"of methods": {n: dict(CATALOGUE[n].settings) for n in METHODS if n in CATALOGUE}}
     runs = []
     for seed in range(given.seeds):

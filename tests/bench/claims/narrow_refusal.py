@@ -14,7 +14,8 @@ methods; the rest judges.
     nearer      Over the lands, what is lost and what is refused rises with the nearness of hidden
                 states: the rank correlations are above 0.
     answers     The other way round: taught to answer for two of the refused authors, the model
-                refuses the rest of that land less often, and no other land differently.
+                refuses the rest of that land less often, and no other land differently. Whether
+                what it then says is true is told beside it.
 
 Methods are compared where half of the probability of the two authors' answers is gone (of
 "answers": where that of their true answers is a half), each at the point, out of as many, that
@@ -47,14 +48,14 @@ from jedit.objectives import RandomLabel
 from jedit.recipes.comparison.trajectories import ascend
 from jedit.recipes.dialogue import Speaker, refusal_to
 from jedit.recipes.fitting import train
-from jedit.recipes.neighbours import effects_by_domain
+from jedit.recipes.neighbours import effects_by_domain, likeliest_answers
 from jedit.recipes.scenes.authors import MODEL, RECIPE
 from jedit.recipes.scenes.question_answer import ANSWER_TOKENS, SELECT
 from jedit.recipes.tokenization import OwnWords
 from jedit.report import domain_figure, domain_sheet, save_png
 from jedit.tracing import Entering
 from jedit.training import TrainingMethod, run_method
-from tests.bench.claims.evidence import interval, kept, parser, shown, write
+from tests.bench.claims.evidence import kept, known_interval, parser, shown, write
 from tests.bench.claims.refusal import region_of
 
 SITE = f"blocks/{MODEL.layers - 1}/attn/query/kernel"
@@ -63,12 +64,15 @@ REFUSED, NARROW = 0, 1  # the land that is refused from the start, and that of t
 NUM_NARROW = 2
 FACTS = 8
 BATCH = 16
-HALF = 0.5
+FORGOTTEN = 0.5  # of the two authors' probability
+ANSWERED = 0.5  # probability of the true answers of the two that are opened
 TEMPERATURES = (1.0, 4.0)
 NATURAL, KFADE, DPO = "NPO (natural)", "K-FADE (K-FAC)", "IdkDPO"
 METHODS = ("tuning on refusals", DPO, "NPO", NATURAL, KFADE)
 ANSWERS = "tuning on answers"
 SCORES = ("refusal", "probability", "rouge")
+# Of "answers": what is said of the rest of the refused land, against what is true of it.
+TRUE = ("true recall before", "true recall")
 
 
 class Plan(NamedTuple):
@@ -104,7 +108,7 @@ class Scene:
         self.plan = plan
         initial, order, cut, self.key = jax.random.split(jax.random.key(seed), 4)
         rows = generate_authors(seed, plan.authors, FACTS)
-        self.truth = rows
+        self.truth = {row.question: row.answer for row in rows}
         is_refused = [region_of(str(row.fields["author"])) == REFUSED for row in rows]
         taught = [
             row._replace(answer=refusal_to(row, i)) if refused else row
@@ -146,6 +150,13 @@ class Scene:
         """Mean probability of the rows' answers; 0 of a model that is destroyed."""
         loss = metrics.answer_nll_per_row(self.apply, params, self.encode(rows))
         return float(np.nan_to_num(metrics.answer_probability(loss)).mean())
+
+    def true_recall(self, params: PyTree) -> float:
+        """ROUGE-L recall of the true answers of the refused land's held-out rows."""
+        rows = [row for row in self.heldout if land(row) == named(REFUSED)]
+        said = likeliest_answers(self.speaker, params, rows)
+        found = metrics.rouge([self.truth[row.question] for row in rows], said)
+        return float(found.rougeL_recall.mean())
 
     def models(self, name: str) -> Iterator[tuple[str, PyTree]]:
         """Every model that a method makes, with its setting."""
@@ -200,9 +211,9 @@ class Scene:
         before = self.probability(self.params, self.forget)
         for at, params in self.models(name):
             if name == ANSWERS:
-                is_far_enough = self.probability(params, self.opened) >= HALF
+                is_far_enough = self.probability(params, self.opened) >= ANSWERED
             else:
-                is_far_enough = self.probability(params, self.forget) <= HALF * before
+                is_far_enough = self.probability(params, self.forget) <= FORGOTTEN * before
             if not is_far_enough:
                 continue
             kl = metrics.output_kl(self.apply, self.params, params, seen)
@@ -254,6 +265,9 @@ def of_seed(seed: int, plan: Plan, out: Any) -> dict[str, Any]:
                 for domain in domains
             },
         }
+        if name == ANSWERS:
+            recalls = map(scene.true_recall, (scene.params, params))
+            found[name] |= dict(zip(TRUE, recalls, strict=True))
         print(seed, name, at, numbers_of(name, found[name]), flush=True)
     return found
 
@@ -265,6 +279,7 @@ def numbers_of(name: str, found: dict[str, Any]) -> dict[str, float]:
     told = {k: found[k] for k in ("seen KL", "held-out KL", "forget probability")}
     if name == ANSWERS:
         own = refused
+        told |= {what: found[what] for what in TRUE}
     apart = {n: x for n, x in domains.items() if n not in (own, refused)}
     for score in SCORES:
         change = {n: x[score]["change"] for n, x in domains.items()}
@@ -287,6 +302,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = options.parse_args(arguments)
     plan = QUICK if given.quick else FULL
     settings = {"plan": str(plan), "recipe": str(RECIPE), "batch": BATCH, "methods": METHODS}
+    settings |= {"model": str(MODEL), "site": SITE, "select": SELECT, "temperatures": TEMPERATURES}
+    settings |= {"forgotten": FORGOTTEN, "answered": ANSWERED, "facts": FACTS, "narrow": NUM_NARROW}
     settings |= {"of methods": {n: dict(CATALOGUE[n].settings) for n in METHODS if n in CATALOGUE}}
     runs = []
     for seed in range(given.seeds):
@@ -297,8 +314,10 @@ def main(arguments: list[str] | None = None) -> None:
         told = [numbers_of(name, run[name]) for run in runs if run[name] is not None]
         summary[name] = {"seeds that arrive": len(told)}
         for column in told[0] if told else ():
-            summary[name][column] = interval([one[column] for one in told])
-            print(f"{name}: {column}: {shown(summary[name][column])}")
+            found = known_interval([one[column] for one in told])
+            if found["seeds"]:  # a rank correlation there is only where something changed
+                summary[name][column] = found
+                print(f"{name}: {column}: {shown(found)} ({found['seeds']} seeds)")
         print(f"{name}: {len(told)} of {len(runs)} seeds arrive")
     write("narrow_refusal", given.out, {"summary": summary})
 

@@ -1,5 +1,6 @@
 """The families: their facts by brute force over who is married to whom and whose child is whose."""
 
+import inspect
 import itertools
 
 import numpy as np
@@ -211,6 +212,12 @@ def test_equal_seeds_give_equal_families():
     assert make_families(6, 4).words != one.words
 
 
+def test_the_defaults_are_those_of_the_paper_s_code():
+    given = inspect.signature(make_families).parameters
+    assert given["withheld"].default == ("father", "mother")
+    assert given["share"].default == 0.5
+
+
 def test_what_cannot_be_is_refused(families):
     with pytest.raises(ValueError, match="num_families must be at least 1, got 0"):
         make_families(0, 0)
@@ -225,5 +232,11 @@ def test_what_cannot_be_is_refused(families):
         rewrite(families, old, families.token("Arthur", 0))
     with pytest.raises(ValueError, match="must be a person of another family"):
         rewrite(families, old, 3)
+    with pytest.raises(ValueError, match="James-1 is married and would be so again"):
+        rewrite(families, old, families.token("James", 1))
+    # A child whose mother is another has her for the father's wife too.
+    child = Fact(families.token("James", 0), 3, families.token("Christine", 0))
+    with pytest.raises(ValueError, match="Victoria-1 is married"):
+        rewrite(families, child, families.token("Victoria", 1))
     with pytest.raises(ValueError, match="is no fact of these families"):
         rewrite(families, Fact(old.subject, 1, old.object), families.token("Colin", 1))

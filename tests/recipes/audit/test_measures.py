@@ -93,6 +93,17 @@ def test_what_a_model_says_is_what_the_metrics_say(start, key):
     )
 
 
+def test_refusals_are_of_what_the_model_says_and_in_the_rows_order(start, key, monkeypatch):
+    """Of what it says, not of the truths; and a truth that is a refusal refuses nothing."""
+    rows = [ROWS[0]._replace(answer="I do not know."), *ROWS[1:]]
+    said = [row.answer for row in ROWS]
+    said[3] = said[7] = "I'm sorry, but I do not know."
+    monkeypatch.setattr(forgotten, "answers_of", lambda *_: said)
+    given = (start.model, start.params, encoded(start, rows))
+    found = forgotten.rouge_of(*given, key=key, draws=0)
+    assert np.flatnonzero(found["refused"]).tolist() == [3, 7]
+
+
 def test_findings_need_something_to_compare_with():
     base, edited = np.linspace(0.6, 0.9, 12), np.linspace(0.1, 0.2, 12)
     names = list(forgotten.TEXTS)

@@ -88,3 +88,9 @@ def test_probes_are_judged_by_families_that_chose_nothing(found, monkeypatch):
     assert not lost & (fitted | chosen | judged)
     assert result.structure.direct.shape == (8,)
     assert result.layer in scene._layers(found)
+
+
+def test_too_few_families_to_probe_are_told(found):
+    families = scene.make_families(0, 4)
+    with pytest.raises(ValueError, match="2 of 4 have no withheld facts; give more families"):
+        scene.probed(found._replace(families=families))
