@@ -34,7 +34,6 @@ from jedit.methods import (
     refresh_learning,
     stored_gradients,
 )
-from jedit.methods.consolidation.intact import VARIANCE_ALONE
 from jedit.objectives import LearnNLL, with_retain
 from jedit.recipes.learning_on import Kept, Learner, plain
 from jedit.training import TrainingMethod
@@ -134,7 +133,7 @@ def intact(
     weights = dict.fromkeys(("held_weight", "drift_weight", "align_weight"), strength)
     penalty = InTAct(sites, unheld, **weights)
     method = TrainingMethod(with_retain(LearnNLL(), penalty), optimizer)
-    first = with_retain(LearnNLL(), InTAct(sites, **VARIANCE_ALONE))
+    first = with_retain(LearnNLL(), InTAct(sites, **dict.fromkeys(weights, 0.0)))
     return Learner(method, KeepIntervals(sites), TrainingMethod(first, optimizer))
 
 
