@@ -98,7 +98,8 @@ def _surrogate(params):
 def _stored(params):
     """One direction, of length one over all leaves."""
     size = sum(p.size for p in jax.tree.leaves(params)) ** -0.5
-    return {"stored": jax.tree.map(lambda p: jnp.full((1, *p.shape), size, jnp.float32), params)}
+    wide = lambda p: jnp.promote_types(p.dtype, jnp.float32)  # noqa: E731
+    return {"stored": jax.tree.map(lambda p: jnp.full((1, *p.shape), size, wide(p)), params)}
 
 
 def _unlearnt(params, curvature):
@@ -166,7 +167,7 @@ TRANSFORMS = [
     Row(
         "unlearn_first",
         lambda c: with_update_args(unlearn_first(optax.sgd(0.3), rate=1e-3), _unlearnt, c),
-        MOVES_ALL,
+        MOVES_ALL | {"names": "it draws noise leaf by leaf, in the order that the names give them"},
     ),
     Row(
         "finetune_modules",

@@ -45,7 +45,7 @@ def by_class(train: Images, test: Images, *, size: int = 2, seed: int) -> tuple[
         seed: of which rows stay where a task has more than the smallest one.
 
     Raises:
-        ValueError: fewer than two tasks come out.
+        ValueError: fewer than two tasks come out, or one has no image to test on.
     """
     check_numbers(COUNT, size=size)
     check_numbers(COUNT_OR_ZERO, seed=seed)
@@ -55,7 +55,11 @@ def by_class(train: Images, test: Images, *, size: int = 2, seed: int) -> tuple[
     tasks = []
     for group in groups:
         parts = (part.take(np.flatnonzero(np.isin(part.labels, group))) for part in (train, test))
-        tasks.append(Task("classes " + ", ".join(map(str, group.tolist())), *parts))
+        name = "classes " + ", ".join(map(str, group.tolist()))
+        task = Task(name, *parts)
+        if not len(task.test.labels):
+            raise ValueError(f"the images to test on have none of {name}")
+        tasks.append(task)
     return _of_one_size(tasks, seed)
 
 
@@ -69,9 +73,9 @@ def by_domain(
     Args:
         train: the images to learn.
         test: the images to test on; each task has all of them.
-        guise: "rotation", by equal angles up to 180 degrees; "permutation" of the pixels, the same
-            for all images of a task; or "noise", normal, of a deviation that rises by equal steps
-            up to 1.
+        guise: "rotation", by equal angles, each 180 degrees over the number of tasks; "permutation"
+            of the pixels, the same for all images of a task; or "noise", normal, of a deviation
+            that rises by equal steps up to 1.
         number: how many tasks; 5 is arbitrary.
         seed: of the permutations, the noise, and which rows a task has.
 

@@ -59,8 +59,17 @@ def replay(optimizer: optax.GradientTransformation, *, size: int, weight: float 
 
 
 def joint(optimizer: optax.GradientTransformation) -> Learner:
-    """Return the learner that keeps every row: what more memory would come to."""
-    return Learner(TrainingMethod(with_retain(LearnNLL()), optimizer), KeepRows(None))
+    """Return the learner that keeps every row and learns all alike: what more memory would come to.
+
+    Its loss is the mean over all rows so far, from a batch of the new ones and one of the others.
+    """
+
+    def method(kept: Kept) -> TrainingMethod:
+        others = len(kept.rest)  # of as many rows each
+        objective = with_retain(LearnNLL(), weight=float(others))
+        return TrainingMethod(objective, optax.chain(optax.scale(1 / (others + 1)), optimizer))
+
+    return Learner(method, KeepRows(None), plain(optimizer))
 
 
 def ewc(
@@ -125,7 +134,8 @@ def intact(
     weights = dict.fromkeys(("held_weight", "drift_weight", "align_weight"), strength)
     penalty = InTAct(sites, unheld, **weights)
     method = TrainingMethod(with_retain(LearnNLL(), penalty), optimizer)
-    return Learner(method, KeepIntervals(sites), method)
+    first = with_retain(LearnNLL(), InTAct(sites, **dict.fromkeys(weights, 0.0)))
+    return Learner(method, KeepIntervals(sites), TrainingMethod(first, optimizer))
 
 
 def refresh(
@@ -134,6 +144,7 @@ def refresh(
     *,
     size: int,
     rate: float,
+    weight: float = 1.0,
     damping: float = 0.1,
 ) -> Learner:
     """Return replay with each batch unlearnt first.
@@ -143,9 +154,12 @@ def refresh(
         estimator: of the Fisher matrix of earlier tasks.
         size: how many rows are kept, as `replay` takes it.
         rate: γ of the unlearning.
+        weight: as `replay` takes it.
         damping: λ, relative to each block's mean eigenvalue.
     """
-    method = refresh_learning(with_retain(LearnNLL()), optimizer, rate=rate, damping=damping)
+    method = refresh_learning(
+        with_retain(LearnNLL(), weight=weight), optimizer, rate=rate, damping=damping
+    )
     return Learner(method, KeepBoth(KeepRows(size), KeepAnchor(estimator)), plain(optimizer))
 
 

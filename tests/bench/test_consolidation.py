@@ -16,12 +16,15 @@ def _standard_promotion():
         yield
 
 
-def test_every_learner_is_tuned_and_measured_on_every_stream(tmp_path, monkeypatch, capsys):
+def test_every_learner_is_tuned_and_measured_on_both_streams(tmp_path, monkeypatch, capsys):
+    scenes = {name: consolidation.SCENES[name] for name in ("class", "rotation")}
+    monkeypatch.setattr(consolidation, "SCENES", scenes)  # permutations differ from turns by a word
     arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     consolidation.main(arguments)
     shown = capsys.readouterr().out
-    assert all(shown.count(f"| {name} |") == 3 for name in consolidation.ways(consolidation.QUICK))
-    assert shown.count("5 WF^10 of joint") == 3
+    names = consolidation.ways(consolidation.QUICK, "class")
+    assert all(shown.count(f"| {name} |") == 2 for name in names)
+    assert shown.count("5 min-ACC, null space - replay") == 2
     assert (tmp_path / "consolidation.png").stat().st_size > 10_000
 
     def unread(*_):
@@ -30,6 +33,15 @@ def test_every_learner_is_tuned_and_measured_on_every_stream(tmp_path, monkeypat
     monkeypatch.setattr(consolidation, "measured", unread)
     monkeypatch.setattr(consolidation, "tuned", unread)
     consolidation.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "said"),
+    [(0.2, 0.1, "held"), (0.1, 0.2, "not decided here"), (-0.2, 0.1, "did not hold")]
+    + [(0.0, 0.0, "did not hold")],
+)
+def test_a_verdict_is_about_a_difference_above_zero(mean, half, said):
+    assert consolidation.verdict({"mean": mean, "half_width": half}) == said
 
 
 def test_rows_of_all_tasks_are_kept_in_equal_number():

@@ -82,6 +82,9 @@ def test_what_makes_no_stream_is_refused():
         by_class(TRAIN, TEST, size=3, seed=0)
     with pytest.raises(ValueError, match="at least two tasks, got 1"):
         by_domain(TRAIN, TEST, number=1, seed=0)
+    images = Images(np.zeros((4, 2, 2, 1), np.float32), np.arange(4, dtype=np.int32))
+    with pytest.raises(ValueError, match=r"images to test on have none of classes 2, 3"):
+        by_class(images, images.take(np.arange(2)), seed=0)
     with pytest.raises(ValueError, match="guise must be"):
         by_domain(TRAIN, TEST, guise="mirror", seed=0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="53 rows make no 60 tasks"):

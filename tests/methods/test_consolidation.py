@@ -25,7 +25,7 @@ from jedit.methods import (
     refresh_learning,
     stored_gradients,
 )
-from jedit.methods.consolidation.intact import interval_bounds
+from jedit.methods.consolidation.intact import VARIANCE_ALONE, interval_bounds
 from jedit.objectives import LearnNLL, with_retain
 from jedit.training import LoopState, TrainingMethod, unlearn
 from jedit.transforms.unlearn_first import unlearning_step
@@ -138,8 +138,10 @@ def test_ewc_pulls_a_model_that_learns_on_back():
         return float(EWC()(apply, after, reference=anchor)[0])
 
     assert moved(10.0) < 0.5 * moved(0.0)
-    with pytest.raises(TypeError, match="what `anchored` returns"):
+    with pytest.raises(TypeError, match="what `anchored` returns.*got dict"):
         EWC()(apply, params, reference=params)
+    with pytest.raises(TypeError, match="what `anchored` returns.*got nothing"):
+        EWC()(apply, params, reference=())
 
 
 # OGD
@@ -394,8 +396,11 @@ def test_an_unheld_layer_is_free_and_gradients_are_finite_at_the_start():
     assert InTAct(SITES)(apply, turned, batch, None, intervals)[1]["held"] > 0
     gradient = jax.grad(lambda p: InTAct(SITES)(apply, p, batch, None, intervals)[0])(params)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
-    # With a reference that holds no intervals, as in a first task, only the variance is there.
-    assert set(InTAct(SITES)(apply, params, batch, None, params)[1]) == {"variance"}
+    # Without intervals, as in a first task, only the variance may be asked for.
+    alone = InTAct(SITES, **VARIANCE_ALONE)
+    assert set(alone(apply, params, batch, None, params)[1]) == {"variance"}
+    with pytest.raises(TypeError, match="what `activation_intervals` returns.*got dict"):
+        InTAct(SITES)(apply, params, batch, None, params)
 
 
 def test_intervals_are_percentiles_and_only_grow():

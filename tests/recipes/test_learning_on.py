@@ -10,6 +10,7 @@ import pytest
 
 from jedit.core.batch import Batch
 from jedit.objectives import LearnNLL, with_retain
+from jedit.recipes.learners import joint
 from jedit.recipes.learning_on import (
     Kept,
     Learner,
@@ -39,7 +40,7 @@ def scene():
     return {"kernel": jnp.zeros((5, 4), tasks[0].inputs.dtype)}, tasks
 
 
-def by_hand(tasks, weight=0.0):
+def by_hand(tasks, weight=0.0, scale=1.0):
     """Gradient descent in NumPy; in the second task with the first one's rows at a weight."""
     kernel, out = np.zeros((5, 4)), []
 
@@ -62,7 +63,7 @@ def by_hand(tasks, weight=0.0):
     for number, task in enumerate(tasks):
         for _ in range(STEPS):
             step = gradient(task) + (weight * gradient(tasks[0]) if number else 0)
-            kernel = kernel - RATE * step
+            kernel = kernel - RATE * step * (scale if number else 1)
             look()
     return kernel, np.asarray(out)
 
@@ -107,6 +108,13 @@ def test_rows_that_are_kept_are_seen_from_the_second_task_on(scene, tolerance):
     tolerance.check(learnt.params, {"kernel": kernel})
     assert np.allclose(learnt.scores, scores, atol=1e-6)
     assert seen == [None]  # nothing was kept before, and after the last task nothing has to be
+
+
+def test_joint_learning_is_of_the_mean_over_all_rows(scene, tolerance):
+    learnt = run(joint(optax.sgd(RATE)), scene)
+    kernel, scores = by_hand(scene[1], weight=1.0, scale=0.5)
+    tolerance.check(learnt.params, {"kernel": kernel})
+    assert np.allclose(learnt.scores, scores, atol=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)

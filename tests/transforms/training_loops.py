@@ -44,6 +44,11 @@ def plain() -> Loop:
     return Loop(apply, same, same, _functional(apply, same, same))
 
 
+def by_optax_alone(loop: Loop) -> Loop:
+    """Optax's loop over another library's own tree, for what depends on the names of leaves."""
+    return loop._replace(run=_functional(loop.apply, loop.tree, loop.named))
+
+
 def haiku() -> Loop:
     """Haiku's parameters are a dictionary of dictionaries, and its loop is optax's."""
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import batch_list, check_key, check_kind, check_params
 from jedit.core.batch import Batch
+from jedit.core.devices import on_auto, on_auto_axes
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature, Estimator
 from jedit.curvature.estimator import add_batch
@@ -32,6 +33,7 @@ class Anchor(NamedTuple):
     __repr__ = short_repr
 
 
+@on_auto_axes
 def anchored(
     estimator: Estimator,
     params: PyTree,
@@ -52,8 +54,10 @@ def anchored(
         before: the anchor of the task before; its sums are added to. None: this is the first.
 
     Returns:
-        The anchor. Diagonals of several tasks add up exactly; of Kronecker factors the sums over
-        all tasks are taken each by itself, so that the product is not the sum of the products.
+        The anchor, in whose mean every output counts alike: where tasks have other numbers of them,
+        the larger is held more, and anchors apart (a tuple, for `EWC`) weigh tasks alike. Diagonals
+        are that mean exactly; of Kronecker factors the sums over all tasks are taken each by
+        itself, so that the product is not the sum of the products.
 
     Raises:
         TypeError: an argument is something else.
@@ -63,7 +67,7 @@ def anchored(
     check_kind(estimator, Estimator, "estimator", "such as kfac(apply, likelihood)")
     check_params(params)
     check_key(key)
-    several = batch_list(batches, "batches")
+    several = [on_auto(batch) for batch in batch_list(batches, "batches")]
     update = estimator.update
     if not isinstance(update, jax.tree_util.Partial):
         update = jax.tree_util.Partial(update)

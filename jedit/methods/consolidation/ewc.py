@@ -14,9 +14,10 @@ al. 2018, arXiv 1805.07810, have the like as online structured Laplace].  The pa
 for every task, each around its own parameters: give the reference as a tuple of anchors, each made
 without `before`.  One anchor with summed curvatures around the newest parameters is online EWC
 (Schwarz et al. 2018, arXiv 1805.06370) without its decay, and costs the same at every task.  F is
-the mean over outputs, times the number of tasks; labels are sampled from the model, where much
-released code takes the given ones.  λ has no default: published ones are for other scales of F.
-As a retain term of unlearning it is that of Selective Amnesia (arXiv 2305.10120).
+the mean over all tasks' outputs, times the number of tasks, which is the sum where tasks have the
+same number of outputs; labels are sampled from the model, where much released code takes the given
+ones.  λ has no default: published ones are for other scales of F.  As a retain term
+of unlearning it is that of Selective Amnesia (arXiv 2305.10120).
 """
 
 import dataclasses
@@ -52,14 +53,15 @@ class EWC:
         """Return the penalty, in nats; costs one rotation of every block, twice with its gradient.
 
         Raises:
-            TypeError: the reference is no anchor.
+            TypeError: the reference is no anchor, and no tuple of one or more.
         """
         del apply, forget, retain
         anchors = (reference,) if isinstance(reference, Anchor) else reference
-        if not isinstance(anchors, tuple) or not all(isinstance(a, Anchor) for a in anchors):
+        is_tuple = isinstance(anchors, tuple) and len(anchors) > 0
+        if not is_tuple or not all(isinstance(a, Anchor) for a in anchors):
             raise TypeError(
                 "EWC needs as its reference what `anchored` returns, or a tuple of these; got "
-                f"{type(reference).__name__}"
+                f"{'nothing' if anchors == () else type(reference).__name__}"
             )
         parts = []
         for anchor in anchors:

@@ -24,6 +24,7 @@ the elementwise smallest l and largest u of all tasks [code].
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -116,7 +117,8 @@ class InTAct:
         sites = ("layers/1/kernel", "layers/2/kernel")
         with_retain(LearnNLL(), InTAct(sites))           # reference: activation_intervals(...)
 
-    With another reference than `Intervals`, as in the first task, the variance alone is left.
+    The first task, which has no intervals yet, is learnt with `InTAct(sites, **VARIANCE_ALONE)`:
+    where the other three weights are 0, the reference is not looked at.
 
     Attributes:
         sites: names of the sites whose inputs have intervals, the first one first.
@@ -149,15 +151,24 @@ class InTAct:
         retain: PyTree = None,
         reference: Intervals | PyTree | None = None,
     ) -> Value:
-        """Return the penalty; costs one forward pass, and one of the frozen parameters."""
+        """Return the penalty; costs one forward pass, and one of the frozen parameters.
+
+        Raises:
+            TypeError: the reference is no `Intervals`, though a weight asks for them.
+        """
         check_batch(forget, "forget")
         del retain
         found, places = _entering(apply, params, forget, self.sites)
         variance = total_of([_variance(*found[name]) for name in self.sites])
         total = self.variance_weight * variance
         aux = {"variance": variance}
-        if not isinstance(reference, Intervals):
+        if self.held_weight == self.drift_weight == self.align_weight == 0:
             return total, aux
+        if not isinstance(reference, Intervals):
+            raise TypeError(
+                "InTAct needs as its reference what `activation_intervals` returns, unless held, "
+                f"drift and align have no weight; got {type(reference).__name__}"
+            )
         fixed = jax.lax.stop_gradient(reference)
         first = self.sites[0]
         before = _entering(apply, fixed.params, forget, (first,))[0][first][0]
@@ -174,6 +185,7 @@ class InTAct:
 
 
 WEIGHTS = ("variance_weight", "held_weight", "drift_weight", "align_weight")
+VARIANCE_ALONE = dict.fromkeys(WEIGHTS[1:], 0.0)
 
 
 def interval_bounds(
@@ -224,7 +236,9 @@ def _entering(
                 f"{name!r} must be a dense or convolutional site of one layer, got {got}; "
                 "`find_sites` prints those there are"
             )
-    seen = intervene(apply, params, batch.inputs, select=exactly(names))
+    # A parameter's further sites are "path#1", ...
+    parameters = [re.sub(r"#\d+$", "", name) for name in names]
+    seen = intervene(apply, params, batch.inputs, select=exactly(parameters))
     counted = counted_outputs(batch, seen.outputs.shape[:-1])
     found = {}
     for name in names:

@@ -13,8 +13,10 @@ Differences. The projection stands last, so that any optimizer may come before i
 plain descent, where the order does not matter.  The basis has a fixed number of rows, and the
 oldest are overwritten when it is full.  How many rows a task stores is to be chosen; the paper's is
 200 [notes].  A row's logits are summed over its outputs that count, for a language model over the
-tokens of the answer [ours].  The geometry-aware form needs no gradient: `project_to_null_space` of
-the inputs that earlier tasks use, with a learner's `method` a function of the anchor's curvature.
+tokens of the answer [ours].  Where a part of the parameters is trained, the gradients are those of
+that part, since a basis of the whole tree is none of a part of it [ours].  The geometry-aware form
+needs no gradient: `project_to_null_space` of the inputs that earlier tasks use, with a learner's
+`method` a function of the anchor's curvature.
 """
 
 import dataclasses
@@ -24,18 +26,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_batch, check_key, check_params
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import wide
 from jedit.geometry import retain_subspace
 from jedit.geometry.retain_subspace import SubspaceState
 from jedit.objectives import Objective
+from jedit.training.freezing import merge, split, which_are_trained
 from jedit.training.method import TrainingMethod
 from jedit.transforms import project_out_stored
 
@@ -54,6 +59,7 @@ class Stored(NamedTuple):
     __repr__ = short_repr
 
 
+@on_auto_axes
 def stored_gradients(
     apply: Apply,
     params: PyTree,
@@ -63,6 +69,7 @@ def stored_gradients(
     samples: int,
     key: Array,
     before: Stored | None = None,
+    trainable: str | None = None,
 ) -> Stored:
     """Store gradients of a task that has been learnt, beside those of the tasks before.
 
@@ -72,50 +79,74 @@ def stored_gradients(
         rows: the rows of the task.
         rank: how many gradients there is room for, all tasks together; it takes so many copies of
             the parameters.
-        samples: how many rows are drawn, without repetition; all, if there are fewer.
+        samples: how many of the rows that count are drawn, without repetition; all, if there are
+            fewer.
         key: the random key that draws them.
         before: what the tasks before have stored; None: nothing.
+        trainable: the regular expression of the method that learns on, if it has one; None: all
+            parameters. With another one than the method's, its steps are not orthogonal.
 
     Returns:
         The gradients and their basis. Costs a gradient a row, and 8 rank² flops a parameter.
 
     Raises:
-        ValueError: a number below one, or a `before` of another rank.
+        ValueError: a number below one, a `before` of another rank, an expression that matches no
+            parameter, or no row that counts.
     """
     check_numbers(COUNT, rank=rank, samples=samples)
     check_params(params)
     check_key(key)
     check_batch(rows, "rows")
-    count = len(jax.tree.leaves(rows.inputs)[0])
-    chosen = jax.random.permutation(key, count)[: min(samples, count)]
+    is_trained = which_are_trained(params, trainable)
+    outputs = jax.eval_shape(apply, params, rows.inputs)
+    counted = np.asarray(counted_outputs(rows, outputs.shape[:-1]))
+    # A row that counts nothing would take the place of one that does.
+    counting = np.flatnonzero(counted.reshape(len(counted), -1).any(axis=1))
+    if not len(counting):
+        raise ValueError("rows count no output, so there is no gradient to store")
+    chosen = counting[np.asarray(jax.random.permutation(key, len(counting)))[:samples]]
     subspace = retain_subspace(rank, scope="global")
-    state = subspace.init(params) if before is None else before.gradients
+    state = subspace.init(_as_real(params)) if before is None else before.gradients
     room = len(jax.tree.leaves(state.rows)[0])
     if room != rank:
         raise ValueError(f"rank must be that of before, {room}; got {rank}")
     drawn = jax.tree.map(lambda x: jnp.asarray(x)[chosen], rows)
-    state = _added(apply, rank, state, params, drawn)
+    state = _added(apply, rank, is_trained, state, params, drawn)
     return Stored(state, _basis(rank, state))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _as_real(params: PyTree) -> PyTree:
+    """Return params with leaves that are not real in the dtype of those that are."""
+    dtypes = [x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    dtype = jnp.result_type(*dtypes)
+    return jax.tree.map(lambda x: x if x.dtype in dtypes else x.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _added(
-    apply: Apply, rank: int, state: SubspaceState, params: PyTree, rows: Batch
+    apply: Apply,
+    rank: int,
+    is_trained: tuple[bool, ...],
+    state: SubspaceState,
+    params: PyTree,
+    rows: Batch,
 ) -> SubspaceState:
-    """Add each row's gradient of the logits of its targets."""
+    """Add each row's gradient of the logits of its targets, zero where nothing is trained."""
     update = retain_subspace(rank, scope="global").update
+    zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
 
     def one(state: SubspaceState, row: Batch) -> tuple[SubspaceState, None]:
         batch = jax.tree.map(lambda x: x[None], row)
 
-        def said(params: PyTree) -> Array:
-            logits = wide(apply(params, batch.inputs))
+        def said(trained: PyTree) -> Array:
+            logits = wide(apply(merge(trained, params, is_trained), batch.inputs))
             counted = counted_outputs(batch, logits.shape[:-1])
             targets = jnp.where(counted, batch.targets, 0)
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return jnp.sum(jnp.where(counted, picked, 0))
 
-        return update(state, jax.grad(said)(params)), None
+        gradient = jax.grad(said)(split(params, is_trained))
+        return update(state, merge(gradient, zero, is_trained)), None
 
     return jax.lax.scan(one, state, rows)[0]
 
@@ -129,6 +160,9 @@ def ogd(objective: Objective, optimizer: optax.GradientTransformation) -> Traini
     """Make orthogonal gradient descent of any objective and any optimizer.
 
         Learner(ogd(LearnNLL(), optax.sgd(0.1)), keep)     # keep's reference: stored_gradients(...)
+
+    Of a part of the parameters: `ogd(...)._replace(trainable=...)`, the same expression being given
+    to `stored_gradients`.
 
     Args:
         objective: the objective that is lowered; it does not see the stored gradients.

@@ -12,7 +12,11 @@ measured.  Claims, each over paired seeds:
     2  Refresh learning keeps more at the end than the replay it is built on
     3  InTAct keeps more at the end than learning with nothing kept
     4  OGD's worst moment (min-ACC) is better than that of learning with nothing kept
-    5  Even joint learning has a stability gap: WF^10 above zero
+    5  Steps off the inputs of earlier tasks: their worst moment is better than replay's
+    6  and better than that of joint learning
+    7  and they keep more at the end than replay
+
+5 to 7 were thought of when seeds 0 to 2 had been seen, so that measured seeds are others.
 """
 
 import functools
@@ -35,8 +39,15 @@ from jedit.report.figure import STYLES, save_png
 from tests.bench.claims import evidence
 
 SITES = ("layers/1/kernel", "layers/2/kernel")
+HEAD = SITES[-1:]
+FIRST_SEED = 10
+REFRESH_WEIGHT = 2.0  # of the kept rows beside the new ones; replay's own is tuned
 TUNING_SEEDS = (1000, 1001)  # two, since one that happens not to diverge recommends what does
-SCENES = ("class", "domain", "rotation")
+SCENES = {
+    "class": "two new classes a task",
+    "domain": "all classes, pixels in another order",
+    "rotation": "all classes, turned further",
+}
 FIELDS = ("final", "minimum", "worst_case", "forgetting 10", "forgetting 100", "plasticity 10")
 
 
@@ -67,15 +78,18 @@ def network() -> tuple[Callable, Any]:
 
 
 @functools.cache
-def ways(size: Size) -> dict[str, Way]:
+def ways(size: Size, scene: str) -> dict[str, Way]:
     """The learners by name; those of one curvature share its estimator."""
+    unheld = HEAD if scene == "class" else ()  # as InTAct's code has it
     apply, _ = network()
     by_diagonal, by_kfac = (f(apply, Categorical()) for f in (diagonal, kfac))
     per_task = size.rank // 4
     found = {
         "naive": Way(lambda o, _: learners.naive(o)),
         "joint": Way(lambda o, _: learners.joint(o)),
-        "replay": Way(lambda o, _: learners.replay(o, size=size.memory)),
+        "replay": Way(
+            lambda o, s: learners.replay(o, size=size.memory, weight=s), (1.0, 2.0, 4.0, 8.0)
+        ),
         "EWC, diagonal": Way(
             lambda o, s: learners.ewc(o, by_diagonal, strength=s), (1.0, 3.0, 10.0, 30.0)
         ),
@@ -86,9 +100,14 @@ def ways(size: Size) -> dict[str, Way]:
         "null space": Way(
             lambda o, s: learners.null_space(o, by_kfac, energy=s), (0.01, 0.03, 0.1, 0.3)
         ),
-        "InTAct": Way(lambda o, s: learners.intact(o, SITES, strength=s), (0.01, 0.1, 1.0, 10.0)),
+        "InTAct": Way(
+            lambda o, s: learners.intact(o, SITES, strength=s, unheld=unheld),
+            (0.01, 0.1, 1.0, 10.0),
+        ),
         "refresh": Way(
-            lambda o, s: learners.refresh(o, by_diagonal, size=size.memory, rate=s),
+            lambda o, s: learners.refresh(
+                o, by_diagonal, size=size.memory, rate=s, weight=REFRESH_WEIGHT
+            ),
             (1e-10, 1e-9, 1e-8, 1e-7),
         ),
     }
@@ -114,7 +133,7 @@ def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Si
     apply, _ = network()
     # The same initialisation as the network's own, by the seed.
     params = mlp(key=jax.random.key(seed), sizes=(64, 64, 32, 10))[1]
-    learner = ways(size)[name].make(sgd(rate), strength)
+    learner = ways(size, scene)[name].make(sgd(rate), strength)
     try:
         learnt = learn_on(
             learner,
@@ -126,8 +145,13 @@ def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Si
             key=jax.random.key(seed + 1),
         )
     except FloatingPointError:
-        # It diverged, and knows nothing any more.
-        return dict.fromkeys(FIELDS, 0.0) | {"curve": [0.0] * (5 * size.steps + 1)}
+        # It diverged, and knows nothing any more; a fall of 1 is the worst there is.
+        return dict.fromkeys(FIELDS, 0.0) | {
+            "forgetting 10": 1.0,
+            "forgetting 100": 1.0,
+            "curve": [0.0] * (5 * size.steps + 1),
+            "diverged": 1,
+        }
     found = stability(learnt)
     begun = np.minimum(np.arange(len(learnt.scores)) // size.steps + 1, len(tasks))
     return {
@@ -137,13 +161,14 @@ def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Si
         "forgetting 10": found.forgetting[10],
         "forgetting 100": found.forgetting[100],
         "plasticity 10": found.plasticity[10],
+        "diverged": 0,
         "curve": [float(np.mean(row[:n])) for row, n in zip(learnt.scores, begun, strict=True)],
     }
 
 
 def tuned(scene: str, name: str, size: Size) -> dict:
     """The rate and strength of the best mean final accuracy, on seeds that are not measured."""
-    points = list(itertools.product(size.rates, ways(size)[name].strengths))
+    points = list(itertools.product(size.rates, ways(size, scene)[name].strengths))
     finals = [
         float(np.mean([run(scene, name, *point, seed, size)["final"] for seed in TUNING_SEEDS]))
         for point in points
@@ -166,14 +191,16 @@ def claims(runs: dict) -> dict[str, dict]:
         "2 final, refresh - replay": paired(runs, "final", "refresh", "replay"),
         "3 final, InTAct - naive": paired(runs, "final", "InTAct", "naive"),
         "4 min-ACC, OGD - naive": paired(runs, "minimum", "OGD", "naive"),
-        "5 WF^10 of joint": evidence.interval([r["forgetting 10"] for r in runs["joint"]]),
+        "5 min-ACC, null space - replay": paired(runs, "minimum", "null space", "replay"),
+        "6 min-ACC, null space - joint": paired(runs, "minimum", "null space", "joint"),
+        "7 final, null space - replay": paired(runs, "final", "null space", "replay"),
     }
 
 
 def verdict(found: dict[str, float]) -> str:
     """Whether an interval says that a claim held."""
     low, high = found["mean"] - found["half_width"], found["mean"] + found["half_width"]
-    return "held" if low > 0 else "did not hold" if high < 0 else "not decided here"
+    return "held" if low > 0 else "did not hold" if high <= 0 else "not decided here"
 
 
 def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
@@ -190,7 +217,7 @@ def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
             axes.plot(runs[name][0]["curve"], **{**look, "ms": 0, "lw": 1.3}, label=name)
         for task in range(1, 5):
             axes.axvline(task * steps, color="0.8", lw=0.8, zorder=0)
-        axes.set_title(f"{scene}-incremental digits", fontsize=10)
+        axes.set_title(SCENES[scene], fontsize=10)
         axes.set_xlabel("updates")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy, mean over the tasks begun")
@@ -215,9 +242,15 @@ def main(arguments: list[str] | None = None) -> None:
     summary, curves = {}, {}
     for scene in SCENES:
         runs, points = {}, {}
-        for name, way in ways(size).items():
+        for name, way in ways(size, scene).items():
             path = kept / scene / name.replace(", ", "-").replace(" ", "-")
-            fixed = {"size": size._asdict(), "strengths": way.strengths, "tuned on": TUNING_SEEDS}
+            fixed = {
+                "size": size._asdict(),
+                "strengths": way.strengths,
+                "tuned on": TUNING_SEEDS,
+                "protocol": "joint of all rows alike; InTAct's head free where classes are new",
+                "refresh weight": REFRESH_WEIGHT,
+            }
             points[name] = evidence.kept(
                 path / "tuned.json",
                 fixed,
@@ -232,11 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
                         scene, name, point, seed, size
                     ),
                 )
-                for seed in range(given.seeds)
+                for seed in range(FIRST_SEED, FIRST_SEED + given.seeds)
             ]
-            # Learners that project compile at every task; a process has room for only so many.
-            jax.clear_caches()
-            print(scene, name, point, [round(r["final"], 3) for r in runs[name]], flush=True)
+            finals = [round(r["final"], 3) for r in runs[name]]
+            diverged = sum(r["diverged"] for r in runs[name])
+            print(scene, name, point, finals, f"{diverged} diverged", flush=True)
         table = {
             n: {f: evidence.interval([r[f] for r in rs]) for f in FIELDS} for n, rs in runs.items()
         }
@@ -254,6 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{claim}: {evidence.shown(found)}: {verdict(found)}")
         summary[scene] = {"table": table, "claims": held, "points": points}
         curves[scene] = runs
+        # Learners that project compile at every task; a process has room for only so many.
+        jax.clear_caches()
     path = evidence.write("consolidation", given.out, {"summary": summary})
     save_png(figure(curves, size.steps), path.with_suffix(".png"))
 
