@@ -72,6 +72,12 @@ OPERATIONS = frozenset(
     ]
 )
 
+# What the reader raises where a pickle is broken: its stack is empty, or holds something else.
+BROKEN = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(OverflowError, RecursionError, MemoryError),
+)
+
 
 def load_cifar10(folder: str | Path) -> tuple[Images, Images]:
     """Load the images, scaled to [0, 1], channels last.
@@ -143,7 +149,7 @@ def _read_pickle(path: Path) -> tuple[UInt8[np.ndarray, "n pixels"], np.ndarray]
         raise ValueError(
             f"{path}: names {error}, which no batch of CIFAR-10 does; it was not run"
         ) from None
-    except Exception as error:  # whatever a broken pickle makes of the reader's stack
+    except BROKEN as error:
         raise ValueError(
             f"{path}: is no batch of CIFAR-10 ({type(error).__name__}); copy the file again"
         ) from None

@@ -5,22 +5,21 @@
 
 A visit is the step in which a row is seen in all of its views; the recall interval is the number of
 steps from one visit to the next, n V / B on average.  With a new permutation each round, as the
-released code has it (Lee et al., arXiv 2503.18371), it lies anywhere between 1 and almost twice
-that.  With one permutation for all rounds it is n V / B exactly, if B / V divides n, and else to
-within one step: that is ours, and makes "enough rest" a number.
+released code has it (Lee et al., arXiv 2503.18371), it lies anywhere up to almost twice that; it is
+0 where B / V does not divide n and one step ends a round and begins the next with the same row.
+With one permutation for all rounds it is n V / B exactly, if B / V divides n, and else to within
+one step: that is ours, and makes "enough rest" a number.
 
 What a step sees depends on the key and on the step alone: a run that was broken off goes on from
 any step, and shapes are static.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, POSITIVE, check_numbers
+from jedit.core.row_order import piece_of_rounds
 
 
 def view_batches(
@@ -65,7 +64,7 @@ def view_batches(
     visits = batch_size // views
     round_, place = divmod(first * visits, num_rows)
     at = jnp.asarray([round_, place], jnp.int32)
-    rows = _visited(num_rows, steps * visits, is_fixed, at, key)
+    rows = piece_of_rounds(num_rows, steps * visits, at, key, is_fixed=is_fixed)
     numbers = rows[:, None] * views + jnp.arange(views, dtype=rows.dtype)[None]
     return numbers.reshape(steps, batch_size)
 
@@ -82,19 +81,3 @@ def views_for(interval: float, *, num_rows: int, batch_size: int) -> int:
     check_numbers(COUNT, num_rows=num_rows, batch_size=batch_size)
     divisors = np.array([v for v in range(1, batch_size + 1) if batch_size % v == 0])
     return int(divisors[np.argmin(np.abs(num_rows * divisors / batch_size - interval))])
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _visited(
-    num_rows: int, length: int, is_fixed: bool, at: Array, key: Array
-) -> Int[Array, " length"]:
-    numbers = jnp.arange(num_rows, dtype=jnp.int32)
-    # A piece reaches into one round more than would hold it.
-    rounds = jnp.arange(-(-length // num_rows) + 1, dtype=jnp.int32)
-    rounds = jnp.zeros_like(rounds) if is_fixed else at[0] + rounds
-
-    def permutation(number: Array) -> Array:
-        return jax.random.permutation(jax.random.fold_in(key, number), numbers)
-
-    stream = jax.vmap(permutation)(rounds).reshape(-1)
-    return jax.lax.dynamic_slice(stream, (at[1],), (length,))

@@ -102,10 +102,10 @@ def replayed_states(
     for part in parts[1:]:
         # Of two sets of states, the mean and the centred squares of both together.
         n, m, s = _moments(hidden, apply, params, part)
-        both = jnp.maximum(count + n, 1)
+        both = jnp.maximum(count + n, 1)  # of chunks that count nothing
         square = square + s + (m - mean) ** 2 * count * n / both
-        mean, count = mean + (m - mean) * n / both, both
-    deviation = spread * jnp.sqrt(square / count)
+        mean, count = mean + (m - mean) * n / both, count + n
+    deviation = spread * jnp.sqrt(square / jnp.maximum(count, 1))
     low, high = mean - deviation, mean + deviation
     bands = [_bands(hidden, apply, params, part, low, high) for part in parts]
     low, high = (jnp.broadcast_to(x[None], (num_rows, x.size)) for x in (low, high))

@@ -27,7 +27,7 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, FINITE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.steering.pooled import identity, pooled_in_pieces
+from jedit.steering.pooled import identity, pooled_in_pieces, rows_that_count
 from jedit.steering.steering import Affine, Steering
 
 
@@ -87,6 +87,7 @@ def austeer(
     counts = [len(jax.tree.leaves(rows.inputs)[0]) for rows in (good, bad)]
     if counts[0] != counts[1]:
         raise ValueError(f"{counts[0]} good answers and {counts[1]} bad ones are no pairs")
+    good, bad = rows_that_count(good, bad)
     start = identity(apply, params, good.inputs, sites)
     up, down = (pooled_in_pieces(apply, params, rows, start, "last") for rows in (good, bad))
     scores = {name: solve(up[name] - down[name]) for name in sites}
@@ -99,4 +100,4 @@ def austeer(
         size = scores[name].size
         maps[name] = Affine(gain=gains[first : first + size].reshape(scores[name].shape))
         first += size
-    return Steering(maps), AusteerInfo(scores, counts[0])
+    return Steering(maps), AusteerInfo(scores, len(jax.tree.leaves(good.inputs)[0]))

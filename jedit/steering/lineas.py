@@ -37,7 +37,7 @@ from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
-from jedit.steering.pooled import Pooled, pooled_outputs
+from jedit.steering.pooled import Pooled, pooled_outputs, rows_that_count
 from jedit.steering.steering import Affine, Steering
 
 DEAD = 1e-6  # arbitrary
@@ -189,6 +189,7 @@ def lineas(
     check_numbers(NOT_NEGATIVE, **sparsity._asdict())
     if gated := [name for name, one in start.maps.items() if one.gate is not None]:
         raise ValueError(f"{gated} have gates, of which none is learnt")
+    (source,), (target,) = rows_that_count(source), rows_that_count(target)
     maps, losses, first, last = _learn(
         apply, steps, params, source, target, start, learning_rate, sparsity
     )

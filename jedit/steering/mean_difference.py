@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
 from jedit.core.devices import on_auto_axes
-from jedit.steering.pooled import Pool, identity, means, pooled_in_pieces
+from jedit.steering.pooled import Pool, identity, means, pooled_in_pieces, rows_that_count
 from jedit.steering.steering import Affine, Steering
 
 
@@ -40,10 +40,11 @@ def mean_difference(
             pairs that differ at their ends.
 
     Raises:
-        ValueError: a name is no site, or a site's positions are not the outputs'.
+        ValueError: a name is no site, a site's positions are not the outputs', or no row counts.
     """
     start = identity(apply, params, source.inputs, sites)
     before, after = (
-        means(pooled_in_pieces(apply, params, rows, start, pool)) for rows in (source, target)
+        means(pooled_in_pieces(apply, params, rows, start, pool))
+        for (rows,) in map(rows_that_count, (source, target))
     )
     return Steering({name: Affine(shift=after[name] - before[name]) for name in sites})

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_word
 from jedit.core.batch import Batch
-from jedit.core.checks import FINITE, check_numbers
+from jedit.core.checks import FINITE, check_numbers, is_known
+from jedit.core.outputs import counted_outputs
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide, wide_dtype
 from jedit.core.row_blocks import pieces_of
@@ -71,7 +74,7 @@ def pooled_outputs(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`, one array.
         params: pytree of floating-point arrays.
-        rows: the rows. Of their positions those that `mask` marks count, else those of `valid`.
+        rows: the rows. Of their positions those count that are in `mask` and `valid`.
         steering: which sites, and how they are moved; `identity` moves nothing.
         strength: of the steering, 1.0 for the whole.
         pool: "mean" over a row's positions that count, or the "last" of them.
@@ -94,19 +97,50 @@ def pooled_outputs(
 def pooled_in_pieces(
     apply: Callable, params: PyTree, rows: Batch, steering: Steering, pool: Pool
 ) -> Pooled:
-    """Return `pooled_outputs` of many rows, in blocks; their order is that of `pieces_of`."""
+    """Return `pooled_outputs` of many rows, in blocks of rows."""
     parts = [
         pooled_outputs(apply, params, part, steering, pool=pool)
         for part in pieces_of(apply, params, rows)
     ]
-    return {name: jnp.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+    def in_order(name: str) -> Array:
+        # Of N blocks, block j has the rows j, j + N, ...: the blocks are the inner axis.
+        h = jnp.stack([part[name] for part in parts], axis=2)
+        return h.reshape(h.shape[0], -1, h.shape[-1])
+
+    return {name: in_order(name) for name in parts[0]}
+
+
+def rows_that_count(*sets: Batch) -> tuple[Batch, ...]:
+    """Return sets of the same rows without those of which one counts nothing, as padding does.
+
+    Where a mask is traced nothing is left out.
+
+    Raises:
+        ValueError: no row is left, or the sets have not as many rows.
+    """
+    masks = [x for rows in sets for x in (rows.mask, rows.valid) if x is not None]
+    count = len(jax.tree.leaves(sets[0].inputs)[0])
+    if not all(map(is_known, masks)):
+        return sets
+    keeps = np.ones(count, bool)
+    for rows in sets:
+        counted = np.ones((count, 1), bool)
+        for given in (rows.mask, rows.valid):
+            if given is not None:
+                counted = counted & (np.asarray(given).reshape(count, -1) != 0)
+        keeps &= counted.any(axis=1)
+    if not keeps.any():
+        raise ValueError("no row counts: mask and valid leave out all of them")
+    if keeps.all():
+        return sets
+    which = np.flatnonzero(keeps)
+    return tuple(jax.tree.map(lambda x: jnp.asarray(x)[which], rows) for rows in sets)
 
 
 def _weights(rows: Batch, lead: tuple[int, ...], pool: Pool) -> Float[Array, "n positions"]:
     """Return 1 for each position that is read of its row, else 0."""
-    given = rows.mask if rows.mask is not None else rows.valid
-    counts = jnp.ones(lead) if given is None else jnp.broadcast_to(jnp.asarray(given), lead)
-    counts = (counts != 0).astype(jnp.float32).reshape(lead[0], -1)
+    counts = counted_outputs(rows, lead).astype(jnp.float32).reshape(lead[0], -1)
     if pool == "last":
         numbers = jnp.arange(1, counts.shape[1] + 1, dtype=jnp.float32)[None]
         last = jnp.max(counts * numbers, axis=1, keepdims=True)

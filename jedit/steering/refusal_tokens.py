@@ -28,6 +28,7 @@ tokens are ours.  Refused and answered rows that are near to one another are wha
 learns its boundary from [paper].
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from jedit.core.batch import Apply, Batch
-from jedit.core.checks import FINITE, SHARE, check_numbers
+from jedit.core.checks import FINITE, SHARE, check_finite, check_numbers, is_known
 from jedit.core.display import short_repr
 from jedit.core.precision import wide
 from jedit.core.row_blocks import in_row_blocks
@@ -100,7 +101,7 @@ def add_refusal_tokens(tokenizer: Any, categories: Sequence[str]) -> tuple[Any, 
     Raises:
         ValueError: there are no categories, or one stands twice.
     """
-    names = tuple(categories)
+    names = (categories,) if isinstance(categories, str) else tuple(categories)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"categories must be different names, at least one; got {list(names)}")
     from tokenizers import AddedToken  # late: it is the extra demo's
@@ -151,16 +152,31 @@ def refusal_probabilities(
     Returns:
         Probabilities in float32 or wider, in one forward pass; they sum to one minus what the model
         gives to other words.
-    """
-    columns = jnp.asarray((*tokens.refuse, tokens.respond))
 
+    Raises:
+        ValueError: a length that is none of the questions'.
+        FloatingPointError: the model's outputs are no numbers, which no rule could decide by.
+    """
+    seq = prompt_tokens.shape[1]
+    if is_known(prompt_lengths):
+        lengths = np.asarray(prompt_lengths)
+        if np.any((lengths < 1) | (lengths > seq)):
+            raise ValueError(f"prompt_lengths must be from 1 to {seq}; got {lengths.tolist()}")
+    columns = jnp.asarray((*tokens.refuse, tokens.respond))
+    batch = Batch(jnp.asarray(prompt_tokens), jnp.asarray(prompt_lengths) - 1)
+    found = _read(apply, params, columns, batch)
+    check_finite("the probabilities of refusal tokens", found, "the model's outputs are no numbers")
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(apply: Apply, params: PyTree, columns: Array, batch: Batch) -> Array:
     def read(outputs: tuple[Array, ...], batch: Batch) -> Array:
         last = jnp.asarray(batch.targets)
         here = jnp.take_along_axis(outputs[0], last[:, None, None], axis=1)[:, 0]
         return jax.nn.softmax(wide(here), axis=-1)[:, columns]
 
-    last = jnp.asarray(prompt_lengths) - 1
-    return in_row_blocks(read, apply, (params,), Batch(jnp.asarray(prompt_tokens), last))
+    return in_row_blocks(read, apply, (params,), batch)
 
 
 def refuse_by_category(

@@ -10,13 +10,13 @@ retain set.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int, Key, PyTree
+
+from jedit.core.row_order import piece_of_rounds
 
 
 def row_streams(
@@ -40,21 +40,7 @@ def row_stream(
     size = min(batch_size, count)
     epoch, offset = divmod(first * size, count)
     place = jnp.asarray([epoch, offset], jnp.int32)
-    return _piece(count, steps * size, place, key).reshape(steps, size)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _piece(count: int, length: int, place: Array, key: Array) -> Int[Array, " length"]:
-    """Return `length` numbers of the stream from an offset in an epoch on."""
-    numbers = jnp.arange(count, dtype=jnp.int32)
-    # A piece reaches into one permutation more than would hold it.
-    epochs = place[0] + jnp.arange(-(-length // count) + 1, dtype=jnp.int32)
-
-    def permutation(epoch: Array) -> Array:
-        return jax.random.permutation(jax.random.fold_in(key, epoch), numbers)
-
-    stream = jax.vmap(permutation)(epochs).reshape(-1)
-    return lax.dynamic_slice(stream, (place[1],), (length,))
+    return piece_of_rounds(count, steps * size, place, key).reshape(steps, size)
 
 
 def paired_stream(

@@ -153,6 +153,7 @@ def test_modules_with_like_names_are_told_apart():
     pattern = sensitive_modules({"layers/1": 0.3, "layers/10": -0.1, "a.b": -0.2}, count=1)
     assert re.search(pattern, "layers/1/kernel")
     assert not re.search(pattern, "layers/10/kernel")
+    assert not re.search(pattern, "layers/1/router/kernel")  # a module of its own
     assert re.search(sensitive_modules({"a.b": 1.0}, count=1), "a.b")
     assert not re.search(sensitive_modules({"a.b": 1.0}, count=1), "axb")
 

@@ -71,6 +71,16 @@ def test_the_margin_is_the_loops(problem, chunk, tolerance):
     tolerance.check(aux, {"margin": expected})
 
 
+def test_chunks_that_count_nothing_are_no_states(problem, tolerance):
+    """Four rows of padding in front, in chunks of two: two chunks count nothing."""
+    _, reference, _, retain = problem
+    padded = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:4]), x]), retain)
+    found = replayed_states(hidden, apply, reference, padded, spread=SPREAD, chunk=2)
+    expected = replayed_states(hidden, apply, reference, retain, spread=SPREAD)
+    tolerance.check(found.low[0], expected.low[0])
+    tolerance.check(found.high[0], expected.high[0])
+
+
 def test_an_untouched_model_has_no_margin_and_no_gradient(problem):
     _, reference, _, retain = problem
     replayed = replayed_states(hidden, apply, reference, retain)

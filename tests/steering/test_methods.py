@@ -9,6 +9,7 @@ import scipy.optimize
 import scipy.stats
 
 from jedit.core.batch import Batch
+from jedit.core.paths import parameter_paths
 from jedit.edits import apply_edit
 from jedit.models import gpt
 from jedit.steering import (
@@ -121,6 +122,69 @@ def test_what_is_pooled_is_the_mean_or_the_last_of_what_counts(scene, tolerance)
     last = pooled_outputs(apply, params, source, still, pool="last")[SITES[0]]
     ends = jnp.sum(source.valid, axis=1).astype(int) - 1
     tolerance.check(last[0], outputs[jnp.arange(12), ends])
+
+
+def test_positions_count_that_are_in_the_mask_and_valid(scene, tolerance):
+    """Read by capture and pooled by loops, with biases that are something."""
+    apply, params, source, _ = scene
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    draw = lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, x.dtype)  # noqa: E731
+    params = jax.tree.map(draw, params)
+    mask = np.random.default_rng(1).integers(0, 2, (12, 6)).astype(float)
+    rows = source._replace(mask=jnp.asarray(mask))
+    still = identity(apply, params, rows.inputs, SITES)
+    outputs = np.asarray(intervene(apply, params, rows.inputs).site_outputs[SITES[0]])
+    outputs = outputs + np.asarray(dict(parameter_paths(params))["blocks/0/mlp/down/bias"])
+    for pool in ("mean", "last"):
+        found = pooled_outputs(apply, params, rows, still, pool=pool)[SITES[0]][0]
+        for i in range(12):
+            read = [j for j in range(6) if mask[i, j] and source.valid[i, j]]
+            read = read[-1:] if pool == "last" else read
+            expected = outputs[i, read].mean(axis=0) if read else np.zeros(8)
+            tolerance.check(found[i], expected)
+
+
+def test_blocks_of_rows_keep_pairs_together(scene, monkeypatch, tolerance):
+    """The two sets are wider and narrower, so that they are cut into unequal numbers of blocks."""
+    apply, params, source, _ = scene
+    wide, narrow = source, jax.tree.map(lambda x: x[:, :3], source)
+    whole = austeer(apply, params, wide, narrow, sites=SITES)[1].scores
+    shift = mean_difference(apply, params, wide, narrow, sites=SITES)
+    monkeypatch.setattr("jedit.core.row_blocks.MOST_BYTES", 4 * 11 * 6 * 3)
+    cut = austeer(apply, params, wide, narrow, sites=SITES)[1].scores
+    for site in SITES:
+        np.testing.assert_array_equal(cut[site], whole[site])
+    tolerance.check(
+        mean_difference(apply, params, wide, narrow, sites=SITES).maps[SITES[0]].shift,
+        shift.maps[SITES[0]].shift,
+    )
+
+
+def test_rows_that_count_nothing_are_left_out(scene, tolerance):
+    """As `data.batches` fills its last batch with them."""
+    apply, params, source, target = scene
+    filled = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:3])]), source)
+    for make in (
+        lambda rows: mean_difference(apply, params, rows, target, sites=SITES).maps,
+        lambda rows: (
+            lineas(
+                apply,
+                params,
+                rows,
+                target,
+                start=identity(apply, params, rows.inputs, SITES),
+                steps=2,
+                sparsity=NOTHING,
+            )[0].maps
+        ),
+    ):
+        tolerance.check(make(filled)[SITES[0]].shift, make(source)[SITES[0]].shift)
+    pair = (filled, jax.tree.map(lambda x: jnp.concatenate([x, x[:6]]), target))
+    _, info = austeer(apply, params, *pair, sites=SITES)
+    assert info.num_pairs == 12
+    empty = source._replace(valid=jnp.zeros_like(source.valid))
+    with pytest.raises(ValueError, match="no row counts"):
+        mean_difference(apply, params, empty, target, sites=SITES)
 
 
 def test_the_mean_difference_moves_a_mean_onto_the_other(scene, tolerance):

@@ -127,6 +127,17 @@ def test_probabilities_are_the_softmax_behind_each_question(key, tolerance):
     tolerance.check(other[2], got[2])
 
 
+def test_no_rule_is_asked_about_a_model_that_is_destroyed_or_a_question_that_is_none(key):
+    apply, params = small(key)
+    prompts = jnp.asarray([[3, 1, 4], [5, 9, 0]])
+    for lengths in ([0, 2], [3, 4]):
+        with pytest.raises(ValueError, match="prompt_lengths must be from 1 to 3"):
+            refusal_probabilities(apply, params, TOKENS, prompts, np.array(lengths))
+    broken = jax.tree.map(lambda p: p * jnp.nan, params)
+    with pytest.raises(FloatingPointError, match="outputs are no numbers"):
+        refusal_probabilities(apply, broken, TOKENS, prompts, np.array([3, 2]))
+
+
 def test_an_answer_goes_on_behind_the_token_that_was_decided(key):
     apply, params = small(key)
     prompts, lengths = jnp.asarray([[3, 1, 4], [5, 9, 0]]), np.array([3, 2])

@@ -118,7 +118,8 @@ def sensitive_modules(scores: Mapping[str, float], *, count: int) -> str:
     if count > len(scores):
         raise ValueError(f"count is {count}, and there are {len(scores)} modules: {list(scores)}")
     chosen = sorted(scores, key=lambda module: -scores[module])[:count]
-    return rf"^(?:{'|'.join(map(re.escape, chosen))})(?:/|$)"
+    # Their own parameters: what stands in a folder of theirs is another module.
+    return rf"^(?:{'|'.join(map(re.escape, chosen))})(?:/[^/]+)?$"
 
 
 def _shares(pairs: Sequence[tuple[PyTree, PyTree]]) -> dict[str, float]:

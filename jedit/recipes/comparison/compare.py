@@ -386,13 +386,18 @@ def _by_scale(
             given = (method, task.apply, task.original, task.forget, task.retain)
             return jax.block_until_ready(run_method(*given)[0]), left
 
-        run(scales[0])  # the clock must not see the compiler
         start = time.perf_counter()
-        edits = [run(scale) for scale in (scales if is_made_anew else scales[:1])]
-        seconds = (time.perf_counter() - start) / len(edits)
-        if not is_made_anew:
-            edits = [(edits[0][0], scale) for scale in scales]
-        models = [apply_edit(task.original, edit, left) for edit, left in edits]
+        try:
+            run(scales[0])  # the clock must not see the compiler
+            start = time.perf_counter()
+            edits = [run(scale) for scale in (scales if is_made_anew else scales[:1])]
+        except FloatingPointError:  # one that trains its edit has run away
+            models, seconds = [destroyed(task.original)] * len(scales), time.perf_counter() - start
+        else:
+            seconds = (time.perf_counter() - start) / len(edits)
+            if not is_made_anew:
+                edits = [(edits[0][0], scale) for scale in scales]
+            models = [apply_edit(task.original, edit, left) for edit, left in edits]
         points = [judge(m, scale, seconds) for m, scale in zip(models, scales, strict=True)]
         yield Curve(row.name, {}, tuple(points)), models
 
