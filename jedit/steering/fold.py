@@ -78,14 +78,18 @@ def why_not_folded(site: Site, one: Affine, sites: Sites) -> str | None:
 def _shared(site: Site, sites: Sites) -> str | None:
     """Return a parameter of a site of which another site reads an entry too."""
     for path in site.weight.paths:
-        readers = [other for other in sites.values() if path in other.weight.paths]
-        if len(readers) == 1:
+        others = [
+            other
+            for other in sites.values()
+            if path in other.weight.paths and other.name != site.name
+        ]
+        if not others:
             continue
         with jax.ensure_compile_time_eval():
-            reads = [np.asarray(_entries(other, path)) for other in readers]
-        mine = reads[[other.name for other in readers].index(site.name)]
-        if ((sum(reads) > 1) & (mine > 0)).any():
-            return path
+            mine = np.asarray(_entries(site, path)) > 0
+            # One after the other: of a mixture each expert is a reader of one large leaf.
+            if any((mine & (np.asarray(_entries(other, path)) > 0)).any() for other in others):
+                return path
     return None
 
 
