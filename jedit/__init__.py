@@ -47,6 +47,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import (
     Curvature,
     Estimator,
+    Factorize,
     diagonal,
     ekfac,
     estimate,
@@ -136,6 +137,7 @@ __all__ = [
     "edit_between",
     "edit_norms",
     "edits",
+    "Factorize",
     "ekfac",
     "estimate",
     "estimate_in_groups",

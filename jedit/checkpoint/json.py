@@ -6,26 +6,27 @@ file.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from jedit.checkpoint.arrays import describe, described, is_shape
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
-from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker
+from jedit.curvature.types import By, Curvature, Diagonal, Factor, Kronecker
 from jedit.edits import Edit, LowRank
 from jedit.tracing.sites import Weight
 
 MAX_OPS = 64  # relayouts of one weight; a scan in a scan has fewer than ten
 MAX_NAME = 4096
+Shape = tuple[int, ...]
 FIELDS: dict[type, tuple[str, ...]] = {
     Edit: ("blocks",),
     LowRank: ("left", "right", "weight"),
     Curvature: ("blocks", "factors", "num_outputs"),
     Kronecker: ("weight", "input", "output", "corrected", "is_merged"),
     Diagonal: ("weight", "values"),
-    Factor: ("matrix", "basis", "eigenvalues"),
+    Factor: ("matrix", "basis", "eigenvalues", "by"),
     Weight: (
         *("path", "shape", "ops", "layers", "is_stacked", "d_in", "d_out"),
         *("bias_path", "bias_shape", "bias_ops"),
@@ -111,7 +112,7 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             for factor, side in zip(names, sides, strict=True):
                 if type(factor) is not str or factor not in factors:
                     raise DamagedError(f"{at}: there is no factor {shown(factor)}")
-                if factors[factor].eigenvalues.shape[-1] != side:
+                if factors[factor].dimension != side:
                     raise DamagedError(f"{at}: the factor {factor} has another side than {side}")
             corrected = None
             if fields["corrected"] is not None:
@@ -145,15 +146,32 @@ def _to_json(value: Any) -> Any:
 
 def _factor_from_json(value: Any, source: str) -> Factor:
     check_fields(value, FIELDS[Factor], source)
-    matrix, eigenvalues = (described(value[name], source) for name in ("matrix", "eigenvalues"))
-    basis = None if value["basis"] is None else described(value["basis"], source)
-    *_, side = (0, *eigenvalues.shape)
-    square = (*eigenvalues.shape, side)
-    is_diagonal = basis is None and matrix.shape == eigenvalues.shape
-    is_dense = basis is not None and matrix.shape == basis.shape == square
-    if len(eigenvalues.shape) < 2 or not (is_diagonal or is_dense):
-        raise DamagedError(f"{source}: {matrix.shape} and {eigenvalues.shape} make no factor")
-    return _bare(Factor, matrix, basis, eigenvalues)
+    matrix, basis, eigenvalues = (
+        None if value[name] is None else described(value[name], source)
+        for name in ("matrix", "basis", "eigenvalues")
+    )
+    if value["by"] not in get_args(By):
+        raise DamagedError(f"{source}: by is {shown(value['by'])}; known are {get_args(By)}")
+    shapes = tuple(None if x is None else tuple(x.shape) for x in (matrix, basis, eigenvalues))
+    if not _make_a_factor(*shapes):
+        raise DamagedError(f"{source}: arrays of shapes {shapes} make no factor")
+    return _bare(Factor, matrix, basis, eigenvalues, value["by"])
+
+
+def _make_a_factor(matrix: Shape | None, basis: Shape | None, eigenvalues: Shape | None) -> bool:
+    """Say whether three shapes are those of one of the four forms of a factor."""
+    if matrix is None:
+        if basis is None or eigenvalues is None or len(basis) != 3:
+            return False
+        layers, d, k = basis
+        return k < d and eigenvalues == (layers, 1 + k)
+    if len(matrix) == 2:
+        return basis is None and eigenvalues == matrix
+    if len(matrix) != 3 or matrix[1] != matrix[2]:
+        return False
+    if eigenvalues is None:
+        return basis is None
+    return basis == matrix and eigenvalues == matrix[:2]
 
 
 def _weight_from_json(value: Any, source: str) -> Weight:

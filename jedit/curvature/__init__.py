@@ -14,6 +14,7 @@ from jedit.curvature.algebra import (
 from jedit.curvature.diagonal import diagonal
 from jedit.curvature.ekfac import ekfac
 from jedit.curvature.estimator import Estimator, estimate, estimate_in_groups
+from jedit.curvature.factorization import Factorize
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
 from jedit.curvature.kfac import kfac
 from jedit.curvature.memory import to_device, to_host
@@ -25,6 +26,7 @@ __all__ = [
     "Diagonal",
     "Estimator",
     "Factor",
+    "Factorize",
     "Kronecker",
     "choose_temperature",
     "diagonal",

@@ -10,47 +10,83 @@ the place of f(Λ).
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_kind, check_word, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import fetched, on_auto_axes, sharding_of
-from jedit.curvature.checks import check_covers
+from jedit.curvature import factored, low_rank
+from jedit.curvature.checks import check_covers, eigenbasis_of, matrix_of
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.mesh.rotation import sharded_gather, sharded_products, sharded_rotation
-from jedit.curvature.types import Curvature, Diagonal, Kronecker, Uncovered
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Uncovered
 from jedit.tracing.sites import Weight
 
 
 def eigenvalues(curvature: Curvature, name: str) -> Float[Array, "layers rows d_out"]:
-    """Return a block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis."""
+    """Return a block's eigenvalues (layers, rows, d_out), in the order of its eigenbasis.
+
+    Along an axis whose leading eigenvectors alone are known there are 1 + k of them; the first
+    stands for all the others.
+
+    Raises:
+        ValueError: a factor of the block was not decomposed.
+    """
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return block.values
     if block.corrected is not None:
         return fetched(block.corrected)
     # All pairs a_i g_j, as large as the weight itself: made when needed, never stored.
-    a = curvature.factors[block.input].eigenvalues
-    g = curvature.factors[block.output].eigenvalues
+    if is_leading(block, curvature):
+        a, g = (factor.eigenvalues for factor in _pair(curvature, block))
+        assert a is not None
+        assert g is not None
+    else:
+        a, g = (eigenbasis_of(factor, name)[1] for factor in _pair(curvature, block))
     if block.sharding is not None:
         return sharded_products(a, g, block.sharding)
     return a[:, :, None] * g[:, None, :]
 
 
+def is_leading(block: Kronecker | Diagonal, curvature: Curvature) -> TypeGuard[Kronecker]:
+    """Say whether a block knows the leading eigenvectors of a factor alone."""
+    if isinstance(block, Diagonal):
+        return False
+    return any(factor.form == "leading" for factor in _pair(curvature, block))
+
+
+def is_undecomposed(block: Kronecker | Diagonal, curvature: Curvature) -> TypeGuard[Kronecker]:
+    """Say whether a block has a factor without eigenvectors."""
+    if isinstance(block, Diagonal):
+        return False
+    return any(factor.form == "undecomposed" for factor in _pair(curvature, block))
+
+
+def _pair(curvature: Curvature, block: Kronecker) -> tuple[Factor, Factor]:
+    return curvature.factors[block.input], curvature.factors[block.output]
+
+
 def rotate(curvature: Curvature, name: str, matrix: Array, *, back: bool = False) -> Array:
-    """Rotate a matrix (layers, rows, d_out) into a block's eigenbasis, or back."""
+    """Rotate a matrix (layers, rows, d_out) into a block's eigenbasis, or back.
+
+    Raises:
+        ValueError: a factor of the block has not all eigenvectors.
+    """
     block = curvature.blocks[name]
     if isinstance(block, Diagonal):
         return matrix
-    factors = (curvature.factors[block.input], curvature.factors[block.output])
+    factors = _pair(curvature, block)
+    bases = [eigenbasis_of(factor, name)[0] for factor in factors]
     if block.sharding is not None:
         return sharded_rotation(*factors, matrix, back, block.sharding)
-    for axis, factor in enumerate(factors, 1):
-        matrix = rotate_axis(factor.basis, matrix, axis, back=back)
+    for axis, basis in enumerate(bases, 1):
+        matrix = rotate_axis(basis, matrix, axis, back=back)
     return matrix
 
 
@@ -63,26 +99,50 @@ def gather(block: Kronecker | Diagonal, leaves: Mapping[str, Array]) -> Array:
     return sharded_gather(dict(leaves), block.weight, sharding)
 
 
-class Spectrum(NamedTuple):
-    """One block of a linear map on params, T -> Q [values ∘ (Qᵀ T)].
+class BlockMap(NamedTuple):
+    """One block of a linear map on params.
 
     Attributes:
         weight: the parameters whose matrix T is.
-        values: the map's eigenvalues, of a shape that broadcasts to (layers, rows, d_out).
+        dtype: what T is taken in.
         gather: `gather({path: array}) -> T`.
-        rotate: `rotate(T, back=False) -> Qᵀ T`; with `back=True` it returns Q T.
+        apply: `apply(T)`, the map's value (layers, rows, d_out).
     """
 
     weight: Weight
-    values: Array
+    dtype: DTypeLike
     gather: Callable[[Mapping[str, Array]], Array]
-    rotate: Callable[..., Array]
+    apply: Callable[[Array], Array]
+
+
+def spectral(
+    weight: Weight,
+    values: PyTree,
+    gather: Callable[[Mapping[str, Array]], Array],
+    rotate: Callable[..., Any],
+) -> BlockMap:
+    """Return the map T -> Q [values ∘ (Qᵀ T)].
+
+    Args:
+        weight: the parameters whose matrix T is.
+        values: the map's eigenvalues, of a shape that broadcasts to (layers, rows, d_out); where
+            `rotate` returns several parts, those of each.
+        gather: `gather({path: array}) -> T`.
+        rotate: `rotate(T, back=False) -> Qᵀ T`, an array or a tree of parts; with `back=True` it
+            returns Q T.
+    """
+
+    def apply(matrix: Array) -> Array:
+        return rotate(jax.tree.map(jnp.multiply, values, rotate(matrix)), back=True)
+
+    return BlockMap(weight, jax.tree.leaves(values)[0].dtype, gather, apply)
 
 
 def apply_spectral(
     curvature: Curvature,
     tree: PyTree,
     function: Callable[[Array], Array],
+    along: Callable[[Array, Array, int], Array] | None = None,
     *,
     damping: float | Array = 0.0,
     absolute: bool = False,
@@ -90,28 +150,41 @@ def apply_spectral(
 ) -> PyTree:
     """Return f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
 
+    `along(damped, T, axis)` is the same function of a damped factor that was not decomposed; None:
+    it needs eigenvectors.
+
     Raises:
         ValueError: the arguments are refused as by `solve`.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
     leaves = check_covers(curvature, tree)
 
-    def spectrum(name: str) -> Spectrum:
-        block, values = curvature.blocks[name], eigenvalues(curvature, name)
-        values = function(values + _damping(values, damping, absolute))
-        turn = functools.partial(rotate, curvature, name)
-        return Spectrum(block.weight, values, functools.partial(gather, block), turn)
+    def block_map(name: str) -> BlockMap:
+        block = curvature.blocks[name]
+        gathered = functools.partial(gather, block)
+        if along is not None and is_undecomposed(block, curvature):
+            multiply = along
+            pair = factored.damped_factors(curvature, block, damping, absolute)
 
-    return apply_spectra(map(spectrum, curvature.blocks), tree, leaves, uncovered=uncovered)
+            def apply(matrix: Array) -> Array:
+                for axis, damped in enumerate(pair, 1):
+                    matrix = multiply(damped, matrix, axis)
+                return matrix
+
+            return BlockMap(block.weight, pair[0].dtype, gathered, apply)
+        values, turn = _damped(curvature, name, damping, absolute)
+        return spectral(block.weight, jax.tree.map(function, values), gathered, turn)
+
+    return apply_blocks(map(block_map, curvature.blocks), tree, leaves, uncovered=uncovered)
 
 
-def apply_spectra(
-    spectra: Iterable[Spectrum], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: Uncovered
+def apply_blocks(
+    maps: Iterable[BlockMap], tree: PyTree, leaves: Mapping[str, Array], *, uncovered: Uncovered
 ) -> PyTree:
     """Apply the linear map of these blocks to a tree; an iterator's blocks are made one by one.
 
     Args:
-        spectra: blocks of different parameters, or of disjoint slices of one.
+        maps: blocks of different parameters, or of disjoint slices of one.
         tree: T, a pytree shaped like params.
         leaves: the leaves of T by path, checked to hold all parameters of the blocks.
         uncovered: what becomes of parameters without a block: "zero" or "identity".
@@ -125,9 +198,9 @@ def apply_spectra(
     check_word(Uncovered, uncovered=uncovered)
     total: dict[str, Array] = {}
     rest = dict(leaves)
-    for weight, values, gathered, turn in spectra:
-        matrix = gathered({path: leaves[path].astype(values.dtype) for path in weight.paths})
-        result = turn(values * turn(matrix), back=True)
+    for weight, dtype, gathered, apply in maps:
+        matrix = gathered({path: leaves[path].astype(dtype) for path in weight.paths})
+        result = apply(matrix)
         for path, part in weight.scatter(result).items():
             total[path] = total[path] + part if path in total else part
         # Blocks may cover slices of a leaf: what they read is taken off the rest, so that
@@ -144,12 +217,35 @@ def apply_spectra(
     return jax.tree.unflatten(jax.tree.structure(tree), out)
 
 
-def _damping(values: Array, damping, absolute: bool) -> Array:
-    """Return λ: in units of the mean eigenvalue every layer of a stacked block has its own."""
-    damping = jnp.asarray(damping, values.dtype)
-    if absolute:
-        return damping
-    return damping * jnp.mean(values, axis=(1, 2), keepdims=True)
+def _damped(
+    curvature: Curvature, name: str, damping: float | Array, absolute: bool
+) -> tuple[PyTree, Callable[..., Any]]:
+    """Return a block's damped eigenvalues, and the rotation into its eigenbasis.
+
+    Both are of parts where the leading eigenvectors of a factor alone are known.
+    """
+    block, values = curvature.blocks[name], eigenvalues(curvature, name)
+    values = values + _mean_and_level(curvature, name, damping, absolute)[1]
+    if not is_leading(block, curvature):
+        return values, functools.partial(rotate, curvature, name)
+    pair = _pair(curvature, block)
+    return low_rank.parts_of(values, *pair), functools.partial(low_rank.split, pair)
+
+
+def _mean_and_level(
+    curvature: Curvature, name: str, damping: float | Array, absolute: bool
+) -> tuple[Array, Array]:
+    """Return a block's mean eigenvalue of every layer (layers, 1, 1), and λ.
+
+    In units of the mean eigenvalue every layer of a stacked block has its own λ.
+    """
+    block, values = curvature.blocks[name], eigenvalues(curvature, name)
+    if is_leading(block, curvature):
+        mean = low_rank.mean_eigenvalue(values, *_pair(curvature, block))
+    else:
+        mean = jnp.mean(values, axis=(1, 2), keepdims=True)
+    level = jnp.asarray(damping, values.dtype)
+    return mean, level if absolute else level * mean
 
 
 @on_auto_axes
@@ -185,7 +281,13 @@ def solve(
         return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
 
     return apply_spectral(
-        curvature, tree, invert, damping=damping, absolute=absolute, uncovered=uncovered
+        curvature,
+        tree,
+        invert,
+        factored.solve_axis,
+        damping=damping,
+        absolute=absolute,
+        uncovered=uncovered,
     )
 
 
@@ -200,7 +302,13 @@ def matvec(
 ) -> PyTree:
     """Return (F + λ) T; arguments and errors are as `solve`'s."""
     return apply_spectral(
-        curvature, tree, lambda v: v, damping=damping, absolute=absolute, uncovered=uncovered
+        curvature,
+        tree,
+        lambda v: v,
+        factored.multiply_axis,
+        damping=damping,
+        absolute=absolute,
+        uncovered=uncovered,
     )
 
 
@@ -238,12 +346,18 @@ def quadratic_form(
     leaves = check_covers(curvature, tree)
     parts = []
     for name, block in curvature.blocks.items():
-        values = eigenvalues(curvature, name)
-        mine = {path: leaves[path].astype(values.dtype) for path in block.weight.paths}
-        rotated = rotate(curvature, name, gather(block, mine))
-        damped = values + _damping(values, damping, absolute)
+        if is_undecomposed(block, curvature):
+            a, g = factored.damped_factors(curvature, block, damping, absolute)
+            matrix = gather(block, {p: leaves[p].astype(a.dtype) for p in block.weight.paths})
+            moved = factored.multiply_axis(g, factored.multiply_axis(a, matrix, 1), 2)
+            parts.append(jnp.sum(matrix * moved))
+            continue
+        damped, turn = _damped(curvature, name, damping, absolute)
+        dtype = jax.tree.leaves(damped)[0].dtype
+        matrix = gather(block, {path: leaves[path].astype(dtype) for path in block.weight.paths})
         # Tᵀ Q Λ Qᵀ T is a weighted square of Qᵀ T: one rotation, and never negative by rounding.
-        parts.append(jnp.sum(damped * rotated**2))
+        squares = jax.tree.map(lambda v, x: jnp.sum(v * x**2), damped, turn(matrix))
+        parts += jax.tree.leaves(squares)
     return _sum(parts)
 
 
@@ -253,9 +367,15 @@ def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool 
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     parts = []
-    for name in curvature.blocks:
-        values = eigenvalues(curvature, name)
-        parts.append(jnp.sum(values + _damping(values, damping, absolute)))
+    for name, block in curvature.blocks.items():
+        size = block.weight.rows * block.weight.d_out
+        if is_undecomposed(block, curvature):
+            a, g = factored.damped_factors(curvature, block, damping, absolute)
+            mean = factored.mean_diagonal(a) * factored.mean_diagonal(g)
+        else:
+            mean, level = _mean_and_level(curvature, name, damping, absolute)
+            mean = mean + level
+        parts.append(jnp.sum(mean) * size)
     return _sum(parts)
 
 
@@ -272,7 +392,7 @@ def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
     A stacked parameter's factors have a leading layer axis; a diagonal factor is a vector.
 
     Raises:
-        ValueError: there is no such block, or it is diagonal.
+        ValueError: there is no such block, it is diagonal, or its matrices were not kept.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     block = curvature.blocks.get(path)
@@ -281,5 +401,5 @@ def factors(curvature: Curvature, path: str) -> tuple[Array, Array]:
         raise ValueError(
             f"{path!r} has no Kronecker block; of those that have, {nearest(path, known)}"
         )
-    a, g = curvature.factors[block.input].matrix, curvature.factors[block.output].matrix
+    a, g = (matrix_of(factor, path) for factor in _pair(curvature, block))
     return (a, g) if block.weight.is_stacked else (a[0], g[0])

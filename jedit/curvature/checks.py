@@ -12,7 +12,7 @@ from jedit.core.checks import is_known
 from jedit.core.devices import sharding_of
 from jedit.core.paths import parameter_paths
 from jedit.curvature.mesh.placement import whole
-from jedit.curvature.types import Curvature
+from jedit.curvature.types import Curvature, Factor
 from jedit.tracing.sites import Weight
 
 
@@ -58,6 +58,41 @@ def check_has(weights: Iterable[Weight], tree: PyTree, owner: str) -> dict[str, 
                     f"{shapes[path]}"
                 )
     return leaves
+
+
+def eigenbasis_of(factor: Factor, name: str) -> tuple[Array | None, Array]:
+    """Return a factor's eigenvectors, None of a diagonal one, and all of its eigenvalues.
+
+    Raises:
+        ValueError: it was kept without them, or with the leading ones alone.
+    """
+    if factor.form == "undecomposed":
+        raise ValueError(
+            f"the curvature of {name!r} has no eigenvectors: its factors were kept by "
+            f'factorize="{factor.by}", which serves `solve`, `matvec`, `quadratic_form`, `trace` '
+            'and what is made of them; estimate it by factorize="eigh"'
+        )
+    if factor.form == "leading":
+        raise ValueError(
+            f"the curvature of {name!r} has the leading eigenvectors alone, and all are needed "
+            'here: estimate it by factorize="eigh"'
+        )
+    assert factor.eigenvalues is not None
+    return factor.basis, factor.eigenvalues
+
+
+def matrix_of(factor: Factor, name: str) -> Array:
+    """Return a factor's matrix (layers, d, d), or (layers, d) of a diagonal one.
+
+    Raises:
+        ValueError: it was kept by its leading eigenvectors alone.
+    """
+    if factor.matrix is None:
+        raise ValueError(
+            f"the curvature of {name!r} has the leading eigenvectors alone, and its matrices are "
+            'needed here: estimate it by factorize="eigh" or "cholesky"'
+        )
+    return factor.matrix
 
 
 def check_counted(num_outputs: Array, name: str = "the curvature") -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jedit.core.devices import fetched
 from jedit.core.precision import HIGHEST
 from jedit.curvature.checks import check_layers_finite
+from jedit.curvature.factorization import Factorize
 from jedit.curvature.types import Factor
 
 
@@ -38,14 +39,16 @@ def factorize(
     *,
     dtype: DTypeLike | None = None,
     hint: str = "",
+    how: Factorize = Factorize(),  # noqa: B008 - frozen and hashable
 ) -> Factor:
-    """Return the eigenbasis of every layer's matrix; a diagonal factor needs none.
+    """Return every layer's matrix as a factor, with the eigenbasis that is asked for.
 
     Args:
         matrix: symmetric positive semi-definite, or a diagonal.
         name: the name of its block, for the error message.
         dtype: the dtype to decompose in; None: the matrix's own.
         hint: what to say when it is not finite.
+        how: which eigenvectors are wanted; a diagonal factor needs none.
 
     Returns:
         The factor, in the matrix's dtype; eigenvalues that rounding made negative are zero.
@@ -56,6 +59,10 @@ def factorize(
     check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
+    if how.by != "eigh":
+        return Factor(matrix, None, None, how.by)
+    if how.rank is not None and how.rank < matrix.shape[-1]:
+        return leading(matrix, how.rank)
     # Waited for one by one: dispatched side by side, they are the batch that may deadlock.
     pairs = [jax.block_until_ready(eigh(layer, dtype or matrix.dtype)) for layer in matrix]
     values, bases = (
@@ -63,6 +70,22 @@ def factorize(
     )
     # A sum of outer products has no negative eigenvalue: those of rounding would make a power NaN.
     return Factor(matrix, bases, jnp.maximum(values, 0))
+
+
+def leading(matrix: Float[Array, "layers d d"], rank: int) -> Factor:
+    """Return the factor's leading eigenvectors, by the dense decomposition.
+
+    Each layer's matrix is decomposed by itself.
+    """
+    d = matrix.shape[-1]
+    values, bases = [], []
+    for layer in matrix:
+        a, q = jax.block_until_ready(jnp.linalg.eigh(layer))
+        a = jnp.maximum(a, 0)
+        rest = jnp.maximum((jnp.trace(layer) - jnp.sum(a[d - rank :])) / (d - rank), 0)
+        values.append(jnp.concatenate([rest[None], a[d - rank :]]))
+        bases.append(q[:, d - rank :])
+    return Factor(None, jnp.stack(bases), jnp.stack(values))
 
 
 def eigh(
@@ -86,3 +109,14 @@ def rotate_axis(basis: Array | None, x: Array, axis: int, *, back: bool = False)
     q = "lai" if back else "lia"
     spec = f"{q},lij->laj" if axis == 1 else f"{q},lji->lja"
     return jnp.einsum(spec, fetched(basis), x, precision=HIGHEST)
+
+
+def shape_of(matrix: Array, how: Factorize) -> Factor:
+    """Return a factor of the shapes that `factorize` makes, under `jax.eval_shape`."""
+    if matrix.ndim == 2:
+        return Factor(matrix, None, matrix)
+    if how.by != "eigh":
+        return Factor(matrix, None, None, how.by)
+    if how.rank is not None and how.rank < matrix.shape[-1]:
+        return Factor(None, matrix[..., : how.rank], matrix[:, 0, : how.rank + 1])
+    return Factor(matrix, matrix, matrix[..., 0])

@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_function, check_word
-from jedit.core.checks import COUNT, check_numbers
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
 from jedit.curvature.assemble import Totals, assemble
@@ -36,8 +35,9 @@ from jedit.curvature.captured_batch import (
 )
 from jedit.curvature.checks import check_counted
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
-from jedit.curvature.eigenbases import Moment
+from jedit.curvature.eigenbases import Moment, shape_of
 from jedit.curvature.estimator import Estimator
+from jedit.curvature.factorization import Factorize, factorizing
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
@@ -63,7 +63,7 @@ from jedit.curvature.moments import (
     zero_output_sums,
 )
 from jedit.curvature.squared_gradients import add_squared_gradients
-from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, pytree
+from jedit.curvature.types import By, Curvature, Diagonal, Kronecker, pytree
 
 
 @pytree("blocks", "draws", "shardings")
@@ -142,7 +142,7 @@ def kfac(
     fisher: Fisher = "sampled",
     samples: int = 1,
     sharing: Sharing = "expand",
-    max_dim: int = 16384,
+    factorize: Factorize | By = Factorize(),  # noqa: B008 - frozen and hashable
     centred: bool = False,
 ) -> Estimator:
     """Estimate the curvature of the mean output loss by K-FAC.
@@ -159,8 +159,7 @@ def kfac(
             cut.
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
-        max_dim: longest axis that gets a dense factor; longer ones (vocabularies) a diagonal one.
-            Arbitrary: a factor of this size takes 1 GiB.
+        factorize: how the factors are kept: "eigh", "cholesky", "inverse" or a `Factorize`.
         centred: whether the means over the positions are taken off both moments; then it is no
             Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
             about zero.
@@ -175,7 +174,7 @@ def kfac(
         ValueError: `fisher` or `sharing` is another word, or centred moments are to be of exact
             labels, of which the mean is zero.
     """
-    check_numbers(COUNT, max_dim=max_dim)
+    how = factorizing(factorize)
     check_function(apply)
     check_word(Sharing, sharing=sharing)
     labels = Labels(likelihood, fisher, samples)
@@ -204,8 +203,8 @@ def kfac(
             for member in members:
                 check_sharing(sharing, sites[member.site], done.alignments[member.site])
             return KfacState(
-                {m.group: zero_input_sums(sites[m.site], done.dtype, max_dim) for m in members},
-                {m.site: zero_output_sums(sites[m.site], done.dtype, max_dim) for m in members},
+                {m.group: zero_input_sums(sites[m.site], done.dtype, how.max_dim) for m in members},
+                {m.site: zero_output_sums(sites[m.site], done.dtype, how.max_dim) for m in members},
                 {b.name: zero_squares(b, done.dtype) for b in blocks if b.is_diagonal},
                 first,
                 first,
@@ -268,7 +267,7 @@ def kfac(
     def groups(params, batch, group_bytes):
         needs = shapes(params, batch).footprints(params)
         rest: dict[str, Any] = {"fisher": fisher, "samples": samples, "sharing": sharing}
-        rest |= {"max_dim": max_dim, "centred": centred}
+        rest |= {"factorize": how, "centred": centred}
         return tuple(
             kfac(apply, likelihood, select=exactly(paths), **rest)
             for paths in group_paths(needs, group_bytes)
@@ -276,11 +275,12 @@ def kfac(
 
     def planned(params, batch):
         state = _on_mesh(shapes(params, batch), params)
-        curvature = jax.eval_shape(_undecomposed, state)
+        curvature = jax.eval_shape(functools.partial(_planned, how=how), state)
         return placed(state, state.places(params)), placed_curvature(curvature)
 
     check = functools.partial(labels.check, apply)
-    return Estimator(init, jax.tree_util.Partial(update), _finalize, groups, check, planned)
+    finalize = functools.partial(_finalize, how=how)
+    return Estimator(init, jax.tree_util.Partial(update), finalize, groups, check, planned)
 
 
 def _on_mesh(state: KfacState, params: PyTree) -> KfacState:
@@ -290,20 +290,17 @@ def _on_mesh(state: KfacState, params: PyTree) -> KfacState:
     return dataclasses.replace(state, shardings=shardings if leaves else ())
 
 
-def _finalize(state: KfacState, dtype=None) -> Curvature:
+def _finalize(state: KfacState, dtype=None, *, how: Factorize) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
     check_counted(state.num_outputs)
     blocks, moments = _assembled(state)
-    return Curvature(blocks, factorize_all(moments, dtype), state.num_outputs)
+    return Curvature(blocks, factorize_all(moments, dtype, how=how), state.num_outputs)
 
 
-def _undecomposed(state: KfacState) -> Curvature:
+def _planned(state: KfacState, *, how: Factorize) -> Curvature:
     """Return a curvature of the shapes of the state's, with matrices for their eigenbases."""
     blocks, moments = _assembled(state)
-    factors = {
-        name: Factor(m, None, m) if m.ndim == 2 else Factor(m, m, m[..., 0])
-        for name, (m, _, _) in moments.items()
-    }
+    factors = {name: shape_of(m.matrix, how) for name, m in moments.items()}
     return Curvature(blocks, factors, state.num_outputs)
 
 

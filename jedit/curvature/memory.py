@@ -89,7 +89,7 @@ def to_device(curvature: Curvature) -> Curvature:
 
 def _moved(curvature: Curvature, move: Callable[[Array], Array]) -> Curvature:
     factors = {
-        name: f if f.basis is None else Factor(move(f.matrix), move(f.basis), f.eigenvalues)
+        name: f if f.form == "diagonal" else _factor_moved(f, move)
         for name, f in curvature.factors.items()
     }
     blocks = {
@@ -99,3 +99,12 @@ def _moved(curvature: Curvature, move: Callable[[Array], Array]) -> Curvature:
         for name, b in curvature.blocks.items()
     }
     return Curvature(blocks, factors, curvature.num_outputs)
+
+
+def _factor_moved(factor: Factor, move: Callable[[Array], Array]) -> Factor:
+    large = {
+        field: move(value)
+        for field in ("matrix", "basis")
+        if (value := getattr(factor, field)) is not None
+    }
+    return dataclasses.replace(factor, **large)

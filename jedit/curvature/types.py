@@ -48,22 +48,53 @@ def pytree(*static: str) -> Callable[[Class], Class]:
     return register
 
 
-@pytree()
+# How the matrix of a dense factor is taken apart, and by what a damped one is inverted.
+By = Literal["eigh", "cholesky", "inverse"]
+
+
+@pytree("by")
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """A symmetric positive semi-definite matrix per layer, with its eigenbasis; or a diagonal one.
+    """A symmetric positive semi-definite matrix per layer, in one of four forms.
+
+    | form | matrix | basis | eigenvalues |
+    | --- | --- | --- | --- |
+    | "diagonal" | (layers, d) | None | the matrix |
+    | "eigenbasis" | (layers, d, d) | (layers, d, d) | (layers, d) |
+    | "leading" | None | (layers, d, k), k < d | (layers, 1 + k) |
+    | "undecomposed" | (layers, d, d) | None | None |
 
     Attributes:
-        matrix: (layers, d, d), or (layers, d) for a diagonal factor.
-        basis: (layers, d, d), eigenvectors in columns; None for a diagonal factor.
-        eigenvalues: (layers, d), ascending, never negative; in place for a diagonal factor.
+        matrix: the matrix itself; a "leading" factor keeps none.
+        basis: eigenvectors in columns.
+        eigenvalues: ascending (in place for a diagonal factor), never negative. A "leading" factor
+            has the mean of the d - k that have no eigenvector first.
+        by: static; by what an "undecomposed" one is inverted: "cholesky" or "inverse".
     """
 
-    matrix: Array
+    matrix: Array | None
     basis: Array | None
-    eigenvalues: Array
+    eigenvalues: Array | None
+    by: By = "eigh"
 
     __repr__ = short_repr
+
+    @property
+    def form(self) -> Literal["diagonal", "eigenbasis", "leading", "undecomposed"]:
+        """Return which of the four it is."""
+        if self.matrix is None:
+            return "leading"
+        if self.eigenvalues is None:
+            return "undecomposed"
+        return "diagonal" if self.basis is None else "eigenbasis"
+
+    @property
+    def dimension(self) -> int:
+        """Return d, the side of the matrix."""
+        if self.matrix is not None:
+            return self.matrix.shape[-1]
+        assert self.basis is not None  # a "leading" factor is its basis
+        return self.basis.shape[1]
 
 
 @pytree("weight", "input", "output", "sharding", "is_merged")
@@ -137,8 +168,17 @@ class Curvature:
             layers = f"{weight.layers} x " if weight.is_stacked else ""
             kinds = ("-", "-", "diagonal block")
             if isinstance(block, Kronecker):
-                bases = (self.factors[f].basis for f in (block.input, block.output))
-                a, g = ("dense" if basis is not None else "diagonal" for basis in bases)
+                a, g = (_told(self.factors[f]) for f in (block.input, block.output))
                 kinds = (a, g, "products" if block.corrected is None else "corrected")
             rows.append((name + bias, f"{layers}{weight.rows} x {weight.d_out}", *kinds))
         return rows
+
+
+def _told(factor: Factor) -> str:
+    """Return a few words on a factor's form."""
+    if factor.form == "leading":
+        assert factor.basis is not None
+        return f"{factor.basis.shape[-1]} of {factor.dimension}"
+    return {"eigenbasis": "dense", "undecomposed": f"dense, {factor.by}"}.get(
+        factor.form, factor.form
+    )

@@ -28,8 +28,8 @@ from jedit.core.arguments import check_kind, check_word
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, SHARE, Range, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import is_concrete, short_repr, text_table
-from jedit.curvature.algebra import Spectrum, apply_spectra
-from jedit.curvature.checks import check_counted, check_has
+from jedit.curvature.algebra import BlockMap, apply_blocks, spectral
+from jedit.curvature.checks import check_counted, check_has, eigenbasis_of
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.types import Curvature, Kronecker, Uncovered, pytree
 from jedit.tracing.sites import Weight
@@ -154,11 +154,11 @@ def null_space(
     if not blocks:
         raise ValueError("the curvature has no Kronecker block, so no moment of inputs")
     check_counted(curvature.num_outputs)
-    factors = {factor: curvature.factors[factor] for _, _, factor in blocks}
+    found = {f: eigenbasis_of(curvature.factors[f], name) for name, _, f in blocks}
     return Projector(
-        {name: f.basis for name, f in factors.items()},
-        {name: f.eigenvalues for name, f in factors.items()},
-        {name: _weights(f.eigenvalues, threshold, by, relaxation) for name, f in factors.items()},
+        {name: basis for name, (basis, _) in found.items()},
+        {name: a for name, (_, a) in found.items()},
+        {name: _weights(a, threshold, by, relaxation) for name, (_, a) in found.items()},
         blocks,
     )
 
@@ -204,9 +204,9 @@ def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero"
     check_kind(projector, Projector, "projector", "as `null_space` returns it")
     leaves = check_has((weight for _, weight, _ in projector.blocks), tree, "projector")
 
-    def spectrum(block: tuple[str, Weight, str]) -> Spectrum:
+    def block_map(block: tuple[str, Weight, str]) -> BlockMap:
         _, weight, factor = block
         turn = functools.partial(rotate_axis, projector.bases[factor], axis=1)
-        return Spectrum(weight, projector.weights[factor][:, :, None], weight.gather, turn)
+        return spectral(weight, projector.weights[factor][:, :, None], weight.gather, turn)
 
-    return apply_spectra(map(spectrum, projector.blocks), tree, leaves, uncovered=uncovered)
+    return apply_blocks(map(block_map, projector.blocks), tree, leaves, uncovered=uncovered)

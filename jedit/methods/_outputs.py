@@ -10,7 +10,7 @@ from jedit.core.arguments import check_kind
 from jedit.core.devices import fetched
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature
-from jedit.curvature.checks import check_layers_finite
+from jedit.curvature.checks import check_layers_finite, matrix_of
 from jedit.curvature.types import Kronecker
 from jedit.methods._two_sets import comparable
 from jedit.tracing.sites import Weight
@@ -64,7 +64,7 @@ def served_matrices(
     for given, name in ((target, "target"), (rest, "rest")):
         check_kind(given, Curvature, name, "as jedit.estimate returns it")
     _, _, blocks, leaves = comparable(params, target, rest, method)
-    dense = {n: b for n, b in blocks.items() if target.factors[b.input].matrix.ndim == 3}
+    dense = {n: b for n, b in blocks.items() if matrix_of(target.factors[b.input], n).ndim == 3}
     if not dense:
         raise ValueError(f"{method} needs a matrix whose inputs have a dense moment; there is none")
     for name, block in dense.items():
@@ -72,7 +72,7 @@ def served_matrices(
         assert isinstance(other, Kronecker)
         # Here and not before: offloaded moments come one by one.
         moments = [
-            fetched(curvature.factors[one.input].matrix)
+            fetched(matrix_of(curvature.factors[one.input], name))
             for curvature, one in ((target, block), (rest, other))
         ]
         for moment in moments:

@@ -6,7 +6,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import refuse_tracers
 from jedit.curvature import Curvature
-from jedit.curvature.checks import check_counted, check_covers
+from jedit.curvature.checks import check_counted, check_covers, matrix_of
 from jedit.curvature.types import Kronecker
 
 Parts = Curvature | Sequence[Curvature]
@@ -20,7 +20,7 @@ def input_sums(curvature: Curvature, name: str) -> Array:
     """
     block = curvature.blocks[name]
     assert isinstance(block, Kronecker)
-    matrix = curvature.factors[block.input].matrix
+    matrix = matrix_of(curvature.factors[block.input], name)
     return matrix * curvature.num_outputs.astype(matrix.dtype)
 
 

@@ -37,7 +37,7 @@ from jedit.core.paths import exactly
 from jedit.core.precision import HIGHEST, exponents, shifted, wide
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
 from jedit.curvature.captured_batch import Examples, Labels, Pass, run_pass
-from jedit.curvature.checks import check_counted, check_covers
+from jedit.curvature.checks import check_counted, check_covers, eigenbasis_of, matrix_of
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
@@ -274,22 +274,26 @@ def _batch_unlearn(
 def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
     """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one."""
     return {
-        name: _of_factor(factor, damping, lambda x: jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0))
+        name: _of_factor(
+            factor, name, damping, lambda x: jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+        )
         for name, factor in curvature.factors.items()
     }
 
 
-def _of_factor(factor: Factor, damping: Array, function: Callable[[Array], Array]) -> Array:
+def _of_factor(
+    factor: Factor, name: str, damping: Array, function: Callable[[Array], Array]
+) -> Array:
     """Return f(A + λ_A), λ_A the factor's mean eigenvalue times sqrt(damping).
 
     The product λ_A λ_G of a block's two factors is then the block's λ.
     """
-    values = factor.eigenvalues
+    basis, values = eigenbasis_of(factor, name)
     mean = jnp.mean(values, axis=1, keepdims=True)
     found = function(values + jnp.sqrt(damping).astype(values.dtype) * mean)
-    if factor.basis is None:
+    if basis is None:
         return found
-    return jnp.einsum("lia,la,lja->lij", factor.basis, found, factor.basis, precision=HIGHEST)
+    return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
 
 
 def _all_blocks(
@@ -381,7 +385,7 @@ def _thin_block(
     inverses: dict[str, Array],
     rank: int | None,
 ) -> _Blocks:
-    factor_in, factor_out = curvature.factors[held.input], curvature.factors[held.output]
+    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
     left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
     # ‖aᵀg‖² as a sum over pairs of positions: the matrix itself, rows by d_out, is never formed.
     # All norms and products below are taken so.
@@ -395,8 +399,8 @@ def _thin_block(
         # The gain and the KL reported are those of the edit after the cut.
         left = jnp.swapaxes(thin, 1, 2)
     gain = jnp.sum(_inner(a, left) * _inner(g, right))
-    moved = _inner(left, _times(left, factor_in.matrix))
-    quadratic = jnp.sum(moved * _inner(right, _times(right, factor_out.matrix)))
+    moved = _inner(left, _times(left, A))
+    quadratic = jnp.sum(moved * _inner(right, _times(right, G)))
     edit = _low_rank(held, thin, right)
     return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
 

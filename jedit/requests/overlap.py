@@ -18,6 +18,7 @@ from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature, Kronecker, eigenvalues, rotate
+from jedit.curvature.checks import eigenbasis_of
 from jedit.edits import Edit, dense
 
 
@@ -71,11 +72,12 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
     for name, block in curvature.blocks.items():
         values = eigenvalues(curvature, name)
         if isinstance(block, Kronecker) and not exact:
-            ends = (curvature.factors[block.input], curvature.factors[block.output])
+            ends = [
+                eigenbasis_of(curvature.factors[f], name)[1] for f in (block.input, block.output)
+            ]
             # The same two dampings that made the edits; another λ and K_rr would not be their gain.
             a, g = (
-                e.eigenvalues
-                + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e.eigenvalues, 1, keepdims=True)
+                e + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(e, 1, keepdims=True)
                 for e in ends
             )
             weights = a[:, :, None] * g[:, None, :]

@@ -19,8 +19,8 @@ from jedit.core.arguments import check_kind
 from jedit.core.checks import COUNT, POSITIVE_SHARE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.curvature import Curvature
-from jedit.curvature.algebra import Spectrum, apply_spectra, gather, rotate
-from jedit.curvature.checks import check_covers
+from jedit.curvature.algebra import BlockMap, apply_blocks, gather, rotate, spectral
+from jedit.curvature.checks import check_covers, eigenbasis_of
 from jedit.curvature.mesh.rotation import sharded_products
 from jedit.curvature.types import Kronecker, Uncovered
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
@@ -98,11 +98,11 @@ def _shrunk(
 ) -> Any:
     leaves = check_covers(curvature, updates)
 
-    def spectrum(name: str) -> Spectrum:
+    def block_map(name: str) -> BlockMap:
         block = curvature.blocks[name]
         assert isinstance(block, Kronecker)
         a, g = (
-            floored_inverse(curvature.factors[factor].eigenvalues, rank, share)
+            floored_inverse(eigenbasis_of(curvature.factors[factor], name)[1], rank, share)
             for factor in (block.input, block.output)
         )
 
@@ -114,9 +114,9 @@ def _shrunk(
 
         at = block.sharding
         values = a[:, :, None] * g[:, None, :] if at is None else sharded_products(a, g, at)
-        return Spectrum(block.weight, values, gathered, turn)
+        return spectral(block.weight, values, gathered, turn)
 
-    return apply_spectra(map(spectrum, names), updates, leaves, uncovered=uncovered)
+    return apply_blocks(map(block_map, names), updates, leaves, uncovered=uncovered)
 
 
 def floored_inverse(

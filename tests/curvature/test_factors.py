@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import diagonal, ekfac, estimate, factors, kfac
+from jedit.curvature import Factorize, diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
 from jedit.curvature.types import Diagonal
 from tests.curvature.programs import (
@@ -144,7 +144,7 @@ def test_masked_outputs_still_enter_the_inputs_moment(key, tolerance):
 def test_long_axes_get_diagonal_factors(key, tolerance):
     program = BY_NAME["perceptron"]
     params, batch, whole = exact_kfac(program)
-    short = kfac(program.run, TEMPERED, fisher="exact", max_dim=4)
+    short = kfac(program.run, TEMPERED, fisher="exact", factorize=Factorize(max_dim=4))
     short = estimate(short, params, [batch], key=key)
     for path, is_long in {"w": (False, True), "v": (True, False)}.items():
         pairs = zip(factors(whole, path), factors(short, path), is_long, strict=True)
@@ -158,7 +158,7 @@ def test_long_axes_get_diagonal_factors(key, tolerance):
 def test_a_long_input_axis_keeps_its_bias(key, tolerance):
     program = BY_NAME["factored"]
     params, batch, whole = exact_kfac(program)
-    short = kfac(program.run, TEMPERED, fisher="exact", max_dim=3)
+    short = kfac(program.run, TEMPERED, fisher="exact", factorize=Factorize(max_dim=3))
     short = estimate(short, params, [batch], key=key)
     tolerance.check(factors(short, "w")[0], jnp.diagonal(factors(whole, "w")[0]))
 

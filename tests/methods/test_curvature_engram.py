@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, factors, kfac
+from jedit.curvature import Factorize, estimate, factors, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.methods import curvature_engram, engram
@@ -181,7 +181,7 @@ def test_tables_and_long_outputs_have_diagonal_factors(tolerance):
         "table": jnp.asarray(rng.normal(size=(4, 3))),
         "head": jnp.asarray(rng.normal(size=(3, 5))),
     }
-    estimator = kfac(apply, Categorical(), fisher="exact", max_dim=4)
+    estimator = kfac(apply, Categorical(), fisher="exact", factorize=Factorize(max_dim=4))
     target, rest = (
         estimate(estimator, params, [Batch(jnp.asarray(t))], key=jax.random.key(0))
         for t in ([[0, 1], [1, 1]], [[1, 2], [2, 2], [2, 1]])

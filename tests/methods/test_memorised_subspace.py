@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factorize, estimate, kfac
 from jedit.curvature.likelihoods import Gaussian
 from jedit.edits import apply_edit
 from jedit.methods import memorised_subspace
@@ -104,8 +104,8 @@ def test_a_diagonal_of_the_moment_is_enough_and_other_sets_are_averaged(scene):
     )
     thin, _ = memorised_subspace(
         params,
-        moments(params, first, max_dim=1),
-        [moments(params, part, max_dim=1) for part in (rest[:5], rest[5:])],
+        moments(params, first, factorize=Factorize(max_dim=1)),
+        [moments(params, part, factorize=Factorize(max_dim=1)) for part in (rest[:5], rest[5:])],
         share=SHARE,
     )
     found, expected = pruned(params, thin), pruned(params, whole)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factorize, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.methods import Directions, reglu
@@ -138,7 +138,7 @@ def test_what_has_no_outputs_to_start_from_is_refused(scene):
         reglu(params, target, few, optax.sgd(0.1))
     with pytest.raises(ValueError, match="REGLU looks at numbers while it runs"):
         jax.jit(lambda p: reglu(p, target, rest, optax.sgd(0.1)))(params)
-    longest = kfac(network, Categorical(), max_dim=2)
+    longest = kfac(network, Categorical(), factorize=Factorize(max_dim=2))
     diagonal = estimate(longest, params, [forget], key=jax.random.key(2))
     with pytest.raises(ValueError, match="REGLU needs a matrix whose inputs have a dense moment"):
         reglu(params, diagonal, diagonal, optax.sgd(0.1))

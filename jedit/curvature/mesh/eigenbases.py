@@ -14,12 +14,16 @@ from jaxtyping import Array
 from jedit.core.devices import axes_of, no_mesh, sharding_of, spec_of
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.eigenbases import Moment, eigh, factorize
+from jedit.curvature.factorization import Factorize
 from jedit.curvature.mesh.placement import even, whole
 from jedit.curvature.types import Factor
 
 
 def factorize_all(
-    moments: Mapping[str, Moment], dtype: DTypeLike | None = None
+    moments: Mapping[str, Moment],
+    dtype: DTypeLike | None = None,
+    *,
+    how: Factorize = Factorize(),  # noqa: B008 - frozen and hashable
 ) -> dict[str, Factor]:
     """Return the eigenbases of all factors; where they lie on a mesh, each device decomposes some.
 
@@ -33,9 +37,10 @@ def factorize_all(
     factors, spread = {}, {}
     for name, moment in moments.items():
         sharding = sharding_of(moment.matrix)
-        if sharding is None or moment.matrix.ndim == 2:
+        needs_none = how.by != "eigh" or how.rank is not None
+        if sharding is None or moment.matrix.ndim == 2 or needs_none:
             matrix, block, hint = moment
-            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint)
+            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint, how=how)
         else:
             check_layers_finite(moment.matrix, moment.block, moment.hint)
             spread[name] = (moment.matrix, sharding)

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -219,10 +218,14 @@ def placed_curvature(curvature: Curvature) -> Curvature:
     places = jax.tree.map(lambda _: whole(next(iter(sides.values()))[0]), curvature)
     factors = dict(places.factors)
     for name, (sharding, dim) in sides.items():
-        matrix = curvature.factors[name].matrix
-        changes: dict[str, Any] = {"matrix": factor_place(sharding, matrix.shape, dim)}
-        if matrix.ndim == 3:
-            changes["basis"] = changes["matrix"]
+        factor = curvature.factors[name]
+        # A basis lies as its matrix does; one of leading eigenvectors alone is split as far as
+        # its rows go.
+        changes = {
+            field: factor_place(sharding, value.shape, dim)
+            for field in ("matrix", "basis")
+            if (value := getattr(factor, field)) is not None
+        }
         factors[name] = dataclasses.replace(factors[name], **changes)
     places = Curvature(places.blocks, factors, places.num_outputs)
     return placed(curvature, places)

@@ -28,6 +28,7 @@ from jedit.core.batch import Batch
 from jedit.core.checks import check_finite, culprit
 from jedit.core.display import short_repr
 from jedit.core.precision import HIGHEST, wide_dtype
+from jedit.curvature.checks import eigenbasis_of
 from jedit.curvature.positions import align
 from jedit.curvature.types import Curvature, Kronecker
 from jedit.edits import Edit, apply_edit
@@ -230,8 +231,11 @@ def input_moments(curvature: Curvature) -> dict[str, InputMoment]:
     found = {}
     for name, block in curvature.blocks.items():
         factor = curvature.factors[block.input] if isinstance(block, Kronecker) else None
-        if factor is not None and factor.basis is not None:
-            found[name] = InputMoment(block.weight, factor.basis[0], factor.eigenvalues[0])
+        if factor is None:
+            continue
+        basis, eigenvalues = eigenbasis_of(factor, name)
+        if basis is not None:
+            found[name] = InputMoment(block.weight, basis[0], eigenvalues[0])
     return found
 
 

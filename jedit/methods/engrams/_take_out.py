@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from jedit.core.arguments import check_word
 from jedit.core.checks import POSITIVE, check_finite, check_numbers, culprit
 from jedit.core.display import short_repr
+from jedit.curvature.checks import matrix_of
 from jedit.edits import Edit
 from jedit.methods._two_sets import Parts, add_changes, comparable
 
@@ -58,7 +59,7 @@ def take_out(
     targets, rests, blocks, leaves = comparable(params, target, rest, "an engram")
     found, relative = {}, {}
     for name, block in blocks.items():
-        dtype = targets[0].factors[block.input].matrix.dtype
+        dtype = matrix_of(targets[0].factors[block.input], name).dtype
         weight = block.weight.gather({p: leaves[p].astype(dtype) for p in block.weight.paths})
         found[name] = piece(targets, rests, name, weight)
         # Without the bias's row: its units are not the kernel's, and a large bias would set f

@@ -39,6 +39,7 @@ from jedit.core.checks import SHARE, check_finite, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature
+from jedit.curvature.checks import matrix_of
 from jedit.curvature.types import Kronecker
 from jedit.edits import Edit
 from jedit.methods._two_sets import Parts, add_changes, comparable, input_sums
@@ -119,7 +120,7 @@ def memorised_subspace(
     pruned, overlap = {}, {}
     for name, block in blocks.items():
         kernel = block.weight.kernel
-        dtype = sets[0].factors[block.input].matrix.dtype
+        dtype = matrix_of(sets[0].factors[block.input], name).dtype
         weight = kernel.gather({path: leaves[path].astype(dtype) for path in kernel.paths})
         others = jnp.sqrt(_mean_square(rests, name))
         masks = [

@@ -33,7 +33,7 @@ from jedit.core.checks import COUNT, check_numbers
 from jedit.core.devices import fetched, on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature
-from jedit.curvature.checks import check_counted, check_covers, check_layers_finite
+from jedit.curvature.checks import check_counted, check_covers, check_layers_finite, matrix_of
 from jedit.curvature.eigenbases import eigh
 from jedit.curvature.types import Kronecker
 from jedit.objectives import RMU, MinorPart, Objective, RetainNLL, with_retain
@@ -123,7 +123,7 @@ def mcu(
         )
     check_counted(moments.num_outputs, "the curvature in moments")
     leaves = check_covers(moments, params)
-    A = fetched(moments.factors[block.input].matrix)
+    A = fetched(matrix_of(moments.factors[block.input], site))
     check_layers_finite(A, site)
     homogeneous = A[0, -1] if A.ndim == 2 else A[0, -1, -1]
     if A.shape[1] > weight.d_in and not homogeneous > 0:

@@ -27,7 +27,7 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.devices import places_of, row_sharding
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
-from jedit.curvature import Curvature, kfac, quadratic_form
+from jedit.curvature import Curvature, Factorize, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import natural
@@ -173,14 +173,18 @@ class Sizes:
 
 def curvature_of(model: Model, sizes: Sizes) -> tuple[Any, Curvature]:
     """Return the shapes of K-FAC's sums, and of the curvature that is made of them."""
-    estimator = kfac(model.apply, Categorical(), select=sizes.select, max_dim=sizes.max_dim)
+    estimator = kfac(
+        model.apply, Categorical(), select=sizes.select, factorize=Factorize(max_dim=sizes.max_dim)
+    )
     assert estimator.planned is not None
     return estimator.planned(model.params, model.rows(sizes.chunk))
 
 
 def fit(model: Model, sizes: Sizes) -> jax.stages.Traced:
     """Return the pass of the curvature over one batch."""
-    estimator = kfac(model.apply, Categorical(), select=sizes.select, max_dim=sizes.max_dim)
+    estimator = kfac(
+        model.apply, Categorical(), select=sizes.select, factorize=Factorize(max_dim=sizes.max_dim)
+    )
     state, _ = curvature_of(model, sizes)
     rows = model.rows(sizes.chunk)
     return jax.jit(estimator.update, donate_argnums=0).trace(

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.batch import Batch
-from jedit.curvature import Curvature, estimate, kfac
+from jedit.curvature import Curvature, Factorize, estimate, kfac
 from jedit.curvature.likelihoods import Gaussian
 from jedit.data import Images, load_digits, split_digits
 from jedit.metrics import frechet_distance, memorised_samples
@@ -232,7 +232,7 @@ def samples(found: Room, params: PyTree, prompts: Array, *, key: Array) -> Array
 
 @functools.cache
 def _diagonals(apply: Callable):
-    return kfac(apply, Gaussian(), select=FEED_FORWARD, max_dim=1)
+    return kfac(apply, Gaussian(), select=FEED_FORWARD, factorize=Factorize(max_dim=1))
 
 
 def _model(size: Size, key: Array) -> tuple[Callable, PyTree]:

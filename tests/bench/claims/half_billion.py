@@ -145,7 +145,8 @@ def child(folder: Path, out: Path, group_bytes: int, max_dim: int, select: str) 
     forget, retain, unseen = rows(0), rows(1), rows(2)
     key = jax.random.key(0)
     likelihood = jedit.likelihoods.Categorical()
-    estimator = jedit.kfac(apply, likelihood, select=select, max_dim=max_dim)
+    how = jedit.Factorize(max_dim=max_dim)
+    estimator = jedit.kfac(apply, likelihood, select=select, factorize=how)
     groups = estimator.groups(params, retain, group_bytes)
     states = [jax.eval_shape(one.init, params, retain) for one in groups]
     sums = [nbytes((state.inputs, state.outputs)) for state in states]
