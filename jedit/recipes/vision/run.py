@@ -58,7 +58,7 @@ NUM_CLASSES = 10
 
 
 class Model(NamedTuple):
-    """The size of the network.
+    """The size of the network; the defaults are ResNet-18's.
 
     Attributes:
         width: channels of the first stage.
@@ -73,6 +73,9 @@ class Model(NamedTuple):
 
 class Protocol(NamedTuple):
     """How much of everything.
+
+    The defaults are CIFAR-10's: epochs and batches are UAM's, a tenth at random is SalUn's, the
+    other figures are arbitrary.
 
     Attributes:
         model: the network's size.
@@ -363,9 +366,10 @@ def _of(what: What, data: Data) -> str:
     share = f"{data.protocol.fraction:.0%} at random" if what == "random" else "a class"
     model = data.protocol.model
     shapes = jax.eval_shape(lambda key: _initial(model, shape, key), jax.random.key(0))
+    single = " (of one channel each in its first stage)" if model.width in (1, 2, 4, 8) else ""
     size = sum(x.size for x in jax.tree.leaves(shapes))
     return (
-        f"A residual network of {size:,} parameters with group norms learns "
+        f"A residual network of {size:,} parameters with group norms{single} learns "
         f"{len(data.rows.labels):,} images of {'x'.join(map(str, shape))} and forgets {share}, "
         f"another for each seed; {len(data.test.labels):,} images to test on. RTE is in seconds: "
         "of a method its edit's, with the estimation of what it needs and without compiling; of "
