@@ -32,10 +32,10 @@ class Stopwatch:
         jax.monitoring.unregister_event_duration_listener(self._hear)
         self.seconds = end - self._start - _union(self._spans)
 
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             end = time.perf_counter()
-            self._spans.append((max(end - seconds, self._start), end))
+            self._spans.append((max(end - duration_secs, self._start), end))
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
