@@ -387,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
     parts = {"tasks": of_tasks} if given.tasks_only else {"tasks": of_tasks, "points": of_points}
     runs = []
     for seed in range(given.seeds):
-        judged = functools.cache(functools.partial(Judged, seed, plan))  # trained where needed
+        judged = functools.cache(lambda seed=seed: Judged(seed, plan))  # trained where needed
         run: dict[str, Any] = {}
         for part, measure in parts.items():
             path = given.out / f"narrow-{part}-{'quick-' * given.quick}{seed}.json"
