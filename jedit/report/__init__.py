@@ -1,6 +1,6 @@
 """Tables, figures and one page a person can read, from the numbers of a comparison."""
 
-from jedit.report.domains import Domain, domain_figure, domain_sheet
+from jedit.report.domains import Domain, domain_figure
 from jedit.report.edit_page import edit_page
 from jedit.report.evaluation_log import Evaluation, read_evaluation_log, write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
@@ -43,7 +43,6 @@ __all__ = [
     "check_destination",
     "comparison_table",
     "domain_figure",
-    "domain_sheet",
     "edit_page",
     "leaderboard_table",
     "page",
