@@ -151,8 +151,8 @@ def test_experts_multiplied_one_by_one_are_told_apart_by_what_they_read(key, tol
     )
 
 
-def test_nothing_of_the_size_of_a_leaf_is_made_to_tell_experts_apart(key, monkeypatch):
-    """Experts of a real model's size, in shapes alone: a leaf of each would be 800 MB in float32."""
+def test_nothing_of_the_size_of_a_leaf_is_made_to_tell_experts_apart(monkeypatch):
+    """Experts of a real model's size, in shapes alone: a whole leaf would be 800 MB."""
 
     def apply(params, x):
         weights = jax.nn.softmax(x @ params["router"]["kernel"], axis=-1)
