@@ -234,7 +234,7 @@ def test_the_mean_difference_moves_a_mean_onto_the_other(scene, tolerance):
     tolerance.check(moved, there)
 
 
-def test_austeers_scores_and_units_are_those_counted(scene):
+def test_austeers_scores_and_units_are_those_counted(scene, tolerance):
     apply, params, source, target = scene
     good, bad = target, jax.tree.map(lambda leaf: leaf[:9], source)
     steering, info = austeer(
@@ -256,10 +256,10 @@ def test_austeers_scores_and_units_are_those_counted(scene):
     # Its strength adapts to the input and it is linear all the same: it folds.
     edited = apply_edit(params, fold(apply, params, source.inputs, steering), 0.3)
     there = steered(apply, steering, 0.3)(params, source.inputs)
-    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+    tolerance.check(apply(edited, source.inputs), there, "contraction")
 
 
-def test_lineas_brings_every_layer_nearer_through_the_network(scene):
+def test_lineas_brings_every_layer_nearer_through_the_network(scene, tolerance):
     apply, params, source, target = scene
     start = identity(apply, params, source.inputs, SITES, is_foldable=True)
     given = (apply, params, filled(source), target)
@@ -280,7 +280,7 @@ def test_lineas_brings_every_layer_nearer_through_the_network(scene):
         assert float(info.after[site][0]) == pytest.approx(expected, rel=1e-3)
     edited = apply_edit(params, fold(apply, params, source.inputs, learnt))
     there = steered(apply, learnt)(params, source.inputs)
-    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+    tolerance.check(apply(edited, source.inputs), there, "contraction")
 
 
 def test_the_gradient_of_lineas_goes_through_the_layers_before(scene):
