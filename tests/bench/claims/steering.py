@@ -64,6 +64,7 @@ PRICE = 0.1
 NEAR = 0.01  # of the price: a cost that is nearer to it than that has reached it
 ROWS, HELDOUT = 32, 64
 DRAWS, TRIES = 3, 16
+STAGE = 16
 PAIRS = (
     ("LinEAS", "mean difference"),
     ("LinEAS", "AUSteer"),
@@ -175,8 +176,13 @@ def _drawn(moved: Callable, num: int, length: int, given: Any, key: Any) -> Any:
         token = jax.random.categorical(jax.random.fold_in(key, at), logits)
         return tokens.at[:, at + 1].set(token.astype(tokens.dtype)), None
 
-    start = jnp.zeros((num, length), jnp.int32).at[:, 0].set(1)  # the beginning of a text
-    return jax.lax.scan(step, start, jnp.arange(length - 1))[0]
+    tokens = jnp.ones((num, 1), jnp.int32)  # the beginning of a text
+    # What is not told yet costs as much as what is: stories grow in stages.
+    for last in (*range(STAGE, length, STAGE), length):
+        told = tokens.shape[1]
+        tokens = jnp.pad(tokens, ((0, 0), (0, last - told)))
+        tokens = jax.lax.scan(step, tokens, jnp.arange(told - 1, last - 1))[0]
+    return tokens
 
 
 def drawn(scene: Scene, moved: Callable, given: Any, *, key: Any, draws: int = DRAWS) -> np.ndarray:
