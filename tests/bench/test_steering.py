@@ -20,13 +20,13 @@ def test_settings_are_chosen_on_a_seed_of_its_own(tmp_path, monkeypatch, capsys)
     # What is kept is found again at the settings of each, so that nothing is measured anew.
     record = steering.kept(
         tmp_path / "steering-quick-grid.json",
-        steering.settings(*steering.CHOOSING, steering.QUICK_GRIDS, is_quick=True),
+        steering.settings(*steering.CHOOSING, steering.QUICK_GRIDS, judged_by=3, is_quick=True),
         lambda: pytest.fail("anew"),
     )
     points = steering.chosen(record)
     first = steering.kept(
         tmp_path / "steering-quick-0.json",
-        steering.settings(0, steering.WORDS[0], points, is_quick=True),
+        steering.settings(0, steering.WORDS[0], points, judged_by=2, is_quick=True),
         lambda: pytest.fail("anew"),
     )
     for name, found in first["methods"].items():

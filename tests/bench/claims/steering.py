@@ -64,6 +64,7 @@ PRICE = 0.1
 NEAR = 0.01  # of the price: a cost that is nearer to it than that has reached it
 ROWS, HELDOUT = 32, 64
 DRAWS, TRIES = 3, 16
+JUDGED = 2  # draws that a reported share is of; DRAWS where settings are chosen
 STAGE = 16
 PAIRS = (
     ("LinEAS", "mean difference"),
@@ -311,7 +312,9 @@ def matched(
     return function, given, kl(given)
 
 
-def measured(seed: int, word: str, points: Points, *, is_quick: bool) -> dict[str, Any]:
+def measured(
+    seed: int, word: str, points: Points, *, judged_by: int, is_quick: bool
+) -> dict[str, Any]:
     """Draw a seed's stories, steer by every method at its points, and measure each at the price."""
     scene = make_scene(is_quick=is_quick)
     moved = moved_by(scene)
@@ -326,7 +329,7 @@ def measured(seed: int, word: str, points: Points, *, is_quick: bool) -> dict[st
     made = makers(scene, Material(rows_of(source), rows_of(target), pairs, retain, for_curvature))
 
     def share(function: Callable, given: Any) -> float:
-        tokens = drawn(scene, function, given, key=jax.random.clone(for_share))
+        tokens = drawn(scene, function, given, key=jax.random.clone(for_share), draws=judged_by)
         return float(np.mean(scene.begins(word, tokens) >= 0))
 
     def judged(name: str, point: dict[str, Any]) -> dict[str, Any]:
@@ -382,15 +385,15 @@ def main() -> None:
     if args.seeds > len(WORDS):
         options.error(f"there are {len(WORDS)} words, one for a seed: got --seeds {args.seeds}")
 
-    def record_of(name: str, seed: int, word: str, points: Points) -> dict[str, Any]:
+    def record_of(name: str, given: tuple[int, str, Points], judged_by: int) -> dict[str, Any]:
         path = args.out / f"{NAME}{'-quick' if args.quick else ''}-{name}.json"
-        make = functools.partial(measured, seed, word, points, is_quick=args.quick)
-        return kept(path, settings(seed, word, points, is_quick=args.quick), make)
+        how = {"judged_by": judged_by, "is_quick": args.quick}
+        return kept(path, settings(*given, **how), functools.partial(measured, *given, **how))
 
-    grid = record_of("grid", *CHOOSING, QUICK_GRIDS if args.quick else GRIDS)
+    grid = record_of("grid", (*CHOOSING, QUICK_GRIDS if args.quick else GRIDS), DRAWS)
     print(grid_table(grid), flush=True)  # noqa: T201
     points = chosen(grid)
-    seeds = [record_of(str(seed), seed, WORDS[seed], points) for seed in range(args.seeds)]
+    seeds = [record_of(str(i), (i, WORDS[i], points), JUDGED) for i in range(args.seeds)]
     first = {name: [seed["methods"][name][0] for seed in seeds] for name in points}
     untouched = np.array([seed["untouched"] for seed in seeds])
     shares = {name: np.array([x["share"] for x in found]) for name, found in first.items()}
@@ -421,11 +424,13 @@ def main() -> None:
     write(NAME, args.out, {"grid": grid, "seeds": seeds, "differences": differences})
 
 
-def settings(seed: int, word: str, points: Points, *, is_quick: bool) -> dict[str, Any]:
+def settings(
+    seed: int, word: str, points: Points, *, judged_by: int, is_quick: bool
+) -> dict[str, Any]:
     """Return everything that the numbers of one seed hang on."""
     return {
         "seed": seed, "word": word, "points": points, "price": PRICE, "near": NEAR, "rows": ROWS,
-        "heldout": HELDOUT, "draws": DRAWS, "tries": TRIES, "quick": is_quick,
+        "heldout": HELDOUT, "draws": DRAWS, "judged": judged_by, "tries": TRIES, "quick": is_quick,
         "contrast": "the same token, nearest",
     }  # fmt: skip
 
