@@ -63,7 +63,8 @@ def test_every_learner_runs_on_every_stream_and_all_is_reported(toy, capsys):
     assert main(["demo", "--scene", "stream", "--out", "."]) == 2
 
 
-def test_seeds_differ_and_a_run_that_diverges_is_counted_and_not_scored(toy, monkeypatch):
+@pytest.mark.usefixtures("toy")
+def test_seeds_differ_and_a_run_that_diverges_is_counted_and_not_scored(monkeypatch):
     settings = {**scene.SETTINGS["orders"], "replay": (1e30, 1.0)}
     monkeypatch.setitem(scene.SETTINGS, "orders", settings)
     (found,) = scene.streams(
