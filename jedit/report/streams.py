@@ -141,7 +141,10 @@ class StreamReport(NamedTuple):
 
 def stream_sheet(stream: Stream) -> Sheet:
     """Return the table: what each learner keeps at the end and on the way."""
-    headings = tuple(Heading(text, meaning, is_main=True) for text, meaning in MEASURES.values())
+    headings = tuple(
+        Heading(*words, is_main=field not in ("worst_case", "plasticity"))
+        for field, words in MEASURES.items()
+    )
     rows = []
     for learner in stream.learners:
         setting = [f"{name} {value:g}" for name, value in learner.setting.items()]
@@ -160,7 +163,7 @@ def _spread(found: tuple[float, float] | None) -> str:
 
 
 def stream_sentence(stream: Stream) -> str:
-    """Say who kept most at the end and on the way, in so many seeds, and nothing beyond them."""
+    """Say whose mean is highest at the end and on the way, which is not that it is certain."""
     measured = [learner for learner in stream.learners if learner.runs]
     if not measured:
         return "Every run diverged."
@@ -169,10 +172,10 @@ def stream_sentence(stream: Stream) -> str:
         for field in ("final", "minimum")
     )
     count = len(stream.seeds)
-    over = f", means over {count} seeds" if count > 1 else ""
+    over = f"the highest mean over {count} seeds" if count > 1 else "highest"
     found = (
-        f"{end.name} knows most at the end ({_spread(end.spread['final'])} %), {way.name} kept "
-        f"most on the way (min-ACC {_spread(way.spread['minimum'])} %){over}"
+        f"At the end the accuracy of {end.name} is {over} ({_spread(end.spread['final'])} %), on "
+        f"the way that of {way.name} (min-ACC {_spread(way.spread['minimum'])} %)"
     )
     for learner in measured:
         if learner.name == "naive":
@@ -257,7 +260,8 @@ def mean_of_begun(run: StreamRun, steps: int) -> list[float]:
 CAPTION = (
     "One panel for each learner. Bold: the accuracy, mean over the tasks begun and over the seeds, "
     "its band from the lowest seed to the highest. Thin: each task of the first seed from when it "
-    "was begun, the first task dashed. Upright lines: a new task begins."
+    "was begun, the first task dashed. Upright lines: a new task begins, which is not known yet and "
+    "draws the bold line down; what is lost of earlier tasks is how far the thin lines fall there."
 )
 
 

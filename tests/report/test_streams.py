@@ -62,8 +62,9 @@ def test_the_sentence_names_the_largest_means_and_what_nothing_kept_comes_to():
         learner("way", final=0.5, minimum=0.5),
     )
     assert stream_sentence(found) == (
-        "end knows most at the end (75.0 ± 1.0 %), way kept most on the way (min-ACC 50.0 ± 1.0 %)"
-        ", means over 2 seeds; where nothing is kept it is 25.0 ± 1.0 % and 12.5 ± 1.0 %."
+        "At the end the accuracy of end is the highest mean over 2 seeds (75.0 ± 1.0 %), on the "
+        "way that of way (min-ACC 50.0 ± 1.0 %); where nothing is kept it is 25.0 ± 1.0 % and "
+        "12.5 ± 1.0 %."
     )
     assert stream_sentence(stream(learner("x", final=0, minimum=0, seeds=()))) == (
         "Every run diverged."

@@ -173,7 +173,7 @@ def streams(
         note = (
             "A small perceptron learns the handwritten digits that ship with scikit-learn in "
             f"{len(tasks[0])} tasks, one after the other: {what}. It makes {size.steps} updates on "
-            "each and never goes back. All test sets are looked at after every update."
+            "each. All test sets are looked at after every update."
         )
         layers = ", ".join(map(str, (64, *size.widths, 10)))
         found.append(
