@@ -260,7 +260,7 @@ def mean_of_begun(run: StreamRun, steps: int) -> list[float]:
 CAPTION = (
     "One panel for each learner. Bold: the accuracy, mean over the tasks begun and over the seeds, "
     "its band from the lowest seed to the highest. Thin: each task of the first seed from when it "
-    "was begun, the first task dashed. Upright lines: a new task begins, which is not known yet and "
+    "was begun, the first task dashed. Upright lines: a new task begins, which is not known and "
     "draws the bold line down; what is lost of earlier tasks is how far the thin lines fall there."
 )
 
