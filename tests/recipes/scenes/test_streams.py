@@ -30,7 +30,8 @@ def toy(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_learner_runs_on_every_stream_and_all_is_reported(toy, capsys):
+def test_every_learner_runs_and_all_is_reported(toy, monkeypatch, capsys):
+    monkeypatch.setattr(scene, "ALL_STREAMS", ("turns",))  # those that project compile five times
     given = ["--scene", "stream", "--methods", "all", "--num-seeds", "1", "--seed", "4294967295"]
     assert main(["demo", *given, "--out", "report"]) == 0
     names = {item.name for item in (toy / "report").iterdir()}
@@ -53,14 +54,30 @@ def test_every_learner_runs_on_every_stream_and_all_is_reported(toy, capsys):
             firsts.add(tuple(scores[0]))
         assert len(firsts) == 1  # all begin at one place
     page = (toy / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 2
     assert "One seed, so that there are no" in page
     assert "http" not in page
     printed = capsys.readouterr()
     assert "Digits: turned further" in printed.out
     assert "report/index.html" in printed.out
-    # The report of another scene may take its place, and a folder with something else is refused.
-    assert main(["demo", "--scene", "stream", "--out", "."]) == 2
+
+
+def test_the_main_streams_take_the_place_of_an_earlier_report(toy, monkeypatch, capsys):
+    monkeypatch.setattr(scene, "LEARNERS", ("naive", "InTAct"))
+    (toy / "report").mkdir()
+    (toy / "report" / "tradeoff-digits-class.png").touch()  # of another scene
+    (toy / "report" / "stream-turns.png").touch()
+    assert main(["demo", "--scene", "stream", "--num-seeds", "2", "--out", "report"]) == 0
+    names = {item.name for item in (toy / "report").iterdir()}
+    assert names == {"index.html", "results.json", "stream-classes.png", "stream-orders.png"}
+    results = json.loads((toy / "report" / "results.json").read_text())
+    for stream in results["streams"]:
+        assert stream["seeds"] == [0, 1]
+        assert [one["name"] for one in stream["learners"]] == ["naive", "InTAct"]
+    capsys.readouterr()
+    (toy / "report" / "mine.txt").touch()
+    assert main(["demo", "--scene", "stream", "--out", "report"]) == 2
+    assert "holds files that are no report (mine.txt)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("toy")
