@@ -20,6 +20,18 @@ from jedit.report.results import (
     best_quality,
     to_json,
 )
+from jedit.report.streams import (
+    FIELDS,
+    Stream,
+    StreamLearner,
+    StreamReport,
+    StreamRun,
+    stream_figure,
+    stream_page,
+    stream_sentence,
+    stream_sheet,
+    write_stream_report,
+)
 from jedit.report.table import comparison_table
 from jedit.report.verdict import Outcome, Verdict, verdict
 from jedit.report.writer import check_destination, write_report
@@ -30,6 +42,7 @@ __all__ = [
     "Curve",
     "Domain",
     "Evaluation",
+    "FIELDS",
     "Guess",
     "Method",
     "NumJudged",
@@ -37,6 +50,10 @@ __all__ = [
     "Picture",
     "Point",
     "Run",
+    "Stream",
+    "StreamLearner",
+    "StreamReport",
+    "StreamRun",
     "Verdict",
     "best_point",
     "best_quality",
@@ -48,9 +65,14 @@ __all__ = [
     "page",
     "read_evaluation_log",
     "save_png",
+    "stream_figure",
+    "stream_page",
+    "stream_sentence",
+    "stream_sheet",
     "to_json",
     "tradeoff_figure",
     "verdict",
     "write_evaluation_log",
     "write_report",
+    "write_stream_report",
 ]
