@@ -70,7 +70,7 @@ DEFAULTS = [
     Default("steering.austeer", "alpha", 5.0, "score; 5.0, the code's", "AUSteer's code"),
     Default("steering.identity", "is_foldable", False, "added; False leaves none", OURS),
     Default("steering.lineas", "steps", 100, "how many steps; 100 (ours", OURS),
-    Default("steering.lineas", "learning_rate", 0.1, "plain steps; 0.1 (ours)", OURS),
+    Default("steering.lineas", "learning_rate", 0.1, "plain steps; 0.1, with which", "LinEAS, 3.3"),
     Default("steering.mean_difference", "pool", "mean", '"mean" of a row', OURS),
     Default("steering.pooled_outputs", "pool", "mean", '"mean" over a row', OURS),
     Default("steering.pooled_outputs", "strength", 1.0, "steering, 1.0 for", OURS),

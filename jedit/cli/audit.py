@@ -52,7 +52,8 @@ class AuditOptions:
     rates: tuple[float, ...] = (1e-5, 1e-4)
     """Adam's learning rates of the attacker who trains; at each point the best for him counts."""
     group: str | None = None
-    """Field of the rows to keep by which the cost is told apart (author, topic, ...)."""
+    """Field of the rows to keep by which the cost is told apart (author, topic, ...), beside how
+    near each group is to the rows to forget."""
     salt: Path | None = None
     """Salt of an earlier audit (its salt.txt), so that rows have the same hashes; None: that of
     the audit in --out, or a new one."""

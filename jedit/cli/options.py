@@ -11,16 +11,19 @@ DEMO_OUT, COMPARE_OUT, TOFU_OUT = Path("out/demo"), Path("out/compare"), Path("o
 class Demo:
     """Train, forget, compare and report on scenes that need nothing from outside."""
 
-    scene: Literal["digits", "authors", "recommendation", "all"] = "all"
+    scene: Literal["digits", "authors", "recommendation", "stream", "all"] = "all"
     """Which scene: handwritten digits and a CNN, invented authors and a GPT, or both; or a small
-    recommender that forgets some users, which is run when it is asked for."""
+    recommender that forgets some users, or a stream of tasks learnt one after the other and what
+    stays of them; these two are run when they are asked for."""
     methods: Literal["main", "all"] = "main"
-    """The main methods, in minutes, or all that fit the scene."""
+    """The main methods, in minutes, or all that fit the scene (stream: learners and streams)."""
     interactions: Path | None = None
     """For the recommendation scene: CSV with the columns user, item and time (MovieLens's names
     will do), in the place of seeded choices."""
     forgotten: Literal["users", "choices"] = "users"
     """For the recommendation scene: all that some users chose, or the half of it they withdraw."""
+    num_seeds: int = 3
+    """For the stream scene: how many seeds, counted from --seed."""
     out: Path = DEMO_OUT
     """Folder of the report; an earlier report there is replaced."""
     seed: int = 0

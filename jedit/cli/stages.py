@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jedit.cli.checks import UsageError
 
@@ -73,17 +73,12 @@ class Stages:
 
 def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, command: str) -> int:
     """Make the comparisons, print their tables, write the report."""
-    from rich.console import Console
-
-    from jedit.recipes.environment import machine, versions
     from jedit.report import Run, comparison_table, leaderboard_table, verdict, write_report
 
-    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    date = now()
     with stages:
         comparisons = tuple(make())
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = wide_console()
     for comparison in comparisons:
         console.print()
         console.print(comparison_table(comparison))
@@ -92,24 +87,47 @@ def report(make: Callable[[], Sequence], stages: Stages, out: Path, seed: int, c
         found = verdict(comparison)
         console.print(found.outcome.value, style="bold", highlight=False)
         console.print(found.sentence, markup=False, highlight=False, soft_wrap=True)
-    run = Run(
-        command=command,
-        date=date,
-        seed=seed,
-        seconds=stages.seconds,
-        peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        versions=versions(),
-        machine=machine(),
-        comparisons=comparisons,
-    )
-    page = write_report(run, out)
+    run = Run(**made(stages, date, seed, command), comparisons=comparisons)
+    print_end(console, stages, write_report(run, out), run.peak_memory_gib)
+    return 0
+
+
+def now() -> str:
+    """Return the time, as reports state when they were begun."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def wide_console() -> "Console":
+    """Return the console that tables go to; a file has room for whole lines."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
+def made(stages: Stages, date: str, seed: int, command: str) -> dict[str, Any]:
+    """Return how and on what a report was made, in the fields that reports of all kinds have."""
+    from jedit.recipes.environment import machine, versions
+
+    return {
+        "command": command,
+        "date": date,
+        "seed": seed,
+        "seconds": stages.seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def print_end(console: "Console", stages: Stages, page: Path, memory: float) -> None:
+    """Say how long it took and where the report is."""
     console.print(
-        f"\n{stages.seconds:.0f} s, peak memory {run.peak_memory_gib:.1f} GiB. Report: {page} "
-        f"(numbers: {out / 'results.json'})",
+        f"\n{stages.seconds:.0f} s, peak memory {memory:.1f} GiB. Report: {page} "
+        f"(numbers: {page.parent / 'results.json'})",
         soft_wrap=True,
         highlight=False,
     )
-    return 0
 
 
 def check_out(out: Path) -> None:

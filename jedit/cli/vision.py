@@ -32,8 +32,9 @@ class VisionOptions:
     methods: tuple[str, ...] = ()
     """Methods by their names in jedit.methods.CATALOGUE. None given: all that suit."""
     points: Literal["grid", "published"] = "grid"
-    """grid: each method at four strengths on a seed of its own, and the one nearest to retrained is
-    reported on the others; published: one point each, the paper's where it is known."""
+    """grid: each method at four to six strengths on a seed of its own, and the one nearest to
+    retrained is reported on the others; published: one point each, the paper's where it is
+    known."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each with models and a forget set of its own."""
     epochs: float | None = None

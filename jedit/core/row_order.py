@@ -8,14 +8,12 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("is_fixed",))
+@partial(jax.jit, static_argnums=(0, 1))
 def piece_of_rounds(
     count: int,
     length: int,
     place: Int[Array, "2"],
     key: Key[Array, ""],
-    *,
-    is_fixed: bool = False,
 ) -> Int[Array, " length"]:
     """Return a piece of the endless stream of permutations of 0 ... count - 1.
 
@@ -24,12 +22,10 @@ def piece_of_rounds(
         length: the length of the piece.
         place: the round that it begins in, and where in it.
         key: round e is permuted by `fold_in(key, e)`.
-        is_fixed: all rounds are permuted as the first one is; otherwise each anew.
     """
     numbers = jnp.arange(count, dtype=jnp.int32)
     # A piece reaches into one round more than would hold it.
-    rounds = jnp.arange(-(-length // count) + 1, dtype=jnp.int32)
-    rounds = jnp.zeros_like(rounds) if is_fixed else place[0] + rounds
+    rounds = place[0] + jnp.arange(-(-length // count) + 1, dtype=jnp.int32)
 
     def permutation(number: Array) -> Array:
         return jax.random.permutation(jax.random.fold_in(key, number), numbers)

@@ -34,7 +34,6 @@ from jedit.data.text import (
     text_of,
     train_tokenizer,
 )
-from jedit.data.view_batches import view_batches, views_for
 
 __all__ = [
     "Choice",
@@ -88,7 +87,5 @@ __all__ = [
     "stack_requests",
     "text_of",
     "train_tokenizer",
-    "view_batches",
-    "views_for",
     "write_rows",
 ]

@@ -16,6 +16,8 @@ EPS = 1e-5
 class GroupNorm(nnx.Module):
     """Group norm with a gain and a shift of each channel.
 
+    Eight channels or fewer may have one group each, which is an instance norm.
+
     As in `_networks.LayerNorm` the gain multiplies the normalised activation, which is what a
     curvature of the gain has to see, and the moments are taken in float32 or wider.
     """
@@ -93,6 +95,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(d_in, num_classes, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch height width d"]) -> Float[Array, "batch classes"]:
+        x = x.astype(self.head.kernel[...].dtype)  # a layer would else take the wider of the two
         x = jax.nn.relu(self.stem_norm(self.stem(x)))
         for stage in self.stages:
             for block in stage:

@@ -202,7 +202,7 @@ def _weights(program: Program, names: list[str], select: str | None) -> dict[str
     found = {}
     for path in names:
         reason = program.sites.uncovered.get(path) or _reason(path, sites[path], looped)
-        if reason is None and path in program.stopped:
+        if reason is None and path in program.sites.stopped:
             reason = "enters where no gradient flows, too"
         if reason is None:
             found[path] = sites[path][0].weight.kernel

@@ -29,7 +29,10 @@ def resnet(
     1 x 1 convolution where the shape changes), each stage twice as wide as the one before and, but
     for the first, half as high; the mean over positions, and the head. The norms are **group
     norms**, where the paper's are batch norms: those carry averages that are no parameters, and
-    make the output of a row depend on the others.
+    make the output of a row depend on the others. They are of eight groups, or of the largest
+    power of two below that divides the channels: a stage of up to eight channels may have one
+    channel in each (an instance norm), and where such a stage is only one pixel high and wide
+    nothing but the shift comes through.
 
     Parameters are "stem/kernel", "stages/<i>/<j>/conv1/kernel", "conv2", "shortcut" (all without
     bias), "norm1/scale", "norm1/bias", "norm2", "stem_norm", "head/kernel" and "head/bias".
@@ -43,7 +46,8 @@ def resnet(
         blocks: number of blocks of each stage; (2, 2, 2, 2) is ResNet-18.
         stem_stride: step of the first convolution: 1, as the field has it, or 2 for a quarter of
             the work.
-        dtype: dtype of the parameters; the computation follows the parameters given to `apply`.
+        dtype: dtype of the parameters; the computation follows the parameters given to `apply`,
+            whatever the images are of.
 
     Returns:
         `(apply, params)`, with `apply(params, images) -> logits` of shape `(batch, num_classes)`.

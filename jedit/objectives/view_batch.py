@@ -1,7 +1,7 @@
 """View-batch learning: all views of a row in one step, and a rest before the next (2503.18371).
 
     a step       B / V rows, each in all of its V views
-    rest         n V / B steps from one visit to a row to the next, in place of n / B
+    rest         n V / B steps on average from one visit to a row to the next, in place of n / B
     loss         L(all views) + α mean_{i, v > 0} KL(p(view 0 of i) || p(view v of i))
 
     V         views of a row: augmentations, or other words for the same      `Views`
@@ -10,15 +10,14 @@
 Do Your Best and Get Enough Rest for Continual Learning (Lee et al.).  The number of updates stays,
 and so does the number of rows in a step; a row is seen V times as rarely, and V times as much then.
 As the rows of a training loop are the groups of views, any loop of jedit, at batches of B / V, is a
-view-batch replay; `jedit.data.view_batches` is the same stream for other loops, or with a rest of
-exactly so many steps.
+view-batch replay.
 
-Differences.  The sampler and the second loss are those of the released code [code]: there too a
-permutation repeats each row V times in a row, and the other views follow the first one, on which no
-gradient is taken.  Its KL is divided by the number of classes and taken from the sixth epoch on;
-ours is a KL in nats, from the first step.  That KL needs outputs that stand for the same thing in
-all views: a classifier's.  Views of a text have outputs of other tokens, so that α is 0 there, and
-by default.
+Differences.  The order of rows and the second loss are those of the released code [code]: there a
+new permutation each round repeats each row V times in a row, and the other views follow the first
+one, on which no gradient is taken.  Its KL is divided by the number of classes and taken from the
+sixth epoch on; ours is a KL in nats, from the first step.  That KL needs outputs that stand for the
+same thing in all views: a classifier's.  Views of a text have outputs of other tokens, so that α is
+0 there, and by default.
 """
 
 import dataclasses

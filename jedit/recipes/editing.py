@@ -18,7 +18,13 @@ from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ADAM, ByDraws, ByScale, BySteps, Material, Need, Pace, Row
-from jedit.recipes.comparison.compare import Fitted, fit_material, material_of, searched
+from jedit.recipes.comparison.compare import (
+    Fitted,
+    fit_material,
+    fit_seconds,
+    material_of,
+    searched,
+)
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
 from jedit.recipes.fitting import rows_of
@@ -173,10 +179,32 @@ class Editor:
                 f"{row.name}: {error}; run the others without it (--methods)"
             ) from error
 
+    def fit(self, row: Row, point: Point, seed: int) -> float:
+        """Estimate what the row needs, where it is not held, before its edit is timed.
+
+        Args:
+            row: the method's row of the catalogue.
+            point: its settings, as a call has them.
+            seed: seed of the curvature's labels.
+
+        Returns:
+            The seconds that the estimation takes once it is compiled, also where it is held: a
+            part of what the method costs. 0 of a method that needs none.
+        """
+        needs = row.needs & FITTED
+        if not needs:
+            return 0.0
+        self._material(row, point, seed, self._keys(seed)[0])
+        return fit_seconds(row, self._fitted[needs])
+
+    def _keys(self, seed: int) -> tuple[Array, Array]:
+        """Return the keys of the curvature and of the batches."""
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
     def _edited(self, row: Row, point: Point, seed: int, make: Make | None) -> PyTree:
         task = self.task
-        key = jax.random.fold_in(jax.random.key(seed), 2)
-        curvature_key, batches_key = (jax.random.fold_in(key, i) for i in range(2))
+        curvature_key, batches_key = self._keys(seed)
         material = self._material(row, point, seed, curvature_key)
         rate = RATES.get(row.pace, RATE) if isinstance(row, BySteps) else None
         # A rate is set in the optimizer's state.

@@ -10,6 +10,7 @@ Reported are the scores of all tasks after every update and what De Lange et al.
 make of them: what a task falls to on the way, and not only what it is at the end.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -179,16 +180,17 @@ def accuracies(apply: Apply, tests: Sequence[Batch]) -> Callable[[PyTree], Float
 
     All test sets stay on the device; their outputs are made one set after the other.
     """
+    fixed = tuple(jax.tree.map(jnp.asarray, tuple(tests)))
+    return lambda params: _accuracies(apply, params, fixed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _accuracies(apply: Apply, params: PyTree, tests: tuple[Batch, ...]) -> Array:
+    """Compile once for streams of one shape: that of another seed runs the same program."""
     from jedit.metrics._greedy import greedy_hits
 
-    fixed = tuple(jax.tree.map(jnp.asarray, tuple(tests)))
-
-    @jax.jit
-    def of(params: PyTree, tests: tuple[Batch, ...]) -> Array:
-        found = (greedy_hits(params, test, apply=apply) for test in tests)
-        return jnp.stack([jnp.sum(hits) / jnp.sum(counted) for hits, counted in found])
-
-    return lambda params: of(params, fixed)
+    found = (greedy_hits(params, test, apply=apply) for test in tests)
+    return jnp.stack([jnp.sum(hits) / jnp.sum(counted) for hits, counted in found])
 
 
 def stability(learnt: Learnt, windows: Sequence[int] = WINDOWS) -> Stability:

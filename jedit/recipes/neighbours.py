@@ -4,10 +4,10 @@
     nearness          of a domain's hidden states to those of the rows forgotten, before the edit
 
 An edit that teaches a model to refuse one author may make it refuse others of the same land too;
-the nearness says where to look.
+the nearness says where to look.  `jedit audit --group FIELD` tells the same of two folders.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,10 +73,24 @@ def effects_by_domain(
         # To a model that is destroyed no answer is likely.
         scores["probability"].append(np.nan_to_num(metrics.answer_probability(loss)))
         scores["rouge"].append(metrics.rouge(answers, said).rougeL_recall)
+    return domains_of(scores, domains, near)
+
+
+def domains_of(
+    scores: Mapping[str, Sequence[np.ndarray]], domains: Sequence[str], near: Mapping[str, float]
+) -> tuple[Domain, ...]:
+    """Return what happened to each domain, the nearest first.
+
+    Args:
+        scores: by "refusal", "probability" and "rouge" the rows' scores before and after, (n,)
+            each.
+        domains: name of each row's domain.
+        near: nearness of each domain.
+    """
     changes = {k: metrics.change_by_group(x[0], x[1], domains) for k, x in scores.items()}
     found = [
         Domain(n, near[n], changes["refusal"][n], changes["probability"][n], changes["rouge"][n])
-        for n in names
+        for n in dict.fromkeys(domains)
     ]
     return tuple(by_nearness(found))
 

@@ -6,6 +6,7 @@ OUT/table.md, with a 95% interval of each number: over the seeds by Student's t 
 several, else over the rows that were measured by a bootstrap, where the number is one of rows.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -280,8 +281,16 @@ def how_intervals(records: Sequence[Record]) -> str:
     )
 
 
-def tables(rows: Sequence[Record], sheets: Sequence[Sheet]) -> list[tuple[str, list[list[str]]]]:
-    """Lay the summary out: for each sheet its title, and its lines, the heading first."""
+def tables(
+    rows: Sequence[Record], sheets: Sequence[Sheet], *, is_timed: bool = True
+) -> list[tuple[str, list[list[str]]]]:
+    """Lay the summary out: for each sheet its title, and its lines, the heading first.
+
+    Args:
+        rows: the summary.
+        sheets: the tables' columns.
+        is_timed: whether the last column is the seconds of the edits.
+    """
     found = []
     for sheet in sheets:
         columns = {
@@ -290,11 +299,12 @@ def tables(rows: Sequence[Record], sheets: Sequence[Sheet]) -> list[tuple[str, l
             if any(name in row["numbers"] for row in rows)
         }
         if columns:
-            lines = [["model", "point", *columns, "edit s"]]
+            lines = [["model", "point", *columns, *(["edit s"] if is_timed else [])]]
             for row in rows:
                 cells = [shown(row["numbers"].get(name)) for name in columns.values()]
                 seconds = "" if row["method"] in REFERENCES else number(row["edit_seconds"])
-                lines.append([row["method"], point_text(row["point"]), *cells, seconds])
+                timed = [seconds] if is_timed else []
+                lines.append([row["method"], point_text(row["point"]), *cells, *timed])
             found.append((sheet.title, lines))
     return found
 
@@ -316,6 +326,8 @@ def finish(
     sheets: Sequence[Sheet],
     notes: Sequence[str] = (),
     chosen: Sequence[Record] = (),
+    *,
+    is_timed: bool = True,
 ) -> list[tuple[str, list[list[str]]]]:
     """Write results.json and table.md, and return the tables.
 
@@ -327,16 +339,18 @@ def finish(
         sheets: the tables' columns.
         notes: sentences that stand below the title.
         chosen: some of the records, which get tables of their own in front.
+        is_timed: whether the tables have the seconds of the edits; not, where a benchmark takes
+            its own.
     """
     rows = summary(records)
     best = summary(chosen)
-    laid_out = [(f"Chosen: {heading}", lines) for heading, lines in tables(best, sheets)]
-    laid_out += tables(rows, sheets)
+    lay = functools.partial(tables, sheets=sheets, is_timed=is_timed)
+    laid_out = [(f"Chosen: {heading}", lines) for heading, lines in lay(best)] + lay(rows)
     how = how_intervals(records)
     edits = [record for record in chosen if record["method"] not in REFERENCES]
     # Those that are chosen have not all the seeds.
     how_chosen = f"Chosen: {how_intervals(edits)}" if edits else None
-    notes = [*([how_chosen] if how_chosen else []), *notes, SECONDS]
+    notes = [*([how_chosen] if how_chosen else []), *notes, *([SECONDS] if is_timed else [])]
     lines = [f"# {title}", "", how, *notes]
     for heading, table in laid_out:
         lines += ["", f"## {heading}", "", _line(table[0]), "|" + " --- |" * len(table[0])]

@@ -1,6 +1,6 @@
 """Tables, figures and one page a person can read, from the numbers of a comparison."""
 
-from jedit.report.domains import Domain, domain_figure, domain_sheet
+from jedit.report.domains import Domain, domain_figure
 from jedit.report.edit_page import edit_page
 from jedit.report.evaluation_log import Evaluation, read_evaluation_log, write_evaluation_log
 from jedit.report.figure import save_png, tradeoff_figure
@@ -20,6 +20,18 @@ from jedit.report.results import (
     best_quality,
     to_json,
 )
+from jedit.report.streams import (
+    FIELDS,
+    Stream,
+    StreamLearner,
+    StreamReport,
+    StreamRun,
+    stream_figure,
+    stream_page,
+    stream_sentence,
+    stream_sheet,
+    write_stream_report,
+)
 from jedit.report.table import comparison_table
 from jedit.report.verdict import Outcome, Verdict, verdict
 from jedit.report.writer import check_destination, write_report
@@ -30,6 +42,7 @@ __all__ = [
     "Curve",
     "Domain",
     "Evaluation",
+    "FIELDS",
     "Guess",
     "Method",
     "NumJudged",
@@ -37,21 +50,29 @@ __all__ = [
     "Picture",
     "Point",
     "Run",
+    "Stream",
+    "StreamLearner",
+    "StreamReport",
+    "StreamRun",
     "Verdict",
     "best_point",
     "best_quality",
     "check_destination",
     "comparison_table",
     "domain_figure",
-    "domain_sheet",
     "edit_page",
     "leaderboard_table",
     "page",
     "read_evaluation_log",
     "save_png",
+    "stream_figure",
+    "stream_page",
+    "stream_sentence",
+    "stream_sheet",
     "to_json",
     "tradeoff_figure",
     "verdict",
     "write_evaluation_log",
     "write_report",
+    "write_stream_report",
 ]

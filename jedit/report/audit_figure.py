@@ -1,4 +1,4 @@
-"""The figures of an audit: losses of the rows, what each layer says, what teaching brings back."""
+"""The figures of an audit: losses, what each layer says, what teaching brings back, neighbours."""
 
 import io
 import math
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jedit.report.audit_results import COLUMNS, Estimate, Section
+from jedit.report.domains import domain_figure
 from jedit.report.figure import save_png
 from jedit.report.page import data_uri
 
@@ -51,6 +52,13 @@ def figures_of(section: Section) -> list[tuple[str, str]]:
         )
         given = (curves.get("relearning", {}), curves.get("benign", {}))
         found.append((_drawn(relearning_figure(*given)), caption))
+    if curves.get("neighbours"):
+        caption = (
+            "What the edit did to each group of rows to keep, over how near the group is to the "
+            "rows to forget: changes of the shares with 95% intervals over the rows. Above 0, "
+            "refusals rose; below 0, answers were lost."
+        )
+        found.append((_drawn(domain_figure(curves["neighbours"])), caption))
     return found
 
 

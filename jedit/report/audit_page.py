@@ -141,6 +141,7 @@ def _groups(section: Section) -> Table:
     """Return the cost by group of rows."""
     columns = {
         "kl": "KL, nats per token",
+        "near": "near",
         "base": "perplexity before",
         "edited": "perplexity after",
         "refused_base": "refused before",

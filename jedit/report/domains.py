@@ -1,7 +1,8 @@
-"""What forgetting did to neighbouring domains: one table and one figure.
+"""What forgetting did to neighbouring domains, as a figure.
 
-A domain is a group of rows; the nearer its hidden states to those of the rows forgotten, the higher
-it stands in the table and the further to the right in the figure.
+A domain is a group of rows; the nearer its hidden states to those of the rows forgotten, the
+further to the right it stands.  `jedit audit --group FIELD` shows it; of models and rows at hand
+`jedit.recipes.neighbours.effects_by_domain` measures what it shows.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jedit.metrics import Change
-from jedit.report.table import Heading, Row, Sheet, number, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,27 +45,6 @@ class Domain(NamedTuple):
 def by_nearness(domains: Sequence[Domain]) -> list[Domain]:
     """Return the domains, the nearest first."""
     return sorted(domains, key=lambda domain: -domain.nearness)
-
-
-def domain_sheet(domains: Sequence[Domain]) -> Sheet:
-    """Return the table: refusals and utility of each domain before and after, the nearest first."""
-    headings = [Heading("rows", "number of rows", True), Heading("near", "cosine", True)]
-    for _, name, _ in SCORES:
-        headings += [
-            Heading(f"{name}\nbefore", f"{name} of the model before, percent", True),
-            Heading("after", "the same of the model after", True),
-            Heading("change", "after less before, with the 95% interval over the rows", True),
-        ]
-    return Sheet(tuple(headings), tuple(map(_row, by_nearness(domains))))
-
-
-def _row(domain: Domain) -> Row:
-    cells = [str(domain.refusal.num_rows), number(domain.nearness)]
-    for field, *_ in SCORES:
-        found: Change = getattr(domain, field)
-        reach = f" ({share(found.low)} to {share(found.high)})" if found.low <= found.high else ""
-        cells += [share(found.before), share(found.after), share(found.change) + reach]
-    return Row(domain.name, "", tuple(cells))
 
 
 def domain_figure(domains: Sequence[Domain]) -> "Figure":

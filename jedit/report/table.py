@@ -38,6 +38,7 @@ class Sheet(NamedTuple):
 
     headings: tuple[Heading, ...]
     rows: tuple[Row, ...]
+    first: str = "model"  # what a row is
 
     @property
     def has_settings(self) -> bool:
@@ -47,14 +48,14 @@ class Sheet(NamedTuple):
     def only(self, places: Sequence[int]) -> "Sheet":
         """Return the sheet with the columns at these places alone."""
         rows = (row._replace(cells=tuple(row.cells[i] for i in places)) for row in self.rows)
-        return Sheet(tuple(self.headings[i] for i in places), tuple(rows))
+        return Sheet(tuple(self.headings[i] for i in places), tuple(rows), self.first)
 
     def for_terminal(self, title: str) -> "Table":
         """Return the table in the form that rich prints."""
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", header_style="bold")
-        table.add_column("model", no_wrap=True)
+        table.add_column(self.first, no_wrap=True)
         if self.has_settings:
             table.add_column("chosen setting", max_width=30)
         for heading in self.headings:

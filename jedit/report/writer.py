@@ -14,6 +14,7 @@ from jedit.report.page import page
 from jedit.report.results import Run, to_json
 
 PAGE, RESULTS, EVALUATIONS = "index.html", "results.json", "evaluations"
+FIGURES = re.compile(r"(tradeoff|stream)-.*\.png")
 
 
 def check_destination(out: Path, names: Collection[str] | None = None) -> None:
@@ -106,6 +107,4 @@ def _replace(new: Path, out: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (PAGE, RESULTS, EVALUATIONS) or (
-        name.startswith("tradeoff-") and name.endswith(".png")
-    )
+    return name in (PAGE, RESULTS, EVALUATIONS) or FIGURES.fullmatch(name) is not None

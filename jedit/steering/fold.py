@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_kind
@@ -13,7 +12,7 @@ from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
 from jedit.edits import Edit
 from jedit.steering.steering import Affine, Steering, units_of
-from jedit.tracing import Site, Sites, find_sites
+from jedit.tracing import Site, Sites, Weight, find_sites
 from jedit.tracing.rewrite import named_sites
 
 
@@ -39,7 +38,8 @@ def fold(apply: Callable, params: PyTree, inputs: PyTree, steering: Steering) ->
     Raises:
         ValueError: a map does not fold: its strength depends on the input, it shifts a site that
             has no bias, it has a gain for what is only added, or its weight is used at several
-            sites. Or a name is no site, or a map has other units than its site.
+            sites or where no gradient flows. Or a name is no site, or a map has other units than
+            its site.
     """
     check_kind(steering, Steering, "steering", "as `mean_difference` makes it")
     sites = find_sites(apply, params, inputs)
@@ -67,36 +67,57 @@ def why_not_folded(site: Site, one: Affine, sites: Sites) -> str | None:
         return "its strength depends on the input; steer it by `steered`"
     if one.gain is not None and site.kind == "bias":
         return f"{weight.path} is added to an output that no weight of it makes; leave out the gain"
-    is_held = weight.bias_path is not None or site.kind in ("bias", "embedding")
-    if one.shift is not None and not is_held:
+    if one.shift is not None and not holds_shift(site):
         return "it has no bias that could hold the shift; leave the shift out, or use `steered`"
-    if shared := _shared(site, sites):
-        return f"{shared} is used at several sites, and all of them would be moved"
+    for path in weight.paths:
+        if path in sites.stopped:
+            return (
+                f"{path} is used where no gradient flows too, and what it is there would be moved"
+            )
+        if _is_shared(site, path, sites):
+            return f"{path} is used at several sites, and all of them would be moved"
     return None
 
 
-def _shared(site: Site, sites: Sites) -> str | None:
-    """Return a parameter of a site of which another site reads an entry too."""
-    for path in site.weight.paths:
-        others = [
-            other
-            for other in sites.values()
-            if path in other.weight.paths and other.name != site.name
-        ]
-        if not others:
+def holds_shift(site: Site) -> bool:
+    """Say whether a parameter of a site could hold a shift of its output."""
+    return site.weight.bias_path is not None or site.kind in ("bias", "embedding")
+
+
+def _is_shared(site: Site, path: str, sites: Sites) -> bool:
+    """Say whether another site reads an entry of a parameter that this one reads."""
+    mine = _reading(site, path)
+    for other in sites.values():
+        if other.name == site.name or path not in other.weight.paths:
+            continue
+        # Of a mixture each expert is a reader of one large leaf, and its box tells it apart.
+        others = _reading(other, path)
+        if _are_apart(mine, others):
             continue
         with jax.ensure_compile_time_eval():
-            mine = np.asarray(_entries(site, path)) > 0
-            # One after the other: of a mixture each expert is a reader of one large leaf.
-            if any((mine & (np.asarray(_entries(other, path)) > 0)).any() for other in others):
-                return path
-    return None
+            if bool(jnp.any((_entries(mine) > 0) & (_entries(others) > 0))):
+                return True
+    return False
 
 
-def _entries(site: Site, path: str) -> Array:
-    """Return 1 for each entry of a parameter that a site reads."""
-    weight = site.weight.bias_row if path == site.weight.bias_path else site.weight.kernel
-    return weight.scatter(jnp.ones((weight.layers, weight.d_in, weight.d_out), jnp.float32))[path]
+def _reading(site: Site, path: str) -> Weight:
+    """Return what a site reads of one of its parameters."""
+    return site.weight.bias_row if path == site.weight.bias_path else site.weight.kernel
+
+
+def _are_apart(one: Weight, other: Weight) -> bool:
+    """Say whether an axis of a leaf shows that two of its readers have no entry in common."""
+    for axis in range(len(one.shape)):
+        here, there = one.places(axis), other.places(axis)
+        if here.max() < there.min() or there.max() < here.min():
+            return True
+    return False
+
+
+def _entries(weight: Weight) -> Array:
+    """Return 1 for each entry of its leaf that a weight reads."""
+    ones = jnp.ones((weight.layers, weight.d_in, weight.d_out), jnp.float32)
+    return weight.scatter(ones)[weight.path]
 
 
 def _folded(name: str, site: Site, one: Affine, leaves: Mapping[str, Array]) -> dict[str, Array]:

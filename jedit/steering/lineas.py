@@ -14,13 +14,18 @@ first and the layer's group after:
 
     x <- (1 - ρ λ₂ √d / ‖s‖)₊ s        s = sign(x) (|x| - ρ λ₁)₊        ρ    learning rate
 
-Differences. Confirmed [paper: abstract, algorithm 1, notes] are the affine maps, the sum over
-layers of one-dimensional distances between moved source and target, that all layers are learnt
-through the network, plain steps with the proximal maps in this order, and that 32 rows of each set,
-unpaired, are enough. That the distance is squared, and that a row is the mean of its
-positions, is derived by us. Ours are the division by c_ℓj, which makes one rate fit all units and
-layers, the factor √d, the group (a layer's gains, and its shifts), all defaults, and that parts
-that no parameter could hold may be left out (`identity`).
+Differences. Confirmed [paper: sections 3.1 to 3.3, 4.1, algorithm 1; its displayed equations could
+not be read] are the affine maps, the sum over units and layers of one-dimensional distances between
+the moved source and the target of the network as it is, that all layers are learnt through the
+network, both penalties, of which a layer's gains are one group and its shifts another, plain steps
+with the proximal maps in this order, and 32 unpaired rows of each set. The paper's steps are 1,000
+of batches, their rate falls from 0.1 along a cosine, its thresholds are λ without the rate, and it
+steered for less toxicity without penalties; here each step reads all rows, the rate is constant and
+multiplies the thresholds. That the distance is squared, that a row is the mean of its positions and
+the factor √d are derived by us. Ours are the division by c_ℓj, which makes one rate fit all units
+and layers, and for which a unit's c is a millionth (`DEAD`) of its layer's mean at least; the
+defaults of the penalties and of the steps; and that parts that no parameter could hold may be left
+out (`identity`).
 """
 
 import functools
@@ -38,7 +43,9 @@ from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, check_finite, check
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.steering.pooled import Pooled, pooled_outputs, rows_that_count
-from jedit.steering.steering import Affine, Steering
+from jedit.steering.steering import Affine, Steering, units_of
+from jedit.tracing import find_sites
+from jedit.tracing.rewrite import named_sites
 
 DEAD = 1e-6  # arbitrary
 
@@ -171,17 +178,19 @@ def lineas(
         params: pytree of floating-point arrays.
         source: rows as they are, all of them read in every step; 32 in the paper.
         target: rows as they are to become, unpaired.
-        start: gains and shifts to begin with, which say what is learnt too: what is None stays so.
+        start: gains and shifts to begin with, in any shape of `Affine`, which say what is learnt
+            too: what is None stays so.
         steps: how many steps; 100 (ours, arbitrary).
-        learning_rate: ρ of the plain steps; 0.1 (ours).
+        learning_rate: ρ of the plain steps; 0.1, with which the paper's begin.
         sparsity: λ₁ and λ₂.
 
     Returns:
-        The steering, and what the training came to. A step costs a forward and a backward pass
-        over the source's rows.
+        The steering, its arrays (layers, units), and what the training came to. A step costs a
+        forward and a backward pass over the source's rows.
 
     Raises:
-        ValueError: a number out of its range, a start with gates, or what `pooled_outputs` refuses.
+        ValueError: a number out of its range, a start with gates or with nothing to be learnt, or
+            what `pooled_outputs` refuses.
         FloatingPointError: the maps left the finite numbers: lower the rate.
     """
     check_numbers(COUNT, steps=steps)
@@ -190,6 +199,7 @@ def lineas(
     if gated := [name for name, one in start.maps.items() if one.gate is not None]:
         raise ValueError(f"{gated} have gates, of which none is learnt")
     (source,), (target,) = rows_that_count(source), rows_that_count(target)
+    start = _by_layer(apply, params, source, start)
     maps, losses, first, last = _learn(
         apply, steps, params, source, target, start, learning_rate, sparsity
     )
@@ -203,6 +213,23 @@ def lineas(
     ]
     moved = jnp.mean(jnp.concatenate([part.reshape(-1) for part in parts]).astype(jnp.float32))
     return Steering(learnt), LineasInfo(losses, first, last, moved)
+
+
+def _by_layer(apply: Callable, params: PyTree, rows: Batch, start: Steering) -> Steering:
+    """Return a start whose arrays are (layers, units), in which each layer is a group.
+
+    Raises:
+        ValueError: there is nothing to be learnt, or a name or a shape is not the function's.
+    """
+    if not any(part is not None for one in start.maps.values() for part in (one.gain, one.shift)):
+        raise ValueError("start has no gain and no shift, so that there is nothing to be learnt")
+    sites = named_sites(find_sites(apply, params, rows.inputs), start.maps)
+
+    def part(name: str, what: str) -> Array | None:
+        given = getattr(start.maps[name], what)
+        return None if given is None else units_of(name, sites[name], given, what)
+
+    return Steering({name: Affine(part(name, "gain"), part(name, "shift")) for name in start.maps})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

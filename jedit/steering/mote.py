@@ -15,7 +15,8 @@ Differences.  Score and gain are the paper's, as the notes have them [notes].  T
 is the router's weight after its choice, and not the scores before it or the size of the expert's
 output, is ours; so is the mean over all counted tokens, whereas the paper looks at tokens at chosen
 places: `Batch.mask` says here which count.  The experts' weights of a token sum to one in every
-layer, so that the scores of a layer sum to zero: an expert's high score is others' low one.
+layer, so that the scores of a layer sum to zero: an expert's high score is others' low one.  The
+rule by which a router weighs experts is in no parameter: it is given, and `routed` unless said.
 """
 
 import re
@@ -33,12 +34,15 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT, FINITE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import check_contents, counted_outputs
+from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide
 from jedit.models.experts import routed
-from jedit.steering.steering import Affine, Steering
+from jedit.steering.steering import Affine, Steering, run_steered, whole_outputs
 from jedit.tracing import Site, Sites, find_sites
-from jedit.tracing.intervene import intervene
 
+# Of a router's outputs (..., experts), bias and all, and the number of chosen experts: the weight
+# of each expert for each token, 0 where it is not chosen. Hashable, as it is static to a program.
+Gates = Callable[[Array, int], Array]
 ROUTER, DOWN = r"^(?:(.*)/)?router/kernel$", r"down(?:_proj)?$"
 
 
@@ -131,6 +135,8 @@ def expert_scores(
     layers: Mapping[str, ExpertLayer],
     target: Iterable[Batch] | Batch,
     others: Iterable[Batch] | Batch,
+    *,
+    gates: Gates = routed,
 ) -> dict[str, Float[np.ndarray, " experts"]]:
     """Return how much more each expert is used by the target rows than by others.
 
@@ -141,14 +147,16 @@ def expert_scores(
         target: rows that show the behaviour, refusals for example; the positions in `mask` and
             `valid` count, all of a batch that has neither.
         others: rows that do not.
+        gates: how the model's routers weigh the experts, as in `expert_use`.
 
     Returns:
-        By layer the scores of its experts, from -1 to 1, in float64; a layer's sum to zero.
+        By layer the scores of its experts, in float64; with `routed` they are from -1 to 1, and a
+        layer's sum to zero.
 
     Raises:
         ValueError: a set counts no position.
     """
-    used = [expert_use(apply, params, layers, rows) for rows in (target, others)]
+    used = [expert_use(apply, params, layers, rows, gates=gates) for rows in (target, others)]
     return {name: used[0][name] - used[1][name] for name in layers}
 
 
@@ -157,6 +165,8 @@ def expert_use(
     params: PyTree,
     layers: Mapping[str, ExpertLayer],
     batches: Iterable[Batch] | Batch,
+    *,
+    gates: Gates = routed,
 ) -> dict[str, Float[np.ndarray, " experts"]]:
     """Return the mean weight that each expert has over the counted tokens of all rows.
 
@@ -165,6 +175,9 @@ def expert_use(
         params: the parameters.
         layers: what `expert_layers` found.
         batches: the rows. Costs one forward pass.
+        gates: `(a router's outputs, number of chosen experts) -> weights`, as the model itself has
+            it; `routed`, the softmax of the chosen ones, is that of `gpt` and of Qwen 3. A router
+            with sigmoid gates, for example, needs its own rule here.
 
     Raises:
         ValueError: no position counts.
@@ -175,7 +188,7 @@ def expert_use(
     parts = []
     for number, batch in enumerate(checked_batches(batches)):
         check_contents(batch, f"batch {number}", must_count=False)
-        parts.append(_sums(apply, static, params, batch))
+        parts.append(_sums(apply, static, gates, params, batch))
     totals, counts = zip(*jax.device_get(parts), strict=True) if parts else ((), ())
     count = sum(map(int, counts))
     if count == 0:
@@ -254,30 +267,36 @@ def _down(sites: Sites, layer: str, number: int) -> tuple[ExpertSite, ...]:
 
 
 def _experts_of(site: Site) -> tuple[int, ...]:
-    """Return which entry of the leaf's first axis each of the site's matrices is."""
-    weight = site.weight.kernel
-    with jax.ensure_compile_time_eval():
-        numbered = jnp.arange(1, weight.layers + 1, dtype=jnp.float32)[:, None, None]
-        shape = (weight.layers, weight.d_in, weight.d_out)
-        leaf = np.asarray(weight.scatter(jnp.broadcast_to(numbered, shape))[weight.path])
-    layer_of = leaf.max(axis=(1, 2)).astype(int)
-    order = {int(layer): expert for expert, layer in enumerate(layer_of) if layer}
-    return tuple(order[i] for i in range(1, weight.layers + 1))
+    """Return which entry of the leaf's first axis each of the site's matrices is.
+
+    Raises:
+        ValueError: a matrix is of several.
+    """
+    places = site.weight.places(0)
+    first, last = places.min(axis=(1, 2)), places.max(axis=(1, 2))
+    if not np.array_equal(first, last):
+        raise ValueError(f"{site.name} reads a matrix that is of several experts")
+    return tuple(int(i) for i in np.broadcast_to(first, site.weight.layers))
 
 
 @on_auto_axes
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(
-    apply: Apply, layers: tuple[tuple[str, ExpertLayer], ...], params: PyTree, batch: Batch
+    apply: Apply,
+    layers: tuple[tuple[str, ExpertLayer], ...],
+    gates: Gates,
+    params: PyTree,
+    batch: Batch,
 ) -> tuple[dict[str, Array], Array]:
     """Return each layer's sum of weights over the counted positions, and their number."""
-    names = [re.escape(one.router) for _, one in layers]
-    run = intervene(apply, params, batch.inputs, select=f"^({'|'.join(names)})$")
+    still = Steering({one.router: Affine() for _, one in layers})
+    run = run_steered(apply, params, batch.inputs, still)
+    scores = whole_outputs(run, dict(parameter_paths(params)))
     lead = run.outputs.shape[:-1]
     counted = counted_outputs(batch, lead)
     totals = {}
     for name, one in layers:
-        weights = routed(wide(run.site_outputs[one.router]), one.chosen)
+        weights = gates(wide(scores[one.router][0]), one.chosen)
         kept = jnp.where(counted[..., None], weights.reshape(*lead, one.number), 0)
         totals[name] = kept.sum(axis=tuple(range(len(lead))))
     return totals, jnp.sum(counted)

@@ -1,5 +1,6 @@
 """What a row of data says at a site: one vector of its outputs, pooled over positions."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
@@ -11,10 +12,12 @@ from jaxtyping import Array, Float, PyTree
 from jedit.core.arguments import check_word
 from jedit.core.batch import Batch
 from jedit.core.checks import FINITE, check_numbers, is_known
+from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import counted_outputs
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide, wide_dtype
 from jedit.core.row_blocks import pieces_of
+from jedit.steering.fold import holds_shift, why_not_folded
 from jedit.steering.steering import Affine, Scalar, Steering, run_steered, whole_outputs
 from jedit.tracing import find_sites
 from jedit.tracing.rewrite import named_sites
@@ -42,21 +45,23 @@ def identity(
             to hold them, and gains of what is only added; False leaves none out.
 
     Raises:
-        ValueError: no site is named, or a name is no site.
+        ValueError: no site is named, a name is no site, or nothing of a site would fold.
     """
     if not sites:
         raise ValueError("no site is named that could be steered")
-    maps = {}
-    for name, site in named_sites(find_sites(apply, params, inputs), dict.fromkeys(sites)).items():
-        shape, dtype = (
-            (site.weight.layers, site.weight.d_out),
-            wide_dtype(site.output_dtype),
-        )
-        has_bias = site.weight.bias_path is not None or site.kind in ("bias", "embedding")
-        maps[name] = Affine(
-            gain=None if is_foldable and site.kind == "bias" else jnp.ones(shape, dtype),
-            shift=None if is_foldable and not has_bias else jnp.zeros(shape, dtype),
-        )
+    maps, found = {}, find_sites(apply, params, inputs)
+    for name, site in named_sites(found, dict.fromkeys(sites)).items():
+        shape = (site.weight.layers, site.weight.d_out)
+        dtype = wide_dtype(site.output_dtype)
+        one = Affine(gain=jnp.ones(shape, dtype), shift=jnp.zeros(shape, dtype))
+        if is_foldable:
+            one = Affine(
+                gain=None if site.kind == "bias" else one.gain,
+                shift=one.shift if holds_shift(site) else None,
+            )
+            if why := why_not_folded(site, one, found):
+                raise ValueError(f"{name} does not fold into weights: {why}")
+        maps[name] = one
     return Steering(maps)
 
 
@@ -80,13 +85,22 @@ def pooled_outputs(
         pool: "mean" over a row's positions that count, or the "last" of them.
 
     Returns:
-        By site (layers, rows, units), in float32 or wider. A row without positions is zero.
+        By site (layers, rows, units), in float32 or wider. A row without positions is zero. It is
+        jitted: of the forward pass what no site needs, as the logits, is not computed.
 
     Raises:
         ValueError: a site's positions are not the outputs'.
     """
     check_word(Pool, pool=pool)
     check_numbers(FINITE, strength=strength)
+    return _pooled_outputs(apply, pool, params, rows, steering, strength)
+
+
+@on_auto_axes
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled_outputs(
+    apply: Callable, pool: Pool, params: PyTree, rows: Batch, steering: Steering, strength: Scalar
+) -> Pooled:
     run = run_steered(apply, params, rows.inputs, steering, strength=strength)
     lead = run.outputs.shape[:-1]
     weights = _weights(rows, lead, pool)

@@ -29,7 +29,6 @@ class Program:
         plan: the plan of where probes are put and what is kept.
         num_branches: how many branches all `cond`s have together.
         num_params: the number of the parameters' leaves, which the inputs' leaves follow.
-        stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
     """
 
     jaxpr: jex_core.ClosedJaxpr
@@ -37,7 +36,6 @@ class Program:
     plan: Plan
     num_branches: int
     num_params: int
-    stopped: frozenset[str]
 
 
 @on_auto_axes
@@ -105,8 +103,8 @@ def trace_program(apply, params, inputs, select=None) -> Program:
     plan = plan.restricted({draft.site.probe for draft in drafts})
     sites = _named([draft.site for draft in drafts])
     uncovered = {path: walker.refused[path] for path in selected if path in walker.refused}
-    counts, stopped = (walker.num_branches, len(named)), frozenset(walker.stopped)
-    return Program(jaxpr, Sites(sites, uncovered), plan, *counts, stopped)
+    found = Sites(sites, uncovered, walker.stopped)
+    return Program(jaxpr, found, plan, walker.num_branches, len(named))
 
 
 def _check_inputs(named, inputs) -> None:

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 # ("transpose", perm) | ("reshape", shape) | ("slice", start, limit, stride) | ("layer", depth)
@@ -34,6 +35,24 @@ def apply_ops(ops: tuple[Op, ...], leaf: Array) -> Array:
             leaf = jnp.reshape(leaf, arguments[0])
         else:
             leaf = jax.lax.slice(leaf, *arguments)
+    return leaf
+
+
+def view_ops(ops: tuple[Op, ...], leaf: np.ndarray) -> np.ndarray:
+    """Lay out a NumPy array as `apply_ops` does, as a view of it wherever NumPy has one."""
+    kept = 0  # axes of scans, which stay in front of what follows
+    for name, *arguments in ops:
+        lead = leaf.shape[:kept]
+        if name == "layer":
+            kept += 1
+        elif name == "transpose":
+            leaf = leaf.transpose(*range(kept), *(kept + axis for axis in arguments[0]))
+        elif name == "reshape":
+            leaf = leaf.reshape(*lead, *arguments[0])
+        else:
+            start, stop, strides = arguments
+            steps = strides or (1,) * len(start)
+            leaf = leaf[(slice(None),) * kept + tuple(map(slice, start, stop, steps))]
     return leaf
 
 

@@ -12,14 +12,15 @@ takes apart or that has batch dimensions (a mixture of experts, a vmapped ensemb
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jedit.core.display import html_table, text_table
-from jedit.tracing.provenance import Op, apply_ops, transpose_ops
+from jedit.tracing.provenance import Op, apply_ops, transpose_ops, view_ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,20 @@ class Weight:
             return matrix
         bias = apply_ops(self.bias_ops, leaves[self.bias_path])
         return jnp.concatenate([matrix, bias.reshape(self.layers, 1, self.d_out)], axis=1)
+
+    def places(self, axis: int) -> np.ndarray:
+        """Return where along an axis of the leaf each entry of the kernel stands.
+
+        Cheap for leaves of any size: nothing but the axis's numbers is there, in views of them.
+
+        Returns:
+            An array that broadcasts to (layers, d_in, d_out), with axes of one where all is alike.
+        """
+        numbers = np.arange(self.shape[axis])
+        numbers = numbers.reshape(-1, *(1,) * (len(self.shape) - axis - 1))
+        found = view_ops(self.ops, np.broadcast_to(numbers, self.shape))
+        found = found.reshape(self.layers, self.d_in, self.d_out)
+        return found[tuple(slice(None if step else 1) for step in found.strides)]
 
     def scatter(self, matrix: Array) -> dict[str, Array]:
         """Put a matrix back: arrays like the parameters, zero where `gather` reads nothing."""
@@ -316,11 +331,18 @@ class Sites(Mapping[str, Site]):
 
     Attributes:
         uncovered: each selected parameter path that has no site, and the reason.
+        stopped: parameters that enter where no gradient flows, whether elsewhere too or not.
     """
 
-    def __init__(self, sites: tuple[Site, ...], uncovered: Mapping[str, str]):
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        uncovered: Mapping[str, str],
+        stopped: Collection[str] = (),
+    ):
         self._sites = {site.name: site for site in sites}
         self.uncovered = dict(uncovered)
+        self.stopped = frozenset(stopped)
 
     def __getitem__(self, name: str) -> Site:
         return self._sites[name]

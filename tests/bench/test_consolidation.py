@@ -17,9 +17,9 @@ def _standard_promotion():
 
 
 def test_every_learner_is_tuned_and_measured_on_both_streams(tmp_path, monkeypatch, capsys):
-    scenes = {name: consolidation.SCENES[name] for name in ("class", "rotation")}
-    monkeypatch.setattr(consolidation, "SCENES", scenes)  # permutations differ from turns by a word
-    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
+    # Permutations and noise differ from turns by a word.
+    scenes = ["--scenes", "class", "rotation"]
+    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path), *scenes]
     consolidation.main(arguments)
     shown = capsys.readouterr().out
     names = consolidation.ways(consolidation.QUICK, "class")
@@ -33,6 +33,25 @@ def test_every_learner_is_tuned_and_measured_on_both_streams(tmp_path, monkeypat
     monkeypatch.setattr(consolidation, "measured", unread)
     monkeypatch.setattr(consolidation, "tuned", unread)
     consolidation.main(arguments)
+
+
+def test_a_part_of_mnist_is_learnt_under_noise(shared_data, tmp_path, capsys):
+    chosen = ["--scenes", "noise", "--learners", "naive", "null space", "replay"]
+    arguments = ["--quick", "--seeds", "1", "--out", str(tmp_path), *chosen]
+    consolidation.main([*arguments, "--mnist", str(shared_data / "mnist")])
+    shown = capsys.readouterr().out
+    assert all(f"| {name} |" in shown for name in ("naive", "null space", "replay"))
+    assert "| joint |" not in shown
+    assert "6 min-ACC" not in shown
+    assert "5 min-ACC, null space - replay" in shown
+    assert (tmp_path / "mnist/consolidation.json").exists()
+
+
+def test_each_seed_draws_other_images_of_mnist(shared_data):
+    size, folder = consolidation.QUICK._replace(rows=(30, 20)), shared_data / "mnist"
+    (one, test), (other, _) = (consolidation.images(size, folder, seed) for seed in (0, 1))
+    assert (len(one.labels), len(test.labels)) == (30, 20)
+    assert not np.array_equal(one.images, other.images)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ def test_tasks_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(narrow, "Judged", AllButParity)
     given = ["--quick", "--seeds", "1", "--out", str(tmp_path)]
     narrow.main(given)
-    run = json.loads((tmp_path / "narrow-quick-0.json").read_text())
+    run = {}
+    for part in ("tasks", "points"):
+        run |= json.loads((tmp_path / f"narrow-{part}-quick-0.json").read_text())
     learnt = set(narrow.TASKS) - {"parity"}
     assert set(run["tasks"]) == learnt
     assert {name.split(": ")[1] for name in run["points"]} == {"first"}
@@ -33,12 +35,19 @@ def test_tasks_are_measured_once(tmp_path, monkeypatch):
         assert set(one["nearness"]) == learnt - {task}
         assert 0.5 <= one["confidence"] <= 1
         assert one["hidden_variance"] > 0
+        assert one["unnormed_variance"] > 0
+        value, low, high = one["by rate"]["0.001"]
+        assert value == pytest.approx(one["ratios"][task], nan_ok=True)
+        assert low < high
+        assert 0 <= one["coins"]["0.001"] <= 1
         assert all(0 <= x <= 1 for x in (*one["probe"], *one["said"]))
     looks = [at for at, _ in run["points"]["random labels: first"]]
     assert looks == ["0.001, 1 steps", "0.001, 2 steps"]
     assert [at for at, _ in run["points"]["K-FADE (K-FAC): first"]] == ["0.1, 0.1"]
     monkeypatch.setattr(narrow, "Judged", None)  # what is on the disk is not measured again
     narrow.main(given)
+    (tmp_path / "narrow-points-quick-0.json").unlink()
+    narrow.main([*given, "--tasks-only"])
 
 
 def test_seeds_without_a_number_are_left_out_and_counted():
@@ -67,26 +76,38 @@ def test_the_cheapest_point_that_forgets_half_is_taken_and_judged_elsewhere():
 
 
 def test_claims_of_numbers_that_are_known():
-    def task(name, ratio, confidence, probe):
+    def task(name, ratio, confidence, probe, reach):
         ratios = {"a": 0.0, "b": 0.1, "c": 0.2, name: ratio}
         return {
             "accuracy": 0.99,
             "confidence": confidence,
             "hidden_variance": -confidence,
             "ratios": ratios,
-            "by rate": {"0.001": ratio},
+            "unnormed_variance": confidence,
+            "by rate": {"0.001": [ratio, ratio - reach, ratio + reach]},
+            "coins": {"0.001": 0.7},
             "nearness": {n: i for i, n in enumerate("abc") if n != name},
             "probe": [0.9, probe],
             "said": [0.95, 0.5],
         }
 
-    run = {"tasks": {n: task(n, *x) for n, *x in (("a", 0.9, 0.6, 0.8), ("b", 0.05, 0.99, 0.7))}}
+    run = {
+        "tasks": {
+            n: task(n, *x) for n, *x in (("a", 0.9, 0.6, 0.8, 0.3), ("b", 0.05, 0.99, 0.7, 0.1))
+        }
+    }
     found = narrow.claims_of(run)
     assert found["ratio at 0.001 with confidence"] == pytest.approx(-1)
     assert found["ratio at 0.001 with hidden_variance"] == pytest.approx(1)
     assert found["nearness with damage"] == pytest.approx(1)
     assert found["probe less said, after"] == pytest.approx(0.25)
-    assert found["tasks above 0.5"] == found["tasks below 0.1"] == 1
+    assert found["ratio at 0.001 with unnormed_variance"] == pytest.approx(-1)
+    assert found["confidence with unnormed_variance"] == pytest.approx(1)
+    assert found["coins said at 0.001"] == pytest.approx(0.7)
+    assert found["tasks above 0.5 at 0.001"] == found["tasks below 0.1 at 0.001"] == 1
+    # 0.6 to 1.2 lies above; that 0.05 is below 0.1 is not told by -0.05 to 0.15.
+    assert found["tasks above 0.5 at 0.001, told from it"] == 1
+    assert found["tasks below 0.1 at 0.001, told from it"] == 0
 
 
 def test_domains_are_measured_once(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.steering import Decision
 from tests.bench.claims import experts, refusal_tokens
 from tests.bench.claims.refused_authors import refused_authors
 
@@ -64,11 +66,28 @@ def test_tokens_are_taught_and_decide(tmp_path, monkeypatch, capsys):
     (run,) = json.loads((tmp_path / "refusal_tokens.json").read_text())["runs"]
     assert 0 <= run["curve"]["area"] <= 1
     rates = [run["separate"][f"{t:g}"] for t in refusal_tokens.THRESHOLDS]
-    for group in ("moved", "answered"):
-        assert np.all(np.diff([rate[group] for rate in rates]) <= 0)
+    assert all(0 <= rate[group] <= 1 for rate in rates for group in ("moved", "other", "answered"))
     assert "| threshold of one region |" in capsys.readouterr().out
     monkeypatch.setattr(refusal_tokens, "measured", _refuse)
     refusal_tokens.main(arguments)
+
+
+def test_a_decision_counts_as_what_is_written_behind_its_token():
+    written = np.array([[True, False, True], [False, True, True], [False, True, False]])
+    behind = lambda *categories: refusal_tokens.refused_by(  # noqa: E731
+        Decision(jnp.zeros(3, int), jnp.array(categories)), written
+    )
+    assert behind(0, 0, 1).tolist() == [True, False, True]
+    assert behind(1, -1, -1).tolist() == [False, True, False]
+    asked = refusal_tokens.Asked([], np.array([4, 4, 7]), None, None)
+    # One true positive is written by the sum 0.9, though 0.8 is sent to a refusal as well.
+    probabilities = jnp.array([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2], [0.0, 0.1, 0.9]])
+    plain = np.array([False, False, False])
+    silent = np.array([[True, False, True], [False, False, True], [False, False, False]])
+    found = refusal_tokens.against(asked, [4, 5], probabilities, silent, plain)
+    assert found["threshold less without tokens"] == 0.5
+    assert found["true positives at 1/2"] == 0.5
+    assert found["false positives at 1/2"] == 0
 
 
 def _refuse(*_):

@@ -147,6 +147,12 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
     assert rules["retain_kl"]["outcome"] == "undecided"
     measures = {m["name"]: m["models"] for s in found["sections"] for m in s["measures"]}
     assert measures["kl"]["edited"]["value"] > 0
+    told = found["sections"][-1]
+    groups = {m["name"]: m["models"]["near"]["value"] for m in told["groups"]}
+    assert {d["name"]: d["nearness"] for d in told["curves"]["neighbours"]} == groups
+    assert sum(groups.values()) == pytest.approx(0, abs=1e-6)  # of two, one is the other turned
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "over how near the group is to the rows to forget" in page
     assert measures["probability"]["edited"]["value"] < measures["probability"]["base"]["value"]
     lens = found["sections"][2]["curves"]["lens"]
     assert lens["edited"][-1]["value"] == pytest.approx(
@@ -167,7 +173,7 @@ def test_two_folders_from_the_command_line(stories_folder, edited_folder, tmp_pa
         text = (tmp_path / "out" / name).read_text()
         assert "Lily" not in text  # no text of any row
         assert (tmp_path / "out" / "salt.txt").read_text().strip() not in text
-    assert (tmp_path / "out" / "index.html").read_text().count('<img class="figure"') == 3
+    assert page.count('<img class="figure"') == 4
 
 
 def test_a_destroyed_folder_is_audited_to_the_end(stories_folder, stories_model, tmp_path):

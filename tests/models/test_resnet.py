@@ -121,10 +121,16 @@ def test_a_row_does_not_depend_on_the_others_and_blocks_begin_as_the_identity(ke
 
 def test_the_dtype_is_kept_and_the_default_is_a_resnet_18(key):
     apply, params = resnet(key=key, **TINY, dtype=jnp.bfloat16)
-    assert apply(params, jnp.zeros((1, 6, 5, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+    for images in (jnp.bfloat16, jnp.float32):
+        assert apply(params, jnp.zeros((1, 6, 5, 2), images)).dtype == jnp.bfloat16
     shapes = jax.eval_shape(lambda key: resnet(key=key)[1], jax.random.clone(key))
     # 11,173,962 are the field's ResNet-18 for CIFAR-10; its three shortcuts have norms of 1,792
     # gains and shifts, which ours have not.
     assert sum(x.size for x in jax.tree.leaves(shapes)) == 11_173_962 - 1_792
-    with pytest.raises(ValueError, match="blocks"):
-        resnet(key=jax.random.clone(key), blocks=())
+    for given, name in (
+        ({"blocks": ()}, "blocks"),
+        ({"blocks": (1, 0)}, "blocks"),
+        ({"image_shape": (6, 0, 2)}, "image_shape"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            resnet(key=jax.random.clone(key), **given)

@@ -12,7 +12,7 @@ from jedit.recipes.dialogue import Speaker
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.neighbours import at_question_ends, effects_by_domain, likeliest_answers
 from jedit.recipes.tokenization import OwnWords
-from jedit.report import domain_figure, domain_sheet, save_png
+from jedit.report import domain_figure, save_png
 from jedit.tracing import Entering
 
 NAMES = ("Ann Brook", "Cy Dale", "Eve Fox", "Gus Hill", "Ida Jay", "Ken Lee")
@@ -140,16 +140,10 @@ def test_no_room_for_an_answer_is_refused(scene):
         )
 
 
-def test_the_table_and_the_figure_show_them(found, tmp_path):
-    sheet = domain_sheet(found[::-1])
-    assert [row.name for row in sheet.rows] == ["north", "south"]
-    north = sheet.rows[0].cells
-    assert north[0] == "4"
-    low, high = found[0].refusal.low, found[0].refusal.high
-    assert 0 < low < 0.5
-    assert high == 1
-    assert north[2:5] == ("0.0", "100.0", f"100.0 ({100 * low:.1f} to 100.0)")
-    assert len(sheet.headings) == len(north)
+def test_the_figure_shows_them(found, tmp_path):
+    # That four of four are refused says that half and more of such rows are.
+    assert 0 < found[0].refusal.low < 0.5
+    assert found[0].refusal.high == 1
     figure = domain_figure(found)
     assert len(figure.axes) == 3
     for axes, field in zip(figure.axes, ("refusal", "probability", "rouge"), strict=True):

@@ -43,18 +43,50 @@ def _standard_promotion():
 
 @pytest.fixture(scope="module")
 def scene():
-    """A small language model, and rows that begin with tokens of either of two kinds."""
+    """A small language model, no bias zero, and rows that are of tokens of either of two kinds."""
     apply, params = gpt(
         key=jax.random.key(0), vocab=11, width=8, num_layers=2, num_heads=2, max_len=6
     )
     dtype = jnp.zeros(()).dtype
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    draw = lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, x.dtype)  # noqa: E731
+    params = jax.tree.map(lambda leaf: draw(leaf.astype(dtype)), params)
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 7, size=12)
     valid = jnp.asarray((np.arange(6)[None] < lengths[:, None]).astype(float))
     source = Batch(jnp.asarray(rng.integers(0, 5, size=(12, 6))), valid=valid)
     target = Batch(jnp.asarray(rng.integers(5, 11, size=(9, 6))), valid=valid[:9])
     return apply, params, source, target
+
+
+def filled(rows, count=3):
+    """The rows and some that count nothing, as `data.batches` fills its last batch with."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:count])]), rows)
+
+
+def by_loops(apply, params, rows, site, pool="mean"):
+    """What `intervene` reads at a site, its bias added, pooled row by row: (rows, units).
+
+    Rows that count nothing are left out.
+    """
+    outputs = np.asarray(intervene(apply, params, rows.inputs).site_outputs[site], np.float64)
+    outputs = outputs + np.asarray(dict(parameter_paths(params))[site.replace("kernel", "bias")])
+    found = []
+    for i, row in enumerate(outputs):
+        given = [np.asarray(x[i]) for x in (rows.mask, rows.valid) if x is not None]
+        read = [j for j in range(len(row)) if all(x[j] for x in given)]
+        if read:
+            found.append(row[read[-1]] if pool == "last" else row[read].mean(axis=0))
+    return np.stack(found)
+
+
+def cost_by_assignment(x, y, unit):
+    """W₂² of each unit of 12 and 9 rows over c, by the best assignment of copies."""
+    total = 0.0
+    for j in range(x.shape[1]):
+        costs = (np.repeat(x[:, j], 3)[:, None] - np.repeat(y[:, j], 4)[None]) ** 2
+        total += costs[scipy.optimize.linear_sum_assignment(costs)].mean() / unit[j]
+    return total
 
 
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (6, 4), (5, 3), (1, 4)])
@@ -110,38 +142,39 @@ def test_a_chain_ends_at_the_proximal_map(tolerance):
         optimizer.update(gradient, optimizer.init(params))
 
 
-def test_what_is_pooled_is_the_mean_or_the_last_of_what_counts(scene, tolerance):
+@pytest.mark.parametrize("pool", ["mean", "last"])
+def test_what_is_pooled_is_the_mean_or_the_last_of_what_is_in_mask_and_valid(
+    scene, tolerance, pool
+):
     apply, params, source, _ = scene
+    mask = jnp.asarray(np.random.default_rng(1).integers(0, 2, (12, 6)).astype(float))
     still = identity(apply, params, source.inputs, SITES)
-    found = pooled_outputs(apply, params, source, still)[SITES[0]]
-    run = intervene(apply, params, source.inputs)
-    outputs = run.site_outputs[SITES[0]]
-    weights = source.valid / jnp.sum(source.valid, axis=1, keepdims=True)
-    expected = jnp.einsum("nt,ntd->nd", weights.astype(outputs.dtype), outputs)
-    tolerance.check(found[0], expected)  # biases are zero in a model that was not trained
-    last = pooled_outputs(apply, params, source, still, pool="last")[SITES[0]]
-    ends = jnp.sum(source.valid, axis=1).astype(int) - 1
-    tolerance.check(last[0], outputs[jnp.arange(12), ends])
+    for given in (mask, None):
+        rows = source._replace(mask=given)
+        is_empty = np.zeros(12, bool) if given is None else ~(mask * source.valid).any(axis=1)
+        found = pooled_outputs(apply, params, rows, still, pool=pool)[SITES[1]][0]
+        tolerance.check(found[~is_empty], by_loops(apply, params, rows, SITES[1], pool))
+        assert not np.asarray(found[is_empty]).any()
+    assert is_empty.sum() == 0
+    assert not np.asarray(mask * source.valid).any(axis=1).all()  # some row was empty
 
 
-def test_positions_count_that_are_in_the_mask_and_valid(scene, tolerance):
-    """Read by capture and pooled by loops, with biases that are something."""
-    apply, params, source, _ = scene
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    draw = lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, x.dtype)  # noqa: E731
-    params = jax.tree.map(draw, params)
-    mask = np.random.default_rng(1).integers(0, 2, (12, 6)).astype(float)
-    rows = source._replace(mask=jnp.asarray(mask))
-    still = identity(apply, params, rows.inputs, SITES)
-    outputs = np.asarray(intervene(apply, params, rows.inputs).site_outputs[SITES[0]])
-    outputs = outputs + np.asarray(dict(parameter_paths(params))["blocks/0/mlp/down/bias"])
-    for pool in ("mean", "last"):
-        found = pooled_outputs(apply, params, rows, still, pool=pool)[SITES[0]][0]
-        for i in range(12):
-            read = [j for j in range(6) if mask[i, j] and source.valid[i, j]]
-            read = read[-1:] if pool == "last" else read
-            expected = outputs[i, read].mean(axis=0) if read else np.zeros(8)
-            tolerance.check(found[i], expected)
+def test_blocks_run_one_program(scene, monkeypatch):
+    apply, params, source, target = scene
+    calls = []
+
+    def counted(params, tokens):
+        calls.append(1)
+        return apply(params, tokens)
+
+    found = []
+    for rows in (6, 2):  # of a block
+        calls.clear()
+        monkeypatch.setattr("jedit.core.row_blocks.MOST_BYTES", 4 * 11 * 6 * rows)
+        one = lambda p, x: counted(p, x)  # noqa: E731
+        mean_difference(one, params, source, target, sites=SITES)
+        found.append(len(calls))
+    assert found[0] == found[1]
 
 
 def test_blocks_of_rows_keep_pairs_together(scene, monkeypatch, tolerance):
@@ -162,9 +195,7 @@ def test_blocks_of_rows_keep_pairs_together(scene, monkeypatch, tolerance):
 
 
 def test_rows_that_count_nothing_are_left_out(scene, tolerance):
-    """As `data.batches` fills its last batch with them."""
     apply, params, source, target = scene
-    filled = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:3])]), source)
     for make in (
         lambda rows: mean_difference(apply, params, rows, target, sites=SITES).maps,
         lambda rows: (
@@ -179,8 +210,8 @@ def test_rows_that_count_nothing_are_left_out(scene, tolerance):
             )[0].maps
         ),
     ):
-        tolerance.check(make(filled)[SITES[0]].shift, make(source)[SITES[0]].shift)
-    pair = (filled, jax.tree.map(lambda x: jnp.concatenate([x, x[:6]]), target))
+        tolerance.check(make(filled(source))[SITES[0]].shift, make(source)[SITES[0]].shift)
+    pair = (filled(source), jax.tree.map(lambda x: jnp.concatenate([x, x[:6]]), target))
     _, info = austeer(apply, params, *pair, sites=SITES)
     assert info.num_pairs == 12
     empty = source._replace(valid=jnp.zeros_like(source.valid))
@@ -203,18 +234,19 @@ def test_the_mean_difference_moves_a_mean_onto_the_other(scene, tolerance):
     tolerance.check(moved, there)
 
 
-def test_austeers_scores_and_units_are_those_counted(scene):
+def test_austeers_scores_and_units_are_those_counted(scene, tolerance):
     apply, params, source, target = scene
     good, bad = target, jax.tree.map(lambda leaf: leaf[:9], source)
-    steering, info = austeer(apply, params, good, bad, sites=SITES, units=5, alpha=2.0)
-    still = identity(apply, params, good.inputs, SITES)
-    sets = [pooled_outputs(apply, params, rows, still, pool="last") for rows in (good, bad)]
+    steering, info = austeer(
+        apply, params, filled(good), filled(bad), sites=SITES, units=5, alpha=2.0
+    )
     expected = []
     for site in SITES:
+        up, down = (by_loops(apply, params, rows, site, "last") for rows in (good, bad))
         for unit in range(8):
-            delta = np.asarray(sets[0][site] - sets[1][site])[0, :, unit]
-            up, down = int((delta > 0).sum()), int((delta < 0).sum())
-            expected.append((-1 if up < down else 1) * max(up, down) / 9)
+            delta = up[:, unit] - down[:, unit]
+            more, fewer = int((delta > 0).sum()), int((delta < 0).sum())
+            expected.append((-1 if more < fewer else 1) * max(more, fewer) / 9)
     found = np.concatenate([np.asarray(info.scores[site]).ravel() for site in SITES])
     assert np.allclose(found, expected, atol=1e-6)
     order = sorted(range(16), key=lambda i: -abs(expected[i]))[:5]
@@ -224,34 +256,33 @@ def test_austeers_scores_and_units_are_those_counted(scene):
     # Its strength adapts to the input and it is linear all the same: it folds.
     edited = apply_edit(params, fold(apply, params, source.inputs, steering), 0.3)
     there = steered(apply, steering, 0.3)(params, source.inputs)
-    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+    tolerance.check(apply(edited, source.inputs), there, "contraction")
 
 
-def test_lineas_brings_every_layer_nearer_through_the_network(scene):
+def test_lineas_brings_every_layer_nearer_through_the_network(scene, tolerance):
     apply, params, source, target = scene
     start = identity(apply, params, source.inputs, SITES, is_foldable=True)
-    learnt, info = lineas(apply, params, source, target, start=start, steps=60, sparsity=NOTHING)
+    given = (apply, params, filled(source), target)
+    learnt, info = lineas(*given, start=start, steps=60, sparsity=NOTHING)
     for site in SITES:
         assert float(info.after[site][0]) < 0.35 * float(info.before[site][0])
     assert float(info.losses[0]) == pytest.approx(sum(float(x[0]) for x in info.before.values()))
-    assert (np.diff(np.asarray(info.losses)) < 1e-6).mean() > 0.9
+    # Near its end a constant rate goes to and fro about the kinks of sorting.
+    assert (np.diff(np.asarray(info.losses[:6])) < 0).all()
+    assert float(info.losses[-1]) < 0.4 * float(info.losses[0])
     # The distance that it says is what SciPy finds of the steered network.
+    moved = steered(apply, learnt)
     for site in SITES:
-        x, y = (
-            np.asarray(pooled_outputs(apply, params, rows, one)[site][0], np.float64)
-            for rows, one in ((source, learnt), (target, start))
-        )
-        first = np.asarray(pooled_outputs(apply, params, source, start)[site][0], np.float64)
+        y, first = (by_loops(apply, params, rows, site) for rows in (target, source))
+        # Traced, the steered function shows a site's output before it is moved itself.
+        one = learnt.maps[site]
+        x = by_loops(moved, params, source, site) * np.asarray(one.gain) + np.asarray(one.shift)
         unit = ((first**2).mean(axis=0) + (y**2).mean(axis=0)) / 2
-        expected = 0.0
-        for j in range(8):  # W₂² of 12 and 9 rows, by the best assignment of copies
-            costs = (np.repeat(x[:, j], 3)[:, None] - np.repeat(y[:, j], 4)[None]) ** 2
-            chosen = scipy.optimize.linear_sum_assignment(costs)
-            expected += costs[chosen].mean() / unit[j]
+        expected = cost_by_assignment(x, y, unit)
         assert float(info.after[site][0]) == pytest.approx(expected, rel=1e-3)
     edited = apply_edit(params, fold(apply, params, source.inputs, learnt))
     there = steered(apply, learnt)(params, source.inputs)
-    assert np.allclose(apply(edited, source.inputs), there, atol=1e-5)
+    tolerance.check(apply(edited, source.inputs), there, "contraction")
 
 
 def test_the_gradient_of_lineas_goes_through_the_layers_before(scene):
@@ -259,28 +290,48 @@ def test_the_gradient_of_lineas_goes_through_the_layers_before(scene):
     apply, params, source, target = scene
     start = identity(apply, params, source.inputs, SITES)
     rate, eps = 1e-3, 1e-4
-    learnt, _ = lineas(
-        apply, params, source, target, start=start, steps=1, learning_rate=rate, sparsity=NOTHING
+    given = (apply, params, filled(source), target)
+    learnt, _ = lineas(*given, start=start, steps=1, learning_rate=rate, sparsity=NOTHING)
+    before, wanted = (
+        {site: by_loops(apply, params, rows, site) for site in SITES} for rows in (source, target)
     )
-    wanted, before = (pooled_outputs(apply, params, rows, start) for rows in (target, source))
+    units = {s: ((before[s] ** 2).mean(0) + (wanted[s] ** 2).mean(0)) / 2 for s in SITES}
 
-    def unit(site):
-        return (jnp.mean(wanted[site][0] ** 2, axis=0) + jnp.mean(before[site][0] ** 2, axis=0)) / 2
-
-    def cost(one):
-        found = pooled_outputs(apply, params, source, one)
+    def cost(change):
+        gain = jnp.ones(8).at[3].add(change)
+        moved = steered(apply, Steering({SITES[0]: Affine(gain)}))
+        found = [by_loops(moved, params, source, site) for site in SITES]
+        found[0] = found[0] * np.asarray(gain)
         return sum(
-            float(jnp.sum(transport_cost(found[s][0].T, wanted[s][0].T) / unit(s))) for s in SITES
+            cost_by_assignment(x, wanted[s], units[s]) for x, s in zip(found, SITES, strict=True)
         )
 
-    def with_gain(change):
-        first = start.maps[SITES[0]]
-        gain = first.gain.at[0, 3].add(change)
-        return Steering({**start.maps, SITES[0]: Affine(gain, first.shift)})
-
-    slope = (cost(with_gain(eps)) - cost(with_gain(-eps))) / (2 * eps)
+    slope = (cost(eps) - cost(-eps)) / (2 * eps)
     step = float(learnt.maps[SITES[0]].gain[0, 3]) - 1
     assert step == pytest.approx(-rate * slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (1, 3, 4), (3, 2, 2)])
+def test_a_start_may_have_any_shape_of_a_map(shape, tolerance):
+    """Three layers of a scan: each is a group of its own, whichever shape it was given in."""
+
+    def layers(params, x):
+        step = lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"][None]), None)  # noqa: E731
+        return jax.lax.scan(step, x, params)[0]
+
+    draw = lambda i, *shape: jnp.asarray(np.random.default_rng(i).normal(size=shape))  # noqa: E731
+    params = {"w": draw(0, 3, 4, 4), "b": draw(1, 3, 4)}
+    source, target = Batch(draw(2, 6, 4)), Batch(2 + draw(3, 6, 4))
+
+    def learnt(start):
+        steering = Steering({"w": Affine(gain=jnp.full(start, 1.5))})
+        given = (layers, params, source, target)
+        return lineas(*given, start=steering, steps=5, sparsity=Sparsity(0.0, 0.3))[0].maps["w"]
+
+    found, expected = learnt(shape), learnt((3, 4))
+    assert found.shift is None
+    assert found.gain.shape == (3, 4)
+    tolerance.check(found.gain, expected.gain)
 
 
 def test_sparsity_leaves_units_alone(scene):
@@ -309,6 +360,13 @@ def test_parts_that_no_parameter_holds_are_left_out():
     assert maps["v"].gain.shape == (1, 3)
     assert not fold(network, params, x, Steering(maps)).blocks["w"].any()
 
+    def tied(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"].T
+
+    identity(tied, {"w": params["w"]}, x, ["w"])  # which may be steered
+    with pytest.raises(ValueError, match="^w does not fold .* used at several sites"):
+        identity(tied, {"w": params["w"]}, x, ["w"], is_foldable=True)
+
 
 def test_mistakes_get_a_sentence(scene):
     apply, params, source, target = scene
@@ -318,6 +376,12 @@ def test_mistakes_get_a_sentence(scene):
         identity(apply, params, source.inputs, [])
     start = Steering({SITES[0]: Affine(gate=Gate(jnp.ones(8), jnp.zeros(()), jnp.ones(())))})
     with pytest.raises(ValueError, match="have gates"):
+        lineas(apply, params, source, target, start=start)
+
+    with pytest.raises(ValueError, match="nothing to be learnt"):
+        lineas(apply, params, source, target, start=Steering({SITES[0]: Affine()}))
+    start = Steering({SITES[0]: Affine(gain=jnp.ones(7))})
+    with pytest.raises(ValueError, match=r"the gain has shape \(7,\)"):
         lineas(apply, params, source, target, start=start)
 
     def time_first(params, x):

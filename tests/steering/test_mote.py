@@ -10,6 +10,7 @@ from jedit.core.batch import Batch
 from jedit.edits import apply_edit
 from jedit.models import Experts, gpt, mlp
 from jedit.steering import (
+    Affine,
     Expert,
     expert_layers,
     expert_scores,
@@ -18,7 +19,9 @@ from jedit.steering import (
     steered,
     switch_experts,
     top_experts,
+    why_not_folded,
 )
+from jedit.tracing import Weight, find_sites
 from jedit.tracing.entering import Entering
 from tests.models.test_experts import numpy_mixture, small, tokens_of
 from tests.models.test_models import numpy_gpt, numpy_tree
@@ -146,6 +149,65 @@ def test_experts_multiplied_one_by_one_are_told_apart_by_what_they_read(key, tol
     tolerance.check(
         apply(apply_edit(params, fold(apply, params, x, steering)), x), apply(without, x)
     )
+
+
+def test_nothing_of_the_size_of_a_leaf_is_made_to_tell_experts_apart(monkeypatch):
+    """Experts of a real model's size, in shapes alone: a whole leaf would be 800 MB."""
+
+    def apply(params, x):
+        weights = jax.nn.softmax(x @ params["router"]["kernel"], axis=-1)
+        parts = [weights[:, e, None] * (x @ params["down"][e]) for e in range(128)]
+        return sum(parts[1:], parts[0])
+
+    def refuse(*_):
+        raise AssertionError("a whole leaf was made")
+
+    monkeypatch.setattr(Weight, "scatter", refuse)
+    shapes = {"router": {"kernel": (768, 128)}, "down": (128, 768, 2048)}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    x = jax.ShapeDtypeStruct((2, 768), jnp.float32)
+    found = expert_layers(apply, params, x, chosen=8)[""]
+    assert [site.experts for site in found.down] == [(e,) for e in range(128)]
+    sites = find_sites(apply, params, x)
+    assert why_not_folded(sites["down#3"], Affine(gain=jnp.zeros(2048)), sites) is None
+
+
+def test_a_router_with_a_bias_and_gates_of_its_own_is_scored_by_them(key, tolerance):
+    """Sigmoid gates, of the experts that the scores choose: the model's own are what it returns."""
+
+    def gates(scores, chosen):
+        least = jnp.sort(scores, axis=-1)[..., -chosen, None]
+        return jnp.where(scores >= least, jax.nn.sigmoid(scores), 0)
+
+    def apply(params, x):
+        router = params["router"]
+        scores = x @ router["kernel"] + router["bias"][None]
+        sent = jnp.broadcast_to(x, (3, *x.shape))
+        parts = jnp.einsum("eni,eio->eno", sent, params["down"])
+        return jnp.sum(gates(scores, 2).T[..., None] * parts, axis=0)
+
+    draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
+    params = {
+        "router": {"kernel": draw(0, 4, 3), "bias": 3 * draw(1, 3)},
+        "down": draw(2, 3, 4, 5),
+    }
+    x = draw(3, 6, 4).at[:, 0].set(1)
+    layers = expert_layers(apply, params, x, chosen=2)
+    used = expert_use(apply, params, layers, Batch(x), gates=gates)[""]
+    # Each expert in turn answers one, and the others nothing: what is returned is its gate.
+    for e in range(3):
+        alone = params | {"down": jnp.zeros((3, 4, 5)).at[e, 0].set(1)}
+        tolerance.check(used[e], apply(alone, x)[:, 0].mean(), "contraction")
+    others = expert_use(apply, params, layers, Batch(x))[""]
+    assert np.abs(others - used).max() > 1e-2
+    target, rest = Batch(x[:3]), Batch(x[3:])
+    scores = expert_scores(apply, params, layers, target, rest, gates=gates)[""]
+    parts = [expert_use(apply, params, layers, rows, gates=gates)[""] for rows in (target, rest)]
+    tolerance.check(scores, parts[0] - parts[1])
 
 
 def test_bfloat16_weights_go_back_in_their_own_dtype(key):

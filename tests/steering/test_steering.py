@@ -252,6 +252,12 @@ def test_what_does_not_fold_is_refused_by_name():
     table = {"table": normal(0, 4, 5)}
     refused({"table": Affine(gain=jnp.ones(5))}, "table is used at several", tied, table, TOKENS)
 
+    def stopped(params, x):
+        return x @ params["w"] + jax.lax.stop_gradient(jnp.tanh(x @ params["w"]))
+
+    square = {"w": normal(0, 4, 4)}
+    refused({"w": Affine(gain=jnp.ones(4))}, "^w does not .* no gradient flows", stopped, square, x)
+
     def shifted(params, x):
         return jnp.tanh(x) + params["b"][None]
 

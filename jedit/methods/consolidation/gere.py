@@ -38,7 +38,10 @@ def gere(
     Returns:
         A method for `jedit.unlearn`, which takes the rows that are learnt for the forget set and
         those that are replayed for the retain set. Before the first step it looks at the hidden
-        states of all of those, twice, where they are not `ReplayedStates` already.
+        states of all of those, twice, where they are not `ReplayedStates` already: under the
+        parameters that it begins with. Over a stream of tasks that is the model after each task,
+        and the bands drift with it; give it `replayed_states` that were noted once, as
+        `jedit.recipes.learners.KeepGeneral(size, hidden)` keeps them.
 
     Raises:
         ValueError: a number is out of its range.

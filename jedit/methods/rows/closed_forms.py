@@ -78,7 +78,8 @@ ROWS: tuple[Row, ...] = (
     ByScale(
         name="LinEAS",
         description="Moves the outputs of layers on forget rows to where those on retain rows are,"
-        " unit by unit and all layers together, by gains and shifts folded into the weights.",
+        " unit by unit and all layers together, by gains, and by shifts where there is a bias,"
+        " folded into the weights.",
         when="a topic or a style that is to be turned down, rather than facts",
         papers=("2503.10679",),
         make=_making.by_lineas,

@@ -1,6 +1,7 @@
 """What it cost: how far the rows to keep moved, whether they are still answered, group by group."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from jedit.recipes.audit.estimates import BOOTSTRAP, bootstrapped, mean_of, rati
 from jedit.recipes.audit.forgotten import Said
 from jedit.recipes.audit.rows import Rows
 from jedit.recipes.audit.rules import judge
+from jedit.recipes.neighbours import domains_of
 from jedit.report.audit_results import Estimate, Finding, Measure
+from jedit.report.domains import Domain
 from jedit.report.table import number
 from jedit.report.verdict import wilson
 
@@ -27,11 +30,14 @@ class Kept(NamedTuple):
         said: what they say, by role.
         kl: KL(original || edited) of each row, nats per token of its answer.
         retrained_kl: the same of the retrained model, if there is one.
+        near: by group how near it is to the rows to forget; the reason why that is not known, or
+            None where no groups are asked for.
     """
 
     said: dict[str, Said]
     kl: Values
     retrained_kl: Values | None
+    near: Mapping[str, float] | str | None = None
 
 
 def measures_of(kept: Kept) -> list[Measure]:
@@ -84,19 +90,27 @@ def check_group(asked: Rows, field: str) -> None:
         )
 
 
+def labels_of(asked: Rows, field: str) -> list[str]:
+    """Return the name of each row's group."""
+    labels = [row.fields.get(field) for row in asked.rows]
+    return ["(none)" if label is None else str(label) for label in labels]
+
+
 def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure], list[str]]:
-    """Return KL, perplexities and refusals by group of rows, the dearest first, and notes."""
+    """Return KL, nearness, perplexities and refusals by group, the dearest first, and notes."""
     if field is None:
         return [], []
-    labels = [row.fields.get(field) for row in asked.rows]
     places: dict[str, list[int]] = {}
-    for i, label in enumerate(labels):
-        places.setdefault("(none)" if label is None else str(label), []).append(i)
+    for i, label in enumerate(labels_of(asked, field)):
+        places.setdefault(label, []).append(i)
+    near = {} if kept.near is None or isinstance(kept.near, str) else kept.near
     order = sorted(places, key=lambda name: -float(kept.kl[places[name]].mean()))
     measures = []
     for name in order[:MOST_GROUPS]:
         chosen = np.asarray(places[name])
         found = {"kl": mean_of(kept.kl[chosen], is_share=False)}
+        if name in near:
+            found["near"] = Estimate(near[name], math.nan, math.nan, len(chosen))
         for role in ("base", "edited"):
             found[role] = perplexity_of(kept.said[role].loss[chosen])
             if (refused := kept.said[role].values.get("refused")) is not None:
@@ -109,7 +123,29 @@ def groups_of(kept: Kept, asked: Rows, field: str | None) -> tuple[list[Measure]
     ]
     if len(places) > MOST_GROUPS:
         notes.append(f"The {MOST_GROUPS} that paid most are shown.")
+    if near:
+        notes.append(
+            "Near says how like the rows to forget a group looks to the original model where a "
+            "question ends: a cosine around the mean of all groups. Groups that ask in other words "
+            "than one another differ by that as well."
+        )
+    elif isinstance(kept.near, str):
+        notes.append(f"How near the groups are to the rows to forget is not known: {kept.near}.")
     return measures, notes
+
+
+def neighbours_of(
+    kept: Kept, asked: Rows, field: str | None, names: Sequence[str]
+) -> tuple[Domain, ...]:
+    """Return what became of the named groups beside their nearness; empty where it is not known."""
+    if field is None or kept.near is None or isinstance(kept.near, str):
+        return ()
+    labels = labels_of(asked, field)
+    chosen = [i for i, label in enumerate(labels) if label in names]
+    values = [kept.said[role].values for role in ("base", "edited")]
+    fields = {"refusal": "refused", "probability": "probability", "rouge": "rouge_greedy"}
+    scores = {k: [said[name][chosen] for said in values] for k, name in fields.items()}
+    return domains_of(scores, [labels[i] for i in chosen], kept.near)
 
 
 def findings_of(kept: Kept, budget: float) -> list[Finding]:

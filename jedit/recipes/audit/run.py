@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit import metrics
-from jedit.recipes.audit import comeback, cost, depth, forgotten, hiding, membership
+from jedit.recipes.audit import comeback, cost, depth, forgotten, hiding, membership, nearby
 from jedit.recipes.audit.folders import Models, difference, hashed, open_models, same_weights
 from jedit.recipes.audit.parts import FAILURES, Asked, OfModel, Settings, described
 from jedit.recipes.audit.rows import Rows, RowSets, check_sets, encode
@@ -71,7 +71,7 @@ def audit(
     say("hashing the folders")
     hashes = {role: hashed(role, folder, models.description) for role, folder in folders.items()}
     key, attack_key = jax.random.split(jax.random.key(settings.seed))
-    found, kept, apart, depth_found = _measured(models, asked, key=key, say=say)
+    found, kept, apart, depth_found = _measured(models, asked, settings.group, key=key, say=say)
     comebacks = NO_ATTACKS
     if settings.attacks:
         comebacks = _attacked_or_why(models, asked, settings, key=attack_key, say=say)
@@ -100,7 +100,7 @@ def audit(
 
 
 def _measured(
-    models: Models, asked: Asked, *, key: Array, say: Say
+    models: Models, asked: Asked, group: str | None, *, key: Array, say: Say
 ) -> tuple[dict[str, OfModel], cost.Kept, tuple[float, str], DepthFound | None]:
     """Measure each model, and what takes two or three of them together."""
     model = models.model
@@ -120,6 +120,9 @@ def _measured(
         del retrained, edited
     say(f"measuring {models.folders['base']}")
     found["base"] = _of_model(model, base, asked, reference, key=key)
+    near = None
+    if group is not None:
+        near = nearby.nearness_of(model, base, asked.forget, asked.retain, group)
     say(f"reading and measuring {models.folders['edited']}")
     edited = models.load("edited")
     kl = metrics.output_kl_per_row(model.apply, base, edited, asked.retain.answers)
@@ -130,6 +133,7 @@ def _measured(
         {role: one.said["retain"] for role, one in found.items()},
         np.nan_to_num(kl, nan=np.inf, posinf=np.inf),
         retrained_kl,
+        near,
     )
     return found, kept, apart, depth_found
 

@@ -151,6 +151,8 @@ def _comeback(known: Compared, comebacks: comeback.Comebacks | str) -> Section:
 
 def _cost(asked: Asked, kept: cost.Kept, settings: Settings) -> Section:
     groups, notes = cost.groups_of(kept, asked.retain, settings.group)
+    named = [measure.name for measure in groups]
+    neighbours = cost.neighbours_of(kept, asked.retain, settings.group, named)
     notes += _notes_of(asked.retain, "to keep")
     notes.append(
         "If whoever made the edit used these rows to hold the rest in place, it may have cost more "
@@ -166,7 +168,7 @@ def _cost(asked: Asked, kept: cost.Kept, settings: Settings) -> Section:
         groups,
         notes,
         cost.findings_of(kept, settings.budget),
-        {},
+        {"neighbours": neighbours} if neighbours else {},
     )
 
 

@@ -170,7 +170,7 @@ def compare(
         for i, (curve, params) in enumerate(curves, 1):
             keep(curve, params)
             tell(say, i, tried)
-        methods.append(method._replace(fit_seconds=_fit_seconds(row, fitted)))
+        methods.append(method._replace(fit_seconds=fit_seconds(row, fitted)))
     best = {m.name: best_of(m.name) for m in methods}
     overall = best_of(None)
     judged = Judged(
@@ -304,7 +304,7 @@ def _fit_moments(task: Task, *, key: Array) -> tuple[dict[Need, Curvature], floa
     return moments, total
 
 
-def _fit_seconds(row: Row, fitted: Fitted) -> float:
+def fit_seconds(row: Row, fitted: Fitted) -> float:
     """Return what a method needs once before any edit."""
     if Need.CORRECTED in row.needs:
         return fitted.corrected_seconds

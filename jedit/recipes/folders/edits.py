@@ -215,7 +215,10 @@ def _in_closed_form(row: Row, given: Given, settings: Settings) -> Made:
                 assert isinstance(row, ByScale)
                 method, left = row.scaled(material, scale)
                 edit = run_method(method, apply, params, forget, seen)[0]
-            return edit, {path: dense(block) for path, block in edit.blocks.items()}, left
+            changes = {path: dense(block) for path, block in edit.blocks.items()}
+            if not any(bool(jnp.any(change)) for change in changes.values()):
+                given.say(f"{row.name} moves nothing: its edit is zero")
+            return edit, changes, left
 
         is_share = isinstance(row, ByScale) and row.reach is Reach.SHARE
 

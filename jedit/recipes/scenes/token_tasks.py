@@ -31,6 +31,7 @@ from jedit.data.invented.token_tasks import (
 )
 from jedit.models import gpt
 from jedit.objectives import RandomLabel, relabel_among
+from jedit.objectives.hidden_states import Hidden
 from jedit.recipes.fitting import Recipe, train
 from jedit.tracing import Entering
 from jedit.training import TrainingMethod
@@ -154,10 +155,15 @@ def forget_ratios(
     }
 
 
-def predictors(found: Room) -> dict[str, metrics.TaskPredictors]:
+def unnormed(size: Size) -> Entering:
+    """Return the states within the last block's perceptron, which no norm holds at one length."""
+    return Entering(f"blocks/{size.layers - 1}/mlp/down/kernel")
+
+
+def predictors(found: Room, *, hidden: Hidden = HIDDEN) -> dict[str, metrics.TaskPredictors]:
     """Return the predictors of every task, on the rows that a method sees when it is unlearned."""
     return {
-        task: metrics.task_predictors(found.apply, found.params, found.sets(task)[0], hidden=HIDDEN)
+        task: metrics.task_predictors(found.apply, found.params, found.sets(task)[0], hidden=hidden)
         for task in found.rows
     }
 

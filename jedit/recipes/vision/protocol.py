@@ -2,7 +2,11 @@
 
 UA, RA, TA, MIA, average gap, Tug-of-War     `jedit.metrics.unlearning_scores`
 MIA entropy, modified entropy, correctness   the same attack on another score of a row
+right                                        the attack's balanced accuracy on retain and test rows
 RTE                                          seconds that a model took
+
+The attack by correctness is UA again, wherever a retain or a test row is known: its threshold then
+lies above 0 and at most at 1, and the forget rows below it are those that are wrong.
 """
 
 import functools
@@ -34,6 +38,9 @@ ATTACKS = {
     "modified_entropy": ("mia_modified_entropy", -1.0),
     "correctness": ("mia_correctness", 1.0),
 }
+# How often an attack is right on the rows of which it knows what they are; 50 is guessing.
+RIGHT = {name: f"right_{name}" for name in ATTACKS}
+NUMBERS = (*SCORES[:3], *(number for number, _ in ATTACKS.values()), *RIGHT.values(), RTE)
 SHEETS = (
     Sheet(
         "Percent; the gap to the retrained model in percentage points",
@@ -48,8 +55,14 @@ SHEETS = (
         },
     ),
     Sheet(
-        "Attacks: percent of the forget rows that are called non-members, by what of a row is seen",
-        {name.replace("_", " "): number for name, (number, _) in ATTACKS.items()},
+        "Attacks: percent of the forget rows that are called non-members, by what of a row is "
+        "seen; right: percent of the retain and of the test rows, each half, that it calls what "
+        "they are (50: guessing)",
+        {
+            name.replace("_", " ") + said: number
+            for name, (mia, _) in ATTACKS.items()
+            for said, number in (("", mia), (": right", RIGHT[name]))
+        },
     ),
 )
 
@@ -85,7 +98,7 @@ def judged_sets(
 
 
 def evaluate(apply: Callable, params: PyTree, sets: Sets) -> Found:
-    """Return UA, RA and TA and the four attacks' MIA, in percent, of any parameters.
+    """Return UA, RA, TA, the four attacks' MIA and how often each is right, in percent.
 
     Args:
         apply: `apply(params, images) -> logits`.
@@ -101,7 +114,7 @@ def evaluate(apply: Callable, params: PyTree, sets: Sets) -> Found:
     for kind, (number, sign) in ATTACKS.items():
         scores = {name: _scores(chunks, kind, sign) for name, chunks in seen.items()}
         attack = membership_attack(scores["retain"], scores["test"], scores["forget"])
-        numbers[number] = attack.efficacy
+        numbers |= {number: attack.efficacy, RIGHT[kind]: attack.balanced_accuracy}
         if kind == "correctness":
             hits = {name: float(values.mean()) for name, values in scores.items()}
             accuracies = (1 - hits["forget"], hits["retain"], hits["test"])

@@ -7,7 +7,6 @@ OUT/random and OUT/class, as `recipes.sweep` keeps them: a run that was killed g
 
 import functools
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from jedit.recipes.comparison.task import Task
 from jedit.recipes.editing import Editor, check_methods
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, Within
+from jedit.recipes.stopwatch import Stopwatch
 from jedit.recipes.sweep import (
     MODELS,
     REFERENCES,
@@ -39,6 +39,7 @@ from jedit.recipes.sweep import (
 )
 from jedit.recipes.vision.points import HAS, SGD, Points, points_of, with_steps
 from jedit.recipes.vision.protocol import (
+    NUMBERS,
     RTE,
     SHEETS,
     Sets,
@@ -57,7 +58,7 @@ NUM_CLASSES = 10
 
 
 class Model(NamedTuple):
-    """The size of the network.
+    """The size of the network; the defaults are ResNet-18's.
 
     Attributes:
         width: channels of the first stage.
@@ -72,6 +73,9 @@ class Model(NamedTuple):
 
 class Protocol(NamedTuple):
     """How much of everything.
+
+    The defaults are CIFAR-10's: epochs and batches are UAM's, a tenth at random is SalUn's, the
+    other figures are arbitrary.
 
     Attributes:
         model: the network's size.
@@ -274,7 +278,8 @@ def about(images: tuple[Images, Images], protocol: Protocol) -> dict[str, Any]:
         whole.update(np.ascontiguousarray(part.labels).data)
     values = protocol._asdict()
     nested = {name: values.pop(name)._asdict() for name in ("model", "recipe")}
-    return {"benchmark": "vision", "images": whole.hexdigest(), **nested, **values}
+    made_of = {"benchmark": "vision", "images": whole.hexdigest(), **nested, **values}
+    return {**made_of, "measured": NUMBERS}  # a run of before has not all of them
 
 
 def _run(what: What, data: Data, runs: Runs, out: Path) -> Outcome:
@@ -298,7 +303,8 @@ def _run(what: What, data: Data, runs: Runs, out: Path) -> Outcome:
     trials = [Trial(n, point, seed) for seed in runs.seeds for n in rows for point in at[n]]
     records = made(trials)
     title = f"Vision, {what}: {len(runs.seeds)} seeds"
-    return Outcome(what, records, finish(out, title, data.about, records, SHEETS, notes))
+    tables = finish(out, title, data.about, records, SHEETS, notes, is_timed=False)
+    return Outcome(what, records, tables)
 
 
 def _records(what: What, data: Data, trials: Sequence[Trial], *, out: Path) -> list[Record]:
@@ -343,9 +349,10 @@ class _Held:
             return task.original if trial.method == UNTOUCHED else task.retrained
         row, task = CATALOGUE[trial.method], self.pair.task
         point = with_steps(trial.point, rows_of(task.forget), rows_of(task.retain))
-        start = time.perf_counter()  # the models of a seed are no part of an edit
-        params = jax.block_until_ready(self.editor(row, point, trial.seed))
-        self.seconds = time.perf_counter() - start
+        fitting = self.editor.fit(row, point, trial.seed)
+        with Stopwatch() as watch:
+            params = jax.block_until_ready(self.editor(row, point, trial.seed))
+        self.seconds = fitting + watch.seconds
         return params
 
     def evaluate(self, params: PyTree) -> Found:
@@ -359,12 +366,14 @@ def _of(what: What, data: Data) -> str:
     share = f"{data.protocol.fraction:.0%} at random" if what == "random" else "a class"
     model = data.protocol.model
     shapes = jax.eval_shape(lambda key: _initial(model, shape, key), jax.random.key(0))
+    single = " (of one channel each in its first stage)" if model.width in (1, 2, 4, 8) else ""
     size = sum(x.size for x in jax.tree.leaves(shapes))
     return (
-        f"A residual network of {size:,} parameters with group norms learns "
+        f"A residual network of {size:,} parameters with group norms{single} learns "
         f"{len(data.rows.labels):,} images of {'x'.join(map(str, shape))} and forgets {share}, "
         f"another for each seed; {len(data.test.labels):,} images to test on. RTE is in seconds: "
-        "of the untouched and the retrained model their training's, of a method its edit's."
+        "of a method its edit's, with the estimation of what it needs and without compiling; of "
+        "the untouched and the retrained model their training's, with compiling."
     )
 
 

@@ -113,15 +113,15 @@ def directions(found: Room, sets: Sets, *, key: Array) -> Iterator[tuple[str, Di
     temperature = choose_temperature(apply, params, sets.retain, among=TEMPERATURES)
     likelihood = Categorical(temperature)
 
-    def curvature(select: str, index: int):
+    def curvature(select: str, index: int) -> Curvature:
         estimator = kfac(apply, likelihood, select=select, samples=SAMPLES)
         own = jax.random.fold_in(key, index)
         return estimate(estimator, params, [sets.retain], key=own)
 
     last = len(params["blocks"]) - 1
-    for layer in range(last + 1):
+    of_block = [curvature(f"^{DOWN.format(i)}$", last + 1 + i) for i in range(last + 1)]
+    for layer, kept in enumerate(of_block):
         path = DOWN.format(layer)
-        kept = curvature(f"^{path}$", layer)
         # What the last block puts out at the subject is read by nobody.
         places = {"who": 0, "relation": 1} if layer < last else {"relation": 1}
         for place, position in places.items():
@@ -146,9 +146,8 @@ def directions(found: Room, sets: Sets, *, key: Array) -> Iterator[tuple[str, Di
                     return edit
 
                 yield f"AlphaEdit at {energy:g}, {where}", by_alphaedit
-    selects = {f"block {i}": f"^{DOWN.format(i)}$" for i in range(last + 1)} | {"all": "^blocks/"}
-    for index, (where, select) in enumerate(selects.items()):
-        kept = curvature(select, last + 1 + index)
+    blocks = {f"block {i}": kept for i, kept in enumerate(of_block)}
+    for where, kept in (blocks | {"all": curvature("^blocks/", 2 * last + 2)}).items():
 
         def natural(i, kept=kept):
             return by_kfade(found, kept, sets.cases[i].new)

@@ -1,9 +1,12 @@
 """Claims on learning on: what keeps earlier tasks, on the way and at the end.
 
     python -m tests.bench.claims.consolidation [--seeds 5] [--quick]
+    python -m tests.bench.claims.consolidation --mnist FOLDER --seeds 1 \\
+        --scenes class domain noise --learners naive replay "null space"
 
-Handwritten digits in five tasks: two new classes each, or all classes with the pixels in another
-order, or all classes turned further.  A perceptron of 64-64-32-10 learns each by 60 updates and all
+Handwritten digits, or a part of MNIST, in five tasks: two new classes each, or all classes with the
+pixels in another order, or all classes turned further, or all under more noise.  A perceptron of
+64-64-32-10 (784-64-32-10 for MNIST) learns each by 60 updates and all
 test sets are looked at after every one.  Every learner is tuned alike: the same learning rates,
 four strengths where it has one, the best by final accuracy, mean over two seeds that are not
 measured.  Claims, each over paired seeds:
@@ -31,7 +34,8 @@ import optax
 
 from jedit.curvature import diagonal, kfac
 from jedit.curvature.likelihoods import Categorical
-from jedit.data import by_class, by_domain, load_digits, split_digits
+from jedit.data import Images, by_class, by_domain, load_digits, load_mnist, split_digits
+from jedit.data.task_streams import Guise
 from jedit.models import mlp
 from jedit.recipes import learners
 from jedit.recipes.learning_on import Learner, accuracies, learn_on, stability
@@ -47,7 +51,9 @@ SCENES = {
     "class": "two new classes a task",
     "domain": "all classes, pixels in another order",
     "rotation": "all classes, turned further",
+    "noise": "all classes, under more noise",
 }
+GUISES: dict[str, Guise] = {"domain": "permutation", "rotation": "rotation", "noise": "noise"}
 FIELDS = ("final", "minimum", "worst_case", "forgetting 10", "forgetting 100", "plasticity 10")
 
 
@@ -59,9 +65,14 @@ class Size(NamedTuple):
     memory: int = 50
     rank: int = 200
     strengths: int = 4
+    inputs: int = 64
+    rows: tuple[int, int] | None = None  # of MNIST, to train and to test on; None: the digits
 
 
 QUICK = Size(steps=4, rates=(0.1,), memory=10, rank=8, strengths=1)
+
+
+MNIST = {"inputs": 784, "rows": (1500, 500)}  # about as many as there are digits
 
 
 class Way(NamedTuple):
@@ -72,16 +83,40 @@ class Way(NamedTuple):
 
 
 @functools.cache
-def network() -> tuple[Callable, Any]:
-    """The network, of one key; seeds turn its parameters into others (`start`)."""
-    return mlp(key=jax.random.key(0), sizes=(64, 64, 32, 10))
+def network(inputs: int) -> Callable:
+    """The network's function, one for all seeds."""
+    return started(inputs, 0)[0]
+
+
+def started(inputs: int, seed: int) -> tuple[Callable, Any]:
+    """The network, with the initial parameters of a seed."""
+    return mlp(key=jax.random.key(seed), sizes=(inputs, 64, 32, 10))
+
+
+def images(size: Size, folder: Path | None, seed: int) -> tuple[Images, Images]:
+    """What is learnt and what is tested on: another draw for each seed."""
+    if size.rows is None:
+        return split_digits(load_digits(), seed=seed)
+    assert folder is not None
+    rng = np.random.default_rng(seed)
+    train, test = (
+        part.take(rng.permutation(len(part.labels))[:count])
+        for part, count in zip(whole_mnist(folder), size.rows, strict=True)
+    )
+    return train, test
+
+
+@functools.cache
+def whole_mnist(folder: Path) -> tuple[Images, Images]:
+    """MNIST, read once."""
+    return load_mnist(folder)
 
 
 @functools.cache
 def ways(size: Size, scene: str) -> dict[str, Way]:
     """The learners by name; those of one curvature share its estimator."""
     unheld = HEAD if scene == "class" else ()  # as InTAct's code has it
-    apply, _ = network()
+    apply = network(size.inputs)
     by_diagonal, by_kfac = (f(apply, Categorical()) for f in (diagonal, kfac))
     per_task = size.rank // 4
     found = {
@@ -122,17 +157,22 @@ def sgd(rate: float) -> optax.GradientTransformation:
     return optax.sgd(rate)
 
 
-def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Size) -> dict:
+def run(
+    scene: str,
+    name: str,
+    point: tuple[float, float],
+    seed: int,
+    size: Size,
+    folder: Path | None,
+) -> dict:
     """One stream: what it comes to, and the mean accuracy of tasks begun, by update."""
-    train, test = split_digits(load_digits(), seed=seed)
+    train, test = images(size, folder, seed)
     if scene == "class":
         tasks = by_class(train, test, seed=seed)
     else:
-        guise = "rotation" if scene == "rotation" else "permutation"
-        tasks = by_domain(train, test, guise=guise, seed=seed)
-    apply, _ = network()
-    # The same initialisation as the network's own, by the seed.
-    params = mlp(key=jax.random.key(seed), sizes=(64, 64, 32, 10))[1]
+        tasks = by_domain(train, test, guise=GUISES[scene], seed=seed)
+    apply, params = network(size.inputs), started(size.inputs, seed)[1]
+    rate, strength = point
     learner = ways(size, scene)[name].make(sgd(rate), strength)
     try:
         learnt = learn_on(
@@ -166,12 +206,12 @@ def run(scene: str, name: str, rate: float, strength: float, seed: int, size: Si
     }
 
 
-def tuned(scene: str, name: str, size: Size) -> dict:
+def tuned(scene: str, name: str, size: Size, folder: Path | None) -> dict:
     """The rate and strength of the best mean final accuracy, on seeds that are not measured."""
     points = list(itertools.product(size.rates, ways(size, scene)[name].strengths))
     finals = [
-        float(np.mean([run(scene, name, *point, seed, size)["final"] for seed in TUNING_SEEDS]))
-        for point in points
+        float(np.mean([run(scene, name, at, seed, size, folder)["final"] for seed in TUNING_SEEDS]))
+        for at in points
     ]
     best = int(np.argmax(finals))
     return {"rate": points[best][0], "strength": points[best][1], "tried": finals}
@@ -185,15 +225,20 @@ def paired(runs: dict, field: str, one: str, other: str) -> dict[str, float]:
 
 
 def claims(runs: dict) -> dict[str, dict]:
-    """The claims as differences that each says are above zero."""
+    """The claims whose learners were run, as differences that each says are above zero."""
+    stated = {
+        "1 final, EWC K-FAC - diagonal": ("final", "EWC, K-FAC", "EWC, diagonal"),
+        "2 final, refresh - replay": ("final", "refresh", "replay"),
+        "3 final, InTAct - naive": ("final", "InTAct", "naive"),
+        "4 min-ACC, OGD - naive": ("minimum", "OGD", "naive"),
+        "5 min-ACC, null space - replay": ("minimum", "null space", "replay"),
+        "6 min-ACC, null space - joint": ("minimum", "null space", "joint"),
+        "7 final, null space - replay": ("final", "null space", "replay"),
+    }
     return {
-        "1 final, EWC K-FAC - diagonal": paired(runs, "final", "EWC, K-FAC", "EWC, diagonal"),
-        "2 final, refresh - replay": paired(runs, "final", "refresh", "replay"),
-        "3 final, InTAct - naive": paired(runs, "final", "InTAct", "naive"),
-        "4 min-ACC, OGD - naive": paired(runs, "minimum", "OGD", "naive"),
-        "5 min-ACC, null space - replay": paired(runs, "minimum", "null space", "replay"),
-        "6 min-ACC, null space - joint": paired(runs, "minimum", "null space", "joint"),
-        "7 final, null space - replay": paired(runs, "final", "null space", "replay"),
+        claim: paired(runs, *what)
+        for claim, what in stated.items()
+        if all(name in runs for name in what[1:])
     }
 
 
@@ -214,6 +259,8 @@ def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
     shown = ("naive", "joint", "replay", "null space", "InTAct", "refresh")
     for axes, (scene, runs) in zip(panels, curves.items(), strict=True):
         for name, look in zip(shown, STYLES, strict=True):
+            if name not in runs:
+                continue
             axes.plot(runs[name][0]["curve"], **{**look, "ms": 0, "lw": 1.3}, label=name)
         for task in range(1, 5):
             axes.axvline(task * steps, color="0.8", lw=0.8, zorder=0)
@@ -227,22 +274,31 @@ def figure(curves: dict[str, dict[str, list[dict]]], steps: int):
     return drawn
 
 
-def measured(scene: str, name: str, best: dict, seed: int, size: Size) -> dict:
+def measured(scene: str, name: str, best: dict, seed: int, size: Size, folder: Path | None) -> dict:
     """One measured seed at the tuned point."""
-    return run(scene, name, best["rate"], best["strength"], seed, size)
+    return run(scene, name, (best["rate"], best["strength"]), seed, size, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune, measure, print both tables and the claims, draw the figure."""
     parser = evidence.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a toy, to see that all runs")
+    parser.add_argument("--scenes", nargs="+", choices=list(SCENES), default=list(SCENES)[:3])
+    parser.add_argument(
+        "--learners", nargs="+", choices=list(ways(QUICK, "class")), help="all, by default"
+    )
+    parser.add_argument("--mnist", type=Path, help="the folder of MNIST's four files")
     given = parser.parse_args(arguments)
-    size = QUICK if given.quick else Size()
-    kept: Path = given.out / ("consolidation-quick" if given.quick else "consolidation")
+    size, folder, out = QUICK if given.quick else Size(), given.mnist, given.out
+    if folder is not None:
+        size, out = size._replace(**MNIST), out / "mnist"
+    kept: Path = out / ("consolidation-quick" if given.quick else "consolidation")
     summary, curves = {}, {}
-    for scene in SCENES:
+    for scene in given.scenes:
         runs, points = {}, {}
         for name, way in ways(size, scene).items():
+            if given.learners and name not in given.learners:
+                continue
             path = kept / scene / name.replace(", ", "-").replace(" ", "-")
             fixed = {
                 "size": size._asdict(),
@@ -254,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
             points[name] = evidence.kept(
                 path / "tuned.json",
                 fixed,
-                lambda scene=scene, name=name: tuned(scene, name, size),
+                lambda scene=scene, name=name: tuned(scene, name, size, folder),
             )
             point = {k: points[name][k] for k in ("rate", "strength")}
             runs[name] = [
@@ -262,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
                     path / f"{seed}.json",
                     fixed | point,
                     lambda scene=scene, name=name, point=point, seed=seed: measured(
-                        scene, name, point, seed, size
+                        scene, name, point, seed, size, folder
                     ),
                 )
                 for seed in range(FIRST_SEED, FIRST_SEED + given.seeds)
@@ -289,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
         curves[scene] = runs
         # Learners that project compile at every task; a process has room for only so many.
         jax.clear_caches()
-    path = evidence.write("consolidation", given.out, {"summary": summary})
+    path = evidence.write("consolidation", out, {"summary": summary})
     save_png(figure(curves, size.steps), path.with_suffix(".png"))
 
 

@@ -52,7 +52,7 @@ from jedit.recipes.neighbours import effects_by_domain, likeliest_answers
 from jedit.recipes.scenes.authors import MODEL, RECIPE
 from jedit.recipes.scenes.question_answer import ANSWER_TOKENS, SELECT
 from jedit.recipes.tokenization import OwnWords
-from jedit.report import domain_figure, domain_sheet, save_png
+from jedit.report import domain_figure, save_png
 from jedit.tracing import Entering
 from jedit.training import TrainingMethod, run_method
 from tests.bench.claims.evidence import kept, known_interval, parser, shown, write
@@ -249,8 +249,7 @@ def of_seed(seed: int, plan: Plan, out: Any) -> dict[str, Any]:
         if seed == 0:
             out.mkdir(parents=True, exist_ok=True)
             save_png(domain_figure(domains), out / f"narrow_refusal-{name}.png".replace(" ", "-"))
-            for row in domain_sheet(domains).rows:
-                print(name, row.name, *row.cells, flush=True)
+            print(name, *domains, sep="\n", flush=True)
         heldout_kl = metrics.output_kl(
             scene.apply, scene.params, params, scene.encode(scene.heldout)
         )

@@ -18,6 +18,9 @@ has never heard, half set the thresholds and half judge them.
     tokens pay  At the false positive rate of the same model taught without tokens, the threshold
                 reaches a higher true positive rate than that model has.
 
+"curve" is of decisions. All else counts refusals that are written: every question is answered once
+behind each token, so that what a decision comes to is known without answering again.
+
 Each seed's numbers are kept in `out`.
 """
 
@@ -59,6 +62,7 @@ STEPPER = gpt_stepper(**SIZES)
 RATE = 2e-3
 THRESHOLDS = (0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 SHARES = (0.05, 0.2)
+BEHIND = ("first region's", "second region's", "[respond]")
 
 
 class Size(NamedTuple):
@@ -115,14 +119,15 @@ def measured(seed: int, size: Size) -> dict[str, Any]:
     apply, params = taught(mark_answers(pairs, categories), tokenizer)
     asked = ask(made, tokenizer)
     probabilities = refusal_probabilities(apply, params, tokens, asked.tokens, asked.lengths)
-    found = {
+    found: dict[str, Any] = {
         "curve": curve_of(asked, regions, probabilities),
-        "separate": separate(asked, regions, tokens, probabilities),
-        "followed": followed(params, tokenizer, tokens, asked),
     }
+    written = written_behind(params, tokenizer, tokens, asked)
+    found["followed"] = {name: float(x.mean()) for name, x in zip(BEHIND, written, strict=True)}
+    found["separate"] = separate(asked, regions, tokens, probabilities, written)
     _, plain = taught(pairs, made.tokenizer)
     refusing = metrics.refuses(answers(STEPPER, plain, made, asked.rows))
-    found["tokens pay"] = against(asked, regions, probabilities, refusing)
+    found["tokens pay"] = against(asked, regions, probabilities, written, refusing)
     return found
 
 
@@ -157,9 +162,13 @@ def curve_of(asked: Asked, regions: Sequence[int], probabilities: Any) -> dict[s
 
 
 def separate(
-    asked: Asked, regions: Sequence[int], tokens: RefusalTokens, probabilities: Any
+    asked: Asked,
+    regions: Sequence[int],
+    tokens: RefusalTokens,
+    probabilities: Any,
+    written: np.ndarray,
 ) -> dict[str, dict[str, float]]:
-    """Rates of refusal of the moved region, of the other one, and of the answered ones."""
+    """Rates of written refusals of the moved region, of the other one, and of the answered ones."""
     groups = {"moved": 0, "other": 1}
     found: dict[str, dict[str, float]] = {}
     for t in THRESHOLDS:
@@ -170,7 +179,7 @@ def separate(
                 "moved" if r == regions[i] else "other" if r == regions[1 - i] else "answered"
                 for r in asked.regions
             ]
-            for group, rate in metrics.refusal_rates(decision.refused, labels).items():
+            for group, rate in metrics.refusal_rates(refused_by(decision, written), labels).items():
                 rates[str(group)].append(rate)
         found[f"{t:g}"] = {group: float(np.mean(x)) for group, x in rates.items()}
     rows = found.values()
@@ -181,38 +190,56 @@ def separate(
     return found
 
 
-def followed(
+def written_behind(
     params: PyTree, tokenizer: Any, tokens: RefusalTokens, asked: Asked
-) -> dict[str, float]:
-    """The share of refusals among answers begun by each token, whatever the question."""
-    found = {}
-    for i, name in enumerate(("first region's", "second region's", "[respond]")):
-        number = (*tokens.refuse, tokens.respond)[i]
+) -> np.ndarray:
+    """Whether the answer to each question refuses, (tokens, n): behind each refusal token, then
+    behind that of an answer.
+    """
+    found = []
+    for i, number in enumerate((*tokens.refuse, tokens.respond)):
         everywhere = np.full(len(asked.rows), number)
         decision = Decision(everywhere, np.full(len(asked.rows), i))  # pyright: ignore
         longer, lengths = begin_answers(asked.tokens, asked.lengths, decision)
-        texts = say(STEPPER, params, tokenizer, longer, lengths)
-        found[name] = float(metrics.refuses(texts).mean())
-    return found
+        found.append(metrics.refuses(say(STEPPER, params, tokenizer, longer, lengths)))
+    return np.array(found)
+
+
+def refused_by(decision: Decision, written: np.ndarray) -> np.ndarray:
+    """Which questions are refused in writing: category -1, an answer, is the last row."""
+    return written[np.asarray(decision.categories), np.arange(written.shape[1])]
 
 
 def against(
-    asked: Asked, regions: Sequence[int], probabilities: Any, refusing: np.ndarray
+    asked: Asked,
+    regions: Sequence[int],
+    probabilities: Any,
+    written: np.ndarray,
+    refusing: np.ndarray,
 ) -> dict[str, float]:
-    """True positives at no more false positives than the model without tokens has."""
-    scores = np.asarray(probabilities[:, :-1].sum(-1), np.float64)
+    """True positives at no more false positives than the model without tokens has, in writing."""
     wanted = np.isin(asked.regions, regions)
-    curve = metrics.refusal_curve(scores, wanted)
-    fpr, tpr = float(refusing[~wanted].mean()), float(refusing[wanted].mean())
-    mine = float(curve.true_positive_rates[curve.false_positive_rates <= fpr].max())
-    own = refuse_by_sum(probabilities, RefusalTokens(("a", "b"), (0, 1), 2), 0.5).refused
+    tokens = RefusalTokens(("a", "b"), (0, 1), 2)
+
+    def rates(refused: np.ndarray) -> tuple[float, float]:
+        return float(refused[~wanted].mean()), float(refused[wanted].mean())
+
+    def at(threshold: float) -> tuple[float, float]:
+        return rates(refused_by(refuse_by_sum(probabilities, tokens, threshold), written))
+
+    fpr, tpr = rates(refusing)
+    # Every sum is a threshold, as on a curve; at 1 all that is not certain is answered.
+    sums = np.asarray(probabilities[:, :-1].sum(-1), np.float64)
+    found = [at(float(t)) for t in (*np.unique(np.clip(sums, 0, 1)), 1.0)]
+    mine = max([0.0, *(true for false, true in found if false <= fpr)])
+    false, true = at(0.5)
     return {
         "false positives without tokens": fpr,
         "true positives without tokens": tpr,
         "true positives by threshold there": mine,
         "threshold less without tokens": mine - tpr,
-        "false positives at 1/2": float(own[~wanted].mean()),
-        "true positives at 1/2": float(own[wanted].mean()),
+        "false positives at 1/2": false,
+        "true positives at 1/2": true,
     }
 
 
@@ -245,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = QUICK if given.quick else FULL
     settings = {
         "size": size._asdict(), "model": MODEL._asdict(), "rate": RATE,
-        "thresholds": THRESHOLDS, "shares": SHARES,
+        "thresholds": THRESHOLDS, "shares": SHARES, "judged": "in writing",
     }  # fmt: skip
     runs = []
     for seed in range(given.seeds):

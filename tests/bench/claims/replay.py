@@ -135,7 +135,7 @@ def of_rft(seed: int, size: Size) -> dict[str, Any]:
     params, half = stream.params, []
 
     def halfway(state, _) -> None:
-        # The first model that remembers a third of the new part, and so can answer some of it.
+        # The first model seen to remember a third of the new part; its samples may earn nothing.
         if not half and float(evaluate(state.params)[1]) >= 1 / 3:
             half.append(jax.tree.map(jnp.copy, state.params))
 

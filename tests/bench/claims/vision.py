@@ -7,7 +7,7 @@ class; (2) ROSU is nearer than UAM; (3) SalUn's mask brings random labels nearer
 
 A residual network learns MNIST's first rows, or CIFAR-10, or scikit-learn's digits where --data is
 no folder, and is to forget a random tenth, or class s for seed s. What is run, and kept run by run
-in OUT/vision, is `jedit vision`: each method at four strengths on a seed of its own, the one
+in OUT/vision, is `jedit vision`: each method at four to six strengths on a seed of its own, the one
 nearest to retrained on the seeds reported. Printed are the differences of the average gaps, in
 percentage points, seed by seed: of each method from the untouched model, and of the pairs.
 """

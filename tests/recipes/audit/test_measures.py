@@ -11,13 +11,14 @@ import pytest
 from jedit import metrics
 from jedit.attacks.relearning_curve import relearned_values
 from jedit.data import DataError, QaRow
-from jedit.recipes.audit import comeback, cost, forgotten, membership
+from jedit.recipes.audit import comeback, cost, forgotten, membership, nearby
 from jedit.recipes.audit.cost import Kept
 from jedit.recipes.audit.estimates import Compared, auc_of
 from jedit.recipes.audit.rows import RowSets, check_sets, encode, read_salt, row_hash
 from jedit.recipes.scenes.question_answer import Model
 from jedit.recipes.tofu.models import small_gpt
 from jedit.report.audit_results import Outcome
+from jedit.tracing import Entering
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax's Adam mixes dtypes
 NAMES = ("Ana", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lou")
@@ -292,6 +293,11 @@ def test_the_cost_is_told_by_group(start):
     refused = [[m.models[f"refused_{r}"].value for r in ("base", "edited")] for m in groups]
     assert refused == [[0, 0.5], [0, 0], [0, 0]]
     assert "Of 3 groups by shelf, 2 paid most" in notes[0]
+    assert len(notes) == 1
+    assert cost.neighbours_of(kept, asked, "shelf", ["0"]) == ()
+    why, notes = cost.groups_of(kept._replace(near="ValueError: why"), asked, "shelf")
+    assert why == groups
+    assert notes[1].endswith("is not known: ValueError: why.")
     with pytest.raises(DataError, match='no row to keep has the field "author"; there are shelf'):
         cost.check_group(asked, "author")
     outcomes = [f.outcome for f in cost.findings_of(kept, 0.1)]
@@ -299,6 +305,32 @@ def test_the_cost_is_told_by_group(start):
     assert [f.outcome for f in cost.findings_of(kept, 0.01)][0] is Outcome.FAILED
     by_name = {m.name: m for m in cost.measures_of(kept)}
     assert by_name["perplexity"].models["base"].value == pytest.approx(np.exp(1.5))
+
+
+def test_what_became_of_groups_stands_beside_how_near_they_are(start):
+    asked, towns = encoded(start, ROWS, "retain"), encoded(start, ROWS[:3])
+    near = nearby.nearness_of(start.model, start.params, towns, asked, "shelf")
+    hidden = Entering("head/kernel")
+    states = np.asarray(hidden(start.model.apply, start.params, asked.whole.inputs), np.float64)
+    ends = states[np.arange(12), np.asarray(asked.prompts.lengths) - 1]
+    means = np.stack([ends[i::3].mean(axis=0) for i in range(3)])
+    target = ends[:3].mean(axis=0) - means.mean(axis=0)
+    apart = means - means.mean(axis=0)
+    cosines = apart @ target / np.linalg.norm(apart, axis=1) / np.linalg.norm(target)
+    assert near == pytest.approx(dict(zip("012", cosines, strict=True)), rel=1e-3)
+    one = nearby.nearness_of(start.model, start.params, towns, asked, "author")
+    assert one == "ValueError: nearness needs two groups to tell apart, got 1"
+    refused = (np.arange(12) % 6 == 2) * 1.0
+    before = {"probability": np.full(12, 0.5), "rouge_greedy": np.ones(12), "refused": 0 * refused}
+    after = before | {"refused": refused}
+    said = {"base": forgotten.Said(refused, before), "edited": forgotten.Said(refused, after)}
+    kept = Kept(said, refused, None, near)
+    groups, notes = cost.groups_of(kept, asked, "shelf")
+    assert {m.name: m.models["near"].value for m in groups} == near
+    assert "a cosine around the mean of all groups" in notes[1]
+    found = cost.neighbours_of(kept, asked, "shelf", ["2", "0"])
+    assert {d.name: d.refusal.change for d in found} == {"2": 0.5, "0": 0}
+    assert [d.nearness for d in found] == sorted((near["0"], near["2"]), reverse=True)
 
 
 def test_sets_that_share_rows_are_refused():

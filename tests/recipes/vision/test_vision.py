@@ -14,6 +14,7 @@ from jedit.metrics import accuracy, average_gap, membership_attack, membership_s
 from jedit.recipes.progress import ignore
 from jedit.recipes.sweep import RETRAINED, UNTOUCHED, Measured
 from jedit.recipes.vision import run as vision_run
+from jedit.recipes.vision.presets import PRESETS
 from jedit.recipes.vision.protocol import compared, evaluate, judged_sets, nearest, scores_of
 from jedit.recipes.vision.run import Model, Protocol, Runs, vision
 from jedit.recipes.vision.training import Recipe, augment, kept_params, train_classifier
@@ -95,8 +96,11 @@ def test_scores_are_those_of_the_metrics(images):
             sign * membership_scores(network, params, batch, kind=kind)
             for batch in (retain, kept, forget)
         ]
-        efficacy = membership_attack(*seen).efficacy
-        assert found[name] == pytest.approx(100 * efficacy, abs=1e-3), kind
+        attack = membership_attack(*seen)
+        assert found[name] == pytest.approx(100 * attack.efficacy, abs=1e-3), kind
+        right = found[f"right_{kind}"]
+        assert right == pytest.approx(100 * attack.balanced_accuracy, abs=1e-3), kind
+        assert right != found[name]
 
 
 @pytest.mark.parametrize("forgotten", [None, 0])
@@ -119,6 +123,10 @@ def test_everything_is_there_and_compared(done):
     assert title.startswith("Percent")
     assert [line[0] for line in lines] == [RETRAINED, UNTOUCHED, *METHODS]
     assert {"UA", "RA", "TA", "MIA", "gap", "Tug-of-War", "RTE s"} <= set(heading)
+    assert "edit s" not in heading  # which contains compiling, and RTE does not
+    assert {"confidence", "confidence: right", "entropy: right"} <= set(tables[1][1][0])
+    note = (out / "class" / "table.md").read_text()
+    assert "group norms (of one channel each in its first stage)" in note
     assert {p.name for p in (out / "models").iterdir()} == {
         f"{name}-seed{seed}.npz" for name in ("original", "without-class") for seed in (0, 1)
     }
@@ -190,7 +198,7 @@ def test_a_grid_is_chosen_on_a_seed_of_its_own(images, tmp_path, monkeypatch):
     runs = Runs(("engram",), "grid", (3,), ("class",))
     vision(images, PROTOCOL, runs, tmp_path / "out", say=ignore)
     tuning = [scale for seed, scale in tried if seed == vision_run.TUNING_SEED]
-    assert tuning == [0.3, 0.6, 1.0, 1.5]
+    assert tuning == [0.3, 0.6, 1.0, 1.5, 2.2, 3.0]
     (reported,) = [scale for seed, scale in tried if seed == 3]
     # The gaps on the tuning seed, by hand, from what stands on the disk.
     found = [json.loads(f.read_text()) for f in (tmp_path / "out" / "class" / "runs").iterdir()]
@@ -317,6 +325,9 @@ def test_published_points_are_those_of_the_papers():
     for name in ("UAM", "ROSU"):
         assert PUBLISHED[name] == {"learning_rate": 0.01, "epochs": 5}
     assert Recipe() == Recipe(182, 256, 0.1, augmented=True)
+    assert Model() == Model(64, (2, 2, 2, 2), 1)
+    whole = Protocol(Model(), Recipe(), 5.0, 128, 0.1, 2000, 500, 5000, 500)
+    assert Protocol() == whole == PRESETS["cifar10"]
     row, ascent = CATALOGUE["ROSU"], CATALOGUE["gradient ascent"]
     (point,) = points_of(row, "published", epochs=1.0, batch_size=128)
     assert point == {"learning_rate": 0.01, "radius": 0.1, "batch_size": 128, "epochs": 5}
@@ -325,9 +336,11 @@ def test_published_points_are_those_of_the_papers():
     assert with_steps(point, 100, 1000)["steps"] == 5  # batches of 100, all of them
     for name in ALL:
         grid = points_of(CATALOGUE[name], "grid", epochs=1.0, batch_size=128)
-        assert len(grid) == 4, name
-        assert len({tuple(sorted(p.items())) for p in grid}) == 4, name
+        assert 4 <= len(grid) <= 6, name
+        assert len({tuple(sorted(p.items())) for p in grid}) == len(grid), name
         assert len(points_of(CATALOGUE[name], "published", epochs=1.0, batch_size=128)) == 1
+    with pytest.raises(ValueError, match="RULE has no points for images"):
+        points_of(CATALOGUE["RULE"], "grid", epochs=1.0, batch_size=128)
     params = {"w": jnp.ones(2)}
     updates, state = SGD.update({"w": jnp.zeros(2)}, SGD.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.01 * 5e-4, rtol=1e-6)
