@@ -135,8 +135,8 @@ def of_rft(seed: int, size: Size) -> dict[str, Any]:
     params, half = stream.params, []
 
     def halfway(state, _) -> None:
-        # The first model seen to remember a third of the new part; its samples may earn nothing.
-        if not half and float(evaluate(state.params)[1]) >= 1 / 3:
+        # From a model that says a third of it, no drawn answer was right: nothing to learn from.
+        if not half and float(evaluate(state.params)[1]) >= 3 / 4:
             half.append(jax.tree.map(jnp.copy, state.params))
 
     for part, rate in ((0, size.author_rates[-1]), (1, size.author_rates[0])):
