@@ -21,7 +21,7 @@ from jedit.core.arguments import check_kind, check_word, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import fetched, on_auto_axes, sharding_of
 from jedit.curvature import factored, low_rank
-from jedit.curvature.checks import check_covers, eigenbasis_of, matrix_of
+from jedit.curvature.checks import check_covers, check_has_powers, eigenbasis_of, matrix_of
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.mesh.rotation import sharded_gather, sharded_products, sharded_rotation
 from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Uncovered
@@ -279,9 +279,11 @@ def power(
 ) -> PyTree:
     """Return (F + λ)^exponent T; exponent -1/2 whitens a gradient.
 
-    Arguments and errors are as `solve`'s.
+    Arguments and errors are as `solve`'s; a curvature without eigenvectors is refused.
     """
     check_numbers(FINITE, exponent=exponent)
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
+    check_has_powers(curvature)
 
     def raised(values):
         is_zero = values == 0

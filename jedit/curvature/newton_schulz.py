@@ -93,16 +93,18 @@ def solve(
         return R, norm(R) / d**0.5
 
     def refined(carried):
-        X, R, _, count = carried
+        X, R, before, _, count = carried
         X = X + product(X, R)
-        return X, *residual_of(X), count + 1
+        R, residual = residual_of(X)
+        return X, R, residual, before, count + 1
 
     def is_loose(carried):
-        _, _, residual, count = carried
-        # From a residual of one on there is nothing to gain.
-        can_gain = (residual > tolerance(A.dtype)) & (residual < 1)
+        _, _, residual, before, count = carried
+        # A step squares the residual, until rounding makes as much of it again.
+        can_gain = (residual > tolerance(A.dtype)) & (residual < before / 2)
         return jnp.any(can_gain) & (count < MOST_REFINEMENTS)
 
-    first = (X, *residual_of(X), jnp.zeros((), jnp.int32))
-    X, _, residual, refinements = jax.lax.while_loop(is_loose, refined, first)
+    R, residual = residual_of(X)
+    first = (X, R, residual, jnp.full_like(residual, 2), jnp.zeros((), jnp.int32))
+    X, _, residual, _, refinements = jax.lax.while_loop(is_loose, refined, first)
     return X, NewtonSchulzInfo(residual, steps + refinements)
