@@ -4,6 +4,7 @@ An exception is written in the row, with its reason. Methods that train and obje
 in `test_contract_training`, which also sees to it that nothing public is left out.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factor, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import stack_requests
 from jedit.edits import apply_edit, sum_edits
@@ -116,6 +117,12 @@ def _adapters(curvature):
     return {name: Adapter(block.weight.kernel, jnp.asarray(a), jnp.asarray(b))}
 
 
+def _undecomposed(curvature, by):
+    """The curvature as it is kept without eigenvectors."""
+    factors = {n: Factor(f.matrix, None, None, by) for n, f in curvature.factors.items()}
+    return dataclasses.replace(curvature, factors=factors)
+
+
 # Of "w" most, of "v" and "b" nothing is among the largest two fifths.
 SALIENCY = {
     "w": np.linspace(1.0, 2.0, 24).reshape(4, 6),
@@ -131,6 +138,14 @@ TRANSFORMS = [
         {"frozen": "it scales the whole update by one factor and freezes nothing"},
     ),
     Row("natural_steps", lambda c: natural_steps(c, damping=0.1)),
+    Row(
+        "scale_by_curvature, by Cholesky",
+        lambda c: scale_by_curvature(_undecomposed(c, "cholesky"), damping=0.1),
+    ),
+    Row(
+        "natural_steps, by products",
+        lambda c: natural_steps(_undecomposed(c, "inverse"), damping=0.1),
+    ),
     Row("shrink_top_directions", lambda c: shrink_top_directions(c, share=0.5)),
     Row("project_to_null_space", lambda c: project_to_null_space(null_space(c, threshold=0.2))),
     Row("project_realised_update", lambda c: project_realised_update(null_space(c, threshold=0.2))),
@@ -185,7 +200,15 @@ TRANSFORMS = [
 METHODS = [
     Row("kfade by budget", lambda *scene: kfade(*scene, budget=0.05, ascent=Ascent(2))),
     Row("kfade by step", lambda *scene: kfade(*scene, ascent=Ascent(2, step_size=1e-2))),
+    Row(
+        "kfade, by Cholesky",
+        lambda f, p, c, *sets: kfade(f, p, _undecomposed(c, "cholesky"), *sets, budget=0.05),
+    ),
     Row("batch_unlearn", lambda *scene: (sum_edits(_stack(*scene)), None)),
+    Row(
+        "batch_unlearn, by products",
+        lambda f, p, c, *sets: (sum_edits(_stack(f, p, _undecomposed(c, "inverse"), *sets)), None),
+    ),
     Row("engram", lambda _, p, c, *sets: engram(p, c, c)),  # noqa: ARG005
     Row("ucan", lambda _, p, c, forget, retain: ucan(p, _of(p, forget), c)),  # noqa: ARG005
     Row("curvature_engram", lambda _, p, c, *sets: curvature_engram(p, c, c)),  # noqa: ARG005

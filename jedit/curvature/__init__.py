@@ -8,7 +8,6 @@ from jedit.curvature.algebra import (
     power,
     quadratic_form,
     rotate,
-    solve,
     trace,
 )
 from jedit.curvature.diagonal import diagonal
@@ -16,6 +15,7 @@ from jedit.curvature.ekfac import ekfac
 from jedit.curvature.estimator import Estimator, estimate, estimate_in_groups
 from jedit.curvature.factorization import Factorize
 from jedit.curvature.ggn import ggn_vector_product, quadratic_kl
+from jedit.curvature.inverted import Inverted, inverted, solve
 from jedit.curvature.kfac import kfac
 from jedit.curvature.memory import to_device, to_host
 from jedit.curvature.temperature import choose_temperature
@@ -27,6 +27,7 @@ __all__ = [
     "Estimator",
     "Factor",
     "Factorize",
+    "Inverted",
     "Kronecker",
     "choose_temperature",
     "diagonal",
@@ -36,6 +37,7 @@ __all__ = [
     "estimate_in_groups",
     "factors",
     "ggn_vector_product",
+    "inverted",
     "kfac",
     "likelihoods",
     "matvec",

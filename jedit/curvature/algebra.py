@@ -4,8 +4,8 @@ In the eigenbasis of a block, with T the matrix of a tree's leaf (bias last),
 
     f(F) T = Q_A [ f(Λ) ∘ (Q_Aᵀ T Q_G) ] Q_Gᵀ,   Λ_ij = a_i g_j   or the corrected eigenvalues
 
-so `solve`, `matvec`, `power` are the same few lines with another f, and a projector has weights in
-the place of f(Λ).
+so `matvec`, `power` and `inverted` are the same few lines with another f, and a projector has
+weights in the place of f(Λ).
 """
 
 import functools
@@ -21,7 +21,7 @@ from jedit.core.arguments import check_kind, check_word, nearest
 from jedit.core.checks import FINITE, NOT_NEGATIVE, check_numbers
 from jedit.core.devices import fetched, on_auto_axes, sharding_of
 from jedit.curvature import factored, low_rank
-from jedit.curvature.checks import check_covers, eigenbasis_of, matrix_of
+from jedit.curvature.checks import check_covers, check_has_powers, eigenbasis_of, matrix_of
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.mesh.rotation import sharded_gather, sharded_products, sharded_rotation
 from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Uncovered
@@ -142,16 +142,12 @@ def apply_spectral(
     curvature: Curvature,
     tree: PyTree,
     function: Callable[[Array], Array],
-    along: Callable[[Array, Array, int], Array] | None = None,
     *,
     damping: float | Array = 0.0,
     absolute: bool = False,
     uncovered: Uncovered = "zero",
 ) -> PyTree:
     """Return f(F + λ) T for a function of the eigenvalues; see `solve` for the arguments.
-
-    `along(damped, T, axis)` is the same function of a damped factor that was not decomposed; None:
-    it needs eigenvectors.
 
     Raises:
         ValueError: the arguments are refused as by `solve`.
@@ -160,22 +156,22 @@ def apply_spectral(
     leaves = check_covers(curvature, tree)
 
     def block_map(name: str) -> BlockMap:
+        values, turn = damped(curvature, name, damping, absolute)
         block = curvature.blocks[name]
         gathered = functools.partial(gather, block)
-        if along is not None and is_undecomposed(block, curvature):
-            multiply = along
-            pair = factored.damped_factors(curvature, block, damping, absolute)
-
-            def apply(matrix: Array) -> Array:
-                for axis, damped in enumerate(pair, 1):
-                    matrix = multiply(damped, matrix, axis)
-                return matrix
-
-            return BlockMap(block.weight, pair[0].dtype, gathered, apply)
-        values, turn = _damped(curvature, name, damping, absolute)
         return spectral(block.weight, jax.tree.map(function, values), gathered, turn)
 
     return apply_blocks(map(block_map, curvature.blocks), tree, leaves, uncovered=uncovered)
+
+
+def factored_map(block: Kronecker, pair: tuple[factored.Damped, factored.Damped]) -> BlockMap:
+    """Return the map T -> A T G of a block, with factors that are damped or inverted apart."""
+    return BlockMap(
+        block.weight,
+        pair[0].values.dtype,
+        functools.partial(gather, block),
+        functools.partial(factored.multiplied, pair, sharding=block.sharding),
+    )
 
 
 def apply_blocks(
@@ -217,7 +213,7 @@ def apply_blocks(
     return jax.tree.unflatten(jax.tree.structure(tree), out)
 
 
-def _damped(
+def damped(
     curvature: Curvature, name: str, damping: float | Array, absolute: bool
 ) -> tuple[PyTree, Callable[..., Any]]:
     """Return a block's damped eigenvalues, and the rotation into its eigenbasis.
@@ -249,49 +245,6 @@ def _mean_and_level(
 
 
 @on_auto_axes
-def solve(
-    curvature: Curvature,
-    tree: PyTree,
-    *,
-    damping: float | Array,
-    absolute: bool = False,
-    uncovered: Uncovered = "zero",
-) -> PyTree:
-    """Return (F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
-
-    Args:
-        curvature: F, as `estimate` returns it.
-        tree: a pytree shaped like params, e.g. a gradient.
-        damping: λ, in units of each block's mean eigenvalue; directions of zero eigenvalue are left
-            at zero when it is zero.
-        absolute: λ is in units of the eigenvalues themselves, the same for every block.
-        uncovered: parameters without a block become "zero" (frozen), or pass as by "identity".
-
-    Returns:
-        A pytree like `tree`, in its dtypes.
-
-    Raises:
-        ValueError: the tree lacks a covered parameter, or has it in another shape; or a damping
-            that is negative or not finite.
-    """
-
-    # Guarded twice: in `where`, the branch not taken still makes the NaN of a gradient.
-    def invert(values):
-        is_zero = values == 0
-        return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
-
-    return apply_spectral(
-        curvature,
-        tree,
-        invert,
-        factored.solve_axis,
-        damping=damping,
-        absolute=absolute,
-        uncovered=uncovered,
-    )
-
-
-@on_auto_axes
 def matvec(
     curvature: Curvature,
     tree: PyTree,
@@ -301,15 +254,17 @@ def matvec(
     uncovered: Uncovered = "zero",
 ) -> PyTree:
     """Return (F + λ) T; arguments and errors are as `solve`'s."""
-    return apply_spectral(
-        curvature,
-        tree,
-        lambda v: v,
-        factored.multiply_axis,
-        damping=damping,
-        absolute=absolute,
-        uncovered=uncovered,
-    )
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    leaves = check_covers(curvature, tree)
+
+    def block_map(name: str) -> BlockMap:
+        block = curvature.blocks[name]
+        if is_undecomposed(block, curvature):
+            return factored_map(block, factored.damped_pair(curvature, block, damping, absolute))
+        values, turn = damped(curvature, name, damping, absolute)
+        return spectral(block.weight, values, functools.partial(gather, block), turn)
+
+    return apply_blocks(map(block_map, curvature.blocks), tree, leaves, uncovered=uncovered)
 
 
 @on_auto_axes
@@ -324,9 +279,11 @@ def power(
 ) -> PyTree:
     """Return (F + λ)^exponent T; exponent -1/2 whitens a gradient.
 
-    Arguments and errors are as `solve`'s.
+    Arguments and errors are as `solve`'s; a curvature without eigenvectors is refused.
     """
     check_numbers(FINITE, exponent=exponent)
+    check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
+    check_has_powers(curvature)
 
     def raised(values):
         is_zero = values == 0
@@ -347,16 +304,17 @@ def quadratic_form(
     parts = []
     for name, block in curvature.blocks.items():
         if is_undecomposed(block, curvature):
-            a, g = factored.damped_factors(curvature, block, damping, absolute)
-            matrix = gather(block, {p: leaves[p].astype(a.dtype) for p in block.weight.paths})
-            moved = factored.multiply_axis(g, factored.multiply_axis(a, matrix, 1), 2)
-            parts.append(jnp.sum(matrix * moved))
+            pair = factored.damped_pair(curvature, block, damping, absolute)
+            _, dtype, gathered, times = factored_map(block, pair)
+            matrix = gathered({path: leaves[path].astype(dtype) for path in block.weight.paths})
+            # A form that is zero may come out below by rounding, and has roots taken of it.
+            parts.append(jnp.maximum(jnp.sum(matrix * times(matrix)), 0))
             continue
-        damped, turn = _damped(curvature, name, damping, absolute)
-        dtype = jax.tree.leaves(damped)[0].dtype
+        values, turn = damped(curvature, name, damping, absolute)
+        dtype = jax.tree.leaves(values)[0].dtype
         matrix = gather(block, {path: leaves[path].astype(dtype) for path in block.weight.paths})
         # Tᵀ Q Λ Qᵀ T is a weighted square of Qᵀ T: one rotation, and never negative by rounding.
-        squares = jax.tree.map(lambda v, x: jnp.sum(v * x**2), damped, turn(matrix))
+        squares = jax.tree.map(lambda v, x: jnp.sum(v * x**2), values, turn(matrix))
         parts += jax.tree.leaves(squares)
     return _sum(parts)
 
@@ -370,8 +328,10 @@ def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool 
     for name, block in curvature.blocks.items():
         size = block.weight.rows * block.weight.d_out
         if is_undecomposed(block, curvature):
-            a, g = factored.damped_factors(curvature, block, damping, absolute)
-            mean = factored.mean_diagonal(a) * factored.mean_diagonal(g)
+            pair = (curvature.factors[block.input], curvature.factors[block.output])
+            a, g = (factored.mean_diagonal(factored.matrix_of(x)) for x in pair)
+            levels = factored.damped_levels(curvature, block, damping, absolute)
+            mean = (a + levels[0]) * (g + levels[1])
         else:
             mean, level = _mean_and_level(curvature, name, damping, absolute)
             mean = mean + level

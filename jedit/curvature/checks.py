@@ -12,7 +12,7 @@ from jedit.core.checks import is_known
 from jedit.core.devices import sharding_of
 from jedit.core.paths import parameter_paths
 from jedit.curvature.mesh.placement import whole
-from jedit.curvature.types import Curvature, Factor
+from jedit.curvature.types import Curvature, Factor, Kronecker
 from jedit.tracing.sites import Weight
 
 
@@ -60,6 +60,19 @@ def check_has(weights: Iterable[Weight], tree: PyTree, owner: str) -> dict[str, 
     return leaves
 
 
+def check_has_powers(curvature: Curvature) -> None:
+    """Refuse a curvature that has no eigenvectors, of which powers such as a root are made.
+
+    Raises:
+        ValueError: a factor was kept without them; its block is named.
+    """
+    for name, block in curvature.blocks.items():
+        if isinstance(block, Kronecker):
+            for end in (block.input, block.output):
+                if curvature.factors[end].form == "undecomposed":
+                    eigenbasis_of(curvature.factors[end], name)
+
+
 def eigenbasis_of(factor: Factor, name: str) -> tuple[Array | None, Array]:
     """Return a factor's eigenvectors, None of a diagonal one, and all of its eigenvalues.
 
@@ -79,6 +92,18 @@ def eigenbasis_of(factor: Factor, name: str) -> tuple[Array | None, Array]:
         )
     assert factor.eigenvalues is not None
     return factor.basis, factor.eigenvalues
+
+
+def check_decomposed(curvature: Curvature) -> None:
+    """Refuse a curvature of which a factor has not all its eigenvectors, by its block's name.
+
+    Raises:
+        ValueError: a factor was kept without them, or with the leading ones alone.
+    """
+    for name, block in curvature.blocks.items():
+        if isinstance(block, Kronecker):
+            for end in (block.input, block.output):
+                eigenbasis_of(curvature.factors[end], name)
 
 
 def matrix_of(factor: Factor, name: str) -> Array:

@@ -31,6 +31,7 @@ from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.precision import cast_like, everywhere, exponents, shifted, total, wide_dtype
 from jedit.curvature import Curvature, power
+from jedit.curvature.checks import check_has_powers
 from jedit.geometry.surrogate import Scope
 
 Sketch = Literal["fifo", "frequent_directions"]
@@ -73,8 +74,12 @@ def curvature_whitening(curvature: Curvature, *, damping: float | Array) -> Whit
     """Return a curvature's metric: z = (F + λ)^-1/2 g; what it does not cover stays as it is.
 
     λ is in units of each block's mean eigenvalue.
+
+    Raises:
+        ValueError: the curvature was kept without eigenvectors, or a damping that is none.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
+    check_has_powers(curvature)
     options = {"damping": damping, "uncovered": "identity"}
     return Whitening(
         lambda tree: power(curvature, tree, -0.5, **options),

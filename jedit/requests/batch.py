@@ -35,9 +35,16 @@ from jedit.core.devices import on_auto_axes, row_sharding
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
 from jedit.core.precision import HIGHEST, exponents, shifted, wide
-from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, rotate, to_device
+from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, factored, rotate, to_device
+from jedit.curvature.algebra import is_undecomposed
 from jedit.curvature.captured_batch import Examples, Labels, Pass, run_pass
-from jedit.curvature.checks import check_counted, check_covers, eigenbasis_of, matrix_of
+from jedit.curvature.checks import (
+    check_counted,
+    check_covers,
+    check_decomposed,
+    eigenbasis_of,
+    matrix_of,
+)
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
@@ -79,8 +86,8 @@ class Solver:
 
     Attributes:
         exact: True damps the products of eigenvalues, and not the factors, which False does; it
-            needs a `rank` to be thin. An EK-FAC curvature's corrected eigenvalues are only used
-            here.
+            needs all eigenvectors, and a `rank` to be thin. An EK-FAC curvature's corrected
+            eigenvalues are only used here.
         rank: rank of each matrix's change, at most; None: as many as a request has positions.
         chunk: number of requests computed at a time, on each device; 16 is arbitrary.
     """
@@ -146,6 +153,8 @@ def batch_unlearn(
     check_params(params)
     check_batch(requests, "requests")
     check_covers(curvature, params)
+    if solver.exact:
+        check_decomposed(curvature)
     check_likelihood(likelihood)
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")
@@ -272,25 +281,21 @@ def _batch_unlearn(
 
 
 def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
-    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one."""
-    return {
-        name: _of_factor(
-            factor, name, damping, lambda x: jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
-        )
-        for name, factor in curvature.factors.items()
-    }
+    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
 
-
-def _of_factor(
-    factor: Factor, name: str, damping: Array, function: Callable[[Array], Array]
-) -> Array:
-    """Return f(A + λ_A), λ_A the factor's mean eigenvalue times sqrt(damping).
-
-    The product λ_A λ_G of a block's two factors is then the block's λ.
+    λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
+    factors is then the block's λ.
     """
+    return {name: _inverse(factor, name, damping) for name, factor in curvature.factors.items()}
+
+
+def _inverse(factor: Factor, name: str, damping: Array) -> Array:
+    if factor.form == "undecomposed":
+        mean = factored.mean_diagonal(factored.matrix_of(factor))
+        return factored.dense(factored.inverse(factor, jnp.sqrt(damping).astype(mean.dtype) * mean))
     basis, values = eigenbasis_of(factor, name)
-    mean = jnp.mean(values, axis=1, keepdims=True)
-    found = function(values + jnp.sqrt(damping).astype(values.dtype) * mean)
+    values = values + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1, keepdims=True)
+    found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
     if basis is None:
         return found
     return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
@@ -426,12 +431,12 @@ def _dense_block(
     rank: int | None,
 ) -> _Blocks:
     """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
-    held, values = curvature.blocks[block.name], eigenvalues(curvature, block.name)
+    held = curvature.blocks[block.name]
     if isinstance(held, Kronecker) and inverses:
         step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
         step = _times(step, inverses[held.output])
-        rotated = rotate(curvature, block.name, step)
     else:
+        values = eigenvalues(curvature, block.name)
         mean = jnp.mean(values, axis=(1, 2), keepdims=True)
         damped = values + damping.astype(values.dtype) * mean
         rotated = rotate(curvature, block.name, gradient)
@@ -444,8 +449,17 @@ def _dense_block(
         cut = truncate(step, None, rank)
         cut2 = jnp.sum(cut.lost2)
         step = jnp.matmul(cut.left, cut.right, precision=HIGHEST)
-        rotated = rotate(curvature, block.name, step)
         edit = _low_rank(held, cut.left, cut.right)
     gain = jnp.sum(gradient * step)
-    quadratic = jnp.sum(values * rotated**2)
+    quadratic = _quadratic(curvature, block.name, step)
     return _Blocks(edit, jnp.sum(gradient**2), gain, quadratic, cut2, norm2)
+
+
+def _quadratic(curvature: Curvature, name: str, step: Array) -> Array:
+    """Return Tᵀ F T of one block's matrix."""
+    held = curvature.blocks[name]
+    if is_undecomposed(held, curvature):
+        pair = factored.damped_pair(curvature, held, 0.0, absolute=False)
+        moved = factored.multiplied(pair, step, held.sharding)
+        return jnp.maximum(jnp.sum(step * moved), 0)
+    return jnp.sum(eigenvalues(curvature, name) * rotate(curvature, name, step) ** 2)

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
-from jedit.curvature import Curvature, Kronecker, eigenvalues, rotate
-from jedit.curvature.checks import eigenbasis_of
+from jedit.curvature import Curvature, Diagonal, Kronecker, eigenvalues, factored, rotate
+from jedit.curvature.algebra import is_undecomposed
+from jedit.curvature.checks import check_decomposed, eigenbasis_of
 from jedit.edits import Edit, dense
 
 
@@ -29,16 +30,19 @@ def interactions(
     """Return the Gram matrix K_rs = Δ_rᵀ (F + λ) Δ_s of a stack of edits.
 
     Without damping, ½ cᵀKc predicts the retain KL of `sum_edits(edits, c)`; with that of
-    `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter.
+    `batch_unlearn` it is what `balanced` wants. Holds R matrices of the largest parameter, and of a
+    curvature without eigenvectors twice as many.
 
     Args:
         curvature: the curvature that the edits were made with.
         edits: a stack of R edits.
         damping: λ over each block's mean eigenvalue; 0.0, none.
         exact: whether the products of eigenvalues are damped, as by the `Solver` that made the
-            edits; False there too.
+            edits; False there too. True needs all eigenvectors.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
+    if exact:
+        check_decomposed(curvature)
     return _interactions(curvature, edits, jnp.asarray(damping, float), exact=exact)
 
 
@@ -70,6 +74,9 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
     num_requests = jax.tree.leaves(edits)[0].shape[0]
     gram = jnp.zeros((num_requests, num_requests))
     for name, block in curvature.blocks.items():
+        if is_undecomposed(block, curvature):
+            gram = gram + _of_factors(curvature, block, edits, damping).astype(gram.dtype)
+            continue
         values = eigenvalues(curvature, name)
         if isinstance(block, Kronecker) and not exact:
             ends = [
@@ -86,8 +93,7 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
             weights = values + damping.astype(values.dtype) * mean
 
         def whitened(one: Edit, name=name, block=block, weights=weights) -> Array:
-            leaves = {path: dense(one.blocks[path]) for path in block.weight.paths}
-            matrix = block.weight.gather(leaves).astype(weights.dtype)
+            matrix = _matrix(block, one).astype(weights.dtype)
             # With the root of the metric on each edit K is one matrix product, symmetric by itself.
             return (jnp.sqrt(weights) * rotate(curvature, name, matrix)).reshape(-1)
 
@@ -95,3 +101,24 @@ def _interactions(curvature: Curvature, edits: Edit, damping: Array, *, exact: b
         part = jnp.einsum("ri,si->rs", rows, rows, precision=HIGHEST)
         gram = gram + part.astype(gram.dtype)
     return gram
+
+
+def _matrix(block: Kronecker | Diagonal, edit: Edit) -> Array:
+    leaves = {path: dense(edit.blocks[path]) for path in block.weight.paths}
+    return block.weight.gather(leaves)
+
+
+def _of_factors(curvature: Curvature, block: Kronecker, edits: Edit, damping: Array) -> Array:
+    """Return a block's part of K, without eigenvectors: Δ_r times (A + λ_A) Δ_s (G + λ_G)."""
+    pair = factored.damped_pair(curvature, block, damping, absolute=False)
+    dtype = pair[0].values.dtype
+
+    # A root of the metric would need it to be positive, which it need not be without damping.
+    def moved(one: Edit) -> tuple[Array, Array]:
+        matrix = _matrix(block, one).astype(dtype)
+        return matrix.reshape(-1), factored.multiplied(pair, matrix, block.sharding).reshape(-1)
+
+    num_requests = jax.tree.leaves(edits)[0].shape[0]
+    rows, images = jax.lax.map(moved, edits, batch_size=min(16, num_requests))
+    part = jnp.einsum("ri,si->rs", rows, images, precision=HIGHEST)
+    return (part + part.T) / 2  # rounding alone parts the two

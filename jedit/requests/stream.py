@@ -35,7 +35,7 @@ from jedit.core.devices import on_auto_axes, sharding_of
 from jedit.core.display import short_repr
 from jedit.core.outputs import by_example, check_contents
 from jedit.core.precision import wide
-from jedit.curvature import Curvature, Estimator, quadratic_form, solve
+from jedit.curvature import Curvature, Estimator, Inverted, inverted, quadratic_form
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, dense
@@ -56,6 +56,7 @@ class ContinualState(NamedTuple):
         anchor: the params at which the sums were taken.
         sums: K-FAC's sums at the anchor, over the rows that are not gone.
         curvature: the curvature made of the sums as they were at the last refresh.
+        inverse: its damped inverse, of which every request's step back makes use.
         since: number of requests since the last refresh.
     """
 
@@ -64,6 +65,7 @@ class ContinualState(NamedTuple):
     anchor: PyTree
     sums: KfacState
     curvature: Curvature
+    inverse: Inverted
     since: int
 
     __repr__ = short_repr
@@ -221,7 +223,7 @@ def continual(
     sums = _Sums(estimator, whole, key)
     stream = _Stream(apply, answering, refresh, sums, enough, predicted_kl)
     return Continual(
-        on_auto_axes(functools.partial(_fresh, stream.sums, refresh.chunk)),
+        on_auto_axes(functools.partial(_fresh, stream.sums, refresh.chunk, answering.damping)),
         on_auto_axes(stream.forget),
     )
 
@@ -292,7 +294,7 @@ class _Sums(NamedTuple):
 
 
 def _refreshed(
-    refresh: Refresh, sums: _Sums, state: ContinualState
+    refresh: Refresh, sums: _Sums, state: ContinualState, damping: float
 ) -> tuple[ContinualState, float, Literal["decomposed", "estimated"] | None]:
     if state.since < refresh.every or state.gone.all():
         return state, np.nan, None
@@ -302,19 +304,22 @@ def _refreshed(
     first = np.arange(refresh.probe)
     found = age(*(whole.over(p, first, refresh.probe) for p in (state.anchor, state.params)))
     if found >= refresh.max_age:
-        return _fresh(sums, refresh.chunk, state.params, state.gone), found, "estimated"
+        return _fresh(sums, refresh.chunk, damping, state.params, state.gone), found, "estimated"
     # Young enough: the sums, less what is gone, are decomposed once more, without a pass.
     curvature = sums.estimator.finalize(state.sums)
-    return state._replace(curvature=curvature, since=0), found, "decomposed"
+    inverse = inverted(curvature, damping=damping)
+    return state._replace(curvature=curvature, inverse=inverse, since=0), found, "decomposed"
 
 
 def _fresh(
-    sums: _Sums, chunk: int, params: PyTree, gone: np.ndarray | None = None
+    sums: _Sums, chunk: int, damping: float, params: PyTree, gone: np.ndarray | None = None
 ) -> ContinualState:
     if gone is None:
         gone = np.zeros(sums.num_rows, bool)
     taken = sums.over(params, np.arange(sums.num_rows), min(chunk, sums.num_rows), ~gone)
-    return ContinualState(params, gone, params, taken, sums.estimator.finalize(taken), 0)
+    curvature = sums.estimator.finalize(taken)
+    inverse = inverted(curvature, damping=damping)
+    return ContinualState(params, gone, params, taken, curvature, inverse, 0)
 
 
 class _Stream(NamedTuple):
@@ -361,14 +366,14 @@ class _Stream(NamedTuple):
             drawn = np.random.default_rng(int(gone.sum())).permutation(kept)
             num_rows = self.answering.relearn
             batch = self.sums.rows(drawn[:num_rows], num_rows)
-            params, loss = self.restore(params, state.curvature, batch)
+            params, loss = self.restore(params, state.curvature, state.inverse, batch)
             kept_loss = float(loss)
         # One by one and at the anchor: only there, with the label of its own number, does a row add
         # what it had added when the sums were taken, so that subtracting leaves nothing of it.
         for number in new:
             sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
         state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
-        state, found, done = _refreshed(self.refresh, self.sums, state)
+        state, found, done = _refreshed(self.refresh, self.sums, state, self.answering.damping)
         info = RequestInfo(
             num_new=len(new),
             num_edited=int(left.sum()),
@@ -401,10 +406,12 @@ class _Stream(NamedTuple):
         part, alpha, loss = _raise_loss(*where)
         return _replaced(params, part), float(loss), float(alpha**2 * unit)
 
-    def restore(self, params: PyTree, curvature: Curvature, batch: Batch) -> tuple[PyTree, Array]:
+    def restore(
+        self, params: PyTree, curvature: Curvature, inverse: Inverted, batch: Batch
+    ) -> tuple[PyTree, Array]:
         """Step down the rows' loss in the metric; return the new params and the loss before."""
-        limits = (self.answering.damping, self.predicted_kl)
-        part, before = _lower_loss(self.apply, params, curvature, batch, *limits)
+        metric = (curvature, inverse)
+        part, before = _lower_loss(self.apply, params, *metric, batch, self.predicted_kl)
         return _replaced(params, part), before
 
 
@@ -419,8 +426,8 @@ def _lower_loss(
     apply: Apply,
     params: PyTree,
     curvature: Curvature,
+    inverse: Inverted,
     batch: Batch,
-    damping: float | Array,
     predicted_kl: float | Array,
 ) -> tuple[Part, Array]:
     """Return the covered parameters after one step down the loss, and the loss before it."""
@@ -431,7 +438,7 @@ def _lower_loss(
 
     before, gradient = jax.value_and_grad(loss)(start)
     down = jax.tree.map(lambda g: -wide(g), gradient)
-    step = solve(curvature, down, damping=damping)
+    step = inverse(down)
     quadratic = quadratic_form(curvature, step)
     largest = jnp.sqrt(2 * predicted_kl / jnp.maximum(quadratic, jnp.finfo(quadratic.dtype).tiny))
     alphas = largest * jnp.asarray(RUNGS[3::3], largest.dtype)

@@ -11,6 +11,7 @@ from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, NOT_NEGATIVE, SHARE, check_numbers
 from jedit.core.precision import wide_dtype
 from jedit.curvature import Curvature
+from jedit.curvature.checks import check_has_powers
 from jedit.geometry import (
     EUCLIDEAN,
     Whitening,
@@ -95,12 +96,15 @@ def orthogonalize_to_retain(
         curvature's metric `rank` + 2 of its rotations too.
 
     Raises:
-        ValueError: unknown options; at `update`, no retain gradient, or no params for its function.
+        ValueError: unknown options, or a curvature without eigenvectors; at `update`, no retain
+            gradient, or no params for its function.
     """
     check_numbers(COUNT, rank=rank, refresh=refresh)
     check_numbers(SHARE, decay=decay)
     check_numbers(NOT_NEGATIVE, eps=eps, damping=damping)
-    if not isinstance(metric, Whitening | Curvature):
+    if isinstance(metric, Curvature):
+        check_has_powers(metric)
+    elif not isinstance(metric, Whitening):
         check_word(Metric, metric=metric)
     subspace = retain_subspace(rank, scope=scope, sketch=sketch)
 

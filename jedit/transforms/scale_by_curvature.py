@@ -7,15 +7,15 @@ import optax
 from jaxtyping import Array
 
 from jedit.core.checks import NOT_NEGATIVE, check_numbers
-from jedit.curvature import Curvature, solve
+from jedit.curvature import Curvature, Inverted, inverted
 from jedit.curvature.types import Uncovered
 from jedit.transforms._arrays import owned, sharded_like, without_frozen
 
 
 class ScaleByCurvatureState(NamedTuple):
-    """The curvature: in the state, so that it is an argument of the jitted step, not a constant."""
+    """The inverse: in the state, so that it is an argument of the jitted step, not a constant."""
 
-    curvature: Curvature
+    inverse: Inverted
 
 
 def scale_by_curvature(
@@ -41,9 +41,10 @@ def scale_by_curvature(
             default), or pass as they are by "identity".
 
     Returns:
-        The transform; its state holds a copy of the curvature, and a call of `update` costs one
-        `solve`. Given params, an update of "zero" reads no gradient, so that a compiled step does
-        not compute those of frozen parameters.
+        The transform; its state holds the inverse, with a copy of the curvature or of its damped
+        factors, made once at `init`; a call of `update` is one solve. Given params, an update of
+        "zero" reads no gradient, so that a compiled step does not compute those of frozen
+        parameters.
 
     Raises:
         ValueError: a damping that is negative or not finite; at `update`, the updates are not
@@ -53,16 +54,15 @@ def scale_by_curvature(
 
     def init(params) -> Any:
         del params
-        return ScaleByCurvatureState(owned(curvature))
+        how = {"damping": damping, "absolute": absolute, "uncovered": uncovered}
+        return ScaleByCurvatureState(owned(inverted(curvature, **how)))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        solved = solve(
-            state.curvature, updates, damping=damping, absolute=absolute, uncovered=uncovered
-        )
+        solved = state.inverse(updates)
         like = updates
         if uncovered == "zero":
-            like = without_frozen(updates, params, state.curvature.covered)
+            like = without_frozen(updates, params, state.inverse.covered)
         return sharded_like(solved, like), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -73,15 +73,19 @@ def refresh_curvature(state, curvature: Curvature):
 
     Args:
         state: state of a chain that holds `scale_by_curvature` or `clip_by_curvature_norm`.
-        curvature: the new one, of the same structure as the old.
+        curvature: the new one, of the same structure as the old; what was kept of that is its
+            inverse is made anew, at the same damping.
 
     Returns:
         The new state.
     """
 
-    def is_curvature(node):
-        return isinstance(node, Curvature)
+    def is_one(node):
+        return isinstance(node, Curvature | Inverted)
 
-    return jax.tree.map(
-        lambda node: owned(curvature) if is_curvature(node) else node, state, is_leaf=is_curvature
-    )
+    def renewed(node):
+        if isinstance(node, Inverted):
+            return owned(node.again(curvature))
+        return owned(curvature) if isinstance(node, Curvature) else node
+
+    return jax.tree.map(renewed, state, is_leaf=is_one)

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
 from jedit.core.precision import wide
 from jedit.curvature import Curvature, power, solve
+from jedit.curvature.checks import check_has_powers
 
 
 class UnlearnFirstState(NamedTuple):
@@ -61,7 +62,8 @@ def unlearn_first(
         An update costs J + 1 gradients, and two rotations of every block J times over.
 
     Raises:
-        ValueError: a number out of its range; at `update`, an argument is missing.
+        ValueError: a number out of its range; at `update`, an argument is missing, or the curvature
+            has no eigenvectors.
     """
     check_numbers(NOT_NEGATIVE, rate=rate, damping=damping)
     check_numbers(COUNT, inner_steps=inner_steps)
@@ -86,6 +88,7 @@ def unlearn_first(
                 "unlearn_first needs params and the extra arguments curvature, forget_grad_fn and "
                 "grad_fn (params -> tree) at update"
             )
+        check_has_powers(curvature)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         moved = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p).dtype), params)
         for step in range(inner_steps):

@@ -100,9 +100,10 @@ def agree(found, expected, rtol=1e-9):
 
 
 @damped
-def test_factored_damping_is_that_of_both_factors(problem, damping, absolute):
+@pytest.mark.parametrize("by", ["cholesky", "inverse"])
+def test_factored_damping_is_that_of_both_factors(problem, damping, absolute, by):
     _, tree, curvature = problem
-    dense, kept = curvature("eigh"), curvature("cholesky")
+    dense, kept = curvature("eigh"), curvature(by)
     pair, how = apart(damping, absolute), {"damping": damping, "absolute": absolute}
 
     def inverse(a, g, matrix):
@@ -113,7 +114,12 @@ def test_factored_damping_is_that_of_both_factors(problem, damping, absolute):
         a, g = pair(a, g)
         return a @ matrix @ g
 
-    agree(solve(kept, tree, **how), of_factors(dense, inverse)(tree))
+    # By products an inverse has the residual that is asked for, 1.5e-8, or less.
+    agree(
+        solve(kept, tree, **how),
+        of_factors(dense, inverse)(tree),
+        1e-7 if by == "inverse" else 1e-9,
+    )
     moved = of_factors(dense, product)(tree)
     agree(matvec(kept, tree, **how), moved)
     form = sum(float(np.sum(np.asarray(tree[n]) * moved[n])) for n in tree)

@@ -101,3 +101,16 @@ def test_groups_change_nothing(on_one):
         if name.startswith("solve offloaded/"):
             solved = on_one[name.replace(" offloaded", "")]
             np.testing.assert_allclose(x, solved, rtol=1e-9, atol=1e-12 * np.abs(solved).max())
+
+
+def test_damped_factors_are_cut_over_the_devices():
+    """Each device holds a part of every inverse, and makes and uses no larger one."""
+    process = start_module("factored", 8)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed[-4000:]
+    found = json.loads(printed.splitlines()[-1])
+    for by, seen in found.items():
+        for name, number in seen.items():
+            # "odd" is split over four devices, and the others over eight.
+            limit = 0.25 if name.startswith("share") else 1e-7
+            assert number <= limit, (by, name, number)

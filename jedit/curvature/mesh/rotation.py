@@ -1,6 +1,8 @@
-"""Eigenvalues, rotations and gathered matrices of blocks that several devices share."""
+"""Eigenvalues, products and gathered matrices of blocks that several devices share."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,39 @@ def sharded_rotation(
         matrix = jax.lax.map(rotated, one_by_one)[:, 0]
     else:
         matrix = rotated((matrix, bases))
+    return _without_padding(matrix, shape, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def on_both_axes(
+    times: Callable[[Any, Array, NamedSharding], Array],
+    pair: tuple[Any, Any],
+    matrix: Array,
+    sides: tuple[int, int],
+    sharding: NamedSharding,
+) -> Array:
+    """Multiply each axis of a matrix while the other is split: no device holds all of it.
+
+    Args:
+        times: `times(side, x, place)`, the product with x (layers, side, n), n split; the side
+            itself is split by rows as `place` says.
+        pair: what the two axes are multiplied with.
+        matrix: (layers, rows, d_out).
+        sides: the lengths that the axes are filled up to with zeros.
+        sharding: how the parameter's matrix lies.
+    """
+    shape = matrix.shape
+    missing = [(0, side - n) for side, n in zip(sides, shape[1:], strict=True)]
+    matrix = jnp.pad(matrix, [(0, 0), *missing])
+    for side, axis, other in zip(pair, (1, 2), (2, 1), strict=True):
+        matrix = with_sharding_constraint(matrix, along(sharding, other))
+        found = times(side, jnp.moveaxis(matrix, axis, 1), along(sharding, axis))
+        matrix = with_sharding_constraint(jnp.moveaxis(found, 1, axis), along(sharding, other))
+        matrix = with_sharding_constraint(matrix, sharding)
+    return _without_padding(matrix, shape, sharding)
+
+
+def _without_padding(matrix: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
     place = best_split(sharding, shape)
     # Before the slice and after it, so that XLA cuts the zeros off where the pieces lie, and does
     # not gather the matrix to do it.

@@ -54,7 +54,7 @@ from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import exponents, shifted, wide, wide_dtype
 from jedit.core.row_blocks import in_row_blocks
-from jedit.curvature import Curvature, Kronecker, quadratic_form, solve
+from jedit.curvature import Curvature, Inverted, Kronecker, inverted, quadratic_form
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.memory import Footprint, group_paths
@@ -92,12 +92,6 @@ class KfadeInfo(NamedTuple):
     within_budget: np.ndarray
 
     __repr__ = short_repr
-
-
-def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
-    """Return the method's d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
-    step = solve(curvature, gradient, damping=damping)
-    return jax.tree.map(jnp.negative, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +198,12 @@ def kfade(
     rows = []
     change: dict[str, Array] = {}
     alpha, metric = ascent.step_size, curvature
+    inverse = inverted(metric, damping=damping)
     for k in range(steps):
         if k and ascent.refit is not None:
             metric = ascent.refit(moved(params, change))
             check_covers(metric, params)
+            inverse = inverted(metric, damping=damping)
         check_counted(metric.num_outputs)
         covered = part_of(params, metric.covered)
         change = {path: _wide_zeros(x) for path, x in covered.items()} | change
@@ -220,7 +216,7 @@ def kfade(
         if k == 0:
             refuse_zero_gradients(norm, "forget")
         cosine = _retain_cosine(apply, likelihood, where, gradient, price.batches)
-        move, n = _at_unit(_block_by_block(metric, gradient, damping))
+        move, n = _at_unit(_block_by_block(inverse, gradient))
         unit = 2.0 ** -int(n)
         allowed = math.inf
         if budget is not None and norm:
@@ -286,7 +282,7 @@ def _step_in_parts(search, apply, params, parts, damping, rows, why) -> tuple[Ed
         )
         stop_if_not_finite("step 0", value, gradient, params, {"forget": forget})
         squares += float(_norm(gradient)) ** 2
-        found = _block_by_block(part, gradient, damping)
+        found = _block_by_block(inverted(part, damping=damping), gradient)
         unit, n = _at_unit(found)
         quadratic += math.ldexp(float(_quadratic(part, unit)), 2 * int(n))
         move |= found
@@ -360,27 +356,29 @@ def _first_guess(allowed: float, quadratic: Array) -> float:
     return math.sqrt(2 * allowed / max(float(quadratic), 1e-30))
 
 
-def _block_by_block(curvature, gradient, damping):
-    """Return the direction, with one block's temporaries at a time; `gradient` is used up.
+def _block_by_block(inverse: Inverted, gradient: dict[str, Array]) -> dict[str, Array]:
+    """Return d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered, which is used up.
 
-    Blocks go in under numbers instead of their names, so that equal ones share a program.
+    One block's temporaries are there at a time. Blocks go in under numbers instead of their names,
+    so that equal ones share a program.
     """
     move = {}
-    needs = (Footprint(block.weight.paths, {n: 1}) for n, block in curvature.blocks.items())
+    needs = (Footprint(block.weight.paths, {n: 1}) for n, block in inverse.blocks.items())
     for paths in group_paths(needs, 1):
         number = {path: str(i) for i, path in enumerate(paths)}
         part = {number[path]: gradient.pop(path) for path in paths}
         # Dispatch is asynchronous: unless one waits, the temporaries of several blocks coexist.
-        found = jax.block_until_ready(_direction(_renumbered(curvature, number), part, damping))
+        found = jax.block_until_ready(_direction(_renumbered(inverse, number), part))
         move |= {path: found[i] for path, i in number.items()}
     return move
 
 
-def _renumbered(curvature: Curvature, number: Mapping[str, str]) -> Curvature:
+def _renumbered(inverse: Inverted, number: Mapping[str, str]) -> Inverted:
     """Return the blocks of these paths, and the factors they need, under numbers for names."""
-    held = [b for b in curvature.blocks.values() if b.weight.path in number]
-    names = [n for b in held if isinstance(b, Kronecker) for n in (b.input, b.output)]
-    factor = {name: str(i) for i, name in enumerate(dict.fromkeys(names))}
+    held = {n: b for n, b in inverse.blocks.items() if b.weight.path in number}
+    kroneckers = (b for b in held.values() if isinstance(b, Kronecker))
+    names = dict.fromkeys(name for b in kroneckers for name in (b.input, b.output))
+    factor = {name: str(i) for i, name in enumerate(names)}
 
     def renumbered(block):
         bias = block.weight.bias_path
@@ -394,16 +392,20 @@ def _renumbered(curvature: Curvature, number: Mapping[str, str]) -> Curvature:
         ends = {"input": factor[block.input], "output": factor[block.output]}
         return dataclasses.replace(block, weight=weight, **ends)
 
-    return Curvature(
-        {str(i): renumbered(block) for i, block in enumerate(held)},
-        {i: curvature.factors[name] for name, i in factor.items()},
-        curvature.num_outputs,
+    blocks = {str(i): renumbered(block) for i, block in enumerate(held.values())}
+    whole = inverse.decomposed
+    decomposed = Curvature(
+        {str(i): blocks[str(i)] for i, name in enumerate(held) if name in whole.blocks},
+        {i: whole.factors[name] for name, i in factor.items() if name in whole.factors},
+        whole.num_outputs,
     )
+    inverses = {i: inverse.inverses[n] for n, i in factor.items() if n in inverse.inverses}
+    return dataclasses.replace(inverse, blocks=blocks, decomposed=decomposed, inverses=inverses)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def _direction(curvature, gradient, damping):
-    return direction(curvature, gradient, damping)
+def _direction(inverse, gradient):
+    return jax.tree.map(jnp.negative, inverse(gradient))
 
 
 @jax.jit

@@ -1,0 +1,273 @@
+"""Claims: (1) a damped solve by Cholesky takes at most a tenth of the time of eigenvectors, at
+d = 1,024 to 4,864; (2) so does an inverse by products of matrices alone; (3) what is forgotten at a
+matched true KL differs by less than 10% between exact and factored damping, by K-FADE and by
+natural steps.
+
+    python -m tests.bench.claims.factorize --only speed [--quick]       float32, one core
+    python -m tests.bench.claims.factorize --only effect --seeds 3 [--quick]
+
+Speed: the second moment of 2 d rows whose coordinates fall off as 1/i, damped by 0.1 of its mean
+eigenvalue; each way gives one axis of one solve with d columns, and all are timed in one run, with
+the rate of a product of matrices before and after at each size. Compiling is not timed.
+
+Effect: a CNN trained on digits is to forget a class. Both kinds of damping are given the same
+moments and the same grid of dampings, and natural steps the same grid of predicted KL; the rise of
+the forget loss is read off where the KL on retain rows that no edit saw is 0.01 nats, between the
+points on both sides of it. Each kind has the damping that is best for it in the mean of the seeds;
+differences are paired by seed.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jedit import metrics, unlearn
+from jedit.core.precision import HIGHEST
+from jedit.curvature import Curvature, Factor, estimate, kfac, newton_schulz
+from jedit.curvature.likelihoods import Categorical
+from jedit.data import batches
+from jedit.edits import apply_edit
+from jedit.methods import kfade, natural
+from jedit.objectives import NPO, with_retain
+from jedit.transforms import falling
+from tests.bench.claims import evidence
+from tests.bench.claims.scenes import Scene, digits
+
+SIZES = (1024, 2048, 4096, 4864)
+DAMPING = 0.01  # the root of which is put on each factor
+PRICE = 0.01  # nats
+DAMPINGS = {"K-FADE": (1e-3, 1e-2, 0.1, 1.0), "natural steps": (1e-2, 0.1)}
+BUDGETS = (0.3, 1.0, 3.0)  # of the price
+STEPS, PREDICTED_KL = 16, (1e-4, 1e-3, 1e-2)
+KINDS = ("exact", "factored")
+
+
+def seconds(function: Callable, *args: Any, rounds: int = 3) -> float:
+    """The least seconds of a compiled call."""
+    jax.block_until_ready(function(*args))
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def moment(d: int) -> jax.Array:
+    """The second moment of rows whose coordinates fall off."""
+    rng = np.random.default_rng(d)
+    rows = rng.standard_normal((2 * d, d), np.float32) / np.arange(1, d + 1, dtype=np.float32)
+    return jnp.asarray(rows.T @ rows / len(rows))
+
+
+@jax.jit
+def _product(x, y):
+    return jnp.matmul(x, y, precision=HIGHEST)
+
+
+@jax.jit
+def _by_eigenvectors(values, basis, x, level):
+    return _product(basis, _product(basis.T, x) / (values + level)[:, None])
+
+
+_eigh, _cholesky = jax.jit(jnp.linalg.eigh), jax.jit(jnp.linalg.cholesky)
+_solve = jax.jit(lambda root, x: jax.scipy.linalg.cho_solve((root, True), x))
+
+
+@jax.jit
+def _inverse(damped, level):
+    one = jnp.eye(damped.shape[-1], dtype=damped.dtype)[None]
+    product = functools.partial(jnp.matmul, precision=HIGHEST)
+    return newton_schulz.solve(damped[None], one, level[None], product)
+
+
+def speed(d: int) -> dict[str, float]:
+    """Seconds of each way at one size, and how far the solutions are apart."""
+    A = moment(d)
+    level = DAMPING**0.5 * jnp.trace(A) / d
+    damped = A + level * jnp.eye(d, dtype=A.dtype)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((d, d), np.float32))
+    before = seconds(_product, A, x)
+    rounds = 3 if d < 3000 else 1
+    found = {
+        "eigh": seconds(_eigh, A, rounds=rounds),
+        "cholesky": seconds(_cholesky, damped),
+        "newton-schulz": seconds(_inverse, damped, level, rounds=rounds),
+    }
+    values, basis = _eigh(A)
+    root = _cholesky(damped)
+    (X,), info = _inverse(damped, level)
+    found |= {
+        "solve by eigenvectors": seconds(_by_eigenvectors, values, basis, x, level),
+        "solve by Cholesky": seconds(_solve, root, x),
+        "solve by the inverse": seconds(_product, X, x),
+    }
+    rate = 2 * d**3 / 1e9
+    exact = _by_eigenvectors(values, basis, x, level)
+    others = {"cholesky": _solve(root, x), "newton-schulz": _product(X, x)}
+    found |= {
+        f"{name} differs by": float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
+        for name, y in others.items()
+    }
+    return found | {
+        "GFLOP/s before": rate / before,
+        "GFLOP/s after": rate / seconds(_product, A, x),
+        "products": 2 * int(info.steps),
+        "residual": float(info.residual[0]),
+    }
+
+
+def batched(d: int, layers: int) -> dict[str, float]:
+    """Seconds of Cholesky of several layers in one call, and one call each."""
+    matrices = jnp.stack([moment(d) + 0.1 * jnp.eye(d, dtype=jnp.float32)] * layers)
+    one_by_one = lambda x: [_cholesky(layer) for layer in x]  # noqa: E731
+    return {
+        "one call": seconds(_cholesky, matrices),
+        "one by one": seconds(one_by_one, list(matrices)),
+    }
+
+
+def undecomposed(curvature: Curvature) -> Curvature:
+    """The same moments, damped apart."""
+    factors = {
+        name: f if f.basis is None else Factor(f.matrix, None, None, "cholesky")
+        for name, f in curvature.factors.items()
+    }
+    return dataclasses.replace(curvature, factors=factors)
+
+
+def at_price(points: list[tuple[float, float]]) -> float:
+    """The rise at the price, between the (KL, rise) on both sides of it; NaN: it has one side."""
+    kls, rises = np.array(sorted(points)).T
+    if not kls[0] <= PRICE <= kls[-1]:
+        return float("nan")
+    return float(np.interp(np.log(PRICE), np.log(np.maximum(kls, 1e-12)), rises))
+
+
+def effect(seed: int, *, quick: bool) -> dict[str, Any]:
+    """By method, kind of damping and damping: the points (held-out KL, rise of the forget loss)."""
+    found = digits(seed, epochs=2 if quick else 20)
+    forget, heldout = list(batches(found.forget, 64)), list(batches(found.heldout, 64))
+    rows = list(batches(found.retain, 64))
+    estimator = kfac(found.apply, Categorical())
+    exact = estimate(estimator, found.params, rows, key=jax.random.key(100 + seed))
+    curvatures = {"exact": exact, "factored": undecomposed(exact)}
+    base = metrics.nll(found.apply, found.params, forget)
+
+    def judged(params) -> tuple[float, float]:
+        kl = metrics.output_kl(found.apply, found.params, params, heldout)
+        return kl, metrics.nll(found.apply, params, forget) - base
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for kind, curvature in curvatures.items():
+        for damping in DAMPINGS["K-FADE"][1 : 2 if quick else None]:
+            points[f"K-FADE, {kind}, {damping}"] = [
+                judged(_kfade(found, curvature, forget, damping, budget * PRICE))
+                for budget in BUDGETS
+            ]
+        for damping in DAMPINGS["natural steps"][: 1 if quick else None]:
+            points[f"natural steps, {kind}, {damping}"] = [
+                judged(_natural(found, curvature, damping, price, seed, 2 if quick else STEPS))
+                for price in PREDICTED_KL[: 2 if quick else None]
+            ]
+        print(f"seed {seed}, {kind}", file=sys.stderr, flush=True)
+    return {"points": points}
+
+
+def _kfade(found: Scene, curvature: Curvature, forget: list, damping: float, budget: float):
+    probe = jax.tree.map(lambda x: x[:64], found.retain)
+    edit, _ = kfade(
+        found.apply, found.params, curvature, forget, probe, budget=budget, damping=damping
+    )
+    return apply_edit(found.params, edit)
+
+
+def _natural(found: Scene, curvature, damping: float, price: float, seed: int, steps: int):
+    method = natural(
+        with_retain(NPO()), curvature, damping=damping, predicted_kl=falling(price, steps)
+    )
+    sets = (found.forget, found.retain)
+    key = jax.random.key(200 + seed)
+    return unlearn(method, found.apply, found.params, *sets, steps=steps, key=key)[0]
+
+
+def _log_ratio(exact: float, factored: float) -> float:
+    return float(np.log(factored / exact)) if min(exact, factored) > 0 else float("nan")
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """By method: each kind's best damping, its rise, and the paired log ratio of the two."""
+    table = {}
+    for method, dampings in DAMPINGS.items():
+        rises = {
+            (kind, damping): [
+                at_price(r["points"][f"{method}, {kind}, {damping}"]) for r in records
+            ]
+            for kind in KINDS
+            for damping in dampings
+            if f"{method}, {kind}, {damping}" in records[0]["points"]
+        }
+        # A damping with which not every seed has the price between two points is no candidate.
+        best = {
+            kind: max(
+                ((np.mean(x), damping) for (k, damping), x in rises.items() if k == kind),
+                key=lambda pair: -np.inf if np.isnan(pair[0]) else pair[0],
+            )[1]
+            for kind in KINDS
+        }
+        pairs = {"each at its best": tuple((kind, best[kind]) for kind in KINDS)}
+        pairs |= {f"both at {d}": tuple((kind, d) for kind in KINDS) for _, d in list(rises)}
+        table[method] = {
+            "best": best,
+            "rises": {f"{kind}, {damping}": x for (kind, damping), x in rises.items()},
+            "factored over exact, log": {
+                name: evidence.known_interval(
+                    [_log_ratio(*pair) for pair in zip(rises[one], rises[other], strict=True)]
+                )
+                for name, (one, other) in pairs.items()
+            },
+        }
+    return table
+
+
+def main() -> None:
+    """Measure and write what came out."""
+    options = evidence.parser(__doc__, seeds=3)
+    options.add_argument("--only", choices=["speed", "effect"], help="None: both")
+    options.add_argument("--quick", action="store_true", help="one small size, one damping")
+    given = options.parse_args()
+    name = "factorize" + (f"_{given.only}" if given.only else "")
+    numbers: dict[str, Any] = {}
+    if given.only != "effect":
+        numbers["speed"] = {}
+        for d in (256,) if given.quick else SIZES:
+            numbers["speed"][d] = speed(d)
+            print(d, numbers["speed"][d], flush=True)
+        cases = [(128, 4)] if given.quick else [(256, 24), (1024, 8)]
+        numbers["batched"] = {f"{n} of {d}": batched(d, n) for d, n in cases}
+        print(numbers["batched"], flush=True)
+    if given.only != "speed":
+        settings = {"dampings": DAMPINGS, "budgets": BUDGETS, "steps": STEPS, "price": PRICE}
+        settings |= {"predicted_kl": PREDICTED_KL, "quick": given.quick}
+        records = [
+            evidence.kept(
+                given.out / "factorize" / f"{seed}.json",
+                settings,
+                functools.partial(effect, seed, quick=given.quick),
+            )
+            for seed in range(given.seeds)
+        ]
+        numbers["effect"] = summary(records)
+        print(numbers["effect"], flush=True)
+    evidence.write(name, given.out, numbers)
+
+
+if __name__ == "__main__":
+    main()
