@@ -6,15 +6,6 @@ which is EK-FAC's corrected spectrum, and with Q = 1 the diagonal of the Fisher.
 gradients are rotated first; a batch of one position an example is then one product of squares,
 anything longer goes example by example through one buffer, so that gradients of all examples never
 coexist.
-
-Where the leading eigenvectors of a factor alone are known, all others have one value along its
-axis, in front: the mean square of what is off the leading ones. With a = a₁ + Q_A α and
-g = g₁ + Q_G γ of one example's S positions, K = a₁ a₁ᵀ and H = g₁ g₁ᵀ (S, S),
-
-    (αᵀ γ)²    leading rows and columns        Σ_st γ_sj K_st γ_tj / (d_in - k)    the other rows
-    Σ_st α_si H_st α_ti / (d_out - k)          Σ_st K_st H_st / both               the rest
-
-so that no gradient of d_in d_out numbers is made where a block has one site of dense inputs.
 """
 
 import jax

@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.checkpoint.json import curvature_from_json, curvature_to_json
 from jedit.core.batch import Batch
-from jedit.curvature import Factorize, estimate, kfac, subspace
+from jedit.curvature import Factorize, ekfac, estimate, kfac, matvec, solve, subspace, trace
 from jedit.curvature.likelihoods import Categorical
 from jedit.curvature.sketch import Sketch
 from jedit.curvature.subspace import TOLERANCE, leading, num_columns
@@ -73,10 +75,10 @@ def dense_and_streamed(name, **options):
     return taken(name, "eigh", **options), taken(name, STREAMED, **options)
 
 
-def sketched_by_hand(matrix, columns):
+def sketched_by_hand(matrix, columns, rcond=1e-13):
     """(basis, 1 + k eigenvalues) of one moment, by NumPy from the image of these columns."""
     image = matrix @ columns
-    nystrom = image @ np.linalg.pinv(columns.T @ image, rcond=1e-13, hermitian=True) @ image.T
+    nystrom = image @ np.linalg.pinv(columns.T @ image, rcond=rcond, hermitian=True) @ image.T
     values, vectors = np.linalg.eigh((nystrom + nystrom.T) / 2)
     values, vectors = values[-RANK:], vectors[:, -RANK:]
     rest = (np.trace(matrix) - values.sum()) / (len(matrix) - RANK)
@@ -282,9 +284,10 @@ def test_rows_in_bfloat16_are_summed_in_float32():
             continue
         columns = random_columns(matrix.shape[-1], "bias" in name, jnp.float32)
         for layer, one in enumerate(matrix):
-            values = sketched_by_hand(one, columns)[1]
-            # The dense moment itself is rounded to float32 here, which the sketch divides by.
-            np.testing.assert_allclose(factor.eigenvalues[layer], values, rtol=5e-3, atol=1e-5)
+            # The dense moment itself is rounded to float32 here, and what it is divided by.
+            values = sketched_by_hand(one, columns, rcond=1e-6)[1]
+            found = np.asarray(factor.eigenvalues[layer], np.float64)
+            np.testing.assert_allclose(found, values, rtol=5e-3, atol=2e-5 * values[-1])
 
 
 def test_a_sum_that_is_not_finite_names_its_block(key):
@@ -305,3 +308,81 @@ def test_what_goes_with_a_rank_is_refused_without():
         Factorize(streamed=True)
     with pytest.raises(TypeError, match="start must be a Curvature"):
         Factorize(rank=2, start="earlier")  # type: ignore[arg-type]
+
+
+def squares_by_hand(gradient, factors):
+    """One gradient's squares in two factors' bases, and the means of what is off leading ones."""
+    found = gradient
+    rest = []
+    for axis, (basis, has_rest) in enumerate(factors):
+        whole = np.linalg.qr(basis, mode="complete")[0] if has_rest else basis
+        if has_rest:  # any basis of the rest beside the leading ones
+            whole = np.concatenate([whole[:, basis.shape[1] :], basis], axis=1)
+        found = np.moveaxis(np.tensordot(whole.T, found, axes=(1, axis)), 0, axis)
+        rest.append(len(basis) - basis.shape[1] if has_rest else 0)
+    squares = found**2
+    for axis, number in enumerate(rest):
+        if number:
+            first, others = np.split(squares, [number], axis=axis)
+            squares = np.concatenate([first.mean(axis, keepdims=True), others], axis=axis)
+    return squares
+
+
+def bases_of(curvature, name, layer):
+    """(basis, whether it is leading) of both factors of a block, in NumPy."""
+    block = curvature.blocks[name]
+    for factor in (curvature.factors[block.input], curvature.factors[block.output]):
+        if factor.basis is None:
+            yield np.eye(factor.dimension), False
+        else:
+            yield np.asarray(factor.basis[layer], np.float64), factor.form == "leading"
+
+
+@pytest.mark.parametrize(("name", "length"), [("chain", LENGTH), ("chain", 1), ("tied", LENGTH)])
+def test_corrected_values_are_squared_gradients(name, length, tolerance):
+    curvature = dense_and_streamed(name)[1]
+    params, batch = problem(name)
+    rng = np.random.default_rng(8)
+    classes = VOCAB if name == "tied" else 7
+    targets = jnp.asarray(rng.integers(classes, size=(EXAMPLES, LENGTH)), jnp.int32)
+    batch = jax.tree.map(lambda x: x[:, :length], batch._replace(targets=targets))
+    estimator = ekfac(MODELS[name], Categorical(), curvature, fisher="empirical")
+    found = estimate(estimator, params, batch, key=jax.random.key(0))
+
+    def loss(params, inputs, targets, valid):
+        logits = jax.nn.log_softmax(MODELS[name](params, inputs[None])[0])
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return -jnp.sum(jnp.where(valid, chosen, 0))
+
+    of_each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0)))
+    gradients = of_each(params, batch.inputs, batch.targets, batch.valid.astype(bool))
+    gradients = {n: np.asarray(x, np.float64) for n, x in gradients.items()}
+    if name == "chain":
+        gradients["w"] = np.concatenate([gradients["w"], gradients.pop("b")[:, None]], axis=1)
+        gradients["stack"] = np.concatenate(
+            [gradients["stack"], gradients.pop("c")[:, :, None]], axis=2
+        )
+    number = np.asarray(batch.valid).sum()
+    for block, gradient in gradients.items():
+        corrected = np.asarray(found.blocks[block].corrected)
+        layers = gradient[:, None] if gradient.ndim == 3 else gradient
+        for layer in range(layers.shape[1]):
+            bases = list(bases_of(curvature, block, layer))
+            squares = sum(squares_by_hand(one[layer], bases) for one in layers) / number
+            tolerance.check(corrected[layer], squares, "factorization")
+    # The trace is that of the squares, whatever the basis.
+    whole = sum(float((x**2).sum()) for x in gradients.values()) / number
+    np.testing.assert_allclose(trace(found), whole, rtol=1e-5)
+    if name == "chain" and length > 1:
+        back = curvature_from_json(json.loads(json.dumps(curvature_to_json(found))), "here")
+        shapes = [b.corrected.shape for b in back.blocks.values()]
+        assert shapes == [b.corrected.shape for b in found.blocks.values()]
+        step = {n: jnp.ones_like(x) for n, x in params.items()}
+        round_trip = matvec(found, solve(found, step, damping=0.1), damping=0.1)
+        tolerance.check(round_trip, step, "factorization")
+
+
+def test_factors_without_eigenvectors_cannot_be_corrected():
+    curvature = taken("chain", "cholesky")
+    with pytest.raises(ValueError, match="curvature of 'stack' has no eigenvectors"):
+        ekfac(chain, Categorical(), curvature)
