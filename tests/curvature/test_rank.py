@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jedit.checkpoint.json import curvature_from_json, curvature_to_json
+from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.curvature import Factorize, ekfac, estimate, kfac, matvec, solve, subspace, trace
 from jedit.curvature.likelihoods import Categorical
@@ -155,14 +156,25 @@ def test_nothing_of_a_moments_size_is_held_and_the_plan_says_so(key):
     assert len(estimator.groups(params, batch, 1000)) == 3
 
 
-def test_sums_of_parts_add_up(key, tolerance):
+def test_sums_of_parts_add_up(key, tolerance, monkeypatch):
+    """Of shards, of blocks of rows, under jit, and starting from an earlier curvature."""
     params, batch = problem("chain")
-    estimator = kfac(chain, Categorical(), factorize=STREAMED)
-    whole = estimator.update(estimator.init(params, batch), params, batch, key)
-    halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 5), slice(5, None))]
+    how = dataclasses.replace(STREAMED, start=dense_and_streamed("chain")[1])
+    estimator = kfac(chain, Categorical(), factorize=how)
+    empty = estimator.init(params, batch)
+    whole = estimator.update(empty, params, batch, key)
+    monkeypatch.setattr(row_blocks, "MOST_BYTES", 8 * 7 * LENGTH * 4)  # four rows at a time
+    update = jax.jit(lambda *given: estimator.update(*given))
+    assert "scan" in str(jax.make_jaxpr(update)(empty, params, batch, key))
+    in_blocks = update(empty, params, batch, key)
+    monkeypatch.undo()
+    tolerance.check(in_blocks.inputs, whole.inputs, "contraction")
+    tolerance.check(in_blocks.outputs, whole.outputs, "contraction")
+    halves = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 6), slice(6, None))]
+    step = jax.jit(lambda *given: estimator.update(*given))
     parts = [
-        estimator.update(estimator.init(params, part, first), params, part, key)
-        for part, first in zip(halves, (0, 5), strict=True)
+        step(estimator.init(params, part, first), params, part, key)
+        for part, first in zip(halves, (0, 6), strict=True)
     ]
     joined = jax.tree.map(jnp.add, *parts)
     tolerance.check(joined.inputs, whole.inputs, "contraction")

@@ -95,7 +95,7 @@ def rows_of(d: int, n: int) -> jax.Array:
     """Rows (1, n, d) of a power law's spectrum, a_i ~ 1 / i, in the basis of a cosine transform."""
     rng = np.random.default_rng(0)
     scaled = rng.normal(size=(n, d)).astype(np.float32) * np.arange(1, d + 1) ** np.float32(-0.5)
-    return jnp.asarray(scipy.fft.dct(scaled, axis=1, norm="ortho")[None])
+    return jnp.asarray(np.asarray(scipy.fft.dct(scaled, axis=1, norm="ortho"))[None])
 
 
 def timed(function):
