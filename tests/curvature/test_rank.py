@@ -196,9 +196,13 @@ def test_a_second_pass_refines_the_first():
     second = taken("chain", Factorize(rank=RANK, streamed=True, start=first))
     sketched = [n for n, f in first.factors.items() if f.dimension > COLUMNS]
     assert len(sketched) == 5
-    for name in sketched:
-        errors = [span_error(c.factors[name], dense.factors[name].matrix) for c in (first, second)]
-        assert errors[1] < 0.3 * errors[0], (name, errors)
+    found = {
+        name: [span_error(c.factors[name], dense.factors[name].matrix) for c in (first, second)]
+        for name in sketched
+    }
+    assert max(before for before, _ in found.values()) > 1e-3, found
+    # To float32's rounding; a factor of fewer directions than columns has no error to begin with.
+    assert all(after < 0.3 * before + 2e-6 for before, after in found.values()), found
 
 
 def decaying(rng, d, power=1.0, layers=2):
