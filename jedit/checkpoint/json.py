@@ -117,7 +117,8 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             corrected = None
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
-                _check_sides(corrected, weight, at)
+                pair = (factors[name] for name in names)
+                _check_sides(corrected, weight, at, *map(_num_values, pair))
             if type(merged := fields["is_merged"]) is not bool:
                 raise DamagedError(f"{at}: is_merged is {shown(merged)}, no truth value")
             blocks[name] = _bare(Kronecker, weight, *names, corrected, None, merged)
@@ -248,8 +249,21 @@ def _tagged(value: Any, source: str) -> tuple[str, Any]:
     return next(iter(value.items()))
 
 
-def _check_sides(values: Any, weight: Weight, source: str) -> None:
-    if len(values.shape) < 3 or values.shape[-2:] != (weight.rows, weight.d_out):
+def _num_values(factor: Factor) -> int:
+    """Return how many eigenvalues a factor has; one without eigenvectors as many as directions."""
+    return factor.dimension if factor.eigenvalues is None else factor.eigenvalues.shape[-1]
+
+
+def _check_sides(
+    values: Any, weight: Weight, source: str, rows: int | None = None, columns: int | None = None
+) -> None:
+    """Refuse values that are not those of a weight, or of as many rows and columns as are said.
+
+    Raises:
+        DamagedError: they have another shape.
+    """
+    sides = (rows or weight.rows, columns or weight.d_out)
+    if len(values.shape) < 3 or values.shape[-2:] != sides:
         raise DamagedError(f"{source}: {values.shape} are no values of a {weight}")
 
 

@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from jedit.curvature.eigenbases import Moment
-from jedit.curvature.layout import BlockSites
+from jedit.curvature.layout import BlockSites, Member
 from jedit.curvature.moments import InputSums
+from jedit.curvature.sketch import Sketch, Sketched, input_sketch, output_sketch, weighted_sum
 from jedit.curvature.types import Kronecker
 
 
@@ -27,25 +28,37 @@ class Totals(NamedTuple):
     draws: int
 
 
+class Sums(NamedTuple):
+    """The sums that all blocks are made of.
+
+    Attributes:
+        inputs: sums over inputs, by input group.
+        outputs: sums over output gradients, by site.
+        number: M times the draws, what G is a mean over.
+        starts: what sketches' columns begin with, by input group and by site.
+        totals: of centred moments; None: they are about zero.
+    """
+
+    inputs: Mapping[str, InputSums]
+    outputs: Mapping[str, Array | Sketch]
+    number: Array
+    starts: tuple[Mapping[str, Array], Mapping[str, Array]]
+    totals: Totals | None = None
+
+
 def assemble(
     block: BlockSites,
-    inputs: Mapping[str, InputSums],
-    outputs: Mapping[str, Array],
-    number: Array,
+    sums: Sums,
     moments: dict[str, Moment],
     sharding: NamedSharding | None = None,
-    totals: Totals | None = None,
 ) -> Kronecker:
     """Make one block, and add its moments to `moments` unless another block has put A there.
 
     Args:
         block: the block's parameters and sites.
-        inputs: sums over inputs, by input group.
-        outputs: sums over output gradients, by site.
-        number: M times the draws, what G is a mean over.
+        sums: all blocks' sums.
         moments: all moments made so far, by the factor's name; it is added to.
         sharding: how the block's parameter lies on a mesh; None: on one device.
-        totals: of centred moments; None: they are about zero.
 
     Returns:
         The block, which names its two factors.
@@ -53,13 +66,7 @@ def assemble(
     has_bias = block.weight.bias_path is not None
     pairs = []
     for member in block.members:
-        bias_scale = member.bias_scale if has_bias else None
-        entering = inputs[member.group]
-        a = _input_moment(entering, member.scale, bias_scale, totals is not None)
-        g = _output_moment(outputs[member.site], number)
-        if totals is not None:
-            count = entering.count * totals.draws
-            g = _less_mean(g, totals.gradients[member.site], number, count)
+        a, g = _input_of(member, sums, has_bias), _output_of(member, sums)
         pairs.append((g, a) if member.is_flipped else (a, g))
     if len(pairs) == 1:
         member, (a, g) = block.members[0], pairs[0]
@@ -77,6 +84,31 @@ def assemble(
     )
 
 
+def _input_of(member: Member, sums: Sums, has_bias: bool) -> Array | Sketched:
+    """Return A of one site."""
+    entering, bias_scale = sums.inputs[member.group], member.bias_scale if has_bias else None
+    how = member.scale, bias_scale, sums.totals is not None
+    if not isinstance(entering.moment, Sketch):
+        return _input_moment(entering, *how)
+    count = jnp.maximum(entering.count, 1).astype(entering.total.dtype)
+    start = sums.starts[0].get(member.group)
+    return input_sketch(entering.moment, entering.total, count, start, *how)
+
+
+def _output_of(member: Member, sums: Sums) -> Array | Sketched:
+    """Return G of one site."""
+    outputs, total, count = sums.outputs[member.site], None, None
+    if sums.totals is not None:
+        total = sums.totals.gradients[member.site]
+        count = sums.inputs[member.group].count * sums.totals.draws
+    if isinstance(outputs, Sketch):
+        return output_sketch(outputs, sums.number, sums.starts[1].get(member.site), total, count)
+    g = _output_moment(outputs, sums.number)
+    if total is None or count is None:
+        return g
+    return _less_mean(g, total, sums.number, count)
+
+
 # Compiled once for blocks of equal shape, of which a model has many.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _input_moment(
@@ -86,8 +118,10 @@ def _input_moment(
 
     Centred, it has no moment there: a constant does not vary.
     """
-    count = jnp.maximum(sums.count, 1).astype(sums.moment.dtype)[:, None]
-    moment, count_of = sums.moment, count
+    moment = sums.moment
+    assert not isinstance(moment, Sketch)  # for which is `input_sketch`
+    count = jnp.maximum(sums.count, 1).astype(moment.dtype)[:, None]
+    count_of = count
     if moment.ndim == 3:
         moment, count_of = _symmetrized(moment), count[..., None]
     moment = moment / count_of * scale**2
@@ -126,7 +160,9 @@ def _less_mean(g: Array, total: Array, number: Array, count: Array) -> Array:
 
 
 @jax.jit
-def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def merge(
+    pairs: list[tuple[Array | Sketched, Array | Sketched]],
+) -> tuple[Array | Sketched, Array | Sketched]:
     """Return the Kronecker product that has the partial traces of a sum of Kronecker products.
 
     A = Σ_k A_k tr G_k / t and G = Σ_k G_k tr A_k, with t = Σ_k tr A_k tr G_k: its trace is the
@@ -140,13 +176,22 @@ def merge(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return a, g
 
 
-def _trace(matrix: Array) -> Array:
+def _trace(matrix: Array | Sketched) -> Array:
+    if isinstance(matrix, Sketched):
+        return matrix.trace
     diagonal = matrix if matrix.ndim == 2 else jnp.diagonal(matrix, axis1=1, axis2=2)
     return jnp.sum(diagonal, axis=-1)
 
 
-def _weighted_sum(matrices: list[Array], weights: list[Array]) -> Array:
-    """Return a weighted sum: dense (layers, d, d) if one of them is, else diagonal (layers, d)."""
+def _weighted_sum(matrices: list[Array | Sketched], weights: list[Array]) -> Array | Sketched:
+    """Return a weighted sum: sketched or dense if one of them is, else diagonal (layers, d)."""
+    plain = [m for m in matrices if not isinstance(m, Sketched)]
+    if len(plain) < len(matrices):
+        return weighted_sum(matrices, weights)
+    return _weighted_plain(plain, weights)
+
+
+def _weighted_plain(matrices: list[Array], weights: list[Array]) -> Array:
     if any(m.ndim == 3 for m in matrices):
         eye = jnp.eye(matrices[0].shape[1], dtype=matrices[0].dtype)[None]
         matrices = [m if m.ndim == 3 else m[..., None] * eye for m in matrices]

@@ -30,6 +30,7 @@ from jedit.curvature.captured_batch import (
 from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites, padding_hint
+from jedit.curvature.leading_squares import add_leading_squares, is_leading, num_values
 from jedit.curvature.likelihoods import Likelihood
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.curvature.mesh.placement import (
@@ -42,6 +43,8 @@ from jedit.curvature.mesh.placement import (
 from jedit.curvature.squared_gradients import add_squared_gradients
 from jedit.curvature.types import Curvature, Diagonal, pytree
 
+NO_BASES = (None, None)
+
 
 @pytree("blocks", "draws")
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ class SquaresState:
     """Sums of squared gradients over batches; states of disjoint data merge by adding leaves.
 
     Attributes:
-        squares: by block, the sum of squared per-example gradients (layers, rows, d_out).
+        squares: by block, the sum of squared per-example gradients (layers, rows, d_out); 1 + k
+            long where k eigenvectors are known.
         num_outputs: M, the number of outputs that counted, int32.
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
         blocks: static; the parameters and sites of each block.
@@ -114,7 +118,8 @@ def squares_estimator(
         apply: the model, `apply(params, inputs) -> outputs`.
         labels: the labels at which gradients are taken.
         select: regular expressions for the paths of the parameters; None: all.
-        bases: by block, eigenvectors of A and of G; None, or no entry, for the standard basis.
+        bases: by block, eigenvectors of A and of G, all of them or the leading ones; None, or no
+            entry, for the standard basis.
         finish: makes a curvature of blocks, their mean squares and M.
 
     Returns:
@@ -129,7 +134,9 @@ def squares_estimator(
             first, key = jnp.zeros((), jnp.int32), jax.random.key(0)
             done = run_pass(apply, labels, params, batch, key, Examples(first), select)
             blocks = group_sites(done.captured.sites, done.alignments)
-            squares = {b.name: zero_squares(b, done.dtype) for b in blocks}
+            squares = {
+                b.name: zero_squares(b, done.dtype, bases.get(b.name, NO_BASES)) for b in blocks
+            }
             return SquaresState(squares, first, first, blocks, labels.draws)
 
         return jax.eval_shape(zero, params, batch)
@@ -148,12 +155,14 @@ def squares_estimator(
             done = run_pass(apply, labels, params, rows, key, examples, select)
 
             def add_gradients(squares, pulled):
-                return {
-                    b.name: add_squared_gradients(
-                        done, b, pulled, squares[b.name], bases.get(b.name, (None, None))
+                found = {}
+                for block in state.blocks:
+                    pair = bases.get(block.name, NO_BASES)
+                    add = (
+                        add_leading_squares if any(map(is_leading, pair)) else add_squared_gradients
                     )
-                    for b in state.blocks
-                }
+                    found[block.name] = add(done, block, pulled, squares[block.name], pair)
+                return found
 
             squares = done.fold(add_gradients, state.squares)
             number = state.num_outputs + done.num_outputs
@@ -181,10 +190,13 @@ def squares_estimator(
     return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups, check)
 
 
-def zero_squares(block: BlockSites, dtype: jnp.dtype) -> Array:
-    """Return a block's zero sum (layers, rows, d_out)."""
+def zero_squares(
+    block: BlockSites, dtype: jnp.dtype, bases: tuple[Array | None, Array | None] = NO_BASES
+) -> Array:
+    """Return a block's zero sum (layers, rows, d_out), shorter along bases that are not whole."""
     weight = block.weight
-    return jnp.zeros((weight.layers, weight.rows, weight.d_out), dtype)
+    sides = (num_values(q, d) for q, d in zip(bases, (weight.rows, weight.d_out), strict=True))
+    return jnp.zeros((weight.layers, *sides), dtype)
 
 
 def mean_squares(squares: Array, number: Array, block: BlockSites) -> Array:

@@ -16,6 +16,8 @@ from jedit.core.devices import fetched
 from jedit.core.precision import HIGHEST
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.factorization import Factorize
+from jedit.curvature.sketch import Sketched, nystrom
+from jedit.curvature.subspace import leading
 from jedit.curvature.types import Factor
 
 
@@ -23,32 +25,35 @@ class Moment(NamedTuple):
     """A factor A or G before its decomposition.
 
     Attributes:
-        matrix: (layers, d, d), or (layers, d) for a diagonal one.
+        matrix: (layers, d, d), (layers, d) for a diagonal one, or a sketch.
         block: the name of the block that it belongs to, for error messages.
         hint: what to say when it is not finite.
     """
 
-    matrix: Array
+    matrix: Array | Sketched
     block: str
     hint: str
 
 
 def factorize(
-    matrix: Float[Array, "layers d d"] | Float[Array, "layers d"],
+    matrix: Float[Array, "layers d d"] | Float[Array, "layers d"] | Sketched,
     name: str,
     *,
     dtype: DTypeLike | None = None,
     hint: str = "",
     how: Factorize = Factorize(),  # noqa: B008 - frozen and hashable
+    start: Array | None = None,
 ) -> Factor:
     """Return every layer's matrix as a factor, with the eigenbasis that is asked for.
 
     Args:
-        matrix: symmetric positive semi-definite, or a diagonal.
+        matrix: symmetric positive semi-definite, a diagonal, or a sketch of the first.
         name: the name of its block, for the error message.
-        dtype: the dtype to decompose in; None: the matrix's own.
+        dtype: the dtype to decompose in; None: the matrix's own. Leading eigenvectors alone are
+            iterated in that in any case.
         hint: what to say when it is not finite.
         how: which eigenvectors are wanted; a diagonal factor needs none.
+        start: eigenvectors to begin with, where the leading ones alone are wanted; None: random.
 
     Returns:
         The factor, in the matrix's dtype; eigenvalues that rounding made negative are zero.
@@ -56,13 +61,18 @@ def factorize(
     Raises:
         FloatingPointError: the matrix is not finite.
     """
+    if isinstance(matrix, Sketched):
+        for part in (matrix.image, matrix.trace):
+            check_layers_finite(part, name, hint)
+        assert how.rank is not None  # nothing else is sketched
+        return nystrom(matrix, how.rank)
     check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
     if how.by != "eigh":
         return Factor(matrix, None, None, how.by)
     if how.rank is not None and how.rank < matrix.shape[-1]:
-        return leading(matrix, how.rank)
+        return leading(matrix, how.rank, start)
     # Waited for one by one: dispatched side by side, they are the batch that may deadlock.
     pairs = [jax.block_until_ready(eigh(layer, dtype or matrix.dtype)) for layer in matrix]
     values, bases = (
@@ -70,22 +80,6 @@ def factorize(
     )
     # A sum of outer products has no negative eigenvalue: those of rounding would make a power NaN.
     return Factor(matrix, bases, jnp.maximum(values, 0))
-
-
-def leading(matrix: Float[Array, "layers d d"], rank: int) -> Factor:
-    """Return the factor's leading eigenvectors, by the dense decomposition.
-
-    Each layer's matrix is decomposed by itself.
-    """
-    d = matrix.shape[-1]
-    values, bases = [], []
-    for layer in matrix:
-        a, q = jax.block_until_ready(jnp.linalg.eigh(layer))
-        a = jnp.maximum(a, 0)
-        rest = jnp.maximum((jnp.trace(layer) - jnp.sum(a[d - rank :])) / (d - rank), 0)
-        values.append(jnp.concatenate([rest[None], a[d - rank :]]))
-        bases.append(q[:, d - rank :])
-    return Factor(None, jnp.stack(bases), jnp.stack(values))
 
 
 def eigh(
@@ -111,8 +105,12 @@ def rotate_axis(basis: Array | None, x: Array, axis: int, *, back: bool = False)
     return jnp.einsum(spec, fetched(basis), x, precision=HIGHEST)
 
 
-def shape_of(matrix: Array, how: Factorize) -> Factor:
+def shape_of(matrix: Array | Sketched, how: Factorize) -> Factor:
     """Return a factor of the shapes that `factorize` makes, under `jax.eval_shape`."""
+    if isinstance(matrix, Sketched):
+        assert how.rank is not None  # nothing else is sketched
+        image = matrix.image
+        return Factor(None, image[..., : how.rank], image[:, 0, : how.rank + 1])
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
     if how.by != "eigh":

@@ -4,7 +4,8 @@
 
 ℓ_n the sum over example n's unmasked outputs: the diagonal of the Gauss-Newton matrix of the mean
 loss in K-FAC's eigenbasis. It is normalised as K-FAC's own eigenvalues a_i g_j are, per output, so
-that one damping means one thing for both.
+that one damping means one thing for both. Where the leading k eigenvectors of a factor are known,
+the first of 1 + k values is the mean over all directions that have none.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from jedit.core.arguments import check_kind
 from jedit.core.devices import on_auto
 from jedit.core.paths import exactly
 from jedit.curvature.captured_batch import Fisher, Labels
-from jedit.curvature.checks import check_covers
+from jedit.curvature.checks import check_covers, eigenbasis_of
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.likelihoods import Likelihood
@@ -40,17 +41,24 @@ def ekfac(
 
     Returns:
         The estimator. A pass costs one forward, one activation-backward pass, the two rotations and
-        the per-example gradients, d_in² + d_out² + d_in d_out multiply-adds a position and site.
+        the per-example gradients, d_in² + d_out² + d_in d_out multiply-adds a position and site;
+        of leading eigenvectors 2 k (d_in + d_out), and S (d_in + d_out) with an example's S
+        positions.
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: `fisher` is another word, or the model is without the curvature's parameters.
+        ValueError: `fisher` is another word, the model is without the curvature's parameters, or
+            the curvature without eigenvectors.
     """
     check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)
     factors = kfac_curvature.factors
+
+    def basis_of(factor, name):
+        return factor.basis if factor.form == "leading" else eigenbasis_of(factor, name)[0]
+
     bases = {
-        name: (factors[block.input].basis, factors[block.output].basis)
+        name: (basis_of(factors[block.input], name), basis_of(factors[block.output], name))
         for name, block in kfac_curvature.blocks.items()
         if isinstance(block, Kronecker)
     }

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from jedit.core.arguments import check_word
+from jedit.core.arguments import check_kind, check_word
 from jedit.core.checks import COUNT, check_numbers
-from jedit.curvature.types import By
+from jedit.curvature.types import By, Curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +19,27 @@ class Factorize:
             its eigenvalues; None: as `by` says. It stands with "eigh" alone.
         max_dim: longest axis that gets a dense factor; longer ones (vocabularies) a diagonal one.
             Arbitrary: a factor of this size takes 1 GiB.
+        streamed: with a rank: the moments are never formed, but summed as sketches of d x (2k + 8)
+            numbers where those are fewer than d x d; the eigenvectors are then those of one pass,
+            Nyström's, which a second estimate refines when it starts from the first. False: the
+            moments are summed, and their eigenvectors iterated until they stand still.
+        start: with a rank: an earlier curvature of the same parameters, from whose eigenvectors the
+            iteration starts, or the sketch; None: from random columns of a fixed key.
     """
 
     by: By = "eigh"
     rank: int | None = None
     max_dim: int = 16384
+    streamed: bool = False
+    start: Curvature | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse words and numbers that are none.
 
         Raises:
-            ValueError: another word, a number out of its range, or a rank beside another `by`.
+            TypeError: the start is no curvature.
+            ValueError: another word, a number out of its range, a rank beside another `by`, or
+                what goes with a rank alone without one.
         """
         check_word(By, by=self.by)
         check_numbers(COUNT, rank=self.rank, max_dim=self.max_dim)
@@ -38,6 +48,13 @@ class Factorize:
                 f'rank={self.rank} keeps eigenvectors, which by="{self.by}" does without: give one '
                 "of the two"
             )
+        if self.rank is None and (self.streamed or self.start is not None):
+            raise ValueError(
+                "streamed=True and start= are about the leading eigenvectors: give their number, "
+                "rank=k"
+            )
+        if self.start is not None:
+            check_kind(self.start, Curvature, "start", "as `estimate` returns it")
 
 
 def factorizing(how: Factorize | By) -> Factorize:

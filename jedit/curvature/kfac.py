@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_function, check_word
+from jedit.core.devices import on_auto
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.curvature.assemble import Totals, assemble
+from jedit.curvature.assemble import Sums, Totals, assemble
 from jedit.curvature.captured_batch import (
     Examples,
     Fisher,
@@ -50,6 +51,7 @@ from jedit.curvature.mesh.placement import (
     placed,
     placed_curvature,
     undivided,
+    whole,
     zeros,
 )
 from jedit.curvature.moments import (
@@ -62,6 +64,7 @@ from jedit.curvature.moments import (
     zero_input_sums,
     zero_output_sums,
 )
+from jedit.curvature.sketch import Sketch, starts
 from jedit.curvature.squared_gradients import add_squared_gradients
 from jedit.curvature.types import By, Curvature, Diagonal, Kronecker, pytree
 
@@ -74,7 +77,7 @@ class KfacState:
     Attributes:
         inputs: by input group, sums over what enters.
         outputs: by site, Σ g gᵀ (layers, d_out, d_out), of which the lower block triangle counts;
-            or its diagonal (layers, d_out).
+            its diagonal (layers, d_out); or its sketch.
         squares: by block of a vector parameter, Σ_n (∂ℓ_n)² (layers, 1, d).
         num_outputs: M, the number of outputs that counted, int32.
         next_example: the running example number, int32; a sum of states has one beyond all theirs.
@@ -85,7 +88,7 @@ class KfacState:
     """
 
     inputs: dict[str, InputSums]
-    outputs: dict[str, Array]
+    outputs: dict[str, Array | Sketch]
     squares: dict[str, Array]
     num_outputs: Array
     next_example: Array
@@ -112,12 +115,10 @@ class KfacState:
                     shape = self.squares[block.name].shape
                     found.squares[block.name] = best_split(matrix, shape)
                     continue
-                moment = self.inputs[member.group].moment.shape
                 found.inputs[member.group] = found.inputs[member.group]._replace(
-                    moment=factor_place(matrix, moment, 1)
+                    moment=_sum_place(matrix, self.inputs[member.group].moment, 1)
                 )
-                moment = self.outputs[member.site].shape
-                found.outputs[member.site] = factor_place(matrix, moment, 2)
+                found.outputs[member.site] = _sum_place(matrix, self.outputs[member.site], 2)
         return found
 
     def footprints(self, params: PyTree) -> list[Footprint]:
@@ -130,8 +131,17 @@ class KfacState:
             else:
                 sums = {f"output of {m.site}": sizes.outputs[m.site] for m in block.members}
                 sums |= {f"input {m.group}": sizes.inputs[m.group].moment for m in block.members}
+                sums = {name: sum(jax.tree.leaves(x)) for name, x in sums.items()}
             needs.append(Footprint(block.weight.paths, sums))
         return needs
+
+
+def _sum_place(matrix: NamedSharding, moment: Array | Sketch, dim: int) -> Any:
+    """Return where the sum of a moment lies; a sketch by its rows, and its traces whole."""
+    if isinstance(moment, Sketch):
+        places: Any = (factor_place(matrix, moment.image.shape, dim), whole(matrix))
+        return Sketch(*places)
+    return factor_place(matrix, moment.shape, dim)
 
 
 def kfac(
@@ -175,6 +185,7 @@ def kfac(
             labels, of which the mean is zero.
     """
     how = factorizing(factorize)
+    how = dataclasses.replace(how, start=on_auto(how.start))
     check_function(apply)
     check_word(Sharing, sharing=sharing)
     labels = Labels(likelihood, fisher, samples)
@@ -203,8 +214,8 @@ def kfac(
             for member in members:
                 check_sharing(sharing, sites[member.site], done.alignments[member.site])
             return KfacState(
-                {m.group: zero_input_sums(sites[m.site], done.dtype, how.max_dim) for m in members},
-                {m.site: zero_output_sums(sites[m.site], done.dtype, how.max_dim) for m in members},
+                {m.group: zero_input_sums(sites[m.site], done.dtype, how) for m in members},
+                {m.site: zero_output_sums(sites[m.site], done.dtype, how) for m in members},
                 {b.name: zero_squares(b, done.dtype) for b in blocks if b.is_diagonal},
                 first,
                 first,
@@ -223,27 +234,36 @@ def kfac(
             state, next_example=state.next_example + jnp.int32(first_example)
         )
 
-    def update(state, params, batch, key):
+    # An earlier curvature is an argument of the jitted step, and no constant in it: it is large.
+    def update(earlier, state, params, batch, key):
+        begun = starts(state.blocks, earlier)
+
         def add(state, rows, examples):
-            return _added(run_pass(apply, labels, params, rows, key, examples, select), state)
+            done = run_pass(apply, labels, params, rows, key, examples, select)
+            return _added(done, state, *begun)
 
         return over_row_blocks(add, apply, state, params, batch)
 
-    def _added(done, state):
+    def _added(done, state, inputs_begin, outputs_begin):
         sites = done.captured.sites
         members = [m for b in state.blocks if not b.is_diagonal for m in b.members]
         diagonals = [b for b in state.blocks if b.is_diagonal]
         # Sites that read one input share its sums, which are made once, from the first of them.
         first_reader = {m.group: m.site for m in reversed(members)}
         inputs = {
-            group: add_inputs(sums, done, sites[first_reader[group]], sharing)
+            group: add_inputs(
+                sums, done, sites[first_reader[group]], sharing, inputs_begin.get(group)
+            )
             for group, sums in state.inputs.items()
         }
 
         def add_gradients(sums, pulled):
             outputs, totals, squares = sums
             return (
-                {m: add_outputs(x, done, sites[m], pulled, sharing) for m, x in outputs.items()},
+                {
+                    m: add_outputs(x, done, sites[m], pulled, sharing, outputs_begin.get(m))
+                    for m, x in outputs.items()
+                },
                 {m: add_output_totals(x, done, sites[m], pulled) for m, x in totals.items()},
                 {
                     b.name: add_squared_gradients(done, b, pulled, squares[b.name])
@@ -280,7 +300,8 @@ def kfac(
 
     check = functools.partial(labels.check, apply)
     finalize = functools.partial(_finalize, how=how)
-    return Estimator(init, jax.tree_util.Partial(update), finalize, groups, check, planned)
+    step = jax.tree_util.Partial(update, how.start if how.streamed else None)
+    return Estimator(init, step, finalize, groups, check, planned)
 
 
 def _on_mesh(state: KfacState, params: PyTree) -> KfacState:
@@ -293,28 +314,31 @@ def _on_mesh(state: KfacState, params: PyTree) -> KfacState:
 def _finalize(state: KfacState, dtype=None, *, how: Factorize) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
     check_counted(state.num_outputs)
-    blocks, moments = _assembled(state)
+    blocks, moments = _assembled(state, how)
     return Curvature(blocks, factorize_all(moments, dtype, how=how), state.num_outputs)
 
 
 def _planned(state: KfacState, *, how: Factorize) -> Curvature:
     """Return a curvature of the shapes of the state's, with matrices for their eigenbases."""
-    blocks, moments = _assembled(state)
+    blocks, moments = _assembled(state, how)
     factors = {name: shape_of(m.matrix, how) for name, m in moments.items()}
     return Curvature(blocks, factors, state.num_outputs)
 
 
-def _assembled(state: KfacState) -> tuple[dict[str, Kronecker | Diagonal], dict[str, Moment]]:
+def _assembled(
+    state: KfacState, how: Factorize
+) -> tuple[dict[str, Kronecker | Diagonal], dict[str, Moment]]:
     moments: dict[str, Moment] = {}
     blocks = {}
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
     shardings = state.shardings or (None,) * len(state.blocks)
+    means = Totals(state.gradients, state.draws) if state.gradients else None
+    begun = starts(state.blocks, how.start if how.streamed else None)
+    sums = Sums(state.inputs, state.outputs, number, begun, means)
     for block, sharding in zip(state.blocks, shardings, strict=True):
         if block.is_diagonal:
             values = mean_squares(state.squares[block.name], number, block)
             blocks[block.name] = Diagonal(block.weight, values)
         else:
-            sums = (state.inputs, state.outputs)
-            means = Totals(state.gradients, state.draws) if state.gradients else None
-            blocks[block.name] = assemble(block, *sums, number, moments, sharding, means)
+            blocks[block.name] = assemble(block, sums, moments, sharding)
     return blocks, moments

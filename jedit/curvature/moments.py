@@ -14,8 +14,10 @@ from jaxtyping import Array
 
 from jedit.core.display import short_repr
 from jedit.curvature.captured_batch import Pass
+from jedit.curvature.factorization import Factorize
 from jedit.curvature.kernels import moment as add_moment
 from jedit.curvature.positions import Alignment
+from jedit.curvature.sketch import Sketch, add_rows, is_sketched, zero_sketch
 from jedit.tracing import Site
 from jedit.tracing.pullback import scatter_rows
 
@@ -26,34 +28,42 @@ class InputSums(NamedTuple):
     """Running sums over the activations that enter a site.
 
     Attributes:
-        moment: Σ a aᵀ (layers, d_in, d_in), of which the lower block triangle counts; or its
-            diagonal (layers, d_in).
+        moment: Σ a aᵀ (layers, d_in, d_in), of which the lower block triangle counts; its
+            diagonal (layers, d_in); or its sketch.
         total: Σ a (layers, d_in), the bias's off-diagonal part of A; zero-sized for an embedding.
         count: how many a were summed, (layers,), int32.
     """
 
-    moment: Array
+    moment: Array | Sketch
     total: Array
     count: Array
 
     __repr__ = short_repr
 
 
-def zero_input_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> InputSums:
+def zero_input_sums(site: Site, dtype: jnp.dtype, how: Factorize) -> InputSums:
     """Return zero sums; the moment is diagonal for an embedding, or a d_in above `max_dim`."""
     layers, d = site.weight.layers, site.weight.d_in
-    is_diagonal = site.kind == "embedding" or d > max_dim
     return InputSums(
-        jnp.zeros((layers, d) if is_diagonal else (layers, d, d), dtype),
+        _zero_moment(layers, d, dtype, how, is_diagonal=site.kind == "embedding"),
         jnp.zeros((layers, 0 if site.kind == "embedding" else d), dtype),
         jnp.zeros((layers,), jnp.int32),
     )
 
 
-def zero_output_sums(site: Site, dtype: jnp.dtype, max_dim: int) -> Array:
-    """Return a zero (layers, d_out, d_out), or (layers, d_out) for a d_out above `max_dim`."""
-    layers, d = site.weight.layers, site.weight.d_out
-    return jnp.zeros((layers, d) if d > max_dim else (layers, d, d), dtype)
+def zero_output_sums(site: Site, dtype: jnp.dtype, how: Factorize) -> Array | Sketch:
+    """Return a zero (layers, d_out, d_out), its sketch, or a diagonal for d_out > `max_dim`."""
+    return _zero_moment(site.weight.layers, site.weight.d_out, dtype, how)
+
+
+def _zero_moment(
+    layers: int, d: int, dtype: jnp.dtype, how: Factorize, *, is_diagonal: bool = False
+) -> Array | Sketch:
+    if is_diagonal or d > how.max_dim:
+        return jnp.zeros((layers, d), dtype)
+    if is_sketched(how, d):
+        return zero_sketch(layers, d, dtype, how)
+    return jnp.zeros((layers, d, d), dtype)
 
 
 def check_sharing(sharing: Sharing, site: Site, alignment: Alignment) -> None:
@@ -71,12 +81,15 @@ def check_sharing(sharing: Sharing, site: Site, alignment: Alignment) -> None:
         )
 
 
-def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: Sharing) -> InputSums:
-    """Add a batch's inputs of one site."""
+def add_inputs(
+    sums: InputSums, done: Pass, site: Site, sharing: Sharing, start: Array | None = None
+) -> InputSums:
+    """Add a batch's inputs of one site; `start` is what the columns of a sketch begin with."""
     a, v = done.inputs(site)
     if site.kind == "embedding":
         moment, count = _token_moment(site, a, v, done.dtype, sharing)
         # One-hot rows need no product: their moment is diagonal, and counts tokens.
+        assert not isinstance(sums.moment, Sketch)  # that of one-hot rows is a diagonal
         moment = sums.moment + moment
         total = sums.total
     else:
@@ -86,25 +99,36 @@ def add_inputs(sums: InputSums, done: Pass, site: Site, sharing: Sharing) -> Inp
         # The sum is over wide numbers; the product takes narrow rows, and sums wide itself.
         wide = rows.astype(done.dtype)
         total, count = sums.total + jnp.sum(wide, axis=1), _count(a, v)
-        if sums.moment.ndim == 2:
-            moment = sums.moment + jnp.sum(jnp.square(wide), axis=1)
-        else:
-            moment = add_moment(sums.moment, rows)
-    return InputSums(moment + done.poison(site), total, sums.count + count)
+        moment = _added(sums.moment, rows, done.dtype, start)
+    moment = jax.tree.map(lambda x: x + done.poison(site), moment)
+    return InputSums(moment, total, sums.count + count)
 
 
 def add_outputs(
-    total: Array, done: Pass, site: Site, pulled: dict[str, Array], sharing: Sharing
-) -> Array:
-    """Add the output gradients of one pullback."""
+    total: Array | Sketch,
+    done: Pass,
+    site: Site,
+    pulled: dict[str, Array],
+    sharing: Sharing,
+    start: Array | None = None,
+) -> Array | Sketch:
+    """Add the output gradients of one pullback; `start` as for `add_inputs`."""
     g = done.gradients(site, pulled)
     if sharing == "reduce":
         # The sum, not a mean: the weight's gradient is Σ_s a gᵀ, which is ā ĝᵀ if all a agree.
         g = jnp.sum(g.astype(done.dtype), axis=2)
-    rows = g.reshape(g.shape[0], -1, g.shape[-1])
-    if total.ndim == 2:
-        return total + jnp.sum(jnp.square(rows.astype(done.dtype)), axis=1)
-    return add_moment(total, rows)
+    return _added(total, g.reshape(g.shape[0], -1, g.shape[-1]), done.dtype, start)
+
+
+def _added(
+    moment: Array | Sketch, rows: Array, dtype: jnp.dtype, start: Array | None
+) -> Array | Sketch:
+    """Add the products of rows (layers, n, d) to a moment, in whichever form it is summed."""
+    if isinstance(moment, Sketch):
+        return add_rows(moment, rows, start)
+    if moment.ndim == 2:
+        return moment + jnp.sum(jnp.square(rows.astype(dtype)), axis=1)
+    return add_moment(moment, rows)
 
 
 def add_output_totals(total: Array, done: Pass, site: Site, pulled: dict[str, Array]) -> Array:

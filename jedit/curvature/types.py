@@ -106,7 +106,8 @@ class Kronecker:
         weight: which parameters it is, and how they form a matrix.
         input: name of the factor A in `Curvature.factors`; blocks reading one activation share it.
         output: name of the factor G.
-        corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j.
+        corrected: (layers, rows, d_out) EK-FAC eigenvalues, or None for the products a_i g_j. Along
+            an axis with k leading eigenvectors there are 1 + k, as the factor has.
         sharding: how the parameter's matrix (layers, d_in, d_out) lies on a mesh; None: one device.
         is_merged: whether A and G are those of several sites, put together with weights.
     """

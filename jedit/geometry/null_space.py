@@ -9,6 +9,9 @@
     c   the largest a_i in the null space
     ρ   `relaxation`
 
+Of a factor known by its k leading eigenvectors the d - k other directions are free together or not
+at all, P = w_0 (1 - QQᵀ) + Q diag(w) Qᵀ; a threshold that falls among them is refused.
+
 Sources. The hard projector by absolute eigenvalue is AlphaEdit's (ICLR 2025, its code: 2e-2)
 [code]; relaxed weights are KUDA's idea (arXiv 2602.19275), the power law is ours [derived].
 Differences: energy is the default, because an absolute eigenvalue has no scale: the same 2e-2 is
@@ -22,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_kind, check_word
@@ -31,7 +35,8 @@ from jedit.core.display import is_concrete, short_repr, text_table
 from jedit.curvature.algebra import BlockMap, apply_blocks, spectral
 from jedit.curvature.checks import check_counted, check_has, eigenbasis_of
 from jedit.curvature.eigenbases import rotate_axis
-from jedit.curvature.types import Curvature, Kronecker, Uncovered, pytree
+from jedit.curvature.low_rank import join_axis, split_axis
+from jedit.curvature.types import Curvature, Factor, Kronecker, Uncovered, pytree
 from jedit.tracing.sites import Weight
 
 Selection = Literal["energy", "rank", "eigenvalue"]
@@ -68,9 +73,11 @@ class Projector:
     Sites that read one activation share a factor.
 
     Attributes:
-        bases: by factor, eigenvectors in columns (layers, d, d); None for a diagonal factor.
-        eigenvalues: by factor, the eigenvalues a (layers, d).
-        weights: by factor, the weights w (layers, d).
+        bases: by factor, eigenvectors in columns (layers, d, d); None for a diagonal factor; or
+            the leading ones alone (layers, d, k).
+        eigenvalues: by factor, the eigenvalues a (layers, d); of leading eigenvectors (layers,
+            1 + k), the mean of the others first.
+        weights: by factor, the weights w, as the eigenvalues.
         blocks: static; (name, parameter matrix, factor) of each block.
     """
 
@@ -84,16 +91,17 @@ class Projector:
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
+            n = _multiplicities(self.bases[factor], a)
             most = jnp.max(a, axis=1, keepdims=True)
             a = a / jnp.where(most > 0, most, 1)  # squares of small ones leave the dtype
-            total = jnp.sum(a, axis=1)
-            norm = jnp.sqrt(jnp.sum(a * a, axis=1))
+            total = jnp.sum(n * a, axis=1)
+            norm = jnp.sqrt(jnp.sum(n * a * a, axis=1))
             is_dead = total == 0
             found[name] = NullSpaceReport(
-                jnp.sum(w, axis=1),
+                jnp.sum(n * w, axis=1),
                 weight.rows,
-                jnp.sum(w * a, axis=1) / jnp.where(is_dead, 1, total),
-                jnp.sqrt(jnp.sum((w * a) ** 2, axis=1)) / jnp.where(is_dead, 1, norm),
+                jnp.sum(n * w * a, axis=1) / jnp.where(is_dead, 1, total),
+                jnp.sqrt(jnp.sum(n * (w * a) ** 2, axis=1)) / jnp.where(is_dead, 1, norm),
             )
         return found
 
@@ -139,8 +147,8 @@ def null_space(
         The projector; it is a pytree, so it passes through jit and stands in optimizer states.
 
     Raises:
-        ValueError: an unknown `by`, a threshold out of its range, negative relaxation, or no
-            Kronecker block.
+        ValueError: an unknown `by`, a threshold out of its range, negative relaxation, no
+            Kronecker block, or a threshold that falls among directions without eigenvector.
     """
     check_word(Selection, by=by)
     check_numbers(THRESHOLDS[by], threshold=threshold)
@@ -154,26 +162,84 @@ def null_space(
     if not blocks:
         raise ValueError("the curvature has no Kronecker block, so no moment of inputs")
     check_counted(curvature.num_outputs)
-    found = {f: eigenbasis_of(curvature.factors[f], name) for name, _, f in blocks}
-    return Projector(
-        {name: basis for name, (basis, _) in found.items()},
-        {name: a for name, (_, a) in found.items()},
-        {name: _weights(a, threshold, by, relaxation) for name, (_, a) in found.items()},
-        blocks,
-    )
+    bases, values, weights = {}, {}, {}
+    for name, _, f in blocks:
+        factor = curvature.factors[f]
+        if factor.form == "leading":
+            assert factor.eigenvalues is not None  # it has no other form
+            bases[f], values[f] = factor.basis, factor.eigenvalues
+            _check_parts(factor, threshold, by, name)
+        else:
+            bases[f], values[f] = eigenbasis_of(factor, name)
+        number = _multiplicities(bases[f], values[f])
+        weights[f] = _weights(values[f], number, threshold, by, relaxation)
+    return Projector(bases, values, weights, blocks)
+
+
+def _multiplicities(basis: Array | None, a: Float[Array, "layers d"]) -> Float[Array, "1 d"]:
+    """Return how many directions have each eigenvalue, one but for the rest of leading ones."""
+    number = jnp.ones((1, a.shape[1]), a.dtype)
+    if basis is None or basis.shape[-1] == basis.shape[-2]:
+        return number
+    return number.at[0, 0].set(basis.shape[-2] - basis.shape[-1])
+
+
+def _check_parts(factor: Factor, threshold: float | int, by: Selection, name: str) -> None:
+    """Refuse a threshold among directions of which the mean alone is known.
+
+    Where the eigenvalues are traced nothing is refused: such directions are used, all of them.
+
+    Raises:
+        ValueError: it would free some of them and not others.
+    """
+    assert factor.basis is not None
+    assert factor.eigenvalues is not None
+    d, k = factor.basis.shape[1:]
+    number = d - k
+    if by == "rank":
+        some, what = 0 < threshold < number, f"{number} directions or more, or none"
+    elif not is_concrete(factor.eigenvalues):
+        return
+    else:
+        a = np.asarray(factor.eigenvalues, np.float64)
+        if by == "energy":
+            share = number * a[:, 0] / np.maximum(number * a[:, 0] + a[:, 1:].sum(1), 1e-300)
+            some = np.any((threshold > 0) & (threshold < share))
+            what = f"a share of {share.max():.3g} or more, or none"
+        else:
+            # Those without eigenvector are below the least of the leading ones, and above zero.
+            some = np.any((threshold > 0) & (threshold < a[:, 1:].min(1)) & (a[:, 0] > 0))
+            what = f"an eigenvalue of {a[:, 1:].min(1).max():.3g} or more, or none"
+    if some:
+        raise ValueError(
+            f"threshold={threshold} by {by} falls among the {number} directions of {name!r} that "
+            f"have no eigenvector: the curvature keeps the {k} leading ones of {d}; give {what}, "
+            "or a curvature of a larger rank"
+        )
 
 
 def _weights(
-    a: Float[Array, "layers d"], threshold: float | int, by: Selection, relaxation: float
+    a: Float[Array, "layers d"],
+    number: Float[Array, "1 d"],
+    threshold: float | int,
+    by: Selection,
+    relaxation: float,
 ) -> Float[Array, "layers d"]:
-    order = jnp.argsort(a, axis=1)  # a diagonal factor's are in the order of its axis
+    # A diagonal factor's are in the order of its axis. The rest of leading eigenvectors is counted
+    # first, also where a sketch has overrated its mean: each of them is below the leading ones.
+    is_rest = jnp.broadcast_to(number > 1, a.shape)
+    order = jnp.argsort(jnp.where(is_rest, -jnp.inf, a), axis=1)
     ascending = jnp.take_along_axis(a, order, axis=1)
+    each = jnp.take_along_axis(jnp.broadcast_to(number, a.shape), order, axis=1)
     if by == "energy":
-        is_free = jnp.cumsum(ascending, axis=1) <= threshold * jnp.sum(a, axis=1, keepdims=True)
+        energy = each * ascending
+        is_free = jnp.cumsum(energy, axis=1) <= threshold * jnp.sum(energy, axis=1, keepdims=True)
     elif by == "rank":
-        is_free = jnp.broadcast_to(jnp.arange(a.shape[1]) < threshold, a.shape)
+        is_free = jnp.cumsum(each, axis=1) <= threshold
     else:
-        is_free = ascending <= threshold
+        # The rest is zero, or somewhere below the least of the leading ones.
+        least = jnp.where(ascending[:, :1] > 0, ascending[:, 1:2], 0)
+        is_free = jnp.where(each > 1, least, ascending) <= threshold
     w = jnp.where(is_free, 1.0, 0.0).astype(a.dtype)
     if relaxation > 0:
         # 1 stands in for the free ones: their share is not used, but must not divide by zero.
@@ -206,7 +272,15 @@ def project(projector: Projector, tree: PyTree, *, uncovered: Uncovered = "zero"
 
     def block_map(block: tuple[str, Weight, str]) -> BlockMap:
         _, weight, factor = block
-        turn = functools.partial(rotate_axis, projector.bases[factor], axis=1)
-        return spectral(weight, projector.weights[factor][:, :, None], weight.gather, turn)
+        basis, w = projector.bases[factor], projector.weights[factor][:, :, None]
+        if basis is None or basis.shape[-1] == basis.shape[-2]:
+            turn = functools.partial(rotate_axis, basis, axis=1)
+            return spectral(weight, w, weight.gather, turn)
+        known = Factor(None, basis, projector.eigenvalues[factor])
+
+        def split(matrix, *, back=False):
+            return join_axis(known, matrix, 1) if back else split_axis(known, matrix, 1)
+
+        return spectral(weight, (w[:, :1], w[:, 1:]), weight.gather, split)
 
     return apply_blocks(map(block_map, projector.blocks), tree, leaves, uncovered=uncovered)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factorize, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry import null_space, project
 
@@ -18,7 +18,7 @@ def network(params, x):
     return (hidden * params["gain"][None]) @ params["v"]
 
 
-def make_scene(x, key):
+def make_scene(x, key, how="eigh"):
     rng = np.random.default_rng(7)
     shapes = {
         "w": (D_IN, D_HIDDEN),
@@ -30,7 +30,8 @@ def make_scene(x, key):
         {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
         for _ in range(2)
     )
-    curvature = estimate(kfac(network, Categorical()), params, [Batch(jnp.asarray(x))], key=key)
+    estimator = kfac(network, Categorical(), factorize=how)
+    curvature = estimate(estimator, params, [Batch(jnp.asarray(x))], key=key)
     return params, curvature, x, tree
 
 
@@ -101,6 +102,60 @@ def test_a_projector_is_the_one_from_numpy(full_scene, by, threshold, free, tole
     assert float(line.energy[0]) == pytest.approx(
         np.trace(a @ dense) / np.trace(a), abs=tolerance.factorization
     )
+
+
+LEADING = 3  # of ten directions
+
+
+@pytest.fixture
+def leading_scene(key):
+    """The full scene, of which the leading eigenvectors alone are kept."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(60, D_IN)) * np.linspace(0.2, 2, D_IN)
+    return make_scene(x, key, Factorize(rank=LEADING))
+
+
+@pytest.mark.parametrize("relaxation", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("by", "threshold", "free"),
+    [("rank", 8, 8), ("rank", 0, 0), ("energy", 0.5, None), ("eigenvalue", 3.0, None)],
+)
+def test_leading_eigenvectors_are_what_is_used(
+    leading_scene, by, threshold, free, relaxation, tolerance
+):
+    """Of the dense moment with its lesser eigenvalues at their mean, by NumPy."""
+    _, curvature, x, tree = leading_scene
+    values, vectors = np.linalg.eigh(moment(x))
+    number = D_IN + 1 - LEADING
+    values[:number] = values[:number].mean()
+    if free is None:
+        ends = np.cumsum(values) <= threshold * values.sum()
+        free = int((values <= threshold).sum() if by == "eigenvalue" else ends.sum())
+        assert number <= free < len(values)
+    weights = np.where(np.arange(len(values)) < free, 1.0, 0.0)
+    if relaxation:
+        cut = values[free - 1] if free else 0
+        weights[free:] = (cut / values[free:]) ** (1 / relaxation)
+    dense = (vectors * weights) @ vectors.T
+    projector = null_space(curvature, threshold=threshold, by=by, relaxation=relaxation)
+    assert projector.bases[projector.blocks[0][2]].shape == (1, D_IN + 1, LEADING)
+    change = project(projector, tree)
+    np.testing.assert_allclose(
+        stacked(change), dense @ stacked(tree), atol=10 * tolerance.factorization
+    )
+    line = projector.report()["w"]
+    atol = 10 * tolerance.factorization
+    assert float(line.rank[0]) == pytest.approx(weights.sum(), abs=atol)
+    leakage = np.linalg.norm(values * weights) / np.linalg.norm(values)
+    assert float(line.leakage[0]) == pytest.approx(leakage, abs=atol)
+    assert float(line.energy[0]) == pytest.approx((values * weights).sum() / values.sum(), abs=atol)
+
+
+@pytest.mark.parametrize(("by", "threshold"), [("rank", 3), ("energy", 1e-3), ("eigenvalue", 0.1)])
+def test_a_threshold_among_directions_without_eigenvector_is_refused(leading_scene, by, threshold):
+    curvature = leading_scene[1]
+    with pytest.raises(ValueError, match=f"by {by} falls among the 7 directions of 'w' .* or none"):
+        null_space(curvature, threshold=threshold, by=by)
 
 
 @pytest.mark.parametrize("relaxation", [0.5, 2.0])

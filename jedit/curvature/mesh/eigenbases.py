@@ -11,11 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jedit.core.devices import axes_of, no_mesh, sharding_of, spec_of
+from jedit.core.devices import axes_of, fetched, no_mesh, sharding_of, spec_of
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.eigenbases import Moment, eigh, factorize
 from jedit.curvature.factorization import Factorize
 from jedit.curvature.mesh.placement import even, whole
+from jedit.curvature.sketch import Sketched
 from jedit.curvature.types import Factor
 
 
@@ -36,14 +37,16 @@ def factorize_all(
     """
     factors, spread = {}, {}
     for name, moment in moments.items():
-        sharding = sharding_of(moment.matrix)
-        needs_none = how.by != "eigh" or how.rank is not None
-        if sharding is None or moment.matrix.ndim == 2 or needs_none:
-            matrix, block, hint = moment
-            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint, how=how)
+        matrix, block, hint = moment
+        sharding = None if isinstance(matrix, Sketched) else sharding_of(matrix)
+        needs_none = how.by != "eigh" or (how.rank is not None and how.rank < matrix.shape[-1])
+        if isinstance(matrix, Sketched) or sharding is None or matrix.ndim == 2 or needs_none:
+            earlier = None if how.start is None else how.start.factors.get(name)
+            start = None if earlier is None or earlier.basis is None else fetched(earlier.basis)
+            factors[name] = factorize(matrix, block, dtype=dtype, hint=hint, how=how, start=start)
         else:
-            check_layers_finite(moment.matrix, moment.block, moment.hint)
-            spread[name] = (moment.matrix, sharding)
+            check_layers_finite(matrix, block, hint)
+            spread[name] = (matrix, sharding)
     with no_mesh():  # what is on one device cannot be computed with in the context of several
         factors |= _factorize_spread(spread, dtype)
     return {name: factors[name] for name in moments}

@@ -80,7 +80,8 @@ def alphaedit(
         directions free. Not to be traced: r is the projector's.
 
     Raises:
-        ValueError: ℓ not positive, or layers, targets or state that do not fit.
+        ValueError: ℓ not positive, layers, targets or state that do not fit, or a projector of
+            leading eigenvectors alone.
     """
     check_numbers(POSITIVE, ridge=ridge)
     check_kind(projector, Projector, "projector", "as `null_space` returns it")
@@ -89,6 +90,11 @@ def alphaedit(
     def solve_layer(path: str, K: Array, M: Array | None, R: Array) -> Array:
         U = projector.bases[factors[path]]
         assert U is not None
+        if U.shape[-1] < U.shape[-2]:
+            raise ValueError(
+                f"the projector of {path!r} knows the {U.shape[-1]} leading eigenvectors alone, "
+                'and the free ones are needed here: estimate the curvature by factorize="eigh"'
+            )
         w, a = projector.weights[factors[path]][0], projector.eigenvalues[factors[path]][0]
         # Directions of weight zero are dropped, not multiplied by zero: r, which the cost is cubic
         # in, shrinks to the free ones. It makes the shape depend on values, so this cannot be
