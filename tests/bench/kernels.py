@@ -19,12 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jedit_kernels import moment, rotate_scale, shapes, squared_gradient_sum
+from jedit_kernels import moment, shapes, squared_gradient_sum
 
 SUMS = 1e-4  # largest error of a float32 sum over 8,192 rows, relative to the largest entry
-ROUNDED = 2e-2  # of the rotation, which rounds to bfloat16 three times on the way
-
-
 LEAST = 0.03  # seconds of one timing
 
 
@@ -90,14 +87,6 @@ def races(size: str, dtype) -> Iterator[Race]:
         peers = {"XLA, all gradients": all_gradients}
         found = contenders(squared_gradient_sum, **peers)
         yield Race(f"squared_gradient_sum {tuple(shape)}", operands, found, SUMS)
-    for shape in getattr(shapes, f"{size}_MATRICES"):
-        layers, d_in, d_out = shape
-        # Orthogonal to within their size, which is all that speed and agreement ask for.
-        q = normal(3, (layers, d_in, d_in), dtype) * jnp.asarray(d_in**-0.5, dtype)
-        r = normal(4, (layers, d_out, d_out), dtype) * jnp.asarray(d_out**-0.5, dtype)
-        values = jnp.square(normal(5, shape, jnp.float32))
-        operands = normal(6, shape, dtype), q, r, values, jnp.full(layers, 0.1, jnp.float32)
-        yield Race(f"rotate_scale {tuple(shape)}", operands, contenders(rotate_scale), ROUNDED)
 
 
 def error(race: Race) -> float:
