@@ -129,8 +129,9 @@ def test_without_an_accelerator_nothing_is_begun(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def moment(key):
-    x = jax.random.normal(key, (80, 40), jnp.float32) / jnp.sqrt(jnp.arange(1.0, 41))
-    return (x.T @ x / 80).astype(jnp.float32)
+    scale = jnp.arange(1, 41, dtype=jnp.float32) ** -0.5
+    x = jax.random.normal(key, (80, 40), jnp.float32) * scale[None]
+    return x.T @ x / 80
 
 
 def test_each_way_is_numpys(moment):

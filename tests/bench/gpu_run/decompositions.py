@@ -52,7 +52,7 @@ def moment(size: int) -> Array:
     @jax.jit
     def made(key):
         scale = jnp.arange(1, size + 1, dtype=jnp.float32) ** -0.5
-        x = jax.random.normal(key, (size, size), jnp.float32) * scale
+        x = jax.random.normal(key, (size, size), jnp.float32) * scale[None]
         return matmul(x.T, x) / size
 
     return jax.block_until_ready(made(jax.random.key(0)))
@@ -149,7 +149,7 @@ def by_inverse(a: Array) -> tuple[dict[str, float], float]:
 def by_iteration(a: Array) -> tuple[dict[str, float], float]:
     d, rank = len(a), min(LEADING, len(a) // 4)
     times, (values, q) = timed_again(lambda: iteration(a, rank))
-    times |= {"rank": rank, "residual": apart(matmul(a, q), q * values)}
+    times |= {"rank": rank, "residual": apart(matmul(a, q), q * values[None])}
     return times, (SWEEPS + 1) * 2 * d**2 * rank + SWEEPS * 4 * d * rank**2
 
 

@@ -100,9 +100,10 @@ def _folder(known: dict[str, Any]) -> list[str]:
         parts.append(
             f"Weights {_text(found['weights GiB'])} GiB, factors {_text(found['factors GiB'])} GiB "
             f"in {found['groups']} groups; the fit, compiling left out, ran at "
-            f"{_percent(found['fit share'])} of the bfloat16 product's {_text(found['matmul rate'] / 1e12)} Tflop/s. True KL "
-            f"{_text(found['true KL'])} of {found['budget']}, unseen {_text(found['unseen KL'])}; "
-            f"forget NLL {' to '.join(map(_text, found['forget nll']))}."
+            f"{_percent(found['fit share'])} of the bfloat16 product's "
+            f"{_text(found['matmul rate'] / 1e12)} Tflop/s. True KL {_text(found['true KL'])} of "
+            f"{found['budget']}, unseen {_text(found['unseen KL'])}; forget NLL "
+            f"{' to '.join(map(_text, found['forget nll']))}."
         )
     return parts
 
