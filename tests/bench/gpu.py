@@ -57,14 +57,14 @@ def stages_of(options: Options, out: Path) -> list[Stage]:
         stage("kernels", 60, "kernels"),
         gpt("bfloat16", 130),
         stage("write a folder", 25, "gpu_run.folder", "--do", "write", *folder),
-        stage("edit the folder", 70, "gpu_run.folder", "--do", "edit", *folder),
+        stage("edit the folder", 90, "gpu_run.folder", "--do", "edit", *folder),
         stage("requests", 35, "gpu_run.many_requests"),
         stage("plan the folder", 55, "gpu_run.folder", "--do", "plan", *folder),
         *(
             stage(f"decompose {d}", 12 + d / 500, "gpu_run.decompositions", "--size", str(d))
             for d in (TOY_SIZES if toy else SIZES)
         ),
-        gpt("float32", 90),
+        *(() if toy else (gpt("float32", 90),)),  # of a toy nothing else than the other
         stage("peers", 60, "gpu_run.peers"),
     ]
 

@@ -90,7 +90,9 @@ def test_the_stages_are_within_eight_minutes_and_know_where_they_write(tmp_path)
             result = tmp_path / one.result
             assert where == str(result.parent if option == "--out" else result)
             assert ("--toy" in one.arguments) == is_toy
-        assert [s.arguments[-1] for s in stages if s.name.startswith("gpt")] == ["tofu"] * 2
+        assert [s.arguments[-1] for s in stages if s.name.startswith("gpt")] == ["tofu"] * (
+            2 - is_toy
+        )
     sizes = [
         s.name.split()[1]
         for s in gpu.stages_of(gpu.Options(False, None, 0), tmp_path)
@@ -168,7 +170,8 @@ def test_a_way_that_fails_or_is_wrong_is_seen_and_costs_itself_alone(tmp_path, m
 
     path = tmp_path / "d.json"
     monkeypatch.setitem(decompositions.WAYS, "cholesky", refused)
-    monkeypatch.setattr(decompositions, "inverse", lambda a: (jnp.eye(len(a)), jnp.int32(1)))
+    wrong = jnp.eye(20, dtype=jnp.float32), jnp.int32(1)
+    monkeypatch.setattr(decompositions, "inverse", lambda _: wrong)
     decompositions.main(["--size", "20", "--json", str(path), "--only", "cholesky,inverse"])
     ways = json.loads(path.read_text())["ways"]
     assert ways["cholesky"] == {"error": "RuntimeError: cusolver: an illegal value"}
@@ -246,7 +249,21 @@ def test_the_table_says_what_is_there_and_no_more():
     assert "Square products" not in text  # it was stopped before
 
 
+def test_two_stages_from_end_to_end(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert gpu.main(["--toy", "--out", str(out), "--only", "decompose 48,edit"]) == 0
+    found = json.loads((out / "gpu.json").read_text())
+    states = {name: row["state"] for name, row in found["stages"].items()}
+    # There is no folder: its stage was not asked for.
+    assert states == {"edit the folder": "skipped", "decompose 48": "done"}
+    assert found["machine"]["platform"] == "cpu"
+    text = capsys.readouterr().out
+    assert "## Of one factor, in float32" in text
+    assert text.startswith((out / "table.md").read_text())
+
+
 @pytest.mark.skipif(not os.environ.get("JEDIT_TEST_ALL"), reason="all stages: JEDIT_TEST_ALL=1")
-def test_the_whole_toy_from_end_to_end(tmp_path, capsys):
+def test_the_whole_toy_from_end_to_end(tmp_path):
     assert gpu.main(["--toy", "--out", str(tmp_path / "out")]) == 0
-    assert "## Of one factor, in float32" in capsys.readouterr().out
+    stages = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert {row["state"] for row in stages.values()} <= {"done", "skipped"}

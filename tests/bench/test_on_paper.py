@@ -54,9 +54,7 @@ def test_the_numbers_are_those_by_hand():
     one, many = (on_paper.cost(eight, n, 1e6) for n in (8, 64))
     assert one.sums == pytest.approx(11.5, rel=0.01)
     assert one == pytest.approx([8 * x for x in many])
-    twice = on_paper.cost(
-        eight, 8, 1e6, on_paper.Constants(rate=395e12, eigh=5.0, cholesky=3 * 5.4)
-    )
+    twice = on_paper.cost(eight, 8, 1e6, on_paper.Constants(rate=395e12, eigh=5.0, cholesky=16.2))
     assert twice[2:5] == pytest.approx([2 * one.fit, one.decomposition / 2, 3 * one.factorisation])
 
 
