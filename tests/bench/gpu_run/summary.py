@@ -74,8 +74,10 @@ def _gpt(run: dict[str, Any]) -> list[str]:
         rates = {name: _text(rate / 1e12) for name, rate in run["matmul_rates"].items()}
         parts.append(
             f"Square products, Tflop/s: {run['dtype']} {rates['peak']}, float32 at full precision "
-            f"{rates['full']}. The aim for the factors in bfloat16 is 60% of the rate."
+            f"{rates['full']}."
         )
+        if run["dtype"] == "bfloat16":
+            parts.append("The aim for the factors is 60% of the rate.")
     if "points" in run:
         columns = ("forget_nll", "heldout_nll", "heldout_kl", "forget_quality", "model_utility")
         rows = [(k, *(_text(v[c]) for c in columns)) for k, v in run["points"].items()]
