@@ -30,7 +30,7 @@ NEWEST_PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 $(PYTHON) \
 
 .DEFAULT_GOAL := help
 .PHONY: help environments demo test test-more test-llm test-parity test-oldest test-newest test-all fuzz docs
-.PHONY: newest-python more-newest demo-newest lint format bench notebooks clean distclean
+.PHONY: newest-python more-newest demo-newest lint format bench gpu gpu-wheels notebooks clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,6 +47,8 @@ help:
 	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
 	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
+	@echo "make gpu          all that waits for an accelerator, in eight minutes (TOY=1: tiny, on the CPU;"
+	@echo "                  WHEELS=folder: installs from it alone, as make gpu-wheels filled it)"
 	@echo "make docs         the API reference, from the docstrings, into out/docs"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
 
@@ -176,6 +178,30 @@ bench: .venv/.bench
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
+# On a machine with a GPU: by a network, or without one from the folder WHEELS alone; of a Python that
+# has what is needed already, GPU_PYTHON=python3, nothing is asked but to run.
+TOY ?=
+WHEELS ?=
+GPU_FLAGS ?=
+GPU_PYTHON ?=
+CUDA ?= cuda12
+GPU_NEEDS := '.[demo,llm]' 'jax[$(CUDA)]' kfac-jax
+GPU_ENV := $(if $(TOY),.venv-llm/.done,$(if $(GPU_PYTHON),,.venv-gpu/.done))
+GPU_RUN := $(or $(GPU_PYTHON),$(if $(TOY),.venv-llm,.venv-gpu)/bin/python)
+
+.venv-gpu/.done: pyproject.toml
+	$(call make_venv,$(or $(NEWEST_PYTHON),$(PYTHON)),.venv-gpu,what a GPU run needs)
+	@.venv-gpu/bin/python $(PIP_INSTALL) $(if $(WHEELS),--no-index --find-links $(WHEELS)) $(GPU_NEEDS)
+	@touch $@
+
+gpu: $(GPU_ENV)
+	$(GPU_RUN) -m tests.bench.gpu $(if $(TOY),--toy) $(GPU_FLAGS)
+
+# What `make gpu WHEELS=...` needs, for a machine like this one: the same Python and processor.
+gpu-wheels:
+	$(or $(NEWEST_PYTHON),$(PYTHON)) -m pip download --quiet --dest $(or $(WHEELS),wheels) \
+	  $(GPU_NEEDS) hatchling
+
 # Executed, and written as pages where the API reference links to them; two at a time, since much of
 # their time is the compiler's, on one core.
 notebooks: .venv/.dev .venv-llm/.done
@@ -199,4 +225,4 @@ clean:
 	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest
+	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest .venv-gpu

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jedit import __version__
+
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of jedit and of what it stands on."""
-    names = ("jedit", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    # jedit may be on the path alone, not installed.
+    known = {"python": platform.python_version(), "jedit": __version__}
+    return known | {name: metadata.version(name) for name in names}
 
 
 def machine() -> dict[str, str | int | float]:

@@ -5,7 +5,6 @@ well (`xla`), and a kernel for NVIDIA's Hopper (`mosaic`). README.md beside this
 """
 
 from jedit_kernels.moment import moment
-from jedit_kernels.rotate_scale import rotate_scale
 from jedit_kernels.squared_gradient_sum import squared_gradient_sum
 
-__all__ = ["moment", "rotate_scale", "squared_gradient_sum"]
+__all__ = ["moment", "squared_gradient_sum"]

@@ -1,6 +1,6 @@
-"""The kernel for Hopper that all three operations are: a product over rows, tile by tile.
+"""The kernel for Hopper that both operations are: a product over rows, tile by tile.
 
-    out_ij = epilogue( Σ_g f( Σ_k a_gki b_gkj ), addend_ij ),     f(x) = x or x²
+    out_ij = addend_ij + Σ_g f( Σ_k a_gki b_gkj ),     f(x) = x or x²
 
 Two blocks of threads, a cluster, own a 256 x `width` tile of one layer, 128 rows each. A block is
 three warpgroups. The last one only copies: the copy engine (TMA) brings 64 rows of both operands at
@@ -10,7 +10,7 @@ and send it to both. The other two warpgroups own 64 rows of the tile each and m
 both operands from shared memory, sums in float32 registers; a slot goes back when the product after
 it has been issued. With f(x) = x² a second set of registers sums the squares of finished groups, so
 no group's product leaves the registers. At the end the addend's tile passes through shared memory
-in strips, is combined in registers, and leaves by the copy engine again.
+in strips, is added to in registers, and leaves by the copy engine again.
 
 Masked rows: 64 rows at a time that are all kept go straight to the tensor cores; others are read
 into registers, replaced by zeros where masked (in both operands: zero times NaN is NaN), and
@@ -41,13 +41,11 @@ def contract(
     a: Float[Array, "layers groups k m"],
     b: Float[Array, "layers groups k n"],
     addend: Float[Array, "layers m n"],
-    epilogue: Callable,
     *,
     tiles: Sequence[tuple[int, int]],
     width: int,
     is_squared: bool = False,
     keep: Bool[Array, "layers k"] | None = None,
-    scalars: Float[Array, "layers"] | None = None,
 ) -> Float[Array, "layers m n"]:
     """Run the kernel; what is in no tile is undefined.
 
@@ -56,21 +54,18 @@ def contract(
     Args:
         a: the left operand, in bfloat16 or float16.
         b: the right operand, in the dtype of `a`.
-        addend: what the epilogue combines with the sums, in float32.
-        epilogue: (sums, addend, scalar or None) -> tile, all float32, elementwise.
+        addend: what the sums are added to, in float32.
         tiles: (row, column) of the tiles to compute, in units of 256 and `width`.
         width: 128, 192 or 256; 128 when squared, where a thread holds two sums.
         is_squared: whether f(x) is x², and not x.
         keep: False for rows whose contents must not matter; not with several groups.
-        scalars: one number a layer for the epilogue.
 
     Returns:
-        The combined sums, in float32.
+        The new sums, in float32.
     """
     (layers, _, k, _), (m, n) = a.shape, addend.shape[1:]
     if 0 in (*a.shape, *addend.shape):  # there is nothing to copy, nor to sum
-        numbers = None if scalars is None else scalars.astype(FLOAT32)[:, None, None]
-        return epilogue(jnp.zeros_like(addend), addend, numbers)
+        return addend
     a, b = _pad(a, {2: 8, 3: 64}), _pad(b, {2: 8, 3: 64})
     addend = _pad(addend, {1: 64, 2: 64})
     depth = pl.cdiv(k, DEPTH)
@@ -79,14 +74,12 @@ def contract(
         keep = _pad(keep.astype(jnp.int32), {1: DEPTH})
         whole = jnp.all(keep.reshape(layers, depth, DEPTH) != 0, axis=-1)
         optional |= {"keep": keep, "is_whole": whole.astype(jnp.int32)}
-    if scalars is not None:
-        optional["scalars"] = scalars.astype(FLOAT32)
     rows, columns = (jnp.asarray(index, jnp.int32) for index in zip(*tiles, strict=True))
 
     def body(rows, columns, *refs):
         extra = dict(zip(optional, refs, strict=False))
         refs = refs[len(optional) :]
-        _tile(rows, columns, refs, extra, epilogue=epilogue, is_squared=is_squared)
+        _tile(rows, columns, refs, extra, is_squared=is_squared)
 
     slots = SHARED_BYTES // (DEPTH * (HEIGHT + width) * a.dtype.itemsize)
     call = plgpu.kernel(
@@ -131,7 +124,7 @@ def _loop(number, step: Callable[[Array], None]) -> None:
     lax.fori_loop(jnp.int32(0), jnp.int32(number), lambda i, _: step(i), None)
 
 
-def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
+def _tile(rows, columns, refs, extra, *, is_squared):
     """Run one block of threads, which computes its part of one tile of one layer."""
     a, b, addend, out, *shared = refs
     a_ring, b_ring, strips, filled, emptied, cleaned, ready = shared
@@ -255,13 +248,12 @@ def _tile(rows, columns, refs, extra, *, epilogue, is_squared):
         else:
             total = group_product(jnp.int32(0))
 
-        scalar = extra["scalars"][layer] if "scalars" in extra else None
         for number in range(number_of_strips):
             strip = strips.at[warpgroup, number % 2]
             plgpu.barrier_wait(ready.at[warpgroup * jnp.int32(2) + number % 2])
             old = plgpu.layout_cast(strip[...], plgpu.Layout.WGMMA)
             part = total[:, number * STRIP : (number + 1) * STRIP]
-            strip[...] = epilogue(part, old, scalar)
+            strip[...] = old + part
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(strip, strip_at(out, number))
             if number + 2 < number_of_strips:

@@ -25,14 +25,6 @@ class GradientShape(NamedTuple):
     d_out: int
 
 
-class MatrixShape(NamedTuple):
-    """The shape of a matrix (layers, d_in, d_out) between two bases."""
-
-    layers: int
-    d_in: int
-    d_out: int
-
-
 # Real sizes, for a GPU and for lowering.
 LLAMA_MOMENTS = (
     MomentShape(1, 8192, 4096),
@@ -44,19 +36,12 @@ LLAMA_GRADIENTS = (
     GradientShape(1, 16, 512, 4096, 4096),
     GradientShape(1, 16, 512, 4096, 14336),
 )
-LLAMA_MATRICES = (
-    MatrixShape(1, 4096, 1024),
-    MatrixShape(1, 4096, 4096),
-    MatrixShape(1, 4096, 14336),
-)
 
 # A few tiles, for interpreting a kernel: whole tiles first, then every size ragged; the last of
 # each goes round the ring of slots more than once.
 TOY_MOMENTS = (MomentShape(1, 128, 256), MomentShape(2, 100, 200), MomentShape(1, 500, 130))
 TOY_GRADIENTS = (GradientShape(1, 2, 128, 128, 128), GradientShape(2, 4, 75, 70, 200))
-TOY_MATRICES = (MatrixShape(1, 128, 256), MatrixShape(2, 70, 100))
 
 # What two CPU cores do in seconds.
 CPU_MOMENTS = (MomentShape(1, 2048, 1024), MomentShape(1, 2048, 2048))
 CPU_GRADIENTS = (GradientShape(1, 16, 64, 512, 512), GradientShape(1, 16, 256, 512, 1024))
-CPU_MATRICES = (MatrixShape(1, 512, 1024),)

@@ -1,124 +1,125 @@
-"""The GPU run, and beside it the factors of the same GPT by kfac-jax, on an accelerator.
+"""The run on an accelerator: all that waits for one, in one go, in under eight minutes.
 
-    python -m tests.bench.gpu [--toy] [--dtype both] [--out out/bench] [what the run takes]
+    python -m tests.bench.gpu [--toy] [--out out/gpu] [--only kernels,requests] [--data tofu/]
 
-Runs `python -m tests.bench.gpu_run`, then for each dtype jedit and kfac-jax on tokens drawn at
-random, the parameters in that dtype, and adds "peers" to bench.json. In float32 kfac-jax multiplies
-its moments at the device's default precision, jedit at full, so that their seconds are not those of
-one thing there. This process imports no JAX: each measurement is made in a process of its own,
-which has the device's memory to itself and a peak of its own.
+Stages one after another, each in a process of its own with a time of its own: the kernels' checks
+and speed; the 100M GPT on TOFU's 4,000 rows; a random folder of Llama-3.2-1B's shape, fitted by
+groups, edited, saved and planned; many requests at once beside a loop; decompositions at five
+sizes; and, where time is left, the GPT in float32 and kfac-jax's factors. It writes gpu.json after
+each stage, a log of each, and at the end table.md.
 """
 
 import argparse
-import json
-import resource
-import subprocess
+import datetime
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tests.bench.cases import TOYS, Case
+from tests.bench.gpu_run.stages import Stage, run_stages
+from tests.bench.gpu_run.summary import markdown
 
-CONTENDERS = ("jedit", "kfac-jax")
-SIZES = {  # of the recipe, and of its square products
-    False: (Case("gpt", (8192, 768, 12, 12), 160, num_examples=640, batch=32), 8192),
-    True: (TOYS["gpt"], 64),
-}
-HERE = Path(__file__).resolve().parent
+SECONDS = 450.0  # of all stages: under eight minutes with what is around them
+SIZES = (4096, 8192, 14336, 16385, 28672)  # 28,672 is Llama-70B's, beyond cuSOLVER's syevd
+TOY_SIZES = (48, 65)
+GPU = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+# A toy is compiled, not timed.
+TOY = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+class Options(NamedTuple):
+    """What is to be run."""
+
+    is_toy: bool
+    data: str | None
+    seed: int
+
+
+def stages_of(options: Options, out: Path) -> list[Stage]:
+    """Every stage, in the order in which time is given to them."""
+    toy = ("--toy",) if options.is_toy else ()
+
+    def stage(name: str, seconds: float, module: str, *more: str) -> Stage:
+        result = f"{name.replace(' ', '-')}.json"
+        where = ("--json", str((out / result).resolve()))
+        return Stage(name, seconds, ("-m", f"tests.bench.{module}", *where, *toy, *more), result)
+
+    def gpt(dtype: str, seconds: float) -> Stage:
+        folder = f"gpt-{dtype}"
+        more = ["--dtype", dtype, "--out", str((out / folder).resolve())]
+        more += ["--seed", str(options.seed)]
+        more += [] if options.data is None else ["--data", options.data]
+        arguments = ("-m", "tests.bench.gpu_run", "--toy" if toy else "--gpu", *more)
+        return Stage(f"gpt {dtype}", seconds, arguments, f"{folder}/bench.json")
+
+    folder = ("--folder", str((out / "llama").resolve()))
+    return [
+        stage("machine", 30, "gpu_run.machine"),
+        stage("kernels", 60, "kernels"),
+        gpt("bfloat16", 130),
+        stage("write a folder", 25, "gpu_run.folder", "--do", "write", *folder),
+        stage("edit the folder", 90, "gpu_run.folder", "--do", "edit", *folder),
+        stage("requests", 35, "gpu_run.many_requests"),
+        stage("plan the folder", 55, "gpu_run.folder", "--do", "plan", *folder),
+        *(
+            stage(f"decompose {d}", 12 + d / 500, "gpu_run.decompositions", "--size", str(d))
+            for d in (TOY_SIZES if toy else SIZES)
+        ),
+        *(() if toy else (gpt("float32", 90),)),  # of a toy nothing else than the other
+        stage("peers", 60, "gpu_run.peers"),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, on any device")
-    parser.add_argument("--dtype", choices=("both", "bfloat16", "float32"), default="both")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--peers-only", action="store_true", help="leave the run itself out")
-    options, rest = parser.parse_known_args(arguments)
-    path = options.out / "bench.json"
-    found = {}
-    if not options.peers_only:
-        chosen = ["--toy" if options.toy else "--gpu", "--dtype", options.dtype]
-        command = [sys.executable, "-m", "tests.bench.gpu_run", *chosen, "--out", str(options.out)]
-        if code := subprocess.run([*command, *rest], check=False).returncode:
-            return code
-        found = json.loads(path.read_text())
-    found["peers"] = []
-    for dtype in ("bfloat16", "float32") if options.dtype == "both" else (options.dtype,):
-        for contender in CONTENDERS:
-            asked = {"dtype": dtype, "contender": contender, "is_toy": options.toy}
-            found["peers"].append(asked | in_a_child(asked))
-            print(line(found["peers"][-1]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"Numbers: {path}")
-    return 0
+    """Run it; return 1 where a stage failed, 2 where nothing could be run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--out", type=Path, help="folder of the numbers: out/gpu, out/gpu-toy")
+    parser.add_argument("--only", help="beginnings of the stages' names, with commas between them")
+    parser.add_argument("--data", help="TOFU's folder; without it invented rows stand in")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all stages together")
+    given = parser.parse_args(arguments)
+    out = given.out or Path("out/gpu-toy" if given.toy else "out/gpu")
+    if out.exists() and not out.is_dir():
+        return _refuse(f"{out}: is a file; --out names a folder")
+    stages = stages_of(Options(given.toy, given.data, given.seed), out)
+    wanted = tuple(given.only.split(",")) if given.only else ("",)
+    first, rest = stages[0], [stage for stage in stages[1:] if stage.name.startswith(wanted)]
+    if not rest:
+        names = ", ".join(stage.name for stage in stages[1:])
+        return _refuse(f"--only {given.only}: no stage's name begins so; they are {names}")
+    found: dict[str, Any] = {
+        "schema": "jedit.gpu/1",
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "is_toy": given.toy,
+        "data": given.data or "invented authors, in place of TOFU",
+        "seed": given.seed,
+    }
+    environment = TOY if given.toy else GPU
+    how = {"say": _say, "environment": environment}
+    known = run_stages([first], out, dict(found), seconds=first.seconds, **how)
+    machine = known["stages"]["machine"]
+    if machine["state"] != "done":
+        return _refuse(f"JAX finds no device: {machine['message']} ({out / 'machine.log'})")
+    if machine["found"]["platform"] == "cpu" and not given.toy:
+        return _refuse("JAX sees no accelerator here; --toy runs tiny sizes on the CPU")
+    found["machine"] = machine["found"]
+    found = run_stages(rest, out, found, seconds=given.seconds, **how)
+    text = markdown(found)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"Numbers: {out / 'gpu.json'}")
+    return int(any(row["state"] in ("failed", "stopped") for row in found["stages"].values()))
 
 
-def in_a_child(asked: dict) -> dict:
-    """What a process of its own measured, or why it did not."""
-    code = (
-        "import sys, json; from tests.bench import gpu; print(gpu.child(json.loads(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(asked)]
-    root = HERE.parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    if done.returncode:
-        return {"skipped": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def _refuse(sentence: str) -> int:
+    sys.stderr.write(f"python -m tests.bench.gpu: {sentence}\n")
+    return 2
 
 
-def child(asked: dict) -> str:
-    """One pass of the factors, as JSON: seconds, share of the matmul rate, GiB at the peak.
-
-    Raises:
-        ValueError: there is no accelerator, and it was not a toy that was asked for.
-    """
-    import jax
-
-    from jedit.models import cast_params
-    from tests.bench import contenders
-    from tests.bench.gpu_run.bench_steps import timed
-    from tests.bench.gpu_run.rates import factor_flops, matmul_rates, peak_gib
-    from tests.bench.models import make
-
-    if not asked["is_toy"] and jax.default_backend() == "cpu":
-        raise ValueError("there is no accelerator; --toy runs tiny sizes on any device")
-    case, size = SIZES[asked["is_toy"]]
-    problem = make(case)
-    cast = {k: cast_params(getattr(problem, k), asked["dtype"]) for k in ("params", "matrices")}
-    prepare, _ = contenders.CONTENDERS[asked["contender"]]
-    work = prepare(problem._replace(**cast), "factors")
-
-    def add(state, batches):
-        for batch in batches:
-            state = work.step(state, batch)
-        return state
-
-    first = timed(lambda: add(work.start(), work.batches[:1]))[0]
-    peak = peak_gib()  # before the square products, which take memory as well
-    _, zero = timed(work.start)
-    before = matmul_rates(asked["dtype"], size)
-    seconds, _ = timed(lambda: add(zero, work.batches))
-    rates = before.between(matmul_rates(asked["dtype"], size))
-    flops = case.num_batches * case.batch * case.positions * factor_flops(case.matrices).all
-    return json.dumps(
-        {
-            "first_seconds": first,
-            "seconds": seconds,
-            "share": flops / rates.peak / seconds,
-            "peak_gib": peak,
-            "process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
-    )
-
-
-def line(row: dict) -> str:
-    """One measurement for people."""
-    name = f"{row['dtype']}, {row['contender']}"
-    if "skipped" in row:
-        return f"{name}: skipped: {row['skipped']}"
-    peak = "not told" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"
-    share = f"{row['share']:.1%} of the matmul rate"
-    return f"{name}: {row['seconds']:.3f} s, {share}, peak memory of the device {peak}"
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The kernels of `jedit_kernels` beside XLA: `python -m tests.bench.kernels [--toy] [--check]`.
 
 On a GPU all of it, in bfloat16 at Llama-8B's shapes, after a check of every kernel against XLA on
-that GPU at those shapes and at ragged ones: a wrong kernel is named, not timed, and the exit status
-is 1. `--check` stops there. On a CPU the XLA programs alone, in float32 at shapes that take
-seconds. Times are medians; memory is what the compiled program needs beside its arguments and its
-result, by XLA's own account.
+that GPU at every shape of shapes.py, ragged ones among them: an operation whose kernel is wrong
+somewhere is named, its kernel is not timed, and the exit status is 1. `--check` stops there. On a
+CPU the XLA programs alone, in float32 at shapes that take seconds. Times are medians; memory is
+what the compiled program needs beside its arguments and its result, by XLA's own account. `--json
+FILE` keeps the numbers, written after each shape.
 """
 
 import argparse
@@ -14,17 +15,18 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jedit_kernels import moment, rotate_scale, shapes, squared_gradient_sum
+from jedit_kernels import moment, shapes, squared_gradient_sum
+from jedit_kernels.choice import OLDEST_JAX, is_jax_new_enough
+
+from tests.bench.gpu_run.stages import write_json
 
 SUMS = 1e-4  # largest error of a float32 sum over 8,192 rows, relative to the largest entry
-ROUNDED = 2e-2  # of the rotation, which rounds to bfloat16 three times on the way
-
-
 LEAST = 0.03  # seconds of one timing
 
 
@@ -66,11 +68,13 @@ def normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
 
 def races(size: str, dtype) -> Iterator[Race]:
     """Every operation at every shape of one size: "LLAMA", "CPU" or "TOY"."""
-    is_gpu = jax.default_backend() == "gpu"
+    is_kernel = jax.default_backend() == "gpu" and is_jax_new_enough()
 
     def contenders(function, **peers):
         ours = {"XLA, jedit_kernels": functools.partial(function, implementation="xla")}
-        kernel = {"kernel": functools.partial(function, implementation="mosaic")} if is_gpu else {}
+        kernel = (
+            {"kernel": functools.partial(function, implementation="mosaic")} if is_kernel else {}
+        )
         return {**peers, **ours, **kernel}
 
     for shape in getattr(shapes, f"{size}_MOMENTS"):
@@ -90,14 +94,6 @@ def races(size: str, dtype) -> Iterator[Race]:
         peers = {"XLA, all gradients": all_gradients}
         found = contenders(squared_gradient_sum, **peers)
         yield Race(f"squared_gradient_sum {tuple(shape)}", operands, found, SUMS)
-    for shape in getattr(shapes, f"{size}_MATRICES"):
-        layers, d_in, d_out = shape
-        # Orthogonal to within their size, which is all that speed and agreement ask for.
-        q = normal(3, (layers, d_in, d_in), dtype) * jnp.asarray(d_in**-0.5, dtype)
-        r = normal(4, (layers, d_out, d_out), dtype) * jnp.asarray(d_out**-0.5, dtype)
-        values = jnp.square(normal(5, shape, jnp.float32))
-        operands = normal(6, shape, dtype), q, r, values, jnp.full(layers, 0.1, jnp.float32)
-        yield Race(f"rotate_scale {tuple(shape)}", operands, contenders(rotate_scale), ROUNDED)
 
 
 def error(race: Race) -> float:
@@ -111,15 +107,22 @@ def error(race: Race) -> float:
     return float(jnp.max(jnp.abs(kernel - expected)) / jnp.max(jnp.abs(expected)))
 
 
-def check(sizes: tuple[str, ...]) -> bool:
-    """Print every kernel's error on this GPU; whether all are right."""
+def check(sizes: tuple[str, ...], keep: Callable[[dict], None] = lambda _: None) -> bool:
+    """Print every kernel's error on this GPU, and keep it; whether all are right.
+
+    One that cannot be compiled or run is wrong, and the others are checked all the same.
+    """
     is_right = True
     for size in sizes:
         for race in races(size, jnp.bfloat16):
-            wrong = error(race)
+            try:
+                wrong, why = error(race), ""
+            except Exception as failure:  # noqa: BLE001 - the compiler's complaint is the finding
+                wrong, why = float("nan"), f" ({str(failure).strip().splitlines()[0][:300]})"
             is_good = wrong <= race.tolerance  # False for NaN
             is_right &= is_good
-            print(f"{'right' if is_good else 'WRONG'}  {race.name}: error {wrong:.1e}")
+            print(f"{'right' if is_good else 'WRONG'}  {race.name}: error {wrong:.1e}{why}")
+            keep({"name": race.name, "error": wrong, "is_right": is_good, "why": why.strip(" ()")})
     return is_right
 
 
@@ -145,16 +148,26 @@ def measure(function: Callable, operands: tuple, repeats: int) -> dict[str, Any]
     }
 
 
-def report(size: str, dtype, repeats: int) -> None:
-    """The table: every contender of every race."""
+def report(
+    size: str,
+    dtype,
+    repeats: int,
+    *,
+    wrong: Collection[str] = (),
+    keep: Callable[[dict], None] = lambda _: None,
+) -> None:
+    """The table: every contender of every race, but the kernels of operations that are wrong."""
     print("| operation (shape) | contender | ms | times the first's speed | memory, MB |")
     print("| --- | --- | --- | --- | --- |")
     for race in races(size, dtype):
         first = None
         for name, function in race.contenders.items():
+            if name == "kernel" and race.name.split()[0] in wrong:
+                continue
             row = measure(function, race.operands, repeats)
             first = first or row["seconds"]
             speed, memory = first / row["seconds"], row["temporary"] / 1e6
+            keep({"name": race.name, "contender": name, **row, "speed": speed})
             cells = (
                 race.name,
                 name,
@@ -170,20 +183,37 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--check", action="store_true", help="on a GPU: check the kernels, no more")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="file of the numbers")
     options = parser.parse_args(arguments)
     is_gpu = jax.default_backend() == "gpu"
     kind = jax.devices()[0].device_kind if is_gpu else f"CPU ({platform.machine()})"
     dtype = jnp.bfloat16 if is_gpu else jnp.float32
     when = datetime.datetime.now(datetime.UTC).date()
     print(f"{kind}, jax {jax.__version__}, {jnp.dtype(dtype)}, {when}")
-    if is_gpu and not check(("TOY",) if options.toy else ("TOY", "LLAMA")):
-        return 1
-    if options.check:
-        if not is_gpu:
-            print("nothing to check: the kernels need a GPU; tests/kernels interprets them")
-        return 0
-    report("TOY" if options.toy else "LLAMA" if is_gpu else "CPU", dtype, options.repeats)
-    return 0
+    found = {"kind": kind, "jax": jax.__version__, "dtype": str(jnp.dtype(dtype))}
+    found |= {"checks": [], "times": []}
+
+    def keep(rows: str) -> Callable[[dict], None]:
+        def add(row: dict) -> None:
+            found[rows].append(row)
+            if options.json:
+                write_json(options.json, found)
+
+        return add
+
+    if not is_gpu:
+        found["unchecked"] = "the kernels need a GPU; tests/kernels interprets them"
+    elif not is_jax_new_enough():
+        found["unchecked"] = f"the kernels need jax >= {'.'.join(map(str, OLDEST_JAX))}"
+    else:
+        check(("TOY",) if options.toy else ("TOY", "CPU", "LLAMA"), keep("checks"))
+    if "unchecked" in found:
+        print(f"nothing to check: {found['unchecked']}")
+    wrong = {row["name"].split()[0] for row in found["checks"] if not row["is_right"]}
+    if not options.check:
+        size = "TOY" if options.toy else "LLAMA" if is_gpu else "CPU"
+        report(size, dtype, options.repeats, wrong=wrong, keep=keep("times"))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import pytest
 
 import jedit
 from tests.bench import __main__ as bench
-from tests.bench import gpu
 from tests.bench.cases import CASES, TOYS, Case, eigenvalue_flops, factor_flops
+from tests.bench.gpu_run import peers
 from tests.bench.models import forward, make
 from tests.bench.table import claims, table
 
@@ -114,15 +114,15 @@ def test_the_factors_beside_a_run_on_an_accelerator(tmp_path, monkeypatch, capsy
     def in_a_child(asked):
         if asked["contender"] != "jedit":
             return {"skipped": "not here"}
-        return json.loads(gpu.child(asked))
+        return json.loads(peers.child(asked))
 
-    monkeypatch.setattr(gpu, "in_a_child", in_a_child)
-    arguments = ["--toy", "--peers-only", "--dtype", "bfloat16", "--out", str(tmp_path)]
-    assert gpu.main(arguments) == 0
-    mine, other = json.loads((tmp_path / "bench.json").read_text())["peers"]
+    monkeypatch.setattr(peers, "in_a_child", in_a_child)
+    path = tmp_path / "peers.json"
+    assert peers.main(["--toy", "--dtype", "bfloat16", "--json", str(path)]) == 0
+    mine, other = json.loads(path.read_text())["peers"]
     assert 0 < mine["share"] < 1.5
     assert mine["first_seconds"] > mine["seconds"] > 0
     assert (other["contender"], other["skipped"]) == ("kfac-jax", "not here")
     assert "bfloat16, kfac-jax: skipped: not here" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no accelerator"):
-        gpu.child({"dtype": "bfloat16", "contender": "jedit", "is_toy": False})
+        peers.child({"dtype": "bfloat16", "contender": "jedit", "is_toy": False})

@@ -150,9 +150,10 @@ def test_an_accelerator_gets_the_whole_run(monkeypatch):
 
 
 def test_what_is_done_is_kept_when_a_later_run_fails(tmp_path, monkeypatch):
-    def run(sets, size, dtype, *, seed, say):
+    def run(sets, size, dtype, *, seed, say, keep):
         del sets, seed, say
         assert size is gpu_bench.TOY
+        keep({"dtype": dtype, "steps": []})
         if dtype == "float32":
             raise MemoryError
         return {"dtype": dtype, "loss": float("nan")}
@@ -162,7 +163,8 @@ def test_what_is_done_is_kept_when_a_later_run_fails(tmp_path, monkeypatch):
     with pytest.raises(MemoryError):
         gpu_bench.run_bench(options, gpu_bench.sets_of(options), command="", say=print)
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert found["runs"] == [{"dtype": "bfloat16", "loss": None}]
+    begun = {"dtype": "float32", "steps": []}
+    assert found["runs"] == [{"dtype": "bfloat16", "loss": None}, begun]
 
 
 @pytest.fixture(scope="module")

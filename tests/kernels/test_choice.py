@@ -1,5 +1,7 @@
 """Which implementation runs, and on which JAX."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,6 +33,23 @@ def test_none_takes_the_kernel_only_where_it_was_faster(monkeypatch, version, ca
     faster_on = frozenset({"9.0"})
     assert choice.choose(None, faster_on, *operands) == ("mosaic" if is_mosaic else "xla")
     assert choice.choose(None, frozenset(), *operands) == "xla"
+
+
+@pytest.mark.parametrize(("columns", "is_wide"), [(2047, False), (2048, True)])
+def test_narrow_moments_stay_xlas(monkeypatch, columns, is_wide):
+    module = sys.modules["jedit_kernels.moment"]
+    taken = []
+
+    def kernel(name):
+        return lambda total, *_: taken.append(name) or total
+
+    monkeypatch.setattr(module, "FASTER_ON", frozenset({"9.0"}))
+    monkeypatch.setattr(module, "choose", lambda _, on, *__: "mosaic" if "9.0" in on else "xla")
+    monkeypatch.setattr(module, "moment_mosaic", kernel("mosaic"))
+    monkeypatch.setattr(module, "moment_xla", kernel("xla"))
+    total = jax.ShapeDtypeStruct((1, columns, columns), jnp.float32)
+    jax.eval_shape(moment, total, jax.ShapeDtypeStruct((1, 8, columns), jnp.bfloat16))
+    assert taken == ["mosaic" if is_wide else "xla"]
 
 
 def test_none_takes_xla_off_a_gpu():

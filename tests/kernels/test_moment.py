@@ -7,7 +7,7 @@ import pytest
 from jedit_kernels import moment
 from jedit_kernels.moment.mosaic import moment_mosaic
 from jedit_kernels.moment.reference import moment_reference
-from jedit_kernels.shapes import LLAMA_MOMENTS, TOY_MOMENTS
+from jedit_kernels.shapes import CPU_MOMENTS, LLAMA_MOMENTS, TOY_MOMENTS
 from jedit_kernels.tiles import WIDTHS
 
 from tests.kernels.hopper import check, draw, interpreted, lowered_for_cuda, needs_kernels
@@ -75,7 +75,7 @@ def test_masked_kernel_of_every_width(key, width):
 
 @needs_kernels
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("shape", LLAMA_MOMENTS)
+@pytest.mark.parametrize("shape", [*CPU_MOMENTS, *LLAMA_MOMENTS])
 def test_kernel_is_lowered_for_hopper(shape, is_masked):
     total = jax.ShapeDtypeStruct((shape.layers, shape.d, shape.d), jnp.float32)
     rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16)

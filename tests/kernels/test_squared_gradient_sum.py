@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jedit_kernels import squared_gradient_sum
-from jedit_kernels.shapes import LLAMA_GRADIENTS, TOY_GRADIENTS
+from jedit_kernels.shapes import CPU_GRADIENTS, LLAMA_GRADIENTS, TOY_GRADIENTS
 from jedit_kernels.squared_gradient_sum.reference import squared_gradient_sum_reference
 
 from tests.kernels.hopper import check, draw, interpreted, lowered_for_cuda, needs_kernels
@@ -51,7 +51,7 @@ def test_kernel_is_numpys(key, shape):
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", LLAMA_GRADIENTS)
+@pytest.mark.parametrize("shape", [*CPU_GRADIENTS, *LLAMA_GRADIENTS])
 def test_kernel_is_lowered_for_hopper(shape):
     layers, n, s, d_in, d_out = shape
     operands = (

@@ -14,6 +14,8 @@ from jedit_kernels.moment.xla import moment_xla
 
 # Compute capabilities of the GPUs where the kernel has been measured faster than XLA: none yet.
 FASTER_ON: frozenset[str] = frozenset()
+# A narrower moment has fewer tiles of 256 columns than there are multiprocessors to give them to.
+LEAST_COLUMNS = 2048
 
 
 def moment(
@@ -32,8 +34,8 @@ def moment(
         total: a sum in float32 or wider. Products of narrower rows are summed in its dtype.
         rows: "xla" takes any dtype not wider than `total`, "mosaic" bfloat16 or float16.
         mask: False for rows that are left out; None for none.
-        implementation: "xla", "mosaic" (NVIDIA Hopper), or None: "mosaic" on GPUs where it has been
-            measured faster, else "xla".
+        implementation: "xla", "mosaic" (NVIDIA Hopper), or None: "mosaic" from 2,048 columns on, on
+            GPUs where it has been measured faster, else "xla".
 
     Returns:
         The new total.
@@ -41,7 +43,8 @@ def moment(
     Raises:
         ValueError: an unknown `implementation`; or "mosaic" with another dtype or an old JAX.
     """
-    if choose(implementation, FASTER_ON, rows) == "mosaic":
+    faster_on = FASTER_ON if rows.shape[-1] >= LEAST_COLUMNS else frozenset()
+    if choose(implementation, faster_on, rows) == "mosaic":
         return moment_mosaic(total, rows, mask)
     if mask is not None:
         rows = jnp.where(mask[..., None], rows, jnp.zeros((), rows.dtype))

@@ -38,7 +38,6 @@ def moment_mosaic(
         grouped,
         grouped,
         total.astype(jnp.float32),
-        lambda sums, old, _: old + sums,
         tiles=lower_tiles(d, (TILE_HEIGHT, width)),
         width=width,
         keep=mask,

@@ -27,7 +27,6 @@ def squared_gradient_sum_mosaic(
         a,
         g,
         total.astype(jnp.float32),
-        lambda squares, old, _: old + squares,
         tiles=all_tiles(d_in, d_out, (TILE_HEIGHT, WIDTH)),
         width=WIDTH,
         is_squared=True,

@@ -17,8 +17,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,44 +36,6 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "262144",
     "MALLOC_TRIM_THRESHOLD_": "262144",
 }
-
-
-def status_gib(field: str) -> float:
-    """A line of this process's memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(field))
-    return int(line.split()[1]) / 2**20
-
-
-class Phases:
-    """Seconds, those of them that compile, and peak of resident memory of each phase."""
-
-    def __init__(self) -> None:
-        import jax
-
-        self.found: dict[str, dict[str, float]] = {}
-        self._compiling = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
-
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self._compiling += seconds
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-        start, self._compiling = time.perf_counter(), 0.0
-        yield
-        import jax
-
-        self.found[name] = {
-            "seconds": time.perf_counter() - start,
-            "of them compiling": self._compiling,
-            "peak GiB": status_gib("VmHWM"),
-            "after GiB": status_gib("VmRSS"),
-            "arrays after GiB": sum(x.nbytes for x in jax.live_arrays()) / 2**30,
-        }
-        print(name, self.found[name], file=sys.stderr, flush=True)
 
 
 def matmul_rate(dtype: Any) -> float:
@@ -136,6 +96,7 @@ def child(folder: Path, out: Path, group_bytes: int, max_dim: int, select: str) 
     import jedit
     from jedit.metrics import nll, output_kl
     from jedit.models import load_model, save_model
+    from tests.bench.gpu_run.phases import Phases
 
     phases = Phases()
     rates = {"bfloat16": matmul_rate("bfloat16"), "float32": matmul_rate("float32")}

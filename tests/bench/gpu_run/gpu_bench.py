@@ -6,8 +6,7 @@ anywhere. Each step is called once on as little as compiles the same programs, a
 
 import dataclasses
 import functools
-import json
-import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +27,7 @@ from jedit.report.results import plain
 from jedit.report.table import number, share
 from tests.bench.gpu_run.bench_steps import edit_and_judge, fit, timed_training
 from tests.bench.gpu_run.rates import matmul_rates, moment_rates, peak_gib
+from tests.bench.gpu_run.stages import write_json
 
 BENCH_OUT, RESULTS = Path("out/bench"), "bench.json"
 TARGET = 0.6  # of the matmul rate, for the factors in bfloat16
@@ -136,15 +136,27 @@ def run_bench(options: BenchOptions, sets: Sets, *, command: str, say: Say) -> d
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for dtype in both if options.dtype == "both" else (options.dtype,):
-        found["runs"].append(plain(_run(sets, size, dtype, seed=options.seed, say=say)))
-        part = options.out / f".{RESULTS}.part"
-        part.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, options.out / RESULTS)
+        before = found["runs"]
+
+        def keep(run: dict[str, Any], before: list = before) -> None:
+            write_json(options.out / RESULTS, found | {"runs": [*before, plain(run)]})
+
+        run = _run(sets, size, dtype, seed=options.seed, say=say, keep=keep)
+        keep(run)
+        found["runs"] = [*before, plain(run)]
     return found
 
 
-def _run(sets: Sets, size: Size, dtype: str, *, seed: int, say: Say) -> dict[str, Any]:
-    """One dtype, from the first parameters to the last evaluation."""
+def _run(
+    sets: Sets,
+    size: Size,
+    dtype: str,
+    *,
+    seed: int,
+    say: Say,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One dtype, from the first parameters to the last evaluation; parts are kept on the way."""
     preset = size.preset._replace(dtype=dtype)
     assert isinstance(preset.model, Model)
     # The models are trained here, as `prepare` would, which does not tell compiling from training.
@@ -160,6 +172,7 @@ def _run(sets: Sets, size: Size, dtype: str, *, seed: int, say: Say) -> dict[str
             begin.model.apply, begin.params, sequences, preset.recipe, key=order_key
         )
         steps.append(step._replace(name=name, rows=(step.rows or 0) * len(rows)))
+        keep({"dtype": dtype, "model": begin.description, "steps": steps})
     begin = begin._replace(params=trained["train"], retrained=trained["retrain"])
     task = prepare(sets, preset, seed=seed, say=say, begin=begin).task
     say(f"{dtype}: fitting K-FAC and EK-FAC on {len(sets.seen)} rows")
@@ -167,10 +180,8 @@ def _run(sets: Sets, size: Size, dtype: str, *, seed: int, say: Say) -> dict[str
     temperature = preset.grid.temperatures[0]
     is_narrow = dtype != "float32"
     fitted = fit(task, temperature, rates, is_narrow=is_narrow, key=compare_key(seed))
-    say(f"{dtype}: editing and evaluating")
-    edited, points = edit_and_judge(task, fitted.curvature, preset.grid.damping[0])
     rows = (fitted.positions, max(map(max, fitted.matrices)))
-    return {
+    run = {
         "dtype": dtype,
         "model": begin.description,
         "recipe": str(preset.recipe),
@@ -179,9 +190,12 @@ def _run(sets: Sets, size: Size, dtype: str, *, seed: int, say: Say) -> dict[str
         "flops_per_position": fitted.flops,
         "matmul_rates": fitted.rates,
         "moment_rates": moment_rates(dtype, rows),
-        "steps": [*steps, *fitted.steps, *edited],
-        "points": points,
+        "steps": [*steps, *fitted.steps],
     }
+    keep(run)
+    say(f"{dtype}: editing and evaluating")
+    edited, points = edit_and_judge(task, fitted.curvature, preset.grid.damping[0])
+    return run | {"steps": [*run["steps"], *edited], "points": points}
 
 
 def show(found: dict[str, Any], out: Path) -> None:
