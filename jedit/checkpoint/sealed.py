@@ -88,8 +88,16 @@ def seal_folder(folder: Path, kind: str, content: Mapping[str, Any]) -> str:
     return seal
 
 
-def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
+def read_sealed(
+    folder: Path, kind: str, *, share: slice = slice(None)
+) -> tuple[dict[str, Any], str]:
     """Check a sealed folder, every byte of it.
+
+    Args:
+        folder: the folder.
+        kind: the word that it was written with.
+        share: of which of the files, in the order of their names, the bytes are compared with the
+            hashes: several processes that read one folder do it together.
 
     Returns:
         Its content, whose form is still to be checked, and its seal.
@@ -106,7 +114,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
         raise DamagedError(f"{folder / name}: is missing")
     for name in found.keys() - listed.keys():
         raise DamagedError(f"{folder / name}: is not among the files that {MANIFEST} lists")
-    for name, (size, digest) in sorted(listed.items()):
+    for name, (size, digest) in sorted(listed.items())[share]:
         # The size first: it costs nothing, and a huge file need not be hashed to be refused.
         if (actual := found[name].stat().st_size) != size:
             raise DamagedError(f"{found[name]}: has {actual} bytes, {size} were written")
