@@ -46,6 +46,7 @@ from jedit.checkpoint.processes import led, led_writing, together
 from jedit.checkpoint.sealed import (
     MANIFEST,
     DamagedError,
+    Files,
     check_fields,
     read_sealed,
     seal_folder,
@@ -230,10 +231,10 @@ class Checkpoint:
     def _write(self, content: dict[str, Any], arrays: Sequence[Array]) -> None:
         """Write, seal and rename a save, and drop what is too old; runs in the writing thread."""
 
-        def work(write: Callable[[Path], None]) -> None:
+        def work(write: Callable[[Path], Files]) -> None:
             with temporary_folder(self.folder) as new:
-                write(new)
-                seal_folder(new, KIND, content)
+                files = write(new)
+                seal_folder(new, KIND, content, files)
                 if content["step"] in self._saved():
                     self._remove(content["step"])
                 os.rename(new, self._place(content["step"]))

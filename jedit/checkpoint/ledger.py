@@ -60,6 +60,7 @@ from jedit.checkpoint.saving import read_tree
 from jedit.checkpoint.sealed import (
     MANIFEST,
     DamagedError,
+    Files,
     check_fields,
     read_manifest,
     read_sealed,
@@ -348,7 +349,7 @@ class Ledger:
         return with_activity(entries)
 
     def _append(self, fields: dict[str, Any], arrays: Sequence[Array] | None) -> Entry:
-        def work(write: Callable[[Path], None]) -> list[Any]:
+        def work(write: Callable[[Path], Files]) -> list[Any]:
             check_room(self.folder, num_bytes(arrays or ()))
             return self._append_behind_lock(fields, None if arrays is None else write)
 
@@ -361,7 +362,7 @@ class Ledger:
         return read_entry(manifest["content"], seal, str(folder))
 
     def _append_behind_lock(
-        self, fields: dict[str, Any], write: Callable[[Path], None] | None
+        self, fields: dict[str, Any], write: Callable[[Path], Files] | None
     ) -> list[Any]:
         """Append a record; return its number and its seal.
 

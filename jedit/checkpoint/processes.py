@@ -12,6 +12,7 @@ processes see one file system, as one user, and give a folder the same name.
 
 import builtins
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jedit.checkpoint.arrays import ARRAYS, write_parts
-from jedit.checkpoint.sealed import DamagedError
+from jedit.checkpoint.sealed import DamagedError, Files, file_hashes
 
 PATIENCE = 600.0  # seconds that a process waits for another (arbitrary)
 Outcome = TypeVar("Outcome")
@@ -81,7 +82,7 @@ def led_writing(
     name: str,
     content: Mapping[str, Any],
     arrays: Sequence[Array | np.ndarray],
-    work: Callable[[Callable[[Path], None]], Outcome],
+    work: Callable[[Callable[[Path], Files]], Outcome],
 ) -> Outcome:
     """Let the first process make a folder whose arrays every process writes its parts of.
 
@@ -90,7 +91,8 @@ def led_writing(
         content: what the folder is about, plain JSON, which must be the same in every process.
         arrays: the arrays. Of one that each process has for itself the first one's is written.
         work: `work(write) -> outcome`, called in the first process; `write(folder)` writes the
-            arrays into `folder/arrays`, and returns when all of them are on the disk.
+            arrays into `folder/arrays`, and returns their sizes and hashes when all of them are on
+            the disk.
 
     Returns:
         The outcome, in every process.
@@ -102,13 +104,20 @@ def led_writing(
     text = json.dumps(content, sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()
 
-    def part(given: Any) -> list[int]:
+    def part(given: Any) -> Any:
+        folder = Path(given["folder"])
+        if given["digest"] is None:
+            # Each hashes some of the files; the first would else keep all the others waiting.
+            return file_hashes(folder, slice(jax.process_index(), None, jax.process_count()))
         if given["digest"] != digest:
             raise ValueError(f"{name}: this process was given something else than the first one")
-        return write_parts(Path(given["folder"]), arrays)
+        if not folder.is_dir():
+            sentence = "is not seen by this process; all processes need one file system"
+            raise OSError(errno.ENOENT, sentence, str(folder))
+        return write_parts(folder, arrays)
 
     def leading(spread: Spread) -> Outcome:
-        def write(folder: Path) -> None:
+        def write(folder: Path) -> Files:
             (folder / ARRAYS).mkdir(mode=0o700)
             counts = spread({"folder": str(folder), "digest": digest})
             for i, (array, *written) in enumerate(zip(arrays, *counts, strict=True)):
@@ -118,6 +127,8 @@ def led_writing(
                         f"{name}: of array {i}, {array.dtype} {array.shape}, the processes hold "
                         f"{written} elements; it must lie whole in the first process, or on a mesh"
                     )
+            hashed = spread({"folder": str(folder), "digest": None})
+            return {file: found for share in hashed for file, found in share.items()}
 
         return work(write)
 

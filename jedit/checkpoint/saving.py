@@ -19,7 +19,7 @@ from jedit.checkpoint.json import (
     edit_to_json,
 )
 from jedit.checkpoint.processes import led_writing
-from jedit.checkpoint.sealed import MANIFEST, read_sealed, write_sealed
+from jedit.checkpoint.sealed import MANIFEST, Files, read_sealed, write_sealed
 from jedit.core.arguments import check_kind
 from jedit.curvature.mesh.placement import block_shardings, with_shardings
 from jedit.curvature.types import Curvature
@@ -151,7 +151,7 @@ def _save(
     content, arrays = to_json(tree), jax.tree.leaves(tree)
     from_json(content, str(folder))  # what could not be read is not written
 
-    def work(write: Callable[[Path], None]) -> None:
+    def work(write: Callable[[Path], Files]) -> None:
         check_room(folder.parent, num_bytes(arrays))
         write_sealed(folder, kind, content, write)
 

@@ -156,8 +156,9 @@ def written(folder, curvature, params):
             jedit.save_edit(edit, folder / "alone")
         except TimeoutError as error:
             seen["alone"] = str(error)
-    left = sorted(x.name for x in folder.iterdir())
-    return {"seen": seen, "left": left}
+        # Now, for the other may look while this one is at it.
+        seen["left"] = sorted(x.name for x in folder.iterdir())
+    return seen
 
 
 def begun(folder, params, data):
