@@ -5,18 +5,24 @@ it to be parsed or to be believed. Dtype and shape stand in the manifest of the 
 around it (see `sealed`), whose hash covers the bytes. An array without elements has no file.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.checkpoint.sealed import DamagedError, shown, walk
+from jedit.core.devices import on_auto
 
 ARRAYS = "arrays"
+BLOCK_BYTES = 2**26  # of an array that is hashed in several processes, at a time
 DTYPES = {
     str(jnp.dtype(x))
     for x in (
@@ -27,22 +33,73 @@ DTYPES = {
 }
 
 
-def write_arrays(folder: Path, arrays: Sequence[Array | np.ndarray]) -> None:
-    """Write arrays, bit by bit as they are, to `folder/arrays`.
+def write_parts(folder: Path, arrays: Sequence[Array | np.ndarray]) -> list[int]:
+    """Write the parts of arrays that are this process's to write to `folder/arrays`.
+
+    They are written bit by bit as they are, each part once: of what lies on several devices of
+    several processes the parts on its own devices, and in the first process also what each process
+    has for itself.
+
+    Returns:
+        How many elements of each array were written, and are on the disk.
 
     Raises:
         OSError: the disk is full, or refuses for another reason.
     """
-    (folder / ARRAYS).mkdir()
+    counts = []
     for i, array in enumerate(arrays):
-        if array.size:
-            path = folder / ARRAYS / str(i)
-            try:
-                # One after the other: of a state on several devices one array is on the host.
-                path.write_bytes(byte_view(array))
-            except OSError as error:
-                sentence = f"{error.strerror}, so that nothing was saved"
-                raise OSError(error.errno, sentence, str(path)) from None
+        counts.append(0)
+        if not array.size:
+            continue
+        path, handle = folder / ARRAYS / str(i), None
+        try:
+            # One after the other: of a state on several devices one part is on the host.
+            for index, part in _own_parts(array):
+                if handle is None:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                    handle = os.open(path, flags, 0o600)
+                part = np.asarray(part)
+                _write_part(handle, index, part, array.shape)
+                counts[-1] += part.size
+            if handle is not None:
+                os.fsync(handle)
+        except OSError as error:
+            sentence = f"{error.strerror}, so that nothing was saved"
+            raise OSError(error.errno, sentence, str(path)) from None
+        finally:
+            if handle is not None:
+                os.close(handle)
+    return counts
+
+
+def _own_parts(array: Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], Any]]:
+    is_first = jax.process_index() == 0
+    if not isinstance(array, jax.Array):
+        if is_first:
+            yield (slice(None),) * array.ndim, array
+    elif is_first or not array.is_fully_addressable:
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                yield shard.index, shard.data
+
+
+def _write_part(
+    handle: int, index: tuple[slice, ...], part: np.ndarray, shape: tuple[int, ...]
+) -> None:
+    """Write a part of an array to its places in the array's file."""
+    begins = [s.indices(n)[0] for s, n in zip(index, shape, strict=True)]
+    # The last axis that is cut: from there on the part's memory lies in the file as it is.
+    cut = [i for i, n in enumerate(shape) if part.shape[i] != n]
+    axis = cut[-1] if cut else 0
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    first = sum(begin * stride for begin, stride in zip(begins, strides, strict=True))
+    for outer in np.ndindex(part.shape[:axis]):
+        offset = first + sum(i * stride for i, stride in zip(outer, strides, strict=False))
+        rest = byte_view(np.asarray(part[outer]))
+        offset *= part.itemsize
+        while rest.nbytes:  # the system writes two gigabytes at most at a time
+            done = os.pwrite(handle, rest, offset)
+            rest, offset = rest[done:], offset + done
 
 
 def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
@@ -74,7 +131,7 @@ def read_arrays(folder: Path, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Arr
 
 
 def _read(path: Path | None, spec: jax.ShapeDtypeStruct) -> Array:
-    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if path is None:
         return jnp.zeros(spec.shape, spec.dtype, device=sharding)
     # A map of the file: each device is given its own part, and the whole is never in memory.
@@ -92,6 +149,57 @@ def _read(path: Path | None, spec: jax.ShapeDtypeStruct) -> Array:
 def byte_view(array: Array | np.ndarray) -> memoryview:
     """Return the bytes of an array, row by row, with no copy of them where it is on the host."""
     return np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8).data
+
+
+def byte_blocks(array: Array | np.ndarray) -> Iterator[memoryview]:
+    """Give the bytes of an array, row by row, whole or in blocks.
+
+    What no process holds whole is brought to each of them block by block, so that all must ask for
+    it together.
+
+    Yields:
+        The bytes.
+
+    Raises:
+        ValueError: such an array lies on no mesh.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        yield byte_view(array)
+        return
+    array = cast("Array", on_auto(array))
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(f"{sharding}: an array of several processes must lie on a named mesh")
+    place = NamedSharding(sharding.mesh, PartitionSpec())
+    for begins, sizes in _blocks(array.shape, jnp.dtype(array.dtype).itemsize):
+        # A copy of NumPy's would make a program for every place.
+        yield byte_view(_block(array, np.array(begins, np.int32), sizes, place))
+
+
+def _blocks(
+    shape: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Give the blocks of an array that lie together in memory, in memory's order.
+
+    Yields:
+        Where a block begins, and its shape.
+    """
+    axis = 0  # the axis that is cut: a row of it is no larger than a block, or there is none
+    while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > BLOCK_BYTES:
+        axis += 1
+    row = math.prod(shape[axis + 1 :]) * itemsize
+    step = max(BLOCK_BYTES // max(row, 1), 1)
+    for outer in np.ndindex(shape[:axis]):
+        for begin in range(0, shape[axis], step):
+            size = min(step, shape[axis] - begin)
+            rest = shape[axis + 1 :]
+            yield (*outer, begin, *(0,) * len(rest)), (*(1,) * axis, size, *rest)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _block(x: Array, begins: Array, sizes: tuple[int, ...], place: NamedSharding) -> Array:
+    starts = tuple(begins)
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(x, starts, sizes), place)
 
 
 def describe(array: Any) -> dict[str, Any]:

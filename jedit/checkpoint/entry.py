@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jedit.checkpoint.arrays import byte_view
+from jedit.checkpoint.arrays import byte_blocks
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
 from jedit.core.display import short_repr
 from jedit.core.paths import parameter_paths
@@ -76,7 +76,8 @@ def params_hash(params: PyTree) -> str:
         leaf = leaves[path]
         head = json.dumps([path, str(leaf.dtype), [int(n) for n in leaf.shape]]).encode()
         digest.update(len(head).to_bytes(8, "big") + head)
-        digest.update(byte_view(leaf))
+        for block in byte_blocks(leaf):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.checkpoint.arrays import (
-    byte_view,
+    byte_blocks,
     describe,
     described,
     num_bytes,
     read_arrays,
-    write_arrays,
 )
 from jedit.checkpoint.disk import (
     check_room,
@@ -43,9 +42,11 @@ from jedit.checkpoint.disk import (
 )
 from jedit.checkpoint.entry import is_digest
 from jedit.checkpoint.json import pairs
+from jedit.checkpoint.processes import led, led_writing, together
 from jedit.checkpoint.sealed import (
     MANIFEST,
     DamagedError,
+    Files,
     check_fields,
     read_sealed,
     seal_folder,
@@ -65,8 +66,13 @@ class Checkpoint:
 
     The job's result is, to the bit, that of the same call without interruption, on the same machine
     and versions. The saves hold the job's state and thereby something of its data: only
-    their owner may enter them. One process, of any number of devices; a state on several devices
-    comes back laid out as the fresh one. A save copies the state on the device until it is written.
+    their owner may enter them. A state on several devices comes back laid out as the fresh one,
+    also on other devices than it was saved from; there the job goes on to rounding. A save copies
+    the state on the device until it is written.
+
+    Several processes of `jax.distributed` do a job together: they see one file system, and each
+    writes the parts of the state that its devices hold. What each has for itself must be the same
+    in all. A save counts when all have written, and what one cannot do is an error in all of them.
     """
 
     def __init__(self, folder: str | Path, *, every: int):
@@ -116,22 +122,16 @@ class Checkpoint:
         """
         if self._stack is not None:
             raise ValueError(f"{self.folder}: is in use by another job of this process")
-        leaves = [_stored(x) for x in jax.tree.leaves(state)]
-        # One more than is kept: the new save is whole on the disk before an old one goes.
-        check_room(self.folder, (KEPT + 1) * num_bytes(leaves))
+        size = num_bytes([_stored(x) for x in jax.tree.leaves(state)])
         with contextlib.ExitStack() as stack:
-            busy = f"{self.folder}: another process is at this job"
-            stack.enter_context(locked(self.folder / LOCK, busy=busy))
-            # Behind the lock: what looks abandoned could else be another process's save in the
-            # making.
-            remove_abandoned(self.folder)
+            steps, salt = led(f"beginning {self.folder}", lambda _: self._begin(stack, size))
             self._done, self._steps = 0, 0
             # Without a salt, hashes of small or guessable data would tell what the data were.
-            self._salt = secrets.token_bytes(32)
+            self._salt = bytes.fromhex(salt)
             self._expected = ""
             self._job = job
             history = {}
-            if steps := self._saved():
+            if steps:
                 # Only the newest is tried: a save whose bytes are wrong is damage to report, not to
                 # step over.
                 state, history = self._read(steps[-1], job, given, state)
@@ -145,6 +145,17 @@ class Checkpoint:
             self._stack = stack.pop_all()
         return self._done, state, history
 
+    def _begin(self, stack: contextlib.ExitStack, num_bytes: int) -> tuple[list[int], str]:
+        """Take the folder, until the stack is left; the steps that are saved there, and a salt."""
+        # One more than is kept: the new save is whole on the disk before an old one goes.
+        check_room(self.folder, (KEPT + 1) * num_bytes)
+        busy = f"{self.folder}: another process is at this job"
+        stack.enter_context(locked(self.folder / LOCK, busy=busy))
+        # Behind the lock: what looks abandoned could else be another process's save in the
+        # making.
+        remove_abandoned(self.folder)
+        return self._saved(), secrets.token_hex(32)
+
     def see(self, data: PyTree) -> None:
         """Take note of a step's data; called by the job, for the steps that were done as well.
 
@@ -155,10 +166,12 @@ class Checkpoint:
         # order.
         self._seen = self._hash((self._seen, data))
         self._steps += 1
-        if self._steps == self._done and self._seen != self._expected:
-            raise ValueError(
+        if self._steps == self._done:
+            self._compare(
+                self._seen,
+                self._expected,
                 f"{self.folder}: was begun with other data in its first {self._done} steps; remove "
-                "the folder to begin anew"
+                "the folder to begin anew",
             )
 
     def save(self, step: int, state: PyTree, history: Mapping[str, Array] | None = None) -> None:
@@ -197,6 +210,19 @@ class Checkpoint:
         with stack:
             self._wait()
 
+    def _compare(self, digest: str, expected: str, otherwise: str) -> None:
+        """Refuse another digest than the save's, in all processes if one of them has it.
+
+        Raises:
+            ValueError: the digest is another.
+        """
+
+        def part() -> None:
+            if digest != expected:
+                raise ValueError(otherwise)
+
+        together(f"comparing {self.folder}", part)
+
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -204,15 +230,19 @@ class Checkpoint:
 
     def _write(self, content: dict[str, Any], arrays: Sequence[Array]) -> None:
         """Write, seal and rename a save, and drop what is too old; runs in the writing thread."""
-        with temporary_folder(self.folder) as new:
-            write_arrays(new, arrays)
-            seal_folder(new, KIND, content)
-            if content["step"] in self._saved():
-                self._remove(content["step"])
-            os.rename(new, self._place(content["step"]))
-            sync(self.folder)  # only when the new save is on the disk may an old one go
-            for step in self._saved()[:-KEPT]:
-                self._remove(step)
+
+        def work(write: Callable[[Path], Files]) -> None:
+            with temporary_folder(self.folder) as new:
+                files = write(new)
+                seal_folder(new, KIND, content, files)
+                if content["step"] in self._saved():
+                    self._remove(content["step"])
+                os.rename(new, self._place(content["step"]))
+                sync(self.folder)  # only when the new save is on the disk may an old one go
+                for step in self._saved()[:-KEPT]:
+                    self._remove(step)
+
+        led_writing(f"saving {self.folder}", content, arrays, work)
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:09d}"
@@ -231,8 +261,8 @@ class Checkpoint:
         self, step: int, job: str, given: PyTree, state: PyTree
     ) -> tuple[PyTree, dict[str, Array]]:
         folder = self._place(step)
-        content, _ = read_sealed(folder, KIND)
         source = str(folder / MANIFEST)
+        content = self._checked(folder)
         fields = {"job", "step", "given", "seen", "salt", "state", "weak", "history"}
         check_fields(content, fields, source)
         digests = all(is_digest(content[name]) for name in ("given", "seen", "salt"))
@@ -242,11 +272,12 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: is of {shown(content['job'])}, not of {job!r}")
         self._salt = bytes.fromhex(content["salt"])
         self._given = self._hash(given)
-        if content["given"] != self._given:
-            raise ValueError(
-                f"{self.folder}: was begun with other parameters, data, settings or another key; "
-                "remove the folder to begin anew"
-            )
+        self._compare(
+            self._given,
+            content["given"],
+            f"{self.folder}: was begun with other parameters, data, settings or another key; "
+            "remove the folder to begin anew",
+        )
         self._done, self._expected = step, content["seen"]
         named = parameter_paths(state)
         fresh = [x for _, x in named]
@@ -265,7 +296,8 @@ class Checkpoint:
         if len(weak) != len(fresh):
             raise DamagedError(f"{source}: {shown(weak)} does not say of each array if it is weak")
         history = [(name, described(x, source)) for name, x in pairs(content["history"], source)]
-        read = read_arrays(folder, [*specs, *(spec for _, spec in history)])
+        specs_of_all = [*specs, *(spec for _, spec in history)]
+        read = together(f"loading {folder}", lambda: read_arrays(folder, specs_of_all))
         leaves = [
             _as_it_was(x, is_weak is True, like)
             for x, is_weak, like in zip(read[: len(specs)], weak, fresh, strict=True)
@@ -273,20 +305,30 @@ class Checkpoint:
         kept = {name: x for (name, _), x in zip(history, read[len(specs) :], strict=True)}
         return jax.tree.unflatten(jax.tree.structure(state), leaves), kept
 
+    def _checked(self, folder: Path) -> dict[str, Any]:
+        """Check a save, every byte of it, each of several processes some of the files."""
+        share = slice(jax.process_index(), None, jax.process_count())
+        return together(f"reading {folder}", lambda: read_sealed(folder, KIND, share=share)[0])
+
     def _hash(self, given: PyTree) -> str:
         digest = hashlib.blake2b(key=self._salt, digest_size=32)
         for path, leaf in parameter_paths(given):
             if isinstance(leaf, jax.Array | np.ndarray | np.generic):
-                array = np.asarray(_stored(leaf))
-                head, body = f"{array.dtype} {array.shape}", byte_view(array)
+                array = _stored(leaf)
+                size = num_bytes([array])
+                head, bodies = f"{array.dtype} {array.shape}", byte_blocks(array)
             elif isinstance(leaf, str | int | float):
-                head, body = type(leaf).__name__, repr(leaf).encode()
+                head, bodies = type(leaf).__name__, [repr(leaf).encode()]
+                size = len(bodies[0])
             else:
                 continue  # a function: it cannot be compared
-            for part in (path.encode(), head.encode(), body):
-                # The length first: "ab", "c" and "a", "bc" would else hash alike.
+            # The length first: "ab", "c" and "a", "bc" would else hash alike.
+            for part in (path.encode(), head.encode()):
                 digest.update(len(part).to_bytes(8, "big"))
                 digest.update(part)
+            digest.update(size.to_bytes(8, "big"))
+            for body in bodies:
+                digest.update(body)
         return digest.hexdigest()
 
 

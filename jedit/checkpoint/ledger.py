@@ -23,27 +23,24 @@ which of them are equal. The edit itself is made of the rows, and gradients can 
 ledger as you keep the model from before.
 """
 
-import hashlib
-import hmac
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
-from jedit.checkpoint.arrays import describe, described, num_bytes, write_arrays
+from jedit.checkpoint.arrays import describe, described, num_bytes
 from jedit.checkpoint.disk import (
     TEMPORARY,
     check_room,
     locked,
     sync,
     temporary_folder,
-    temporary_name,
 )
 from jedit.checkpoint.entry import (
     RECORD,
@@ -52,29 +49,30 @@ from jedit.checkpoint.entry import (
     now,
     params_hash,
     read_entry,
-    row_bytes,
     setting,
     versions,
     with_activity,
 )
+from jedit.checkpoint.head import HEAD, SECRET, read_head, row_hash, write_head
 from jedit.checkpoint.json import edit_from_json, edit_to_json
+from jedit.checkpoint.processes import led, led_writing
 from jedit.checkpoint.saving import read_tree
 from jedit.checkpoint.sealed import (
     MANIFEST,
     DamagedError,
+    Files,
     check_fields,
-    parse,
     read_manifest,
-    read_plain,
     read_sealed,
     shown,
     write_sealed,
 )
 from jedit.core.arguments import check_kind, nearest
+from jedit.core.devices import on_auto, sharding_of
 from jedit.core.paths import parameter_paths
-from jedit.edits import Edit, apply_edit
+from jedit.edits import Edit, LowRank, apply_edit
 
-BASE, ENTRIES, HEAD, SECRET, LOCK = "base", "entries", "head.json", "secret", "lock"
+BASE, ENTRIES, LOCK = "base", "entries", "lock"
 BASE_KIND, ENTRY_KIND = "ledger", "ledger entry"
 PATIENCE = 60.0  # seconds that a writer waits for another
 
@@ -82,7 +80,10 @@ PATIENCE = 60.0  # seconds that a writer waits for another
 class Ledger:
     """An ordered list of edits to a base, on the disk; this module's docstring says how.
 
-    Any number of processes may read while one writes; writers wait for each other.
+    Any number of processes may read while one writes; writers wait for each other. The processes of
+    one `jax.distributed` program make every call that writes, and `params`, together: the first
+    writes behind the lock, each of the others the parts of arrays that its devices hold, and all
+    see the same answer or the same error. They see one file system.
     """
 
     def __init__(self, folder: str | Path):
@@ -127,9 +128,6 @@ class Ledger:
             OSError: the folder cannot be written to.
         """
         folder = Path(folder)
-        if folder.exists() or folder.is_symlink():
-            raise ValueError(f"{folder}: is there already; open it with Ledger(folder)")
-        check_room(folder.parent, 0)
         shapes = {path: describe(leaf) for path, leaf in parameter_paths(base_params)}
         content = {
             "hash": params_hash(base_params),
@@ -137,22 +135,7 @@ class Ledger:
             "date": now(),
             "versions": versions(),
         }
-        with temporary_folder(folder.parent) as new:
-            (new / ENTRIES).mkdir()
-            (new / LOCK).touch(mode=0o600)
-            # The mode is given as the file is made: with a chmod afterwards others could open it
-            # before.
-            handle = os.open(new / SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(secrets.token_bytes(32))
-            seal = write_sealed(new / BASE, BASE_KIND, content)
-            _write_head(new, 0, seal)
-            for path in (new / SECRET, new / ENTRIES, new):
-                sync(path)
-            # Built beside its place and renamed: no reader meets a ledger without a base or a
-            # secret.
-            os.rename(new, folder)
-        sync(folder.parent)
+        led(f"creating {folder}", lambda _: _create(folder, content))
         return cls(folder)
 
     @property
@@ -224,8 +207,7 @@ class Ledger:
             "effect": setting(effect or {}, "effect"),
             "edit": edit_json,
         }
-        check_room(self.folder, num_bytes(arrays))
-        return self._append(fields, lambda new: write_arrays(new, arrays))
+        return self._append(fields, arrays)
 
     def revert(self, number: int) -> Entry:
         """Append that an edit no longer counts: `params` then are as if it had never been there.
@@ -244,7 +226,6 @@ class Ledger:
         fields = dict.fromkeys(RECORD - {"number", "previous", "date", "base", "versions"})
         fields |= {"action": "revert", "target": number, "method": "revert"}
         fields |= {"request": [], "settings": {}, "effect": {}}
-        check_room(self.folder, 0)
         return self._append(fields, None)
 
     def edit(self, number: int) -> Edit:
@@ -285,10 +266,12 @@ class Ledger:
             if not 0 <= upto <= len(entries):
                 raise ValueError(f"upto={upto}: there are {len(entries)} entries")
             entries = with_activity(entries[:upto])
+        # Each process reads the parts that its devices hold; no device can be given another's.
+        places = {path: sharding_of(leaf) for path, leaf in parameter_paths(on_auto(base_params))}
         params = base_params
         for entry in entries:
             if entry.is_active:
-                params = apply_edit(params, self._edit(entry))
+                params = apply_edit(params, self._edit(entry, places))
         return params
 
     def find(self, row: Any) -> tuple[Entry, ...]:
@@ -323,7 +306,7 @@ class Ledger:
 
     def _entries(self, *, is_complete: bool) -> tuple[Entry, ...]:
         # Before the records: one that is appended meanwhile is then one too many, not too few.
-        count, head = self._read_head()
+        count, head = read_head(self.folder)
         names = sorted(
             x.name for x in os.scandir(self.folder / ENTRIES) if not x.name.startswith(TEMPORARY)
         )
@@ -365,7 +348,27 @@ class Ledger:
             raise DamagedError(f"{self.folder / HEAD}: names another record than entry {count:06d}")
         return with_activity(entries)
 
-    def _append(self, fields: dict[str, Any], write: Any) -> Entry:
+    def _append(self, fields: dict[str, Any], arrays: Sequence[Array] | None) -> Entry:
+        def work(write: Callable[[Path], Files]) -> list[Any]:
+            check_room(self.folder, num_bytes(arrays or ()))
+            return self._append_behind_lock(fields, None if arrays is None else write)
+
+        # By the first of several processes alone, behind the lock; the others write their parts.
+        number, seal = led_writing(f"writing to {self.folder}", fields, arrays or (), work)
+        folder = self.folder / ENTRIES / f"{number:06d}"
+        manifest = read_manifest(folder, ENTRY_KIND)
+        if manifest["seal"] != seal:
+            raise DamagedError(f"{folder}: is not what was written a moment ago")
+        return read_entry(manifest["content"], seal, str(folder))
+
+    def _append_behind_lock(
+        self, fields: dict[str, Any], write: Callable[[Path], Files] | None
+    ) -> list[Any]:
+        """Append a record; return its number and its seal.
+
+        Raises:
+            ValueError: what is to be reverted is no active edit.
+        """
         busy = f"{self.folder}: another process has been writing for {PATIENCE:.0f} s"
         with locked(self.folder / LOCK, busy=busy, patience=PATIENCE):
             # Of a writer that was killed; another that lives waits for the lock.
@@ -396,10 +399,10 @@ class Ledger:
             read_entry(content, "", str(folder))  # what could not be read is not written
             # The record first: a head that is one behind is valid, one that is ahead is damage.
             seal = write_sealed(folder, ENTRY_KIND, content, write)
-            _write_head(self.folder, number, seal)
-            return read_entry(content, seal, str(folder))
+            write_head(self.folder, number, seal)
+            return [number, seal]
 
-    def _edit(self, entry: Entry) -> Edit:
+    def _edit(self, entry: Entry, places: Mapping[str, Any] | None = None) -> Edit:
         folder = self.folder / ENTRIES / f"{entry.number:06d}"
         if entry.action != "edit":
             raise ValueError(f"{folder}: records no edit but a {entry.action}")
@@ -408,58 +411,41 @@ class Ledger:
         # between.
         if seal != entry.seal:
             raise DamagedError(f"{folder}: was changed while it was read")
-        return read_tree(folder, content["edit"], edit_from_json)
+        like = None
+        if places:
+            empty = edit_from_json(content["edit"], str(folder / MANIFEST))
+            like = Edit({path: _placed(x, places.get(path)) for path, x in empty.blocks.items()})
+        return read_tree(folder, content["edit"], edit_from_json, like=like)
 
     def _row_hash(self, row: Any) -> str:
-        key = read_secret(self.folder)
-        if key is None:
-            raise ValueError(f"{self.folder / SECRET}: is not there; rows are hashed with it")
-        return hashlib.blake2b(row_bytes(row), key=key, digest_size=32).hexdigest()
-
-    def _read_head(self) -> tuple[int, str]:
-        path = self.folder / HEAD
-        value = parse(read_plain(path, 1000), path)
-        check_fields(value, {"count", "seal", "code"}, str(path))
-        count, seal, code = value["count"], value["seal"], value["code"]
-        # `type`, not isinstance: a JSON true would count as 1.
-        right = type(count) is int and count >= 0 and is_digest(seal) and is_digest(code)
-        if not right:
-            raise DamagedError(f"{path}: names no record")
-        key = read_secret(self.folder)
-        # In constant time: how long the comparison takes must not tell how much of a code is right.
-        if key is not None and not hmac.compare_digest(code, _code(key, count, seal)):
-            raise DamagedError(f"{path}: was not written with this ledger's secret")
-        return count, seal
+        return row_hash(self.folder, row)
 
 
-def read_secret(folder: Path) -> bytes | None:
-    """Read a ledger's secret; it is None for whoever was given the ledger without it.
-
-    Raises:
-        DamagedError: the file is there, and holds no secret.
-    """
-    path = folder / SECRET
-    if not path.exists() and not path.is_symlink():
-        return None
-    key = read_plain(path, 32)
-    if len(key) != 32:
-        raise DamagedError(f"{path}: has {len(key)} bytes, a secret has 32")
-    return key
+def _placed(block: Any, place: NamedSharding | None) -> Any:
+    """Return a block's shapes with where they are to lie: as its parameter, or thin and whole."""
+    if place is None:
+        return block
+    if isinstance(block, LowRank):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), block)
 
 
-def _write_head(folder: Path, count: int, seal: str) -> None:
-    key = read_secret(folder)
-    if key is None:
-        raise ValueError(f"{folder / SECRET}: is not there; a ledger is written with it")
-    text = json.dumps({"count": count, "seal": seal, "code": _code(key, count, seal)})
-    new = temporary_name(folder)
-    new.write_text(text + "\n")
-    sync(new)  # before the rename: the name must never stand for a file that is not on the disk
-    os.replace(new, folder / HEAD)
-    sync(folder)
-
-
-def _code(key: bytes, count: int, seal: str) -> str:
-    message = f"head {count} {seal}".encode()
-    # `person` keeps these codes apart from the rows' hashes, which have the same key.
-    return hashlib.blake2b(message, key=key, digest_size=32, person=b"jedit head").hexdigest()
+def _create(folder: Path, content: dict[str, Any]) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder}: is there already; open it with Ledger(folder)")
+    check_room(folder.parent, 0)
+    with temporary_folder(folder.parent) as new:
+        (new / ENTRIES).mkdir()
+        (new / LOCK).touch(mode=0o600)
+        # The mode is given as the file is made: with a chmod afterwards others could open it
+        # before.
+        handle = os.open(new / SECRET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        seal = write_sealed(new / BASE, BASE_KIND, content)
+        write_head(new, 0, seal)
+        for path in (new / SECRET, new / ENTRIES, new):
+            sync(path)
+        # Built beside its place and renamed: no reader meets a ledger without a base or a secret.
+        os.rename(new, folder)
+    sync(folder.parent)

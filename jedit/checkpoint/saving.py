@@ -1,4 +1,8 @@
-"""Edits and curvatures as folders: written whole or not at all, read only if undamaged."""
+"""Edits and curvatures as folders: written whole or not at all, read only if undamaged.
+
+In several processes, which see one file system, each calls the same function with the same folder
+name. Each writes the parts that its devices hold, and each that reads checks every file itself.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jedit.checkpoint.arrays import num_bytes, read_arrays, write_arrays
+from jedit.checkpoint.arrays import num_bytes, read_arrays
 from jedit.checkpoint.disk import check_room
 from jedit.checkpoint.json import (
     curvature_from_json,
@@ -14,7 +18,8 @@ from jedit.checkpoint.json import (
     edit_from_json,
     edit_to_json,
 )
-from jedit.checkpoint.sealed import MANIFEST, read_sealed, write_sealed
+from jedit.checkpoint.processes import led_writing
+from jedit.checkpoint.sealed import MANIFEST, Files, read_sealed, write_sealed
 from jedit.core.arguments import check_kind
 from jedit.curvature.mesh.placement import block_shardings, with_shardings
 from jedit.curvature.types import Curvature
@@ -35,8 +40,10 @@ def save_edit(edit: Edit, folder: str | Path) -> None:
         folder: the new folder; nothing may be there yet.
 
     Raises:
-        ValueError: something is there already, or an array has a dtype that is not kept.
+        ValueError: something is there already, or an array has a dtype that is not kept; or another
+            process was given another edit.
         OSError: the folder cannot be written to, or has too little room.
+        TimeoutError: another process does not make this call.
     """
     check_kind(edit, Edit, "edit", "of `edit_between` or a method")
     _save(edit, Path(folder), EDIT, edit_to_json, edit_from_json)
@@ -58,7 +65,7 @@ def load_edit(
         folder: the folder that `save_edit` wrote.
         like: an edit of the same structure made of `jax.ShapeDtypeStruct`s, whose shardings the
             arrays get.
-        sharding: the sharding of all arrays; None: they lie on JAX's first device.
+        sharding: the sharding of all arrays; None: they lie on the process's first device.
 
     Raises:
         ValueError: a file is damaged, or is not what it should be (`DamagedError` names it); or
@@ -72,8 +79,10 @@ def save_curvature(curvature: Curvature, folder: str | Path) -> None:
     """Write a curvature to a new folder, as `save_edit` does an edit.
 
     Raises:
-        ValueError: something is there already, or an array has a dtype that is not kept.
+        ValueError: something is there already, or an array has a dtype that is not kept; or another
+            process was given another curvature.
         OSError: the folder cannot be written to, or has too little room.
+        TimeoutError: another process does not make this call.
     """
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     _save(curvature, Path(folder), CURVATURE, curvature_to_json, curvature_from_json)
@@ -141,8 +150,12 @@ def _save(
 ) -> None:
     content, arrays = to_json(tree), jax.tree.leaves(tree)
     from_json(content, str(folder))  # what could not be read is not written
-    check_room(folder.parent, num_bytes(arrays))
-    write_sealed(folder, kind, content, lambda new: write_arrays(new, arrays))
+
+    def work(write: Callable[[Path], Files]) -> None:
+        check_room(folder.parent, num_bytes(arrays))
+        write_sealed(folder, kind, content, write)
+
+    led_writing(f"saving {folder}", content, arrays, work)
 
 
 def _in_order(tree: Any, empty: Any) -> Any:

@@ -32,6 +32,9 @@ MAX_DEPTH = 32
 TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # in JSON, or what is left of one
 
 
+Files = dict[str, list[Any]]  # by name: size and SHA-256
+
+
 class DamagedError(ValueError):
     """An error that names a file which is missing, damaged, or not what it should be."""
 
@@ -40,7 +43,7 @@ def write_sealed(
     folder: Path,
     kind: str,
     content: Mapping[str, Any],
-    write: Callable[[Path], None] | None = None,
+    write: Callable[[Path], Files] | None = None,
 ) -> str:
     """Write a sealed folder, or nothing.
 
@@ -48,7 +51,8 @@ def write_sealed(
         folder: where it is to be; nothing may be there yet.
         kind: the word that `read_sealed` must be given to read the folder.
         content: the manifest's content, plain JSON.
-        write: a function that writes the other files into the folder it is given.
+        write: a function that writes the other files into the folder it is given, and returns what
+            `file_hashes` does of them.
 
     Returns:
         The seal.
@@ -60,9 +64,8 @@ def write_sealed(
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder}: is there already; remove it, or give another folder")
     with temporary_folder(folder.parent) as new:
-        if write is not None:
-            write(new)
-        seal = seal_folder(new, kind, content)
+        files = {} if write is None else write(new)
+        seal = seal_folder(new, kind, content, files)
         try:
             # All of it is on the disk; with this one step a reader sees it.
             os.rename(new, folder)
@@ -74,9 +77,14 @@ def write_sealed(
     return seal
 
 
-def seal_folder(folder: Path, kind: str, content: Mapping[str, Any]) -> str:
-    """Write the manifest of what lies in a folder, and bring all of it to the disk."""
-    files = {name: [path.stat().st_size, sha256(path)] for name, path in walk(folder).items()}
+def file_hashes(folder: Path, share: slice = slice(None)) -> Files:
+    """Return the size and the SHA-256 of a folder's files, of a share of them in their order."""
+    found = sorted(walk(folder).items())[share]
+    return {name: [path.stat().st_size, sha256(path)] for name, path in found}
+
+
+def seal_folder(folder: Path, kind: str, content: Mapping[str, Any], files: Files) -> str:
+    """Write the manifest of a folder's files, which are given, and bring all of it to the disk."""
     manifest = {"content": dict(content), "files": files, "format": FORMAT, "kind": kind}
     seal = _seal(manifest)
     (folder / MANIFEST).write_bytes(_text({**manifest, "seal": seal}))
@@ -88,8 +96,16 @@ def seal_folder(folder: Path, kind: str, content: Mapping[str, Any]) -> str:
     return seal
 
 
-def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
+def read_sealed(
+    folder: Path, kind: str, *, share: slice = slice(None)
+) -> tuple[dict[str, Any], str]:
     """Check a sealed folder, every byte of it.
+
+    Args:
+        folder: the folder.
+        kind: the word that it was written with.
+        share: of which of the files, in the order of their names, the bytes are compared with the
+            hashes: several processes that read one folder do it together.
 
     Returns:
         Its content, whose form is still to be checked, and its seal.
@@ -106,7 +122,7 @@ def read_sealed(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
         raise DamagedError(f"{folder / name}: is missing")
     for name in found.keys() - listed.keys():
         raise DamagedError(f"{folder / name}: is not among the files that {MANIFEST} lists")
-    for name, (size, digest) in sorted(listed.items()):
+    for name, (size, digest) in sorted(listed.items())[share]:
         # The size first: it costs nothing, and a huge file need not be hashed to be refused.
         if (actual := found[name].stat().st_size) != size:
             raise DamagedError(f"{found[name]}: has {actual} bytes, {size} were written")

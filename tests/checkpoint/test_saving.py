@@ -77,7 +77,7 @@ def test_a_broken_write_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("jedit.checkpoint.saving.write_arrays", fail)
+    monkeypatch.setattr("jedit.checkpoint.processes.write_parts", fail)
     with pytest.raises(OSError, match="No space"):
         jedit.save_edit(make_edit(), tmp_path / "edit")
     assert list(tmp_path.iterdir()) == []
