@@ -92,6 +92,14 @@ endef
 	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[demo,test]'
 	@touch $@
 
+# The benchmark's contenders in torch, without jedit: the bench speaks to them by JSON.
+PEERS := torch==2.13.0 kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1
+
+.venv-peers/.done: Makefile
+	$(call make_venv,$(PYTHON),.venv-peers,$(PEERS))
+	@.venv-peers/bin/python $(PIP_INSTALL) $(PEERS)
+	@touch $@
+
 environments: .venv/.dev .venv-llm/.done .venv-parity/.done .venv-oldest/.done $(if $(NEWEST_PYTHON),.venv-newest/.done)
 
 # $(call pytest_on,environment,paths): those of the paths that hold tests; a sentence when none does.
