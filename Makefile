@@ -46,7 +46,7 @@ help:
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
 	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
-	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
+	@echo "make bench        the benchmarks, peers in torch too;  make notebooks  executes the notebooks"
 	@echo "make docs         the API reference, from the docstrings, into out/docs"
 	@echo "make clean        removes what was made, but the environments;  make distclean  those too"
 
@@ -180,7 +180,7 @@ format: .venv/.dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv/.bench
+bench: .venv/.bench .venv-peers/.done
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
@@ -207,4 +207,4 @@ clean:
 	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest
+	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest .venv-peers
