@@ -46,7 +46,7 @@ help:
 	@echo "make fuzz         random programs against jax.grad, by seed: SEED=0:1000"
 	@echo "make environments what all of these need, beforehand"
 	@echo "make lint         ruff and pyright;  make format  lets ruff mend what it can"
-	@echo "make bench        the benchmarks;  make notebooks  executes the notebooks"
+	@echo "make bench        the benchmarks, peers in torch too;  make notebooks  executes the notebooks"
 	@echo "make gpu          all that waits for an accelerator, in eight minutes (TOY=1: tiny, on the CPU;"
 	@echo "                  WHEELS=folder: installs from it alone, as make gpu-wheels filled it)"
 	@echo "make docs         the API reference, from the docstrings, into out/docs"
@@ -92,6 +92,14 @@ endef
 .venv-newest/.done: pyproject.toml
 	$(call make_venv,$(NEWEST_PYTHON),.venv-newest,the newest versions)
 	@.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager -e '.[demo,test]'
+	@touch $@
+
+# The benchmark's contenders in torch, without jedit: the bench speaks to them by JSON.
+PEERS := torch==2.13.0 kronfluence==1.0.1 curvlinops-for-pytorch==3.0.1
+
+.venv-peers/.done: Makefile
+	$(call make_venv,$(PYTHON),.venv-peers,$(PEERS))
+	@.venv-peers/bin/python $(PIP_INSTALL) $(PEERS)
 	@touch $@
 
 environments: .venv/.dev .venv-llm/.done .venv-parity/.done .venv-oldest/.done $(if $(NEWEST_PYTHON),.venv-newest/.done)
@@ -174,7 +182,7 @@ format: .venv/.dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv/.bench
+bench: .venv/.bench .venv-peers/.done
 	.venv/bin/python -m tests.bench $(BENCH_FLAGS)
 	.venv/bin/python -m tests.bench.kernels $(filter --toy,$(BENCH_FLAGS))
 
@@ -225,4 +233,4 @@ clean:
 	find jedit kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest .venv-gpu
+	rm -rf .jax_cache .venv .venv-llm .venv-parity .venv-oldest .venv-newest .venv-gpu .venv-peers

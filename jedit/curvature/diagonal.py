@@ -126,6 +126,12 @@ def squares_estimator(
         The estimator.
     """
     check_function(apply)
+    # Each array once: blocks with one basis (query, key and value read one input) would else give
+    # it to the jitted step as arguments of which XLA cannot know that they are equal, and the input
+    # that they share would be rotated for each of them.
+    held = {id(x): x for pair in bases.values() for x in pair if x is not None}
+    numbers = {key: number for number, key in enumerate(held)}
+    places = {name: [numbers.get(id(x)) for x in pair] for name, pair in bases.items()}
 
     def shapes(params, batch):
         check_pass(params, batch)
@@ -150,14 +156,20 @@ def squares_estimator(
         )
 
     # The bases are an argument of the jitted step, and no constants in it: they are large.
-    def update(bases, state, params, batch, key):
+    def update(held, state, params, batch, key):
+        def of_block(name):
+            if name not in places:
+                return None, None
+            left, right = (None if k is None else held[k] for k in places[name])
+            return left, right
+
         def add(state, rows, examples):
             done = run_pass(apply, labels, params, rows, key, examples, select)
 
             def add_gradients(squares, pulled):
                 found = {}
                 for block in state.blocks:
-                    pair = bases.get(block.name, NO_BASES)
+                    pair = of_block(block.name)
                     add = (
                         add_leading_squares if any(map(is_leading, pair)) else add_squared_gradients
                     )
@@ -187,7 +199,8 @@ def squares_estimator(
         )
 
     check = functools.partial(labels.check, apply)
-    return Estimator(init, jax.tree_util.Partial(update, dict(bases)), finalize, groups, check)
+    step = jax.tree_util.Partial(update, tuple(held.values()))
+    return Estimator(init, step, finalize, groups, check)
 
 
 def zero_squares(

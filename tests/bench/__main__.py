@@ -4,8 +4,9 @@
                           [--repeats N] [--rounds N] [--output out/bench.json]
 
 This process imports no JAX and only waits: every measurement runs in a fresh child, round after
-round, so that a machine whose speed drifts is met by all contenders. kronfluence runs under the
-interpreter that the environment variable JEDIT_BENCH_TORCH names, or this one.
+round, so that a machine whose speed drifts is met by all contenders. The contenders in torch
+run under the interpreter that the environment variable JEDIT_BENCH_TORCH names, or under that of
+.venv-peers, which `make bench` makes.
 """
 
 import argparse
@@ -25,6 +26,7 @@ CONTENDERS = {
     "by hand": ("factors", "eigenvalues"),
     "kfac-jax": ("factors",),
     "kronfluence": ("factors", "eigenvalues"),
+    "curvlinops": ("factors", "eigenvalues"),
 }
 TIME_LIMIT = 900
 # XLA's CPU client gets its buffers from malloc and gives them back after every call: in small pages
@@ -33,6 +35,8 @@ TIME_LIMIT = 900
 # and a twentieth more time.
 MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 HERE = Path(__file__).resolve().parent
+IN_TORCH = ("kronfluence", "curvlinops")
+PEERS = HERE.parent.parent / ".venv-peers" / "bin" / "python"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,13 +82,17 @@ def write(path: Path, results: list[dict], held: list[dict]) -> None:
 def measured(asked: dict) -> dict:
     """What a child measured, or `{"skipped": reason}`."""
     command = [sys.executable, "-m", "tests.bench.child"]
-    if asked["contender"] == "kronfluence":
-        python = os.environ.get("JEDIT_BENCH_TORCH", sys.executable)
-        probe = [python, "-c", "import torch, kronfluence"]
+    contender = asked["contender"]
+    if contender in IN_TORCH:
+        default = str(PEERS) if PEERS.exists() else sys.executable
+        python = os.environ.get("JEDIT_BENCH_TORCH", default)
+        probe = [python, "-c", f"import torch, {contender}"]
         if subprocess.run(probe, capture_output=True, check=False).returncode:
-            reason = f"no torch and kronfluence in {python}; set JEDIT_BENCH_TORCH to a python that"
-            return {"skipped": f"{reason} has them"}
-        command = [python, str(HERE / "kronfluence_peer.py")]
+            reason = (
+                f"no torch and {contender} in {python}; `make .venv-peers/.done` makes a python"
+            )
+            return {"skipped": f"{reason} that has them, JEDIT_BENCH_TORCH names another"}
+        command = [python, str(HERE / f"{contender}_peer.py")]
     environment = {**MALLOC, **os.environ, "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(

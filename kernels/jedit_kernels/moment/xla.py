@@ -4,8 +4,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-NARROWEST = 128  # narrower products lose their rate
-MOST_BLOCKS = 8  # 36 of 64 products; twice as many save little more, and compile for long
+# By size, from what was measured on a CPU (`kernels/README.md`): products of a strip of columns
+# with all columns before it, four strips, up to 1,536 columns; there smaller products lose more of
+# their rate than they save. Above it cutting a strip's columns out again costs more than that, and
+# so each of eight blocks is cut out once: 36 of 64 products.
+NARROWEST = 64
+STRIPS = 4
+WIDEST_IN_STRIPS = 1536
+BLOCKS = 8
+
+
+def divided(d: int) -> tuple[int, bool]:
+    """Return into how many parts the columns are divided, and whether the parts are strips."""
+    if d < NARROWEST:
+        return 1, True
+    return (STRIPS, True) if d <= WIDEST_IN_STRIPS else (BLOCKS, False)
 
 
 def moment_xla(
@@ -13,11 +26,12 @@ def moment_xla(
 ) -> Float[Array, "layers d d"]:
     """Add the lower block triangle of Σ_n a aᵀ; sums in `total`'s dtype, at full precision."""
     d = rows.shape[-1]
-    number = min(MOST_BLOCKS, max(1, round(d / NARROWEST)))
-    # Each column block is cut out once: copying it costs as much as a tenth of a product.
-    blocks = jnp.split(rows, [d * i // number for i in range(1, number)], axis=-1)
+    number, is_in_strips = divided(d)
+    ends = [d * i // number for i in range(1, number + 1)]
+    blocks = jnp.split(rows, ends[:-1], axis=-1)
     panels = []
-    for i, left in enumerate(blocks):
+    for i, (left, end) in enumerate(zip(blocks, ends, strict=True)):
+        others = [rows[..., :end]] if is_in_strips else blocks[: i + 1]
         row = [
             jnp.einsum(
                 "lni,lnj->lij",
@@ -26,8 +40,8 @@ def moment_xla(
                 precision=jax.lax.Precision.HIGHEST,
                 preferred_element_type=total.dtype,
             )
-            for right in blocks[: i + 1]
+            for right in others
         ]
         panel = jnp.concatenate(row, axis=-1)
-        panels.append(jnp.pad(panel, ((0, 0), (0, 0), (0, d - panel.shape[-1]))))
+        panels.append(jnp.pad(panel, ((0, 0), (0, 0), (0, d - end))))
     return total + jnp.concatenate(panels, axis=1)
