@@ -14,7 +14,7 @@ from jedit.core.arguments import check_kind
 from jedit.core.devices import on_auto
 from jedit.core.paths import exactly
 from jedit.curvature.captured_batch import Fisher, Labels
-from jedit.curvature.checks import check_covers
+from jedit.curvature.checks import check_covers, eigenbasis_of
 from jedit.curvature.diagonal import squares_estimator
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.likelihoods import Likelihood
@@ -44,13 +44,14 @@ def ekfac(
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: `fisher` is another word, or the model is without the curvature's parameters.
+        ValueError: `fisher` is another word, the curvature has not all eigenvectors, or the model
+            is without its parameters.
     """
     check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)
     factors = kfac_curvature.factors
     bases = {
-        name: (factors[block.input].basis, factors[block.output].basis)
+        name: tuple(eigenbasis_of(factors[f], name)[0] for f in (block.input, block.output))
         for name, block in kfac_curvature.blocks.items()
         if isinstance(block, Kronecker)
     }

@@ -81,7 +81,7 @@ def choose(
     """
     if how.by != "auto":
         return dict.fromkeys(sides, how)
-    short = dataclasses.replace(how, by="eigh", rank=None)
+    short = Factorize(max_dim=how.max_dim)
     chosen = {name for name, d in sides.items() if d > how.eigh_dim}
     if how.rank is not None:
         beyond = dataclasses.replace(how, by="eigh")
