@@ -59,7 +59,7 @@ def factorize(
     check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    if how.by != "eigh":
+    if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
     if how.rank is not None and how.rank < matrix.shape[-1]:
         return leading(matrix, how.rank)
@@ -115,7 +115,7 @@ def shape_of(matrix: Array, how: Factorize) -> Factor:
     """Return a factor of the shapes that `factorize` makes, under `jax.eval_shape`."""
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    if how.by != "eigh":
+    if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
     if how.rank is not None and how.rank < matrix.shape[-1]:
         return Factor(None, matrix[..., : how.rank], matrix[:, 0, : how.rank + 1])

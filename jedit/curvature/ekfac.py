@@ -50,8 +50,12 @@ def ekfac(
     check_kind(kfac_curvature, Curvature, "kfac_curvature", "as `estimate` returns it")
     kfac_curvature = on_auto(kfac_curvature)
     factors = kfac_curvature.factors
+
+    def basis(factor, name):
+        return eigenbasis_of(factors[factor], name)[0]
+
     bases = {
-        name: tuple(eigenbasis_of(factors[f], name)[0] for f in (block.input, block.output))
+        name: (basis(block.input, name), basis(block.output, name))
         for name, block in kfac_curvature.blocks.items()
         if isinstance(block, Kronecker)
     }

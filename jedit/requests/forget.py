@@ -328,7 +328,7 @@ def _natural(
         if metric is None:
             probed = take(seen, spread(rows_in(seen), PROBED))
             metric = Categorical(choose_temperature(apply, params, chunks(probed)))
-        estimator = kfac(apply, metric, select=steps.select)
+        estimator = kfac(apply, metric, select=steps.select, factorize=steps.factorize)
         job = None if how.watch is None else how.watch.checkpoint
         part = None if job is None else job.part("curvature")
         curvature = estimate(estimator, params, chunks(seen), key=key, checkpoint=part)

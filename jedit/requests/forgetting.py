@@ -11,7 +11,8 @@ from jedit.core.arguments import check_checkpoint, check_function, check_kind, c
 from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from jedit.core.display import short_repr
-from jedit.curvature import Curvature
+from jedit.curvature import Curvature, Factorize
+from jedit.curvature.factorization import Choice, factorizing
 from jedit.curvature.likelihoods import Likelihood
 from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.held import WithRetain
@@ -115,6 +116,8 @@ class Natural:
         batch_size: forget rows, and retain rows, of one step; 16, as there.
         recovery: settings of what follows them; None: nothing does.
         rewind: settings of what they follow; None: they begin at the given params.
+        factorize: how the factors of the estimated curvature are kept, as `kfac` takes it; damped
+            solves are all that is made of it.
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
@@ -125,6 +128,7 @@ class Natural:
     batch_size: int = 16
     recovery: Recovery | None = Recovery()
     rewind: Rewind | None = None
+    factorize: Factorize | Choice = Factorize()
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -143,6 +147,7 @@ class Natural:
                     f"{name} weighs an objective against its retain term, so the objective has to "
                     f"be made by with_retain; give {name}=None to go without"
                 )
+        factorizing(self.factorize)
         check_numbers(NOT_NEGATIVE, damping=self.damping)
         check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
         check_numbers(COUNT, batch_size=self.batch_size)
