@@ -12,7 +12,6 @@ from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from jedit.core.display import short_repr
 from jedit.curvature import Curvature, Factorize
-from jedit.curvature.factorization import Choice, factorizing
 from jedit.curvature.likelihoods import Likelihood
 from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.held import WithRetain
@@ -107,7 +106,8 @@ class Natural:
     Attributes:
         objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
         curvature: of the retain outputs; None: K-FAC is estimated of the retain rows that are not
-            held out, where the steps begin. The optimizer's state holds two copies of it.
+            held out, where the steps begin; a `Factorize`: likewise, its factors kept so, of which
+            damped solves are all that is made. The optimizer's state holds two copies of it.
         select: regular expression; a parameter in whose path it is not found is not edited, but by
             a rewind. It is looked at where the curvature is estimated.
         damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
@@ -116,19 +116,16 @@ class Natural:
         batch_size: forget rows, and retain rows, of one step; 16, as there.
         recovery: settings of what follows them; None: nothing does.
         rewind: settings of what they follow; None: they begin at the given params.
-        factorize: how the factors of the estimated curvature are kept, as `kfac` takes it; damped
-            solves are all that is made of it.
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
-    curvature: Curvature | None = None
+    curvature: Curvature | Factorize | None = None
     select: str | None = None
     damping: float = 0.01
     predicted_kl: float = 1e-4
     batch_size: int = 16
     recovery: Recovery | None = Recovery()
     rewind: Rewind | None = None
-    factorize: Factorize | Choice = Factorize()
 
     def __post_init__(self) -> None:
         """Refuse numbers out of their range.
@@ -147,7 +144,6 @@ class Natural:
                     f"{name} weighs an objective against its retain term, so the objective has to "
                     f"be made by with_retain; give {name}=None to go without"
                 )
-        factorizing(self.factorize)
         check_numbers(NOT_NEGATIVE, damping=self.damping)
         check_numbers(POSITIVE, predicted_kl=self.predicted_kl)
         check_numbers(COUNT, batch_size=self.batch_size)

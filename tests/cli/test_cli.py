@@ -244,6 +244,12 @@ def test_factors_that_a_method_has_no_use_for(folder, capsys, options, sentence)
     assert sentence in line
 
 
+def test_tofu_refuses_them_before_it_reads_anything(folder, capsys):
+    given = ["tofu", "--data", "nowhere", "--methods", "K-FADE (EK-FAC)", "--factorize", "cholesky"]
+    assert main(given) == 2
+    assert "K-FADE (EK-FAC) takes all eigenvectors of its curvature" in capsys.readouterr().err
+
+
 def test_factors_are_kept_as_all_the_methods_take_them():
     """By size for solves alone; with all eigenvectors where one of them takes these."""
     given = Compare(Path("rows.jsonl"), "rows=0:3")
