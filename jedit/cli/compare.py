@@ -1,12 +1,17 @@
 """`jedit compare`: a small GPT learns questions and answers of one's own; methods are compared."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jedit.cli.checks import UsageError
 from jedit.cli.options import Compare
-from jedit.cli.rows import check_option_numbers, rows_of_file
+from jedit.cli.rows import check_option_numbers, factorize_of, rows_of_file
 from jedit.cli.stages import Stages, check_out, report
 from jedit.core.checks import COUNT, POSITIVE, Range
+
+if TYPE_CHECKING:
+    from jedit.curvature import Factorize
+    from jedit.recipes.comparison.task import Grid
 
 
 def compare(options: Compare, command: str) -> int:
@@ -28,13 +33,14 @@ def compare(options: Compare, command: str) -> int:
         raise UsageError("--epochs must be at least one number.")
     if options.width % options.heads:
         raise UsageError(f"--width {options.width} is not a multiple of --heads {options.heads}.")
+    how = factorize_of(options)
+    grid = _grid(options, how)
     check_out(options.out)
     rows, forget, retain = rows_of_file(options.data, options.forget, options.retain)
     stages = Stages()
 
     def comparison() -> Sequence:
         from jedit.recipes.fitting import Recipe
-        from jedit.recipes.scenes.authors import GRID
         from jedit.recipes.scenes.question_answer import (
             Caption,
             Model,
@@ -54,9 +60,30 @@ def compare(options: Compare, command: str) -> int:
             Caption("compare", title, note),
             model=Model(*size),
             recipe=Recipe(epochs, options.batch_size, options.learning_rate),
-            grid=GRID,
+            grid=grid,
             seed=options.seed,
             say=stages,
         )
 
     return report(comparison, stages, options.out, options.seed, command)
+
+
+def _grid(options: Compare, how: "Factorize") -> "Grid":
+    """Return what is compared.
+
+    Raises:
+        UsageError: a method that is none, or that takes what factors are not to hold.
+    """
+    from jedit.methods.catalogue import CATALOGUE
+    from jedit.recipes.factorizing import check_factorize, factorize_for
+    from jedit.recipes.scenes.authors import GRID
+
+    grid = GRID if not options.methods else GRID._replace(methods=options.methods)
+    if unknown := [name for name in grid.methods if name not in CATALOGUE]:
+        raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
+    rows = [CATALOGUE[name] for name in grid.methods]
+    try:
+        check_factorize(rows, how)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    return grid._replace(factorize=factorize_for(rows, how))

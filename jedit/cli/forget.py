@@ -10,7 +10,8 @@ from typing import Any
 
 from jedit.cli.checks import UsageError, shortened
 from jedit.cli.mesh import mesh_axes, mesh_of
-from jedit.cli.rows import check_option_numbers, option, rows_of_file
+from jedit.cli.options import Factors
+from jedit.cli.rows import check_option_numbers, factorize_of, option, rows_of_file
 from jedit.cli.stages import Stages
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, POSITIVE, Range
 
@@ -64,6 +65,15 @@ class Forget:
     learning_rate: float | None = None
     """Of a method that trains. None: what TOFU's preset for checkpoints tries last: 1e-5, 3e-5 for
     what is bounded, and for some their own unit."""
+    factorize: Factors | None = None
+    """How factors of curvatures are kept: eigh, with all eigenvectors; cholesky or inverse, with
+    none, for methods that take damped solves or matrices alone; auto: by size, with none beyond
+    8192 columns where no method takes them. None: auto, or with --rank eigh."""
+    rank: int | None = None
+    """Leading eigenvectors that are kept of a factor, the rest by their mean; of long ones alone
+    with --factorize auto."""
+    max_dim: int = 16384
+    """Longest axis that gets a dense factor; longer ones a diagonal one."""
     temperature: float | None = None
     """Of the curvature's likelihood. None: it is measured."""
     recovery: int = 48
@@ -126,6 +136,7 @@ def forget(options: Forget, command: str) -> int:
         Range(8, is_whole=True): ("max_len",),
     }
     check_option_numbers(options, numbers)
+    how = factorize_of(options)
     blocks = () if options.layers is None else blocks_of(options.layers)
     if options.select is not None and blocks:
         raise UsageError("--select and --layers say the same in two ways; give one of them.")
@@ -154,6 +165,7 @@ def forget(options: Forget, command: str) -> int:
         settings = Settings(
             **same,
             steps=STEPS if options.steps is None else options.steps,
+            factorize=how,
             layers=blocks,
             mesh=None if options.mesh is None else mesh_of(options.mesh),
             is_resumable=options.resumable,

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+# As `jedit.kfac` takes it; see `jedit.cli.rows.factorize_of`.
+Factors = Literal["eigh", "cholesky", "inverse", "auto"]
 DEMO_OUT, COMPARE_OUT, TOFU_OUT = Path("out/demo"), Path("out/compare"), Path("out/tofu")
 
 
@@ -61,6 +63,15 @@ class Compare:
     """Rows of a training step."""
     learning_rate: float = 1e-3
     """Of Adam, in training."""
+    methods: tuple[str, ...] = ()
+    """Some of the methods alone, by name, or others of the catalogue. None given: the main ones."""
+    factorize: Factors | None = None
+    """How factors of curvatures are kept: eigh, with all eigenvectors; cholesky or inverse, with
+    none, for methods that take damped solves or matrices alone; auto: by size, with none beyond
+    8192 columns where no method takes them. None: auto, or with --rank eigh."""
+    rank: int | None = None
+    """Leading eigenvectors that are kept of a factor, the rest by their mean; of long ones alone
+    with --factorize auto."""
     seed: int = 0
     """Of everything random."""
 
@@ -99,6 +110,13 @@ class Tofu:
     """Authors to forget, at most 20; None: the preset's."""
     methods: tuple[str, ...] = ()
     """Some of the methods alone, by name. None given: all."""
+    factorize: Factors | None = None
+    """How factors of curvatures are kept: eigh, with all eigenvectors; cholesky or inverse, with
+    none, for methods that take damped solves or matrices alone; auto: by size, with none beyond
+    8192 columns where no method takes them. None: auto, or with --rank eigh."""
+    rank: int | None = None
+    """Leading eigenvectors that are kept of a factor, the rest by their mean; of long ones alone
+    with --factorize auto."""
     attacks: bool = True
     """Attack the best models: relearning, quantisation, other words, probes. A sweep (--seeds,
     --grid published) makes none of these attacks."""

@@ -10,14 +10,18 @@ import tyro
 
 from jedit.cli.checks import UsageError
 from jedit.cli.mesh import mesh_axes
+from jedit.cli.options import Factors
+from jedit.cli.rows import factorize_of
 from jedit.core.checks import POSITIVE, check_numbers
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+    from rich.table import Table
 
     from jedit.recipes.plan.plan import Plan
 
 GIB = 2**30
+LONG = 65536  # columns beyond which an axis is a vocabulary's, whose diagonal nobody wonders at
 MOST_DEVICES = 4096  # each of them an object in this process; arbitrary
 
 
@@ -50,9 +54,13 @@ class PlanOptions:
     """Steps after the natural ones; 0: none."""
     attack: bool = True
     """Whether some rows are taught again after the edit."""
+    factorize: Factors | None = None
+    """How factors of the curvature are kept, as `jedit forget` takes it. None: auto, or with --rank
+    eigh."""
+    rank: int | None = None
+    """Leading eigenvectors that are kept of a factor; of long ones alone with --factorize auto."""
     max_dim: int = 16384
-    """Longest axis that gets a dense factor. `jedit forget` takes 16384: another in Python, by
-    `jedit.kfac` and `jedit.estimate`, then `Natural(curvature=...)` or `kfade`."""
+    """Longest axis that gets a dense factor, as `jedit forget` takes it."""
     group_bytes: int | None = None
     """Bytes of a group's sums on a device, as `jedit.estimate` takes it; None: all at once. In
     Python alone: estimate(...), then Natural(curvature=...) or kfade."""
@@ -87,8 +95,9 @@ def _planned(options: PlanOptions, mesh: "Mesh | None") -> int:
     from jedit.recipes.plan.advice import advice
     from jedit.recipes.plan.plan import Work, asked, counted
 
-    given = {name: getattr(options, name) for name in Work._fields if name != "select"}
-    work = Work(select=options.select or SELECT, **given)
+    own = {"select": options.select or SELECT, "factorize": factorize_of(options)}
+    given = {name: getattr(options, name) for name in Work._fields if name not in own}
+    work = Work(**own, **given)
     found = asked(options.folder, work, mesh=mesh)
     plan = counted(found, work)
     rate = matmul_rate() if options.rate is None else options.rate
@@ -102,6 +111,8 @@ def _planned(options: PlanOptions, mesh: "Mesh | None") -> int:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    for text in _of_factors(plan, rate):
+        say(text)
     peak = f"{plan.peak / GIB:.3g} GiB a device, in {plan.at_peak.name}"
     if found.is_widened:
         say(
@@ -146,7 +157,49 @@ def _tables(plan: "Plan", rate: float) -> list:
         sizes = (phase.held, phase.temporaries, phase.peak)
         row = [f"{size / GIB:.3g}" for size in sizes]
         phases.add_row(phase.name, *row, f"{seconds[phase.name]:.3g}")
-    return [parts, phases]
+    return [parts, phases, _factors_table(plan, rate)]
+
+
+def _factors_table(plan: "Plan", rate: float) -> "Table":
+    from rich.table import Table
+
+    table = Table(title="Factors of the curvature", title_justify="left")
+    table.add_column("columns", justify="right")
+    table.add_column("matrices", justify="right")
+    table.add_column("kept by")
+    for heading in ("GiB", "Tflop", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("why")
+    for k in plan.kept:
+        numbers = (k.bytes / GIB, k.flops / 1e12, k.flops / rate / plan.num_devices)
+        why = f"{k.why}; at each damping" if k.is_solved else k.why
+        table.add_row(f"{k.side:,}", f"{k.number}", k.form, *(f"{x:.3g}" for x in numbers), why)
+    return table
+
+
+def _of_factors(plan: "Plan", rate: float) -> list[str]:
+    """Return what is to be said of factors that take long, or that some library cannot take."""
+    said = []
+    hours = plan.seconds(rate)["decompose"] / 3600
+    solved = sum(k.flops for k in plan.kept if k.form == "eigh") / 60 / rate / plan.num_devices
+    if hours >= 1:
+        said.append(
+            f"Decompositions take {hours:.3g} hours at this rate; --factorize cholesky takes none, "
+            f"and some {solved:.3g} s at each damping."
+        )
+    for k in plan.kept:
+        if k.limit is not None:
+            said.append(
+                f"Factors of {k.side:,} columns are more than {k.limit.library} takes "
+                f"({k.limit.columns:,}): there the edit is refused before its first batch. Give "
+                "--factorize auto or cholesky, or --rank."
+            )
+        if k.form == "diagonal" and k.side <= LONG:
+            said.append(
+                f"Axes of {k.side:,} columns get diagonal factors; --max-dim {k.side} makes them "
+                "dense, without eigenvectors where --factorize auto finds them long."
+            )
+    return said
 
 
 def _mesh_of(text: str) -> "Mesh":

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jedit.cli.checks import UsageError
-from jedit.core.checks import Range, check_numbers
+from jedit.core.checks import COUNT, Range, check_numbers
 
 if TYPE_CHECKING:
+    from jedit.curvature import Factorize
     from jedit.data import QaRow
 
 Rows = tuple[list["QaRow"], list["QaRow"], list["QaRow"]]
@@ -55,6 +56,25 @@ def check_option_numbers(options: Any, numbers: Mapping[Range, Sequence[str]]) -
                 check_numbers(allowed, **{option(name): getattr(options, name)})
     except ValueError as error:
         raise UsageError(f"{error}.") from None
+
+
+def factorize_of(options: Any) -> "Factorize":
+    """Return how a command is told to keep the factors of curvatures: by itself "auto".
+
+    With a rank alone all factors that are longer keep as many eigenvectors.
+
+    Raises:
+        UsageError: numbers out of their range, or two settings that exclude each other.
+    """
+    from jedit.curvature import Factorize
+
+    numbers = [name for name in ("rank", "max_dim") if hasattr(options, name)]
+    check_option_numbers(options, {COUNT: numbers})
+    by = options.factorize or ("auto" if options.rank is None else "eigh")
+    try:
+        return Factorize(by, options.rank, getattr(options, "max_dim", Factorize.max_dim))
+    except ValueError as error:
+        raise UsageError(f"--factorize {by}, --rank {options.rank}: {error}.") from None
 
 
 def option(name: str) -> str:

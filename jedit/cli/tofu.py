@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jedit.cli.checks import UsageError
 from jedit.cli.options import Tofu
+from jedit.cli.rows import factorize_of
 from jedit.cli.stages import Stages, check_out, report
 from jedit.cli.sweeps import going_on, show
 
@@ -22,6 +23,8 @@ def tofu_command(options: Tofu, command: str) -> int:
         UsageError: a mistake that the user can mend.
     """
     from jedit.data import DataError
+    from jedit.methods.catalogue import CATALOGUE
+    from jedit.recipes.factorizing import check_factorize, factorize_for
     from jedit.recipes.tofu.presets import KNOWN, PRESETS
     from jedit.recipes.tofu.published import PUBLISHED
     from jedit.recipes.tofu.run import read_sets, tofu
@@ -40,6 +43,12 @@ def tofu_command(options: Tofu, command: str) -> int:
             raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(known)}")
         preset = preset._replace(grid=preset.grid._replace(methods=options.methods))
     _check_folders(options)
+    rows, how = [CATALOGUE[name] for name in preset.grid.methods], factorize_of(options)
+    try:
+        check_factorize(rows, how)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
+    preset = preset._replace(grid=preset.grid._replace(factorize=factorize_for(rows, how)))
     saved: dict[str, Any] = {}
     edited = options.out.with_name(f"{options.out.name}-edited")
     if options.save is not None:

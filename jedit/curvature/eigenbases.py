@@ -69,7 +69,7 @@ def factorize(
     check_layers_finite(matrix, name, hint)
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    if how.by != "eigh":
+    if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
     if how.rank is not None and how.rank < matrix.shape[-1]:
         return leading(matrix, how.rank, start)
@@ -113,7 +113,7 @@ def shape_of(matrix: Array | Sketched, how: Factorize) -> Factor:
         return Factor(None, image[..., : how.rank], image[:, 0, : how.rank + 1])
     if matrix.ndim == 2:
         return Factor(matrix, None, matrix)
-    if how.by != "eigh":
+    if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
     if how.rank is not None and how.rank < matrix.shape[-1]:
         return Factor(None, matrix[..., : how.rank], matrix[:, 0, : how.rank + 1])

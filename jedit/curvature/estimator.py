@@ -98,7 +98,8 @@ def estimate(
     given as `jax.sharding.explicit_axes(apply, in_sharding=...)`, in `jax.set_mesh(mesh)`.
 
     Args:
-        estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
+        estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`; `kfac(..., factorize="auto")` for
+            axes that are too long to be decomposed.
         params: the parameters at which the curvature is taken.
         batches: a `Batch`, or any iterable of them.
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result

@@ -38,9 +38,10 @@ from jedit.curvature.checks import check_counted
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.eigenbases import Moment, shape_of
 from jedit.curvature.estimator import Estimator
-from jedit.curvature.factorization import Factorize, factorizing
+from jedit.curvature.factorization import Choice, Factorize, choose, factorizing
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.limits import check_decomposable, limit_of
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.curvature.mesh.eigenbases import factorize_all
 from jedit.curvature.mesh.placement import (
@@ -66,7 +67,7 @@ from jedit.curvature.moments import (
 )
 from jedit.curvature.sketch import Sketch, starts
 from jedit.curvature.squared_gradients import add_squared_gradients
-from jedit.curvature.types import By, Curvature, Diagonal, Kronecker, pytree
+from jedit.curvature.types import Curvature, Diagonal, Kronecker, pytree
 
 
 @pytree("blocks", "draws", "shardings")
@@ -152,10 +153,13 @@ def kfac(
     fisher: Fisher = "sampled",
     samples: int = 1,
     sharing: Sharing = "expand",
-    factorize: Factorize | By = Factorize(),  # noqa: B008 - frozen and hashable
+    factorize: Factorize | Choice = Factorize(),  # noqa: B008 - frozen and hashable
     centred: bool = False,
 ) -> Estimator:
     """Estimate the curvature of the mean output loss by K-FAC.
+
+        estimator = kfac(apply, Categorical(), select="mlp", factorize="cholesky")
+        step = solve(estimate(estimator, params, batches, key=key), gradient, damping=0.1)
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
@@ -169,7 +173,8 @@ def kfac(
             cut.
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
-        factorize: how the factors are kept: "eigh", "cholesky", "inverse" or a `Factorize`.
+        factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto" or a `Factorize`;
+            damped solves need no eigenvectors, whatever else is made of a curvature does.
         centred: whether the means over the positions are taken off both moments; then it is no
             Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
             about zero.
@@ -228,6 +233,7 @@ def kfac(
 
     def init(params, batch, first_example=0):
         shape = shapes(params, batch)
+        _check_long(shape, params, how)
         refuse_unclear_padding(shape.blocks, batch)
         state = _on_mesh(zeros(shape, shape.places(params)), params)
         return dataclasses.replace(
@@ -285,7 +291,9 @@ def kfac(
         )
 
     def groups(params, batch, group_bytes):
-        needs = shapes(params, batch).footprints(params)
+        shape = shapes(params, batch)
+        _check_long(shape, params, how)  # of all groups, before the first is summed
+        needs = shape.footprints(params)
         rest: dict[str, Any] = {"fisher": fisher, "samples": samples, "sharing": sharing}
         rest |= {"factorize": how, "centred": centred}
         return tuple(
@@ -315,14 +323,35 @@ def _finalize(state: KfacState, dtype=None, *, how: Factorize) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
     check_counted(state.num_outputs)
     blocks, moments = _assembled(state, how)
-    return Curvature(blocks, factorize_all(moments, dtype, how=how), state.num_outputs)
+    chosen, factors = _chosen(blocks, moments, how), {}
+    for one in dict.fromkeys(chosen.values()):
+        part = {name: moment for name, moment in moments.items() if chosen[name] == one}
+        factors |= factorize_all(part, dtype, how=one)
+    return Curvature(blocks, {name: factors[name] for name in moments}, state.num_outputs)
 
 
 def _planned(state: KfacState, *, how: Factorize) -> Curvature:
     """Return a curvature of the shapes of the state's, with matrices for their eigenbases."""
     blocks, moments = _assembled(state, how)
-    factors = {name: shape_of(m.matrix, how) for name, m in moments.items()}
+    chosen = _chosen(blocks, moments, how)
+    factors = {name: shape_of(m.matrix, chosen[name]) for name, m in moments.items()}
     return Curvature(blocks, factors, state.num_outputs)
+
+
+def _chosen(blocks, moments, how: Factorize) -> dict[str, Factorize]:
+    """Return how each factor is kept."""
+    pairs = [(b.input, b.output) for b in blocks.values() if isinstance(b, Kronecker)]
+    sides = {n: m.matrix.shape[-1] * (m.matrix.ndim == 3) for n, m in moments.items()}
+    return choose(pairs, sides, how)
+
+
+def _check_long(state: KfacState, params: PyTree, how: Factorize) -> None:
+    """Refuse what no library can decompose, before any batch is taken."""
+    limit = limit_of(params)
+    moments = jax.tree.leaves((state.inputs, state.outputs))
+    longest = max((x.shape[-1] for x in moments if x.ndim == 3), default=0)
+    if limit is not None and longest + 1 > limit.columns:  # a bias adds a column
+        check_decomposable(jax.eval_shape(functools.partial(_planned, how=how), state), limit)
 
 
 def _assembled(

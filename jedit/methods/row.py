@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.curvature import Curvature
+from jedit.curvature import Curvature, Factorize
 from jedit.edits import Edit
 from jedit.objectives import Dialogue, GradedRows
 from jedit.objectives.attention_shift import AttentionReader
@@ -60,6 +60,21 @@ class Need(enum.Enum):
     def field(self) -> str:
         """The field of `Material` that holds it."""
         return self.name.lower()
+
+
+class Spectrum(enum.Enum):
+    """What a method takes of its curvatures' factors: which does without eigenvectors."""
+
+    SOLVES = "damped solves"
+    MATRICES = "the matrices of the factors"
+    LEADING = "eigenvectors, of which the leading ones will do"
+    ALL = "all eigenvectors"
+
+    def allows(self, how: Factorize) -> bool:
+        """Whether factors that are kept so, whatever their size, have what is taken of them."""
+        if how.rank is not None:
+            return self in (Spectrum.SOLVES, Spectrum.LEADING)
+        return how.by in ("eigh", "auto") or self in (Spectrum.SOLVES, Spectrum.MATRICES)
 
 
 class Pace(enum.Enum):
@@ -161,6 +176,7 @@ class Row:
         is_ours: whether it, or what it adds to the papers', is this project's.
         variant_of: name of the row beside which the table of all methods shows this one; None:
             it has a line.
+        spectrum: what it takes of the factors of its curvatures, if it needs any.
     """
 
     name: str
@@ -172,6 +188,7 @@ class Row:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_ours: bool = False
     variant_of: str | None = None
+    spectrum: Spectrum = Spectrum.ALL
 
     def missing(self, material: Material) -> tuple[Need, ...]:
         """What the method needs and the material does not hold."""

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.curvature import choose_temperature
+from jedit.curvature import Factorize, choose_temperature
 from jedit.data import batches
 from jedit.edits import apply_edit
 from jedit.methods.catalogue import CATALOGUE
@@ -140,6 +140,7 @@ class Editor:
         temperatures: tuple[float, ...] = (1.0,),
         optimizer: optax.GradientTransformation = ADAM,
         fitted_rows: int | None = None,
+        factorize: Factorize = Factorize(),  # noqa: B008 - frozen
     ):
         """Take a task, of which no retrained model is looked at.
 
@@ -151,9 +152,10 @@ class Editor:
             optimizer: what methods that train step by, with the rate in its state.
             fitted_rows: rows of each set that curvatures are estimated on, at equal distances;
                 None: all.
+            factorize: how the factors of curvatures are kept.
         """
         self.task, self.has, self.say, self.temperatures = task, has, say, temperatures
-        self.optimizer, self.fitted_rows = optimizer, fitted_rows
+        self.optimizer, self.fitted_rows, self.factorize = optimizer, fitted_rows, factorize
         self._seed: int | None = None
         self._fitted: dict[frozenset[Need], Fitted] = {}
         self._temperature: float | None = None
@@ -262,6 +264,7 @@ class Editor:
             looks=(int(point.get(STEPS, 1)),),
             batch_size=1,
             kl_budget=0.0,
+            factorize=self.factorize,
         )
         if needs and needs not in self._fitted:
             self._fitted = {}  # before the others are made

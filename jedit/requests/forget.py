@@ -47,7 +47,7 @@ from jedit.core.checks import POSITIVE, check_numbers
 from jedit.core.devices import on_auto_axes
 from jedit.core.display import short_repr
 from jedit.core.paths import matcher, parameter_paths
-from jedit.curvature import choose_temperature, estimate, kfac
+from jedit.curvature import Curvature, Factorize, choose_temperature, estimate, kfac
 from jedit.curvature.checks import check_covers
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit, edit_between
@@ -243,7 +243,8 @@ def _which_are_edited(params: PyTree, method: Natural | TrainingMethod) -> tuple
     """Return, leaf by leaf, what may be edited, where it is told before a curvature is there."""
     if isinstance(method, TrainingMethod):
         return which_are_trained(params, method.trainable)
-    select = method.select if method.curvature is None else covered(method.curvature)
+    given = method.curvature
+    select = covered(given) if isinstance(given, Curvature) else method.select
     is_found = matcher("" if select is None else select, "select")
     named = parameter_paths(params)
     return tuple(
@@ -323,12 +324,13 @@ def _natural(
     A recovery is what holds the rows, what lets them go, and the number of steps.
     """
     curvature = steps.curvature
-    if curvature is None:
+    if not isinstance(curvature, Curvature):
         metric = how.likelihood
         if metric is None:
             probed = take(seen, spread(rows_in(seen), PROBED))
             metric = Categorical(choose_temperature(apply, params, chunks(probed)))
-        estimator = kfac(apply, metric, select=steps.select)
+        kept = Factorize() if curvature is None else curvature
+        estimator = kfac(apply, metric, select=steps.select, factorize=kept)
         job = None if how.watch is None else how.watch.checkpoint
         part = None if job is None else job.part("curvature")
         curvature = estimate(estimator, params, chunks(seen), key=key, checkpoint=part)

@@ -11,7 +11,7 @@ from jedit.core.arguments import check_checkpoint, check_function, check_kind, c
 from jedit.core.batch import Batch, Resumable
 from jedit.core.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_numbers
 from jedit.core.display import short_repr
-from jedit.curvature import Curvature
+from jedit.curvature import Curvature, Factorize
 from jedit.curvature.likelihoods import Likelihood
 from jedit.objectives import NPO, Objective, with_retain
 from jedit.objectives.held import WithRetain
@@ -106,7 +106,8 @@ class Natural:
     Attributes:
         objective: what is lowered, best one that saturates; NPO at beta 0.04 with the retain loss.
         curvature: of the retain outputs; None: K-FAC is estimated of the retain rows that are not
-            held out, where the steps begin. The optimizer's state holds two copies of it.
+            held out, where the steps begin; a `Factorize`: likewise, its factors kept so, of which
+            damped solves are all that is made. The optimizer's state holds two copies of it.
         select: regular expression; a parameter in whose path it is not found is not edited, but by
             a rewind. It is looked at where the curvature is estimated.
         damping: λ, in units of each block's mean eigenvalue; 0.01 is `natural`'s.
@@ -118,7 +119,7 @@ class Natural:
     """
 
     objective: Objective = with_retain(NPO(beta=0.04))  # noqa: RUF009 - frozen and hashable
-    curvature: Curvature | None = None
+    curvature: Curvature | Factorize | None = None
     select: str | None = None
     damping: float = 0.01
     predicted_kl: float = 1e-4

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from jedit.curvature import Factorize
 from jedit.recipes.plan.advice import advice
 from jedit.recipes.plan.plan import Work, asked, counted
 from tests.bench.on_paper import STATED, constants
@@ -73,7 +74,7 @@ def row(name, number, method, known, *, is_advised):
         kinds = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((number,), ("data",), axis_types=kinds)
     # Factors of the hidden width are dense in all three, so that one number means one thing.
-    work = Work(method=method, attack=False, max_dim=32768)
+    work = Work(method=method, attack=False, factorize=Factorize(max_dim=32768))
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[name]))

@@ -1,14 +1,19 @@
 """The command line: what it writes, and that it writes nothing when it cannot."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 import jedit
+from jedit.cli.compare import _grid
 from jedit.cli.main import main
+from jedit.cli.options import Compare
+from jedit.curvature import Factorize
 from jedit.methods.row import Pace
 from jedit.recipes.comparison.task import MAIN, Grid
 from jedit.recipes.scenes import authors as authors_scene
@@ -223,6 +228,37 @@ def test_a_size_that_makes_no_model(folder, capsys, option, value, sentence):
     data = str(folder.parent / "rows.jsonl")
     line = fails(capsys, folder, "--data", data, "--forget", "rows=0:3", option, value)
     assert sentence in line
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--methods", "nothing"], "unknown methods: nothing; there are K-FADE (K-FAC), "),
+        (["--factorize", "cholesky"], "K-FADE (EK-FAC) takes all eigenvectors of its curvature"),
+        (["--factorize", "inverse", "--rank", "3"], "--factorize inverse, --rank 3: rank=3 keeps"),
+    ],
+)
+def test_factors_that_a_method_has_no_use_for(folder, capsys, options, sentence):
+    data = str(folder.parent / "rows.jsonl")
+    line = fails(capsys, folder, "--data", data, "--forget", "rows=0:3", *options)
+    assert sentence in line
+
+
+def test_tofu_refuses_them_before_it_reads_anything(capsys):
+    given = ["tofu", "--data", "nowhere", "--methods", "K-FADE (EK-FAC)", "--factorize", "cholesky"]
+    assert main(given) == 2
+    assert "K-FADE (EK-FAC) takes all eigenvectors of its curvature" in capsys.readouterr().err
+
+
+def test_factors_are_kept_as_all_the_methods_take_them():
+    """By size for solves alone; with all eigenvectors where one of them takes these."""
+    given = Compare(Path("rows.jsonl"), "rows=0:3")
+    assert _grid(given, Factorize("auto")).factorize == Factorize()
+    alone = dataclasses.replace(given, methods=("K-FADE (K-FAC)", "NPO"))
+    for how in (Factorize("auto"), Factorize("cholesky"), Factorize(rank=5)):
+        assert _grid(alone, how) == authors_scene.GRID._replace(
+            methods=alone.methods, factorize=how
+        )
 
 
 def test_a_folder_that_is_no_report_is_refused_before_any_work(folder, capsys):

@@ -49,6 +49,20 @@ def given(tmp_path):
         (["--method", "nothing"], "there is no method 'nothing'; there are natural, K-FADE"),
         (["--method", "salun"], "SalUn does not suit a language model: it draws wrong labels"),
         (["--method", "random label"], "random label does not suit a language model"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--factorize", "cholesky", "--rank", "4"], 'rank=4 keeps eigenvectors, which by="chol'),
+        (["--method", "npo", "--rank", "4"], "--rank would not be looked at: NPO has no curvature"),
+        (["--method", "npo", "--max-dim", "9"], "--max-dim would not be looked at: NPO has no cur"),
+        (
+            ["--method", "curvature pruning", "--factorize", "cholesky"],
+            "curvature pruning takes all eigenvectors of its curvature, and factorize cholesky "
+            "keeps the factors' matrices alone",
+        ),
+        (
+            ["--method", "engram", "--rank", "4"],
+            "engram takes the matrices of the factors of its curvature, and factorize eigh, rank 4 "
+            "keeps the leading eigenvectors alone",
+        ),
         (["--layers", "5-"], "--layers 5-: is not of the form 4-9 or 4,5,6"),
         (["--layers", "1", "--select", "mlp"], "--select and --layers say the same"),
         (["--mesh", "data=0"], "the axis data must be at least 1"),

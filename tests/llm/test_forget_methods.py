@@ -7,11 +7,13 @@ import pytest
 
 import jedit
 from jedit.core.paths import parameter_paths
+from jedit.curvature import Factorize, limits
 from jedit.data import QaRow
 from jedit.methods.row import ByDraws, BySteps
 from jedit.metrics import output_kl
 from jedit.models import load_model, save_model
 from jedit.objectives import GA, with_retain
+from jedit.recipes.factorizing import written as written_setting
 from jedit.recipes.folders import written
 from jedit.recipes.folders.choice import RATES, method_named, methods
 from jedit.recipes.folders.settings import Settings
@@ -71,6 +73,27 @@ def test_each_method_edits_the_folder_within_its_budget(folder, tmp_path, name):
     assert any(np.any(np.asarray(x) != 0) for x in jax.tree.leaves(edit))
     assert found["after"]["heldout_kl"] > 0
     assert not (tmp_path / "out" / "job").exists()
+
+
+def test_factors_are_kept_as_it_is_told(folder, tmp_path, monkeypatch):
+    """With all eigenvectors, and without where every axis is long; the record has the setting."""
+    hows = {"eigh": Factorize(), "by size": Factorize("auto", eigh_dim=1)}
+    made = {}
+    for name, how in hows.items():
+        found = run(folder, tmp_path / name, method="kfade", budget=0.02, factorize=how)
+        assert found["settings"]["factorize"] == written_setting(how)
+        made[name] = np.concatenate(
+            [np.ravel(x) for x in jax.tree.leaves(edit_of(tmp_path / name))]
+        )
+    one, other = made.values()
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    assert 0.5 < cosine < 0.9999, cosine
+    with pytest.raises(ValueError, match="curvature pruning takes all eigenvectors"):
+        run(folder, tmp_path / "out", method="curvature pruning", factorize=Factorize("cholesky"))
+    # A library that decomposes next to nothing stops what asks for it, natural steps among them.
+    monkeypatch.setattr(limits, "LAPACK", limits.Limit(8, "LAPACK"))
+    with pytest.raises(ValueError, match=r"columns .*LAPACK finds the eigenvectors of 8 at most"):
+        run(folder, tmp_path / "out", factorize=hows["eigh"])
 
 
 def test_who_compares_with_strangers_is_given_some(folder, tmp_path):

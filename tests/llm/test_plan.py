@@ -8,15 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 import transformers
 
 from jedit.core.paths import parameter_paths, selected_paths
+from jedit.curvature import Factorize
+from jedit.curvature.limits import CUSOLVER
 from jedit.models import load_model
 from jedit.models.shapes import load_shapes
 from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan.advice import _pattern
 from jedit.recipes.plan.plan import Work, in_every_layer, plan
+from jedit.recipes.plan.programs import flops_of
 from tests.conftest import COMPILE_FLAGS, ROOT
 from tests.llm.random_folder import COMMON, CONFIGS, write_config, write_random
 
@@ -174,6 +179,76 @@ def test_some_layers_have_the_programs_of_all(tmp_path):
     assert _pattern(paths, chosen, [3, 4]) == "^layers/(3|4)/(attn|mlp)/"
 
 
+HIDDEN, LONG = COMMON["hidden_size"], 28672  # an axis as long as Llama-70B's
+WIDE = Work("kfade", forget=8, retain=40, max_len=9, attack=False)
+
+
+def kept(folder, how):
+    """The plan, and by side and form the number of matrices, bytes and flops."""
+    found = plan(folder, WIDE._replace(factorize=how))
+    return found, {(k.side, k.form): (k.number, k.bytes, k.flops) for k in found.kept}
+
+
+def test_axes_that_no_library_decomposes_are_planned_for(tmp_path):
+    """Two layers of an axis of 28,672: gate and up end in it, down begins with it."""
+    folder = llama_of(2, tmp_path / "llama", intermediate_size=LONG)
+    found, by_size = kept(folder, Factorize("auto", max_dim=32768))
+    assert by_size[LONG, "cholesky"] == (6, 6 * 4 * LONG**2, pytest.approx(6 * LONG**3 / 3))
+    # What meets them in a block; the attention's factors keep their eigenvectors.
+    number = 4
+    assert by_size[HIDDEN, "cholesky"][:2] == (number, number * 4 * HIDDEN**2)
+    attention = sum(n for (_, form), (n, _, _) in by_size.items() if form == "eigh")
+    assert attention == 2 * 6  # inputs of q, k and v, of o, and four outputs
+    assert [k.why for k in found.kept if k.is_solved] == [
+        "auto: longer than 8192",
+        "auto: damped with a longer one",
+    ]
+    assert not any(k.limit for k in found.kept)
+    shorter, some = kept(folder, Factorize(rank=64, max_dim=32768))
+    size = 6 * 4 * (LONG * 64 + 65)
+    m = 2 * 64 + 8
+    assert some[LONG, "64 eigenvectors"] == (6, size, 6 * 8 * (2 * LONG**2 * m + 4 * LONG * m**2))
+    assert shorter.factors < found.factors / 100
+    whole, all_of_them = kept(folder, Factorize(max_dim=32768))
+    assert all_of_them[LONG, "eigh"] == (6, 6 * 4 * (2 * LONG**2 + LONG), 6 * 20 * LONG**3)
+    by_name = {phase.name: phase for phase in whole.phases}
+    assert whole.seconds(1e12)["decompose"] > 100 * found.seconds(1e12)["decompose"]
+    assert by_name["decompose"].held > found.phases[1].held + 4 * 4 * LONG**2
+    assert [k.limit for k in whole.kept if k.side == LONG] == [CUSOLVER]
+    _, short = kept(folder, Factorize())
+    assert short[LONG, "diagonal"][0] == 6
+
+
+def test_the_command_says_what_was_chosen_and_what_takes_hours(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    from jedit.cli.main import main
+
+    folder = llama_of(2, tmp_path / "llama", intermediate_size=LONG)
+    given = ["plan", str(folder), "--max-len", "9", "--forget", "8", "--retain", "40"]
+    given += ["--method", "kfade", "--no-attack", "--rate", "1e11"]
+    assert main([*given, "--max-dim", "32768", "--factorize", "eigh"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    hours = 6 * 20 * LONG**3 / 1e11 / 3600
+    assert f"Decompositions take {hours:.3g} hours at this rate" in shown
+    assert "Factors of 28,672 columns are more than cuSOLVER before CUDA 13 takes (25,000)" in shown
+    assert main(given) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "longer than max_dim=16384" in shown
+    assert "--max-dim 28672 makes them dense" in shown
+
+
+def test_solves_are_counted_as_products_are():
+    d, columns = 24, 5
+    matrix, rows = (jax.ShapeDtypeStruct((2, d, n), jnp.float32) for n in (d, columns))
+
+    def solved(matrix, rows):
+        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), rows)
+
+    with jax.numpy_rank_promotion("allow"):
+        found = flops_of(jax.make_jaxpr(solved)(matrix, rows).jaxpr)
+    assert found == pytest.approx(2 * (d**3 / 3 + 2 * d**2 * columns))
+
+
 def test_a_dtype_that_is_none_is_refused(tmp_path):
     folder = llama_of(2, tmp_path / "llama", dtype="auto", torch_dtype="auto")
     with pytest.raises(ValueError, match=r"config\.json: its dtype is auto, which no weights have"):
@@ -218,12 +293,15 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main([*given, "--memory", "1e-6"]) == 0
     shown = capsys.readouterr().out
     assert "It does not fit" in shown
-    for change in ("group_bytes=", "offload=True", "max_dim=", "layer 0 alone", "--batch-size 4"):
+    for change in ("group_bytes=", "offload=True", "--max-dim", "layer 0 alone", "--batch-size 4"):
         assert change in shown, change
+    assert "auto: at most 8192" in shown
     for more, sentence in (
         (["--select", "nothing"], "'nothing' matches no"),
         (["--mesh", "data=two"], "is not of the form data=4,model=2"),
         (["--mesh", "data=4097"], "takes 4097 devices; at most 4096"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--factorize", "inverse", "--rank", "2"], "rank=2 keeps eigenvectors"),
         (["--memory", "0"], "--memory must be positive"),
         (["--max-len", "1"], "max_len must be at least 2"),
         (["--method", "natural", "--offload"], "offload is of K-FADE alone"),

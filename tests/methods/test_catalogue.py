@@ -12,7 +12,7 @@ import pytest
 
 from jedit import methods
 from jedit.core.batch import Batch
-from jedit.curvature import ekfac, estimate
+from jedit.curvature import Factorize, ekfac, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import Edit, apply_edit
 from jedit.methods import CATALOGUE, ByBudget, ByDraws, BySteps, Material, Need, _making
@@ -130,6 +130,33 @@ def test_a_row_runs_on_what_it_needs_and_says_what_is_missing(scene, name):
             row.of(dataclasses.replace(least, **{need.field: None}))
     with pytest.raises(ValueError, match=r"has no setting nonsense"):
         row.of(least, nonsense=1)
+
+
+CURVED = {Need.CURVATURE, Need.CORRECTED, Need.TARGET_MOMENTS, Need.REST_MOMENTS}
+
+
+@pytest.mark.parametrize("how", [Factorize("cholesky"), Factorize(rank=2)], ids=["none", "some"])
+@pytest.mark.parametrize("name", [n for n, row in CATALOGUE.items() if row.needs & CURVED])
+def test_a_row_says_what_it_takes_of_its_factors(scene, name, how):
+    """It runs on factors without eigenvectors, or with some, if and only if it says so."""
+    material, retain = scene
+    row, key = CATALOGUE[name], jax.random.key(0)
+    estimator = kfac(network, Categorical(), fisher="exact", factorize=how)
+
+    def run():
+        made = {"rest_moments": estimate(estimator, material.params, [retain], key=key)}
+        made["curvature"] = made["rest_moments"]
+        made["target_moments"] = estimate(estimator, material.params, [material.forget], key=key)
+        if Need.CORRECTED in row.needs:
+            corrected = ekfac(network, Categorical(), made["curvature"])
+            made["corrected"] = estimate(corrected, material.params, [retain], key=key)
+        return ran(row, dataclasses.replace(material, **made), retain)
+
+    if row.spectrum.allows(how):
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run()))
+    else:
+        with pytest.raises(ValueError, match=r"has (no|the leading) eigenvectors"):
+            run()
 
 
 def test_names_are_said_once_and_settings_are_read(scene):

@@ -285,6 +285,25 @@ def test_the_recovery_is_adam_at_a_predicted_kl_on_the_same_rows_and_parameters(
     )
 
 
+def test_the_curvature_s_factors_are_kept_as_asked_for(scene):
+    """The same edit as with the curvature that one estimates oneself, kept so."""
+    params, gone, kept, _ = scene
+    settings = {"predicted_kl": 1e-3, "recovery": None}
+
+    def edited(**more):
+        how = Forgetting(Natural(**settings, **more), Categorical(), steps=2, every=2, heldout=kept)
+        return forget(apply, params, gone, kept, key=KEY, how=how)[0].blocks["shared"]
+
+    curvature_key = jax.random.split(KEY, 3)[0]
+    found = []
+    for how in ("eigh", "cholesky"):
+        estimator = kfac(apply, Categorical(), select="^shared$", factorize=how)
+        curvature = estimate(estimator, params, [kept], key=curvature_key)
+        found.append(edited(select="^shared$", curvature=Factorize(how)))
+        np.testing.assert_array_equal(found[-1], edited(curvature=curvature))
+    assert np.any(found[0] != found[1])
+
+
 def test_the_recovery_brings_back_what_is_kept_after_an_early_stop(scene):
     params, gone, kept, unseen = scene
     natural = Natural(with_retain(NPO(beta=0.01)), predicted_kl=0.05, damping=0.1, recovery=None)

@@ -3,7 +3,7 @@
 from jedit.methods import _making
 from jedit.methods.engrams.curvature_engram import curvature_engram
 from jedit.methods.engrams.engram import engram
-from jedit.methods.row import ByBudget, ByScale, Need, Reach, Row
+from jedit.methods.row import ByBudget, ByScale, Need, Reach, Row, Spectrum
 
 ROWS: tuple[Row, ...] = (
     ByBudget(
@@ -14,6 +14,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2602.10568",),
         make=_making.by_kfade(Need.CURVATURE),
         needs=frozenset({Need.CURVATURE}),
+        spectrum=Spectrum.SOLVES,
         settings={"damping": 0.1, "steps": 4},
     ),
     ByBudget(
@@ -33,6 +34,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2606.14997",),
         make=_making.by_engram(engram),
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
     ),
     ByScale(
         name="engram (output metric)",
@@ -43,6 +45,7 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.by_engram(curvature_engram),
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
     ),
     ByScale(
         name="memorised subspace",
@@ -52,6 +55,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2406.18566",),
         make=_making.by_memorised_subspace,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
         settings={"share": 0.01},  # ours
         reach=Reach.SHARE,
     ),
@@ -73,6 +77,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2602.23400",),
         make=_making.by_ucan,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
         settings={"least_risk": 0.0, "strength": 8.0},  # ours: the paper's are not known to us
     ),
     ByScale(

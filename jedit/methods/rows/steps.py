@@ -1,7 +1,7 @@
 """Rows of the methods whose steps are their own: projected, masked, perturbed, natural."""
 
 from jedit.methods import _making
-from jedit.methods.row import ByDraws, BySteps, Need, Pace, Row
+from jedit.methods.row import ByDraws, BySteps, Need, Pace, Row, Spectrum
 from jedit.methods.trained.l1_sparse import l1_sparse
 from jedit.methods.trained.ofmu import ofmu
 from jedit.methods.trained.rosu import rosu, uam
@@ -21,6 +21,7 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.natural_npo,
         needs=frozenset({Need.CURVATURE}),
+        spectrum=Spectrum.SOLVES,
         settings={"beta": 0.1, "damping": 0.01, "predicted_kl": 1e-4},
         pace=Pace.PREDICTED_KL,
     ),
@@ -32,6 +33,7 @@ ROWS: tuple[Row, ...] = (
         papers=(),
         make=_making.natural_npo,
         needs=frozenset({Need.CURVATURE}),
+        spectrum=Spectrum.SOLVES,
         settings={"beta": 0.04, "damping": 0.01, "predicted_kl": 1e-4},
         pace=Pace.PREDICTED_KL,
     ),
@@ -77,6 +79,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2605.11685",),
         make=_making.by_mcu,
         needs=frozenset({Need.LAYERS, Need.TARGET_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
         settings={"rank": 8},  # arbitrary
         pace=Pace.BOUNDED,
     ),
@@ -88,6 +91,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2604.17396",),
         make=_making.by_reglu,
         needs=frozenset({Need.TARGET_MOMENTS, Need.REST_MOMENTS}),
+        spectrum=Spectrum.MATRICES,
         settings={  # the code's, on phi-1.5
             "rank": 32,
             "retain_rank": 128,

@@ -19,7 +19,15 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jedit.core.batch import Batch
-from jedit.curvature import Curvature, Estimator, choose_temperature, ekfac, estimate, kfac
+from jedit.curvature import (
+    Curvature,
+    Estimator,
+    Factorize,
+    choose_temperature,
+    ekfac,
+    estimate,
+    kfac,
+)
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import Edit, apply_edit
@@ -39,6 +47,7 @@ from jedit.objectives import Dialogue, LatentMeans
 from jedit.recipes.comparison.judge import Judge, probe_batch
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import ascend, destroyed
+from jedit.recipes.factorizing import check_factorize
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
@@ -125,7 +134,8 @@ def compare(
         The numbers, and for each method with a point within budget the params of its best point.
 
     Raises:
-        ValueError: a method that the catalogue does not have, or that needs what the task lacks.
+        ValueError: a method that the catalogue does not have, or that needs what the task, or how
+            the grid keeps factors, lacks.
     """
     if unknown := [name for name in grid.methods if name not in CATALOGUE]:
         raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(CATALOGUE)}")
@@ -149,6 +159,7 @@ def compare(
 
     rows = [CATALOGUE[name] for name in grid.methods]
     _check_grid(grid, rows)
+    check_factorize(rows, grid.factorize)
     fitted = fit_material(task, grid, rows, key=curvature_key, say=say)
     material = material_of(task, grid, fitted)
     for row in rows:
@@ -247,7 +258,7 @@ def fit_material(task: Task, grid: Grid, rows: Sequence[Row], *, key: Array, say
         fitted = _fit_retained(task, grid, Need.CORRECTED in needed, key=key, say=say)
     if needed & MOMENTS:
         say("taking moments at the answers of the forget and of the retain rows")
-        moments, seconds = _fit_moments(task, key=key)
+        moments, seconds = _fit_moments(task, grid.factorize, key=key)
         fitted = fitted._replace(moments=moments, moment_seconds=seconds)
     if Need.ALTERNATES in needed and task.alternates is not None:
         say("sampling alternate answers to the forget rows' questions")
@@ -275,7 +286,7 @@ def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, s
     for temperature in grid.temperatures:
         say(f"fitting {kinds} on the retain rows, temperature {temperature:g}")
         likelihood = Categorical(temperature)
-        estimator = _kfac(task.apply, likelihood, task.select)
+        estimator = _kfac(task.apply, likelihood, task.select, grid.factorize)
         plain[temperature], first = _timed(estimator, task.original, chunks, key=key)
         second = 0.0
         if with_corrected:
@@ -290,9 +301,9 @@ def _fit_retained(task: Task, grid: Grid, with_corrected: bool, *, key: Array, s
     return Fitted(plain, corrected, temperature=temperature, seconds=first, corrected_seconds=both)
 
 
-def _fit_moments(task: Task, *, key: Array) -> tuple[dict[Need, Curvature], float]:
+def _fit_moments(task: Task, how: Factorize, *, key: Array) -> tuple[dict[Need, Curvature], float]:
     """Fit the curvatures that engrams want: of both sets, at the answers alone."""
-    estimator = _kfac(task.apply, Categorical(), task.select)
+    estimator = _kfac(task.apply, Categorical(), task.select, how)
     moments, total = {}, 0.0
     for i, (need, rows) in enumerate(
         ((Need.TARGET_MOMENTS, task.forget), (Need.REST_MOMENTS, task.retain)), start=2
@@ -324,9 +335,11 @@ def _timed(
 
 
 @functools.cache
-def _kfac(apply: Callable, likelihood: Categorical, select: str | None) -> Estimator:
+def _kfac(
+    apply: Callable, likelihood: Categorical, select: str | None, how: Factorize
+) -> Estimator:
     """One estimator for each model and likelihood: a second use of it compiles nothing."""
-    return kfac(apply, likelihood, select=select)
+    return kfac(apply, likelihood, select=select, factorize=how)
 
 
 Curves = Iterator[tuple[Curve, list[PyTree]]]

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jedit.core.batch import Batch
+from jedit.curvature import Factorize
 from jedit.methods.row import Pace, Reach
 from jedit.objectives import Dialogue
 
@@ -42,6 +43,7 @@ class Grid(NamedTuple):
         utility_share: None, or what a best point has to keep of the Model Utility; see
             `QUALITY_RULE`.
         lost_kl: the held-out retain KL beyond which Model Utility is not measured.
+        factorize: how the factors of the curvatures are kept.
         draws: strengths of RULE, rising; 20 is its code's, the others tell what comes before.
     """
 
@@ -57,6 +59,7 @@ class Grid(NamedTuple):
     scales: Mapping[Reach, tuple[float, ...]] = {}
     utility_share: float | None = None
     lost_kl: float = math.inf
+    factorize: Factorize = Factorize()
     draws: tuple[int, ...] = (5, 10, 20)
 
 

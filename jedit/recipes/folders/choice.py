@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ByDraws, BySteps, Need, Pace, Row
+from jedit.recipes.factorizing import FITTED
 from jedit.recipes.tofu.presets import FINE_TUNING
 
 NATURAL = "natural"
@@ -71,6 +72,9 @@ def check_settings(row: Row | None, given: Sequence[str]) -> None:
         )
     if "temperature" in given and row and not row.needs & {Need.CURVATURE, Need.CORRECTED}:
         raise ValueError(f"--temperature would not be looked at: {row.name} has no curvature")
+    for name in ("factorize", "rank", "max_dim"):
+        if name in given and row and not row.needs & FITTED:
+            raise ValueError(f"{_option(name)} would not be looked at: {row.name} has no curvature")
     if "base" not in given and (rest := [x for x in given if x in ("rewind", "rewind_rate")]):
         raise ValueError(f"{_option(rest[0])} is only looked at with --base")
 

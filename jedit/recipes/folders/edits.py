@@ -80,6 +80,7 @@ def _by_natural_steps(given: Given, settings: Settings) -> Made:
         batch_size=settings.batch_size,
         recovery=recovery,
         rewind=rewind,
+        curvature=settings.factorize,
     )
     total = settings.steps + settings.recovery + (0 if rewind is None else rewind.steps)
     return _forgotten(given, settings, steps, total, model=(apply, params))

@@ -22,6 +22,7 @@ from jedit.models import load_stepper
 from jedit.objectives import Dialogue
 from jedit.recipes.alternates import sampled_alternates, sampled_tokens
 from jedit.recipes.dialogue import Speaker, dialogue, room_for_answers
+from jedit.recipes.factorizing import factorize_for
 from jedit.recipes.fitting import rows_of
 from jedit.recipes.folders.places import SELECT, hidden_site, written_layers
 from jedit.recipes.folders.placing import cut
@@ -97,7 +98,7 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
     apply, params, forget = given.apply, given.params, given.sets["forget"]
     made: dict[str, Any] = {"steps": settings.steps}
     fit = functools.partial(_fitted, given, settings)
-    select = given.select or SELECT
+    select, how = given.select or SELECT, factorize_for([row], settings.factorize)
     if row.needs & {Need.CURVATURE, Need.CORRECTED}:
         temperature = settings.temperature
         if temperature is None:
@@ -106,14 +107,16 @@ def material_of(row: Row, given: Given, seen: Batch, settings: Settings) -> Mate
             temperature = choose_temperature(apply, params, chunks)
         given.say(f"fitting K-FAC on the retain rows, temperature {temperature:g}")
         likelihood = Categorical(temperature)
-        made["curvature"] = fit("curvature", kfac(apply, likelihood, select=select), seen)
+        made["curvature"] = fit(
+            "curvature", kfac(apply, likelihood, select=select, factorize=how), seen
+        )
         if Need.CORRECTED in row.needs:
             given.say("correcting its eigenvalues")
             made["corrected"] = fit("corrected", ekfac(apply, likelihood, made["curvature"]), seen)
     for need, rows in ((Need.TARGET_MOMENTS, forget), (Need.REST_MOMENTS, seen)):
         if need in row.needs:
             given.say(f"taking {need.value}")
-            estimator = kfac(apply, Categorical(), select=select)
+            estimator = kfac(apply, Categorical(), select=select, factorize=how)
             made[need.field] = fit(need.field, estimator, rows, answers_only)
     if Need.REFUSALS in row.needs:
         made["refusals"] = given.encode([(r.question, REFUSAL) for r in given.forget])

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from jedit.curvature import Factorize
+from jedit.recipes.factorizing import written
 from jedit.recipes.folders.choice import NATURAL
 
 KFADE_BUDGET = 0.05
@@ -25,6 +27,8 @@ class Settings(NamedTuple):
         temperature: of the likelihood in whose curvature it steps; None: the one of
             `choose_temperature`.
         steps: number of steps at most, of natural ones and of a method that trains.
+        factorize: how the factors of its curvature are kept; "auto" looks at their size, and at
+            what the method takes of them.
         learning_rate: of a method that trains, in its own unit; None: that of `RATES`.
         recovery: number of steps after natural ones that bring back what they cost; 0: none.
         base: folder of the model before it learned the rows, towards which the weights are drawn
@@ -47,6 +51,7 @@ class Settings(NamedTuple):
     budget: float | None = None
     temperature: float | None = None
     steps: int = STEPS
+    factorize: Factorize = Factorize("auto")
     learning_rate: float | None = None
     recovery: int = 48
     base: Path | None = None
@@ -71,6 +76,7 @@ class Settings(NamedTuple):
         found = self._asdict()
         for name in ("base", "ledger"):
             found[name] = None if found[name] is None else str(found[name])
+        found["factorize"] = written(self.factorize)
         found["layers"] = list(self.layers)
         found["mesh"] = None if self.mesh is None else dict(self.mesh.shape)
         return found

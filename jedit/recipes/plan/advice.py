@@ -1,5 +1,6 @@
 """What to change where an edit does not fit, each change with what it comes to."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jedit.core.paths import parameter_paths, selected_paths
+from jedit.curvature import Factorize
 from jedit.recipes.plan import programs
 from jedit.recipes.plan.plan import Asked, Plan, Work, asked, counted, sizes_of
 
@@ -19,6 +21,7 @@ IN_PYTHON = {
     "natural": "(in Python: estimate(...), then Natural(curvature=...))",
     "kfade": "(in Python: estimate(...), then kfade)",
 }
+RANKS = (1024, 256, 64)  # arbitrary
 MUCH = 0.3  # of the peak, in temporaries: then rows are made fewer or shorter
 
 
@@ -65,6 +68,8 @@ def advice(
         _without_attack(work, found),
         _in_groups(work, found, before),
         _offloaded(work, found),
+        _without_eigenvectors(folder, work, before, again),
+        _of_a_rank(folder, work, before, again),
         _diagonal(work, found, before),
         _fewer_layers(work, found),
         _smaller_rows(folder, work, before, again),
@@ -106,13 +111,36 @@ def _offloaded(work: Work, found: Asked) -> Iterator[Advice]:
         yield _changed(text, work, found, offload=True)
 
 
+def _without_eigenvectors(
+    folder: str | Path, work: Work, before: Plan, again: dict
+) -> Iterator[Advice]:
+    if any(k.form == "eigh" or "eigenvectors" in k.form for k in before.kept):
+        how = Factorize("cholesky", max_dim=work.factorize.max_dim)
+        yield _asked_again("--factorize cholesky, no eigenvectors", folder, work, how, again)
+
+
+def _of_a_rank(folder: str | Path, work: Work, before: Plan, again: dict) -> Iterator[Advice]:
+    if work.factorize.rank is not None:
+        return
+    for rank in RANKS:
+        if 4 * rank < before.largest_axis:  # else it would be no cheaper than all of them
+            how = Factorize(rank=rank, max_dim=work.factorize.max_dim)
+            text = f"--rank {rank}, the leading eigenvectors alone"
+            yield _asked_again(text, folder, work, how, again)
+
+
+def _asked_again(text: str, folder: str | Path, work: Work, how: Factorize, again: dict) -> Advice:
+    """Return a change of how factors are kept: its programs are others."""
+    changed = work._replace(factorize=how)
+    return Advice(text, changed, counted(asked(folder, changed, **again), changed))
+
+
 def _diagonal(work: Work, found: Asked, before: Plan) -> Iterator[Advice]:
-    sides = {f.basis.shape[-1] for f in found.curvature.factors.values() if f.basis is not None}
+    sides = {f.dimension for f in found.curvature.factors.values() if f.form != "diagonal"}
     for side in sorted(sides, reverse=True)[1:]:
-        changed = work._replace(max_dim=side)
+        changed = work._replace(factorize=dataclasses.replace(work.factorize, max_dim=side))
         yield Advice(
-            f"max_dim={side}, factors of longer axes (up to {before.largest_axis}) diagonal "
-            f"{IN_PYTHON[work.method]}",
+            f"--max-dim {side}, factors of longer axes (up to {before.largest_axis}) diagonal",
             changed,
             counted(_with_curvature(found, changed), changed),
         )

@@ -8,7 +8,8 @@ What a phase holds is counted from shapes, and what its program takes beside tha
 compiler (`jedit.recipes.plan.programs`):
 
     fit          W + M + B + C of the groups before + S + a pass
-    decompose    the same, the sums twice, the eigenbases, and four matrices of the largest size
+    decompose    the same, the sums twice, the eigenvectors, and four matrices of the largest size
+                 of which all are found
     natural      W + M + B + 5 C + 4 T + a step: the method's curvature, the optimizer's two copies,
                  and those of the loop that overwrites its own
     look         W + M + B + 3 C + 4 T + a price
@@ -32,15 +33,15 @@ from jax.typing import DTypeLike
 
 from jedit.core.arguments import check_word
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, check_numbers
-from jedit.core.devices import sharding_of
 from jedit.core.paths import parameter_paths, selected_paths
-from jedit.curvature import Curvature
-from jedit.curvature.memory import Footprint, device_bytes, group_paths
+from jedit.curvature import Curvature, Factorize
+from jedit.curvature.memory import Footprint, group_paths
 from jedit.geometry.trust_region import KEPT_BYTES
 from jedit.methods import Ascent
 from jedit.models.shapes import load_shapes
 from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan import programs
+from jedit.recipes.plan.factors import Kept, bytes_of, dropped, kept_factors, workspace
 from jedit.recipes.plan.programs import Cost, Model, Sizes
 from jedit.requests.comeback import LESSON_STEPS, LESSONS
 from jedit.requests.forget import HELD_OUT, MOST_HELD_OUT
@@ -48,7 +49,6 @@ from jedit.requests.unseen import CHUNK
 
 Method = Literal["natural", "kfade"]
 DEPTHS = (2, 4)  # layers of the models that are compiled; memory was linear from 2 to 16
-OVER_FLOOR_EIGH = 10.0  # a decomposition's seconds over those of 2 d³ flops; tests/bench/README.md
 
 
 class Phase(NamedTuple):
@@ -83,7 +83,8 @@ class Plan(NamedTuple):
         sums: K-FAC's sums of the largest group.
         factors: factors, eigenbases and eigenvalues of all groups.
         num_groups: passes over the retain rows.
-        largest_axis: longest side of a factor.
+        largest_axis: longest side of a dense factor.
+        kept: how the factors of each size are kept, and what their decompositions take.
         phases: the parts of the edit, in their order.
         num_devices: devices of the mesh.
         backend: whose compiler told the temporaries.
@@ -97,6 +98,7 @@ class Plan(NamedTuple):
     factors: int
     num_groups: int
     largest_axis: int
+    kept: tuple[Kept, ...]
     phases: tuple[Phase, ...]
     num_devices: int
     backend: str
@@ -129,7 +131,7 @@ class Work(NamedTuple):
         steps: natural steps at most.
         recovery: steps after them.
         attack: whether the rows are taught again.
-        max_dim: longest axis that gets a dense factor.
+        factorize: how factors are kept, as `jedit.kfac` takes it.
         group_bytes: as `estimate` takes it.
         offload: as `estimate` takes it; of K-FADE alone.
     """
@@ -143,7 +145,7 @@ class Work(NamedTuple):
     steps: int = 48
     recovery: int = 48
     attack: bool = True
-    max_dim: int = 16384
+    factorize: Factorize = Factorize("auto")
     group_bytes: int | None = None
     offload: bool = False
 
@@ -275,7 +277,7 @@ def sizes_of(work: Work) -> Sizes:
         chunk=chunk,
         priced=chunk if is_natural else min(work.batch_size, _held_out(work)),
         every=EVERY,
-        max_dim=work.max_dim,
+        factorize=work.factorize,
     )
 
 
@@ -296,24 +298,29 @@ def _costs(model: Model, sizes: Sizes, work: Work, backend: str) -> dict[str, Co
 def counted(found: Asked, work: Work) -> Plan:
     """Count the bytes and flops of an edit, of what was asked."""
     _check(work)
-    weights = _bytes(found.plain.params)
+    weights = bytes_of(found.plain.params)
     edit = _edited_bytes(found.wide, work.select)
-    factors = _bytes(found.curvature)
+    factors = bytes_of(found.curvature)
     groups = _group_sizes(found.footprints, work.group_bytes)
-    bases = [f.basis for f in found.curvature.factors.values() if f.basis is not None]
-    side = max((basis.shape[-1] for basis in bases), default=0)
-    largest = max((_one_layer(basis) for basis in bases), default=0)
+    dense = [f for f in found.curvature.factors.values() if f.form != "diagonal"]
+    kept_by = kept_factors(found.curvature, work.factorize, found.backend)
     # The caller keeps the narrow ones that masters are made of.
-    masters = edit if _bytes(found.wide.params) != weights else 0
+    masters = edit if bytes_of(found.wide.params) != weights else 0
     kept = _kept_outputs(found, work)
     # Natural steps have their price, and with it the outputs, from the start.
     base = weights + masters + (kept if work.method == "natural" else 0)
     passes = _passes(found, work)
-    cubes = sum(b.shape[0] * b.shape[-1] ** 3 for b in bases)
-    fit = _fit(base, groups, factors, 4 * largest, work.offload)
+    fit = _fit(
+        base,
+        groups,
+        factors,
+        dropped(dense, found.num_devices),
+        workspace(dense),
+        is_offloaded=work.offload,
+    )
     phases = [
         Phase("fit", fit[0], found.costs["fit"].bytes, passes * found.costs["fit"].flops),
-        Phase("decompose", fit[1], 0, 2 * OVER_FLOOR_EIGH * cubes),
+        Phase("decompose", fit[1], 0, sum(k.flops for k in kept_by if not k.is_solved)),
     ]
     in_device = 0 if work.offload else factors
     rest = _kfade if work.method == "kfade" else _natural
@@ -326,7 +333,8 @@ def counted(found: Asked, work: Work) -> Plan:
         sums=max(groups),
         factors=factors,
         num_groups=len(groups),
-        largest_axis=side,
+        largest_axis=max((factor.dimension for factor in dense), default=0),
+        kept=kept_by,
         phases=tuple(phases),
         num_devices=found.num_devices,
         backend=found.backend,
@@ -334,7 +342,13 @@ def counted(found: Asked, work: Work) -> Plan:
 
 
 def _fit(
-    base: int, groups: Sequence[int], factors: int, workspace: int, is_offloaded: bool
+    base: int,
+    groups: Sequence[int],
+    factors: int,
+    dropped: int,
+    workspace: int,
+    *,
+    is_offloaded: bool,
 ) -> tuple[int, int]:
     """Return what is held while the sums are made, and while they are decomposed."""
     total, done = sum(groups), 0
@@ -343,7 +357,8 @@ def _fit(
         before = 0 if is_offloaded else factors * done // total
         summing.append(base + before + size)
         # The sums stay until all moments and eigenbases of the group are made.
-        decomposing.append(base + before + size + factors * size // total + workspace)
+        made = (factors + dropped) * size // total
+        decomposing.append(base + before + size + made + workspace)
         done += size
     return max(summing), max(decomposing)
 
@@ -363,7 +378,7 @@ def _natural(found: Asked, work: Work, base: int, curvature: int, edit: int) -> 
         flops = work.recovery / EVERY * step.flops
         phases.append(Phase("recovery", base + 3 * curvature + 8 * edit, step.bytes, flops))
     if work.attack:
-        whole = _bytes(found.wide.params)
+        whole = bytes_of(found.wide.params)
         held = base + curvature + 3 * edit + 4 * whole
         phases.append(Phase("attack", held, costs["attack"].bytes, costs["attack"].flops))
     return phases
@@ -381,7 +396,7 @@ def _kfade(found: Asked, work: Work, base: int, curvature: int, edit: int) -> li
     phases = [Phase("edit", base + curvature + 2 * edit, temporaries, flops)]
     if work.attack:
         # The price and its outputs are gone; the edit, the edited parameters and Adam's are there.
-        weights = _bytes(found.plain.params)
+        weights = bytes_of(found.plain.params)
         held = 5 * weights + curvature + 2 * edit
         phases.append(Phase("attack", held, costs["attack"].bytes, costs["attack"].flops))
     return phases
@@ -419,27 +434,16 @@ def _kept_outputs(found: Asked, work: Work) -> int:
     return size // found.num_devices if size <= KEPT_BYTES else 0
 
 
-def _bytes(tree: Any) -> int:
-    places = jax.tree.map(lambda x: x.sharding, tree)
-    if all(sharding_of(x) is None for x in jax.tree.leaves(tree)):
-        places = None
-    return sum(jax.tree.leaves(device_bytes(tree, places)))
-
-
 def _edited_bytes(model: Model, select: str, *, is_wide: bool = True) -> int:
     change = programs.changed(model, select)
     if is_wide:
-        return _bytes(change)
-    return _bytes(programs.edited(model, select))
-
-
-def _one_layer(basis: Any) -> int:
-    return math.prod(basis.shape[1:]) * basis.dtype.itemsize
+        return bytes_of(change)
+    return bytes_of(programs.edited(model, select))
 
 
 def _check(work: Work) -> None:
     check_word(Method, method=work.method)
-    names = ("forget", "retain", "batch_size", "steps", "max_dim", "group_bytes")
+    names = ("forget", "retain", "batch_size", "steps", "group_bytes")
     check_numbers(COUNT, **{name: getattr(work, name) for name in names})
     check_numbers(COUNT_OR_ZERO, recovery=work.recovery)
     if work.max_len < 2:

@@ -27,12 +27,13 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.devices import places_of, row_sharding
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
-from jedit.curvature import Curvature, Factorize, kfac, quadratic_form
+from jedit.curvature import Curvature, Estimator, Factorize, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import natural
 from jedit.objectives import GA, Objective
 from jedit.objectives.token_nll import counted_kl, counted_nll, masked_mean
+from jedit.recipes.plan.factors import INVERSE_STEPS
 from jedit.requests import Natural
 from jedit.training import TrainingMethod
 from jedit.training.freezing import split, which_are_trained
@@ -124,19 +125,31 @@ def cost_of(program: jax.stages.Traced, backend: str) -> Cost:
 
 
 def flops_of(jaxpr: Any) -> float:
-    """Return the flops of a program's matrix products; a loop's as often as it is run."""
+    """Return the flops of a program's matrix products and solves; a loop's as often as it runs."""
     total = 0.0
     for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("cholesky", "triangular_solve"):
+            total += _solver_flops(eqn)
+            continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             over = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
             total += 2.0 * over * math.prod(eqn.outvars[0].aval.shape)
             continue
         inner = [flops_of(body) for value in eqn.params.values() for body in _programs_in(value)]
-        # Of the branches of a `cond` one is run.
+        # Of the branches of a `cond` one is run; a `while` is an inverse's iteration.
         both = max(inner, default=0.0) if eqn.primitive.name == "cond" else sum(inner)
-        total += both * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else both
+        times = {"scan": eqn.params.get("length", 1), "while": INVERSE_STEPS}
+        total += both * times.get(eqn.primitive.name, 1)
     return total
+
+
+def _solver_flops(eqn: Any) -> float:
+    """Return the flops of Cholesky's factors, d³ / 3, or of a triangular solve, d² a column."""
+    *_, d = shape = eqn.invars[0].aval.shape
+    if eqn.primitive.name == "cholesky":
+        return math.prod(shape) * d / 3
+    return float(d * math.prod(eqn.invars[1].aval.shape))
 
 
 def _programs_in(value: Any) -> list[Any]:
@@ -158,7 +171,7 @@ class Sizes:
         chunk: rows of a pass of the curvature, those that it sees at most.
         priced: rows of a pass of the price.
         every: natural steps between two looks.
-        max_dim: longest axis that gets a dense factor.
+        factorize: how factors are kept.
     """
 
     select: str
@@ -168,23 +181,23 @@ class Sizes:
     chunk: int
     priced: int
     every: int
-    max_dim: int
+    factorize: Factorize
+
+
+def _estimator(model: Model, sizes: Sizes) -> Estimator:
+    return kfac(model.apply, Categorical(), select=sizes.select, factorize=sizes.factorize)
 
 
 def curvature_of(model: Model, sizes: Sizes) -> tuple[Any, Curvature]:
     """Return the shapes of K-FAC's sums, and of the curvature that is made of them."""
-    estimator = kfac(
-        model.apply, Categorical(), select=sizes.select, factorize=Factorize(max_dim=sizes.max_dim)
-    )
+    estimator = _estimator(model, sizes)
     assert estimator.planned is not None
     return estimator.planned(model.params, model.rows(sizes.chunk))
 
 
 def fit(model: Model, sizes: Sizes) -> jax.stages.Traced:
     """Return the pass of the curvature over one batch."""
-    estimator = kfac(
-        model.apply, Categorical(), select=sizes.select, factorize=Factorize(max_dim=sizes.max_dim)
-    )
+    estimator = _estimator(model, sizes)
     state, _ = curvature_of(model, sizes)
     rows = model.rows(sizes.chunk)
     return jax.jit(estimator.update, donate_argnums=0).trace(

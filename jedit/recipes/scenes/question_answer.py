@@ -28,6 +28,7 @@ from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.dialogue import Speaker, dialogue
+from jedit.recipes.factorizing import told
 from jedit.recipes.fitting import Recipe, train
 from jedit.recipes.progress import Say, Within
 from jedit.recipes.tokenization import OwnWords
@@ -209,6 +210,7 @@ def question_answer(
                     "training": str(recipe),
                     "this model": f"after {original.epochs} epochs",
                     "K-FADE edits": f"parameters that match {SELECT}",
+                    "curvatures": told(grid.factorize),
                     "rows of the line search": min(task.probe, len(sets.seen)),
                     "seed": seed,
                 },

@@ -25,6 +25,7 @@ from jedit.edits import cast_report, edit_between
 from jedit.models import cast_params
 from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.task import Task
+from jedit.recipes.factorizing import told
 from jedit.recipes.fitting import Trained, train
 from jedit.recipes.progress import Say, tell
 from jedit.recipes.scenes.question_answer import REFUSAL, Model
@@ -312,6 +313,7 @@ def tofu(
                 "computed in": preset.dtype,
                 "training": trained_how,
                 "questions of each set that judge a point": preset.questions,
+                "curvatures": told(preset.grid.factorize),
                 "seed": seed,
             },
             seconds={

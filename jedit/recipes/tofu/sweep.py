@@ -23,6 +23,7 @@ from jedit.methods.row import ByDraws, ByScale, BySteps, Need, Row
 from jedit.models import cast_params, save_model
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.editing import BATCH, BUDGET, DRAWS, RATE, RATES, SCALE, STEPS, Editor
+from jedit.recipes.factorizing import check_factorize, written
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import (
     MODELS,
@@ -226,7 +227,10 @@ def tofu_sweep(
     }
     scene = prepare(sets, preset, seed=seeds[0], say=say, begin=begin)
     task = scene.task
-    editor = Editor(task, frozenset(Need), say=say, temperatures=preset.grid.temperatures)
+    how = preset.grid.factorize
+    check_factorize(list(rows.values()), how)
+    asked = {"temperatures": preset.grid.temperatures, "factorize": how}
+    editor = Editor(task, frozenset(Need), say=say, **asked)
 
     def edit(trial: Trial) -> PyTree:
         if trial.method in REFERENCES:
@@ -245,6 +249,7 @@ def tofu_sweep(
         "forgotten": preset.forgotten,
         "dtype": preset.dtype,
         "max_len": scene.model.max_len,
+        "factorize": written(how),
         **about,
     }
     trials = [Trial(name, {}, seeds[0]) for name in REFERENCES]

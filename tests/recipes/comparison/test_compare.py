@@ -10,12 +10,13 @@ import pytest
 
 from jedit import metrics
 from jedit.core.batch import Batch
+from jedit.curvature import Factorize
 from jedit.data import batches
 from jedit.methods import CATALOGUE, ByBudget, ByScale, Pace, Reach
 from jedit.objectives import Dialogue, Played
 from jedit.recipes.by_itself import run_by_itself
 from jedit.recipes.comparison import compare as compare_module
-from jedit.recipes.comparison.compare import compare
+from jedit.recipes.comparison.compare import compare, fit_material
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import MAIN, Grid, Task
 from jedit.recipes.scenes import authors
@@ -279,3 +280,15 @@ def test_engrams_of_texts_are_of_the_answers_tokens(task):
         inputs = np.concatenate([rows.inputs[mask], np.ones((mask.sum(), 1))], axis=1)
         moment = curvature.factors[curvature.blocks["kernel"].input].matrix[0]
         np.testing.assert_allclose(moment, inputs.T @ inputs / len(inputs), atol=1e-5)
+
+
+def test_curvatures_are_kept_as_the_grid_says(task):
+    how = Factorize("cholesky")
+    with pytest.raises(ValueError, match=r"^K-FADE \(EK-FAC\) takes all eigenvectors .*cholesky"):
+        compare(task, GRID._replace(factorize=how), key=jax.random.key(0), say=lambda _: None)
+    names = ("K-FADE (K-FAC)", "engram")
+    grid = GRID._replace(methods=names, factorize=how)
+    rows = [CATALOGUE[name] for name in names]
+    fitted = fit_material(task, grid, rows, key=jax.random.key(0), say=lambda _: None)
+    for curvature in (*fitted.plain.values(), *fitted.moments.values()):
+        assert {factor.form for factor in curvature.factors.values()} == {"undecomposed"}

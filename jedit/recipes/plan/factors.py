@@ -1,0 +1,158 @@
+"""What the factors of a curvature take, by their size: how each is kept, why, bytes and flops.
+
+    all eigenvectors       9 to 10 times 2 d³ flops (LAPACK, two CPU cores; tests/bench/README.md)
+    k leading ones         8 steps of 2 d² m + 4 d m², m = 2k + 8; where 2m >= d, as all of them
+    none, by Cholesky      d³ / 3 at each damping, in the program that solves
+    none, by an inverse    12 steps of two products, 4 d³ each, at each damping
+
+The steps of the last two are assumptions: a model's spectra need three to eight steps of orthogonal
+iteration, and Newton-Schulz gains a factor of four a step on a condition of some millions.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jedit.core.devices import sharding_of
+from jedit.curvature import Curvature, Factorize
+from jedit.curvature.limits import CUSOLVER, LAPACK, Limit
+from jedit.curvature.memory import device_bytes
+from jedit.curvature.types import Factor
+
+OVER_FLOOR_EIGH = 10.0  # a decomposition's seconds over those of 2 d³ flops; tests/bench/README.md
+ITERATIONS = 8  # of orthogonal iteration
+INVERSE_STEPS = 12  # of Newton-Schulz, refinements included
+
+
+class Kept(NamedTuple):
+    """Factors of one size that are kept in one way.
+
+    Attributes:
+        side: d, the columns of their matrices.
+        number: how many matrices, every layer counted.
+        form: how they are kept, in a few words.
+        why: why so.
+        bytes: bytes of all of them on a device.
+        flops: of all their decompositions together; by "cholesky" and "inverse" at each damping.
+        is_solved: whether it is the program that solves which does that, at its damping.
+        limit: the library that cannot decompose them; None: none is known that cannot.
+    """
+
+    side: int
+    number: int
+    form: str
+    why: str
+    bytes: int
+    flops: float
+    is_solved: bool
+    limit: Limit | None
+
+
+def kept_factors(curvature: Curvature, how: Factorize, backend: str) -> tuple[Kept, ...]:
+    """Return the factors of a curvature, or of one of shapes, by size and form, largest first.
+
+    Args:
+        curvature: the curvature.
+        how: what was asked for.
+        backend: on what it is made: "cpu", or an accelerator's name.
+    """
+    groups: dict[tuple[int, str], list[Factor]] = {}
+    for factor in curvature.factors.values():
+        groups.setdefault((factor.dimension, form_of(factor)), []).append(factor)
+    found = []
+    for (side, form), same in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1])):
+        one = same[0]
+        limits = [LAPACK, CUSOLVER] if backend == "cpu" else [CUSOLVER]
+        is_whole = one.form == "eigenbasis"
+        found.append(
+            Kept(
+                side=side,
+                number=sum(_layers(factor) for factor in same),
+                form=form,
+                why=_why(one, how),
+                bytes=sum(map(bytes_of, same)),
+                flops=sum(_layers(factor) * flops_of_one(factor) for factor in same),
+                is_solved=one.form == "undecomposed",
+                limit=next((x for x in limits if is_whole and side > x.columns), None),
+            )
+        )
+    return tuple(found)
+
+
+def form_of(factor: Factor) -> str:
+    """Return in a few words how a factor is kept."""
+    if factor.form == "leading":
+        assert factor.basis is not None
+        return f"{factor.basis.shape[-1]} eigenvectors"
+    names = {"eigenbasis": "eigh", "undecomposed": factor.by}
+    return names.get(factor.form, factor.form)
+
+
+def flops_of_one(factor: Factor) -> float:
+    """Return the flops of the decomposition of one layer's matrix."""
+    d = float(factor.dimension)
+    whole = OVER_FLOOR_EIGH * 2 * d**3
+    if factor.form == "leading":
+        assert factor.basis is not None
+        m = 2 * factor.basis.shape[-1] + 8
+        return whole if 2 * m >= d else ITERATIONS * (2 * d**2 * m + 4 * d * m**2)
+    if factor.form == "undecomposed":
+        return 4 * INVERSE_STEPS * d**3 if factor.by == "inverse" else d**3 / 3
+    return whole if factor.form == "eigenbasis" else 0.0
+
+
+def workspace(factors: Sequence[Factor]) -> int:
+    """Return the bytes beside sums and factors in which the largest one is decomposed.
+
+    Four matrices where all eigenvectors are found, three of the iterated columns where some are.
+    """
+    needed = [0]
+    for factor in factors:
+        if factor.form == "eigenbasis":
+            needed.append(4 * _one_layer(factor.basis))
+        elif factor.form == "leading":
+            assert factor.basis is not None
+            d, k = factor.basis.shape[1:]
+            needed.append(3 * d * min(2 * k + 8, d) * factor.basis.dtype.itemsize)
+    return max(needed)
+
+
+def dropped(factors: Sequence[Factor], num_devices: int) -> int:
+    """Return the bytes on a device of the moments whose leading eigenvectors alone are kept."""
+    total = 0
+    for factor in factors:
+        if factor.form == "leading":
+            assert factor.basis is not None
+            total += _layers(factor) * factor.dimension**2 * factor.basis.dtype.itemsize
+    return total // num_devices
+
+
+def bytes_of(tree: Any) -> int:
+    """Return the bytes of all arrays, or shapes, on one of the devices that share them."""
+    places = jax.tree.map(lambda x: x.sharding, tree)
+    if all(sharding_of(x) is None for x in jax.tree.leaves(tree)):
+        places = None
+    return sum(jax.tree.leaves(device_bytes(tree, places)))
+
+
+def _why(factor: Factor, how: Factorize) -> str:
+    if factor.form == "diagonal":
+        return f"longer than max_dim={how.max_dim}"
+    if how.by != "auto":
+        is_short = how.rank is not None and factor.form == "eigenbasis"
+        return "no longer than the rank" if is_short else "as asked for"
+    if factor.dimension > how.eigh_dim:
+        return f"auto: longer than {how.eigh_dim}"
+    if factor.form == "undecomposed":
+        return "auto: damped with a longer one"
+    return f"auto: at most {how.eigh_dim}"
+
+
+def _layers(factor: Factor) -> int:
+    return jax.tree.leaves(factor)[0].shape[0]
+
+
+def _one_layer(basis: Any) -> int:
+    return math.prod(basis.shape[1:]) * basis.dtype.itemsize
