@@ -82,9 +82,7 @@ class Sketched(NamedTuple):
 def is_sketched(how: Factorize, d: int) -> bool:
     """Say whether a moment of this side is sketched, which it is where that is smaller."""
     is_kept_whole = how.by == "auto" and d <= how.eigh_dim
-    return (
-        how.streamed and how.rank is not None and num_columns(how.rank) < d and not is_kept_whole
-    )
+    return how.streamed and how.rank is not None and num_columns(how.rank) < d and not is_kept_whole
 
 
 def zero_sketch(layers: int, d: int, dtype: jnp.dtype, how: Factorize) -> Sketch:
