@@ -54,7 +54,7 @@ from jedit.core.display import short_repr
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import exponents, shifted, wide, wide_dtype
 from jedit.core.row_blocks import in_row_blocks
-from jedit.curvature import Curvature, Inverted, Kronecker, inverted, quadratic_form
+from jedit.curvature import Curvature, Inverted, Kronecker, inverted, quadratic_form, solve
 from jedit.curvature.checks import check_counted, check_covers
 from jedit.curvature.likelihoods import Categorical, Likelihood
 from jedit.curvature.memory import Footprint, group_paths
@@ -92,6 +92,12 @@ class KfadeInfo(NamedTuple):
     within_budget: np.ndarray
 
     __repr__ = short_repr
+
+
+def direction(curvature: Curvature, gradient: PyTree, damping: float | Array) -> PyTree:
+    """Return the method's d = -(F + λ)⁻¹ g for the gradient of an objective to be lowered."""
+    step = solve(curvature, gradient, damping=damping)
+    return jax.tree.map(jnp.negative, step)
 
 
 @dataclasses.dataclass(frozen=True)
