@@ -282,6 +282,7 @@ def power(
     Arguments and errors are as `solve`'s; a curvature without eigenvectors is refused.
     """
     check_numbers(FINITE, exponent=exponent)
+    check_numbers(NOT_NEGATIVE, damping=damping)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_has_powers(curvature)
 

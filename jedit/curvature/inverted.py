@@ -164,8 +164,8 @@ def solve(
         ValueError: the tree lacks a covered parameter, or has it in another shape; or a damping
             that is negative or not finite.
     """
-    # Before anything is inverted.
-    check_covers(curvature, tree)
+    check_numbers(NOT_NEGATIVE, damping=damping)
+    check_covers(curvature, tree)  # before anything is inverted
     return inverted(curvature, damping=damping, absolute=absolute, uncovered=uncovered)(tree)
 
 

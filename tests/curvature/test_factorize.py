@@ -21,6 +21,7 @@ from jedit.curvature import (
 )
 from jedit.curvature.likelihoods import Categorical
 
+pytestmark = pytest.mark.float64  # precise statements about linear algebra
 SHAPES = {"w": (6, 5), "b": (5,), "stack": (2, 5, 5), "v": (3, 5)}
 RANK = 3
 damped = pytest.mark.parametrize(

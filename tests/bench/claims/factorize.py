@@ -241,13 +241,14 @@ def main() -> None:
     """Measure and write what came out."""
     options = evidence.parser(__doc__, seeds=3)
     options.add_argument("--only", choices=["speed", "effect"], help="None: both")
+    options.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="d of the speed")
     options.add_argument("--quick", action="store_true", help="one small size, one damping")
     given = options.parse_args()
     name = "factorize" + (f"_{given.only}" if given.only else "")
     numbers: dict[str, Any] = {}
     if given.only != "effect":
         numbers["speed"] = {}
-        for d in (256,) if given.quick else SIZES:
+        for d in (256,) if given.quick else given.sizes:
             numbers["speed"][d] = speed(d)
             print(d, numbers["speed"][d], flush=True)
         cases = [(128, 4)] if given.quick else [(256, 24), (1024, 8)]
