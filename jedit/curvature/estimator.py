@@ -91,6 +91,9 @@ def estimate(
 ) -> Curvature:
     """Estimate a curvature at `params` over batches.
 
+        estimator = kfac(apply, Categorical(), factorize="cholesky")  # no axis is decomposed
+        curvature = estimate(estimator, params, batches, key=key)
+
     The loop compiles once for batches of one shape and moves nothing to the host between them.
     Where params lie on a mesh, every sum and factor lies as its parameter does, each device
     decomposes some of the factors, and batches may be split over it by their rows. The mesh's axes
@@ -98,8 +101,7 @@ def estimate(
     given as `jax.sharding.explicit_axes(apply, in_sharding=...)`, in `jax.set_mesh(mesh)`.
 
     Args:
-        estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`; `kfac(..., factorize="auto")` for
-            axes that are too long to be decomposed.
+        estimator: `kfac(...)`, `ekfac(...)` or `diagonal(...)`.
         params: the parameters at which the curvature is taken.
         batches: a `Batch`, or any iterable of them.
         key: a `jax.random.key`; labels are sampled from it by example number, so that the result
@@ -120,9 +122,10 @@ def estimate(
     Raises:
         TypeError: an argument is something else.
         ValueError: no batch, none that counts an output, or what the estimator finds wrong with
-            one; a call under `jax.jit` or another transformation; the checkpoint is of another
-            call; or `group_bytes` with a checkpoint, with batches that come only once, or with an
-            estimator that cannot be parted.
+            one, such as an axis that is too long to be decomposed; a call under `jax.jit` or
+            another transformation; the checkpoint is of another call; or `group_bytes` with a
+            checkpoint, with batches that come only once, or with an estimator that cannot be
+            parted.
         FloatingPointError: a block's sums are not finite.
     """
     check_numbers(COUNT, group_bytes=group_bytes)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 from jaxtyping import PyTree
 
-from jedit.curvature.types import Curvature, Kronecker
+from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
 class Limit(NamedTuple):
@@ -50,6 +50,18 @@ def limit_of(params: PyTree) -> Limit | None:
     return eigh_limit(jax.devices()[0])
 
 
+def is_decomposed_whole(factor: Factor) -> bool:
+    """Say whether all eigenvectors of a factor are found, whatever is kept of them.
+
+    Orthogonal iteration takes 2k + 8 columns for k eigenvectors, and is no cheaper than that where
+    these are half of all.
+    """
+    if factor.form != "leading":
+        return factor.form == "eigenbasis"
+    assert factor.basis is not None
+    return 2 * (2 * factor.basis.shape[-1] + 8) >= factor.dimension
+
+
 def too_long(curvature: Curvature, limit: Limit) -> Mapping[str, tuple[str, int]]:
     """Return the factors of which more eigenvectors are asked for than a library can find.
 
@@ -59,7 +71,7 @@ def too_long(curvature: Curvature, limit: Limit) -> Mapping[str, tuple[str, int]
     for name, block in curvature.blocks.items():
         for factor in (block.input, block.output) if isinstance(block, Kronecker) else ():
             one = curvature.factors[factor]
-            if one.form == "eigenbasis" and one.dimension > limit.columns:
+            if is_decomposed_whole(one) and one.dimension > limit.columns:
                 found.setdefault(factor, (name, one.dimension))
     return found
 
@@ -81,6 +93,6 @@ def check_decomposable(curvature: Curvature, limit: Limit) -> None:
     raise ValueError(
         f"the curvature of {name!r} has a factor of {side:,} columns ({factor}){others}, and "
         f"{limit.library} finds the eigenvectors of {limit.columns:,} at most: estimate it by "
-        'factorize="cholesky", Factorize(rank=k) or "auto", or with a diagonal factor there, '
-        f"Factorize(max_dim={limit.columns})"
+        'factorize="cholesky" or "auto", by a rank below a quarter of that, or with a diagonal '
+        f"factor there, Factorize(max_dim={limit.columns})"
     )

@@ -149,6 +149,8 @@ def test_what_no_library_decomposes_is_refused_before_a_batch_is_summed(
     with pytest.raises(ValueError, match=r"curvature of '\w+' has a factor of 9 columns") as caught:
         run("eigh")
     assert "(and 1 more factors)" in str(caught.value)
+    with pytest.raises(ValueError, match="has a factor of 9 columns"):  # as good as all of them
+        run(Factorize(rank=3))
     assert 'factorize="cholesky"' in str(caught.value)
     assert not summed
     # What it says to do instead.

@@ -11,7 +11,7 @@ from scipy import stats
 
 import jedit
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac, quadratic_form
+from jedit.curvature import Factorize, estimate, kfac, quadratic_form
 from jedit.curvature.likelihoods import Categorical
 from jedit.metrics import output_kl
 from jedit.objectives import NPO, RetainNLL, with_retain

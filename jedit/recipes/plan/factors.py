@@ -17,7 +17,7 @@ import jax
 
 from jedit.core.devices import sharding_of
 from jedit.curvature import Curvature, Factorize
-from jedit.curvature.limits import CUSOLVER, LAPACK, Limit
+from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole
 from jedit.curvature.memory import device_bytes
 from jedit.curvature.types import Factor
 
@@ -65,7 +65,7 @@ def kept_factors(curvature: Curvature, how: Factorize, backend: str) -> tuple[Ke
     for (side, form), same in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1])):
         one = same[0]
         limits = [LAPACK, CUSOLVER] if backend == "cpu" else [CUSOLVER]
-        is_whole = one.form == "eigenbasis"
+        is_whole = is_decomposed_whole(one)
         found.append(
             Kept(
                 side=side,
@@ -97,7 +97,8 @@ def flops_of_one(factor: Factor) -> float:
     if factor.form == "leading":
         assert factor.basis is not None
         m = 2 * factor.basis.shape[-1] + 8
-        return whole if 2 * m >= d else ITERATIONS * (2 * d**2 * m + 4 * d * m**2)
+        step = 2 * d**2 * m + 4 * d * m**2
+        return whole if is_decomposed_whole(factor) else ITERATIONS * step
     if factor.form == "undecomposed":
         return 4 * INVERSE_STEPS * d**3 if factor.by == "inverse" else d**3 / 3
     return whole if factor.form == "eigenbasis" else 0.0
