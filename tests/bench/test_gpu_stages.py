@@ -160,8 +160,30 @@ def test_every_way_is_written_with_its_residual(tmp_path):
     for name, row in ways.items():
         assert row["seconds"] > 0
         assert row["residual"] < (0.1 if name == "iteration" else 1e-3)
-    assert ways["product"]["multiple"] == 1
+    assert ways["product"]["multiple"] == pytest.approx(1)
     assert ways["eigh"]["flops"] == 2 * 48**3
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("product", None),
+        ("cholesky", "cusolver_potrf"),
+        ("inverse", None),  # products alone
+        ("iteration", "cusolver_geqrf"),
+        ("eigh", "cusolver_syevd"),
+    ],
+)
+def test_each_way_is_lowered_for_cuda_at_the_largest_size(name, library):
+    ways = {
+        "iteration": lambda a: decompositions.iteration(a, decompositions.LEADING),
+        "eigh": lambda a: decompositions.eigh(a, a.dtype),
+    }
+    job = ways.get(name) or getattr(decompositions, name)
+    matrix = jax.ShapeDtypeStruct((gpu.SIZES[-1],) * 2, jnp.float32)
+    text = jax.jit(job).trace(matrix).lower(lowering_platforms=("cuda",)).as_text()
+    assert (library is None) == ("cusolver" not in text)
+    assert library is None or library in text
 
 
 def test_a_way_that_fails_or_is_wrong_is_seen_and_costs_itself_alone(tmp_path, monkeypatch):
