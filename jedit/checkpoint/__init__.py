@@ -12,6 +12,10 @@ unpickled or run, and anything can read them:
 
 A folder appears by one rename when all of it is on the disk, so that a process that is killed, or a
 disk that fills, leaves the one before or none, and never half of one.
+
+Several processes of one `jax.distributed` program, which see one file system, make every call that
+writes together: each writes the parts of arrays that its devices hold, the first one the manifest
+and the name, and all see one outcome. What they have written reads the same anywhere.
 """
 
 from jedit.checkpoint.entry import Entry, params_hash
