@@ -398,6 +398,13 @@ def test_corrected_values_are_squared_gradients(name, length, tolerance):
         tolerance.check(round_trip, step, "factorization")
 
 
+def test_a_start_of_another_model_is_refused():
+    params, batch = problem("tied")
+    how = dataclasses.replace(STREAMED, start=dense_and_streamed("chain")[1])
+    with pytest.raises(ValueError, match="which the start covers|the start's parameter has"):
+        kfac(tied, Categorical(), factorize=how).init(params, batch)
+
+
 def test_factors_without_eigenvectors_cannot_be_corrected():
     curvature = taken("chain", "cholesky")
     with pytest.raises(ValueError, match="curvature of 'stack' has no eigenvectors"):
