@@ -34,7 +34,7 @@ from jedit.curvature.types import Factor
 # where that is larger: a damped solve hardly sees what is below it. Arbitrary; the values' error is
 # the square of the vectors'.
 TOLERANCE = 1e-3
-MAX_STEPS = 30  # arbitrary; spectra as a model's need three to eight
+MAX_STEPS = 30  # arbitrary
 
 
 def num_columns(rank: int) -> int:
