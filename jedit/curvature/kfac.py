@@ -34,7 +34,7 @@ from jedit.curvature.captured_batch import (
     over_row_blocks,
     run_pass,
 )
-from jedit.curvature.checks import check_counted
+from jedit.curvature.checks import check_counted, check_has
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.eigenbases import Moment, shape_of
 from jedit.curvature.estimator import Estimator
@@ -173,8 +173,9 @@ def kfac(
             cut.
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
-        factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto" or a `Factorize`;
-            damped solves need no eigenvectors, whatever else is made of a curvature does.
+        factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto", or a `Factorize`,
+            by which the leading eigenvectors alone are kept too, iterated or streamed. Damped
+            solves need no eigenvectors; whatever else is made of a curvature does.
         centred: whether the means over the positions are taken off both moments; then it is no
             Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
             about zero.
@@ -182,12 +183,14 @@ def kfac(
     Returns:
         The estimator. A pass costs one forward, one activation-backward pass and the moments,
         d_in² + d_out² multiply-adds a position and site (about half of that for large d); its state
-        takes the factors' size.
+        takes the factors' size. Streamed, the moments cost 4 d m multiply-adds a position and side
+        with m = 2k + 8 columns, and the state takes d m numbers.
 
     Raises:
         TypeError: `apply` is no function, or `likelihood` no likelihood.
         ValueError: `fisher` or `sharing` is another word, or centred moments are to be of exact
-            labels, of which the mean is zero.
+            labels, of which the mean is zero. From `init`: the curvature to start from is of other
+            parameters.
     """
     how = factorizing(factorize)
     how = dataclasses.replace(how, start=on_auto(how.start))
@@ -232,6 +235,8 @@ def kfac(
         return jax.eval_shape(zero, params, batch)
 
     def init(params, batch, first_example=0):
+        if how.start is not None:
+            check_has((b.weight for b in how.start.blocks.values()), params, "start")
         shape = shapes(params, batch)
         _check_long(shape, params, how)
         refuse_unclear_padding(shape.blocks, batch)

@@ -7,8 +7,9 @@ K = a₁ a₁ᵀ and H = g₁ g₁ᵀ (S, S), the gradient's squares are
     Σ_st K_st H_st / (p q)    Σ_st γ_sj K_st γ_tj / p        p = d_in - k_A
     Σ_st α_si H_st α_ti / q   (Σ_s α_si γ_sj)²               q = d_out - k_G
 
-so that no gradient of d_in d_out numbers is made where a block has one site of dense inputs. What
-is off the leading ones is taken before it is squared: a difference of squares would cancel.
+so that no gradient of d_in d_out numbers is made where a block has one site of dense inputs, unless
+S² is larger. What is off the leading ones is taken before it is squared: a difference of squares
+would cancel.
 """
 
 import functools
@@ -63,7 +64,14 @@ def add_leading_squares(
     if done.one_group([sites[m.site] for m in block.members]):
         parts = jax.tree.map(lambda x: x.reshape(len(x), 1, -1, *x.shape[3:]), parts)
     a, g = parts[0]
-    if len(parts) == 1 and g is not None and a.ndim == 4 and not block.members[0].is_flipped:
+    if (
+        len(parts) == 1
+        and g is not None
+        and not block.members[0].is_flipped
+        and a.ndim == 4
+        # Gram matrices of more positions than that are larger than the gradient.
+        and a.shape[2] ** 2 <= a.shape[3] * g.shape[3]
+    ):
         return total + _by_positions(a, g, bases)
 
     def example(total, n_parts):

@@ -34,7 +34,7 @@ from jedit.curvature.types import Factor
 # where that is larger: a damped solve hardly sees what is below it. Arbitrary; the values' error is
 # the square of the vectors'.
 TOLERANCE = 1e-3
-MAX_STEPS = 30  # arbitrary; spectra as a model's need three to eight
+MAX_STEPS = 30  # arbitrary
 
 
 def num_columns(rank: int) -> int:
@@ -59,9 +59,11 @@ def leading(
         which is then made on one device.
     """
     found = []
-    for layer, one in enumerate(matrix):
-        first = None if start is None else start[min(layer, len(start) - 1)]
-        found.append(_leading_of(one, rank, first))
+    for layer in range(len(matrix)):
+        # Compiled, since several processes cannot slice what they share in another way.
+        number = jnp.int32(layer)
+        first = None if start is None else _layer(start, number)
+        found.append(_leading_of(_layer(matrix, number), rank, first))
     return as_factor(found, sharding_of(matrix))
 
 
@@ -130,7 +132,7 @@ def on_one_device(x: Array) -> Array:
     place = sharding_of(x)
     if place is None:
         return x
-    return jax.block_until_ready(jax.device_put(x, whole(place))).addressable_data(0)
+    return jax.block_until_ready(_gathered(x, whole(place))).addressable_data(0)
 
 
 def on_all_devices(x: Array, place: NamedSharding | None) -> Array:
@@ -139,6 +141,16 @@ def on_all_devices(x: Array, place: NamedSharding | None) -> Array:
         return x
     host = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, lambda index: host[index])
+
+
+@jax.jit
+def _layer(x: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gathered(x: Array, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jedit.core import row_blocks
 from jedit.core.batch import Batch
 from jedit.curvature import Factorize, ekfac, estimate, kfac, matvec, solve, subspace, trace
 from jedit.curvature.likelihoods import Categorical
-from jedit.curvature.sketch import Sketch
+from jedit.curvature.sketch import Sketch, add_rows, zero_sketch
 from jedit.curvature.subspace import TOLERANCE, leading, num_columns
 
 RANK, EXAMPLES, LENGTH, VOCAB = 4, 12, 5, 40
@@ -398,7 +399,31 @@ def test_corrected_values_are_squared_gradients(name, length, tolerance):
         tolerance.check(round_trip, step, "factorization")
 
 
+def test_a_start_of_another_model_is_refused():
+    params, batch = problem("tied")
+    how = dataclasses.replace(STREAMED, start=dense_and_streamed("chain")[1])
+    with pytest.raises(ValueError, match="which the start covers|the start's parameter has"):
+        kfac(tied, Categorical(), factorize=how).init(params, batch)
+
+
 def test_factors_without_eigenvectors_cannot_be_corrected():
     curvature = taken("chain", "cholesky")
     with pytest.raises(ValueError, match="curvature of 'stack' has no eigenvectors"):
         ekfac(chain, Categorical(), curvature)
+
+
+def test_its_programs_are_made_for_a_gpu_too():
+    """Lowered for CUDA; nothing is said of their speed there."""
+    d, n, layers = 64, 96, 2
+    zero = zero_sketch(layers, d, jnp.dtype(jnp.float32), STREAMED)
+    rows = jax.ShapeDtypeStruct((layers, n, d), jnp.bfloat16)
+    wide = jax.ShapeDtypeStruct((d, COLUMNS), jnp.float32)
+    square = jax.ShapeDtypeStruct((COLUMNS, COLUMNS), jnp.float32)
+    for function, given in (
+        (lambda s, x: add_rows(s, x, None), (jax.eval_shape(lambda: zero), rows)),
+        (subspace._orthonormal, (wide,)),
+        (jnp.linalg.eigh, (square,)),
+        (lambda x: jnp.linalg.svd(x), (square,)),
+    ):
+        made = jax.export.export(jax.jit(function), platforms=["cuda"])(*given)
+        assert made.platforms == ("cuda",)

@@ -2,8 +2,9 @@
 
 A and G are split over all the axes that split their weight, each along one side, and EK-FAC's
 eigenvalues as the weight; a side that the devices do not divide (d_in and one for a bias) is
-whole. Each device decomposes some of the factors; requests, and the batches of `unlearn`, are
-split where their rows are.
+whole. Each device decomposes some of the factors; leading eigenvectors alone are iterated with
+products made where the matrix lies, and lie as its rows do. Requests, and the batches of
+`unlearn`, are split where their rows are.
 
 `group_bytes=` takes the parameters in groups whose sums take so much of a device, a pass for
 each, and `offload` keeps finished factors in the host's memory, from which `solve` fetches them

@@ -41,8 +41,7 @@ def factorize_all(
         sharding = None if isinstance(matrix, Sketched) else sharding_of(matrix)
         needs_none = how.by != "eigh" or (how.rank is not None and how.rank < matrix.shape[-1])
         if isinstance(matrix, Sketched) or sharding is None or matrix.ndim == 2 or needs_none:
-            earlier = None if how.start is None else how.start.factors.get(name)
-            start = None if earlier is None or earlier.basis is None else fetched(earlier.basis)
+            start = _start(how, name, matrix.shape[-1])
             factors[name] = factorize(matrix, block, dtype=dtype, hint=hint, how=how, start=start)
         else:
             check_layers_finite(matrix, block, hint)
@@ -50,6 +49,14 @@ def factorize_all(
     with no_mesh():  # what is on one device cannot be computed with in the context of several
         factors |= _factorize_spread(spread, dtype)
     return {name: factors[name] for name in moments}
+
+
+def _start(how: Factorize, name: str, d: int) -> Array | None:
+    """Return an earlier curvature's eigenvectors of a factor, if it has some of this length."""
+    earlier = None if how.start is None else how.start.factors.get(name)
+    if earlier is None or earlier.basis is None or earlier.dimension != d:
+        return None
+    return fetched(earlier.basis)
 
 
 def _factorize_spread(

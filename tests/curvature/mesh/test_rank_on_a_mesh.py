@@ -1,14 +1,20 @@
 """Leading eigenvectors on eight devices, with axes of both types, against those on one."""
 
 import os
+import socket
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
-import dataclasses
+import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 jax.config.update("jax_enable_x64", True)
+if len(sys.argv) > 1:
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.experimental.multihost_utils import process_allgather
 import jedit
 from jedit.core.batch import Batch
 from jedit.curvature import Factorize
@@ -21,71 +27,71 @@ def apply(params, x):
 rng = np.random.default_rng(0)
 params = {n: rng.normal(size=s) / 5 for n, s in {"w": (64, 48), "b": (48,), "v": (48, 40)}.items()}
 inputs = rng.normal(size=(64, 64)) * np.arange(1, 65) ** -0.8
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[KIND],) * 2)
 specs = {"w": P("data", "model"), "b": P(), "v": P("model", "data")}
-placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
-rows = jax.device_put(inputs, NamedSharding(mesh, P("data")))
-alone = {n: jnp.asarray(x) for n, x in params.items()}
 gradient = {n: rng.normal(size=x.shape) for n, x in params.items()}
 key = jax.random.key(0)
-number = 0
+
+def computed(params, batch, streamed):
+    how = Factorize(rank=4, streamed=streamed)
+    first = jedit.estimate(jedit.kfac(apply, Categorical(), factorize=how), params, batch, key=key)
+    # The second pass starts from the first, which lies where the params do.
+    how = dataclasses.replace(how, start=first)
+    second = jedit.estimate(jedit.kfac(apply, Categorical(), factorize=how), params, batch, key=key)
+    tree = {n: jax.device_put(x, params[n].sharding) for n, x in gradient.items()}
+    solved = [jedit.solve(c, tree, damping=0.1) for c in (first, second)]
+    if streamed:
+        corrected = jedit.ekfac(apply, Categorical(), second)
+        corrected = jedit.estimate(corrected, params, batch, key=key)
+        solved.append(jedit.solve(corrected, tree, damping=0.1))
+        solved.append(jedit.project(jedit.null_space(first, threshold=0.9), tree))
+    return first, solved
+
+alone = {n: jnp.asarray(x) for n, x in params.items()}
 for streamed in (False, True):
-    found, start = [], None
-    for params, batch in ((alone, Batch(jnp.asarray(inputs))), (placed, Batch(rows))):
-        how = Factorize(rank=4, streamed=streamed)
-        first = jedit.estimate(
-            jedit.kfac(apply, Categorical(), factorize=how), params, batch, key=key
-        )
-        # The second pass starts from the first, which lies on the mesh.
-        how = dataclasses.replace(how, start=first)
-        second = jedit.estimate(
-            jedit.kfac(apply, Categorical(), factorize=how), params, batch, key=key
-        )
-        corrected = jedit.estimate(
-            jedit.ekfac(apply, Categorical(), second), params, batch, key=key
-        )
-        tree = {n: jax.device_put(x, params[n].sharding) for n, x in gradient.items()}
-        solved = [jedit.solve(c, tree, damping=0.1) for c in (first, second, corrected)]
-        projector = jedit.null_space(first, threshold=0.9)
-        found.append([solved, jedit.project(projector, tree)])
-        if params is placed:
-            for name, factor in first.factors.items():
-                if factor.form != "leading":
-                    continue
-                number += 1
-                pieces = {x.data.shape[1] for x in factor.basis.addressable_shards}
-                divides = factor.dimension % 8 == 0
-                assert pieces == {factor.dimension // (8 if divides else 1)}, (name, pieces)
-            for one in jax.tree.leaves(solved[0]):
-                assert len(one.sharding.device_set) == 8
-    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
-        scale = np.abs(np.asarray(one)).max()
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=1e-8 * scale)
-assert number == 8, number
+    expected = computed(alone, Batch(jnp.asarray(inputs)), streamed)[1]
+    for kind in ("Auto", "Explicit"):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType[kind],) * 2)
+        placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
+        rows = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+        curvature, found = computed(placed, Batch(rows), streamed)
+        factors = [f for f in curvature.factors.values() if f.form == "leading"]
+        assert len(factors) == 4
+        for factor in factors:
+            pieces = {x.data.shape[1] for x in factor.basis.addressable_shards}
+            divides = factor.dimension % 8 == 0
+            assert pieces == {factor.dimension // (8 if divides else 1)}, pieces
+            assert factor.basis.sharding.mesh.axis_types == mesh.axis_types
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            assert len(one.sharding.device_set) == 8
+            scale = np.abs(np.asarray(other)).max()
+            one = process_allgather(one, tiled=True)
+            np.testing.assert_allclose(one, np.asarray(other), atol=1e-8 * scale)
 print("agreed")
 """
 
 
-def check(kind):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE.replace("KIND", repr(kind))],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-            + " --xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.stdout.split() == ["agreed"], done.stderr[-3000:]
-
-
-def test_auto_axes():
-    check("Auto")
-
-
-def test_explicit_axes():
-    check("Explicit")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mesh_has_what_one_device_has(processes):
+    """Of one process, and of two that hold four devices each."""
+    devices = f" --xla_force_host_platform_device_count={8 // processes}"
+    flags = os.environ.get("XLA_FLAGS", "") + devices
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, *([address, str(i)] if processes > 1 else [])],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+    try:
+        for process in running:
+            out, errors = process.communicate(timeout=200)
+            assert out.split()[-1:] == ["agreed"], errors[-3000:]
+    finally:
+        for process in running:
+            process.kill()
