@@ -57,6 +57,6 @@ TOY_GRADIENTS = (GradientShape(1, 2, 128, 128, 128), GradientShape(2, 4, 75, 70,
 TOY_MATRICES = (MatrixShape(1, 128, 256), MatrixShape(2, 70, 100))
 
 # What two CPU cores do in seconds.
-CPU_MOMENTS = (MomentShape(1, 2048, 1024), MomentShape(1, 2048, 2048))
+CPU_MOMENTS = (MomentShape(1, 1024, 256), MomentShape(1, 2048, 1024), MomentShape(1, 2048, 2048))
 CPU_GRADIENTS = (GradientShape(1, 16, 64, 512, 512), GradientShape(1, 16, 256, 512, 1024))
 CPU_MATRICES = (MatrixShape(1, 512, 1024),)
