@@ -4,8 +4,8 @@
 
 which is EK-FAC's corrected spectrum, and with Q = 1 the diagonal of the Fisher. Inputs and
 gradients are rotated first; a batch of one position an example is then one product of squares,
-anything longer goes example by example through one buffer, so that gradients of all examples never
-coexist.
+anything longer goes example by example, or a few small ones at a time, so that gradients of all
+examples never coexist.
 """
 
 import jax

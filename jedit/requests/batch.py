@@ -7,8 +7,8 @@ A request of n positions has g_r = Σ_n a_n g_nᵀ at a site: rank n. Factored d
 
     (A + λ_A)⁻¹ ⊗ (G + λ_G)⁻¹,   λ_A λ_G = λ,   λ_A / λ_G = mean(a) / mean(g)
 
-(Martens & Grosse 2015) keeps that rank, so an edit is two thin matrices, and nothing of a
-parameter's size is formed for a request. Exact damping, 1 / (a_i g_j + λ), does not keep it: there
+(Martens & Grosse 2015) keeps that rank, so an edit is two thin matrices, and nothing larger than
+these is formed for a request. Exact damping, 1 / (a_i g_j + λ), does not keep it: there
 the edits are formed one chunk of requests at a time, and cut down to `rank` at once.
 """
 
@@ -382,6 +382,20 @@ def _inner(x: Array, y: Array) -> Array:
     return jnp.einsum("lpi,lqi->lpq", x, y, precision=HIGHEST)
 
 
+def _inner_product(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
+    """Return <aᵀg, bᵀh> of two pairs of thin matrices (layers, positions, features).
+
+    As a sum over pairs of positions, in which neither product is formed; but where a pair holds
+    more numbers than its product, of the products themselves, which are then the smaller and the
+    quicker way.
+    """
+    (a, g), (b, h) = one, other
+    rows, d_in, d_out = max(a.shape[1], b.shape[1]), a.shape[2], g.shape[2]
+    if rows * (d_in + d_out) > d_in * d_out:
+        return jnp.sum(_product(a, g) * _product(b, h))
+    return jnp.sum(_inner(a, b) * _inner(g, h))
+
+
 def _thin_block(
     a: Array,
     g: Array,
@@ -392,20 +406,19 @@ def _thin_block(
 ) -> _Blocks:
     A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
     left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
-    # ‖aᵀg‖² as a sum over pairs of positions: the matrix itself, rows by d_out, is never formed.
-    # All norms and products below are taken so.
-    norm2 = jnp.sum(_inner(a, a) * _inner(g, g))
-    edit_norm2 = jnp.sum(_inner(left, left) * _inner(right, right))
-    thin, cut2 = jnp.swapaxes(left, 1, 2), jnp.zeros((), a.dtype)
+    norm2 = _inner_product((a, g), (a, g))
+    zero = jnp.zeros((), a.dtype)
+    # Read beside what is cut off alone.
+    edit_norm2 = zero if rank is None else _inner_product((left, right), (left, right))
+    thin, cut2 = jnp.swapaxes(left, 1, 2), zero
     if rank is not None and rank < a.shape[1]:
         cut = truncate(thin, right, rank)
         cut2 = jnp.sum(cut.lost2)
         thin, right = cut.left, cut.right
         # The gain and the KL reported are those of the edit after the cut.
         left = jnp.swapaxes(thin, 1, 2)
-    gain = jnp.sum(_inner(a, left) * _inner(g, right))
-    moved = _inner(left, _times(left, A))
-    quadratic = jnp.sum(moved * _inner(right, _times(right, G)))
+    gain = _inner_product((a, g), (left, right))
+    quadratic = _inner_product((left, right), (_times(left, A), _times(right, G)))
     edit = _low_rank(held, thin, right)
     return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
 

@@ -43,5 +43,5 @@ TOY_MOMENTS = (MomentShape(1, 128, 256), MomentShape(2, 100, 200), MomentShape(1
 TOY_GRADIENTS = (GradientShape(1, 2, 128, 128, 128), GradientShape(2, 4, 75, 70, 200))
 
 # What two CPU cores do in seconds.
-CPU_MOMENTS = (MomentShape(1, 2048, 1024), MomentShape(1, 2048, 2048))
+CPU_MOMENTS = (MomentShape(1, 1024, 256), MomentShape(1, 2048, 1024), MomentShape(1, 2048, 2048))
 CPU_GRADIENTS = (GradientShape(1, 16, 64, 512, 512), GradientShape(1, 16, 256, 512, 1024))

@@ -9,6 +9,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import Factorize, diagonal, ekfac, estimate, factors, kfac
 from jedit.curvature.likelihoods import Bernoulli, Categorical, Gaussian
 from jedit.curvature.types import Diagonal
+from jedit.models import gpt
 from tests.curvature.programs import (
     BY_NAME,
     EXAMPLES,
@@ -203,3 +204,14 @@ def test_a_branch_counts_only_what_ran_in_it(key, tolerance):
     curvature = estimate(kfac(apply, Categorical()), params, batches, key=key)
     for name, a in expected.items():
         tolerance.check(factors(curvature, name)[0], a)
+
+
+def test_blocks_of_one_input_give_their_basis_to_the_step_once(key):
+    """So that what the three read is rotated once: of two arguments XLA cannot know it."""
+    apply, params = gpt(key=key, vocab=7, width=8, num_layers=1, num_heads=2, max_len=3)
+    batch = Batch(jnp.zeros((2, 3), jnp.int32))
+    estimator = kfac(apply, Categorical(), select="(query|key|value)/kernel")
+    curvature = estimate(estimator, params, [batch], key=jax.random.key(0))
+    held = jax.tree.leaves(ekfac(apply, Categorical(), curvature).update)
+    # One of the input, three of the outputs.
+    assert len(held) == len(curvature.factors) == 4

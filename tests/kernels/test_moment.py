@@ -7,6 +7,7 @@ import pytest
 from jedit_kernels import moment
 from jedit_kernels.moment.mosaic import moment_mosaic
 from jedit_kernels.moment.reference import moment_reference
+from jedit_kernels.moment.xla import divided, moment_xla
 from jedit_kernels.shapes import CPU_MOMENTS, LLAMA_MOMENTS, TOY_MOMENTS
 from jedit_kernels.tiles import WIDTHS
 
@@ -37,7 +38,7 @@ def case(key, shape, *, is_masked):
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("shape", [*TOY_MOMENTS, (2, 5, 1), (1, 40, 1100)])
+@pytest.mark.parametrize("shape", [*TOY_MOMENTS, (2, 5, 1), (1, 40, 1100), (1, 20, 1601)])
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES)
 def test_xla_is_numpys(key, shape, wide, narrow, is_masked, tolerance):
     total, rows, mask, expected = case(key, shape, is_masked=is_masked)
@@ -130,3 +131,36 @@ def test_the_kernel_refuses_float32():
             jnp.zeros((1, 2, 3), jnp.float32),
             implementation="mosaic",
         )
+
+
+def products(d):
+    """Shapes of the products that a program of `d` columns is lowered to."""
+    total, rows = (
+        jax.ShapeDtypeStruct((1, d, d), jnp.float32),
+        jax.ShapeDtypeStruct((1, 8, d), jnp.float32),
+    )
+    jaxpr = jax.make_jaxpr(moment_xla)(total, rows)
+    return [e.outvars[0].aval.shape[1:] for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+
+
+@pytest.mark.parametrize(
+    ("d", "expected"),
+    [
+        (10, [(10, 10)]),
+        (256, [(64, 64), (64, 128), (64, 192), (64, 256)]),
+        (1024, [(256, 256), (256, 512), (256, 768), (256, 1024)]),
+        (2048, [(256, 256)] * 36),
+    ],
+)
+def test_the_division_is_the_measured_one(d, expected):
+    assert products(d) == expected
+
+
+def test_what_is_benched_takes_fewer_flops_than_the_whole_product():
+    widths = {shape.d for shape in (*CPU_MOMENTS, *LLAMA_MOMENTS)} | {256, 784}
+    for d in widths:
+        done = sum(rows * columns for rows, columns in products(d))
+        number, _ = divided(d)
+        # Never more than the lower triangle in so many parts: half, and half a part a column.
+        assert done <= d * d * (number + 1) / (2 * number) + d
+        assert number > 1

@@ -7,6 +7,7 @@ import pytest
 from jedit_kernels import squared_gradient_sum
 from jedit_kernels.shapes import CPU_GRADIENTS, LLAMA_GRADIENTS, TOY_GRADIENTS
 from jedit_kernels.squared_gradient_sum.reference import squared_gradient_sum_reference
+from jedit_kernels.squared_gradient_sum.xla import at_a_time
 
 from tests.kernels.hopper import check, draw, interpreted, lowered_for_cuda, needs_kernels
 
@@ -26,7 +27,9 @@ def case(key, shape):
     return total, a, g, expected
 
 
-@pytest.mark.parametrize("shape", [*TOY_GRADIENTS, (2, 4, 1, 5, 3), (1, 1, 3, 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [*TOY_GRADIENTS, (2, 4, 1, 5, 3), (1, 1, 3, 1, 2), (1, 6, 3, 4, 5)]
+)
 @pytest.mark.parametrize(("wide", "narrow"), DTYPES)
 def test_xla_is_numpys(key, shape, wide, narrow, tolerance):
     total, a, g, expected = case(key, shape)
@@ -73,3 +76,11 @@ def test_the_kernel_refuses_two_dtypes():
     a, g = jnp.zeros((1, 2, 4, 3), jnp.bfloat16), jnp.zeros((1, 2, 4, 2), jnp.float16)
     with pytest.raises(ValueError, match="got a in bfloat16, g in float16"):
         squared_gradient_sum(total, a, g, implementation="mosaic")
+
+
+def test_how_many_gradients_are_there_at_a_time():
+    assert at_a_time(1025 * 1024, 8) == 4
+    assert at_a_time(257 * 256, 3) == 3
+    assert at_a_time(257 * 256, 0) == 1
+    # A large one alone: four of Llama's would be a gigabyte.
+    assert at_a_time(4096 * 14336, 16) == 1
