@@ -173,8 +173,8 @@ def kfac(
             cut.
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
-        factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto", or a `Factorize`,
-            by which the leading eigenvectors alone are kept too, iterated or streamed. Damped
+        factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto", or a
+            `Factorize`, by which leading eigenvectors can be kept, iterated or streamed. Damped
             solves need no eigenvectors; whatever else is made of a curvature does.
         centred: whether the means over the positions are taken off both moments; then it is no
             Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
