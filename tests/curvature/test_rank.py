@@ -201,7 +201,7 @@ def test_a_second_pass_refines_the_first():
         name: [span_error(c.factors[name], dense.factors[name].matrix) for c in (first, second)]
         for name in sketched
     }
-    assert max(before for before, _ in found.values()) > 1e-3, found
+    assert max(before for before, _ in found.values()) > 1e-4, found
     # To float32's rounding; a factor of fewer directions than columns has no error to begin with.
     assert all(after < 0.3 * before + 2e-6 for before, after in found.values()), found
 

@@ -194,9 +194,8 @@ def main() -> None:
         one = functools.partial(seed_effects, seed, ranks, epochs)
         records.append(kept(folder / f"{seed}.json", {"seed": seed, **settings}, one))
     found = effects(records)
-    print(
-        "| eigenvectors | best damping | forget NLL | over that of all |\n| --- | --- | --- | --- |"
-    )
+    print("| eigenvectors | best damping | forget NLL | over that of all | at each damping |")
+    print("| --- | --- | --- | --- | --- |")
     for name, row in found.items():
         ratio = shown_ratio(row["log ratio"])
         each = ", ".join(map(shown_ratio, row["log ratio at each damping"]))
