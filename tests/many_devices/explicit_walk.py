@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jedit.likelihoods import Categorical
 
 import jedit
 from jedit.curvature.ggn import quadratic_kl
+from jedit.curvature.likelihoods import Categorical
 from tests.many_devices.explicit_entrances import HIDDEN, ROWS, SEQ, SPECS, VOCAB, WIDTH, apply
 
 
