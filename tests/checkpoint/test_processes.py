@@ -168,7 +168,7 @@ def test_errors_travel(error, kind, text):
 
 @pytest.mark.parametrize(
     ("shape", "spec"),
-    [((), P()), ((0, 4), P()), ((8, 6), P("x")), ((8, 6), P(None, "y")), ((4, 6, 2), P("x", "y"))],
+    [((), P()), ((0, 4), P()), ((8, 6), P("x")), ((8, 6), P(None, "y")), ((8, 6, 2), P("x", "y"))],
 )
 def test_parts_fill_the_file(shape, spec, tmp_path):
     """Whatever way an array is cut, the file holds its memory, row by row."""
