@@ -1,20 +1,14 @@
 """Leading eigenvectors on eight devices, with axes of both types, against those on one."""
 
 import os
-import socket
 import subprocess
 import sys
 
-import pytest
-
 CODE = """
-import dataclasses, sys
+import dataclasses
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 jax.config.update("jax_enable_x64", True)
-if len(sys.argv) > 1:
-    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jax.experimental.multihost_utils import process_allgather
 import jedit
 from jedit.core.batch import Batch
 from jedit.curvature import Factorize
@@ -64,34 +58,19 @@ for streamed in (False, True):
         for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
             assert len(one.sharding.device_set) == 8
             scale = np.abs(np.asarray(other)).max()
-            one = process_allgather(one, tiled=True)
-            np.testing.assert_allclose(one, np.asarray(other), atol=1e-8 * scale)
+            np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-8 * scale)
 print("agreed")
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_mesh_has_what_one_device_has(processes):
-    """Of one process, and of two that hold four devices each."""
-    devices = f" --xla_force_host_platform_device_count={8 // processes}"
-    flags = os.environ.get("XLA_FLAGS", "") + devices
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, *([address, str(i)] if processes > 1 else [])],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    try:
-        for process in running:
-            out, errors = process.communicate(timeout=200)
-            assert out.split()[-1:] == ["agreed"], errors[-3000:]
-    finally:
-        for process in running:
-            process.kill()
+def test_a_mesh_has_what_one_device_has():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout.split() == ["agreed"], done.stderr[-3000:]
