@@ -16,12 +16,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jedit.core.arguments import check_batch, check_function
 from jedit.core.batch import Batch
+from jedit.core.devices import on_auto_axes
 from jedit.core.outputs import counted_outputs
 from jedit.core.precision import cast_like, wide
 from jedit.core.row_blocks import num_blocks, sum_over_blocks
 from jedit.curvature.likelihoods import Likelihood, check_likelihood
 
 
+@on_auto_axes
 def ggn_vector_product(
     apply: Callable[[PyTree, Any], Array],
     params: PyTree,
@@ -57,6 +59,7 @@ def ggn_vector_product(
     return cast_like(added, params)
 
 
+@on_auto_axes
 def quadratic_kl(
     apply: Callable[[PyTree, Any], Array],
     params: PyTree,

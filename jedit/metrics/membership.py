@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike
 
 from jedit.core.arguments import check_word
 from jedit.core.batch import Apply, Batch
+from jedit.core.devices import on_auto_axes
 from jedit.metrics.streaming import each_batch
 from jedit.objectives.token_nll import labelled_values
 
@@ -59,6 +60,7 @@ class MembershipAttack(NamedTuple):
     balanced_accuracy: float
 
 
+@on_auto_axes
 def membership_scores(
     apply: Apply, params: PyTree, batches: Iterable[Batch] | Batch, *, kind: Kind = "confidence"
 ) -> Float[np.ndarray, " n"]:

@@ -28,7 +28,7 @@ from jedit.core.arguments import (
 )
 from jedit.core.batch import Batch
 from jedit.core.checks import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers, loop_failure
-from jedit.core.devices import on_auto_axes, places_of, row_sharding
+from jedit.core.devices import on_auto, on_auto_axes, places_of, row_sharding
 from jedit.core.outputs import check_sets
 from jedit.training.freezing import merge, split, which_are_trained
 from jedit.training.method import TrainingMethod, prepared
@@ -235,7 +235,8 @@ def _train(
     if state is None:
         # Large arrays that a transform holds go into its state, and with it into the call as
         # arguments; made under jit they would be constants of the program.
-        state = how.optimizer.init(split(params, is_trained))
+        # A curvature that a transform holds may lie on explicit axes, which this loop does not see.
+        state = on_auto(how.optimizer.init(split(params, is_trained)))
     # The compiled call overwrites what it is given, and somebody else may hold these.
     trained, state = jax.tree.map(jnp.copy, (split(params, is_trained), state))
     check_sets(named)

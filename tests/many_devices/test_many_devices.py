@@ -82,7 +82,7 @@ def test_the_devices_do_not_matter(kind, devices, processes, on_one, tmp_path):
         np.testing.assert_allclose(found[name] / scale, expected / scale, 0, 1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("module", ["explicit_model", "explicit_entrances"])
+@pytest.mark.parametrize("module", ["explicit_model", "explicit_entrances", "explicit_curvatures"])
 def test_explicit_axes(module):
     process = start_module(module, 8)
     printed, _ = process.communicate(timeout=TIMEOUT)

@@ -25,6 +25,7 @@ ROWS: tuple[Row, ...] = (
         papers=("2602.10568",),
         make=_making.by_kfade(Need.CORRECTED),
         needs=frozenset({Need.CORRECTED}),
+        spectrum=Spectrum.LEADING,
         settings={"damping": 0.1, "steps": 4},
     ),
     ByScale(

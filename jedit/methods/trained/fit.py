@@ -143,6 +143,7 @@ def _importance(apply: Apply, params: PyTree, batch: Batch) -> Float[Array, " n"
     return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
+@on_auto_axes
 def graded_rows(apply: Apply, params: PyTree, batch: Batch, *, key: Key[Array, ""]) -> GradedRows:
     """Return forget rows as `objectives.FIT` takes them: a third of each importance.
 

@@ -41,6 +41,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jedit.core.batch import Apply, Batch
 from jedit.core.checks import COUNT_OR_ZERO, NOT_NEGATIVE, check_numbers
+from jedit.core.devices import on_auto_axes
 from jedit.core.paths import exactly
 from jedit.curvature import Curvature, Estimator, estimate, kfac
 from jedit.curvature.likelihoods import Categorical
@@ -99,6 +100,7 @@ def repselect(
     return TrainingMethod(objective, optimizer, RetainGradient(RetainNLL()), covered)
 
 
+@on_auto_axes
 def repselect_moments(
     apply: Apply,
     params: PyTree,
