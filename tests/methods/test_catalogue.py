@@ -155,7 +155,9 @@ def test_a_row_says_what_it_takes_of_its_factors(scene, name, how):
     if row.spectrum.allows(how):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run()))
     else:
-        with pytest.raises(ValueError, match=r"has (no|the leading) eigenvectors|have no eigenvector"):
+        with pytest.raises(
+            ValueError, match=r"has (no|the leading) eigenvectors|have no eigenvector"
+        ):
             run()
 
 
