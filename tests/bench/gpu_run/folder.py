@@ -167,6 +167,7 @@ def edit(size: Size, folder: Path, path: Path) -> dict[str, Any]:
 
 def plan(size: Size, folder: Path) -> dict[str, Any]:
     """What `jedit plan` tells of the same work, GiB by phase."""
+    from jedit.curvature import Factorize
     from jedit.recipes.plan.plan import Work
     from jedit.recipes.plan.plan import plan as planned
 
@@ -178,6 +179,7 @@ def plan(size: Size, folder: Path) -> dict[str, Any]:
         batch_size=size.batch,
         group_bytes=size.group_bytes,
         attack=False,
+        factorize=Factorize("cholesky"),
     )
     told = planned(folder, work)
     names = ("weights", "sums", "factors", "peak")
