@@ -67,7 +67,7 @@ class Spectrum(enum.Enum):
 
     SOLVES = "damped solves"
     MATRICES = "the matrices of the factors"
-    LEADING = "eigenvectors, of which the leading ones will do"
+    LEADING = "leading eigenvectors"
     ALL = "all eigenvectors"
 
     def allows(self, how: Factorize) -> bool:

@@ -16,6 +16,7 @@ from jedit.cli.options import Compare
 from jedit.curvature import Factorize
 from jedit.methods.row import Pace
 from jedit.recipes.comparison.task import MAIN, Grid
+from jedit.recipes.factorizing import RANK
 from jedit.recipes.scenes import authors as authors_scene
 from jedit.recipes.scenes import digits as digits_scene
 from jedit.recipes.scenes import question_answer as qa_scene
@@ -234,7 +235,10 @@ def test_a_size_that_makes_no_model(folder, capsys, option, value, sentence):
     ("options", "sentence"),
     [
         (["--methods", "nothing"], "unknown methods: nothing; there are K-FADE (K-FAC), "),
-        (["--factorize", "cholesky"], "K-FADE (EK-FAC) takes all eigenvectors of its curvature"),
+        (
+            ["--factorize", "cholesky"],
+            "K-FADE (EK-FAC) takes leading eigenvectors of its curvature",
+        ),
         (["--factorize", "inverse", "--rank", "3"], "--factorize inverse, --rank 3: rank=3 keeps"),
     ],
 )
@@ -247,13 +251,13 @@ def test_factors_that_a_method_has_no_use_for(folder, capsys, options, sentence)
 def test_tofu_refuses_them_before_it_reads_anything(capsys):
     given = ["tofu", "--data", "nowhere", "--methods", "K-FADE (EK-FAC)", "--factorize", "cholesky"]
     assert main(given) == 2
-    assert "K-FADE (EK-FAC) takes all eigenvectors of its curvature" in capsys.readouterr().err
+    assert "K-FADE (EK-FAC) takes leading eigenvectors of its curvature" in capsys.readouterr().err
 
 
 def test_factors_are_kept_as_all_the_methods_take_them():
-    """By size for solves alone; with all eigenvectors where one of them takes these."""
+    """By size for solves alone; with leading ones of long axes where one of them takes these."""
     given = Compare(Path("rows.jsonl"), "rows=0:3")
-    assert _grid(given, Factorize("auto")).factorize == Factorize()
+    assert _grid(given, Factorize("auto")).factorize == Factorize("auto", RANK)
     alone = dataclasses.replace(given, methods=("K-FADE (K-FAC)", "NPO"))
     for how in (Factorize("auto"), Factorize("cholesky"), Factorize(rank=5)):
         assert _grid(alone, how) == authors_scene.GRID._replace(
