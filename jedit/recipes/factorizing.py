@@ -40,7 +40,8 @@ def check_factorize(rows: Sequence[Row | None], how: Factorize) -> None:
         if row is not None and wanted is not None and not wanted.allows(how):
             raise ValueError(
                 f"{row.name} takes {wanted.value} of its curvature, and {told(how)} "
-                f'{WITHOUT[how.by]}: give "eigh" or "auto" (--factorize), or leave the method out'
+                f'{WITHOUT[how.by]}: give "eigh" or "auto" (--factorize) and no rank, or '
+                "leave the method out"
             )
 
 

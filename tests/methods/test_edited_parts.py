@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac, solve
+from jedit.curvature import estimate, inverted, kfac, solve
 from jedit.curvature.likelihoods import Categorical
 from jedit.edits import apply_edit
 from jedit.geometry import RetainKl, null_space, scale_to_kl_budget, trust_region
@@ -116,7 +116,9 @@ def test_beside_the_weights_there_is_the_edit_thrice_and_one_backward_pass(scene
         "cosine": held(
             KFADE._cosine, deep, Categorical(), *where, change, retain, beside=2 * edited
         ),
-        "direction": held(KFADE._direction, curvature, change, 0.1, beside=2 * edited),
+        "direction": held(
+            KFADE._direction, inverted(curvature, damping=0.1), change, beside=2 * edited
+        ),
         # The change, the move and where both lead, of which a leaf at a time is made.
         "search": held(trust_region._mean_kl, *at, beside=3 * edited),
     }
@@ -131,7 +133,7 @@ def test_a_direction_is_found_one_block_at_a_time(scene):
     gradient = jax.tree.map(jnp.cos, params)
     whole = jax.tree.map(jnp.negative, solve(curvature, gradient, damping=0.3))
     KFADE._direction.clear_cache()
-    found = KFADE._block_by_block(curvature, dict(gradient), 0.3)
+    found = KFADE._block_by_block(inverted(curvature, damping=0.3), dict(gradient))
     for path, block in whole.items():
         np.testing.assert_allclose(found[path], block, rtol=1e-4, atol=1e-4 * np.abs(block).max())
     assert KFADE._direction._cache_size() == 2  # the square matrices, and the one with a bias

@@ -167,7 +167,7 @@ def effect(seed: int, *, quick: bool) -> dict[str, Any]:
 
     points: dict[str, list[tuple[float, float]]] = {}
     for kind, curvature in curvatures.items():
-        for damping in DAMPINGS["K-FADE"][1 : 2 if quick else None]:
+        for damping in DAMPINGS["K-FADE"][1:2] if quick else DAMPINGS["K-FADE"]:
             points[f"K-FADE, {kind}, {damping}"] = [
                 judged(_kfade(found, curvature, forget, damping, budget * PRICE))
                 for budget in BUDGETS
