@@ -109,7 +109,7 @@ def inverted(
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_word(Uncovered, uncovered=uncovered)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
-    blocks, inverses = dict(curvature.blocks), {}
+    blocks, inverses, made = dict(curvature.blocks), {}, {}
     for name, block in curvature.blocks.items():
         if not is_undecomposed(block, curvature):
             continue
@@ -120,14 +120,18 @@ def inverted(
                 'factorize="eigh"'
             )
         levels = factored.damped_levels(curvature, block, damping, absolute)
-        ends = (block.input, block.output)
-        # In units of the mean eigenvalue a factor's λ is its own; else it is of one block.
-        keys = tuple(f"{end} of {name}" if absolute else end for end in ends)
-        for dim, (end, key, level) in enumerate(zip(ends, keys, levels, strict=True), 1):
+        ends, keys = (block.input, block.output), []
+        for dim, (end, level) in enumerate(zip(ends, levels, strict=True), 1):
+            # In units of the mean eigenvalue a factor's λ is its own; else it is of one block. And
+            # blocks that lie differently on a mesh each have theirs cut as they are.
+            one = (end, block.sharding, name if absolute else None)
+            is_other = absolute or any(known[0] == end for known in made)
+            key = made.setdefault(one, f"{end} of {name}" if is_other else end)
             if key not in inverses:
                 factor = curvature.factors[end]
                 inverses[key] = factored.inverse(factor, level, block.sharding, dim)
                 _warn_of_residual(inverses[key], factor.dimension, name)
+            keys.append(key)
         blocks[name] = dataclasses.replace(block, input=keys[0], output=keys[1])
     rest = {n: b for n, b in curvature.blocks.items() if not is_undecomposed(b, curvature)}
     ends = {f for b in rest.values() if isinstance(b, Kronecker) for f in (b.input, b.output)}

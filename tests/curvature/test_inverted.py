@@ -159,6 +159,21 @@ def test_an_inverse_is_made_once_for_many_trees(scene, by, absolute):
 
 
 @BY
+@pytest.mark.parametrize("split", ["u", "v"])
+def test_readers_of_one_input_may_lie_differently(scene, by, split):
+    """As keys and values do beside queries, where the devices outnumber their heads."""
+    _, tree, _, curvature = scene
+    kept = kept_by(curvature, by)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(None, None, "data"))
+    assert kept.blocks["u"].input == kept.blocks["v"].input
+    blocks = {**kept.blocks, split: dataclasses.replace(kept.blocks[split], sharding=place)}
+    inverse = inverted(dataclasses.replace(kept, blocks=blocks), damping=0.2)
+    assert len(inverse.inverses) == 6
+    close(inverse(tree), solve(kept, tree, damping=0.2), 10 * least())
+
+
+@BY
 def test_dampings_are_mapped_over_without_another_pass(scene, by):
     _, tree, _, curvature = scene
     kept = kept_by(curvature, by)
