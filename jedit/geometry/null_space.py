@@ -245,7 +245,9 @@ def _weights(
         # 1 stands in for the free ones: their share is not used, but must not divide by zero.
         cut = jnp.max(jnp.where(is_free, ascending, 0), axis=1, keepdims=True)
         share = cut / jnp.where(is_free, 1, ascending)
-        w = jnp.where(is_free, w, share ** jnp.asarray(1 / relaxation, a.dtype))
+        # An overrated rest may stand above leading directions, of which none is enlarged.
+        share = jnp.minimum(share, 1) ** jnp.asarray(1 / relaxation, a.dtype)
+        w = jnp.where(is_free, w, share)
     # The argsort of a permutation is its inverse.
     return jnp.take_along_axis(w, jnp.argsort(order, axis=1), axis=1)
 
