@@ -87,7 +87,7 @@ def inverted(
     """Return (F + λ)⁻¹, to be called on as many trees as one likes.
 
     A curvature with eigenvectors is kept as it is. Of one without, by "cholesky" or "inverse",
-    every dense factor is inverted, d³/3 multiply-adds by Cholesky and some 30 d³ by products, and
+    every dense factor is inverted, d³/3 flops by Cholesky and some 30 d³ by products, and
     held beside its matrix; a solve then costs 2 d_in d_out (d_in + d_out) flops a block.
 
     Args:

@@ -54,7 +54,8 @@ class NullSpaceReport(NamedTuple):
         rank: Σ w, the number of free directions (not whole when relaxed).
         dimension: the number of the inputs' directions, bias included.
         energy: Σ w a / Σ a, the share of the retained inputs' energy that is free.
-        leakage: ‖A P‖ / ‖A‖ in Frobenius norms.
+        leakage: ‖A P‖ / ‖A‖ in Frobenius norms. Where A keeps leading eigenvectors alone, the
+            others count at their mean, and with these free it is a lower bound.
     """
 
     rank: Array
