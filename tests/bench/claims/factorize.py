@@ -167,7 +167,7 @@ def effect(seed: int, *, quick: bool) -> dict[str, Any]:
 
     points: dict[str, list[tuple[float, float]]] = {}
     for kind, curvature in curvatures.items():
-        for damping in DAMPINGS["K-FADE"][1 : 2 if quick else None]:
+        for damping in DAMPINGS["K-FADE"][1:2] if quick else DAMPINGS["K-FADE"]:
             points[f"K-FADE, {kind}, {damping}"] = [
                 judged(_kfade(found, curvature, forget, damping, budget * PRICE))
                 for budget in BUDGETS
@@ -256,7 +256,7 @@ def main() -> None:
         print(numbers["batched"], flush=True)
     if given.only != "speed":
         settings = {"dampings": DAMPINGS, "budgets": BUDGETS, "steps": STEPS, "price": PRICE}
-        settings |= {"predicted_kl": PREDICTED_KL, "quick": given.quick}
+        settings |= {"predicted_kl": PREDICTED_KL, "kinds": KINDS, "quick": given.quick}
         records = [
             evidence.kept(
                 given.out / "factorize" / f"{seed}.json",
