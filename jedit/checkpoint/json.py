@@ -114,6 +114,10 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
                     raise DamagedError(f"{at}: there is no factor {shown(factor)}")
                 if factors[factor].dimension != side:
                     raise DamagedError(f"{at}: the factor {factor} has another side than {side}")
+                if (number := _num_layers(factors[factor])) != weight.layers:
+                    raise DamagedError(
+                        f"{at}: the factor {factor} has {number} layers, its weight {weight.layers}"
+                    )
             corrected = None
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
@@ -156,7 +160,12 @@ def _factor_from_json(value: Any, source: str) -> Factor:
     shapes = tuple(None if x is None else tuple(x.shape) for x in (matrix, basis, eigenvalues))
     if not _make_a_factor(*shapes):
         raise DamagedError(f"{source}: arrays of shapes {shapes} make no factor")
-    return _bare(Factor, matrix, basis, eigenvalues, value["by"])
+    factor = _bare(Factor, matrix, basis, eigenvalues, value["by"])
+    if (factor.form == "undecomposed") != (factor.by != "eigh"):
+        raise DamagedError(
+            f"{source}: by is {shown(factor.by)}, but its arrays make a factor {factor.form!r}"
+        )
+    return factor
 
 
 def _make_a_factor(matrix: Shape | None, basis: Shape | None, eigenvalues: Shape | None) -> bool:
@@ -165,7 +174,7 @@ def _make_a_factor(matrix: Shape | None, basis: Shape | None, eigenvalues: Shape
         if basis is None or eigenvalues is None or len(basis) != 3:
             return False
         layers, d, k = basis
-        return k < d and eigenvalues == (layers, 1 + k)
+        return 0 < k < d and eigenvalues == (layers, 1 + k)
     if len(matrix) == 2:
         return basis is None and eigenvalues == matrix
     if len(matrix) != 3 or matrix[1] != matrix[2]:
@@ -249,6 +258,12 @@ def _tagged(value: Any, source: str) -> tuple[str, Any]:
     return next(iter(value.items()))
 
 
+def _num_layers(factor: Factor) -> int:
+    held = factor.basis if factor.matrix is None else factor.matrix
+    assert held is not None  # a factor without a matrix is its basis
+    return held.shape[0]
+
+
 def _num_values(factor: Factor) -> int:
     """Return how many eigenvalues a factor has; one without eigenvectors as many as directions."""
     return factor.dimension if factor.eigenvalues is None else factor.eigenvalues.shape[-1]
@@ -259,11 +274,13 @@ def _check_sides(
 ) -> None:
     """Refuse values that are not those of a weight, or of as many rows and columns as are said.
 
+    Layers are compared too: arithmetic would broadcast one of them to many.
+
     Raises:
         DamagedError: they have another shape.
     """
-    sides = (rows or weight.rows, columns or weight.d_out)
-    if len(values.shape) < 3 or values.shape[-2:] != sides:
+    sides = (weight.layers, rows or weight.rows, columns or weight.d_out)
+    if values.shape[-3:] != sides:
         raise DamagedError(f"{source}: {values.shape} are no values of a {weight}")
 
 

@@ -132,8 +132,10 @@ def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
         )
 
 
-def check_layers_finite(values: Float[Array, "layers ..."], name: str, hint: str = "") -> None:
-    """Refuse what is not finite, by name.
+def check_layers_finite(
+    values: Float[Array, "layers ..."], name: str, hint: str = "", what: str = "curvature"
+) -> None:
+    """Refuse what is not finite, by name; `what` is what a message calls it.
 
     Raises:
         FloatingPointError: it holds NaN or infinity.
@@ -145,7 +147,7 @@ def check_layers_finite(values: Float[Array, "layers ..."], name: str, hint: str
         layers = np.flatnonzero(~is_finite).tolist()
         where = f" (layers {layers})" if len(is_finite) > 1 else ""
         raise FloatingPointError(
-            f"the curvature of {name!r}{where} is not finite: "
+            f"the {what} of {name!r}{where} is not finite: "
             + (hint or "the model's activations or gradients overflowed on some batch")
         )
 

@@ -164,7 +164,9 @@ def estimate(
                 refuse_tracers("estimate", batch, _OUTSIDE)
                 state = estimator.init(params, batch)
                 if checkpoint is not None:
-                    done, state, _ = checkpoint.resume("estimate", (params, key), state)
+                    # The update's own arrays, such as bases, say what the sums mean.
+                    given = (params, key, jax.tree.leaves(update))
+                    done, state, _ = checkpoint.resume("estimate", given, state)
             if checkpoint is not None:
                 checkpoint.see(batch)
             # Batches of before the checkpoint are drawn and hashed, but not summed again.

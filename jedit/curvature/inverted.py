@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_kind, check_word
@@ -28,7 +29,7 @@ from jedit.curvature.algebra import (
     is_undecomposed,
     spectral,
 )
-from jedit.curvature.checks import check_covers, check_has
+from jedit.curvature.checks import check_covers, check_has, check_layers_finite
 from jedit.curvature.types import Curvature, Diagonal, Kronecker, Uncovered, pytree
 
 
@@ -86,7 +87,7 @@ def inverted(
     """Return (F + λ)⁻¹, to be called on as many trees as one likes.
 
     A curvature with eigenvectors is kept as it is. Of one without, by "cholesky" or "inverse",
-    every dense factor is inverted, d³/3 multiply-adds by Cholesky and some 30 d³ by products, and
+    every dense factor is inverted, d³/3 flops by Cholesky and some 30 d³ by products, and
     held beside its matrix; a solve then costs 2 d_in d_out (d_in + d_out) flops a block.
 
     Args:
@@ -105,29 +106,30 @@ def inverted(
         TypeError: the curvature is something else.
         ValueError: a damping that is negative or not finite, or zero where it cannot be; another
             word for `uncovered`.
+        FloatingPointError: a damped factor has no inverse in its dtype, for want of damping; its
+            block is named. Under a trace the inverse is then not finite.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_word(Uncovered, uncovered=uncovered)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
-    blocks, inverses = dict(curvature.blocks), {}
+    check_invertible(curvature, damping)
+    blocks, inverses, made = dict(curvature.blocks), {}, {}
     for name, block in curvature.blocks.items():
         if not is_undecomposed(block, curvature):
             continue
-        if is_known(damping) and not np.all(np.asarray(damping) > 0):
-            raise ValueError(
-                f"the curvature of {name!r} was kept without eigenvectors, and its factors, which "
-                "may be singular, are inverted: give a damping above zero, or estimate it by "
-                'factorize="eigh"'
-            )
         levels = factored.damped_levels(curvature, block, damping, absolute)
-        ends = (block.input, block.output)
-        # In units of the mean eigenvalue a factor's λ is its own; else it is of one block.
-        keys = tuple(f"{end} of {name}" if absolute else end for end in ends)
-        for dim, (end, key, level) in enumerate(zip(ends, keys, levels, strict=True), 1):
+        ends, keys = (block.input, block.output), []
+        for dim, (end, level) in enumerate(zip(ends, levels, strict=True), 1):
+            # In units of the mean eigenvalue a factor's λ is its own; else it is of one block. And
+            # blocks that lie differently on a mesh each have theirs cut as they are.
+            one = (end, block.sharding, name if absolute else None)
+            is_other = absolute or any(known[0] == end for known in made)
+            key = made.setdefault(one, f"{end} of {name}" if is_other else end)
             if key not in inverses:
                 factor = curvature.factors[end]
                 inverses[key] = factored.inverse(factor, level, block.sharding, dim)
-                _warn_of_residual(inverses[key], factor.dimension, name)
+                _check_side(inverses[key], factor.dimension, name, damping)
+            keys.append(key)
         blocks[name] = dataclasses.replace(block, input=keys[0], output=keys[1])
     rest = {n: b for n, b in curvature.blocks.items() if not is_undecomposed(b, curvature)}
     ends = {f for b in rest.values() if isinstance(b, Kronecker) for f in (b.input, b.output)}
@@ -163,6 +165,7 @@ def solve(
     Raises:
         ValueError: the tree lacks a covered parameter, or has it in another shape; or a damping
             that is negative or not finite.
+        FloatingPointError: a damped factor has no inverse in its dtype, for want of damping.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
     check_covers(curvature, tree)  # before anything is inverted
@@ -193,6 +196,34 @@ def _solved(inverse: Inverted, tree: PyTree) -> PyTree:
     return apply_blocks(maps, tree, leaves, uncovered=inverse.uncovered)
 
 
+def check_invertible(curvature: Curvature, damping: float | Array) -> None:
+    """Refuse no damping where factors are inverted.
+
+    Raises:
+        ValueError: the damping is zero, and a block has no eigenvectors.
+    """
+    if not is_known(damping) or np.all(np.asarray(damping) > 0):
+        return
+    for name, block in curvature.blocks.items():
+        if is_undecomposed(block, curvature):
+            raise ValueError(
+                f"the curvature of {name!r} was kept without eigenvectors, and its factors, which "
+                "may be singular, are inverted: give a damping above zero, or estimate it by "
+                'factorize="eigh"'
+            )
+
+
+def _check_side(side: factored.Damped, dimension: int, name: str, damping: float | Array) -> None:
+    if isinstance(side.values, Tracer):
+        return
+    hint = (
+        f"in {side.values.dtype} a factor of {dimension} x {dimension} is not positive definite at "
+        f"damping={damping}; give more damping"
+    )
+    check_layers_finite(side.values, name, hint, "inverted curvature")
+    _warn_of_residual(side, dimension, name)
+
+
 def _warn_of_residual(side: factored.Damped, dimension: int, name: str) -> None:
     if side.form != "matrix" or not is_known(side.residual):
         return
@@ -203,5 +234,5 @@ def _warn_of_residual(side: factored.Damped, dimension: int, name: str) -> None:
             f"the curvature of {name!r} ({dimension} x {dimension}) was inverted by Cholesky: by "
             f"products of matrices a residual of {residual:.1e} was left, above {least:.1e}; more "
             "damping makes it converge",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -174,8 +174,9 @@ def kfac(
         samples: draws of labels a batch, for "sampled".
         sharing: "expand" or "reduce" over an example's positions.
         factorize: how the factors are kept: "eigh", "cholesky", "inverse", "auto", or a
-            `Factorize`, by which leading eigenvectors can be kept, iterated or streamed. Damped
-            solves need no eigenvectors; whatever else is made of a curvature does.
+            `Factorize`, by which leading eigenvectors can be kept, iterated or streamed. Solves,
+            products, quadratic forms, traces, K-FADE and many requests' edits need no eigenvectors;
+            powers, EK-FAC and null spaces do.
         centred: whether the means over the positions are taken off both moments; then it is no
             Gauss-Newton matrix, but says where inputs and gradients vary. False: they are moments
             about zero.
@@ -183,7 +184,7 @@ def kfac(
     Returns:
         The estimator. A pass costs one forward, one activation-backward pass and the moments,
         d_in² + d_out² multiply-adds a position and site (about half of that for large d); its state
-        takes the factors' size. Streamed, the moments cost 4 d m multiply-adds a position and side
+        takes the factors' size. Streamed, the moments cost 2 d m multiply-adds a position and side
         with m = 2k + 8 columns, and the state takes d m numbers.
 
     Raises:

@@ -54,7 +54,8 @@ class NullSpaceReport(NamedTuple):
         rank: Σ w, the number of free directions (not whole when relaxed).
         dimension: the number of the inputs' directions, bias included.
         energy: Σ w a / Σ a, the share of the retained inputs' energy that is free.
-        leakage: ‖A P‖ / ‖A‖ in Frobenius norms.
+        leakage: ‖A P‖ / ‖A‖ in Frobenius norms. Where A keeps leading eigenvectors alone, the
+            others count at their mean, and with these free it is a lower bound.
     """
 
     rank: Array
@@ -245,7 +246,9 @@ def _weights(
         # 1 stands in for the free ones: their share is not used, but must not divide by zero.
         cut = jnp.max(jnp.where(is_free, ascending, 0), axis=1, keepdims=True)
         share = cut / jnp.where(is_free, 1, ascending)
-        w = jnp.where(is_free, w, share ** jnp.asarray(1 / relaxation, a.dtype))
+        # An overrated rest may stand above leading directions, of which none is enlarged.
+        share = jnp.minimum(share, 1) ** jnp.asarray(1 / relaxation, a.dtype)
+        w = jnp.where(is_free, w, share)
     # The argsort of a permutation is its inverse.
     return jnp.take_along_axis(w, jnp.argsort(order, axis=1), axis=1)
 

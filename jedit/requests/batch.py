@@ -45,6 +45,7 @@ from jedit.curvature.checks import (
     eigenbasis_of,
     matrix_of,
 )
+from jedit.curvature.inverted import check_invertible
 from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
@@ -141,9 +142,10 @@ def batch_unlearn(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: a number out of its range; requests without targets or that count no output,
-            masks or labels that are none, or a curvature of no outputs or of other parameters; or a
-            request whose gradient is zero.
+        ValueError: a number out of its range, or no damping where factors have no eigenvectors and
+            are inverted; requests without targets or that count no output, masks or labels that are
+            none, or a curvature of no outputs or of other parameters; or a request whose gradient
+            is zero.
         FloatingPointError: an edit is not finite; its request is named.
     """
     check_numbers(POSITIVE, predicted_kl=predicted_kl)
@@ -155,6 +157,8 @@ def batch_unlearn(
     check_covers(curvature, params)
     if solver.exact:
         check_decomposed(curvature)
+    else:
+        check_invertible(curvature, damping)
     check_likelihood(likelihood)
     if requests.targets is None:
         raise ValueError("the requests need targets: a request is to raise their loss")

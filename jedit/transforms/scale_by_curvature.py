@@ -1,8 +1,10 @@
 """Precondition updates by a curvature: u <- (F + λ)⁻¹ u, a natural-gradient step in its metric."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
@@ -35,7 +37,9 @@ def scale_by_curvature(
 
     Args:
         curvature: F, the curvature of the retain outputs, shaped for these params.
-        damping: λ, in units of each block's mean eigenvalue (ours: 0.01 to 0.1).
+        damping: λ, in units of each block's mean eigenvalue (ours: 0.01 to 0.1). A schedule of it,
+            by `optax.inject_hyperparams`, is followed where all blocks have eigenvectors; a
+            curvature with factors that have none stays at the λ of `init`.
         absolute: True: λ is in units of the eigenvalues themselves; False, it is not.
         uncovered: updates of parameters without a block become "zero" (they stay frozen; the
             default), or pass as they are by "identity".
@@ -59,7 +63,10 @@ def scale_by_curvature(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        solved = state.inverse(updates)
+        inverse = state.inverse
+        if not inverse.inverses:  # eigenvalues are damped as they are used: a schedule's λ of now
+            inverse = dataclasses.replace(inverse, damping=jnp.asarray(damping, float))
+        solved = inverse(updates)
         like = updates
         if uncovered == "zero":
             like = without_frozen(updates, params, state.inverse.covered)

@@ -45,7 +45,12 @@ def test_both_dampings_forget_at_a_price():
     found = factorize.summary([record])
     for method, seen in found.items():
         for name, ((rise,)) in seen["rises"].items():
+            # Where no two points are on both sides of the price, there is nothing to be read off.
             assert np.isnan(rise) or rise > 0, (method, name)
+    for name, points in record["points"].items():
+        assert np.isfinite(points).all(), name
+        kls = [kl for kl, _ in points]
+        assert kls == sorted(set(kls)), name
     rises = [rise for _, rise in record["points"]["K-FADE, factored, 0.01"]]
     assert rises == sorted(rises)
     assert rises[-1] > 0

@@ -25,6 +25,11 @@ def test_the_script_measures_effects_and_seconds(monkeypatch, tmp_path):
     names = {"all", "k = 8", "k = 8, one pass", "k = 8, two passes"}
     assert set(record["effects"]) == names
     assert record["effects"]["all"]["log ratio"]["mean"] == 0
+    for name in ("one pass", "two passes"):
+        row, base = record["effects"][f"k = 8, {name}"], record["effects"]["k = 8"]
+        (found,) = row["log ratio to the iterated"]
+        (of_all,), (of_base,) = (x["log ratio at each damping"] for x in (row, base))
+        assert found["mean"] == pytest.approx(of_all["mean"] - of_base["mean"], abs=1e-9)
     shares = record["speed"]["share of the trace in the leading ones"]
     # No eight directions hold more than the leading ones, and a second pass comes closer to them.
     assert shares["one pass"] < shares["two passes"] <= shares["eigh"] + 1e-6

@@ -246,7 +246,12 @@ def test_contents_of_another_form(folder, place, value, sentence):
         (("blocks", 1, 1, "kronecker", "input"), "out", "another side than 3"),
         (("blocks", 0, 1), {"full": {}}, "known are 'diagonal' and 'kronecker'"),
         (("blocks", 2, 1, "diagonal", "values", "shape"), [1, 2, 5], "no values of a"),
+        (("blocks", 0, 1, "kronecker", "output"), "out", r"b\|w.*out has 1 layers, its weight 2"),
+        (("blocks", 1, 1, "kronecker", "corrected", "shape"), [2, 3, 2], "no values of a"),
+        (("blocks", 2, 1, "diagonal", "values", "shape"), [5, 5, 2], "no values of a"),
         (("factors", 0, 1, "basis"), None, "make no factor"),
+        (("factors", 0, 1, "by"), "inverse", "by is 'inverse', but .* factor 'eigenbasis'"),
+        (("factors", 2, 1, "by"), "cholesky", "by is 'cholesky', but .* factor 'diagonal'"),
         (("num_outputs",), 7, "an array's dtype and shape"),
     ],
 )
@@ -256,6 +261,28 @@ def test_curvatures_of_another_form(folder, place, value, sentence):
         for step in place[:-1]:
             inner = inner[step]
         inner[place[-1]] = value
+
+    reseal(folder / "curvature", change, listed=False)
+    refused(folder / "curvature", sentence, jedit.load_curvature)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        (("matrix", None, None), "by is 'eigh', but .* factor 'undecomposed'"),
+        ((None, [1, 3, 0], [1, 1]), "make no factor"),
+    ],
+)
+def test_factors_of_another_form(folder, arrays, sentence):
+    """Without eigenvectors by that which finds them; and none of the leading eigenvectors."""
+
+    def change(manifest):
+        factor = manifest["content"]["factors"][0][1]
+        for name, shape in zip(("matrix", "basis", "eigenvalues"), arrays, strict=True):
+            if shape is None:
+                factor[name] = None
+            elif shape != name:
+                factor[name]["shape"] = shape
 
     reseal(folder / "curvature", change, listed=False)
     refused(folder / "curvature", sentence, jedit.load_curvature)

@@ -159,6 +159,21 @@ def test_an_inverse_is_made_once_for_many_trees(scene, by, absolute):
 
 
 @BY
+@pytest.mark.parametrize("split", ["u", "v"])
+def test_readers_of_one_input_may_lie_differently(scene, by, split):
+    """As keys and values do beside queries, where the devices outnumber their heads."""
+    _, tree, _, curvature = scene
+    kept = kept_by(curvature, by)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(None, None, "data"))
+    assert kept.blocks["u"].input == kept.blocks["v"].input
+    blocks = {**kept.blocks, split: dataclasses.replace(kept.blocks[split], sharding=place)}
+    inverse = inverted(dataclasses.replace(kept, blocks=blocks), damping=0.2)
+    assert len(inverse.inverses) == 6
+    close(inverse(tree), solve(kept, tree, damping=0.2), 10 * least())
+
+
+@BY
 def test_dampings_are_mapped_over_without_another_pass(scene, by):
     _, tree, _, curvature = scene
     kept = kept_by(curvature, by)
@@ -208,6 +223,26 @@ def test_a_layer_of_zeros_is_left_at_zero_and_no_damping_is_refused(scene, by):
     close(found["v"], solve(kept, tree, damping=0.1)["v"], 1e-12)
     with pytest.raises(ValueError, match="curvature of 'w' was kept without eigenvectors"):
         solve(kept, tree, damping=0.0)
+
+
+@BY
+def test_what_rounding_made_indefinite_is_refused_by_name(scene, by):
+    params, tree, rows, curvature = scene
+    kept = kept_by(curvature, by)
+    end = kept.blocks["u"].output
+    # What is left of a singular matrix in few digits: its least eigenvalue is below zero.
+    few = jnp.asarray([[[1, 1.001, 0], [1.001, 1, 0], [0, 0, 1]]], kept.factors[end].matrix.dtype)
+    rounded = Factor(few, None, None, by)
+    rounded = dataclasses.replace(kept, factors={**kept.factors, end: rounded})
+    match = r"inverted curvature of 'u' is not finite: .* 3 x 3 .*damping=1e-08; give more damping"
+    for absolute in (False, True):
+        with pytest.raises(FloatingPointError, match=match):
+            solve(rounded, tree, damping=1e-8, absolute=absolute)
+    assert np.all(np.isfinite(solve(rounded, tree, damping=0.1)["u"]))
+    # Many requests are refused no damping, as one is, before the model is run.
+    never = lambda *_: pytest.fail("the model was run")  # noqa: E731
+    with pytest.raises(ValueError, match="curvature of 'w' was kept without .*above zero"):
+        batch_unlearn(never, params, kept, jax.tree.map(lambda x: x[None], rows), damping=0.0)
 
 
 @BY

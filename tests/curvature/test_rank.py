@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.export
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.checkpoint import Checkpoint
 from jedit.checkpoint.json import curvature_from_json, curvature_to_json
 from jedit.core import row_blocks
 from jedit.core.batch import Batch
@@ -397,6 +399,24 @@ def test_corrected_values_are_squared_gradients(name, length, tolerance):
         step = {n: jnp.ones_like(x) for n, x in params.items()}
         round_trip = matvec(found, solve(found, step, damping=0.1), damping=0.1)
         tolerance.check(round_trip, step, "factorization")
+
+
+def test_a_pass_from_another_start_does_not_go_on_from_a_checkpoint(tmp_path):
+    """Its sums are images of other columns, of one shape with these."""
+    params, batch = problem("chain")
+
+    def one_pass(start):
+        how = dataclasses.replace(STREAMED, start=start)
+        estimator = kfac(chain, Categorical(), factorize=how)
+        job = Checkpoint(tmp_path, every=1)
+        return estimate(estimator, params, batch, key=jax.random.key(7), checkpoint=job)
+
+    start = dense_and_streamed("chain")[1]
+    second = one_pass(start)
+    jax.tree.map(np.testing.assert_array_equal, one_pass(start), second)
+    for other in (None, second):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+            one_pass(other)
 
 
 def test_a_start_of_another_model_is_refused():

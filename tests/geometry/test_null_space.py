@@ -1,5 +1,7 @@
 """Null-space projectors against dense algebra, and what they promise about retained inputs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,21 @@ def test_leading_eigenvectors_are_what_is_used(
     leakage = np.linalg.norm(values * weights) / np.linalg.norm(values)
     assert float(line.leakage[0]) == pytest.approx(leakage, abs=atol)
     assert float(line.energy[0]) == pytest.approx((values * weights).sum() / values.sum(), abs=atol)
+
+
+def test_an_overrated_rest_enlarges_no_leading_direction(leading_scene, tolerance):
+    _, curvature, _, tree = leading_scene
+    factors = {
+        # A sketch's mean of the rest may be above what it found of the leading ones.
+        n: dataclasses.replace(f, eigenvalues=f.eigenvalues.at[:, 0].set(2 * f.eigenvalues.max()))
+        if f.form == "leading"
+        else f
+        for n, f in curvature.factors.items()
+    }
+    curvature = dataclasses.replace(curvature, factors=factors)
+    rest = D_IN + 1 - LEADING
+    projector = null_space(curvature, threshold=rest, by="rank", relaxation=1.0)
+    tolerance.check(stacked(project(projector, tree)), stacked(tree), "factorization")
 
 
 @pytest.mark.parametrize(("by", "threshold"), [("rank", 3), ("energy", 1e-3), ("eigenvalue", 0.1)])

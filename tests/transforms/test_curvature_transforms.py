@@ -49,6 +49,17 @@ def test_scaling_is_a_solve(scene, damping, absolute, uncovered, tolerance):
     tolerance.check(scaled, expected, "factorization")
 
 
+def test_a_schedule_of_the_damping_is_followed(scene, tolerance):
+    params, updates, curvature, _ = scene
+    dampings = jnp.asarray([1.0, 0.1, 0.01])
+    scheduled = optax.inject_hyperparams(scale_by_curvature)
+    transform = scheduled(curvature, damping=lambda step: dampings[step])
+    state = transform.init(params)
+    for damping in dampings:
+        scaled, state = jax.jit(transform.update)(updates, state, params)
+        tolerance.check(scaled, solve(curvature, updates, damping=damping), "factorization")
+
+
 def test_uncovered_parameters_stay_frozen_to_the_bit(scene):
     params, _, curvature, x = scene
     optimizer = optax.chain(scale_by_curvature(curvature), optax.sgd(1e-2, momentum=0.9))

@@ -256,7 +256,7 @@ def main() -> None:
         print(numbers["batched"], flush=True)
     if given.only != "speed":
         settings = {"dampings": DAMPINGS, "budgets": BUDGETS, "steps": STEPS, "price": PRICE}
-        settings |= {"predicted_kl": PREDICTED_KL, "quick": given.quick}
+        settings |= {"predicted_kl": PREDICTED_KL, "kinds": KINDS, "quick": given.quick}
         records = [
             evidence.kept(
                 given.out / "factorize" / f"{seed}.json",

@@ -75,19 +75,28 @@ def seed_effects(seed: int, ranks, epochs: int | None = None) -> dict:
 
 
 def effects(records: list[dict]) -> dict[str, dict]:
-    """Log ratios to all eigenvectors, each at its best damping over the seeds, and at each one."""
+    """Log ratios to all eigenvectors, each at its best damping over the seeds, and at each one.
+
+    Of sketches also to the iterated eigenvectors of the same k, at each damping.
+    """
+
+    def paired(values, others):
+        return [interval(list(x)) for x in zip(*(values - others).tolist(), strict=True)]
+
     logs = {name: np.log([record["nll"][name] for record in records]) for name in records[0]["nll"]}
     best = {name: int(np.argmax(x.mean(axis=0))) for name, x in logs.items()}
     found = {}
     for name, values in logs.items():
         differences = values[:, best[name]] - logs["all"][:, best["all"]]
-        same = (values - logs["all"]).tolist()
         found[name] = {
             "damping": DAMPINGS[best[name]],
             "nll": float(np.exp(values[:, best[name]].mean())),
             "log ratio": interval(differences.tolist()),
-            "log ratio at each damping": [interval(list(x)) for x in zip(*same, strict=True)],
+            "log ratio at each damping": paired(values, logs["all"]),
         }
+        iterated = name.split(", ")[0]
+        if iterated != name:
+            found[name]["log ratio to the iterated"] = paired(values, logs[iterated])
     return found
 
 
@@ -200,6 +209,10 @@ def main() -> None:
         ratio = shown_ratio(row["log ratio"])
         each = ", ".join(map(shown_ratio, row["log ratio at each damping"]))
         print(f"| {name} | {row['damping']:g} | {row['nll']:.2f} | {ratio} | {each} |", flush=True)
+    for name, row in found.items():
+        each = ", ".join(map(shown_ratio, row.get("log ratio to the iterated", [])))
+        if each:
+            print(f"| {name} over the iterated of the same k, at each damping | {each} |")
     paper = on_paper()
     for row in paper:
         print("| " + " | ".join(f"{name} {value:.3g}" for name, value in row.items()) + " |")
