@@ -105,12 +105,18 @@ def led_writing(
     digest = hashlib.sha256(text).hexdigest()
 
     def part(given: Any) -> Any:
-        folder = Path(given["folder"])
-        if given["digest"] is None:
+        if "compare" in given:
+            if given["compare"] != digest:
+                raise ValueError(
+                    f"{name}: this process was given something else than the first one"
+                )
+            return None
+        if "hash" in given:
             # Each hashes some of the files; the first would else keep all the others waiting.
-            return file_hashes(folder, slice(jax.process_index(), None, jax.process_count()))
-        if given["digest"] != digest:
-            raise ValueError(f"{name}: this process was given something else than the first one")
+            return file_hashes(
+                Path(given["hash"]), slice(jax.process_index(), None, jax.process_count())
+            )
+        folder = Path(given["write"])
         if not folder.is_dir():
             sentence = "is not seen by this process; all processes need one file system"
             raise OSError(errno.ENOENT, sentence, str(folder))
@@ -119,7 +125,7 @@ def led_writing(
     def leading(spread: Spread) -> Outcome:
         def write(folder: Path) -> Files:
             (folder / ARRAYS).mkdir(mode=0o700)
-            counts = spread({"folder": str(folder), "digest": digest})
+            counts = spread({"write": str(folder)})
             for i, (array, *written) in enumerate(zip(arrays, *counts, strict=True)):
                 # A part that nobody holds, or that two have written, must not become zeros.
                 if sum(written) != array.size:
@@ -127,9 +133,11 @@ def led_writing(
                         f"{name}: of array {i}, {array.dtype} {array.shape}, the processes hold "
                         f"{written} elements; it must lie whole in the first process, or on a mesh"
                     )
-            hashed = spread({"folder": str(folder), "digest": None})
+            hashed = spread({"hash": str(folder)})
             return {file: found for share in hashed for file, found in share.items()}
 
+        # First of all, for what writes no arrays as well: no outcome is another call's.
+        spread({"compare": digest})
         return work(write)
 
     return led(name, leading, part)

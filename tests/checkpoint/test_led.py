@@ -1,0 +1,110 @@
+"""What several processes owe each other at one folder, each of them a thread at a store of ours."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax._src import distributed
+
+import jedit
+from jedit.checkpoint import processes
+
+COUNT = 3
+
+
+class Store:
+    """The part of the store of `jax.distributed` that messages go through."""
+
+    def __init__(self):
+        self.known, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            assert key not in self.known
+            self.known[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.known, milliseconds / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no such key")
+            return self.known[key]
+
+    def key_value_delete(self, prefix):
+        with self.changed:
+            self.known = {k: v for k, v in self.known.items() if not k.startswith(prefix)}
+
+
+class Calls(dict):
+    """How many calls each of the processes has made, by their name."""
+
+    def __init__(self, here):
+        super().__init__()
+        self.here = here
+
+    def get(self, name, default=None):
+        return super().get((self.here.rank, name), default)
+
+    def __setitem__(self, name, value):
+        super().__setitem__((self.here.rank, name), value)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Return a function that makes a call as each of the processes; what each got or raised."""
+    here = threading.local()
+    jax.devices()  # the backend would ask the store as well, if it were made later
+    monkeypatch.setattr(distributed.global_state, "client", Store())
+    monkeypatch.setattr(jax, "process_count", lambda: COUNT if hasattr(here, "rank") else 1)
+    monkeypatch.setattr(jax, "process_index", lambda: getattr(here, "rank", 0))
+    monkeypatch.setattr(processes, "_calls", Calls(here))
+
+    def all_of(call, ranks=range(COUNT)):
+        outcomes = {}
+
+        def one(rank):
+            here.rank = rank
+            try:
+                outcomes[rank] = call(rank)
+            except Exception as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert sorted(outcomes) == list(ranks), "a process waits for ever"
+        return [outcomes[rank] for rank in ranks]
+
+    return all_of
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """A ledger of two edits."""
+    model = jedit.Ledger.create(tmp_path / "ledger", {"w": np.ones((2, 3), np.float32)})
+    for scale in (1, 2):
+        edit = jedit.Edit({"w": jax.numpy.full((2, 3), scale, np.float32)})
+        model.record(edit, request=[scale], method="a method")
+    return model
+
+
+def assert_all(outcomes, kind, text):
+    for outcome in outcomes:
+        assert type(outcome) is kind, outcomes
+        assert text in str(outcome)
+    assert len(outcomes) == COUNT
+
+
+def test_processes_take_back_one_edit(run, ledger):
+    """No process is told that its call succeeded when it was another's that did."""
+    assert_all(
+        run(lambda rank: ledger.revert(2 if rank == 1 else 1)),
+        ValueError,
+        "process 1: writing to ",
+    )
+    assert len(ledger.entries) == 2
+    found = run(lambda rank: ledger.revert(1))
+    assert [(x.number, x.target, x.seal) for x in found] == [(3, 1, ledger.head)] * COUNT
