@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jedit.checkpoint.arrays import ARRAYS, write_parts
+from jedit.checkpoint.arrays import ARRAYS, num_bytes, write_parts
 from jedit.checkpoint.sealed import DamagedError, Files, file_hashes
 
 PATIENCE = 600.0  # seconds that a process waits for another (arbitrary)
@@ -103,6 +103,7 @@ def led_writing(
     """
     text = json.dumps(content, sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()
+    sizes = {f"{ARRAYS}/{i}": num_bytes([x]) for i, x in enumerate(arrays) if x.size}
 
     def part(given: Any) -> Any:
         if "compare" in given:
@@ -112,10 +113,10 @@ def led_writing(
                 )
             return None
         if "hash" in given:
-            # Each hashes some of the files; the first would else keep all the others waiting.
-            return file_hashes(
-                Path(given["hash"]), slice(jax.process_index(), None, jax.process_count())
-            )
+            # Each hashes some of the files; the first would else keep all the others waiting. By
+            # their names: a network's disk may list a folder without what others wrote into it.
+            mine = list(sizes)[jax.process_index() :: jax.process_count()]
+            return file_hashes(Path(given["hash"]), mine)
         folder = Path(given["write"])
         if not folder.is_dir():
             sentence = "is not seen by this process; all processes need one file system"
@@ -134,7 +135,12 @@ def led_writing(
                         f"{written} elements; it must lie whole in the first process, or on a mesh"
                     )
             hashed = spread({"hash": str(folder)})
-            return {file: found for share in hashed for file, found in share.items()}
+            files = {file: found for share in hashed for file, found in share.items()}
+            for file, size in sizes.items():
+                if (found := files[file][0]) != size:
+                    sentence = f"has {found} bytes, {size} were written"
+                    raise OSError(errno.EIO, sentence, str(folder / file))
+            return files
 
         # First of all, for what writes no arrays as well: no outcome is another call's.
         spread({"compare": digest})
@@ -189,12 +195,25 @@ def _lead(channel: _Channel, work: Callable[[Spread], Outcome], part: Callable) 
     def spread(given: Any) -> list[Any]:
         turn = next(turns)
         channel.tell(f"{turn}/all", {"do": given})
-        answers = [part(given)]
+        answers, errors = [], []
+        try:
+            answers.append(part(given))
+        except Exception as error:
+            errors.append(error)
+        # All are heard before the first error is raised: `work` then cleans up, and whoever is
+        # still at its part would leave files behind that.
         for process in range(1, jax.process_count()):
-            answer = channel.hear(f"{turn}/{process}", process)
+            try:
+                answer = channel.hear(f"{turn}/{process}", process)
+            except (TimeoutError, ConnectionError) as error:
+                errors.append(error)
+                continue
             if "error" in answer:
-                raise _error(answer["error"], f"process {process}: ")
-            answers.append(answer["answer"])
+                errors.append(_error(answer["error"], f"process {process}: "))
+            else:
+                answers.append(answer["answer"])
+        if errors:
+            raise errors[0]
         channel.forget_the_last()
         return answers
 

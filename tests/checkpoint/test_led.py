@@ -1,6 +1,9 @@
 """What several processes owe each other at one folder, each of them a thread at a store of ours."""
 
+import contextlib
+import errno
 import threading
+import time
 
 import jax
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from jax._src import distributed
 
 import jedit
-from jedit.checkpoint import processes
+from jedit.checkpoint import disk, processes, sealed
 
 COUNT = 3
 
@@ -106,5 +109,68 @@ def test_processes_take_back_one_edit(run, ledger):
         "process 1: writing to ",
     )
     assert len(ledger.entries) == 2
-    found = run(lambda rank: ledger.revert(1))
+    found = run(lambda _: ledger.revert(1))
     assert [(x.number, x.target, x.seal) for x in found] == [(3, 1, ledger.head)] * COUNT
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_nobody_writes_when_the_first_cleans_up(run, tmp_path, monkeypatch, failing):
+    """Whoever has failed before: a file behind the removal would leave half a folder."""
+    begun, ended, removed = [], [], []
+
+    def write_parts(*_):
+        rank = jax.process_index()
+        if rank == failing:
+            raise OSError(errno.ENOSPC, "full", "a file")
+        begun.append(rank)
+        time.sleep(0.15 * (1 + rank))
+        ended.append(rank)
+        return [6]
+
+    @contextlib.contextmanager
+    def temporary_folder(parent):
+        try:
+            with disk.temporary_folder(parent) as new:
+                yield new
+        finally:
+            removed.append(sorted(ended))
+
+    monkeypatch.setattr(processes, "write_parts", write_parts)
+    monkeypatch.setattr(sealed, "temporary_folder", temporary_folder)
+    edit = jedit.Edit({"w": jax.numpy.ones((2, 3), np.float32)})
+    assert_all(run(lambda _: jedit.save_edit(edit, tmp_path / "edit")), OSError, "full: 'a file'")
+    assert removed == [sorted(begun)] == [[x for x in range(COUNT) if x != failing]]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hidden", [[], [2], [0, 1, 2]])
+def test_every_array_is_in_the_manifest(run, tmp_path, monkeypatch, hidden):
+    """Also where the list of a folder's files, as a network's disk tells it, lacks some."""
+    walk = sealed.walk
+
+    def late(folder):
+        found = walk(folder)
+        return {} if jax.process_index() in hidden else found
+
+    edit = jedit.Edit({name: jax.numpy.ones((2, 3), np.float32) for name in "abcde"})
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed, "walk", late)
+        assert run(lambda _: jedit.save_edit(edit, tmp_path / "edit")) == [None] * COUNT
+    read = jedit.load_edit(tmp_path / "edit")
+    assert read.blocks.keys() == edit.blocks.keys()
+
+
+def test_a_file_of_another_size_is_no_save(run, tmp_path, monkeypatch):
+    """What one process has hashed is compared with what was to be written."""
+    hashes = sealed.sha256
+
+    def short(path):
+        if path.name == "1":
+            path.write_bytes(path.read_bytes()[:-1])
+        return hashes(path)
+
+    monkeypatch.setattr(sealed, "sha256", short)
+    edit = jedit.Edit({name: jax.numpy.ones((2, 3), np.float32) for name in "ab"})
+    found = run(lambda _: jedit.save_edit(edit, tmp_path / "edit"))
+    assert_all(found, OSError, "has 23 bytes, 24 were written")
+    assert list(tmp_path.iterdir()) == []
