@@ -11,7 +11,9 @@ import pytest
 from jax._src import distributed
 
 import jedit
-from jedit.checkpoint import disk, processes, sealed
+from jedit.checkpoint import DamagedError, disk, processes, sealed
+from jedit.checkpoint import ledger as ledger_module
+from jedit.checkpoint.entry import with_activity
 
 COUNT = 3
 
@@ -174,3 +176,37 @@ def test_a_file_of_another_size_is_no_save(run, tmp_path, monkeypatch):
     found = run(lambda _: jedit.save_edit(edit, tmp_path / "edit"))
     assert_all(found, OSError, "has 23 bytes, 24 were written")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_read_the_same_records(run, ledger, monkeypatch):
+    """Of a ledger that another program writes to while they read."""
+    read = jedit.Ledger._entries
+
+    def entries(self, *, is_complete):
+        # The first has read before the last record was written, the others afterwards.
+        found = read(self, is_complete=is_complete)
+        return found if jax.process_index() else with_activity(found[:2])
+
+    ledger.revert(1)
+    monkeypatch.setattr(jedit.Ledger, "_entries", entries)
+    base = {"w": jax.numpy.ones((2, 3), np.float32)}
+    for found in run(lambda _: ledger.params(base)):
+        np.testing.assert_array_equal(found["w"], 4)
+    found = run(lambda rank: ledger.params(base, upto=1 if rank == 2 else 2))
+    assert_all(found, ValueError, "sees other records, or was given another base or another `upto`")
+
+
+@pytest.mark.parametrize("name", ["read_manifest", "read_sealed"])
+def test_damage_that_one_process_reads_stops_all(run, ledger, monkeypatch, name):
+    """Of a record, or of its arrays; else the others would wait in the edit's programs."""
+    read = getattr(ledger_module, name)
+
+    def damaged(*given):
+        if jax.process_index() == 1:
+            raise DamagedError("a file: was changed")
+        return read(*given)
+
+    monkeypatch.setattr(ledger_module, name, damaged)
+    base = {"w": jax.numpy.ones((2, 3), np.float32)}
+    found = run(lambda _: ledger.params(base))
+    assert_all(found, DamagedError, "process 1: a file: was changed")
