@@ -3,7 +3,9 @@
 What the first process does alone (locks, manifests, renames) stands in a function, `work`; what
 every process does when the first one asks for it (writing the parts of arrays that it holds) in
 another, `part`. What `work` returns or raises is returned or raised in every process, so that none
-goes on where another has failed. A process that does not come is named after `PATIENCE` seconds.
+goes on where another has failed. A process that does not come is named after `PATIENCE` seconds;
+one that has come may take as long as it lives, for large parts take hours. Whether it lives is for
+`jax.distributed` to find out, which ends the others.
 
 Messages go through the store of `jax.distributed`, not through the devices: a thread may then wait
 for them while programs run, whose collectives every process has to start in one order. All
@@ -17,6 +19,7 @@ import hashlib
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +31,8 @@ from jaxtyping import Array
 from jedit.checkpoint.arrays import ARRAYS, num_bytes, write_parts
 from jedit.checkpoint.sealed import DamagedError, Files, file_hashes
 
-PATIENCE = 600.0  # seconds that a process waits for another (arbitrary)
+PATIENCE = 600.0  # seconds that a process waits for another to come (arbitrary)
+LOOK = 60.0  # seconds after which it asks again for the word of one that has come (arbitrary)
 Outcome = TypeVar("Outcome")
 Spread = Callable[[Any], list[Any]]
 
@@ -161,20 +165,41 @@ class _Channel:
         self.name, self.rank = name, jax.process_index()
         with _calls_lock:
             self.call = _calls[name] = _calls.get(name, -1) + 1
+        self.come: set[int] = set()
+        self.until: float | None = None  # when all have to have come
+        self.tell(f"come/{self.rank}", {})
 
     def tell(self, key: str, message: Mapping[str, Any]) -> None:
         self.client.key_value_set(self._key(self.call, key), json.dumps(message))
 
     def hear(self, key: str, process: int) -> dict[str, Any]:
-        try:
-            milliseconds = max(int(PATIENCE * 1000), 1)
-            text = self.client.blocking_key_value_get(self._key(self.call, key), milliseconds)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
+        """Return the message of a process, which must have come and then may take its time.
+
+        Raises:
+            TimeoutError: it does not come.
+            ConnectionError: it is lost.
+        """
+        if process not in self.come:
+            # One patience for all: whoever is asked for last has had the time of those before.
+            self.until = self.until or time.monotonic() + PATIENCE
+            left = max(self.until - time.monotonic(), min(PATIENCE, 1))
+            if self._got(f"come/{process}", process, left) is None:
                 raise TimeoutError(
                     f"{self.name}: process {self.rank} has waited {PATIENCE:g} s for process "
                     f"{process}; every process must make this call, with the same folder"
-                ) from None
+                )
+            self.come.add(process)
+        while (message := self._got(key, process, LOOK)) is None:
+            pass
+        return message
+
+    def _got(self, key: str, process: int, seconds: float) -> dict[str, Any] | None:
+        milliseconds = max(int(seconds * 1000), 1)
+        try:
+            text = self.client.blocking_key_value_get(self._key(self.call, key), milliseconds)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
             raise ConnectionError(
                 f"{self.name}: process {self.rank} has lost process {process}: {error}"
             ) from None
@@ -230,7 +255,13 @@ def _lead(channel: _Channel, work: Callable[[Spread], Outcome], part: Callable) 
 def _follow(channel: _Channel, part: Callable) -> Any:
     own: BaseException | None = None
     for turn in itertools.count():
-        message = channel.hear(f"{turn}/all", 0)
+        try:
+            message = channel.hear(f"{turn}/all", 0)
+        except BaseException as error:
+            # It has come, and goes again: the first would else wait for it as long as it lives.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                channel.tell(f"{turn}/{channel.rank}", {"error": _told(error)})
+            raise
         if "outcome" in message:
             return message["outcome"]
         if "error" in message:

@@ -210,3 +210,50 @@ def test_damage_that_one_process_reads_stops_all(run, ledger, monkeypatch, name)
     base = {"w": jax.numpy.ones((2, 3), np.float32)}
     found = run(lambda _: ledger.params(base))
     assert_all(found, DamagedError, "process 1: a file: was changed")
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_has_come_may_take_longer_than_patience(run, monkeypatch, slow):
+    """Large parts take hours to write; no process is told that one who is at it did not come."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr(processes, "LOOK", 0.05)
+
+    def part(given):
+        if jax.process_index() == slow:
+            time.sleep(0.6)
+        return given + jax.process_index()
+
+    def work(spread):
+        time.sleep(0.6)
+        return spread(1)
+
+    assert run(lambda _: processes.led("taking long", work, part)) == [[1, 2, 3]] * COUNT
+
+
+def test_who_does_not_come_is_named(run, monkeypatch):
+    """By all that wait for it, in about the patience of one."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.3)
+    begun = time.monotonic()
+    found = run(lambda _: processes.together("a call", lambda: 1), ranks=[0, 2])
+    for error in found:
+        assert isinstance(error, TimeoutError)
+        assert "process 0 has waited 0.3 s for process 1; every process must" in str(error)
+    (error,) = run(lambda _: processes.together("another", lambda: 1), ranks=[0])
+    assert "for process 1; every process must make this call" in str(error)
+    (error,) = run(lambda _: processes.together("a third", lambda: 1), ranks=[1])
+    assert "process 1 has waited 0.3 s for process 0; every process must" in str(error)
+    assert time.monotonic() - begun < 20
+
+
+def test_who_has_gone_again_is_not_waited_for(run, monkeypatch):
+    """The first comes when the patience of the others is over."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr(processes, "LOOK", 0.05)
+
+    def call(rank):
+        time.sleep(0 if rank else 1)
+        return processes.together("a call", lambda: 1)
+
+    first, *others = run(call)
+    assert "process 1: a call: process 1 has waited 0.2 s for process 0" in str(first)
+    assert [type(x) for x in (first, *others)] == [TimeoutError] * COUNT
