@@ -23,6 +23,7 @@ which of them are equal. The edit itself is made of the rows, and gradients can 
 ledger as you keep the model from before.
 """
 
+import operator
 import os
 import secrets
 import shutil
@@ -55,7 +56,7 @@ from jedit.checkpoint.entry import (
 )
 from jedit.checkpoint.head import HEAD, SECRET, read_head, row_hash, write_head
 from jedit.checkpoint.json import edit_from_json, edit_to_json
-from jedit.checkpoint.processes import led, led_writing
+from jedit.checkpoint.processes import Spread, led, led_writing, together
 from jedit.checkpoint.saving import read_tree
 from jedit.checkpoint.sealed import (
     MANIFEST,
@@ -256,22 +257,18 @@ class Ledger:
             ValueError: `base_params` are not the base and `rebase` is not given, or a record is
                 damaged.
         """
-        if not rebase and (found := params_hash(base_params)) != self.base:
-            raise ValueError(
-                f"{self.folder}: is of a base with hash {self.base[:16]}..., these params have "
-                f"{found[:16]}...; to put the edits on another base, say rebase=True"
-            )
-        entries = self.entries
-        if upto is not None:
-            if not 0 <= upto <= len(entries):
-                raise ValueError(f"upto={upto}: there are {len(entries)} entries")
-            entries = with_activity(entries[:upto])
+        found = self.base if rebase else params_hash(base_params)
+        entries = self._agreed(upto, found)
         # Each process reads the parts that its devices hold; no device can be given another's.
         places = {path: sharding_of(leaf) for path, leaf in parameter_paths(on_auto(base_params))}
         params = base_params
         for entry in entries:
             if entry.is_active:
-                params = apply_edit(params, self._edit(entry, places))
+                # Damage is an error in every process: an edit's programs run in all of them.
+                edit = together(
+                    f"reading {self.folder}", lambda entry=entry: self._edit(entry, places)
+                )
+                params = apply_edit(params, edit)
         return params
 
     def find(self, row: Any) -> tuple[Entry, ...]:
@@ -347,6 +344,46 @@ class Ledger:
         if seals[count] != head:
             raise DamagedError(f"{self.folder / HEAD}: names another record than entry {count:06d}")
         return with_activity(entries)
+
+    def _agreed(self, upto: int | None, base: str) -> tuple[Entry, ...]:
+        """Return the records that count: in every process those that the first has read.
+
+        Raises:
+            ValueError: the hash is not the base's, there are fewer records than `upto`, or a
+                process was given something else than the first one.
+        """
+        own: list[tuple[Entry, ...]] = []
+        upto = None if upto is None else operator.index(upto)
+
+        def part(given: Any) -> None:
+            entries = own.pop() if own else self.entries
+            count, seal, *asked = given
+            # Another program may have written since the first process read: what it wrote then
+            # counts in no process.
+            seals = [self._base_seal, *(x.seal for x in entries)]
+            if asked != [upto, base] or len(entries) < count or seals[count] != seal:
+                raise ValueError(
+                    f"{self.folder}: this process sees other records, or was given another base "
+                    "or another `upto`, than the first one"
+                )
+            own.append(with_activity(entries[:count]))
+
+        def leading(spread: Spread) -> None:
+            if base != self.base:
+                raise ValueError(
+                    f"{self.folder}: is of a base with hash {self.base[:16]}..., these params have "
+                    f"{base[:16]}...; to put the edits on another base, say rebase=True"
+                )
+            entries = self.entries
+            if upto is not None and not 0 <= upto <= len(entries):
+                raise ValueError(f"upto={upto}: there are {len(entries)} entries")
+            count = len(entries) if upto is None else upto
+            own.append(entries)
+            seal = entries[count - 1].seal if count else self._base_seal
+            spread([count, seal, upto, base])
+
+        led(f"choosing entries of {self.folder}", leading, part)
+        return own[0]
 
     def _append(self, fields: dict[str, Any], arrays: Sequence[Array] | None) -> Entry:
         def work(write: Callable[[Path], Files]) -> list[Any]:

@@ -3,7 +3,9 @@
 What the first process does alone (locks, manifests, renames) stands in a function, `work`; what
 every process does when the first one asks for it (writing the parts of arrays that it holds) in
 another, `part`. What `work` returns or raises is returned or raised in every process, so that none
-goes on where another has failed. A process that does not come is named after `PATIENCE` seconds.
+goes on where another has failed. A process that does not come is named after `PATIENCE` seconds;
+one that has come may take as long as it lives, for large parts take hours. Whether it lives is for
+`jax.distributed` to find out, which ends the others.
 
 Messages go through the store of `jax.distributed`, not through the devices: a thread may then wait
 for them while programs run, whose collectives every process has to start in one order. All
@@ -17,6 +19,7 @@ import hashlib
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +28,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jedit.checkpoint.arrays import ARRAYS, write_parts
+from jedit.checkpoint.arrays import ARRAYS, num_bytes, write_parts
 from jedit.checkpoint.sealed import DamagedError, Files, file_hashes
 
-PATIENCE = 600.0  # seconds that a process waits for another (arbitrary)
+PATIENCE = 600.0  # seconds that a process waits for another to come (arbitrary)
+LOOK = 60.0  # seconds after which it asks again for the word of one that has come (arbitrary)
 Outcome = TypeVar("Outcome")
 Spread = Callable[[Any], list[Any]]
 
@@ -103,14 +107,21 @@ def led_writing(
     """
     text = json.dumps(content, sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()
+    sizes = {f"{ARRAYS}/{i}": num_bytes([x]) for i, x in enumerate(arrays) if x.size}
 
     def part(given: Any) -> Any:
-        folder = Path(given["folder"])
-        if given["digest"] is None:
-            # Each hashes some of the files; the first would else keep all the others waiting.
-            return file_hashes(folder, slice(jax.process_index(), None, jax.process_count()))
-        if given["digest"] != digest:
-            raise ValueError(f"{name}: this process was given something else than the first one")
+        if "compare" in given:
+            if given["compare"] != digest:
+                raise ValueError(
+                    f"{name}: this process was given something else than the first one"
+                )
+            return None
+        if "hash" in given:
+            # Each hashes some of the files; the first would else keep all the others waiting. By
+            # their names: a network's disk may list a folder without what others wrote into it.
+            mine = list(sizes)[jax.process_index() :: jax.process_count()]
+            return file_hashes(Path(given["hash"]), mine)
+        folder = Path(given["write"])
         if not folder.is_dir():
             sentence = "is not seen by this process; all processes need one file system"
             raise OSError(errno.ENOENT, sentence, str(folder))
@@ -119,7 +130,7 @@ def led_writing(
     def leading(spread: Spread) -> Outcome:
         def write(folder: Path) -> Files:
             (folder / ARRAYS).mkdir(mode=0o700)
-            counts = spread({"folder": str(folder), "digest": digest})
+            counts = spread({"write": str(folder)})
             for i, (array, *written) in enumerate(zip(arrays, *counts, strict=True)):
                 # A part that nobody holds, or that two have written, must not become zeros.
                 if sum(written) != array.size:
@@ -127,9 +138,16 @@ def led_writing(
                         f"{name}: of array {i}, {array.dtype} {array.shape}, the processes hold "
                         f"{written} elements; it must lie whole in the first process, or on a mesh"
                     )
-            hashed = spread({"folder": str(folder), "digest": None})
-            return {file: found for share in hashed for file, found in share.items()}
+            hashed = spread({"hash": str(folder)})
+            files = {file: found for share in hashed for file, found in share.items()}
+            for file, size in sizes.items():
+                if (found := files[file][0]) != size:
+                    sentence = f"has {found} bytes, {size} were written"
+                    raise OSError(errno.EIO, sentence, str(folder / file))
+            return files
 
+        # First of all, for what writes no arrays as well: no outcome is another call's.
+        spread({"compare": digest})
         return work(write)
 
     return led(name, leading, part)
@@ -147,20 +165,41 @@ class _Channel:
         self.name, self.rank = name, jax.process_index()
         with _calls_lock:
             self.call = _calls[name] = _calls.get(name, -1) + 1
+        self.come: set[int] = set()
+        self.until: float | None = None  # when all have to have come
+        self.tell(f"come/{self.rank}", {})
 
     def tell(self, key: str, message: Mapping[str, Any]) -> None:
         self.client.key_value_set(self._key(self.call, key), json.dumps(message))
 
     def hear(self, key: str, process: int) -> dict[str, Any]:
-        try:
-            milliseconds = max(int(PATIENCE * 1000), 1)
-            text = self.client.blocking_key_value_get(self._key(self.call, key), milliseconds)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
+        """Return the message of a process, which must have come and then may take its time.
+
+        Raises:
+            TimeoutError: it does not come.
+            ConnectionError: it is lost.
+        """
+        if process not in self.come:
+            # One patience for all: whoever is asked for last has had the time of those before.
+            self.until = self.until or time.monotonic() + PATIENCE
+            left = max(self.until - time.monotonic(), min(PATIENCE, 1))
+            if self._got(f"come/{process}", process, left) is None:
                 raise TimeoutError(
                     f"{self.name}: process {self.rank} has waited {PATIENCE:g} s for process "
                     f"{process}; every process must make this call, with the same folder"
-                ) from None
+                )
+            self.come.add(process)
+        while (message := self._got(key, process, LOOK)) is None:
+            pass
+        return message
+
+    def _got(self, key: str, process: int, seconds: float) -> dict[str, Any] | None:
+        milliseconds = max(int(seconds * 1000), 1)
+        try:
+            text = self.client.blocking_key_value_get(self._key(self.call, key), milliseconds)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
             raise ConnectionError(
                 f"{self.name}: process {self.rank} has lost process {process}: {error}"
             ) from None
@@ -181,12 +220,25 @@ def _lead(channel: _Channel, work: Callable[[Spread], Outcome], part: Callable) 
     def spread(given: Any) -> list[Any]:
         turn = next(turns)
         channel.tell(f"{turn}/all", {"do": given})
-        answers = [part(given)]
+        answers, errors = [], []
+        try:
+            answers.append(part(given))
+        except Exception as error:
+            errors.append(error)
+        # All are heard before the first error is raised: `work` then cleans up, and whoever is
+        # still at its part would leave files behind that.
         for process in range(1, jax.process_count()):
-            answer = channel.hear(f"{turn}/{process}", process)
+            try:
+                answer = channel.hear(f"{turn}/{process}", process)
+            except (TimeoutError, ConnectionError) as error:
+                errors.append(error)
+                continue
             if "error" in answer:
-                raise _error(answer["error"], f"process {process}: ")
-            answers.append(answer["answer"])
+                errors.append(_error(answer["error"], f"process {process}: "))
+            else:
+                answers.append(answer["answer"])
+        if errors:
+            raise errors[0]
         channel.forget_the_last()
         return answers
 
@@ -203,7 +255,13 @@ def _lead(channel: _Channel, work: Callable[[Spread], Outcome], part: Callable) 
 def _follow(channel: _Channel, part: Callable) -> Any:
     own: BaseException | None = None
     for turn in itertools.count():
-        message = channel.hear(f"{turn}/all", 0)
+        try:
+            message = channel.hear(f"{turn}/all", 0)
+        except BaseException as error:
+            # It has come, and goes again: the first would else wait for it as long as it lives.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                channel.tell(f"{turn}/{channel.rank}", {"error": _told(error)})
+            raise
         if "outcome" in message:
             return message["outcome"]
         if "error" in message:

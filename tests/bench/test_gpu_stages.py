@@ -251,11 +251,13 @@ def test_the_table_says_what_is_there_and_no_more():
         }
         for name, peak in (("load", 2.5), ("fit", 30.0), ("edit", 41.0))
     }
+    fit = {"weights GiB": 2.0, "factors GiB": 9.0, "groups": 3, "fit share": 0.25}
+    fit |= {"matmul rate": 7e14, "true KL": 0.01, "budget": 0.01, "unseen KL": 0.02}
     text = markdown(
         of_a_run(
             kernels=kernels,
             decompose_4096={"size": 4096, "ways": ways},
-            edit_the_folder={"phases": phases},
+            edit_the_folder=fit | {"phases": phases, "forget nll": [1.0, 2.0]},
             plan_the_folder={"phases": {"fit": 20.0, "decompose": 33.0, "edit": 44.0}},
             gpt_bfloat16={"runs": [{"dtype": "bfloat16", "model": "a GPT", "steps": []}]},
         )
@@ -266,6 +268,8 @@ def test_the_table_says_what_is_there_and_no_more():
     assert "| 4096 | cholesky | RuntimeError: no |" in text
     assert "| fit | 1.5 | 1 | 30 | 33 | 3 |" in text
     assert "| edit | 1.5 | 1 | 41 | 44 | 3 |" in text
+    # Its flops are counted too high, its seconds too low.
+    assert "ran at no more than 25.0% of the bfloat16 product's 700 Tflop/s" in text
     assert "| peers | stopped | 9 | 9 | after 9 s |" in text
     assert "toy" not in text
     assert "Square products" not in text  # it was stopped before

@@ -9,7 +9,6 @@ The steps of the last two are assumptions: a model's spectra need three to eight
 iteration, and Newton-Schulz gains a factor of four a step on a condition of some millions.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,16 +106,18 @@ def flops_of_one(factor: Factor) -> float:
 def workspace(factors: Sequence[Factor]) -> int:
     """Return the bytes beside sums and factors in which the largest one is decomposed.
 
-    Four matrices where all eigenvectors are found, three of the iterated columns where some are.
+    Four matrices where all eigenvectors are found, whatever is kept of them, and three of the
+    iterated columns where some are.
     """
     needed = [0]
     for factor in factors:
-        if factor.form == "eigenbasis":
-            needed.append(4 * _one_layer(factor.basis))
+        if factor.basis is None:
+            continue
+        d, k = factor.basis.shape[1:]
+        if is_decomposed_whole(factor):
+            needed.append(4 * d**2 * factor.basis.dtype.itemsize)
         elif factor.form == "leading":
-            assert factor.basis is not None
-            d, k = factor.basis.shape[1:]
-            needed.append(3 * d * min(2 * k + 8, d) * factor.basis.dtype.itemsize)
+            needed.append(3 * d * (2 * k + 8) * factor.basis.dtype.itemsize)
     return max(needed)
 
 
@@ -153,7 +154,3 @@ def _why(factor: Factor, how: Factorize) -> str:
 
 def _layers(factor: Factor) -> int:
     return jax.tree.leaves(factor)[0].shape[0]
-
-
-def _one_layer(basis: Any) -> int:
-    return math.prod(basis.shape[1:]) * basis.dtype.itemsize

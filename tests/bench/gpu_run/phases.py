@@ -23,7 +23,8 @@ class Phases:
     """Seconds, those of them that compile, and peaks of each phase.
 
     The process's peak is the phase's own, where the system lets it begin again; the device's never
-    falls: it is that of all phases so far, None where the device does not tell.
+    falls: it is that of all phases so far, None where the device does not tell. The seconds that
+    compile are at most those told: a function traced within another's tracing is counted twice.
     """
 
     def __init__(self, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
