@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_kind, check_params, nearest
@@ -120,6 +121,19 @@ def matrix_of(factor: Factor, name: str) -> Array:
     return factor.matrix
 
 
+def check_has_matrices(curvature: Curvature) -> None:
+    """Refuse a curvature of which a factor keeps no matrix, by its block's name.
+
+    Raises:
+        ValueError: a factor was kept by its leading eigenvectors alone.
+    """
+    for name, block in curvature.blocks.items():
+        if isinstance(block, Kronecker):
+            for end in (block.input, block.output):
+                if curvature.factors[end].matrix is None:  # which may be a shape
+                    matrix_of(curvature.factors[end], name)
+
+
 def check_counted(num_outputs: Array, name: str = "the curvature") -> None:
     """Refuse a mean over no output: it protects nothing, and names nothing to be forgotten.
 
@@ -140,6 +154,8 @@ def check_layers_finite(
     Raises:
         FloatingPointError: it holds NaN or infinity.
     """
+    if isinstance(values, Tracer):  # of a plan, which is of shapes alone
+        return
     found, sharding = _are_finite(values), sharding_of(values)
     # Layers may lie on devices that this process does not see.
     is_finite = np.asarray(found if sharding is None else jax.device_put(found, whole(sharding)))

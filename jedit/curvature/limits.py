@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 from jaxtyping import PyTree
 
+from jedit.curvature.subspace import num_columns
 from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
@@ -59,7 +60,7 @@ def is_decomposed_whole(factor: Factor) -> bool:
     if factor.form != "leading":
         return factor.form == "eigenbasis"
     assert factor.basis is not None
-    return 2 * (2 * factor.basis.shape[-1] + 8) >= factor.dimension
+    return 2 * num_columns(factor.basis.shape[-1]) >= factor.dimension
 
 
 def too_long(curvature: Curvature, limit: Limit) -> Mapping[str, tuple[str, int]]:

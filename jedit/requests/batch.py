@@ -42,6 +42,7 @@ from jedit.curvature.checks import (
     check_counted,
     check_covers,
     check_decomposed,
+    check_has_matrices,
     eigenbasis_of,
     matrix_of,
 )
@@ -126,7 +127,8 @@ def batch_unlearn(
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
         params: the trained parameters.
-        curvature: curvature of the retain outputs at `params`; only what it covers is edited.
+        curvature: curvature of the retain outputs at `params`; only what it covers is edited. One
+            with leading eigenvectors alone does not serve.
         requests: every leaf (R, rows, ...): R forget sets of one shape; see `stack_requests`. Where
             R is split over the devices of a mesh, each answers its own and holds their edits.
         predicted_kl: retain KL that each edit costs by the quadratic model, nats per counted
@@ -144,8 +146,8 @@ def batch_unlearn(
         TypeError: an argument of another type.
         ValueError: a number out of its range, or no damping where factors have no eigenvectors and
             are inverted; requests without targets or that count no output, masks or labels that are
-            none, or a curvature of no outputs or of other parameters; or a request whose gradient
-            is zero.
+            none; a curvature of no outputs, of other parameters, or without what the solver needs
+            of it; or a request whose gradient is zero.
         FloatingPointError: an edit is not finite; its request is named.
     """
     check_numbers(POSITIVE, predicted_kl=predicted_kl)
@@ -158,6 +160,7 @@ def batch_unlearn(
     if solver.exact:
         check_decomposed(curvature)
     else:
+        check_has_matrices(curvature)
         check_invertible(curvature, damping)
     check_likelihood(likelihood)
     if requests.targets is None:

@@ -19,7 +19,7 @@ from jedit.core.devices import on_auto_axes
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature, Diagonal, Kronecker, eigenvalues, factored, rotate
 from jedit.curvature.algebra import is_undecomposed
-from jedit.curvature.checks import check_decomposed, eigenbasis_of
+from jedit.curvature.checks import check_decomposed, check_has_matrices, eigenbasis_of
 from jedit.edits import Edit, dense
 
 
@@ -38,11 +38,17 @@ def interactions(
         edits: a stack of R edits.
         damping: λ over each block's mean eigenvalue; 0.0, none.
         exact: whether the products of eigenvalues are damped, as by the `Solver` that made the
-            edits; False there too. True needs all eigenvectors.
+            edits; False there too. True needs all eigenvectors, and False the factors' matrices.
+
+    Returns:
+        K, (R, R).
+
+    Raises:
+        ValueError: a negative damping; or the curvature has not what is needed of it, such as one
+            with leading eigenvectors alone.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
-    if exact:
-        check_decomposed(curvature)
+    check_decomposed(curvature) if exact else check_has_matrices(curvature)
     return _interactions(curvature, edits, jnp.asarray(damping, float), exact=exact)
 
 

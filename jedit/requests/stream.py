@@ -36,6 +36,7 @@ from jedit.core.display import short_repr
 from jedit.core.outputs import by_example, check_contents
 from jedit.core.precision import wide
 from jedit.curvature import Curvature, Estimator, Inverted, inverted, quadratic_form
+from jedit.curvature.checks import check_has_matrices
 from jedit.curvature.estimator import add_batch
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, dense
@@ -189,7 +190,8 @@ def continual(
 
     Args:
         apply: `apply(params, inputs) -> logits`.
-        estimator: an estimator that `kfac` made; only what it covers is edited.
+        estimator: an estimator that `kfac` made, of a curvature that `batch_unlearn` takes; only
+            what it covers is edited.
         data: the training rows, with targets; requests name them by number.
         enough: nats per token at which a row counts as forgotten, such as the loss of a row like it
             that the model has never seen.
@@ -314,9 +316,14 @@ def _refreshed(
 def _fresh(
     sums: _Sums, chunk: int, damping: float, params: PyTree, gone: np.ndarray | None = None
 ) -> ContinualState:
+    size = min(chunk, sums.num_rows)
     if gone is None:
         gone = np.zeros(sums.num_rows, bool)
-    taken = sums.over(params, np.arange(sums.num_rows), min(chunk, sums.num_rows), ~gone)
+        # Before the pass: no request could be answered from leading eigenvectors alone.
+        if sums.estimator.planned is not None:
+            first = sums.rows(np.arange(size), size)
+            check_has_matrices(sums.estimator.planned(params, first)[1])
+    taken = sums.over(params, np.arange(sums.num_rows), size, ~gone)
     curvature = sums.estimator.finalize(taken)
     inverse = inverted(curvature, damping=damping)
     return ContinualState(params, gone, params, taken, curvature, inverse, 0)

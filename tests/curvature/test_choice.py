@@ -173,3 +173,19 @@ def test_limits_are_those_of_the_workspaces():
     assert limits.eigh_limit(device("gpu", "PJRT C API\ncuda 13000")) is None
     assert limits.eigh_limit(device("gpu", "rocm 60300")) is None
     assert limits.eigh_limit(jax.devices("cpu")[0]) is limits.LAPACK
+
+
+def test_long_axes_beside_a_scale_are_told_of_by_shapes(monkeypatch, key):
+    """A norm's scale has a diagonal block, whose sums have no numbers yet to be looked at."""
+    monkeypatch.setattr(limits, "LAPACK", limits.Limit(8, "LAPACK"))
+
+    def scaled(params, x):
+        return (jnp.tanh(x @ params["w"]) * params["scale"][None]) @ params["v"]
+
+    shapes = {"w": (9, 4), "scale": (4,), "v": (4, 3)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    batch = Batch(jax.random.normal(key, (6, 9)))
+    with pytest.raises(ValueError, match="curvature of 'w' has a factor of 9 columns"):
+        kfac(scaled, Categorical()).init(params, batch)
+    _, planned = kfac(scaled, Categorical()).planned(params, batch)
+    assert planned.blocks["scale"].values.shape == (1, 1, 4)

@@ -12,6 +12,7 @@ from jedit.core.batch import Batch
 from jedit.curvature import (
     Curvature,
     Factor,
+    Factorize,
     Inverted,
     estimate,
     inverted,
@@ -25,7 +26,7 @@ from jedit.curvature.mesh import blocked
 from jedit.edits import Edit, apply_edit
 from jedit.geometry import curvature_whitening
 from jedit.methods import Ascent, kfade
-from jedit.requests import Solver, balanced, batch_unlearn, interactions
+from jedit.requests import Solver, balanced, batch_unlearn, continual, interactions
 from jedit.transforms import (
     natural_steps,
     orthogonalize_to_retain,
@@ -333,4 +334,22 @@ def test_what_needs_eigenvectors_is_refused_before_work(scene, by):
     }
     for call in calls.values():
         with pytest.raises(ValueError, match=rf'curvature of .* no eigenvectors.*"{by}"'):
+            call()
+
+
+def test_what_needs_matrices_is_refused_leading_eigenvectors_before_work(scene):
+    params, _, rows, _ = scene
+    estimator = kfac(apply, Categorical(), factorize=Factorize(rank=1))
+    curvature = estimate(estimator, params, rows, key=jax.random.key(0))
+    requests = jax.tree.map(lambda x: x[None], rows)
+    never = lambda *_: pytest.fail("the model was run")  # noqa: E731
+    unseen = estimator._replace(update=never)
+    how = {"enough": 1.0, "predicted_kl": 0.1, "key": jax.random.key(1)}
+    calls = {
+        "many": lambda: batch_unlearn(never, params, curvature, requests),
+        "overlap": lambda: interactions(curvature, Edit({})),
+        "stream": lambda: continual(apply, unseen, rows, **how).init(params),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match=r"curvature of '[uvw]' has the leading .* alone"):
             call()

@@ -18,6 +18,7 @@ from jedit.core.devices import sharding_of
 from jedit.curvature import Curvature, Factorize
 from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole
 from jedit.curvature.memory import device_bytes
+from jedit.curvature.subspace import num_columns
 from jedit.curvature.types import Factor
 
 OVER_FLOOR_EIGH = 10.0  # a decomposition's seconds over those of 2 d³ flops; tests/bench/README.md
@@ -95,7 +96,7 @@ def flops_of_one(factor: Factor) -> float:
     whole = OVER_FLOOR_EIGH * 2 * d**3
     if factor.form == "leading":
         assert factor.basis is not None
-        m = 2 * factor.basis.shape[-1] + 8
+        m = num_columns(factor.basis.shape[-1])
         step = 2 * d**2 * m + 4 * d * m**2
         return whole if is_decomposed_whole(factor) else ITERATIONS * step
     if factor.form == "undecomposed":
@@ -117,7 +118,7 @@ def workspace(factors: Sequence[Factor]) -> int:
         if is_decomposed_whole(factor):
             needed.append(4 * d**2 * factor.basis.dtype.itemsize)
         elif factor.form == "leading":
-            needed.append(3 * d * (2 * k + 8) * factor.basis.dtype.itemsize)
+            needed.append(3 * d * min(num_columns(k), d) * factor.basis.dtype.itemsize)
     return max(needed)
 
 
