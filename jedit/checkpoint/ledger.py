@@ -254,8 +254,9 @@ class Ledger:
             The parameters.
 
         Raises:
-            ValueError: `base_params` are not the base and `rebase` is not given, or a record is
-                damaged.
+            ValueError: `base_params` are not the base and `rebase` is not given, a record is
+                damaged, or a process sees other records, or was given something else, than the
+                first.
         """
         found = self.base if rebase else params_hash(base_params)
         entries = self._agreed(upto, found)
