@@ -178,8 +178,8 @@ class Curvature:
 def _told(factor: Factor) -> str:
     """Return a few words on a factor's form."""
     if factor.form == "leading":
-        assert factor.basis is not None
-        return f"{factor.basis.shape[-1]} of {factor.dimension}"
+        # JAX puts None in the place of arrays, where a tree's structure is all that is meant.
+        return "-" if factor.basis is None else f"{factor.basis.shape[-1]} of {factor.dimension}"
     return {"eigenbasis": "dense", "undecomposed": f"dense, {factor.by}"}.get(
         factor.form, factor.form
     )
