@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedit.curvature.subspace import num_columns
 from tests.bench import gpu
 from tests.bench.gpu_run import decompositions, machine, many_requests
 from tests.bench.gpu_run.stages import Stage, run_stages, write_json
@@ -146,8 +147,8 @@ def test_each_way_is_numpys(moment):
     x, rounds = decompositions.inverse(moment)
     exact = np.linalg.inv(damped)
     np.testing.assert_allclose(x, exact, atol=1e-3 * np.abs(exact).max())
-    assert 5 < int(rounds) < decompositions.ROUNDS
-    found, q = decompositions.iteration(moment, 10)
+    assert 5 < int(rounds) < 30
+    found, q = decompositions.iteration(moment, 4)
     np.testing.assert_allclose(found[-3:], values[-3:], rtol=1e-2)
     assert abs(np.asarray(q)[:, -1] @ basis[:, -1]) > 0.99
 
@@ -176,7 +177,8 @@ def test_every_way_is_written_with_its_residual(tmp_path):
 )
 def test_each_way_is_lowered_for_cuda_at_the_largest_size(name, library):
     ways = {
-        "iteration": lambda a: decompositions.iteration(a, decompositions.LEADING),
+        # A round's decomposition: the rounds are told to go on by the host.
+        "iteration": lambda a: jnp.linalg.qr(a[:, : num_columns(decompositions.LEADING)]),
         "eigh": lambda a: decompositions.eigh(a, a.dtype),
     }
     job = ways.get(name) or getattr(decompositions, name)

@@ -9,8 +9,8 @@ or memory, or that the device's library refuses, costs itself alone.
 
     product     A A: the rate that all others are held against        2 d³ flops
     cholesky    L Lᵀ = A + λ, and a solve of 64 columns               d³/3
-    iteration   k = min(256, d/4) leading eigenvectors, Q <- qr(A Q)  (2 d² k + 4 d k²) a round
-    inverse     X (2 - (A + λ) X), again until the residual holds     4 d³ a round
+    iteration   k = min(256, d/8) leading eigenvectors, m = 2k + 8    2 d² m + 4 d m² in a round
+    inverse     (A + λ)⁻¹ by products alone (Newton-Schulz)           4 d³ a round
     eigh        all eigenvectors, as jedit takes them                 2 d³, by the plan's count
 
 Each has its residual, measured on one probe or on the eigenvectors found: a speed without it says
@@ -28,16 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jedit.curvature import newton_schulz
 from jedit.curvature.eigenbases import eigh
+from jedit.curvature.subspace import leading, num_columns
 from tests.bench.gpu_run.bench_steps import timed
 from tests.bench.gpu_run.rates import peak_gib
 from tests.bench.gpu_run.stages import write_json
 
 HIGHEST = lax.Precision.HIGHEST
 DAMPING = 0.1  # of the mean eigenvalue: jedit's default
-TOLERANCE = 1e-3  # of the inverse's residual: float32 does not come much below 1e-4 here
-ROUNDS = 30  # of the inverse at most; of 300 columns it takes 14
-LEADING, SWEEPS = 256, 4
+LEADING = 256
 LONG = 3.0  # seconds of a first call after which there is no second
 SETTLED = 0.3  # seconds of calls that are enough: clocks take a while to settle
 
@@ -80,37 +80,19 @@ def cholesky_solve(factor: Array, x: Array) -> Array:
 
 @jax.jit
 def inverse(a: Array) -> tuple[Array, Array]:
-    """(A + λ)⁻¹ by products alone (Newton-Schulz), and how many rounds it took.
-
-    The largest row sum bounds the largest eigenvalue, so that the first X = 1 / that is below the
-    inverse in every direction, and the residual 1 - (A + λ) X squares itself in each round.
-    """
-    matrix = damped(a)
-    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    start = jnp.eye(len(a), dtype=a.dtype) / bound
-    root = jnp.sqrt(jnp.float32(len(a)))
-
-    def go_on(state):
-        _, residual, rounds = state
-        return (residual > TOLERANCE) & (rounds < ROUNDS)
-
-    def step(state):
-        x, _, rounds = state
-        left = matmul(matrix, x)
-        residual = jnp.linalg.norm(jnp.eye(len(a), dtype=a.dtype) - left) / root
-        return 2 * x - matmul(x, left), residual, rounds + 1
-
-    x, _, rounds = lax.while_loop(go_on, step, (start, jnp.float32(jnp.inf), jnp.int32(0)))
-    return x, rounds
+    """(A + λ)⁻¹ by products alone, as `factorize="inverse"` makes it, and the rounds it took."""
+    level = DAMPING * jnp.mean(jnp.diagonal(a))[None]
+    one = jnp.eye(len(a), dtype=a.dtype)[None]
+    x, info = newton_schulz.solve(damped(a)[None], one, level, matmul)
+    return x[0], info.steps
 
 
-@jax.jit(static_argnums=1)
 def iteration(a: Array, rank: int) -> tuple[Array, Array]:
-    """The leading eigenvalues, rising, and their eigenvectors (d, k), after `SWEEPS` rounds."""
-    q = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (len(a), rank), a.dtype))[0]
-    q = lax.fori_loop(0, SWEEPS, lambda _, x: jnp.linalg.qr(matmul(a, x))[0], q)
-    values, basis = jnp.linalg.eigh(matmul(q.T, matmul(a, q)))
-    return values, matmul(q, basis)
+    """The leading eigenvalues, rising, and their eigenvectors (d, k), as `Factorize(rank=)` has."""
+    factor = leading(a[None], rank)
+    assert factor.basis is not None  # what is led by eigenvectors has them
+    assert factor.eigenvalues is not None
+    return factor.eigenvalues[0, 1:], factor.basis[0]
 
 
 def timed_again(job: Callable[[], Any]) -> tuple[dict[str, float], Any]:
@@ -147,10 +129,11 @@ def by_inverse(a: Array) -> tuple[dict[str, float], float]:
 
 
 def by_iteration(a: Array) -> tuple[dict[str, float], float]:
-    d, rank = len(a), min(LEADING, len(a) // 4)
+    d, rank = len(a), min(LEADING, len(a) // 8)
     times, (values, q) = timed_again(lambda: iteration(a, rank))
     times |= {"rank": rank, "residual": apart(matmul(a, q), q * values[None])}
-    return times, (SWEEPS + 1) * 2 * d**2 * rank + SWEEPS * 4 * d * rank**2
+    m = num_columns(rank)
+    return times, 2 * d**2 * m + 4 * d * m**2
 
 
 def by_eigh(a: Array) -> tuple[dict[str, float], float]:
