@@ -4,20 +4,14 @@ Run by `test_many_devices` as `explicit_entrances` is, whose model this is: each
 numbers of one device.
 """
 
-import json
-import sys
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jedit
 from jedit.curvature.ggn import quadratic_kl
 from jedit.curvature.likelihoods import Categorical
-from tests.many_devices.explicit_entrances import HIDDEN, ROWS, SEQ, SPECS, VOCAB, WIDTH, apply
+from tests.many_devices.explicit_entrances import apply, compare
 
 
 def entrances(params, rows, facts):
@@ -64,35 +58,4 @@ def found(*given):
 
 
 if __name__ == "__main__":
-    draw = np.random.default_rng(0)
-    shapes = {
-        "embed": (VOCAB, WIDTH),
-        "up": (WIDTH, HIDDEN),
-        "down": (HIDDEN, WIDTH),
-        "head": (WIDTH, VOCAB),
-    }
-    host = {
-        name: (draw.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-    tokens, labels = draw.integers(0, VOCAB, (2, ROWS, SEQ)).astype(np.int32)
-    rows = jedit.Batch(tokens, labels)
-    facts = jax.tree.map(lambda x: x[:8], rows)
-    expected = found(*jax.tree.map(jnp.asarray, (host, rows, facts)))
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    params = {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in host.items()}
-    sets = jax.device_put((rows, facts), NamedSharding(mesh, P("data")))
-    differences = {}
-    for within in (False, True):
-        if within:
-            with jax.set_mesh(mesh):
-                seen = found(params, *sets)
-        else:
-            seen = found(params, *sets)
-        for name, one in expected.items():
-            pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(seen[name]), strict=True))
-            differences[f"{name}, {within=}"] = max(
-                float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float)), initial=0))
-                for x, y in pairs
-            )
-    sys.stdout.write(json.dumps(differences))
+    compare(found)
