@@ -223,7 +223,7 @@ def _lead(channel: _Channel, work: Callable[[Spread], Outcome], part: Callable) 
         answers, errors = [], []
         try:
             answers.append(part(given))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others must be heard and told of it
             errors.append(error)
         # All are heard before the first error is raised: `work` then cleans up, and whoever is
         # still at its part would leave files behind that.

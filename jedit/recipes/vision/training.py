@@ -183,7 +183,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays = {name: content[name] for name in content.files}
         text = json.loads(str(arrays.pop(ABOUT)))
         float(text["seconds"])
-    except (
+    except (  # the last are what zipfile raises of a damaged archive
         *(OSError, ValueError, KeyError, TypeError, EOFError, RecursionError),
         *(zipfile.BadZipFile, zlib.error, NotImplementedError),
     ):
