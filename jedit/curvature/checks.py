@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from jedit.core.arguments import check_kind, check_params, nearest
@@ -154,8 +153,6 @@ def check_layers_finite(
     Raises:
         FloatingPointError: it holds NaN or infinity.
     """
-    if isinstance(values, Tracer):  # of a plan, which is of shapes alone
-        return
     found, sharding = _are_finite(values), sharding_of(values)
     # Layers may lie on devices that this process does not see.
     is_finite = np.asarray(found if sharding is None else jax.device_put(found, whole(sharding)))

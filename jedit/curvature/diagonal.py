@@ -186,7 +186,9 @@ def squares_estimator(
         del dtype  # nothing is decomposed
         check_counted(state.num_outputs)
         number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
-        means = {b.name: mean_squares(state.squares[b.name], number, b) for b in state.blocks}
+        means = {b.name: mean_squares(state.squares[b.name], number) for b in state.blocks}
+        for block in state.blocks:
+            check_layers_finite(means[block.name], block.name, block.hint)
         return finish(state.blocks, means, state.num_outputs)
 
     def groups(params, batch, group_bytes):
@@ -212,11 +214,9 @@ def zero_squares(
     return jnp.zeros((weight.layers, *sides), dtype)
 
 
-def mean_squares(squares: Array, number: Array, block: BlockSites) -> Array:
+def mean_squares(squares: Array, number: Array) -> Array:
     """Return a block's sum of squares over `number`, M times the draws."""
-    mean = squares / number.astype(squares.dtype)
-    check_layers_finite(mean, block.name, block.hint)
-    return mean
+    return squares / number.astype(squares.dtype)
 
 
 def refuse_unclear_padding(blocks: Iterable[BlockSites], batch: Batch) -> None:

@@ -34,7 +34,7 @@ from jedit.curvature.captured_batch import (
     over_row_blocks,
     run_pass,
 )
-from jedit.curvature.checks import check_counted, check_has
+from jedit.curvature.checks import check_counted, check_has, check_layers_finite
 from jedit.curvature.diagonal import mean_squares, refuse_unclear_padding, zero_squares
 from jedit.curvature.eigenbases import Moment, shape_of
 from jedit.curvature.estimator import Estimator
@@ -329,6 +329,10 @@ def _finalize(state: KfacState, dtype=None, *, how: Factorize) -> Curvature:
     """Normalise, merge sites of one parameter, decompose; shared factors once."""
     check_counted(state.num_outputs)
     blocks, moments = _assembled(state, how)
+    # Here and not where they are made: a plan makes them of shapes, which have no numbers.
+    for block in state.blocks:
+        if isinstance(diagonal := blocks[block.name], Diagonal):
+            check_layers_finite(diagonal.values, block.name, block.hint)
     chosen, factors = _chosen(blocks, moments, how), {}
     for one in dict.fromkeys(chosen.values()):
         part = {name: moment for name, moment in moments.items() if chosen[name] == one}
@@ -372,7 +376,7 @@ def _assembled(
     sums = Sums(state.inputs, state.outputs, number, begun, means)
     for block, sharding in zip(state.blocks, shardings, strict=True):
         if block.is_diagonal:
-            values = mean_squares(state.squares[block.name], number, block)
+            values = mean_squares(state.squares[block.name], number)
             blocks[block.name] = Diagonal(block.weight, values)
         else:
             blocks[block.name] = assemble(block, sums, moments, sharding)
