@@ -28,7 +28,7 @@ from jedit.curvature import newton_schulz
 from jedit.curvature.mesh import blocked
 from jedit.curvature.mesh.placement import along
 from jedit.curvature.mesh.rotation import on_both_axes
-from jedit.curvature.types import Curvature, Factor, Kronecker, pytree
+from jedit.curvature.types import By, Curvature, Factor, Kronecker, pytree
 
 Form = Literal["diagonal", "root", "matrix"]
 
@@ -93,7 +93,15 @@ def inverse(
         sharding: how the parameter's matrix lies on a mesh; None: on one device.
         dim: which side of that matrix the factor belongs to, 1 or 2.
     """
-    matrix = matrix_of(factor)
+    side = 1 if sharding is None else dim  # on one device it says nothing
+    return _inverse(matrix_of(factor), level, factor.by, sharding, side)
+
+
+# Compiled once for all factors of one shape: its loops would be for each of them.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _inverse(
+    matrix: Array, level: Array, by: By, sharding: NamedSharding | None, dim: int
+) -> Damped:
     is_zero = (mean_diagonal(matrix) == 0) & (level == 0)
     # A layer of nothing but zeros has no inverse: it is solved as one, and then left out.
     level = jnp.where(is_zero, 1, level)
@@ -107,7 +115,7 @@ def inverse(
             "diagonal",
         )
     place = None if sharding is None else along(sharding, dim)
-    if factor.by != "inverse":
+    if by != "inverse":
         return Damped(_root(damped, place), weight, zero, "root")
     invert = functools.partial(_newton_schulz, place=place)
     if place is not None and place.spec[0] is not None:

@@ -15,6 +15,7 @@ from jedit.curvature import (
     Factorize,
     Inverted,
     estimate,
+    factored,
     inverted,
     kfac,
     newton_schulz,
@@ -157,6 +158,16 @@ def test_an_inverse_is_made_once_for_many_trees(scene, by, absolute):
     again = inverse.again(kept)
     assert jax.tree.structure(again) == jax.tree.structure(inverse)
     assert inverse.covered == curvature.covered
+
+
+@BY
+def test_factors_of_one_shape_are_inverted_by_one_program(scene, by):
+    *_, curvature = scene
+    factored._inverse.clear_cache()
+    for damping in (0.1, 0.2):
+        inverted(kept_by(curvature, by), damping=damping)
+    sizes = {factor.dimension for factor in curvature.factors.values()}
+    assert factored._inverse._cache_size() == len(sizes) < len(curvature.factors)
 
 
 @BY
