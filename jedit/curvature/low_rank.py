@@ -10,7 +10,7 @@ multiplies the first by its values at the leading eigenvalues, the second by tha
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.types import Factor
@@ -51,18 +51,23 @@ def parts_of(values: Array, a: Factor, g: Factor) -> tuple[tuple[Array, ...], ..
 
 def mean_eigenvalue(values: Array, a: Factor, g: Factor) -> Array:
     """Return the mean over all rows and columns (layers, 1, 1), those without eigenvector too."""
-    weights = _multiplicities(a)[:, None] * _multiplicities(g)[None]
-    total = jnp.sum(values * weights[None].astype(values.dtype), axis=(1, 2), keepdims=True)
+    number = []
+    for factor in (a, g):
+        assert factor.eigenvalues is not None  # a block of an undecomposed one has no values
+        number.append(multiplicities(factor.basis, factor.eigenvalues).astype(values.dtype))
+    weights = number[0][:, :, None] * number[1][:, None]
+    total = jnp.sum(values * weights, axis=(1, 2), keepdims=True)
     return total / (a.dimension * g.dimension)
 
 
-def _multiplicities(factor: Factor) -> Array:
-    """Return how many directions have each of a factor's eigenvalues."""
-    assert factor.eigenvalues is not None
-    number = factor.eigenvalues.shape[1]
-    if factor.form != "leading":
-        return jnp.ones(number)
-    return jnp.ones(number).at[0].set(factor.dimension - number + 1)
+def multiplicities(
+    basis: Array | None, eigenvalues: Float[Array, "layers n"]
+) -> Float[Array, "1 n"]:
+    """Return how many directions have each eigenvalue, one but for the rest of leading ones."""
+    number = jnp.ones((1, eigenvalues.shape[1]), eigenvalues.dtype)
+    if basis is None or basis.shape[-1] == basis.shape[-2]:
+        return number
+    return number.at[0, 0].set(basis.shape[-2] - basis.shape[-1])
 
 
 def _cut(values: Array, factor: Factor, axis: int) -> tuple[Array, ...]:

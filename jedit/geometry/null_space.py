@@ -35,7 +35,7 @@ from jedit.core.display import is_concrete, short_repr, text_table
 from jedit.curvature.algebra import BlockMap, apply_blocks, spectral
 from jedit.curvature.checks import check_counted, check_has, eigenbasis_of
 from jedit.curvature.eigenbases import rotate_axis
-from jedit.curvature.low_rank import join_axis, split_axis
+from jedit.curvature.low_rank import join_axis, multiplicities, split_axis
 from jedit.curvature.types import Curvature, Factor, Kronecker, Uncovered, pytree
 from jedit.tracing.sites import Weight
 
@@ -92,7 +92,7 @@ class Projector:
         found = {}
         for name, weight, factor in self.blocks:
             a, w = self.eigenvalues[factor], self.weights[factor]
-            n = _multiplicities(self.bases[factor], a)
+            n = multiplicities(self.bases[factor], a)
             most = jnp.max(a, axis=1, keepdims=True)
             a = a / jnp.where(most > 0, most, 1)  # squares of small ones leave the dtype
             total = jnp.sum(n * a, axis=1)
@@ -172,17 +172,9 @@ def null_space(
             _check_parts(factor, threshold, by, name)
         else:
             bases[f], values[f] = eigenbasis_of(factor, name)
-        number = _multiplicities(bases[f], values[f])
+        number = multiplicities(bases[f], values[f])
         weights[f] = _weights(values[f], number, threshold, by, relaxation)
     return Projector(bases, values, weights, blocks)
-
-
-def _multiplicities(basis: Array | None, a: Float[Array, "layers d"]) -> Float[Array, "1 d"]:
-    """Return how many directions have each eigenvalue, one but for the rest of leading ones."""
-    number = jnp.ones((1, a.shape[1]), a.dtype)
-    if basis is None or basis.shape[-1] == basis.shape[-2]:
-        return number
-    return number.at[0, 0].set(basis.shape[-2] - basis.shape[-1])
 
 
 def _check_parts(factor: Factor, threshold: float | int, by: Selection, name: str) -> None:
