@@ -17,6 +17,7 @@ device of each process, since CPUs that are devices of one process may not call 
 """
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def leading(
 
     Returns:
         The factor. Where 2m is no less than d, an iteration is no cheaper than a decomposition,
-        which is then made on one device.
+        which is then made on one device. A warning says where values had not come to rest.
     """
     found = []
     for layer in range(len(matrix)):
@@ -89,6 +90,13 @@ def _leading_of(
             scale = jnp.maximum(values[-rank:], mean)
             is_still = jnp.all(jnp.abs(values[-rank:] - before) <= TOLERANCE * scale)
             if is_still or step == MAX_STEPS - 1:
+                if not is_still:
+                    warnings.warn(
+                        f"the {rank} leading eigenvalues of a factor of {d} columns still change "
+                        f"by more than a {1 / TOLERANCE:.0f}th after {MAX_STEPS} steps, and are "
+                        'taken as they are: a smaller rank or factorize="eigh" has no such error',
+                        stacklevel=2,
+                    )
                 break
             q, before = _orthonormal(y), values[-rank:]
     with no_mesh():

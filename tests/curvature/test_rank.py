@@ -274,6 +274,13 @@ def test_matrices_of_low_rank_and_of_none(steps):
     assert np.all(np.isfinite(np.asarray(nothing.basis)))
 
 
+def test_values_that_have_not_come_to_rest_are_told_of(monkeypatch):
+    monkeypatch.setattr(subspace, "MAX_STEPS", 1)
+    matrix = jnp.diag(jnp.arange(1.0, 61.0))[None]
+    with pytest.warns(UserWarning, match=r"the 2 leading eigenvalues of a factor of 60 columns"):
+        subspace.leading(matrix, 2)
+
+
 def test_an_estimate_starts_from_an_earlier_one(steps, monkeypatch):
     # So few columns that even axes as short as these are iterated.
     monkeypatch.setattr(subspace, "num_columns", lambda rank: 2 * rank)
