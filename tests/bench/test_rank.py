@@ -19,7 +19,7 @@ def test_the_script_measures_effects_and_seconds(monkeypatch, tmp_path):
     given = ["rank", "--quick", "--seeds", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", given)
     monkeypatch.setattr(rank, "DAMPINGS", (0.1,))
-    monkeypatch.setattr(metric, "BUDGETS", (1.0,))
+    monkeypatch.setattr(metric, "BUDGETS", (1.0, 10.0, 100.0))
     rank.main()
     record = json.loads((tmp_path / "rank.json").read_text())
     names = {"all", "k = 8", "k = 8, one pass", "k = 8, two passes"}

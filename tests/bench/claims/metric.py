@@ -11,6 +11,7 @@ mean over all seeds, of those that the numbers file lists.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from jedit.methods import kfade
 from tests.bench.claims.evidence import interval, parser, shown, shown_ratio, write
 from tests.bench.claims.scenes import Scene, authors, digits
 
-BUDGETS = (0.3, 1.0, 3.0, 10.0)  # of the price
+BUDGETS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the price
+SMALLER = (0.1, 0.03, 0.01)  # where the first of them costs more than the price
 SCENES = {
     "hand": (functools.partial(digits, forget="hand"), 0.01),
     "class": (functools.partial(digits, forget="class"), 0.01),
@@ -107,11 +109,11 @@ def contenders(found: Scene, *, key) -> dict[tuple[str, float], tuple[Curvature,
 
 
 def forgotten_at(found: Scene, curvature: Curvature, damping: float, price: float) -> float:
-    """Forget NLL where the held-out KL is `price`, between the budgets' points."""
+    """Forget NLL where the held-out KL is `price`, between the budgets' points; NaN: at none."""
     forget, heldout = list(batches(found.forget, 64)), list(batches(found.heldout, 64))
     probe = jax.tree.map(lambda x: x[:64], found.retain)
-    points = []
-    for budget in BUDGETS:
+
+    def point(budget: float) -> tuple[float, float]:
         edit, _ = kfade(
             found.apply,
             found.params,
@@ -123,11 +125,21 @@ def forgotten_at(found: Scene, curvature: Curvature, damping: float, price: floa
         )
         params = apply_edit(found.params, edit)
         kl = metrics.output_kl(found.apply, found.params, params, heldout)
-        points.append((np.log(max(kl, LEAST_KL)), metrics.nll(found.apply, params, forget)))
-        if kl > price:
-            break
-    kls, losses = zip(*sorted(points), strict=True)
-    return float(np.interp(np.log(price), kls, losses))
+        return kl, metrics.nll(found.apply, params, forget)
+
+    return bracketed(point, price)
+
+
+def bracketed(point: Callable[[float], tuple[float, float]], price: float) -> float:
+    """What a budget's (KL, value) is where the KL is `price`; NaN: the budgets have one side."""
+    points = [point(BUDGETS[0])]
+    is_dear = points[0][0] > price
+    for budget in SMALLER if is_dear else BUDGETS[1:]:
+        points.append(point(budget))
+        if (points[-1][0] > price) != is_dear:
+            kls, values = np.array(sorted(points)).T
+            return float(np.interp(np.log(price), np.log(np.maximum(kls, LEAST_KL)), values))
+    return float("nan")
 
 
 def main() -> None:
@@ -161,7 +173,9 @@ def main() -> None:
 def summary(name: str, price: float, forgotten: dict) -> list[dict]:
     """Each metric at its best setting, and the tempered K-FADE's forget NLL over its, in logs."""
     best: dict[str, tuple[str, float]] = {}
-    for which in sorted(forgotten, key=lambda which: float(np.sum(np.log(forgotten[which])))):
+    # A setting at which not every seed has the price between two points comes first, so never best.
+    sums = {which: np.sum(np.log(values)) for which, values in forgotten.items()}
+    for which in sorted(sums, key=lambda which: np.nan_to_num(sums[which], nan=-np.inf)):
         best[which[0]] = which
     reference = np.array(forgotten[best["K-FADE, temperature 4"]])
     return [
