@@ -15,11 +15,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.checkpoint.sealed import DamagedError, shown, walk
-from jedit.core.devices import on_auto
+from jedit.core.devices import axes_of, on_auto
 
 ARRAYS = "arrays"
 BLOCK_BYTES = 2**26  # of an array that is hashed in several processes, at a time
@@ -166,14 +166,28 @@ def byte_blocks(array: Array | np.ndarray) -> Iterator[memoryview]:
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         yield byte_view(array)
         return
+    yield from _brought(array)
+
+
+def _brought(array: Array) -> Iterator[memoryview]:
+    """Give an array's bytes, each block brought to every process by those who hold a part of it.
+
+    Yields:
+        The bytes.
+
+    Raises:
+        ValueError: the array lies on no mesh.
+    """
     array = cast("Array", on_auto(array))
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{sharding}: an array of several processes must lie on a named mesh")
-    place = NamedSharding(sharding.mesh, PartitionSpec())
     for begins, sizes in _blocks(array.shape, jnp.dtype(array.dtype).itemsize):
-        # A copy of NumPy's would make a program for every place.
-        yield byte_view(_block(array, np.array(begins, np.int32), sizes, place))
+        # The caller's context may be of explicit axes, or of another mesh.
+        with jax.set_mesh(cast("Mesh", sharding.mesh)):
+            # A copy of NumPy's would make a program for every place.
+            block = _block(array, np.array(begins, np.int32), sizes, sharding)
+        yield byte_view(block)
 
 
 def _blocks(
@@ -197,9 +211,51 @@ def _blocks(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _block(x: Array, begins: Array, sizes: tuple[int, ...], place: NamedSharding) -> Array:
-    starts = tuple(begins)
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(x, starts, sizes), place)
+def _block(x: Array, begins: Array, sizes: tuple[int, ...], sharding: NamedSharding) -> Array:
+    """Return the bits of a block, on every device.
+
+    Sliced as it is, an array that is cut would first be gathered whole on every device by XLA's
+    partitioner. So each device puts what it has of the block into zeros, and they are summed: as
+    integers, since a sum of floats keeps neither -0.0 nor what a NaN says.
+    """
+    split = [axes_of(entry) for entry in sharding.spec]
+
+    def summed(part: Array, begins: Array) -> Array:
+        bits, sliced, wanted = _bits(part), [], []
+        for i, size in enumerate(sizes):
+            axes, length = split[i] if i < len(split) else (), part.shape[i]
+            first = begins[i]
+            if axes:
+                first = first - length * jax.lax.axis_index(axes)  # negative: before this part
+            start = jnp.clip(first, 0, length - min(size, length))
+            sliced.append(start)
+            # Where the block's entries are in what is sliced, if they are in it.
+            wanted.append(first - start + jnp.arange(size, dtype=np.int32) if axes else None)
+        lengths = [min(size, n) for size, n in zip(sizes, part.shape, strict=True)]
+        for i, (start, length) in enumerate(zip(sliced, lengths, strict=True)):
+            bits = jax.lax.dynamic_slice_in_dim(bits, start, length, axis=i)
+        for i, (places, length) in enumerate(zip(wanted, lengths, strict=True)):
+            if places is None:
+                continue
+            moved = jnp.take(bits, jnp.clip(places, 0, length - 1), axis=i)
+            is_own = ((places >= 0) & (places < length)).reshape(-1, *(1,) * (bits.ndim - i - 1))
+            is_own = jax.lax.broadcast_in_dim(is_own, moved.shape, range(i, moved.ndim))
+            bits = jnp.where(is_own, moved, jnp.zeros_like(moved))
+        return jax.lax.psum(bits, tuple(axis for axes in split for axis in axes))
+
+    specs = (sharding.spec, PartitionSpec())
+    return jax.shard_map(summed, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec())(
+        x, begins
+    )
+
+
+def _bits(x: Array) -> Array:
+    """Return numbers as unsigned integers of the same bytes; complex ones as two of them."""
+    if x.dtype == bool:
+        return x.astype(np.uint8)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
 def describe(array: Any) -> dict[str, Any]:

@@ -126,12 +126,13 @@ def test_all_see_the_same(ran):
         "other data": ["ValueError", "was given something else than the first one"],
         "another part": ["RuntimeError", "process 1: list index out of range"],
     }
+    assert seen.pop("explicit") is True  # the same hash in the context of explicit axes
     assert seen.keys() == {"records", *expected}
     for name, (kind, text) in expected.items():
         assert seen[name][0] == kind, seen[name]
         assert text in seen[name][1]
     # Nothing of what failed is left, nor of what one process began alone.
-    assert left == ["begun", "curvature", "edit", "job", "ledger", "model.npz"]
+    assert left == ["begun", "curvature", "edit", "explicit", "job", "ledger", "model.npz"]
     assert [x.name for x in (folder / "values/begun").iterdir()] == ["lock"]
 
 
