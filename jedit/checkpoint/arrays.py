@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.checkpoint.sealed import DamagedError, shown, walk
-from jedit.core.devices import axes_of, on_auto
+from jedit.core.devices import axes_of, fetched, on_auto
 
 ARRAYS = "arrays"
 BLOCK_BYTES = 2**26  # of an array that is hashed in several processes, at a time
@@ -243,10 +243,8 @@ def _block(x: Array, begins: Array, sizes: tuple[int, ...], sharding: NamedShard
             bits = jnp.where(is_own, moved, jnp.zeros_like(moved))
         return jax.lax.psum(bits, tuple(axis for axes in split for axis in axes))
 
-    specs = (sharding.spec, PartitionSpec())
-    return jax.shard_map(summed, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec())(
-        x, begins
-    )
+    specs = {"in_specs": (sharding.spec, PartitionSpec()), "out_specs": PartitionSpec()}
+    return jax.shard_map(summed, mesh=sharding.mesh, **specs)(fetched(x), begins)
 
 
 def _bits(x: Array) -> Array:
