@@ -39,12 +39,12 @@ def apply(params, inputs):
     return jnp.tanh(inputs @ params["up"]) @ params["down"] + params["bias"][None]
 
 
-def host():
+def host(hidden=HIDDEN):
     """Parameters and rows, as NumPy's."""
     draw = np.random.default_rng(0)
     params = {
-        "up": draw.normal(size=(WIDTH, HIDDEN)) / 3,
-        "down": draw.normal(size=(HIDDEN, CLASSES)) / 5,
+        "up": draw.normal(size=(WIDTH, hidden)) / 3,
+        "down": draw.normal(size=(hidden, CLASSES)) / 5,
         "bias": draw.normal(size=CLASSES),
     }
     rows = [
@@ -54,9 +54,9 @@ def host():
     return params, rows
 
 
-def placed(axes, kind):
+def placed(axes, kind, hidden=HIDDEN):
     """Parameters and rows on a mesh of so many devices along each axis, or on one device."""
-    params, rows = host()
+    params, rows = host(hidden)
     if axes == (1, 1):
         return jax.tree.map(jnp.asarray, (params, rows))
     mesh = jax.make_mesh(axes, ("data", "model"), axis_types=(kind,) * 2)
