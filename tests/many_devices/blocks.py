@@ -1,13 +1,17 @@
-"""Blocks of arrays that are cut over eight devices, as several processes hash them.
+"""Blocks of arrays that are cut over eight devices, as several processes hash and write them.
 
-Run by `test_many_devices`, in a process of its own. Prints by name whether the blocks are the
-array's memory, and the largest array of the program that brings one, over a device's part.
+Run by `test_many_devices`, in a process of its own. Prints by name whether the blocks, and the
+file that is written, are the array's memory; the largest array of the program that brings a block,
+over a device's part; and in how many writes the file was made.
 """
 
 import contextlib
 import json
+import os
 import re
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +59,26 @@ def largest_share(x):
     return max(sizes) / least
 
 
+def written(x, most):
+    """The file of an array, written in blocks of so many bytes, and in how many writes it was."""
+    arrays.BLOCK_BYTES, do, count = most, os.pwrite, 0
+
+    def counted(*given):
+        nonlocal count
+        count += 1
+        return do(*given)
+
+    os.pwrite = counted
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder, arrays.ARRAYS)
+            place.mkdir()
+            assert arrays.write_parts(Path(folder), [x]) == [x.size]
+            return (place / "0").read_bytes(), count
+    finally:
+        os.pwrite, arrays.BLOCK_BYTES = do, MOST
+
+
 def main():
     """Bring the same parameters from wherever they lie, in whatever context."""
     jax.config.update("jax_enable_x64", True)
@@ -66,19 +90,18 @@ def main():
     }
     meshes["other"] = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     for name, x in params.items():
-        placed = {
-            kind: jax.device_put(x, NamedSharding(meshes[kind], CASES[name][1]))
-            for kind in ("Auto", "Explicit")
-        }
+        spec = CASES[name][1]
+        places = {kind: NamedSharding(meshes[kind], spec) for kind in ("Auto", "Explicit")}
+        places["host"] = places["Auto"].with_memory_kind("pinned_host")
+        placed = {kind: jax.device_put(x, place) for kind, place in places.items()}
         found[f"{name}, share"] = largest_share(placed["Auto"])
         for kind, put in placed.items():
             for context in (None, *meshes):
-                within = (
-                    contextlib.nullcontext() if context is None else jax.set_mesh(meshes[context])
-                )
-                with within:
+                with contextlib.nullcontext() if context is None else jax.set_mesh(meshes[context]):
                     same = b"".join(arrays._brought(put)) == x.tobytes()
+                    same &= written(put, MOST)[0] == x.tobytes()
                 found[f"{name}, {kind} within {context}"] = same
+        _, found[f"{name}, writes"] = written(placed["Auto"], 2**26)
     sys.stdout.write(json.dumps(found))
 
 
