@@ -15,11 +15,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.checkpoint.sealed import DamagedError, shown, walk
-from jedit.core.devices import on_auto
+from jedit.core.devices import axes_of, fetched, no_mesh, on_auto
 
 ARRAYS = "arrays"
 BLOCK_BYTES = 2**26  # of an array that is hashed in several processes, at a time
@@ -53,12 +53,11 @@ def write_parts(folder: Path, arrays: Sequence[Array | np.ndarray]) -> list[int]
             continue
         path, handle = folder / ARRAYS / str(i), None
         try:
-            # One after the other: of a state on several devices one part is on the host.
+            # One after the other: of a large state some of one array is on the host.
             for index, part in _own_parts(array):
                 if handle is None:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                     handle = os.open(path, flags, 0o600)
-                part = np.asarray(part)
                 _write_part(handle, index, part, array.shape)
                 counts[-1] += part.size
             if handle is not None:
@@ -72,15 +71,86 @@ def write_parts(folder: Path, arrays: Sequence[Array | np.ndarray]) -> list[int]
     return counts
 
 
-def _own_parts(array: Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], Any]]:
+def _own_parts(array: Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Give what is this process's to write.
+
+    Yields:
+        Where it lies in the array, and what it is.
+    """
     is_first = jax.process_index() == 0
     if not isinstance(array, jax.Array):
         if is_first:
             yield (slice(None),) * array.ndim, array
-    elif is_first or not array.is_fully_addressable:
+        return
+    parts = []
+    if is_first or not array.is_fully_addressable:
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                yield shard.index, shard.data
+                places = zip(shard.index, array.shape, strict=True)
+                parts.append((tuple(x.indices(n)[0] for x, n in places), shard.data))
+    for axis, run in _runs(parts, array.shape):
+        begins, first = run[0]
+        if len(run) == 1 and first.nbytes <= BLOCK_BYTES:
+            yield _index(begins, first.shape), np.asarray(first)
+            continue
+        shape = list(first.shape)
+        shape[axis] *= len(run)
+        for starts, sizes in _blocks(tuple(shape), first.dtype.itemsize):
+            block = np.empty(sizes, first.dtype)
+            for k, (_, part) in enumerate(run):
+                # In the part's own coordinates, where it may have nothing of the block.
+                begin = starts[axis] - k * part.shape[axis]
+                low, high = max(begin, 0), min(begin + sizes[axis], part.shape[axis])
+                if low < high:
+                    own = (*starts[:axis], low, *starts[axis + 1 :])
+                    lengths = (*sizes[:axis], high - low, *sizes[axis + 1 :])
+                    place = (slice(None),) * axis + (slice(low - begin, high - begin),)
+                    block[place] = _piece(part, own, lengths)
+            place = tuple(b + x for b, x in zip(begins, starts, strict=True))
+            yield _index(place, sizes), block
+
+
+def _runs(
+    parts: Sequence[tuple[tuple[int, ...], Array]], shape: tuple[int, ...]
+) -> Iterator[tuple[int, list[tuple[tuple[int, ...], Array]]]]:
+    """Give the parts that lie side by side along the last axis that is cut, together.
+
+    A row of theirs is one stretch of the file, where each alone is a piece of every row.
+
+    Yields:
+        The axis, and parts with where they begin.
+    """
+    axis, run = 0, []
+    # Those that differ along the axis alone one after the other.
+    if parts:
+        axis = max((i for i, n in enumerate(shape) if parts[0][1].shape[i] != n), default=0)
+    for begins, part in sorted(
+        parts, key=lambda x: (x[0][:axis], x[0][axis + 1 :], x[0][axis : axis + 1])
+    ):
+        follows = bool(run) and all(
+            b == last + (n if i == axis else 0)
+            for i, (b, last, n) in enumerate(zip(begins, run[-1][0], part.shape, strict=True))
+        )
+        if run and not follows:
+            yield axis, run
+            run = []
+        run.append((begins, part))
+    if run:
+        yield axis, run
+
+
+def _piece(part: Array, begins: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+    """Bring some of what is on a device to the host, which of a large part never has the whole."""
+    is_on_host = jax.typeof(part).memory_space == jax.memory.Space.Host
+    if part.nbytes <= BLOCK_BYTES or is_on_host:
+        return np.asarray(part)[_index(begins, sizes)]
+    with no_mesh():
+        bits = _sliced_bits(part, np.array(begins, np.int32), sizes)
+    return np.frombuffer(byte_view(bits), part.dtype).reshape(sizes)
+
+
+def _index(begins: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(b, b + n) for b, n in zip(begins, sizes, strict=True))
 
 
 def _write_part(
@@ -166,14 +236,28 @@ def byte_blocks(array: Array | np.ndarray) -> Iterator[memoryview]:
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         yield byte_view(array)
         return
+    yield from _brought(array)
+
+
+def _brought(array: Array) -> Iterator[memoryview]:
+    """Give an array's bytes, each block brought to every process by those who hold a part of it.
+
+    Yields:
+        The bytes.
+
+    Raises:
+        ValueError: the array lies on no mesh.
+    """
     array = cast("Array", on_auto(array))
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{sharding}: an array of several processes must lie on a named mesh")
-    place = NamedSharding(sharding.mesh, PartitionSpec())
     for begins, sizes in _blocks(array.shape, jnp.dtype(array.dtype).itemsize):
-        # A copy of NumPy's would make a program for every place.
-        yield byte_view(_block(array, np.array(begins, np.int32), sizes, place))
+        # The caller's context may be of explicit axes, or of another mesh.
+        with jax.set_mesh(cast("Mesh", sharding.mesh)):
+            # A copy of NumPy's would make a program for every place.
+            block = _block(array, np.array(begins, np.int32), sizes, sharding)
+        yield byte_view(block)
 
 
 def _blocks(
@@ -197,9 +281,56 @@ def _blocks(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _block(x: Array, begins: Array, sizes: tuple[int, ...], place: NamedSharding) -> Array:
-    starts = tuple(begins)
-    return jax.lax.with_sharding_constraint(jax.lax.dynamic_slice(x, starts, sizes), place)
+def _block(x: Array, begins: Array, sizes: tuple[int, ...], sharding: NamedSharding) -> Array:
+    """Return the bits of a block, on every device.
+
+    Sliced as it is, an array that is cut would first be gathered whole on every device by XLA's
+    partitioner. So each device puts what it has of the block into zeros, and they are summed: as
+    integers, since a sum of floats keeps neither -0.0 nor what a NaN says.
+    """
+    split = [axes_of(entry) for entry in sharding.spec]
+
+    def summed(part: Array, begins: Array) -> Array:
+        sliced, wanted = [], []
+        for i, size in enumerate(sizes):
+            axes, length = split[i] if i < len(split) else (), part.shape[i]
+            first = begins[i]
+            if axes:
+                first = first - length * jax.lax.axis_index(axes)  # negative: before this part
+            start = jnp.clip(first, 0, length - min(size, length))
+            sliced.append(start)
+            # Where the block's entries are in what is sliced, if they are in it.
+            wanted.append(first - start + jnp.arange(size, dtype=np.int32) if axes else None)
+        lengths = tuple(min(size, n) for size, n in zip(sizes, part.shape, strict=True))
+        bits = _sliced_bits(part, sliced, lengths)
+        for i, (places, length) in enumerate(zip(wanted, lengths, strict=True)):
+            if places is None:
+                continue
+            moved = jnp.take(bits, jnp.clip(places, 0, length - 1), axis=i)
+            is_own = ((places >= 0) & (places < length)).reshape(-1, *(1,) * (bits.ndim - i - 1))
+            is_own = jax.lax.broadcast_in_dim(is_own, moved.shape, range(i, moved.ndim))
+            bits = jnp.where(is_own, moved, jnp.zeros_like(moved))
+        return jax.lax.psum(bits, tuple(axis for axes in split for axis in axes))
+
+    specs = {"in_specs": (sharding.spec, PartitionSpec()), "out_specs": PartitionSpec()}
+    return jax.shard_map(summed, mesh=sharding.mesh, **specs)(fetched(x), begins)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sliced_bits(x: Array, begins: Sequence[Array] | Array, sizes: tuple[int, ...]) -> Array:
+    bits = _bits(x)  # first: a slice of bfloat16 may be made in float32, and quieten a NaN
+    for axis, size in enumerate(sizes):
+        bits = jax.lax.dynamic_slice_in_dim(bits, begins[axis], size, axis=axis)
+    return bits
+
+
+def _bits(x: Array) -> Array:
+    """Return numbers as unsigned integers of the same bytes; complex ones as two of them."""
+    if x.dtype == bool:
+        return x.astype(np.uint8)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
 def describe(array: Any) -> dict[str, Any]:

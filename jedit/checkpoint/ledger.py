@@ -69,7 +69,7 @@ from jedit.checkpoint.sealed import (
     write_sealed,
 )
 from jedit.core.arguments import check_kind, nearest
-from jedit.core.devices import on_auto, sharding_of
+from jedit.core.devices import sharding_of
 from jedit.core.paths import parameter_paths
 from jedit.edits import Edit, LowRank, apply_edit
 
@@ -261,7 +261,7 @@ class Ledger:
         found = self.base if rebase else params_hash(base_params)
         entries = self._agreed(upto, found)
         # Each process reads the parts that its devices hold; no device can be given another's.
-        places = {path: sharding_of(leaf) for path, leaf in parameter_paths(on_auto(base_params))}
+        places = {path: sharding_of(leaf) for path, leaf in parameter_paths(base_params)}
         params = base_params
         for entry in entries:
             if entry.is_active:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from jedit.core.devices import no_mesh, sharding_of
 from jedit.core.precision import HIGHEST
-from jedit.curvature.mesh.placement import even, whole
+from jedit.curvature.mesh.placement import devices_of, even, from_owner, whole
 from jedit.curvature.types import Factor
 
 # A Ritz value stands still when it changes by less than this times itself, or the mean eigenvalue
@@ -89,15 +89,17 @@ def _leading_of(
             values, vectors = jax.block_until_ready(jnp.linalg.eigh(_symmetric_product(q, y)))
             scale = jnp.maximum(values[-rank:], mean)
             is_still = jnp.all(jnp.abs(values[-rank:] - before) <= TOLERANCE * scale)
-            if is_still or step == MAX_STEPS - 1:
-                if not is_still:
-                    warnings.warn(
-                        f"the {rank} leading eigenvalues of a factor of {d} columns still change "
-                        f"by more than a {1 / TOLERANCE:.0f}th after {MAX_STEPS} steps, and are "
-                        'taken as they are: a smaller rank or factorize="eigh" has no such error',
-                        stacklevel=2,
-                    )
-                break
+        is_still = _is_agreed(is_still, place)
+        if is_still or step == MAX_STEPS - 1:
+            if not is_still:
+                warnings.warn(
+                    f"the {rank} leading eigenvalues of a factor of {d} columns still change "
+                    f"by more than a {1 / TOLERANCE:.0f}th after {MAX_STEPS} steps, and are "
+                    'taken as they are: a smaller rank or factorize="eigh" has no such error',
+                    stacklevel=2,
+                )
+            break
+        with no_mesh():
             q, before = _orthonormal(y), values[-rank:]
     with no_mesh():
         return with_rest(values, jnp.matmul(q, vectors, precision=HIGHEST), mean * d, rank)
@@ -144,11 +146,27 @@ def on_one_device(x: Array) -> Array:
 
 
 def on_all_devices(x: Array, place: NamedSharding | None) -> Array:
-    """Lay what every process has on its one device over a mesh; None: it stays."""
+    """Lay what every process has on its one device over a mesh; None: it stays.
+
+    Of several processes all are given the first one's. Theirs may differ by rounding, or in the
+    sign of an eigenvector, where their machines do: rows of different bases would make none.
+    """
     if place is None:
         return x
+    owner = devices_of(place)[0]
+    if jax.process_count() > 1:
+        own = x if owner.process_index == jax.process_index() else None
+        return from_owner(own, jax.ShapeDtypeStruct(x.shape, x.dtype), owner, place)
     host = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, lambda index: host[index])
+
+
+def _is_agreed(x: Array, place: NamedSharding | None) -> bool:
+    """Return the word of the first process: a loop that one alone goes on with would hang."""
+    with no_mesh():
+        number = x.astype(np.int32)
+    found = on_all_devices(number, None if place is None else whole(place))
+    return bool(found.addressable_data(0))
 
 
 @jax.jit

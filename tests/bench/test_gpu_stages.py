@@ -12,6 +12,7 @@ import pytest
 from jedit.curvature.subspace import num_columns
 from tests.bench import gpu
 from tests.bench.gpu_run import decompositions, machine, many_requests
+from tests.bench.gpu_run.phases import Phases
 from tests.bench.gpu_run.stages import Stage, run_stages, write_json
 from tests.bench.gpu_run.summary import markdown
 
@@ -71,6 +72,24 @@ def test_what_the_time_does_not_reach_is_left_out(tmp_path):
     stages = [s._replace(seconds=1.0) for s in stages]
     found = run_stages(stages, tmp_path, {}, seconds=1.5, say=lambda _: None)
     assert [row["state"] for row in found["stages"].values()] == ["stopped", "left out"]
+
+
+def test_what_is_compiled_within_a_tracing_is_counted_once():
+    @jax.jit
+    def inner(x):
+        time.sleep(0.2)  # in tracing alone
+        return x + 1
+
+    @jax.jit
+    def outer(x):
+        with jax.ensure_compile_time_eval():
+            return x * inner(np.float32(1))
+
+    phases = Phases()
+    with phases("one"):
+        jax.block_until_ready(outer(np.float32(1)))
+    found = phases.found["one"]
+    assert 0.2 <= found["of them compiling"] <= found["seconds"]
 
 
 def test_json_has_no_nan(tmp_path):

@@ -39,12 +39,12 @@ def apply(params, inputs):
     return jnp.tanh(inputs @ params["up"]) @ params["down"] + params["bias"][None]
 
 
-def host():
+def host(hidden=HIDDEN):
     """Parameters and rows, as NumPy's."""
     draw = np.random.default_rng(0)
     params = {
-        "up": draw.normal(size=(WIDTH, HIDDEN)) / 3,
-        "down": draw.normal(size=(HIDDEN, CLASSES)) / 5,
+        "up": draw.normal(size=(WIDTH, hidden)) / 3,
+        "down": draw.normal(size=(hidden, CLASSES)) / 5,
         "bias": draw.normal(size=CLASSES),
     }
     rows = [
@@ -54,9 +54,9 @@ def host():
     return params, rows
 
 
-def placed(axes, kind):
+def placed(axes, kind, hidden=HIDDEN):
     """Parameters and rows on a mesh of so many devices along each axis, or on one device."""
-    params, rows = host()
+    params, rows = host(hidden)
     if axes == (1, 1):
         return jax.tree.map(jnp.asarray, (params, rows))
     mesh = jax.make_mesh(axes, ("data", "model"), axis_types=(kind,) * 2)
@@ -136,6 +136,7 @@ def written(folder, curvature, params):
     now = gathered(model.params(params))
     if rank == 0:
         np.savez(folder / "model.npz", **now)
+    seen["explicit"] = explicit_ledger(folder / "explicit", now) == model.base
     errors = {
         "there is one": lambda: jedit.save_edit(edit, folder / "edit"),
         "another edit": lambda: jedit.save_edit(other if rank else edit, folder / "other"),
@@ -159,6 +160,22 @@ def written(folder, curvature, params):
         # Now, for the other may look while this one is at it.
         seen["left"] = sorted(x.name for x in folder.iterdir())
     return seen
+
+
+def explicit_ledger(folder, expected):
+    """The same ledger on a mesh with explicit axes, in its context; the hash of its base."""
+    params, _ = placed((4, 2), AxisType.Explicit)
+    with jax.set_mesh(params["up"].sharding.mesh):
+        model = jedit.Ledger.create(folder, params)
+        edit = jedit.Edit({"up": params["up"] * 0.5, "bias": params["bias"] * 0.25})
+        model.record(edit, request=["a row"], method="half")
+        model.record(jedit.Edit({"down": -params["down"]}), request=["another"], method="none")
+        model.revert(1)
+        found = model.params(params)
+    for name, x in gathered(found).items():
+        assert found[name].sharding.mesh.axis_types == (AxisType.Explicit,) * 2
+        assert x.tobytes() == expected[name].tobytes(), name
+    return model.base
 
 
 def begun(folder, params, data):

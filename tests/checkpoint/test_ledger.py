@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.checkpoint import DamagedError, Ledger, params_hash
+from jedit.checkpoint import Checkpoint, DamagedError, Ledger, params_hash
 from jedit.edits import Edit, apply_edit
 from tests.checkpoint.trees import numbers
 
@@ -92,6 +92,21 @@ def test_the_hash_of_a_base_is_sha256(written):
         head = f'["{path}", "{dtype}", [{shape}]]'.encode()
         digest.update(len(head).to_bytes(8, "big") + head + np.asarray(leaf).tobytes())
     assert params_hash(base) == digest.hexdigest() == Ledger(written).base
+
+
+def test_hashes_stay_what_they_were():
+    """A ledger or a job that was written before is still known by what it was begun with."""
+    base = {"w": jnp.arange(6, dtype=jnp.bfloat16).reshape(3, 2), "b": jnp.float32(-0.0)}
+    assert params_hash(base) == "e9394ac2fbb422853fbba968c47b50ee945478a8d347cdbca43728f612135f1f"
+    saves = Checkpoint("never made", every=1)
+    saves._salt = bytes(32)
+    given = {
+        **base,
+        "key": jax.random.key(3),
+        "how": "a text",
+        "rows": np.arange(3, dtype=np.int32),
+    }
+    assert saves._hash(given) == "6fc8bf900f1fe81277caacfdba57963aab1be83d6d5dde30143e253418dca541"
 
 
 def test_a_record_says_how_and_not_what(written):

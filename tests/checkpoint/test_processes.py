@@ -30,17 +30,15 @@ DEATHS = {  # who kills itself; a process may be ended by another's death before
 }
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """What happened, and the folder with the numbers."""
+def run(name, folder):
+    """What a program tells, and its standard error."""
     try:
         with socket.socket() as free:
             free.bind(("localhost", 0))
     except OSError as error:
         pytest.skip(f"processes need sockets to find each other: {error}")
-    folder = tmp_path_factory.mktemp("processes")
     out = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.process_program", str(folder)],
+        [sys.executable, "-m", f"tests.checkpoint.{name}", str(folder)],
         capture_output=True,
         text=True,
         check=False,
@@ -54,9 +52,16 @@ def ran(tmp_path_factory):
         },
     )
     assert out.returncode == 0, out.stderr[-3000:]
-    found = json.loads(out.stdout.splitlines()[-1])
+    return json.loads(out.stdout.splitlines()[-1]), out.stderr
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What happened, and the folder with the numbers."""
+    folder = tmp_path_factory.mktemp("processes")
+    found, printed = run("process_program", folder)
     for name in ("peace", "killed", "2 x 2", "one process", "alone"):
-        assert all(x[:2] == [0, False] for x in found[name]["ended"]), out.stderr[-6000:]
+        assert all(x[:2] == [0, False] for x in found[name]["ended"]), printed[-6000:]
     return found, folder
 
 
@@ -110,6 +115,23 @@ def test_on_other_devices_they_go_on_to_rounding(ran):
     assert_close(numbers(folder, "alone", under="one device/"), oracle)
 
 
+@pytest.mark.float64
+def test_leading_eigenvectors(tmp_path):
+    """Iterated, streamed and refined: killed in a save, gone on with, and as one process has them.
+
+    Also where the decompositions of the second process come out otherwise than the first's.
+    """
+    found, printed = run("rank_program", tmp_path)
+    assert found["saves"] == ["job/iterated/step-000000001"]
+    assert (signal.SIGKILL, True) in [tuple(x[:2]) for x in found["killed"]]
+    assert all(x[:2] == [0, False] for x in found["two"] + found["one"]), printed[-6000:]
+    expected = numbers(tmp_path, "one")
+    # Three ways: eigenvalues and eigenvectors of four factors, and what they solve for.
+    assert len(expected) == 3 * (2 * 4 + 2)
+    for rank in (0, 1):
+        assert_close(numbers(tmp_path, "two", rank), expected)
+
+
 def test_all_see_the_same(ran):
     _, folder = ran
     told = [json.loads((folder / f"peace-out-{rank}.json").read_text()) for rank in (0, 1)]
@@ -126,12 +148,13 @@ def test_all_see_the_same(ran):
         "other data": ["ValueError", "was given something else than the first one"],
         "another part": ["RuntimeError", "process 1: list index out of range"],
     }
+    assert seen.pop("explicit") is True  # the same hash in the context of explicit axes
     assert seen.keys() == {"records", *expected}
     for name, (kind, text) in expected.items():
         assert seen[name][0] == kind, seen[name]
         assert text in seen[name][1]
     # Nothing of what failed is left, nor of what one process began alone.
-    assert left == ["begun", "curvature", "edit", "job", "ledger", "model.npz"]
+    assert left == ["begun", "curvature", "edit", "explicit", "job", "ledger", "model.npz"]
     assert [x.name for x in (folder / "values/begun").iterdir()] == ["lock"]
 
 

@@ -114,3 +114,18 @@ def test_damped_factors_are_cut_over_the_devices():
             # "odd" is split over four devices, and the others over eight.
             limit = 0.25 if name.startswith("share") else 1e-7
             assert number <= limit, (by, name, number)
+
+
+def test_arrays_are_hashed_and_written_block_by_block():
+    """No device makes more of an array than a block, or its own part of it, wherever it is cut."""
+    process = start_module("blocks", 8)
+    printed, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, printed[-4000:]
+    for name, found in json.loads(printed.splitlines()[-1]).items():
+        if name.endswith("share"):
+            assert found <= 2, name  # XLA sums 16 bits in 32
+        elif name.endswith("writes"):
+            # Cut on two axes a row of devices has a part of the rows, or of the layers.
+            assert found <= 4, (name, found)
+        else:
+            assert found is True, name

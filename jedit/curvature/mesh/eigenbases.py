@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -15,7 +14,7 @@ from jedit.core.devices import axes_of, fetched, no_mesh, sharding_of, spec_of
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.eigenbases import Moment, eigh, factorize
 from jedit.curvature.factorization import Factorize
-from jedit.curvature.mesh.placement import even, whole
+from jedit.curvature.mesh.placement import devices_of, even, from_owner, whole
 from jedit.curvature.sketch import Sketched
 from jedit.curvature.types import Factor
 
@@ -65,7 +64,7 @@ def _factorize_spread(
     """Decompose as many layers' matrices at once as there are devices, equal sizes together."""
     if not matrices:
         return {}
-    devices = _devices(next(iter(matrices.values()))[1])
+    devices = devices_of(next(iter(matrices.values()))[1])
     # By size, so that the devices of one turn have matrices of one size and end together; the sort
     # is stable, hence alike in every process, which all must enter the same collectives.
     names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
@@ -104,50 +103,23 @@ def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(chosen, place)
 
 
-def _devices(sharding: NamedSharding) -> list[Any]:
-    """Return all devices of a mesh, in the mesh's order."""
-    mesh = sharding.mesh
-    assert isinstance(mesh, Mesh)  # an array's is never abstract
-    return list(np.asarray(mesh.devices).flat)
-
-
 def _from_owner(
     pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
 ) -> tuple[Array, ...]:
     """Give all of the mesh the eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds.
 
-    The pair is None where another process holds it. It travels as a sum over the devices, of zeros
-    but for the owner's: exact, and a collective for which nobody needs to see the others' memory.
+    The pair is None where another process holds it.
     """
-    devices = _devices(sharding)
-    # A flat mesh of one axis, whatever the parameters' mesh is: one row of the sum for a device.
-    by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
     axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
     split = even(
         NamedSharding(sharding.mesh, spec_of((), axes)), (1, *matrix.shape[1:]), 0, 1, None
     )
     found = []
     for k, place in enumerate((whole(sharding), split)):
-        shape = (1, *matrix.shape[1 : 2 + k])
-        shards = [
-            jax.device_put(
-                jnp.zeros(shape, matrix.dtype)
-                if pair is None or device != owner
-                else jnp.asarray(pair[k], matrix.dtype)[None],
-                device,
-            )
-            for device in devices
-            if device.process_index == jax.process_index()
-        ]
-        full = (len(devices), *shape[1:])
-        one = jax.make_array_from_single_device_arrays(full, by_device, shards)
-        found.append(_sum_devices(one, place))
+        like = jax.ShapeDtypeStruct((1, *matrix.shape[1 : 2 + k]), matrix.dtype)
+        own = None if pair is None else jnp.asarray(pair[k], matrix.dtype)[None]
+        found.append(from_owner(own, like, owner, place))
     return tuple(found)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _sum_devices(x: Array, place: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(jnp.sum(x, axis=0, keepdims=True), place)
 
 
 def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[Array, Array]:

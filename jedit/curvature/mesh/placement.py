@@ -13,13 +13,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from jedit.core.devices import MeshAxes, axes_of, sharding_of, spec_of
+from jedit.core.devices import MeshAxes, axes_of, no_mesh, sharding_of, spec_of
 from jedit.core.paths import parameter_paths
 from jedit.curvature.types import Curvature, Kronecker
 from jedit.tracing.sites import Weight
@@ -247,3 +249,42 @@ def zeros(shapes: PyTree, places: PyTree | None) -> PyTree:
 def _zeros(specs: tuple, places: tuple[NamedSharding, ...]) -> list[Array]:
     keep = jax.lax.with_sharding_constraint
     return [keep(jnp.zeros(*spec), place) for spec, place in zip(specs, places, strict=True)]
+
+
+def devices_of(sharding: NamedSharding) -> list[Any]:
+    """Return all devices of an array's mesh, in the mesh's order."""
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)  # an array's is never abstract
+    return list(np.asarray(mesh.devices).flat)
+
+
+def from_owner(
+    x: Array | None, like: jax.ShapeDtypeStruct, owner: Any, place: NamedSharding
+) -> Array:
+    """Give all of a mesh what one of its devices holds; None where another process holds it.
+
+    It travels as a sum over the devices, of zeros but for the owner's: exact, and a collective for
+    which nobody needs to see the others' memory.
+    """
+    devices = devices_of(place)
+    # A flat mesh of one axis, whatever the parameters' mesh is: one row of the sum for a device.
+    by_device = NamedSharding(Mesh(np.asarray(devices), ("device",)), PartitionSpec("device"))
+    with no_mesh():
+        own = [device for device in devices if device.process_index == jax.process_index()]
+        shards = [
+            jax.device_put(
+                jnp.zeros((1, *like.shape), like.dtype)
+                if x is None or device != owner
+                else jnp.asarray(x)[None],
+                device,
+            )
+            for device in own
+        ]
+        full = (len(devices), *like.shape)
+        one = jax.make_array_from_single_device_arrays(full, by_device, shards)
+        return _sum_devices(one, place)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_devices(x: Array, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.sum(x, axis=0), place)

@@ -160,10 +160,9 @@ def edit(size: Size, folder: Path, path: Path) -> dict[str, Any]:
     sizes = 8192 if math.prod(matrices[0]) > 2**20 else 128
     found["matmul rate"] = matmul_rates("bfloat16", sizes).peak
     # A group's program is compiled in each fit anew, so there is no fit without it to be timed. The
-    # share is at most this: cotangents stop at a group's layers, so that the flops are fewer; JAX
-    # counts the tracing of an inner function within its outer one's too, and a batch may still be
-    # computed while a program is compiled, so that the seconds are more. Where compiling takes most
-    # of them it says nothing, and may pass one or be negative.
+    # share is at most this: cotangents stop at a group's layers, so that the flops are fewer;
+    # and a batch may still be computed while a program is compiled, so that the seconds are more.
+    # Where compiling takes most of them it says little, and may pass one.
     computing = phases.found["fit"]["seconds"] - phases.found["fit"]["of them compiling"]
     found["fit share"] = found["fit flops"] / computing / found["matmul rate"]
     return found | {"phases": phases.found}

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from jedit.recipes.stopwatch import Stopwatch
 from tests.bench.gpu_run.rates import peak_gib
 
 
@@ -23,29 +24,24 @@ class Phases:
     """Seconds, those of them that compile, and peaks of each phase.
 
     The process's peak is the phase's own, where the system lets it begin again; the device's never
-    falls: it is that of all phases so far, None where the device does not tell. The seconds that
-    compile are at most those told: a function traced within another's tracing is counted twice.
+    falls: it is that of all phases so far, None where the device does not tell.
     """
 
     def __init__(self, keep: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self.found: dict[str, dict[str, Any]] = {}
         self._keep = keep
-        self._compiling = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
-
-    def _hear(self, event: str, seconds: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self._compiling += seconds
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         with suppress(OSError):  # some containers do not let it
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-        start, self._compiling = time.perf_counter(), 0.0
-        yield
+        start = time.perf_counter()
+        with Stopwatch() as computing:
+            yield
+        seconds = time.perf_counter() - start
         self.found[name] = {
-            "seconds": time.perf_counter() - start,
-            "of them compiling": self._compiling,
+            "seconds": seconds,
+            "of them compiling": seconds - computing.seconds,
             "peak GiB": status_gib("VmHWM"),
             "after GiB": status_gib("VmRSS"),
             "arrays after GiB": sum(x.nbytes for x in jax.live_arrays()) / 2**30,

@@ -104,7 +104,7 @@ def _folder(known: dict[str, Any]) -> list[str]:
             f"in {found['groups']} groups; the fit, compiling left out, ran at no more than "
             f"{_percent(found['fit share'])} of the bfloat16 product's "
             f"{_text(found['matmul rate'] / 1e12)} Tflop/s: each group is counted as a whole pass "
-            "backward, and of compiling some is counted twice, some beside the device's work. "
+            "backward, and some of compiling runs beside the device's work. "
             f"True KL {_text(found['true KL'])} of {found['budget']}, unseen "
             f"{_text(found['unseen KL'])}; forget NLL "
             f"{' to '.join(map(_text, found['forget nll']))}."
