@@ -10,10 +10,10 @@ over the K, with one row of blocks, (b, D), or one column of them on all devices
 The diagonal blocks of L are kept as L_kk⁻¹: they are used so alone, and a product is split over
 devices where a triangular solve is not. What is solved for has its columns split, its rows whole.
 
-A loop, which compiles once whatever the size, does not shrink as the matrix does. Of four loops, one
-after the other, each leaves out the columns that are done, and Cholesky takes 5/4 D³ flops where
-one loop took 2 D³ and the least is D³/3. Rows that are done stay: they lie on devices that would
-have nothing else to do.
+A loop, which compiles once whatever the size, does not shrink as the matrix does. Of four loops,
+one after the other, each leaves out the columns that are done, and Cholesky takes 5/4 D³ flops
+where one loop took 2 D³ and the least is D³/3. Rows that are done stay: they lie on devices that
+would have nothing else to do.
 """
 
 import functools
