@@ -17,7 +17,7 @@ from jedit.core.precision import HIGHEST
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.factorization import Factorize
 from jedit.curvature.sketch import Sketched, nystrom
-from jedit.curvature.subspace import leading
+from jedit.curvature.subspace import is_iterated, leading, with_rest
 from jedit.curvature.types import Factor
 
 
@@ -49,8 +49,8 @@ def factorize(
     Args:
         matrix: symmetric positive semi-definite, a diagonal, or a sketch of the first.
         name: the name of its block, for the error message.
-        dtype: the dtype to decompose in; None: the matrix's own. Leading eigenvectors alone are
-            iterated in that in any case.
+        dtype: the dtype to decompose in; None: the matrix's own. What is iterated, to a 1,000th, or
+            sketched is so in that in any case.
         hint: what to say when it is not finite.
         how: which eigenvectors are wanted; a diagonal factor needs none.
         start: eigenvectors to begin with, where the leading ones alone are wanted; None: random.
@@ -71,15 +71,36 @@ def factorize(
         return Factor(matrix, None, matrix)
     if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
-    if how.rank is not None and how.rank < matrix.shape[-1]:
-        return leading(matrix, how.rank, start)
+    rank = kept_rank(how, matrix.shape[-1])
+    if rank is not None and is_iterated(rank, matrix.shape[-1]):
+        return leading(matrix, rank, start)
     # Waited for one by one: dispatched side by side, they are the batch that may deadlock.
-    pairs = [jax.block_until_ready(eigh(layer, dtype or matrix.dtype)) for layer in matrix]
-    values, bases = (
-        jnp.stack([jnp.asarray(x, matrix.dtype) for x in side]) for side in zip(*pairs, strict=True)
-    )
+    pairs = [jax.block_until_ready(eigenpairs(layer, dtype, rank)) for layer in matrix]
+    values, bases = (jnp.stack(side) for side in zip(*pairs, strict=True))
+    return Factor(matrix if rank is None else None, bases, values)
+
+
+def kept_rank(how: Factorize, d: int) -> int | None:
+    """Return how many leading eigenvectors are kept of a dense matrix of side d; None: all."""
+    return how.rank if how.rank is not None and how.rank < d else None
+
+
+def eigenpairs(
+    matrix: Float[Array, "d d"], dtype: DTypeLike | None, rank: int | None
+) -> tuple[Float[Array, " n"], Float[Array, "d k"]]:
+    """Return a factor's eigenvalues and eigenvectors, in the matrix's dtype, of one layer.
+
+    Args:
+        matrix: symmetric and positive semi-definite, on one device.
+        dtype: the dtype to decompose in; None: the matrix's own.
+        rank: k, how many leading ones are kept, behind the mean of the other values; None: all.
+    """
+    pair = eigh(matrix, dtype or matrix.dtype)
+    values, vectors = (jnp.asarray(x, matrix.dtype) for x in pair)
+    if rank is not None:
+        return with_rest(values, vectors, jnp.trace(matrix), rank)
     # A sum of outer products has no negative eigenvalue: those of rounding would make a power NaN.
-    return Factor(matrix, bases, jnp.maximum(values, 0))
+    return jnp.maximum(values, 0), vectors
 
 
 def eigh(
@@ -115,6 +136,6 @@ def shape_of(matrix: Array | Sketched, how: Factorize) -> Factor:
         return Factor(matrix, None, matrix)
     if how.by in ("cholesky", "inverse"):
         return Factor(matrix, None, None, how.by)
-    if how.rank is not None and how.rank < matrix.shape[-1]:
-        return Factor(None, matrix[..., : how.rank], matrix[:, 0, : how.rank + 1])
+    if (rank := kept_rank(how, matrix.shape[-1])) is not None:
+        return Factor(None, matrix[..., :rank], matrix[:, 0, : rank + 1])
     return Factor(matrix, matrix, matrix[..., 0])

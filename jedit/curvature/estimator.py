@@ -39,7 +39,8 @@ class Estimator(NamedTuple):
             one key for all batches, since labels depend on the key and on the example's number.
         finalize: `finalize(state, dtype=None) -> Curvature`; on the host, outside of jit. Matrices
             are decomposed in `dtype` (float64 also where JAX has it disabled; None: that of the
-            sums). Raises `FloatingPointError` naming the block whose sums are not finite.
+            sums), but for leading eigenvectors that are iterated or sketched. Raises
+            `FloatingPointError` naming the block whose sums are not finite.
         groups: `groups(params, batch, group_bytes) -> (estimator, ...)`, of some parameters each,
             whose sums take so many bytes on a device; None: it cannot be parted.
         check: `check(params, batch, name)` refuses a batch whose masks or labels are none; None:

@@ -25,6 +25,7 @@ from jedit.core.devices import fetched
 from jedit.core.display import short_repr
 from jedit.core.precision import HIGHEST
 from jedit.curvature import newton_schulz
+from jedit.curvature.cholesky import cholesky
 from jedit.curvature.mesh import blocked
 from jedit.curvature.mesh.placement import along
 from jedit.curvature.mesh.rotation import on_both_axes
@@ -130,7 +131,7 @@ def _inverse(
 def _root(damped: Array, place: NamedSharding | None) -> Array:
     if place is not None:
         return blocked.cholesky(damped, place)
-    return jnp.linalg.cholesky(damped)
+    return cholesky(damped)
 
 
 def _newton_schulz(given: tuple[Array, Array], place: NamedSharding | None) -> tuple[Array, Array]:

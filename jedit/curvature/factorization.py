@@ -41,7 +41,8 @@ class Factorize:
             Nyström's, which a second estimate refines when it starts from the first. False: the
             moments are summed, and their eigenvectors iterated until they stand still.
         start: with a rank: an earlier curvature of the same parameters, from whose eigenvectors the
-            iteration starts, or the sketch; None: from random columns of a fixed key.
+            iteration starts, or the sketch, block by block; None, and for blocks that it is
+            without: from random columns of a fixed key.
         eigh_dim: of "auto", longest axis of which all eigenvectors are kept. 8192 is arbitrary: a
             decomposition takes a minute there on two CPU cores, and every library's are longer.
     """

@@ -65,8 +65,9 @@ from jedit.curvature.moments import (
     zero_input_sums,
     zero_output_sums,
 )
-from jedit.curvature.sketch import Sketch, starts
+from jedit.curvature.sketch import Sketch
 from jedit.curvature.squared_gradients import add_squared_gradients
+from jedit.curvature.starts import by_factor, by_site, check_start
 from jedit.curvature.types import Curvature, Diagonal, Kronecker, pytree
 
 
@@ -191,7 +192,7 @@ def kfac(
         TypeError: `apply` is no function, or `likelihood` no likelihood.
         ValueError: `fisher` or `sharing` is another word, or centred moments are to be of exact
             labels, of which the mean is zero. From `init`: the curvature to start from is of other
-            parameters.
+            parameters, or one of its blocks of another matrix.
     """
     how = factorizing(factorize)
     how = dataclasses.replace(how, start=on_auto(how.start))
@@ -239,6 +240,8 @@ def kfac(
         if how.start is not None:
             check_has((b.weight for b in how.start.blocks.values()), params, "start")
         shape = shapes(params, batch)
+        if how.start is not None:
+            check_start(shape.blocks, how.start)
         _check_long(shape, params, how)
         refuse_unclear_padding(shape.blocks, batch)
         state = _on_mesh(zeros(shape, shape.places(params)), params)
@@ -248,7 +251,7 @@ def kfac(
 
     # An earlier curvature is an argument of the jitted step, and no constant in it: it is large.
     def update(earlier, state, params, batch, key):
-        begun = starts(state.blocks, earlier)
+        begun = by_site(state.blocks, earlier)
 
         def add(state, rows, examples):
             done = run_pass(apply, labels, params, rows, key, examples, select)
@@ -334,9 +337,10 @@ def _finalize(state: KfacState, dtype=None, *, how: Factorize) -> Curvature:
         if isinstance(diagonal := blocks[block.name], Diagonal):
             check_layers_finite(diagonal.values, block.name, block.hint)
     chosen, factors = _chosen(blocks, moments, how), {}
+    begun = by_factor(blocks, how.start)
     for one in dict.fromkeys(chosen.values()):
         part = {name: moment for name, moment in moments.items() if chosen[name] == one}
-        factors |= factorize_all(part, dtype, how=one)
+        factors |= factorize_all(part, dtype, how=one, starts=begun)
     return Curvature(blocks, {name: factors[name] for name in moments}, state.num_outputs)
 
 
@@ -361,7 +365,8 @@ def _check_long(state: KfacState, params: PyTree, how: Factorize) -> None:
     moments = jax.tree.leaves((state.inputs, state.outputs))
     longest = max((x.shape[-1] for x in moments if x.ndim == 3), default=0)
     if limit is not None and longest + 1 > limit.columns:  # a bias adds a column
-        check_decomposable(jax.eval_shape(functools.partial(_planned, how=how), state), limit)
+        shapes = jax.eval_shape(functools.partial(_planned, how=how), state)
+        check_decomposable(shapes, limit, streamed=how.streamed)
 
 
 def _assembled(
@@ -372,7 +377,7 @@ def _assembled(
     number = jnp.maximum(state.num_outputs, 1).astype(float) * state.draws
     shardings = state.shardings or (None,) * len(state.blocks)
     means = Totals(state.gradients, state.draws) if state.gradients else None
-    begun = starts(state.blocks, how.start if how.streamed else None)
+    begun = by_site(state.blocks, how.start if how.streamed else None)
     sums = Sums(state.inputs, state.outputs, number, begun, means)
     for block, sharding in zip(state.blocks, shardings, strict=True):
         if block.is_diagonal:

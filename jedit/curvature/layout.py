@@ -105,6 +105,11 @@ def group_sites(sites: Sites, alignments: Mapping[str, Alignment]) -> tuple[Bloc
     return tuple(blocks.values())
 
 
+def is_same_matrix(first: Weight, second: Weight) -> bool:
+    """Say whether two are the same matrix of the same parameters, however that is worded."""
+    return first.path == second.path and _relation(first, second) == "equal"
+
+
 def _home(site: Site, blocks: dict[str, BlockSites]) -> tuple[str | None, bool]:
     """Return the block that a site belongs to, and whether flipped; None for a block of its own.
 

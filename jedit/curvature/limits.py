@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh
 from jaxtyping import PyTree
 
-from jedit.curvature.subspace import num_columns
+from jedit.curvature.subspace import is_iterated, num_columns
 from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
@@ -51,19 +51,26 @@ def limit_of(params: PyTree) -> Limit | None:
     return eigh_limit(jax.devices()[0])
 
 
-def is_decomposed_whole(factor: Factor) -> bool:
+def is_decomposed_whole(factor: Factor, *, streamed: bool = False) -> bool:
     """Say whether all eigenvectors of a factor are found, whatever is kept of them.
 
-    Orthogonal iteration takes 2k + 8 columns for k eigenvectors, and is no cheaper than that where
-    these are half of all.
+    Args:
+        factor: the factor, or its shapes.
+        streamed: leading eigenvectors are those of sketches, whose m x m alone is decomposed, where
+            a sketch is smaller than the matrix.
     """
     if factor.form != "leading":
         return factor.form == "eigenbasis"
     assert factor.basis is not None
-    return 2 * num_columns(factor.basis.shape[-1]) >= factor.dimension
+    rank = factor.basis.shape[-1]
+    if streamed and num_columns(rank) < factor.dimension:
+        return False
+    return not is_iterated(rank, factor.dimension)
 
 
-def too_long(curvature: Curvature, limit: Limit) -> Mapping[str, tuple[str, int]]:
+def too_long(
+    curvature: Curvature, limit: Limit, *, streamed: bool = False
+) -> Mapping[str, tuple[str, int]]:
     """Return the factors of which more eigenvectors are asked for than a library can find.
 
     By the factor's name there are the first block that has it, and its side.
@@ -72,22 +79,24 @@ def too_long(curvature: Curvature, limit: Limit) -> Mapping[str, tuple[str, int]
     for name, block in curvature.blocks.items():
         for factor in (block.input, block.output) if isinstance(block, Kronecker) else ():
             one = curvature.factors[factor]
-            if is_decomposed_whole(one) and one.dimension > limit.columns:
+            is_whole = is_decomposed_whole(one, streamed=streamed)
+            if is_whole and one.dimension > limit.columns:
                 found.setdefault(factor, (name, one.dimension))
     return found
 
 
-def check_decomposable(curvature: Curvature, limit: Limit) -> None:
+def check_decomposable(curvature: Curvature, limit: Limit, *, streamed: bool = False) -> None:
     """Refuse factors that are too long for the eigendecomposition that they are to have.
 
     Args:
         curvature: the curvature, or one of its shapes.
         limit: what the library can do.
+        streamed: whether leading eigenvectors are those of sketches.
 
     Raises:
         ValueError: the first such block, by its name, with what to do instead.
     """
-    if not (found := too_long(curvature, limit)):
+    if not (found := too_long(curvature, limit, streamed=streamed)):
         return
     factor, (name, side) = next(iter(found.items()))
     others = f" (and {len(found) - 1} more factors)" if len(found) > 1 else ""

@@ -18,18 +18,16 @@ curvature's eigenvectors: then the pass is a step of orthogonal iteration over t
 """
 
 import functools
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jedit.core.devices import fetched, no_mesh, sharding_of
+from jedit.core.devices import no_mesh, sharding_of
 from jedit.core.display import short_repr
 from jedit.core.precision import HIGHEST
 from jedit.curvature.factorization import Factorize
-from jedit.curvature.layout import BlockSites
 from jedit.curvature.subspace import (
     as_factor,
     num_columns,
@@ -37,7 +35,7 @@ from jedit.curvature.subspace import (
     starting_columns,
     with_rest,
 )
-from jedit.curvature.types import Curvature, Factor, Kronecker
+from jedit.curvature.types import Factor
 
 
 class Sketch(NamedTuple):
@@ -109,35 +107,6 @@ def image_columns(
     _, d, m = image.shape
     found = starting_columns(d, m, image.dtype, start)
     return found[None] if found.ndim == 2 else found
-
-
-def starts(
-    blocks: Iterable[BlockSites], earlier: Curvature | None
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return an earlier curvature's eigenvectors by input group and by site.
-
-    Blocks of several sites have none: what their sites' sums are put together of must be images of
-    one Ω, and only the random one is the same for all.
-    """
-    blocks = [b for b in blocks if not b.is_diagonal]
-    if earlier is None:
-        return {}, {}
-    joined = {m.group for b in blocks if len(b.members) > 1 for m in b.members}
-    inputs, outputs = {}, {}
-    for block in blocks:
-        member, *others = block.members
-        known = earlier.blocks.get(block.name)
-        if others or not isinstance(known, Kronecker):
-            continue
-        a, g = (earlier.factors[name].basis for name in (known.input, known.output))
-        if a is not None and block.weight.bias_path is not None:
-            a = a[:, :-1]
-        a, g = (g, a) if member.is_flipped else (a, g)
-        if a is not None and member.group not in joined:
-            inputs.setdefault(member.group, fetched(a))
-        if g is not None:
-            outputs[member.site] = fetched(g)
-    return inputs, outputs
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))

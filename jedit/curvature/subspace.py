@@ -43,6 +43,14 @@ def num_columns(rank: int) -> int:
     return 2 * rank + 8
 
 
+def is_iterated(rank: int, d: int) -> bool:
+    """Say whether k eigenvectors of a matrix are iterated: where that is cheaper than finding all.
+
+    It is not where the columns are half as many as the matrix has.
+    """
+    return 2 * num_columns(rank) < d
+
+
 def leading(
     matrix: Float[Array, "layers d d"],
     rank: int,
@@ -52,12 +60,11 @@ def leading(
 
     Args:
         matrix: symmetric, positive semi-definite and finite; on a mesh the basis lies as its rows.
-        rank: k, fewer than d.
+        rank: k, for which the columns are fewer than half of d (`is_iterated`).
         start: eigenvectors of a similar matrix, ascending, of any number; None: none are known.
 
     Returns:
-        The factor. Where 2m is no less than d, an iteration is no cheaper than a decomposition,
-        which is then made on one device. A warning says where values had not come to rest.
+        The factor. A warning says where values had not come to rest.
     """
     found = []
     for layer in range(len(matrix)):
@@ -74,11 +81,6 @@ def _leading_of(
     """Return (1 + k eigenvalues, the mean of the others first; k eigenvectors), on one device."""
     d, dtype, place = len(matrix), matrix.dtype, sharding_of(matrix)
     mean = on_one_device(jnp.trace(matrix)) / d
-    if 2 * num_columns(rank) >= d:
-        one = on_one_device(matrix)
-        with no_mesh():
-            values, vectors = jax.block_until_ready(jnp.linalg.eigh(one))
-            return with_rest(values, vectors, mean * d, rank)
     start = None if start is None else on_one_device(start)
     with no_mesh():
         q = _orthonormal(starting_columns(d, num_columns(rank), dtype, start))

@@ -38,6 +38,7 @@ from jedit.core.precision import wide
 from jedit.curvature import Curvature, Estimator, Inverted, inverted, quadratic_form
 from jedit.curvature.checks import check_has_matrices
 from jedit.curvature.estimator import add_batch
+from jedit.curvature.inverted import check_invertible
 from jedit.curvature.kfac import KfacState
 from jedit.edits import Edit, dense
 from jedit.geometry.parts import Part, moved, part_of, with_part
@@ -57,7 +58,8 @@ class ContinualState(NamedTuple):
         anchor: the params at which the sums were taken.
         sums: K-FAC's sums at the anchor, over the rows that are not gone.
         curvature: the curvature made of the sums as they were at the last refresh.
-        inverse: its damped inverse, of which every request's step back makes use.
+        inverse: its damped inverse, of which every request's step back makes use; None: no request
+            is answered with one.
         since: number of requests since the last refresh.
     """
 
@@ -66,7 +68,7 @@ class ContinualState(NamedTuple):
     anchor: PyTree
     sums: KfacState
     curvature: Curvature
-    inverse: Inverted
+    inverse: Inverted | None
     since: int
 
     __repr__ = short_repr
@@ -225,7 +227,7 @@ def continual(
     sums = _Sums(estimator, whole, key)
     stream = _Stream(apply, answering, refresh, sums, enough, predicted_kl)
     return Continual(
-        on_auto_axes(functools.partial(_fresh, stream.sums, refresh.chunk, answering.damping)),
+        on_auto_axes(functools.partial(_fresh, stream.sums, refresh.chunk, answering)),
         on_auto_axes(stream.forget),
     )
 
@@ -296,7 +298,7 @@ class _Sums(NamedTuple):
 
 
 def _refreshed(
-    refresh: Refresh, sums: _Sums, state: ContinualState, damping: float
+    refresh: Refresh, sums: _Sums, state: ContinualState, answering: Answering
 ) -> tuple[ContinualState, float, Literal["decomposed", "estimated"] | None]:
     if state.since < refresh.every or state.gone.all():
         return state, np.nan, None
@@ -306,27 +308,39 @@ def _refreshed(
     first = np.arange(refresh.probe)
     found = age(*(whole.over(p, first, refresh.probe) for p in (state.anchor, state.params)))
     if found >= refresh.max_age:
-        return _fresh(sums, refresh.chunk, damping, state.params, state.gone), found, "estimated"
+        return _fresh(sums, refresh.chunk, answering, state.params, state.gone), found, "estimated"
     # Young enough: the sums, less what is gone, are decomposed once more, without a pass.
     curvature = sums.estimator.finalize(state.sums)
-    inverse = inverted(curvature, damping=damping)
+    inverse = _inverse(curvature, answering)
     return state._replace(curvature=curvature, inverse=inverse, since=0), found, "decomposed"
 
 
 def _fresh(
-    sums: _Sums, chunk: int, damping: float, params: PyTree, gone: np.ndarray | None = None
+    sums: _Sums,
+    chunk: int,
+    answering: Answering,
+    params: PyTree,
+    gone: np.ndarray | None = None,
 ) -> ContinualState:
     size = min(chunk, sums.num_rows)
     if gone is None:
         gone = np.zeros(sums.num_rows, bool)
-        # Before the pass: no request could be answered from leading eigenvectors alone.
+        # Before the pass: no request could be answered from leading eigenvectors alone, or by
+        # factors that may be singular.
         if sums.estimator.planned is not None:
             first = sums.rows(np.arange(size), size)
-            check_has_matrices(sums.estimator.planned(params, first)[1])
+            planned = sums.estimator.planned(params, first)[1]
+            check_has_matrices(planned)
+            check_invertible(planned, answering.damping)
     taken = sums.over(params, np.arange(sums.num_rows), size, ~gone)
     curvature = sums.estimator.finalize(taken)
-    inverse = inverted(curvature, damping=damping)
+    inverse = _inverse(curvature, answering)
     return ContinualState(params, gone, params, taken, curvature, inverse, 0)
+
+
+def _inverse(curvature: Curvature, answering: Answering) -> Inverted | None:
+    """Return what steps back are made with, if any are made: it is as large as the curvature."""
+    return inverted(curvature, damping=answering.damping) if answering.relearn else None
 
 
 class _Stream(NamedTuple):
@@ -368,7 +382,7 @@ class _Stream(NamedTuple):
         gone, sums = state.gone.copy(), state.sums
         gone[new] = True
         kept_loss, kept = np.nan, np.flatnonzero(~gone)
-        if tried and self.answering.relearn and len(kept):
+        if tried and state.inverse is not None and len(kept):
             # Other rows for each request, the same ones for the same history.
             drawn = np.random.default_rng(int(gone.sum())).permutation(kept)
             num_rows = self.answering.relearn
@@ -380,7 +394,7 @@ class _Stream(NamedTuple):
         for number in new:
             sums = _without(sums, self.sums.over(state.anchor, np.array([number]), 1))
         state = state._replace(params=params, gone=gone, sums=sums, since=state.since + 1)
-        state, found, done = _refreshed(self.refresh, self.sums, state, self.answering.damping)
+        state, found, done = _refreshed(self.refresh, self.sums, state, self.answering)
         info = RequestInfo(
             num_new=len(new),
             num_edited=int(left.sum()),

@@ -159,6 +159,25 @@ def test_what_no_library_decomposes_is_refused_before_a_batch_is_summed(
     assert summed
 
 
+def test_a_sketch_is_not_refused_for_what_only_its_moment_is_too_long_for(monkeypatch):
+    monkeypatch.setattr(limits, "LAPACK", limits.Limit(10, "LAPACK"))
+    rng = np.random.default_rng(1)
+    params = {"w": jnp.asarray(rng.normal(size=(12, 4)), float)}
+    batch = Batch(jnp.asarray(rng.normal(size=(7, 12)), float))
+
+    def run(how):
+        made = kfac(lambda p, x: jnp.tanh(x @ p["w"]), Categorical(), factorize=how)
+        return estimate(made, params, batch, key=jax.random.key(0))
+
+    # 10 columns: more than half of 12, so that the whole moment would be decomposed, were it there.
+    with pytest.raises(ValueError, match="curvature of 'w' has a factor of 12 columns"):
+        run(Factorize(rank=1))
+    assert forms(run(Factorize(rank=1, streamed=True)))["w"][0] == "leading"
+    # Sketches no smaller than the moment are none.
+    with pytest.raises(ValueError, match="curvature of 'w' has a factor of 12 columns"):
+        run(Factorize(rank=2, streamed=True))
+
+
 def test_limits_are_those_of_the_workspaces():
     """The last size whose workspace a 32-bit integer counts, and not one more."""
     n = limits.LAPACK.columns

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factorize, estimate, kfac
 from jedit.curvature.checks import check_layers_finite
 from jedit.curvature.eigenbases import factorize
 from jedit.curvature.likelihoods import Categorical
@@ -106,6 +106,10 @@ def test_float32_moments_decomposed_in_float64(dtype, key):
     assert {x.dtype for x in jax.tree.leaves(factor)} == {jnp.dtype(jnp.float32)}
     expected = np.linalg.eigvalsh(np.asarray(matrix[0], np.float64))
     check_rounded_once(factor.eigenvalues[0], expected)
+    # So many leading ones are found among all.
+    leading = factorize(matrix, "w", dtype=dtype, how=Factorize(rank=12))
+    assert leading.form == "leading"
+    check_rounded_once(leading.eigenvalues[0, 1:], expected[-12:])
     program = BY_NAME["perceptron"]
     params, batch = make_problem(program, key)
     narrow = jax.tree.map(lambda x: x.astype(jnp.float32), params)

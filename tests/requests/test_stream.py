@@ -140,8 +140,20 @@ def test_old_statistics_are_taken_anew_where_the_model_is(scene):
     now = estimate(estimator, state.params, [without(data, [1, 6])], key=jax.random.key(KEY))
     precision = 1e-10 if jnp.zeros(()).dtype == jnp.float64 else 1e-4
     same(factors(state.curvature), factors(now), rtol=precision, atol=precision)
+    assert state.inverse is None
     state, info = stream.forget(state, [0])
     assert info.refresh is None
+
+
+def test_no_damping_is_refused_before_the_pass_where_factors_are_inverted(scene):
+    apply, params, _, data = scene
+
+    def update(*_):
+        raise AssertionError
+
+    estimator = kfac(apply, Categorical(), factorize="cholesky")._replace(update=update)
+    with pytest.raises(ValueError, match="give a damping above zero"):
+        stream_of((apply, params, estimator, data), damping=0.0)
 
 
 def test_the_age_is_none_at_the_same_params_and_grows_with_the_distance(scene):
@@ -159,6 +171,7 @@ def test_the_age_is_none_at_the_same_params_and_grows_with_the_distance(scene):
 
 def test_what_is_kept_is_learnt_again(scene):
     stream, state = stream_of(scene)
+    assert state.inverse is None  # which is as large as the curvature, and nobody would use it
     without_it, info = stream.forget(state, [4])
     assert np.isnan(info.kept_loss)
     stream, state = stream_of(scene, relearn=20)

@@ -10,9 +10,13 @@ over the K, with one row of blocks, (b, D), or one column of them on all devices
 The diagonal blocks of L are kept as L_kk⁻¹: they are used so alone, and a product is split over
 devices where a triangular solve is not. What is solved for has its columns split, its rows whole.
 
-All devices update all columns in every step: a loop, which compiles once whatever the size, does
-not shrink as the matrix does. That is 2 D³ flops for Cholesky, six times the least.
+A loop, which compiles once whatever the size, does not shrink as the matrix does. Of four loops,
+one after the other, each leaves out the columns that are done, and Cholesky takes 5/4 D³ flops
+where one loop took 2 D³ and the least is D³/3. Rows that are done stay: they lie on devices that
+would have nothing else to do.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +30,7 @@ from jedit.curvature.mesh.placement import num_pieces
 
 # Longest side of a block: its Cholesky factor is computed on every device. Arbitrary.
 LARGEST_BLOCK = 512
+STRETCHES = 4  # loops of which Cholesky is made; arbitrary
 
 
 def cut(matrix: Array, level: Array, sharding: NamedSharding) -> Array:
@@ -63,22 +68,29 @@ def cholesky(rows: Array, sharding: NamedSharding) -> Array:
     """Return L, whose diagonal blocks are inverted; NaN where the matrix is not positive."""
     number, block = rows.shape[1:3]
     below = jnp.arange(number)[None, :, None, None]
+    stretches = min(STRETCHES, number)
 
-    def eliminated(k, rows):
-        own = jax.lax.dynamic_slice_in_dim(_row(rows, k, sharding), k * block, block, axis=-1)
-        factor = jnp.linalg.cholesky(own)
+    def eliminated(k, rows, first):
+        """One step on the columns from the block `first` on: those before it are done."""
+        at = (k - first) * block
+        column = jax.lax.dynamic_slice_in_dim(rows, at, block, axis=-1)
+        factor = jnp.linalg.cholesky(_row(column, k, sharding))
         one = jnp.broadcast_to(jnp.eye(block, dtype=rows.dtype)[None], factor.shape)
         inverse = jax.scipy.linalg.solve_triangular(factor, one, lower=True)
-        column = jax.lax.dynamic_slice_in_dim(rows, k * block, block, axis=-1)
         column = jnp.einsum("lkij,lmj->lkim", column, inverse, precision=HIGHEST)
         column = _split(jnp.where(below > k, column, 0), sharding)
-        everywhere = _whole(column.reshape(len(rows), -1, block), sharding)
+        everywhere = _whole(column.reshape(len(rows), -1, block), sharding)[:, first * block :]
         rows = rows - jnp.einsum("lkij,lmj->lkim", column, everywhere, precision=HIGHEST)
         column = jnp.where(below == k, inverse[:, None], column)
-        rows = jax.lax.dynamic_update_slice_in_dim(rows, column, k * block, axis=-1)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, column, at, axis=-1)
         return _split(rows, sharding)
 
-    return jax.lax.fori_loop(0, number, eliminated, rows)
+    for stretch in range(stretches):
+        first, last = (number * n // stretches for n in (stretch, stretch + 1))
+        done, rest = jnp.split(rows, [first * block], axis=-1)
+        rest = jax.lax.fori_loop(first, last, functools.partial(eliminated, first=first), rest)
+        rows = _split(jnp.concatenate([done, rest], axis=-1), sharding)
+    return rows
 
 
 def cho_solve(factor: Array, x: Array, sharding: NamedSharding) -> Array:

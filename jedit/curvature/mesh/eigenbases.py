@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,10 +13,11 @@ from jaxtyping import Array
 
 from jedit.core.devices import axes_of, fetched, no_mesh, sharding_of, spec_of
 from jedit.curvature.checks import check_layers_finite
-from jedit.curvature.eigenbases import Moment, eigh, factorize
+from jedit.curvature.eigenbases import Moment, eigenpairs, factorize, kept_rank
 from jedit.curvature.factorization import Factorize
 from jedit.curvature.mesh.placement import devices_of, even, from_owner, whole
 from jedit.curvature.sketch import Sketched
+from jedit.curvature.subspace import is_iterated
 from jedit.curvature.types import Factor
 
 
@@ -24,12 +26,14 @@ def factorize_all(
     dtype: DTypeLike | None = None,
     *,
     how: Factorize = Factorize(),  # noqa: B008 - frozen and hashable
+    starts: Mapping[str, Array] = MappingProxyType({}),
 ) -> dict[str, Factor]:
     """Return the eigenbases of all factors; where they lie on a mesh, each device decomposes some.
 
     A basis lies as its matrix does. Beside the factors a device holds some four whole matrices of
-    the largest size. Devices that are CPUs of one process take turns: they share its cores, and
-    LAPACK may not come back when it is called side by side.
+    the largest size. Leading eigenvectors are iterated one matrix after the other, each on all
+    devices, from where `starts` says, by the factor's name. Devices that are CPUs of one process
+    take turns: they share its cores, and LAPACK may not come back when it is called side by side.
 
     Raises:
         FloatingPointError: a factor is not finite.
@@ -37,29 +41,22 @@ def factorize_all(
     factors, spread = {}, {}
     for name, moment in moments.items():
         matrix, block, hint = moment
-        sharding = None if isinstance(matrix, Sketched) else sharding_of(matrix)
-        needs_none = how.by != "eigh" or (how.rank is not None and how.rank < matrix.shape[-1])
-        if isinstance(matrix, Sketched) or sharding is None or matrix.ndim == 2 or needs_none:
-            start = _start(how, name, matrix.shape[-1])
+        rank, is_sketch = kept_rank(how, matrix.shape[-1]), isinstance(matrix, Sketched)
+        is_short = rank is not None and is_iterated(rank, matrix.shape[-1]) and not is_sketch
+        sharding = None if is_sketch or matrix.ndim == 2 else sharding_of(matrix)
+        if isinstance(matrix, Sketched) or sharding is None or how.by != "eigh" or is_short:
+            start = fetched(starts[name]) if is_short and name in starts else None
             factors[name] = factorize(matrix, block, dtype=dtype, hint=hint, how=how, start=start)
         else:
             check_layers_finite(matrix, block, hint)
-            spread[name] = (matrix, sharding)
+            spread[name] = (matrix, sharding, rank)
     with no_mesh():  # what is on one device cannot be computed with in the context of several
         factors |= _factorize_spread(spread, dtype)
     return {name: factors[name] for name in moments}
 
 
-def _start(how: Factorize, name: str, d: int) -> Array | None:
-    """Return an earlier curvature's eigenvectors of a factor, if it has some of this length."""
-    earlier = None if how.start is None else how.start.factors.get(name)
-    if earlier is None or earlier.basis is None or earlier.dimension != d:
-        return None
-    return fetched(earlier.basis)
-
-
 def _factorize_spread(
-    matrices: Mapping[str, tuple[Array, NamedSharding]], dtype: DTypeLike | None
+    matrices: Mapping[str, tuple[Array, NamedSharding, int | None]], dtype: DTypeLike | None
 ) -> dict[str, Factor]:
     """Decompose as many layers' matrices at once as there are devices, equal sizes together."""
     if not matrices:
@@ -74,18 +71,20 @@ def _factorize_spread(
     for first in range(0, len(tasks), len(devices)):
         turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
         # All are copied before any is decomposed: a copy is the work of every device.
-        mine = [_on_device(*matrices[name], layer, device) for (name, layer), device in turn]
+        mine = [_on_device(*matrices[name][:2], layer, device) for (name, layer), device in turn]
         pairs = []
-        for matrix, device in zip(mine, devices, strict=False):
-            pairs.append(None if matrix is None else eigh(matrix, dtype or matrix.dtype))
+        for matrix, ((name, _), device) in zip(mine, turn, strict=True):
+            rank = matrices[name][2]
+            pairs.append(None if matrix is None else eigenpairs(matrix, dtype, rank))
             # CPUs of one process share LAPACK's threads; accelerators go on side by side.
             if device.platform == "cpu":
                 jax.block_until_ready(pairs[-1])
         for ((name, _), device), pair in zip(turn, pairs, strict=True):
-            matrix, sharding = matrices[name]
-            pieces[name].append(_from_owner(pair, matrix, device, sharding))
+            matrix, sharding, rank = matrices[name]
+            pieces[name].append(_from_owner(pair, matrix, rank, device, sharding))
             if len(pieces[name]) == len(matrix):
-                factors[name] = Factor(matrix, *_stacked(pieces.pop(name), sharding))
+                kept = matrix if rank is None else None
+                factors[name] = Factor(kept, *_stacked(pieces.pop(name), sharding))
     return factors
 
 
@@ -104,20 +103,24 @@ def _layer(matrix: Array, layer: Array, place: NamedSharding) -> Array:
 
 
 def _from_owner(
-    pair: tuple[Array, Array] | None, matrix: Array, owner: Any, sharding: NamedSharding
+    pair: tuple[Array, Array] | None,
+    matrix: Array,
+    rank: int | None,
+    owner: Any,
+    sharding: NamedSharding,
 ) -> tuple[Array, ...]:
     """Give all of the mesh the eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds.
 
-    The pair is None where another process holds it.
+    Of a rank k they are (1, 1 + k) and (1, d, k). The pair is None where another process holds it.
     """
     axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
-    split = even(
-        NamedSharding(sharding.mesh, spec_of((), axes)), (1, *matrix.shape[1:]), 0, 1, None
-    )
+    d = matrix.shape[-1]
+    shapes = [(1, d), (1, d, d)] if rank is None else [(1, 1 + rank), (1, d, rank)]
+    split = even(NamedSharding(sharding.mesh, spec_of((), axes)), shapes[1], 0, 1, None)
     found = []
-    for k, place in enumerate((whole(sharding), split)):
-        like = jax.ShapeDtypeStruct((1, *matrix.shape[1 : 2 + k]), matrix.dtype)
+    for k, (shape, place) in enumerate(zip(shapes, (whole(sharding), split), strict=True)):
         own = None if pair is None else jnp.asarray(pair[k], matrix.dtype)[None]
+        like = jax.ShapeDtypeStruct(shape, matrix.dtype)
         found.append(from_owner(own, like, owner, place))
     return tuple(found)
 
@@ -127,5 +130,5 @@ def _stacked(pairs: list[tuple[Array, ...]], sharding: NamedSharding) -> tuple[A
     values, bases = (jnp.concatenate(side) for side in zip(*pairs, strict=True))
     # After the concatenation, which has the layers in front: only now can they be split too.
     bases = jax.device_put(bases, even(sharding, bases.shape, 0, 1, None))
-    values = jax.device_put(jnp.maximum(values, 0), whole(sharding))
+    values = jax.device_put(values, whole(sharding))
     return bases, values

@@ -65,7 +65,7 @@ def kept_factors(curvature: Curvature, how: Factorize, backend: str) -> tuple[Ke
     for (side, form), same in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1])):
         one = same[0]
         limits = [LAPACK, CUSOLVER] if backend == "cpu" else [CUSOLVER]
-        is_whole = is_decomposed_whole(one)
+        is_whole = is_decomposed_whole(one, streamed=how.streamed)
         found.append(
             Kept(
                 side=side,

@@ -8,7 +8,8 @@ natural steps.
 
 Speed: the second moment of 2 d rows whose coordinates fall off as 1/i, damped by 0.1 of its mean
 eigenvalue; each way gives one axis of one solve with d columns, and all are timed in one run, with
-the rate of a product of matrices before and after at each size. Compiling is not timed.
+the rate of a product of matrices before and after at each size. Cholesky is the library's routine;
+LAPACK's through JAX is timed beside it. Compiling is not timed.
 
 Effect: a CNN trained on digits is to forget a class, a GPT three invented authors. Both kinds of
 damping are given the same moments and the same grid of dampings, and natural steps the same
@@ -31,6 +32,7 @@ import numpy as np
 from jedit import metrics, unlearn
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature, Factor, estimate, kfac, newton_schulz
+from jedit.curvature.cholesky import cholesky
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.methods import natural
@@ -78,7 +80,7 @@ def _by_eigenvectors(values, basis, x, level):
     return _product(basis, _product(basis.T, x) / (values + level)[:, None])
 
 
-_eigh, _cholesky = jax.jit(jnp.linalg.eigh), jax.jit(jnp.linalg.cholesky)
+_eigh, _cholesky, _lapack = map(jax.jit, (jnp.linalg.eigh, cholesky, jnp.linalg.cholesky))
 _solve = jax.jit(lambda root, x: jax.scipy.linalg.cho_solve((root, True), x))
 
 
@@ -99,11 +101,12 @@ def speed(d: int) -> dict[str, float]:
     rounds = 3 if d < 3000 else 1
     found = {
         "eigh": seconds(_eigh, A, rounds=rounds),
-        "cholesky": seconds(_cholesky, damped),
+        "cholesky": seconds(_cholesky, damped[None]),
+        "cholesky by LAPACK": seconds(_lapack, damped[None]),
         "newton-schulz": seconds(_inverse, damped, level, rounds=rounds),
     }
     values, basis = _eigh(A)
-    root = _cholesky(damped)
+    (root,) = _cholesky(damped[None])
     (X,), info = _inverse(damped, level)
     found |= {
         "solve by eigenvectors": seconds(_by_eigenvectors, values, basis, x, level),
@@ -126,13 +129,15 @@ def speed(d: int) -> dict[str, float]:
 
 
 def batched(d: int, layers: int) -> dict[str, float]:
-    """Seconds of Cholesky of several layers in one call, and one call each."""
+    """Seconds of Cholesky of several layers in one call, and one call each; LAPACK's beside it."""
     matrices = jnp.stack([moment(d) + 0.1 * jnp.eye(d, dtype=jnp.float32)] * layers)
-    one_by_one = lambda x: [_cholesky(layer) for layer in x]  # noqa: E731
-    return {
-        "one call": seconds(_cholesky, matrices),
-        "one by one": seconds(one_by_one, list(matrices)),
-    }
+    each = [layer[None] for layer in matrices]
+    found = {}
+    for suffix, function in (("", _cholesky), (", LAPACK", _lapack)):
+        found[f"one call{suffix}"] = seconds(function, matrices)
+        one_by_one = lambda x, function=function: [function(layer) for layer in x]  # noqa: E731
+        found[f"one by one{suffix}"] = seconds(one_by_one, each)
+    return found
 
 
 def undecomposed(curvature: Curvature) -> Curvature:

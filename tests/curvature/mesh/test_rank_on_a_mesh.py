@@ -59,6 +59,35 @@ for streamed in (False, True):
             assert len(one.sharding.device_set) == 8
             scale = np.abs(np.asarray(other)).max()
             np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-8 * scale)
+
+# So many of them are found among all eigenvectors, by which the devices take turns.
+from jedit.curvature.mesh import eigenbases
+where, eigenpairs = set(), eigenbases.eigenpairs
+
+def watched(matrix, *how):
+    where.update(matrix.devices())
+    return eigenpairs(matrix, *how)
+
+eigenbases.eigenpairs = watched
+how = jedit.kfac(apply, Categorical(), factorize=Factorize(rank=13))
+expected = jedit.estimate(how, alone, Batch(jnp.asarray(inputs)), key=key)
+assert not where
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in params.items()}
+rows = Batch(jax.device_put(inputs, NamedSharding(mesh, P("data"))))
+found = jedit.estimate(how, placed, rows, key=key)
+assert len(where) == 4, where
+_, planned = how.planned(placed, rows)
+for name, factor in expected.factors.items():
+    assert found.factors[name].form == factor.form == "leading"
+    for one, other, shape in zip(
+        *map(jax.tree.leaves, (found.factors[name], factor, planned.factors[name])), strict=True
+    ):
+        assert one.sharding.is_equivalent_to(shape.sharding, one.ndim), (name, one.sharding)
+        assert one.shape == shape.shape == other.shape
+        if one.ndim == 3:  # eigenvectors have no sign
+            one, other = (np.asarray(x) @ np.swapaxes(np.asarray(x), 1, 2) for x in (one, other))
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-8)
 print("agreed")
 """
 
