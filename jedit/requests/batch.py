@@ -221,7 +221,7 @@ def _batch_unlearn(
     # Labels are the given ones ("empirical"): the key of a pass is then never looked at.
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
-    inverses = {} if solver.exact else _inverses(curvature, damping)
+    sides = {} if solver.exact else _damped(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]
     prices = None
     if predicted_kl is not None:
@@ -245,7 +245,7 @@ def _batch_unlearn(
         n = exponents(pulled)
         pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
         n = next(iter(n.values()))
-        blocks = _all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
+        blocks = _all_blocks(done, pulled, curvature, sides, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         if price is None:
             # The natural step in units of the scaled gradient: α = 1 of the true one.
@@ -287,32 +287,58 @@ def _batch_unlearn(
     return jax.tree.map(in_a_row, found)
 
 
-def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
-    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
+class _Damped(NamedTuple):
+    """A damped factor's inverse, and what the factor itself is beside it.
+
+    Attributes:
+        inverse: (A + λ_A)⁻¹, (layers, d, d), or (layers, d) of a diagonal one.
+        level: λ_A, (layers,); None where the inverse is of an iteration, right to its residual.
+    """
+
+    inverse: Array
+    level: Array | None
+
+
+def _damped(curvature: Curvature, damping: Array) -> dict[str, _Damped]:
+    """Damp and invert every factor.
 
     λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
     factors is then the block's λ.
     """
-    return {name: _inverse(factor, name, damping) for name, factor in curvature.factors.items()}
+    return {name: _damp(factor, name, damping) for name, factor in curvature.factors.items()}
 
 
-def _inverse(factor: Factor, name: str, damping: Array) -> Array:
+def _damp(factor: Factor, name: str, damping: Array) -> _Damped:
     if factor.form == "undecomposed":
         mean = factored.mean_diagonal(factored.matrix_of(factor))
-        return factored.dense(factored.inverse(factor, jnp.sqrt(damping).astype(mean.dtype) * mean))
+        level = jnp.sqrt(damping).astype(mean.dtype) * mean
+        inverse = factored.dense(factored.inverse(factor, level))
+        return _Damped(inverse, None if factor.by == "inverse" else level)
     basis, values = eigenbasis_of(factor, name)
-    values = values + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1, keepdims=True)
+    level = jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1)
+    values = values + level[:, None]
     found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
-    if basis is None:
-        return found
-    return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
+    if basis is not None:
+        found = jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
+    return _Damped(found, level)
+
+
+def _image(x: Array, solved: Array, side: _Damped, matrix: Array) -> Array:
+    """Return A y of the solution y = (A + λ)⁻¹ x, rows (layers, positions, d).
+
+    That is x - λ y, without a product. Along directions that A has not, where y is zero if λ is, it
+    is x instead of zero, which no inner product with y notices.
+    """
+    if side.level is None:
+        return _times(solved, matrix)
+    return x - side.level[:, None, None] * solved
 
 
 def _all_blocks(
     done: Pass,
     pulled: dict[str, Array],
     curvature: Curvature,
-    inverses: dict[str, Array],
+    sides: dict[str, _Damped],
     damping: Array,
     exact: bool,
     rank: int | None,
@@ -328,11 +354,11 @@ def _all_blocks(
         if thin is not None and not exact and isinstance(held, Kronecker):
             # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
             # the matrix.
-            part = _thin_block(*thin, curvature, held, inverses, rank)
+            part = _thin_block(*thin, curvature, held, sides, rank)
         else:
             gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
             part = _dense_block(
-                gradient, curvature, block, inverses, damping, rank if thin is not None else None
+                gradient, curvature, block, sides, damping, rank if thin is not None else None
             )
         edit = dict(total.edit)
         for path, change in part.edit.items():
@@ -408,11 +434,12 @@ def _thin_block(
     g: Array,
     curvature: Curvature,
     held: Kronecker,
-    inverses: dict[str, Array],
+    sides: dict[str, _Damped],
     rank: int | None,
 ) -> _Blocks:
     A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
-    left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
+    inward, outward = sides[held.input], sides[held.output]
+    left, right = _times(a, inward.inverse), _times(g, outward.inverse)
     norm2 = _inner_product((a, g), (a, g))
     zero = jnp.zeros((), a.dtype)
     # Read beside what is cut off alone.
@@ -424,8 +451,11 @@ def _thin_block(
         thin, right = cut.left, cut.right
         # The gain and the KL reported are those of the edit after the cut.
         left = jnp.swapaxes(thin, 1, 2)
+        image = _times(left, A), _times(right, G)
+    else:
+        image = _image(a, left, inward, A), _image(g, right, outward, G)
     gain = _inner_product((a, g), (left, right))
-    quadratic = _inner_product((left, right), (_times(left, A), _times(right, G)))
+    quadratic = _inner_product((left, right), image)
     edit = _low_rank(held, thin, right)
     return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
 
@@ -446,15 +476,15 @@ def _dense_block(
     gradient: Array,
     curvature: Curvature,
     block: BlockSites,
-    inverses: dict[str, Array],
+    sides: dict[str, _Damped],
     damping: Array,
     rank: int | None,
 ) -> _Blocks:
     """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held = curvature.blocks[block.name]
-    if isinstance(held, Kronecker) and inverses:
-        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
-        step = _times(step, inverses[held.output])
+    if isinstance(held, Kronecker) and sides:
+        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), sides[held.input].inverse), 1, 2)
+        step = _times(step, sides[held.output].inverse)
     else:
         values = eigenvalues(curvature, block.name)
         mean = jnp.mean(values, axis=(1, 2), keepdims=True)
