@@ -51,7 +51,7 @@ from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
 from jedit.curvature.squared_gradients import example_factors, example_gradient
-from jedit.edits import Edit, LowRank, as_parameter, truncate
+from jedit.edits import Edit, LowRank, Product, Truncation, as_parameter, truncate_all
 from jedit.edits.low_rank import added
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
 
@@ -202,6 +202,16 @@ class _Blocks(NamedTuple):
     norm2: Array
 
 
+class _Uncut(NamedTuple):
+    """A block's solution that is still to be cut to a rank, of a thin gradient or a whole one."""
+
+    name: str
+    held: Kronecker
+    gradient: tuple[Array, Array] | Array
+    gradient_norm2: Array
+    product: Product
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("apply", "likelihood", "solver", "over"),
@@ -346,6 +356,7 @@ def _all_blocks(
     """Return one request's direction d in all blocks, with its sums."""
     zero = jnp.zeros((), done.dtype)
     total = _Blocks({}, zero, zero, zero, zero, zero)
+    whole, cut = [], []
     for block in group_sites(done.captured.sites, done.alignments):
         held = curvature.blocks[block.name]
         thin = None
@@ -354,12 +365,19 @@ def _all_blocks(
         if thin is not None and not exact and isinstance(held, Kronecker):
             # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
             # the matrix.
-            part = _thin_block(*thin, curvature, held, sides, rank)
+            found = _thin_block(thin, block.name, curvature, held, sides, rank)
         else:
             gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
-            part = _dense_block(
+            found = _dense_block(
                 gradient, curvature, block, sides, damping, rank if thin is not None else None
             )
+        (cut if isinstance(found, _Uncut) else whole).append(found)
+    if cut:
+        assert rank is not None  # else nothing is cut
+        # All at once: by themselves the matrices that are left of a request's blocks are small.
+        cuts = truncate_all([one.product for one in cut], rank)
+        whole += [_cut_block(*pair, curvature) for pair in zip(cut, cuts, strict=True)]
+    for part in whole:
         edit = dict(total.edit)
         for path, change in part.edit.items():
             edit[path] = added(edit[path], change) if path in edit else change
@@ -415,6 +433,11 @@ def _inner(x: Array, y: Array) -> Array:
     return jnp.einsum("lpi,lqi->lpq", x, y, precision=HIGHEST)
 
 
+def _is_long(a: Array, g: Array) -> bool:
+    """Return whether a pair of thin matrices holds more numbers than its product."""
+    return a.shape[1] * (a.shape[2] + g.shape[2]) > a.shape[2] * g.shape[2]
+
+
 def _inner_product(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
     """Return <aᵀg, bᵀh> of two pairs of thin matrices (layers, positions, features).
 
@@ -423,41 +446,55 @@ def _inner_product(one: tuple[Array, Array], other: tuple[Array, Array]) -> Arra
     quicker way.
     """
     (a, g), (b, h) = one, other
-    rows, d_in, d_out = max(a.shape[1], b.shape[1]), a.shape[2], g.shape[2]
-    if rows * (d_in + d_out) > d_in * d_out:
+    if _is_long(a, g) or _is_long(b, h):
         return jnp.sum(_product(a, g) * _product(b, h))
     return jnp.sum(_inner(a, b) * _inner(g, h))
 
 
 def _thin_block(
-    a: Array,
-    g: Array,
+    thin: tuple[Array, Array],
+    name: str,
     curvature: Curvature,
     held: Kronecker,
     sides: dict[str, _Damped],
     rank: int | None,
-) -> _Blocks:
-    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
-    inward, outward = sides[held.input], sides[held.output]
+) -> _Blocks | _Uncut:
+    (a, g), inward, outward = thin, sides[held.input], sides[held.output]
     left, right = _times(a, inward.inverse), _times(g, outward.inverse)
-    norm2 = _inner_product((a, g), (a, g))
-    zero = jnp.zeros((), a.dtype)
-    # Read beside what is cut off alone.
-    edit_norm2 = zero if rank is None else _inner_product((left, right), (left, right))
-    thin, cut2 = jnp.swapaxes(left, 1, 2), zero
+    norm2 = _inner_product(thin, thin)
+    lifted = jnp.swapaxes(left, 1, 2)
     if rank is not None and rank < a.shape[1]:
-        cut = truncate(thin, right, rank)
-        cut2 = jnp.sum(cut.lost2)
-        thin, right = cut.left, cut.right
-        # The gain and the KL reported are those of the edit after the cut.
-        left = jnp.swapaxes(thin, 1, 2)
-        image = _times(left, A), _times(right, G)
-    else:
-        image = _image(a, left, inward, A), _image(g, right, outward, G)
-    gain = _inner_product((a, g), (left, right))
+        product = (lifted, right)
+        if _is_long(left, right):
+            product = (jnp.matmul(lifted, right, precision=HIGHEST), None)
+        return _Uncut(name, held, thin, norm2, product)
+    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
+    gain = _inner_product(thin, (left, right))
+    image = _image(a, left, inward, A), _image(g, right, outward, G)
     quadratic = _inner_product((left, right), image)
-    edit = _low_rank(held, thin, right)
-    return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
+    zero = jnp.zeros((), a.dtype)
+    # The edit's norm is read beside what is cut off alone.
+    edit_norm2 = zero if rank is None else _inner_product((left, right), (left, right))
+    return _Blocks(_low_rank(held, lifted, right), norm2, gain, quadratic, zero, edit_norm2)
+
+
+def _cut_block(uncut: _Uncut, cut: Truncation, curvature: Curvature) -> _Blocks:
+    """Return a block's edit of the rank; its gain and its KL are those after the cut."""
+    held, pair = uncut.held, (jnp.swapaxes(cut.left, 1, 2), cut.right)
+    if isinstance(uncut.gradient, tuple):
+        ends = (curvature.factors[f] for f in (held.input, held.output))
+        image = [_times(x, matrix_of(f, held.weight.path)) for x, f in zip(pair, ends, strict=True)]
+        gain = _inner_product(uncut.gradient, pair)
+        quadratic = _inner_product(pair, (image[0], image[1]))
+    else:
+        step = _product(*pair)
+        gain = jnp.sum(uncut.gradient * step)
+        quadratic = _quadratic(curvature, uncut.name, step)
+    cut2 = jnp.sum(cut.lost2)
+    # What is kept and what is cut off are at right angles.
+    norm2 = cut2 + jnp.sum(cut.right**2)
+    edit = _low_rank(held, cut.left, cut.right)
+    return _Blocks(edit, uncut.gradient_norm2, gain, quadratic, cut2, norm2)
 
 
 def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
@@ -479,7 +516,7 @@ def _dense_block(
     sides: dict[str, _Damped],
     damping: Array,
     rank: int | None,
-) -> _Blocks:
+) -> _Blocks | _Uncut:
     """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held = curvature.blocks[block.name]
     if isinstance(held, Kronecker) and sides:
@@ -492,17 +529,13 @@ def _dense_block(
         rotated = rotate(curvature, block.name, gradient)
         rotated = jnp.where(damped > 0, rotated / jnp.where(damped > 0, damped, 1), 0)
         step = rotate(curvature, block.name, rotated, back=True)
-    norm2, cut2 = jnp.sum(step**2), jnp.zeros((), step.dtype)
-    if rank is None or not isinstance(held, Kronecker):
-        edit: dict[str, Array | LowRank] = dict(held.weight.scatter(step))
-    else:
-        cut = truncate(step, None, rank)
-        cut2 = jnp.sum(cut.lost2)
-        step = jnp.matmul(cut.left, cut.right, precision=HIGHEST)
-        edit = _low_rank(held, cut.left, cut.right)
-    gain = jnp.sum(gradient * step)
+    norm2 = jnp.sum(gradient**2)
+    if rank is not None and isinstance(held, Kronecker):
+        return _Uncut(block.name, held, gradient, norm2, (step, None))
+    edit: dict[str, Array | LowRank] = dict(held.weight.scatter(step))
+    gain, zero = jnp.sum(gradient * step), jnp.zeros((), step.dtype)
     quadratic = _quadratic(curvature, block.name, step)
-    return _Blocks(edit, jnp.sum(gradient**2), gain, quadratic, cut2, norm2)
+    return _Blocks(edit, norm2, gain, quadratic, zero, jnp.sum(step**2))
 
 
 def _quadratic(curvature: Curvature, name: str, step: Array) -> Array:
