@@ -1,6 +1,6 @@
 """Edits: what is added to which parameters, dense or thin, one or a stack of them."""
 
-from jedit.edits.compress import compress, truncate
+from jedit.edits.compress import Product, Truncation, compress, truncate, truncate_all
 from jedit.edits.edit import (
     CastLoss,
     Edit,
@@ -28,6 +28,9 @@ __all__ = [
     "edit_norms",
     "revert_edit",
     "sum_edits",
+    "Product",
+    "Truncation",
     "truncate",
+    "truncate_all",
     "without_top_fraction",
 ]

@@ -34,30 +34,21 @@ from jedit.core.checks import (
 from jedit.core.devices import on_auto_axes, row_sharding
 from jedit.core.display import short_repr
 from jedit.core.paths import exactly
-from jedit.core.precision import HIGHEST, exponents, shifted, wide
-from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, factored, rotate, to_device
-from jedit.curvature.algebra import is_undecomposed
-from jedit.curvature.captured_batch import Examples, Labels, Pass, run_pass
+from jedit.core.precision import exponents, shifted, wide
+from jedit.curvature import Curvature, to_device
+from jedit.curvature.captured_batch import Examples, Labels, run_pass
 from jedit.curvature.checks import (
     check_counted,
     check_covers,
     check_decomposed,
     check_has_matrices,
-    eigenbasis_of,
-    matrix_of,
 )
 from jedit.curvature.inverted import check_invertible
-from jedit.curvature.layout import BlockSites, group_sites
 from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihood
 from jedit.curvature.mesh.placement import off_axes
-from jedit.curvature.squared_gradients import example_factors, example_gradient
-from jedit.edits import Edit, LowRank, as_parameter, truncate
-from jedit.edits.low_rank import added
+from jedit.edits import Edit
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
-
-# Sites whose gradient for one request is a product of two factors with as many rows as positions;
-# of a vector or a lookup the gradient itself is as small.
-THIN_KINDS = ("dense", "conv")
+from jedit.requests.solution import all_blocks, damped_sides
 
 
 class BatchInfo(NamedTuple):
@@ -191,17 +182,6 @@ def batch_unlearn(
     return edits, info
 
 
-class _Blocks(NamedTuple):
-    """One request's edit, and scalars about it that are summed over the blocks."""
-
-    edit: dict[str, Array | LowRank]
-    gradient_norm2: Array
-    gain: Array
-    quadratic: Array
-    cut2: Array
-    norm2: Array
-
-
 @functools.partial(
     jax.jit,
     static_argnames=("apply", "likelihood", "solver", "over"),
@@ -221,7 +201,7 @@ def _batch_unlearn(
     # Labels are the given ones ("empirical"): the key of a pass is then never looked at.
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
-    inverses = {} if solver.exact else _inverses(curvature, damping)
+    sides = {} if solver.exact else damped_sides(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]
     prices = None
     if predicted_kl is not None:
@@ -245,7 +225,7 @@ def _batch_unlearn(
         n = exponents(pulled)
         pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
         n = next(iter(n.values()))
-        blocks = _all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
+        blocks = all_blocks(done, pulled, curvature, sides, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         if price is None:
             # The natural step in units of the scaled gradient: α = 1 of the true one.
@@ -285,201 +265,3 @@ def _batch_unlearn(
     given = jax.tree.map(side_by_side, (requests, prices))
     found = jax.lax.map(jax.vmap(one), given, batch_size=min(solver.chunk, number))
     return jax.tree.map(in_a_row, found)
-
-
-def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
-    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
-
-    λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
-    factors is then the block's λ.
-    """
-    return {name: _inverse(factor, name, damping) for name, factor in curvature.factors.items()}
-
-
-def _inverse(factor: Factor, name: str, damping: Array) -> Array:
-    if factor.form == "undecomposed":
-        mean = factored.mean_diagonal(factored.matrix_of(factor))
-        return factored.dense(factored.inverse(factor, jnp.sqrt(damping).astype(mean.dtype) * mean))
-    basis, values = eigenbasis_of(factor, name)
-    values = values + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1, keepdims=True)
-    found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
-    if basis is None:
-        return found
-    return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
-
-
-def _all_blocks(
-    done: Pass,
-    pulled: dict[str, Array],
-    curvature: Curvature,
-    inverses: dict[str, Array],
-    damping: Array,
-    exact: bool,
-    rank: int | None,
-) -> _Blocks:
-    """Return one request's direction d in all blocks, with its sums."""
-    zero = jnp.zeros((), done.dtype)
-    total = _Blocks({}, zero, zero, zero, zero, zero)
-    for block in group_sites(done.captured.sites, done.alignments):
-        held = curvature.blocks[block.name]
-        thin = None
-        if all(m.kind in THIN_KINDS for m in block.members):
-            thin = _thin_gradient(done, block, pulled)
-        if thin is not None and not exact and isinstance(held, Kronecker):
-            # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
-            # the matrix.
-            part = _thin_block(*thin, curvature, held, inverses, rank)
-        else:
-            gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
-            part = _dense_block(
-                gradient, curvature, block, inverses, damping, rank if thin is not None else None
-            )
-        edit = dict(total.edit)
-        for path, change in part.edit.items():
-            edit[path] = added(edit[path], change) if path in edit else change
-        sums = (x + y.astype(x.dtype) for x, y in zip(total[1:], part[1:], strict=True))
-        total = _Blocks(edit, *sums)
-    return total
-
-
-def _thin_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> tuple[Array, Array]:
-    """Return (a, g) with gradient aᵀg: (layers, positions, rows) and (layers, positions, d_out)."""
-    parts = []
-    for member in block.members:
-        site = done.captured.sites[member.site]
-        a, g = example_factors(done, site, member, pulled, (None, None))
-        assert g is not None  # a dense or convolutional site has both
-        a, g = (x.reshape(len(x), -1, x.shape[-1]) for x in (a, g))
-        # A tied matrix that is met transposed has its inputs on the other side.
-        parts.append((g, a) if member.is_flipped else (a, g))
-    inputs, outputs = zip(*parts, strict=True)
-    return jnp.concatenate(inputs, axis=1), jnp.concatenate(outputs, axis=1)
-
-
-def _product(a: Array, g: Array) -> Array:
-    return jnp.einsum("lpi,lpo->lio", a, g, precision=HIGHEST)
-
-
-def _dense_gradient(done: Pass, block: BlockSites, pulled: dict[str, Array]) -> Array:
-    """Return the gradient of a vector or a lookup's table, (layers, rows, d_out)."""
-    sites = done.captured.sites
-    total = jnp.zeros((), done.dtype)
-    for member in block.members:
-        site = sites[member.site]
-        factors = example_factors(done, site, member, pulled, (None, None))
-        by_example = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), factors)
-        gradients = jax.vmap(
-            lambda part, site=site, member=member: example_gradient(
-                part, site, member, (None, None)
-            )
-        )(by_example)
-        total = total + jnp.sum(gradients, axis=0)
-    return total
-
-
-def _times(x: Array, matrix: Array) -> Array:
-    """Multiply (layers, positions, d) by a symmetric (layers, d, d), or a diagonal (layers, d)."""
-    if matrix.ndim == 2:
-        return x * matrix[:, None]
-    return jnp.einsum("lpi,lij->lpj", x, matrix, precision=HIGHEST)
-
-
-def _inner(x: Array, y: Array) -> Array:
-    """Return x yᵀ over the last axis, (layers, positions, positions)."""
-    return jnp.einsum("lpi,lqi->lpq", x, y, precision=HIGHEST)
-
-
-def _inner_product(one: tuple[Array, Array], other: tuple[Array, Array]) -> Array:
-    """Return <aᵀg, bᵀh> of two pairs of thin matrices (layers, positions, features).
-
-    As a sum over pairs of positions, in which neither product is formed; but where a pair holds
-    more numbers than its product, of the products themselves, which are then the smaller and the
-    quicker way.
-    """
-    (a, g), (b, h) = one, other
-    rows, d_in, d_out = max(a.shape[1], b.shape[1]), a.shape[2], g.shape[2]
-    if rows * (d_in + d_out) > d_in * d_out:
-        return jnp.sum(_product(a, g) * _product(b, h))
-    return jnp.sum(_inner(a, b) * _inner(g, h))
-
-
-def _thin_block(
-    a: Array,
-    g: Array,
-    curvature: Curvature,
-    held: Kronecker,
-    inverses: dict[str, Array],
-    rank: int | None,
-) -> _Blocks:
-    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
-    left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
-    norm2 = _inner_product((a, g), (a, g))
-    zero = jnp.zeros((), a.dtype)
-    # Read beside what is cut off alone.
-    edit_norm2 = zero if rank is None else _inner_product((left, right), (left, right))
-    thin, cut2 = jnp.swapaxes(left, 1, 2), zero
-    if rank is not None and rank < a.shape[1]:
-        cut = truncate(thin, right, rank)
-        cut2 = jnp.sum(cut.lost2)
-        thin, right = cut.left, cut.right
-        # The gain and the KL reported are those of the edit after the cut.
-        left = jnp.swapaxes(thin, 1, 2)
-    gain = _inner_product((a, g), (left, right))
-    quadratic = _inner_product((left, right), (_times(left, A), _times(right, G)))
-    edit = _low_rank(held, thin, right)
-    return _Blocks(edit, norm2, gain, quadratic, cut2, edit_norm2)
-
-
-def _low_rank(held: Kronecker, left: Array, right: Array) -> dict[str, Array | LowRank]:
-    """Return the parameters' changes of (layers, rows, rank) times (layers, rank, d_out)."""
-    weight = held.weight
-    found: dict[str, Array | LowRank] = {
-        weight.path: LowRank(left[:, : weight.d_in], right, weight.kernel)
-    }
-    if weight.bias_path is not None:
-        row = jnp.matmul(left[:, weight.d_in :], right, precision=HIGHEST)
-        found[weight.bias_path] = as_parameter(weight.bias_row, row)
-    return found
-
-
-def _dense_block(
-    gradient: Array,
-    curvature: Curvature,
-    block: BlockSites,
-    inverses: dict[str, Array],
-    damping: Array,
-    rank: int | None,
-) -> _Blocks:
-    """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
-    held = curvature.blocks[block.name]
-    if isinstance(held, Kronecker) and inverses:
-        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
-        step = _times(step, inverses[held.output])
-    else:
-        values = eigenvalues(curvature, block.name)
-        mean = jnp.mean(values, axis=(1, 2), keepdims=True)
-        damped = values + damping.astype(values.dtype) * mean
-        rotated = rotate(curvature, block.name, gradient)
-        rotated = jnp.where(damped > 0, rotated / jnp.where(damped > 0, damped, 1), 0)
-        step = rotate(curvature, block.name, rotated, back=True)
-    norm2, cut2 = jnp.sum(step**2), jnp.zeros((), step.dtype)
-    if rank is None or not isinstance(held, Kronecker):
-        edit: dict[str, Array | LowRank] = dict(held.weight.scatter(step))
-    else:
-        cut = truncate(step, None, rank)
-        cut2 = jnp.sum(cut.lost2)
-        step = jnp.matmul(cut.left, cut.right, precision=HIGHEST)
-        edit = _low_rank(held, cut.left, cut.right)
-    gain = jnp.sum(gradient * step)
-    quadratic = _quadratic(curvature, block.name, step)
-    return _Blocks(edit, jnp.sum(gradient**2), gain, quadratic, cut2, norm2)
-
-
-def _quadratic(curvature: Curvature, name: str, step: Array) -> Array:
-    """Return Tᵀ F T of one block's matrix."""
-    held = curvature.blocks[name]
-    if is_undecomposed(held, curvature):
-        pair = factored.damped_pair(curvature, held, 0.0, absolute=False)
-        moved = factored.multiplied(pair, step, held.sharding)
-        return jnp.maximum(jnp.sum(step * moved), 0)
-    return jnp.sum(eigenvalues(curvature, name) * rotate(curvature, name, step) ** 2)

@@ -15,7 +15,7 @@ from jedit.edits import Edit, LowRank, apply_edit, compress, dense, sum_edits
 from jedit.models import gpt
 from jedit.objectives import GA
 from jedit.requests import Solver, balanced, batch_unlearn, interactions
-from jedit.requests.batch import _inner_product
+from jedit.requests.solution import inner_product
 
 DAMPING = 0.3
 REQUESTS, ROWS, SEQ, VOCAB = 5, 2, 6, 11
@@ -327,7 +327,7 @@ def test_ragged_requests_are_stacked_and_answered_as_they_are_alone(scene, toler
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 40, 50), (2, 3, 8, 9), (9, 9, 4, 5), (1, 1, 1, 1)])
-def test_inner_products_of_thin_pairs_are_the_matrices(shape, key, tolerance):
+def testinner_products_of_thin_pairs_are_the_matrices(shape, key, tolerance):
     """Both ways: few long rows by their Gram matrices, many short ones by their products."""
     n, m, d_in, d_out = shape
     sides = ((n, d_in), (n, d_out), (m, d_in), (m, d_out))
@@ -338,9 +338,9 @@ def test_inner_products_of_thin_pairs_are_the_matrices(shape, key, tolerance):
     wide = [np.asarray(x, np.float64) for x in (a, g, b, h)]
     wanted = sum(np.sum((wide[0][i].T @ wide[1][i]) * (wide[2][i].T @ wide[3][i])) for i in (0, 1))
     size = np.sqrt(n * m * d_in * d_out)
-    tolerance.check(_inner_product((a, g), (b, h)) / size, wanted / size)
+    tolerance.check(inner_product((a, g), (b, h)) / size, wanted / size)
     # Whichever array is the smaller one is formed.
-    text = jax.jit(_inner_product).lower((a, g), (b, h)).as_text()
+    text = jax.jit(inner_product).lower((a, g), (b, h)).as_text()
     made = re.findall(r"dot_general.*-> tensor<2x(\d+)x(\d+)x", text)
     is_long = max(n, m) * (d_in + d_out) <= d_in * d_out
     assert {tuple(map(int, x)) for x in made} == ({(n, m)} if is_long else {(d_in, d_out)})

@@ -1,0 +1,92 @@
+"""Truncations against the dense singular value decomposition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedit.edits import Edit, LowRank, compress, dense, truncate, truncate_all
+from jedit.tracing import Weight
+
+RANK = 4
+SHAPES = ((20, 33, 12), (33, 20, 25), (40, 40, 40), (7, 9, 6))  # d_in, d_out and the inner length
+SPECTRA = {
+    "flat": lambda n: np.ones(n),
+    "by a fifth": lambda n: 0.8 ** np.arange(n),
+    "by nine tenths": lambda n: 0.1 ** np.arange(n),
+    "one far ahead": lambda n: np.where(np.arange(n) < 1, 1e3, 0.7 ** np.arange(n)),
+    "few": lambda n: np.where(np.arange(n) < 3, 0.5 ** np.arange(n), 0),
+    "none": lambda n: np.zeros(n),
+}
+
+
+def products(spectrum, dtype, seed=0):
+    """L, R and the singular values of L R, of every shape; two layers each, one twice as large."""
+    rng, found = np.random.default_rng(seed), []
+
+    def orthonormal(rows, columns):
+        return np.linalg.qr(rng.normal(size=(rows, columns)))[0]
+
+    for d_in, d_out, inner in SHAPES:
+        n = min(d_in, d_out, inner)
+        values = spectrum(n)
+        turn = orthonormal(inner, n)
+        left = np.stack([orthonormal(d_in, n) * values @ turn.T for _ in range(2)])
+        right = np.stack([turn @ orthonormal(d_out, n).T for _ in range(2)])
+        scale = np.array([1.0, 2.0])
+        left = left * scale[:, None, None]
+        found.append((jnp.asarray(left, dtype), jnp.asarray(right, dtype), scale[:, None] * values))
+    return found
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("is_thin", [True, False])
+def test_what_is_cut_off_is_what_the_best_cuts_off(name, is_thin):
+    dtype = jnp.zeros(()).dtype
+    given = products(SPECTRA[name], dtype)
+    wanted = [np.asarray(left, float) @ np.asarray(right, float) for left, right, _ in given]
+    pairs = [(left, right) for left, right, _ in given]
+    if not is_thin:
+        pairs = [(jnp.asarray(x, dtype), None) for x in wanted]
+    cuts = jax.jit(truncate_all, static_argnums=1)(pairs, RANK)
+    eps = float(jnp.finfo(dtype).eps)
+    for cut, whole, (_, _, values) in zip(cuts, wanted, given, strict=True):
+        basis, right = (np.asarray(x, float) for x in cut[:2])
+        assert basis.shape == (2, whole.shape[1], RANK)
+        for k in range(2):
+            size = max(values[k, 0], 1e-30)
+            best = np.sqrt((values[k, RANK:] ** 2).sum())
+            lost = np.linalg.norm(whole[k] - basis[k] @ right[k])
+            # A tenth off the best, or the rounding of the squares of the largest.
+            assert lost <= 1.1 * best + 30 * eps * size, (lost, best)
+            np.testing.assert_allclose(np.sqrt(cut.lost2[k]), lost, rtol=1e-3, atol=30 * eps * size)
+            gram = basis[k].T @ basis[k]
+            kept = np.diagonal(gram) > 0.5
+            assert np.abs(gram - np.diag(kept.astype(float))).max() < 1e4 * eps
+            np.testing.assert_allclose(right[k], basis[k].T @ whole[k], atol=1e3 * eps * size)
+
+
+def test_together_and_alone_and_under_vmap_are_one_thing(tolerance):
+    given = [x[:2] for x in products(SPECTRA["by a fifth"], jnp.zeros(()).dtype)[::3]]
+    alone = functools.partial(jax.jit(truncate, static_argnames="rank"), rank=RANK)
+    together = jax.jit(truncate_all, static_argnums=1)(given, RANK)
+    for (left, right), cut in zip(given, together, strict=True):
+        for other in (alone(left, right), jax.jit(jax.vmap(alone))(left, right)):
+            tolerance.check(cut.left @ cut.right, other.left @ other.right, kind="factorization")
+            tolerance.check(cut.lost2, other.lost2, kind="factorization")
+
+
+def test_an_edit_of_bfloat16_is_cut_in_float32_and_given_back_as_it_came():
+    (left, right, values), *_ = products(SPECTRA["by a fifth"], jnp.bfloat16)
+    d_in, d_out, _ = SHAPES[0]
+    weight = Weight("w", (d_in, d_out), (), 1, False, d_in, d_out)
+    edit = Edit({"w": LowRank(left[:1], right[:1], weight), "b": jnp.ones(3, jnp.bfloat16)})
+    cut, errors = compress(edit, RANK)
+    assert cut.blocks["w"].dtype == jnp.bfloat16
+    assert cut.blocks["b"] is edit.blocks["b"]
+    best = np.sqrt((values[0, RANK:] ** 2).sum() / (values[0] ** 2).sum())
+    np.testing.assert_allclose(errors["w"], best, rtol=0.02)
+    whole, kept = (np.asarray(dense(x.blocks["w"]), float) for x in (edit, cut))
+    assert np.linalg.norm(whole - kept) / np.linalg.norm(whole) < best + 0.02
