@@ -3,8 +3,9 @@
     python -m tests.llm.plan_program FOLDER METHOD ROWS LENGTH
 
 It says "ready" when everything is imported, waits for a line, edits, and says "done". With the
-method "mesh" it says in JSON what a device holds of the arrays that are really made on all the
-devices of the process, and what was planned.
+method "kfade cholesky" factors are kept without eigenvectors. With the method "mesh" it says in
+JSON what a device holds of the arrays that are really made on all the devices of the process, and
+what was planned.
 """
 
 import json
@@ -37,10 +38,11 @@ def edit(folder, method, number, length):
     apply, params, config = load_model(folder)
     forget, retain = (rows(n, length, config.vocab_size, n) for n in (number // 2, number))
     key = jax.random.key(0)
+    method, _, by = method.partition(" ")
     if method == "kfade":
         seen, priced = held_out(retain)
         sets = [list(batches(batch, min(8, len(batch.inputs)))) for batch in (forget, priced)]
-        estimator = kfac(apply, Categorical(), select=SELECT)
+        estimator = kfac(apply, Categorical(), select=SELECT, factorize=by or "eigh")
         curvature = estimate(estimator, params, list(batches(seen, 8)), key=key)
         made, _ = kfade(apply, params, curvature, *sets, budget=0.05, damping=0.1)
     else:
