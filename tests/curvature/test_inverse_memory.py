@@ -1,6 +1,7 @@
 """What the inverses of undecomposed factors hold, on the device and on the host."""
 
 import dataclasses
+import gc
 import weakref
 
 import jax
@@ -61,6 +62,7 @@ def made(monkeypatch):
 
 def matrices_on_device():
     """How many square matrices in layers are alive on the device."""
+    gc.collect()  # of what other tests left in circles
     live = [x for x in jax.live_arrays() if x.ndim == 3 and x.shape[1] == x.shape[2]]
     return sum(not is_on_host(x) for x in live)
 

@@ -150,6 +150,7 @@ def test_on_a_mesh_a_device_holds_what_was_planned(tmp_path):
     # The sums of the inputs themselves and the counts are in the one number and not in the other.
     assert found["told"][1] == pytest.approx(found["made"][1], rel=0.1)
     assert found["told"][2] == pytest.approx(found["made"][2], rel=0.02)
+    assert found["told"][3] == found["made"][3]  # inverses, of which each device has some rows
     one = plan(folder, Work("kfade", forget=8, retain=8, max_len=7))
     assert one.sums > 3 * found["told"][1]
 

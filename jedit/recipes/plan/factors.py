@@ -16,7 +16,6 @@ import jax
 
 from jedit.core.devices import sharding_of
 from jedit.curvature import Curvature, Factorize
-from jedit.curvature.inverted import inverse_names
 from jedit.curvature.layout import BlockSites
 from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole
 from jedit.curvature.memory import device_bytes
@@ -100,16 +99,6 @@ def lookups_of(blocks: Iterable[BlockSites], curvature: Curvature) -> frozenset[
             if member.kind == "embedding" and isinstance(block, Kronecker):
                 found.add(block.output if member.is_flipped else block.input)
     return frozenset(found)
-
-
-def inverse_bytes(curvature: Curvature) -> int:
-    """Return the bytes on a device of the inverses of all factors without eigenvectors."""
-    ends = {}
-    for name, keys in inverse_names(curvature).items():
-        block = curvature.blocks[name]
-        assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
-        ends |= zip(keys, (block.input, block.output), strict=True)
-    return sum(bytes_of(curvature.factors[end]) for end in ends.values())
 
 
 def fetched_bytes(curvature: Curvature) -> int:

@@ -48,7 +48,6 @@ from jedit.recipes.plan.factors import (
     bytes_of,
     dropped,
     fetched_bytes,
-    inverse_bytes,
     kept_factors,
     lookups_of,
     workspace,
@@ -414,7 +413,7 @@ def _kfade(found: Asked, work: Work, base: int, edit: int, inverting: float) -> 
     if work.offload:
         fetched, curvature = fetched_bytes(found.curvature), 0
     else:
-        inverses = inverse_bytes(found.curvature)
+        inverses = programs.inverse_bytes(found.curvature)
     # And a batch of retain rows, for the cosine.
     batches = math.ceil(work.forget / work.batch_size) + 1
     priced = math.ceil(_held_out(work) / work.batch_size)

@@ -13,6 +13,7 @@ for two depths, neither of them small, and the line through these is followed to
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from jedit.curvature import (
     Inverted,
     Kronecker,
     factored,
+    inverted,
     kfac,
     quadratic_form,
 )
@@ -46,7 +48,7 @@ from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import natural
 from jedit.objectives import GA, Objective
 from jedit.objectives.token_nll import counted_kl, counted_nll, masked_mean
-from jedit.recipes.plan.factors import INVERSE_STEPS
+from jedit.recipes.plan.factors import INVERSE_STEPS, bytes_of
 from jedit.requests import Natural
 from jedit.training import TrainingMethod
 from jedit.training.freezing import split, which_are_trained
@@ -368,6 +370,13 @@ def quadratic(model: Model, sizes: Sizes) -> jax.stages.Traced:
     return jax.jit(quadratic_form).trace(curvature, changed(model, sizes.select))
 
 
+def inverse_bytes(curvature: Curvature) -> int:
+    """Return the bytes on a device of the inverses of all factors without eigenvectors."""
+    shapes = jax.eval_shape(functools.partial(inverted, damping=1.0), curvature)
+    sides = _placed_inverse(shapes, curvature).inverses.values()
+    return sum(bytes_of(side.values) for side in sides)
+
+
 def inversion(curvature: Curvature) -> jax.stages.Traced | None:
     """Return the inversion of the longest factor without eigenvectors; None: all have some."""
     longest = None
@@ -385,7 +394,7 @@ def inversion(curvature: Curvature) -> jax.stages.Traced | None:
     assert matrix is not None  # an "undecomposed" factor is its matrix
     level = jax.ShapeDtypeStruct(matrix.shape[:1], matrix.dtype)
 
-    def inverted(factor: Factor, level: Any) -> Any:
+    def inverse(factor: Factor, level: Any) -> Any:
         return factored.inverse(factor, level, sharding, dim)
 
-    return jax.jit(inverted).trace(factor, level)
+    return jax.jit(inverse).trace(factor, level)
