@@ -72,18 +72,14 @@ def _grid(options: Compare, how: "Factorize") -> "Grid":
     """Return what is compared.
 
     Raises:
-        UsageError: a method that is none, or that takes what factors are not to hold.
+        UsageError: a method that is none, that needs what rows of one's own do not give, or that
+            takes what factors are not to hold.
     """
-    from jedit.methods.catalogue import CATALOGUE
-    from jedit.recipes.factorizing import check_factorize, factorize_for
     from jedit.recipes.scenes.authors import GRID
+    from jedit.recipes.scenes.question_answer import served
 
     grid = GRID if not options.methods else GRID._replace(methods=options.methods)
-    if unknown := [name for name in grid.methods if name not in CATALOGUE]:
-        raise UsageError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
-    rows = [CATALOGUE[name] for name in grid.methods]
     try:
-        check_factorize(rows, how)
+        return served(grid._replace(factorize=how), "jedit compare", has_unseen=False)
     except ValueError as error:
         raise UsageError(f"{error}.") from None
-    return grid._replace(factorize=factorize_for(rows, how))

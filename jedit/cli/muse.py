@@ -27,8 +27,9 @@ def muse_command(options: MuseOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import OF_TEXTS, Runs, check_methods
+    from jedit.recipes.editing import OF_TEXTS, Runs
     from jedit.recipes.muse import METHODS, muse, read_muse
+    from jedit.recipes.named import check_methods
 
     methods = options.methods or METHODS
     try:

@@ -181,7 +181,8 @@ def _of_factors(plan: "Plan", rate: float) -> list[str]:
     """Return what is to be said of factors that take long, or that some library cannot take."""
     said = []
     hours = plan.seconds(rate)["decompose"] / 3600
-    solved = sum(k.flops for k in plan.kept if k.form == "eigh") / 60 / rate / plan.num_devices
+    dense = (k for k in plan.kept if k.form != "diagonal")
+    solved = sum(k.number * float(k.side) ** 3 / 3 for k in dense) / rate / plan.num_devices
     if hours >= 1:
         said.append(
             f"Decompositions take {hours:.3g} hours at this rate; --factorize cholesky takes none, "
@@ -194,7 +195,7 @@ def _of_factors(plan: "Plan", rate: float) -> list[str]:
                 f"({k.limit.columns:,}): there the edit is refused before its first batch. Give "
                 "--factorize auto or cholesky, or --rank."
             )
-        if k.form == "diagonal" and k.side <= LONG:
+        if k.form == "diagonal" and not k.is_lookup and k.side <= LONG:
             said.append(
                 f"Axes of {k.side:,} columns get diagonal factors; --max-dim {k.side} makes them "
                 "dense, without eigenvectors where --factorize auto finds them long."

@@ -34,7 +34,8 @@ def rwku_command(options: RwkuOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import Runs, check_methods
+    from jedit.recipes.editing import Runs
+    from jedit.recipes.named import check_methods
     from jedit.recipes.rwku.run import METHODS, needs_met, rwku
     from jedit.recipes.rwku.sets import read_person
 

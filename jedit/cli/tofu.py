@@ -24,7 +24,7 @@ def tofu_command(options: Tofu, command: str) -> int:
     """
     from jedit.data import DataError
     from jedit.methods.catalogue import CATALOGUE
-    from jedit.recipes.factorizing import check_factorize, factorize_for
+    from jedit.recipes.factorizing import factorize_for
     from jedit.recipes.tofu.presets import KNOWN, PRESETS
     from jedit.recipes.tofu.published import PUBLISHED
     from jedit.recipes.tofu.run import read_sets, tofu
@@ -45,10 +45,10 @@ def tofu_command(options: Tofu, command: str) -> int:
     _check_folders(options)
     rows, how = [CATALOGUE[name] for name in preset.grid.methods], factorize_of(options)
     try:
-        check_factorize(rows, how)
+        grid = preset.grid._replace(factorize=factorize_for(rows, how))
     except ValueError as error:
         raise UsageError(f"{error}.") from None
-    preset = preset._replace(grid=preset.grid._replace(factorize=factorize_for(rows, how)))
+    preset = preset._replace(grid=grid)
     saved: dict[str, Any] = {}
     edited = options.out.with_name(f"{options.out.name}-edited")
     if options.save is not None:

@@ -33,7 +33,8 @@ def wmdp_command(options: WmdpOptions, command: str) -> int:
     """
     del command
     from jedit.data import DataError
-    from jedit.recipes.editing import OF_TEXTS, Runs, check_methods
+    from jedit.recipes.editing import OF_TEXTS, Runs
+    from jedit.recipes.named import check_methods
     from jedit.recipes.wmdp import METHODS, read_sets, wmdp
 
     methods = options.methods or METHODS

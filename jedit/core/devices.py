@@ -279,9 +279,16 @@ def kept(tree: PyTree, places: tuple[NamedSharding | None, ...] | None) -> PyTre
     return jax.tree.unflatten(treedef, held)
 
 
+def is_on_host(x: Array) -> bool:
+    """Say whether an array, traced or not, lies in the host's pinned memory."""
+    return getattr(jax.typeof(x), "memory_space", None) == jax.memory.Space.Host
+
+
 def fetched(x: Array) -> Array:
     """Return the array in the device's memory, if it is in the host's."""
-    space = getattr(jax.typeof(x), "memory_space", None)
-    if space != jax.memory.Space.Host:
-        return x
-    return jax.device_put(x, jax.memory.Space.Device)
+    return jax.device_put(x, jax.memory.Space.Device) if is_on_host(x) else x
+
+
+def offloaded(x: Array) -> Array:
+    """Return the array in the host's pinned memory, split over the devices as before."""
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))

@@ -197,6 +197,7 @@ def apply_blocks(
     for weight, dtype, gathered, apply in maps:
         matrix = gathered({path: leaves[path].astype(dtype) for path in weight.paths})
         result = apply(matrix)
+        del apply  # with what it multiplies by, before the next block's is made
         for path, part in weight.scatter(result).items():
             total[path] = total[path] + part if path in total else part
         # Blocks may cover slices of a leaf: what they read is taken off the rest, so that

@@ -167,7 +167,8 @@ def dense(side: Damped) -> Array:
 
 
 def multiplied(pair: tuple[Damped, Damped], matrix: Array, sharding: NamedSharding | None) -> Array:
-    """Multiply a matrix (layers, d_in, d_out) along both axes."""
+    """Multiply a matrix (layers, d_in, d_out) along both axes, by sides that may be on the host."""
+    pair = jax.tree.map(fetched, pair)
     if sharding is not None:
         sides = [blocked.padded(n, sharding) for n in matrix.shape[1:]]
         return on_both_axes(_times, pair, matrix, (sides[0], sides[1]), sharding)

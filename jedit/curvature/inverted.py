@@ -7,7 +7,8 @@ Where its factors were not decomposed, both are damped and inverted apart (`fact
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from jedit.core.arguments import check_kind, check_word
 from jedit.core.checks import NOT_NEGATIVE, check_numbers, is_known
-from jedit.core.devices import on_auto_axes
+from jedit.core.devices import is_on_host, offloaded, on_auto_axes
 from jedit.core.display import short_repr
 from jedit.curvature import factored, newton_schulz
 from jedit.curvature.algebra import (
@@ -30,7 +31,7 @@ from jedit.curvature.algebra import (
     spectral,
 )
 from jedit.curvature.checks import check_covers, check_has, check_layers_finite
-from jedit.curvature.types import Curvature, Diagonal, Kronecker, Uncovered, pytree
+from jedit.curvature.types import Curvature, Diagonal, Factor, Kronecker, Uncovered, pytree
 
 
 @pytree("absolute", "uncovered")
@@ -88,7 +89,9 @@ def inverted(
 
     A curvature with eigenvectors is kept as it is. Of one without, by "cholesky" or "inverse",
     every dense factor is inverted, d³/3 flops by Cholesky and some 30 d³ by products, and
-    held beside its matrix; a solve then costs 2 d_in d_out (d_in + d_out) flops a block.
+    held beside its matrix: in the same memory, the host's where `to_host` put that, from which a
+    block's inverses are fetched when it is solved. A solve then costs 2 d_in d_out (d_in + d_out)
+    flops a block.
 
     Args:
         curvature: F, as `estimate` returns it.
@@ -113,25 +116,16 @@ def inverted(
     check_word(Uncovered, uncovered=uncovered)
     check_kind(curvature, Curvature, "curvature", "as `estimate` returns it")
     check_invertible(curvature, damping)
-    blocks, inverses, made = dict(curvature.blocks), {}, {}
-    for name, block in curvature.blocks.items():
-        if not is_undecomposed(block, curvature):
-            continue
-        levels = factored.damped_levels(curvature, block, damping, absolute)
-        ends, keys = (block.input, block.output), []
-        for dim, (end, level) in enumerate(zip(ends, levels, strict=True), 1):
-            # In units of the mean eigenvalue a factor's λ is its own; else it is of one block. And
-            # blocks that lie differently on a mesh each have theirs cut as they are.
-            one = (end, block.sharding, name if absolute else None)
-            is_other = absolute or any(known[0] == end for known in made)
-            key = made.setdefault(one, f"{end} of {name}" if is_other else end)
-            if key not in inverses:
-                factor = curvature.factors[end]
-                inverses[key] = factored.inverse(factor, level, block.sharding, dim)
-                _check_side(inverses[key], factor.dimension, name, damping)
-            keys.append(key)
+    names = inverse_names(curvature, absolute)
+    inverses: dict[str, factored.Damped] = {}
+    blocks = dict(curvature.blocks)
+    for name, keys in names.items():
+        _add_inverses(inverses, curvature, name, keys, damping, absolute)
+        block = _kronecker(curvature, name)
+        for key, end in zip(keys, (block.input, block.output), strict=True):
+            inverses[key] = _beside(inverses[key], curvature.factors[end])
         blocks[name] = dataclasses.replace(block, input=keys[0], output=keys[1])
-    rest = {n: b for n, b in curvature.blocks.items() if not is_undecomposed(b, curvature)}
+    rest = {n: b for n, b in curvature.blocks.items() if n not in names}
     ends = {f for b in rest.values() if isinstance(b, Kronecker) for f in (b.input, b.output)}
     factors = {name: factor for name, factor in curvature.factors.items() if name in ends}
     decomposed = Curvature(rest, factors, curvature.num_outputs)
@@ -149,7 +143,9 @@ def solve(
 ) -> PyTree:
     """Return (F + λ)⁻¹ T, exact in the eigenbasis. Costs 4 d_in d_out (d_in + d_out) flops a block.
 
-    It is `inverted(curvature, damping=damping)(tree)`, which serves many trees at one damping.
+    It is `inverted(curvature, damping=damping)(tree)`, which serves many trees at one damping, in
+    less memory: factors without eigenvectors are inverted when the first block that has them is
+    solved, and the inverse is dropped after the last.
 
     Args:
         curvature: F, as `estimate` returns it.
@@ -168,32 +164,113 @@ def solve(
         FloatingPointError: a damped factor has no inverse in its dtype, for want of damping.
     """
     check_numbers(NOT_NEGATIVE, damping=damping)
-    check_covers(curvature, tree)  # before anything is inverted
-    return inverted(curvature, damping=damping, absolute=absolute, uncovered=uncovered)(tree)
+    check_word(Uncovered, uncovered=uncovered)
+    leaves = check_covers(curvature, tree)
+    check_invertible(curvature, damping)
+
+    def maps() -> Iterator[BlockMap]:
+        names = inverse_names(curvature, absolute)
+        uses = Counter(key for keys in names.values() for key in keys)
+        inverses: dict[str, factored.Damped] = {}
+        for name in curvature.blocks:
+            if name not in names:
+                yield _spectral_inverse(curvature, name, damping, absolute)
+                continue
+            keys = names[name]
+            _add_inverses(inverses, curvature, name, keys, damping, absolute)
+            uses.subtract(keys)
+            # What serves no other block is held by this one's map alone, which is soon dropped.
+            first, second = (inverses[key] if uses[key] else inverses.pop(key) for key in keys)
+            yield factored_map(_kronecker(curvature, name), (first, second))
+            del first, second
+
+    return apply_blocks(maps(), tree, leaves, uncovered=uncovered)
 
 
 @on_auto_axes
 def _solved(inverse: Inverted, tree: PyTree) -> PyTree:
     leaves = check_has((block.weight for block in inverse.blocks.values()), tree, "curvature")
 
+    def block_map(name: str) -> BlockMap:
+        block = inverse.blocks[name]
+        if name in inverse.decomposed.blocks:
+            return _spectral_inverse(inverse.decomposed, name, inverse.damping, inverse.absolute)
+        assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
+        return factored_map(block, (inverse.inverses[block.input], inverse.inverses[block.output]))
+
+    maps = map(block_map, inverse.blocks)
+    return apply_blocks(maps, tree, leaves, uncovered=inverse.uncovered)
+
+
+def _spectral_inverse(
+    curvature: Curvature, name: str, damping: float | Array, absolute: bool
+) -> BlockMap:
     # Guarded twice: in `where`, the branch not taken still makes the NaN of a gradient.
     def invert(values):
         is_zero = values == 0
         return jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, values))
 
-    def block_map(name: str) -> BlockMap:
-        block = inverse.blocks[name]
-        if name not in inverse.decomposed.blocks:
-            assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
-            return factored_map(
-                block, (inverse.inverses[block.input], inverse.inverses[block.output])
-            )
-        values, turn = damped(inverse.decomposed, name, inverse.damping, inverse.absolute)
-        values = jax.tree.map(invert, values)
-        return spectral(block.weight, values, functools.partial(gather, block), turn)
+    values, turn = damped(curvature, name, damping, absolute)
+    block, values = curvature.blocks[name], jax.tree.map(invert, values)
+    return spectral(block.weight, values, functools.partial(gather, block), turn)
 
-    maps = map(block_map, inverse.blocks)
-    return apply_blocks(maps, tree, leaves, uncovered=inverse.uncovered)
+
+def inverse_names(curvature: Curvature, absolute: bool = False) -> dict[str, tuple[str, str]]:
+    """Return by undecomposed block what the inverses of its two factors are called.
+
+    Blocks that share a factor share its inverse, where that is the same.
+    """
+    names: dict[str, tuple[str, str]] = {}
+    known: dict[tuple, str] = {}
+    for name in curvature.blocks:
+        if not is_undecomposed(curvature.blocks[name], curvature):
+            continue
+        block, keys = _kronecker(curvature, name), []
+        for end in (block.input, block.output):
+            # In units of the mean eigenvalue a factor's λ is its own; else it is of one block. And
+            # blocks that lie differently on a mesh each have theirs cut as they are.
+            one = (end, block.sharding, name if absolute else None)
+            is_other = absolute or any(other[0] == end for other in known)
+            keys.append(known.setdefault(one, f"{end} of {name}" if is_other else end))
+        names[name] = (keys[0], keys[1])
+    return names
+
+
+def _add_inverses(
+    inverses: dict[str, factored.Damped],
+    curvature: Curvature,
+    name: str,
+    keys: tuple[str, str],
+    damping: float | Array,
+    absolute: bool,
+) -> None:
+    """Invert those of a block's two factors that are not there yet.
+
+    Raises:
+        FloatingPointError: a damped factor has no inverse in its dtype.
+    """
+    block = _kronecker(curvature, name)
+    levels = factored.damped_levels(curvature, block, damping, absolute)
+    ends = (block.input, block.output)
+    for dim, (key, end, level) in enumerate(zip(keys, ends, levels, strict=True), 1):
+        if key not in inverses:
+            factor = curvature.factors[end]
+            inverses[key] = factored.inverse(factor, level, block.sharding, dim)
+            _check_side(inverses[key], factor.dimension, name, damping)
+
+
+def _beside(side: factored.Damped, factor: Factor) -> factored.Damped:
+    """Return an inverse in the host's memory, if its factor's matrix lies there."""
+    is_there = factor.matrix is not None and is_on_host(factor.matrix)
+    if not is_there or isinstance(side.values, Tracer):
+        return side
+    return dataclasses.replace(side, values=offloaded(side.values))
+
+
+def _kronecker(curvature: Curvature, name: str) -> Kronecker:
+    block = curvature.blocks[name]
+    assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
+    return block
 
 
 def check_invertible(curvature: Curvature, damping: float | Array) -> None:
@@ -234,5 +311,5 @@ def _warn_of_residual(side: factored.Damped, dimension: int, name: str) -> None:
             f"the curvature of {name!r} ({dimension} x {dimension}) was inverted by Cholesky: by "
             f"products of matrices a residual of {residual:.1e} was left, above {least:.1e}; more "
             "damping makes it converge",
-            stacklevel=4,
+            stacklevel=6,
         )

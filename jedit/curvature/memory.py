@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jedit.core.checks import COUNT, check_numbers
-from jedit.core.devices import fetched
+from jedit.core.devices import fetched, offloaded
 from jedit.curvature.types import Curvature, Factor, Kronecker
 
 
@@ -73,13 +73,11 @@ def to_host(curvature: Curvature) -> Curvature:
     """Return the curvature with its matrices in the host's pinned memory, each split as before.
 
     `solve`, `matvec`, `power`, `quadratic_form`, `trace` and `ekfac` fetch what they need, block by
-    block; `batch_unlearn` fetches all of it; anything else needs `to_device` first.
+    block. `inverted`, and with it `kfade`, inverts factors without eigenvectors one by one, and
+    keeps the inverses in the host's memory too. `batch_unlearn` and an optimizer's state
+    (`scale_by_curvature`, `natural_steps`) fetch all of it; anything else needs `to_device` first.
     """
-
-    def move(x: Array) -> Array:
-        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-
-    return _moved(curvature, move)
+    return _moved(curvature, offloaded)
 
 
 def to_device(curvature: Curvature) -> Curvature:

@@ -71,10 +71,13 @@ class Spectrum(enum.Enum):
     ALL = "all eigenvectors"
 
     def allows(self, how: Factorize) -> bool:
-        """Whether factors that are kept so, whatever their size, have what is taken of them."""
+        """Whether factors that are kept so, whatever their size, have what is taken of them.
+
+        By "auto" long ones have no eigenvectors, or the leading ones where it has a rank.
+        """
         if how.rank is not None:
             return self in (Spectrum.SOLVES, Spectrum.LEADING)
-        return how.by in ("eigh", "auto") or self in (Spectrum.SOLVES, Spectrum.MATRICES)
+        return how.by == "eigh" or self in (Spectrum.SOLVES, Spectrum.MATRICES)
 
 
 class Pace(enum.Enum):

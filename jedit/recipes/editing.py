@@ -16,7 +16,6 @@ from jedit.core.batch import Batch
 from jedit.curvature import Factorize, choose_temperature
 from jedit.data import batches
 from jedit.edits import apply_edit
-from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import ADAM, ByDraws, ByScale, BySteps, Material, Need, Pace, Row
 from jedit.recipes.comparison.compare import (
     Fitted,
@@ -27,7 +26,9 @@ from jedit.recipes.comparison.compare import (
 )
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import destroyed, start_at
+from jedit.recipes.factorizing import factorize_for
 from jedit.recipes.fitting import rows_of
+from jedit.recipes.named import check_methods
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import RETRAINED, UNTOUCHED, Found, Point, Record, Trial, sweep
 from jedit.recipes.tofu.models import Start
@@ -103,27 +104,6 @@ class Runs(NamedTuple):
 Make = Callable[[Material, Point], TrainingMethod]
 
 
-def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequence[Row]:
-    """Return the catalogue's rows of these names.
-
-    Args:
-        names: names of methods.
-        has: what the benchmark can give beside a model, a forget set and a retain set.
-        what: the benchmark's name, for the message.
-
-    Raises:
-        ValueError: a name that the catalogue does not have, or a method that needs what the
-            benchmark has not.
-    """
-    if unknown := [name for name in names if name not in CATALOGUE]:
-        raise ValueError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
-    rows = [CATALOGUE[name] for name in names]
-    for row in rows:
-        if lacking := [need.value for need in Need if need in row.needs - has]:
-            raise ValueError(f"{row.name} needs {', '.join(lacking)}, which {what} has not")
-    return rows
-
-
 class Editor:
     """Makes the edited parameters of a task's model, by any method at any point and seed.
 
@@ -152,12 +132,13 @@ class Editor:
             optimizer: what methods that train step by, with the rate in its state.
             fitted_rows: rows of each set that curvatures are estimated on, at equal distances;
                 None: all.
-            factorize: how the factors of curvatures are kept.
+            factorize: how the factors of curvatures are kept; "auto" comes to what each method
+                takes of them.
         """
         self.task, self.has, self.say, self.temperatures = task, has, say, temperatures
         self.optimizer, self.fitted_rows, self.factorize = optimizer, fitted_rows, factorize
         self._seed: int | None = None
-        self._fitted: dict[frozenset[Need], Fitted] = {}
+        self._fitted: dict[tuple[frozenset[Need], Factorize], Fitted] = {}
         self._temperature: float | None = None
 
     def __call__(self, row: Row, point: Point, seed: int, make: Make | None = None) -> PyTree:
@@ -193,11 +174,18 @@ class Editor:
             The seconds that the estimation takes once it is compiled, also where it is held: a
             part of what the method costs. 0 of a method that needs none.
         """
-        needs = row.needs & FITTED
-        if not needs:
+        if not row.needs & FITTED:
             return 0.0
         self._material(row, point, seed, self._keys(seed)[0])
-        return fit_seconds(row, self._fitted[needs])
+        return fit_seconds(row, self._fitted[self._wanted(row)])
+
+    def _wanted(self, row: Row) -> tuple[frozenset[Need], Factorize]:
+        """Return what is estimated for a row, and how the factors of it are kept.
+
+        Raises:
+            ValueError: they are not to hold what the method takes of them.
+        """
+        return row.needs & FITTED, factorize_for([row], self.factorize)
 
     def _keys(self, seed: int) -> tuple[Array, Array]:
         """Return the keys of the curvature and of the batches."""
@@ -254,7 +242,7 @@ class Editor:
     def _material(self, row: Row, point: Point, seed: int, key: Array) -> Material:
         if seed != self._seed:
             self._seed, self._fitted = seed, {}
-        needs = row.needs & FITTED
+        needs, how = wanted = self._wanted(row)
         grid = Grid(
             methods=(row.name,),
             budgets=(),
@@ -264,12 +252,12 @@ class Editor:
             looks=(int(point.get(STEPS, 1)),),
             batch_size=1,
             kl_budget=0.0,
-            factorize=self.factorize,
+            factorize=how,
         )
-        if needs and needs not in self._fitted:
+        if needs and wanted not in self._fitted:
             self._fitted = {}  # before the others are made
-            self._fitted = {needs: self._fit(grid, row, key=key)}
-        fitted = self._fitted[needs] if needs else Fitted()
+            self._fitted = {wanted: self._fit(grid, row, key=key)}
+        fitted = self._fitted[wanted] if needs else Fitted()
         material = material_of(self.task, grid, fitted)
         corrected = fitted.corrected.get(fitted.temperature)
         subjects = material.subjects if Need.SUBJECTS in self.has else None

@@ -25,43 +25,35 @@ def spectrum_of(row: Row | None) -> Spectrum | None:
     return row.spectrum if row.needs & FITTED else None
 
 
-def check_factorize(rows: Sequence[Row | None], how: Factorize) -> None:
-    """Refuse a setting that leaves out what a method takes of its factors.
-
-    Args:
-        rows: the methods; None: natural steps.
-        how: the setting.
-
-    Raises:
-        ValueError: the first such method, by its name.
-    """
-    for row in rows:
-        wanted = spectrum_of(row)
-        if row is not None and wanted is not None and not wanted.allows(how):
-            raise ValueError(
-                f"{row.name} takes {wanted.value} of its curvature, and {told(how)} "
-                f'{WITHOUT[how.by]}: give "eigh" or "auto" (--factorize) and no rank, or '
-                "leave the method out"
-            )
-
-
 def factorize_for(rows: Sequence[Row | None], how: Factorize) -> Factorize:
     """Return the setting that serves all of the methods: "auto" comes to what they take of factors.
 
     Long axes then keep no eigenvectors where damped solves or the matrices are all that is taken,
-    `RANK` of them where the leading ones will do, and all of them where a method takes all.
+    `RANK` of them where the leading ones will do, and all of them where a method takes all. What it
+    returned once it returns again.
 
     Args:
         rows: the methods; None: natural steps.
         how: what was asked for.
+
+    Raises:
+        ValueError: the setting leaves out what a method takes of its factors; the first such
+            method, by its name.
     """
-    if how.by != "auto" or how.rank is not None:
-        return how
     wanted = {spectrum_of(row) for row in rows} - {None}
-    if Spectrum.ALL in wanted or wanted >= {Spectrum.MATRICES, Spectrum.LEADING}:
-        return Factorize(max_dim=how.max_dim)
-    if Spectrum.LEADING in wanted:
-        return Factorize("auto", RANK, how.max_dim, eigh_dim=how.eigh_dim)
+    if how.by == "auto" and how.rank is None:
+        if Spectrum.ALL in wanted or wanted >= {Spectrum.MATRICES, Spectrum.LEADING}:
+            how = Factorize(max_dim=how.max_dim)
+        elif Spectrum.LEADING in wanted:
+            how = Factorize("auto", RANK, how.max_dim, eigh_dim=how.eigh_dim)
+    for row in rows:
+        spectrum = spectrum_of(row)
+        if row is not None and spectrum is not None and not spectrum.allows(how):
+            raise ValueError(
+                f"{row.name} takes {spectrum.value} of its curvature, and {told(how)} "
+                f'{WITHOUT[how.by]}: give "eigh" or "auto" (--factorize) and no rank, or '
+                "leave the method out"
+            )
     return how
 
 

@@ -17,7 +17,7 @@ from jedit.edits import apply_edit, cast_report
 from jedit.models import load_model
 from jedit.recipes.by_itself import cautions, how_it_went
 from jedit.recipes.environment import machine, versions
-from jedit.recipes.factorizing import check_factorize
+from jedit.recipes.factorizing import factorize_for
 from jedit.recipes.folders.choice import NATURAL, check_rows, check_settings, method_named
 from jedit.recipes.folders.edits import make_edit
 from jedit.recipes.folders.material import Given
@@ -93,7 +93,7 @@ def forget_in_checkpoint(
         )
     row = method_named(settings.method)
     check_settings(row, settings.given())
-    check_factorize([row], settings.factorize)
+    factorize_for([row], settings.factorize)  # refuses, before any work
     check_rows(row, unseen)
     _check_retained(len(retain))
     if unseen:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jedit.core.devices import fetched
 from jedit.core.paths import parameter_paths
 from jedit.geometry.parts import part_of, with_part
 
@@ -13,9 +14,10 @@ from jedit.geometry.parts import part_of, with_part
 def owned(tree: PyTree) -> PyTree:
     """Copy each array for an optimizer's state: a loop that donates it would delete others'.
 
-    Two transforms of a chain may hold the same curvature, and no array can be donated twice.
+    Two transforms of a chain may hold the same curvature, and no array can be donated twice. What
+    lies in the host's memory comes to the device's, where a compiled update leaves it.
     """
-    return jax.tree.map(jnp.copy, tree)
+    return jax.tree.map(lambda x: jnp.copy(fetched(x)), tree)
 
 
 def sharded_like(tree: PyTree, reference: PyTree) -> PyTree:

@@ -14,9 +14,12 @@ from jedit.cli.compare import _grid
 from jedit.cli.main import main
 from jedit.cli.options import Compare
 from jedit.curvature import Factorize
-from jedit.methods.row import Pace
+from jedit.data import QaRow
+from jedit.methods import CATALOGUE
+from jedit.methods.row import Need, Pace
 from jedit.recipes.comparison.task import MAIN, Grid
 from jedit.recipes.factorizing import RANK
+from jedit.recipes.fitting import Recipe
 from jedit.recipes.scenes import authors as authors_scene
 from jedit.recipes.scenes import digits as digits_scene
 from jedit.recipes.scenes import question_answer as qa_scene
@@ -236,6 +239,10 @@ def test_a_size_that_makes_no_model(folder, capsys, option, value, sentence):
     [
         (["--methods", "nothing"], "unknown methods: nothing; there are K-FADE (K-FAC), "),
         (
+            ["--methods", "SAE-guided"],
+            "SAE-guided needs latents of known and of unknown rows, which jedit compare has not.",
+        ),
+        (
             ["--factorize", "cholesky"],
             "K-FADE (EK-FAC) takes leading eigenvectors of its curvature",
         ),
@@ -246,6 +253,25 @@ def test_factors_that_a_method_has_no_use_for(folder, capsys, options, sentence)
     data = str(folder.parent / "rows.jsonl")
     line = fails(capsys, folder, "--data", data, "--forget", "rows=0:3", *options)
     assert sentence in line
+
+
+def test_every_other_method_is_served_by_rows_of_ones_own():
+    given = Compare(Path("rows.jsonl"), "rows=0:3")
+    names = tuple(name for name, row in CATALOGUE.items() if Need.LATENTS not in row.needs)
+    assert _grid(dataclasses.replace(given, methods=names), Factorize()).methods == names
+    assert set(CATALOGUE) - set(names) == {"SAE-guided"}
+
+
+def test_a_scene_refuses_what_its_rows_do_not_give_before_it_trains():
+    grid = authors_scene.GRID._replace(methods=("SAE-guided",))
+    with pytest.raises(ValueError, match="SAE-guided needs latents .*, which mine has not"):
+        qa_scene.served(grid, "mine", has_unseen=False)
+    assert qa_scene.served(grid, "mine", has_unseen=True).methods == grid.methods
+    rows = [QaRow(f"Who is {i}?", f"It is {i}.") for i in range(4)]
+    how = {"model": qa_scene.Model(8, 1, 1, 300, 16), "recipe": Recipe((1,), 2, 1e-3)}
+    given = (qa_scene.Selection(rows, rows[:1], rows[1:]), qa_scene.Caption("mine", "", ""))
+    with pytest.raises(ValueError, match="which mine has not"):
+        qa_scene.question_answer(*given, **how, grid=grid, seed=0, say=pytest.fail)
 
 
 def test_tofu_refuses_them_before_it_reads_anything(capsys):

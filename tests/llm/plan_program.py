@@ -3,8 +3,9 @@
     python -m tests.llm.plan_program FOLDER METHOD ROWS LENGTH
 
 It says "ready" when everything is imported, waits for a line, edits, and says "done". With the
-method "mesh" it says in JSON what a device holds of the arrays that are really made on all the
-devices of the process, and what was planned.
+method "kfade cholesky" factors are kept without eigenvectors. With the method "mesh" it says in
+JSON what a device holds of the arrays that are really made on all the devices of the process, and
+what was planned.
 """
 
 import json
@@ -15,13 +16,14 @@ import numpy as np
 
 from jedit import requests
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, kfac
+from jedit.curvature import Factorize, estimate, inverted, kfac
 from jedit.curvature.likelihoods import Categorical
 from jedit.data import batches
 from jedit.methods import kfade
 from jedit.models import load_model
 from jedit.recipes.folders.places import SELECT
-from jedit.recipes.plan.plan import Work, plan
+from jedit.recipes.plan.plan import Work, asked, plan
+from jedit.recipes.plan.programs import inverse_bytes
 from jedit.requests import Forgetting, Natural, Recovery
 from jedit.requests.forget import held_out
 
@@ -37,10 +39,11 @@ def edit(folder, method, number, length):
     apply, params, config = load_model(folder)
     forget, retain = (rows(n, length, config.vocab_size, n) for n in (number // 2, number))
     key = jax.random.key(0)
+    method, _, by = method.partition(" ")
     if method == "kfade":
         seen, priced = held_out(retain)
         sets = [list(batches(batch, min(8, len(batch.inputs)))) for batch in (forget, priced)]
-        estimator = kfac(apply, Categorical(), select=SELECT)
+        estimator = kfac(apply, Categorical(), select=SELECT, factorize=by or "eigh")
         curvature = estimate(estimator, params, list(batches(seen, 8)), key=key)
         made, _ = kfade(apply, params, curvature, *sets, budget=0.05, damping=0.1)
     else:
@@ -63,7 +66,16 @@ def on_mesh(folder, number, length):
     made = [held((params,)), held((sums,)), held((curvature.factors,))]
     work = Work("kfade", forget=8, retain=number, max_len=length + 1, batch_size=number)
     told = plan(folder, work, mesh=mesh)
-    return {"made": made, "told": [told.weights, told.sums, told.factors], "all": told.num_devices}
+    planned = [told.weights, told.sums, told.factors]
+    # Without eigenvectors: the inverses, and natural steps in them.
+    by = Factorize("cholesky")
+    estimator = kfac(apply, Categorical(), select=SELECT, factorize=by)
+    curvature = estimate(estimator, params, retain, key=jax.random.key(0))
+    inverses = inverted(curvature, damping=0.1).inverses.values()
+    made.append(held([side.values for side in inverses]))
+    work = work._replace(method="natural", factorize=by, attack=False, steps=4, recovery=0)
+    planned.append(inverse_bytes(asked(folder, work, mesh=mesh).curvature))
+    return {"made": made, "told": planned, "all": told.num_devices}
 
 
 def held(tree):

@@ -27,8 +27,10 @@ from tests.llm.random_folder import COMMON, CONFIGS, write_config, write_random
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "rank_promotion")
 LENGTH, ROWS = 64, 40
-# (vocabulary, width, hidden width, layers, heads): 5, 20 and 60 million parameters.
+# (vocabulary, width, hidden width, layers, heads): 5, 20 and 60 million parameters; and little else
+# than factors.
 SIZES = {
+    "factors": (500, 256, 1792, 2, 4),
     "5M": (8000, 192, 528, 4, 4),
     "20M": (20000, 320, 880, 6, 5),
     "60M": (32000, 512, 1408, 8, 8),
@@ -94,8 +96,10 @@ def measured(folder, method):
 
 
 def planned(folder, method):
+    method, _, by = method.partition(" ")
     work = Work(
         method=method,
+        factorize=Factorize(by or "auto"),
         forget=ROWS // 2,
         retain=ROWS,
         max_len=LENGTH + 1,
@@ -111,9 +115,10 @@ def planned(folder, method):
     ("size", "method"),
     [
         ("20M", "kfade"),
+        ("factors", "kfade cholesky"),
         *(
             pytest.param(size, method, marks=pytest.mark.exhaustive)
-            for size in SIZES
+            for size in ("5M", "20M", "60M")
             for method in ("kfade", "natural")
             if (size, method) != ("20M", "kfade")
         ),
@@ -145,6 +150,7 @@ def test_on_a_mesh_a_device_holds_what_was_planned(tmp_path):
     # The sums of the inputs themselves and the counts are in the one number and not in the other.
     assert found["told"][1] == pytest.approx(found["made"][1], rel=0.1)
     assert found["told"][2] == pytest.approx(found["made"][2], rel=0.02)
+    assert found["told"][3] == found["made"][3]  # inverses, of which each device has some rows
     one = plan(folder, Work("kfade", forget=8, retain=8, max_len=7))
     assert one.sums > 3 * found["told"][1]
 
@@ -219,6 +225,35 @@ def test_axes_that_no_library_decomposes_are_planned_for(tmp_path):
     assert short[LONG, "diagonal"][0] == 6
 
 
+def test_inverses_are_held_beside_their_factors_and_made_once(tmp_path):
+    """By K-FADE, and by natural steps in the place of a copy; offloaded they are on the host."""
+    folder = llama_of(2, tmp_path / "llama", intermediate_size=64)
+    for method, name in (("kfade", "edit"), ("natural", "natural")):
+        work = WIDE._replace(method=method, steps=4, recovery=0)
+        plans = {
+            by: plan(folder, work._replace(factorize=Factorize(by)))
+            for by in ("eigh", "cholesky", "inverse")
+        }
+        phases = {by: {p.name: p for p in one.phases}[name] for by, one in plans.items()}
+        made = {by: sum(k.flops for k in one.kept if k.is_solved) for by, one in plans.items()}
+        assert made["inverse"] > made["cholesky"] > made["eigh"] == 0
+        # By a Cholesky factor, or by the inverse itself, a step has as many flops.
+        more = phases["inverse"].flops - phases["cholesky"].flops
+        assert more == pytest.approx(made["inverse"] - made["cholesky"], rel=1e-9)
+        none, every = plans["cholesky"], plans["eigh"]
+        copies = {"kfade": (1, 2), "natural": (5, 5)}[method]
+        less = copies[0] * every.factors - copies[1] * none.factors
+        found = phases["eigh"].held - phases["cholesky"].held
+        assert found == pytest.approx(less, abs=4)  # the number of outputs, which is there once
+    offloaded = plan(folder, WIDE._replace(factorize=Factorize("cholesky"), offload=True))
+    here = plan(folder, WIDE._replace(factorize=Factorize("cholesky")))
+    there, beside = (one.phases[-1] for one in (offloaded, here))
+    assert beside.held - there.held == pytest.approx(2 * here.factors, abs=4)
+    # A block's two factors, those of "down" or "up", are fetched.
+    pair = 4 * (64**2 + HIDDEN**2)
+    assert beside.temporaries <= there.temporaries <= beside.temporaries + pair
+
+
 def test_the_command_says_what_was_chosen_and_what_takes_hours(tmp_path, capsys):
     pytest.importorskip("tyro")
     from jedit.cli.main import main
@@ -230,11 +265,23 @@ def test_the_command_says_what_was_chosen_and_what_takes_hours(tmp_path, capsys)
     shown = " ".join(capsys.readouterr().out.split())
     hours = 6 * 20 * LONG**3 / 1e11 / 3600
     assert f"Decompositions take {hours:.3g} hours at this rate" in shown
+    # Also where the hours are those of some eigenvectors: of 6 matrices, and of 18 short ones.
+    solved = (6 * LONG**3 + (2 * 8 + 2) * HIDDEN**3) / 3 / 1e6
+    assert main([*given, "--max-dim", "32768", "--rank", "12000", "--rate", "1e6"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"takes none, and some {solved:.3g} s at each damping" in shown
     assert "Factors of 28,672 columns are more than cuSOLVER before CUDA 13 takes (25,000)" in shown
     assert main(given) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "longer than max_dim=16384" in shown
     assert "--max-dim 28672 makes them dense" in shown
+    # What an embedding looks up has a diagonal factor, and would at any max_dim.
+    for more in ([], ["--max-dim", "16"]):
+        assert main([*given, *more, "--select", "embed|^layers/0/attn/q"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "an embedding's" in shown
+        assert "longer than max_dim" not in shown
+        assert "--max-dim 37" not in shown
 
 
 def test_solves_are_counted_as_products_are():

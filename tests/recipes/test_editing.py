@@ -1,5 +1,6 @@
 """What benchmarks share: one set of curvatures is held, and a run that is lost ends no sweep."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
+from jedit.curvature import Factorize
 from jedit.methods import CATALOGUE
+from jedit.methods.row import Spectrum
 from jedit.models import gpt
 from jedit.recipes import editing
 from jedit.recipes.comparison.compare import searched
@@ -58,6 +61,30 @@ def test_curvatures_are_held_for_one_need_and_at_one_temperature(task):
     assert [run(row) for row in (NPO, KFAC, NPO, KFAC, EKFAC, KFAC)] == [0, 1, 0, 0, 1, 1]
     assert len(editor._fitted) == 1
     assert run(KFAC, seed=1) == 1
+
+
+def test_auto_comes_to_what_each_method_takes_of_its_factors(task, monkeypatch):
+    """No eigenvectors for K-FADE, and all of them for a method that takes all, of every axis."""
+    said, forms = [], []
+
+    def ran(method, *given, run=editing.run_method, **rest):
+        curvature = method.keywords["curvature"]
+        forms.append({factor.form for factor in curvature.factors.values()} - {"diagonal"})
+        return run(method, *given, **rest)
+
+    monkeypatch.setattr(editing, "run_method", ran)
+    auto = Factorize("auto", eigh_dim=1)
+    editor = Editor(task[0], OF_TEXTS, say=said.append, factorize=auto)
+    every = dataclasses.replace(KFAC, spectrum=Spectrum.ALL)
+    for row in (KFAC, every, KFAC):
+        params = editor(row, STRENGTH.point(row), 0)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert forms == [{"undecomposed"}, {"eigenbasis"}, {"undecomposed"}]
+    del said[:]
+    editor = Editor(task[0], OF_TEXTS, say=said.append, factorize=Factorize("cholesky"))
+    with pytest.raises(ValueError, match="takes all eigenvectors of its curvature, and factorize"):
+        editor(every, STRENGTH.point(every), 0)
+    assert not said
 
 
 @pytest.mark.parametrize("row", [KFAC, NPO], ids=lambda row: row.name)

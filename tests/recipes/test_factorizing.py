@@ -7,7 +7,7 @@ import pytest
 from jedit.curvature import Factorize
 from jedit.methods import CATALOGUE
 from jedit.methods.row import Spectrum
-from jedit.recipes.factorizing import RANK, check_factorize, factorize_for, told, written
+from jedit.recipes.factorizing import RANK, factorize_for, told, written
 
 AUTO = Factorize("auto", max_dim=99, eigh_dim=7)
 ALL, LEADING = Factorize(max_dim=99), Factorize("auto", RANK, 99, eigh_dim=7)
@@ -32,7 +32,7 @@ def test_auto_is_the_cheapest_that_serves_all(taken, expected):
     rows = [*map(row, taken), CATALOGUE["NPO"], None]
     found = factorize_for(rows, AUTO)
     assert found == expected
-    check_factorize(rows, found)
+    assert factorize_for(rows, found) == found
 
 
 def test_what_was_asked_for_by_name_is_not_changed():
@@ -53,10 +53,19 @@ def test_a_method_that_is_left_out_is_named():
         for spectrum in Spectrum:
             rows = [CATALOGUE["NPO"], None, row(spectrum.name)]
             if spectrum.name in served:
-                check_factorize(rows, how)
+                factorize_for(rows, how)
                 continue
             with pytest.raises(ValueError, match=r"^K-FADE \(K-FAC\) takes .*, and factorize"):
-                check_factorize(rows, how)
+                factorize_for(rows, how)
+
+
+def test_auto_alone_has_eigenvectors_of_short_axes_alone():
+    """Whatever their size, factors have but what solves and matrices take, until it is resolved."""
+    allowed = {spectrum.name for spectrum in Spectrum if spectrum.allows(AUTO)}
+    assert allowed == {"SOLVES", "MATRICES"}
+    for spectrum in Spectrum:
+        assert spectrum.allows(factorize_for([row(spectrum.name)], AUTO))
+        assert spectrum.allows(Factorize())
 
 
 def test_records_hold_the_whole_setting():

@@ -188,9 +188,14 @@ def _axes(sharding: NamedSharding) -> MeshAxes:
     return tuple(a for entry in sharding.spec[1:] for a in axes_of(entry))
 
 
-def _split(rows: Array, sharding: NamedSharding) -> Array:
+def place_of_rows(sharding: NamedSharding) -> NamedSharding:
+    """Return where the rows of blocks (layers, K, b, D) lie that `cut` makes."""
     place = spec_of(_layers(sharding), _axes(sharding), (), ())
-    return with_sharding_constraint(rows, NamedSharding(sharding.mesh, place))
+    return NamedSharding(sharding.mesh, place)
+
+
+def _split(rows: Array, sharding: NamedSharding) -> Array:
+    return with_sharding_constraint(rows, place_of_rows(sharding))
 
 
 def _whole(x: Array, sharding: NamedSharding) -> Array:

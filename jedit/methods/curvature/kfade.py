@@ -16,7 +16,9 @@ distance, so K aligned steps have equal lengths.
 Gradients, steps and the edit are of the parameters that the curvature covers and of no others. Δ is
 summed in float32 or wider and rounded once, to θ₀'s dtype, where a model is computed: at
 round(θ₀ + Δ), which is what `apply_edit` returns. Beside θ₀ and the curvature the method holds
-three times Δ and what one forward and backward pass needs; or twice Δ and twice a block.
+three times Δ and what one forward and backward pass needs; or twice Δ and twice a block. Factors
+without eigenvectors are inverted once for all steps and their inverses, as large as they, held
+beside them: in the host's memory where `to_host` put the curvature, block by block on the device.
 
 Differences. The paper takes one or a few steps of a stated length with absolute damping 1e-8 and
 labels as given [notes]. Ours [derived]: labels sampled from the model, since F is the
@@ -150,7 +152,7 @@ def kfade(
         curvature: curvature of the retain outputs at θ₀, from `estimate`; only what it covers is
             edited. Or, for one step, those of parts of the parameters, as `estimate_in_groups`
             yields them: d is found part by part, each with a gradient of its own, and of the
-            curvature no more is there than one part.
+            curvature no more is there than one part, with the inverses of its factors.
         forget: rows to forget, with targets; one batch, or several of one shape.
         retain: rows on which the KL is measured; not those of the final evaluation.
         budget: true retain KL to be spent, nats per unmasked output, and kept to. Give this or the
@@ -207,6 +209,7 @@ def kfade(
     inverse = inverted(metric, damping=damping)
     for k in range(steps):
         if k and ascent.refit is not None:
+            del metric, inverse  # before the next ones are made
             metric = ascent.refit(moved(params, change))
             check_covers(metric, params)
             inverse = inverted(metric, damping=damping)

@@ -47,8 +47,9 @@ from jedit.objectives import Dialogue, LatentMeans
 from jedit.recipes.comparison.judge import Judge, probe_batch
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import ascend, destroyed
-from jedit.recipes.factorizing import check_factorize
+from jedit.recipes.factorizing import FITTED, factorize_for
 from jedit.recipes.fitting import rows_of
+from jedit.recipes.named import check_grid, check_needs
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
 from jedit.tracing import Entering
@@ -139,6 +140,10 @@ def compare(
     """
     if unknown := [name for name in grid.methods if name not in CATALOGUE]:
         raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(CATALOGUE)}")
+    rows = [CATALOGUE[name] for name in grid.methods]
+    check_grid(grid, rows)
+    grid = grid._replace(factorize=factorize_for(rows, grid.factorize))
+    check_needs(rows, material_of(task, grid, Fitted()), but=_fitted_for(task))
     judge = Judge(task, grid.lost_kl)
     curvature_key, ascent_key = (jax.random.fold_in(key, i) for i in range(2))
     original = judge(task.original, 0.0, 0.0)
@@ -157,15 +162,10 @@ def compare(
         if best is not None and best[0] is curve:
             models[curve.method] = hold(params_of_points[curve.points.index(best[1])])
 
-    rows = [CATALOGUE[name] for name in grid.methods]
-    _check_grid(grid, rows)
-    check_factorize(rows, grid.factorize)
     fitted = fit_material(task, grid, rows, key=curvature_key, say=say)
     material = material_of(task, grid, fitted)
-    for row in rows:
-        # What is fitted by temperature is put in for each.
-        if lacking := [n.value for n in row.missing(material) if n is not Need.CORRECTED]:
-            raise ValueError(f"{row.name} needs {', '.join(lacking)}, which this task has not")
+    # What is fitted by temperature is put in for each.
+    check_needs(rows, material, but=frozenset({Need.CORRECTED}))
     for row in rows:
         if isinstance(row, ByBudget):
             curves, method = _by_budget(row, task, grid, judge, material, fitted)
@@ -196,17 +196,14 @@ def compare(
     return judged, models
 
 
-def _check_grid(grid: Grid, rows: Sequence[Row]) -> None:
-    """Refuse a grid that has no rates or scales for one of its methods.
-
-    Raises:
-        ValueError: the method, and what it has none of.
-    """
-    for row in rows:
-        if isinstance(row, BySteps) and row.pace not in grid.rates:
-            raise ValueError(f"{row.name}: the grid has no rates for {row.pace}")
-        if isinstance(row, ByScale) and row.reach not in grid.scales:
-            raise ValueError(f"{row.name}: the grid has no scales for {row.reach}")
+def _fitted_for(task: Task) -> frozenset[Need]:
+    """Return what `fit_material` makes of a task, or finds in its model."""
+    made = {
+        Need.ALTERNATES: task.alternates,
+        Need.DIALOGUE: task.dialogue,
+        Need.LATENTS: task.unknown,
+    }
+    return FITTED | {Need.ATTENTION} | {need for need, by in made.items() if by is not None}
 
 
 def material_of(task: Task, grid: Grid, fitted: Fitted) -> Material:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jedit.core.paths import parameter_paths, selected_paths
 from jedit.curvature import Factorize
 from jedit.recipes.plan import programs
-from jedit.recipes.plan.plan import Asked, Plan, Work, asked, counted, sizes_of
+from jedit.recipes.plan.plan import Asked, Plan, Work, asked, counted, inversion_costs, sizes_of
 
 LEAST = 0.99  # of the peak: what saves less is not said
 PARTS = (2, 4, 8, 16, 32)  # into which sums and layers are parted; arbitrary
@@ -208,4 +208,6 @@ def _with_curvature(found: Asked, work: Work) -> Asked:
     sizes = sizes_of(work)
     state, curvature = programs.curvature_of(found.wide, sizes)
     footprints = state.footprints(found.wide.params)
-    return found._replace(state=state, curvature=curvature, footprints=footprints)
+    costs = {name: cost for name, cost in found.costs.items() if name != "inversion"}
+    costs |= inversion_costs(curvature, found.backend)
+    return found._replace(state=state, curvature=curvature, footprints=footprints, costs=costs)

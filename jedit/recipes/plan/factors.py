@@ -2,24 +2,25 @@
 
     all eigenvectors       9 to 10 times 2 d³ flops (LAPACK, two CPU cores; tests/bench/README.md)
     k leading ones         8 steps of 2 d² m + 4 d m², m = 2k + 8; where 2m >= d, as all of them
-    none, by Cholesky      d³ / 3 at each damping, in the program that solves
+    none, by Cholesky      d³ / 3 at each damping, before what solves
     none, by an inverse    12 steps of two products, 4 d³ each, at each damping
 
 The steps of the last two are assumptions: a model's spectra need three to eight steps of orthogonal
 iteration, and Newton-Schulz gains a factor of four a step on a condition of some millions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jedit.core.devices import sharding_of
 from jedit.curvature import Curvature, Factorize
+from jedit.curvature.layout import BlockSites
 from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole
 from jedit.curvature.memory import device_bytes
 from jedit.curvature.subspace import num_columns
-from jedit.curvature.types import Factor
+from jedit.curvature.types import Factor, Kronecker
 
 OVER_FLOOR_EIGH = 10.0  # a decomposition's seconds over those of 2 d³ flops; tests/bench/README.md
 ITERATIONS = 8  # of orthogonal iteration
@@ -36,7 +37,8 @@ class Kept(NamedTuple):
         why: why so.
         bytes: bytes of all of them on a device.
         flops: of all their decompositions together; by "cholesky" and "inverse" at each damping.
-        is_solved: whether it is the program that solves which does that, at its damping.
+        is_solved: whether they are inverted at a damping, by the edit, and not decomposed.
+        is_lookup: whether they are of what embeddings look up, diagonal however short.
         limit: the library that cannot decompose them; None: none is known that cannot.
     """
 
@@ -47,22 +49,28 @@ class Kept(NamedTuple):
     bytes: int
     flops: float
     is_solved: bool
+    is_lookup: bool
     limit: Limit | None
 
 
-def kept_factors(curvature: Curvature, how: Factorize, backend: str) -> tuple[Kept, ...]:
+def kept_factors(
+    curvature: Curvature, how: Factorize, backend: str, lookups: frozenset[str] = frozenset()
+) -> tuple[Kept, ...]:
     """Return the factors of a curvature, or of one of shapes, by size and form, largest first.
 
     Args:
         curvature: the curvature.
         how: what was asked for.
         backend: on what it is made: "cpu", or an accelerator's name.
+        lookups: names of the factors of what embeddings look up, as `lookups_of` finds them.
     """
-    groups: dict[tuple[int, str], list[Factor]] = {}
-    for factor in curvature.factors.values():
-        groups.setdefault((factor.dimension, form_of(factor)), []).append(factor)
+    groups: dict[tuple[int, str, bool], list[Factor]] = {}
+    for name, factor in curvature.factors.items():
+        key = (factor.dimension, form_of(factor), name in lookups)
+        groups.setdefault(key, []).append(factor)
     found = []
-    for (side, form), same in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1])):
+    ordered = sorted(groups.items(), key=lambda item: (-item[0][0], *item[0][1:]))
+    for (side, form, is_lookup), same in ordered:
         one = same[0]
         limits = [LAPACK, CUSOLVER] if backend == "cpu" else [CUSOLVER]
         is_whole = is_decomposed_whole(one, streamed=how.streamed)
@@ -71,14 +79,32 @@ def kept_factors(curvature: Curvature, how: Factorize, backend: str) -> tuple[Ke
                 side=side,
                 number=sum(_layers(factor) for factor in same),
                 form=form,
-                why=_why(one, how),
+                why="an embedding's" if is_lookup else _why(one, how),
                 bytes=sum(map(bytes_of, same)),
                 flops=sum(_layers(factor) * flops_of_one(factor) for factor in same),
                 is_solved=one.form == "undecomposed",
+                is_lookup=is_lookup,
                 limit=next((x for x in limits if is_whole and side > x.columns), None),
             )
         )
     return tuple(found)
+
+
+def lookups_of(blocks: Iterable[BlockSites], curvature: Curvature) -> frozenset[str]:
+    """Return the names of the factors of what embeddings look up."""
+    found = set()
+    for sites in blocks:
+        block = curvature.blocks[sites.name]
+        for member in sites.members:
+            if member.kind == "embedding" and isinstance(block, Kronecker):
+                found.add(block.output if member.is_flipped else block.input)
+    return frozenset(found)
+
+
+def fetched_bytes(curvature: Curvature) -> int:
+    """Return the bytes on a device of the factors of one block, the largest, as they are kept."""
+    pairs = ((b.input, b.output) for b in curvature.blocks.values() if isinstance(b, Kronecker))
+    return max((sum(bytes_of(curvature.factors[end]) for end in pair) for pair in pairs), default=0)
 
 
 def form_of(factor: Factor) -> str:

@@ -3,6 +3,7 @@
     W    parameters as they are loaded             M    masters, beside those that are edited
     T    what is edited, in float32                S    sums of K-FAC, of the largest group
     C    factors, their eigenbases, eigenvalues    B    outputs of the model before, if kept
+    I    inverses of factors without eigenvectors
 
 What a phase holds is counted from shapes, and what its program takes beside that comes from the
 compiler (`jedit.recipes.plan.programs`):
@@ -11,11 +12,12 @@ compiler (`jedit.recipes.plan.programs`):
     decompose    the same, the sums twice, the eigenvectors, and four matrices of the largest size
                  of which all are found
     natural      W + M + B + 5 C + 4 T + a step: the method's curvature, the optimizer's two copies,
-                 and those of the loop that overwrites its own
+                 one of them as its inverse, and those of the loop that overwrites its own
     look         W + M + B + 3 C + 4 T + a price
     recovery     W + M + B + 3 C + 8 T + a step
-    edit         K-FADE: W + B + C + 2 T, the change and a gradient or a direction + a gradient, or
-                 a price
+    edit         K-FADE: W + B + C + I + 2 T, the change and a gradient or a direction + a gradient,
+                 a price, or the inversion of the longest factor; C and I are on the host where they
+                 are offloaded, and a block's are on the device
     attack       W + M + B + C + 3 T + four copies of all parameters, masters for what is edited, +
                  a step; of K-FADE W + C + 2 T + four copies of all parameters + a step
 """
@@ -41,7 +43,15 @@ from jedit.methods import Ascent
 from jedit.models.shapes import load_shapes
 from jedit.recipes.folders.places import SELECT
 from jedit.recipes.plan import programs
-from jedit.recipes.plan.factors import Kept, bytes_of, dropped, kept_factors, workspace
+from jedit.recipes.plan.factors import (
+    Kept,
+    bytes_of,
+    dropped,
+    fetched_bytes,
+    kept_factors,
+    lookups_of,
+    workspace,
+)
 from jedit.recipes.plan.programs import Cost, Model, Sizes
 from jedit.requests.comeback import LESSON_STEPS, LESSONS
 from jedit.requests.forget import HELD_OUT, MOST_HELD_OUT
@@ -200,7 +210,8 @@ class Asked(NamedTuple):
         state: shapes of K-FAC's sums.
         curvature: shapes of the curvature.
         footprints: sums of each block.
-        costs: cost of each program, at the model's own depth.
+        costs: cost of each program, at the model's own depth; of the inversion of one factor, where
+            some are inverted.
         outputs: bytes of the outputs of one row, on all devices together.
         num_devices: devices of the mesh.
         backend: whose compiler was asked.
@@ -247,6 +258,7 @@ def asked(
     first, last = lines[0], lines[-1]
     costs = {n: c.at(depths[0], last[n], depths[-1], depth) for n, c in first.items()}
     state, curvature = programs.curvature_of(wide, sizes)
+    costs |= inversion_costs(curvature, backend)
     one = jax.eval_shape(plain.apply, plain.params, plain.rows(1).inputs)
     devices = 1 if mesh is None else mesh.size
     outputs = math.prod(one.shape) * one.dtype.itemsize
@@ -255,6 +267,12 @@ def asked(
     is_widened = is_narrow and backend == "cpu"
     asked_of = (costs, outputs, devices, backend, is_widened)
     return Asked(plain, wide, state, curvature, footprints, *asked_of)
+
+
+def inversion_costs(curvature: Curvature, backend: str) -> dict[str, Cost]:
+    """Ask what the longest inversion costs, under "inversion"; without one there is no cost."""
+    traced = programs.inversion(curvature)
+    return {} if traced is None else {"inversion": programs.cost_of(traced, backend)}
 
 
 def in_every_layer(paths: Iterable[str]) -> str:
@@ -303,7 +321,8 @@ def counted(found: Asked, work: Work) -> Plan:
     factors = bytes_of(found.curvature)
     groups = _group_sizes(found.footprints, work.group_bytes)
     dense = [f for f in found.curvature.factors.values() if f.form != "diagonal"]
-    kept_by = kept_factors(found.curvature, work.factorize, found.backend)
+    lookups = lookups_of(found.state.blocks, found.curvature)
+    kept_by = kept_factors(found.curvature, work.factorize, found.backend, lookups)
     # The caller keeps the narrow ones that masters are made of.
     masters = edit if bytes_of(found.wide.params) != weights else 0
     kept = _kept_outputs(found, work)
@@ -322,9 +341,11 @@ def counted(found: Asked, work: Work) -> Plan:
         Phase("fit", fit[0], found.costs["fit"].bytes, passes * found.costs["fit"].flops),
         Phase("decompose", fit[1], 0, sum(k.flops for k in kept_by if not k.is_solved)),
     ]
-    in_device = 0 if work.offload else factors
+    inverting = sum(
+        (k.flops for k in kept_by if k.is_solved), 0.0
+    )  # at the one damping of the edit
     rest = _kfade if work.method == "kfade" else _natural
-    phases += rest(found, work, weights + masters + kept, in_device, edit)
+    phases += rest(found, work, weights + masters + kept, edit, inverting)
     return Plan(
         weights=weights,
         masters=masters,
@@ -363,14 +384,17 @@ def _fit(
     return max(summing), max(decomposing)
 
 
-def _natural(found: Asked, work: Work, base: int, curvature: int, edit: int) -> list[Phase]:
-    costs = found.costs
+def _natural(found: Asked, work: Work, base: int, edit: int, inverting: float) -> list[Phase]:
+    costs, curvature = found.costs, bytes_of(found.curvature)
     step, price = costs["step"], costs["price"]
     looks = math.ceil(work.steps / EVERY)
     chunks = math.ceil(_held_out(work) / CHUNK) + math.ceil(work.forget / CHUNK)
     phases = [
         Phase(
-            "natural", base + 5 * curvature + 4 * edit, step.bytes, work.steps / EVERY * step.flops
+            "natural",
+            base + 5 * curvature + 4 * edit,
+            step.bytes,
+            work.steps / EVERY * step.flops + inverting,
         ),
         Phase("look", base + 3 * curvature + 4 * edit, price.bytes, looks * chunks * price.flops),
     ]
@@ -384,16 +408,21 @@ def _natural(found: Asked, work: Work, base: int, curvature: int, edit: int) -> 
     return phases
 
 
-def _kfade(found: Asked, work: Work, base: int, curvature: int, edit: int) -> list[Phase]:
-    costs = found.costs
+def _kfade(found: Asked, work: Work, base: int, edit: int, inverting: float) -> list[Phase]:
+    costs, curvature, inverses, fetched = found.costs, bytes_of(found.curvature), 0, 0
+    if work.offload:
+        fetched, curvature = fetched_bytes(found.curvature), 0
+    else:
+        inverses = programs.inverse_bytes(found.curvature)
     # And a batch of retain rows, for the cosine.
     batches = math.ceil(work.forget / work.batch_size) + 1
     priced = math.ceil(_held_out(work) / work.batch_size)
     # A search of a step's length looks seven times, beside the prices at its two ends.
     flops = batches * costs["gradient"].flops + 9 * priced * costs["price"].flops
-    flops = KFADE_STEPS * (flops + 4 * costs["quadratic"].flops)
-    temporaries = max(costs[name].bytes for name in ("gradient", "price", "quadratic"))
-    phases = [Phase("edit", base + curvature + 2 * edit, temporaries, flops)]
+    flops = KFADE_STEPS * (flops + 4 * costs["quadratic"].flops) + inverting
+    of_factors = [fetched + costs[n].bytes for n in ("quadratic", "inversion") if n in costs]
+    temporaries = max(costs["gradient"].bytes, costs["price"].bytes, *of_factors)
+    phases = [Phase("edit", base + curvature + inverses + 2 * edit, temporaries, flops)]
     if work.attack:
         # The price and its outputs are gone; the edit, the edited parameters and Adam's are there.
         weights = bytes_of(found.plain.params)

@@ -13,6 +13,7 @@ for two depths, neither of them small, and the line through these is followed to
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,13 +28,27 @@ from jedit.core.batch import Apply, Batch
 from jedit.core.devices import places_of, row_sharding
 from jedit.core.paths import parameter_paths
 from jedit.core.precision import wide_dtype
-from jedit.curvature import Curvature, Estimator, Factorize, kfac, quadratic_form
+from jedit.curvature import (
+    Curvature,
+    Estimator,
+    Factor,
+    Factorize,
+    Inverted,
+    Kronecker,
+    factored,
+    inverted,
+    kfac,
+    quadratic_form,
+)
+from jedit.curvature.inverted import inverse_names
 from jedit.curvature.likelihoods import Categorical
+from jedit.curvature.mesh import blocked
+from jedit.curvature.mesh.placement import along
 from jedit.geometry.parts import Part, moved, part_of, with_part
 from jedit.methods import natural
 from jedit.objectives import GA, Objective
 from jedit.objectives.token_nll import counted_kl, counted_nll, masked_mean
-from jedit.recipes.plan.factors import INVERSE_STEPS
+from jedit.recipes.plan.factors import INVERSE_STEPS, bytes_of
 from jedit.requests import Natural
 from jedit.training import TrainingMethod
 from jedit.training.freezing import split, which_are_trained
@@ -291,11 +306,14 @@ def _placed_state(state: PyTree, curvature: Curvature | None, trained: PyTree) -
     like = jax.tree.structure(trained)
 
     def is_known(node: Any) -> bool:
-        return isinstance(node, Curvature) or jax.tree.structure(node) == like
+        return isinstance(node, Curvature | Inverted) or jax.tree.structure(node) == like
 
     def placed(node: Any) -> Any:
         if isinstance(node, Curvature):
             return curvature
+        if isinstance(node, Inverted):
+            assert curvature is not None  # that it is the inverse of
+            return _placed_inverse(node, curvature)
         if jax.tree.structure(node) != like:
             return node
         return jax.tree.map(
@@ -303,6 +321,29 @@ def _placed_state(state: PyTree, curvature: Curvature | None, trained: PyTree) -
         )
 
     return jax.tree.map(placed, state, is_leaf=is_known)
+
+
+def _placed_inverse(inverse: Inverted, curvature: Curvature) -> Inverted:
+    """Return the inverse of a curvature where `inverted` has it: cut along all axes of a mesh."""
+    part = inverse.decomposed
+    blocks = {name: curvature.blocks[name] for name in part.blocks}
+    factors = {name: curvature.factors[name] for name in part.factors}
+    inverses = dict(inverse.inverses)
+    for name, keys in inverse_names(curvature, inverse.absolute).items():
+        block = curvature.blocks[name]
+        assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
+        for dim, key in enumerate(keys, 1):
+            values = inverses[key].values
+            if block.sharding is not None and values.ndim == 4:
+                place = blocked.place_of_rows(along(block.sharding, dim))
+                values = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
+            inverses[key] = dataclasses.replace(inverses[key], values=values)
+    return dataclasses.replace(
+        inverse,
+        blocks={**inverse.blocks, **blocks},
+        decomposed=Curvature(blocks, factors, curvature.num_outputs),
+        inverses=inverses,
+    )
 
 
 def gradient(model: Model, sizes: Sizes, objective: Objective = GA()) -> jax.stages.Traced:  # noqa: B008
@@ -327,3 +368,33 @@ def quadratic(model: Model, sizes: Sizes) -> jax.stages.Traced:
     """Return K-FADE's predicted price of a direction, by the curvature."""
     _, curvature = curvature_of(model, sizes)
     return jax.jit(quadratic_form).trace(curvature, changed(model, sizes.select))
+
+
+def inverse_bytes(curvature: Curvature) -> int:
+    """Return the bytes on a device of the inverses of all factors without eigenvectors."""
+    shapes = jax.eval_shape(functools.partial(inverted, damping=1.0), curvature)
+    sides = _placed_inverse(shapes, curvature).inverses.values()
+    return sum(bytes_of(side.values) for side in sides)
+
+
+def inversion(curvature: Curvature) -> jax.stages.Traced | None:
+    """Return the inversion of the longest factor without eigenvectors; None: all have some."""
+    longest = None
+    for name in inverse_names(curvature):
+        block = curvature.blocks[name]
+        assert isinstance(block, Kronecker)  # a diagonal has its eigenvectors
+        for dim, end in enumerate((block.input, block.output), 1):
+            factor = curvature.factors[end]
+            if longest is None or factor.dimension > longest[0].dimension:
+                longest = (factor, block.sharding, dim)
+    if longest is None:
+        return None
+    factor, sharding, dim = longest
+    matrix = factor.matrix
+    assert matrix is not None  # an "undecomposed" factor is its matrix
+    level = jax.ShapeDtypeStruct(matrix.shape[:1], matrix.dtype)
+
+    def inverse(factor: Factor, level: Any) -> Any:
+        return factored.inverse(factor, level, sharding, dim)
+
+    return jax.jit(inverse).trace(factor, level)

@@ -19,6 +19,7 @@ from jedit.data import (
     text_of,
     train_tokenizer,
 )
+from jedit.methods.row import Need
 from jedit.metrics import answer_nll_per_row, truth_ratio
 from jedit.models import gpt, gpt_stepper, greedy_decode
 from jedit.objectives import Dialogue
@@ -28,8 +29,9 @@ from jedit.recipes.comparison.compare import compare
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.dialogue import Speaker, dialogue
-from jedit.recipes.factorizing import told
+from jedit.recipes.factorizing import factorize_for, told
 from jedit.recipes.fitting import Recipe, train
+from jedit.recipes.named import check_grid, check_methods
 from jedit.recipes.progress import Say, Within
 from jedit.recipes.tokenization import OwnWords
 from jedit.report import Answer, Comparison
@@ -138,7 +140,11 @@ def question_answer(
 
     Returns:
         One comparison for each length of training.
+
+    Raises:
+        ValueError: the grid has a method that `served` refuses.
     """
+    grid = served(grid, caption.name, has_unseen=bool(selection.unseen))
     key = jax.random.key(seed)
     keys = (jax.random.fold_in(key, i) for i in range(6))
     init_key, order_key, split_key, compare_key, sample_key, forget_key = keys
@@ -229,6 +235,24 @@ def question_answer(
             )
         )
     return tuple(found)
+
+
+def served(grid: Grid, what: str, *, has_unseen: bool) -> Grid:
+    """Return the grid with how its methods have the factors of curvatures kept, before any work.
+
+    Args:
+        grid: the methods, and how factors are asked to be kept.
+        what: what the rows are of, for the message.
+        has_unseen: whether there are rows of the same kind that no model is trained on.
+
+    Raises:
+        ValueError: a name that the catalogue does not have, or a method that needs what the rows do
+            not give, or what factors are not to hold, or that the grid has no rates or scales for.
+    """
+    has = frozenset(Need) - (frozenset() if has_unseen else {Need.LATENTS})
+    rows = check_methods(grid.methods, has, what)
+    check_grid(grid, rows)
+    return grid._replace(factorize=factorize_for(rows, grid.factorize))
 
 
 class _Rows:

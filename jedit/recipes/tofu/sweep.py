@@ -23,7 +23,7 @@ from jedit.methods.row import ByDraws, ByScale, BySteps, Need, Row
 from jedit.models import cast_params, save_model
 from jedit.recipes.comparison.task import Grid
 from jedit.recipes.editing import BATCH, BUDGET, DRAWS, RATE, RATES, SCALE, STEPS, Editor
-from jedit.recipes.factorizing import check_factorize, written
+from jedit.recipes.factorizing import factorize_for, written
 from jedit.recipes.progress import Say
 from jedit.recipes.sweep import (
     MODELS,
@@ -215,7 +215,8 @@ def tofu_sweep(
         say: a watcher, told of each run.
 
     Raises:
-        ValueError: a method without a published grid, or records of another sweep in `out`.
+        ValueError: a method without a published grid, or that takes what factors are not to hold,
+            or records of another sweep in `out`.
     """
     names = preset.grid.methods
     rows = {name: CATALOGUE[name] for name in names}
@@ -225,10 +226,9 @@ def tofu_sweep(
         else grid_points(rows[name], preset.grid)
         for name in names
     }
+    how = factorize_for(list(rows.values()), preset.grid.factorize)
     scene = prepare(sets, preset, seed=seeds[0], say=say, begin=begin)
     task = scene.task
-    how = preset.grid.factorize
-    check_factorize(list(rows.values()), how)
     asked = {"temperatures": preset.grid.temperatures, "factorize": how}
     editor = Editor(task, frozenset(Need), say=say, **asked)
 

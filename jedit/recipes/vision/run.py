@@ -20,8 +20,9 @@ from jedit.data import Images, forget_class, forget_random
 from jedit.methods.catalogue import CATALOGUE
 from jedit.models import resnet
 from jedit.recipes.comparison.task import Task
-from jedit.recipes.editing import Editor, check_methods
+from jedit.recipes.editing import Editor
 from jedit.recipes.fitting import rows_of
+from jedit.recipes.named import check_methods
 from jedit.recipes.progress import Say, Within
 from jedit.recipes.stopwatch import Stopwatch
 from jedit.recipes.sweep import (

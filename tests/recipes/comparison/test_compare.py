@@ -19,6 +19,7 @@ from jedit.recipes.comparison import compare as compare_module
 from jedit.recipes.comparison.compare import compare, fit_material
 from jedit.recipes.comparison.judge import Judge
 from jedit.recipes.comparison.task import MAIN, Grid, Task
+from jedit.recipes.factorizing import RANK
 from jedit.recipes.scenes import authors
 from jedit.report import best_point
 from jedit.requests import Unseen
@@ -284,12 +285,57 @@ def test_engrams_of_texts_are_of_the_answers_tokens(task):
 
 def test_curvatures_are_kept_as_the_grid_says(task):
     how = Factorize("cholesky")
-    said = r"^K-FADE \(EK-FAC\) takes leading eigenvectors .*cholesky"
-    with pytest.raises(ValueError, match=said):
-        compare(task, GRID._replace(factorize=how), key=jax.random.key(0), say=lambda _: None)
     names = ("K-FADE (K-FAC)", "engram")
     grid = GRID._replace(methods=names, factorize=how)
     rows = [CATALOGUE[name] for name in names]
     fitted = fit_material(task, grid, rows, key=jax.random.key(0), say=lambda _: None)
     for curvature in (*fitted.plain.values(), *fitted.moments.values()):
         assert {factor.form for factor in curvature.factors.values()} == {"undecomposed"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"factorize": Factorize("cholesky")},
+            r"^K-FADE \(EK-FAC\) takes leading eigenvectors .*cholesky",
+        ),
+        ({"methods": ("SAE-guided",)}, "^SAE-guided needs latents .*, which this task has not"),
+        ({"methods": ("IdkDPO",)}, "^IdkDPO needs refusals, which this task has not"),
+        ({"methods": ("AltPO",)}, "^AltPO needs alternate answers, which this task has not"),
+        ({"methods": ("RMU",)}, "^RMU: the grid has no rates for"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_any_work(task, monkeypatch, given, said):
+    never = lambda *_, **__: pytest.fail("work was begun")  # noqa: E731
+    for name in ("Judge", "fit_material"):
+        monkeypatch.setattr(compare_module, name, never)
+    rates = {pace: (0.1,) for pace in Pace if "rates for" not in said}
+    grid = GRID._replace(rates=rates, **given)
+    with pytest.raises(ValueError, match=said):
+        compare(task, grid, key=jax.random.key(0), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("K-FADE (K-FAC)", Factorize("auto", eigh_dim=2)),
+        ("K-FADE (EK-FAC)", Factorize("auto", RANK, eigh_dim=2)),
+        ("curvature pruning", Factorize()),
+    ],
+)
+def test_auto_comes_to_what_a_method_takes(task, name, kept, monkeypatch):
+    """From Python too, where long axes would have no eigenvectors."""
+
+    class EnoughError(Exception):
+        pass
+
+    def fitted(*given, **_):
+        raise EnoughError(given[1].factorize)
+
+    monkeypatch.setattr(compare_module, "fit_material", fitted)
+    scales = {reach: (1.0,) for reach in Reach}
+    grid = GRID._replace(methods=(name,), scales=scales, factorize=Factorize("auto", eigh_dim=2))
+    with pytest.raises(EnoughError) as caught:
+        compare(task, grid, key=jax.random.key(0), say=lambda _: None)
+    assert caught.value.args == (kept,)
