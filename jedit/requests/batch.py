@@ -298,7 +298,7 @@ def _inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
 
 def _inverse(factor: Factor, name: str, damping: Array) -> Array:
     if factor.form == "undecomposed":
-        mean = factored.mean_diagonal(factored.matrix_of(factor))
+        mean = factored.mean_diagonal(factored.fetched_matrix(factor))
         return factored.dense(factored.inverse(factor, jnp.sqrt(damping).astype(mean.dtype) * mean))
     basis, values = eigenbasis_of(factor, name)
     values = values + jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1, keepdims=True)
