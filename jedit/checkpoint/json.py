@@ -13,6 +13,7 @@ import numpy as np
 
 from jedit.checkpoint.arrays import describe, described, is_shape
 from jedit.checkpoint.sealed import DamagedError, check_fields, shown
+from jedit.curvature.low_rank import num_values
 from jedit.curvature.types import By, Curvature, Diagonal, Factor, Kronecker
 from jedit.edits import Edit, LowRank
 from jedit.tracing.sites import Weight
@@ -122,7 +123,8 @@ def curvature_from_json(value: Any, source: str) -> Curvature:
             if fields["corrected"] is not None:
                 corrected = described(fields["corrected"], at)
                 pair = (factors[name] for name in names)
-                _check_sides(corrected, weight, at, *map(_num_values, pair))
+                counts = (num_values(factor.basis, factor.dimension) for factor in pair)
+                _check_sides(corrected, weight, at, *counts)
             if type(merged := fields["is_merged"]) is not bool:
                 raise DamagedError(f"{at}: is_merged is {shown(merged)}, no truth value")
             blocks[name] = _bare(Kronecker, weight, *names, corrected, None, merged)
@@ -262,11 +264,6 @@ def _num_layers(factor: Factor) -> int:
     held = factor.basis if factor.matrix is None else factor.matrix
     assert held is not None  # a factor without a matrix is its basis
     return held.shape[0]
-
-
-def _num_values(factor: Factor) -> int:
-    """Return how many eigenvalues a factor has; one without eigenvectors as many as directions."""
-    return factor.dimension if factor.eigenvalues is None else factor.eigenvalues.shape[-1]
 
 
 def _check_sides(

@@ -331,7 +331,7 @@ def trace(curvature: Curvature, *, damping: float | Array = 0.0, absolute: bool 
         size = block.weight.rows * block.weight.d_out
         if is_undecomposed(block, curvature):
             pair = (curvature.factors[block.input], curvature.factors[block.output])
-            a, g = (factored.mean_diagonal(factored.matrix_of(x)) for x in pair)
+            a, g = (factored.mean_diagonal(factored.fetched_matrix(x)) for x in pair)
             levels = factored.damped_levels(curvature, block, damping, absolute)
             mean = (a + levels[0]) * (g + levels[1])
         else:

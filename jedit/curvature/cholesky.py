@@ -49,7 +49,7 @@ def cholesky(matrix: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
 
 
 def by_products(matrix: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
-    """Return what `cholesky` does, by products; layers one by one, which are no slower so."""
+    """Return what `cholesky` does, by products; layers one by one, since side by side is slower."""
     d = matrix.shape[-1]
     leaf = max(SHORTEST_LEAF, -(-d // MOST_LEAVES))
 

@@ -30,8 +30,9 @@ from jedit.curvature.captured_batch import (
 from jedit.curvature.checks import check_counted, check_layers_finite
 from jedit.curvature.estimator import Estimator
 from jedit.curvature.layout import BlockSites, group_sites, padding_hint
-from jedit.curvature.leading_squares import add_leading_squares, is_leading, num_values
+from jedit.curvature.leading_squares import add_leading_squares
 from jedit.curvature.likelihoods import Likelihood
+from jedit.curvature.low_rank import has_rest, num_values
 from jedit.curvature.memory import Footprint, device_bytes, group_paths
 from jedit.curvature.mesh.placement import (
     best_split,
@@ -170,9 +171,7 @@ def squares_estimator(
                 found = {}
                 for block in state.blocks:
                     pair = of_block(block.name)
-                    add = (
-                        add_leading_squares if any(map(is_leading, pair)) else add_squared_gradients
-                    )
+                    add = add_leading_squares if any(map(has_rest, pair)) else add_squared_gradients
                     found[block.name] = add(done, block, pulled, squares[block.name], pair)
                 return found
 

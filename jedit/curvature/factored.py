@@ -60,7 +60,8 @@ def damped_levels(
 ) -> tuple[Array, Array]:
     """Return (λ_A, λ_G) of a block, (layers,) each."""
     means = [
-        mean_diagonal(matrix_of(curvature.factors[name])) for name in (block.input, block.output)
+        mean_diagonal(fetched_matrix(curvature.factors[name]))
+        for name in (block.input, block.output)
     ]
     root = jnp.sqrt(jnp.asarray(damping, means[0].dtype))
     if not absolute:
@@ -76,7 +77,7 @@ def damped_pair(
     levels = damped_levels(curvature, block, damping, absolute)
     found = []
     for dim, (name, level) in enumerate(zip((block.input, block.output), levels, strict=True), 1):
-        matrix = matrix_of(curvature.factors[name])
+        matrix = fetched_matrix(curvature.factors[name])
         one = jnp.ones_like(level)
         form = "diagonal" if matrix.ndim == 2 else "matrix"
         found.append(Damped(_added(matrix, level, block.sharding, dim), one, 0 * one, form))
@@ -95,7 +96,7 @@ def inverse(
         dim: which side of that matrix the factor belongs to, 1 or 2.
     """
     side = 1 if sharding is None else dim  # on one device it says nothing
-    return _inverse(matrix_of(factor), level, factor.by, sharding, side)
+    return _inverse(fetched_matrix(factor), level, factor.by, sharding, side)
 
 
 # Compiled once for all factors of one shape: its loops would be for each of them.
@@ -200,7 +201,7 @@ def _added(matrix: Array, level: Array, sharding: NamedSharding | None, dim: int
     return add_diagonal(matrix, level)
 
 
-def matrix_of(factor: Factor) -> Array:
+def fetched_matrix(factor: Factor) -> Array:
     """Return a factor's matrix, from the host where it lies there."""
     assert factor.matrix is not None  # a "leading" factor is damped exactly
     return fetched(factor.matrix)

@@ -24,17 +24,8 @@ from jedit.curvature.captured_batch import Pass
 from jedit.curvature.eigenbases import rotate_axis
 from jedit.curvature.kernels import squared_gradient_sum
 from jedit.curvature.layout import BlockSites
+from jedit.curvature.low_rank import has_rest
 from jedit.curvature.squared_gradients import example_factors, example_gradient
-
-
-def is_leading(basis: Array | None) -> bool:
-    """Say whether these eigenvectors, (layers, d, k), are the leading ones alone."""
-    return basis is not None and basis.shape[-1] < basis.shape[-2]
-
-
-def num_values(basis: Array | None, d: int) -> int:
-    """Return how many values there are along an axis of length d."""
-    return 1 + basis.shape[-1] if basis is not None and is_leading(basis) else d
 
 
 def add_leading_squares(
@@ -58,7 +49,7 @@ def add_leading_squares(
     """
     sites = done.captured.sites
     # Along the axes of leading eigenvectors everything is taken as it is, and parted here.
-    whole = tuple(None if is_leading(basis) else basis for basis in bases)
+    whole = tuple(None if has_rest(basis) else basis for basis in bases)
     parts = [example_factors(done, sites[m.site], m, pulled, whole) for m in block.members]
     total = total + sum(done.poison(sites[m.site]) for m in block.members)
     if done.one_group([sites[m.site] for m in block.members]):
@@ -100,7 +91,7 @@ def _mean_squares(basis: Array | None, x: Array, axis: int) -> list[Array]:
 
 def _fewer(basis: Array | None, squares: list[Array], axis: int) -> list[Array]:
     """Return parts' squares with those off the leading eigenvectors as one, their mean."""
-    if basis is None or not is_leading(basis):
+    if not has_rest(basis):
         return squares
     rest, lead = squares
     number = basis.shape[1] - basis.shape[2]
@@ -109,7 +100,7 @@ def _fewer(basis: Array | None, squares: list[Array], axis: int) -> list[Array]:
 
 def _parted(basis: Array | None, x: Array, axis: int) -> list[Array]:
     """Return what is off the leading eigenvectors, and what is on them; else x alone."""
-    if not is_leading(basis):
+    if not has_rest(basis):
         return [x]
     lead = rotate_axis(basis, x, axis)
     return [x - rotate_axis(basis, lead, axis, back=True), lead]
@@ -140,7 +131,7 @@ def _seen(
 
     There is none where all directions are known.
     """
-    if basis is None or not is_leading(basis):
+    if not has_rest(basis):
         return None, x
     basis = fetched(basis)
     lead = jnp.einsum("lnsd,ldk->lnsk", x, basis, precision=HIGHEST)

@@ -7,8 +7,9 @@ multiplies the first by its values at the leading eigenvalues, the second by tha
     f(A ⊗ G) T = Σ over the parts of both axes,      each times its own values
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -60,12 +61,25 @@ def mean_eigenvalue(values: Array, a: Factor, g: Factor) -> Array:
     return total / (a.dimension * g.dimension)
 
 
+def has_rest(basis: Array | jax.ShapeDtypeStruct | None) -> TypeGuard[Array]:
+    """Say whether these eigenvectors, (layers, d, k), or shapes, are the leading ones alone.
+
+    None stands for the standard basis.
+    """
+    return basis is not None and basis.shape[-1] < basis.shape[-2]
+
+
+def num_values(basis: Array | jax.ShapeDtypeStruct | None, d: int) -> int:
+    """Return how many eigenvalues there are along an axis of length d."""
+    return 1 + basis.shape[-1] if has_rest(basis) else d
+
+
 def multiplicities(
     basis: Array | None, eigenvalues: Float[Array, "layers n"]
 ) -> Float[Array, "1 n"]:
     """Return how many directions have each eigenvalue, one but for the rest of leading ones."""
     number = jnp.ones((1, eigenvalues.shape[1]), eigenvalues.dtype)
-    if basis is None or basis.shape[-1] == basis.shape[-2]:
+    if not has_rest(basis):
         return number
     return number.at[0, 0].set(basis.shape[-2] - basis.shape[-1])
 

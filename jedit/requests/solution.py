@@ -73,7 +73,7 @@ def damped_sides(curvature: Curvature, damping: Array) -> dict[str, Damped]:
 
 def _damp(factor: Factor, name: str, damping: Array) -> Damped:
     if factor.form == "undecomposed":
-        mean = factored.mean_diagonal(factored.matrix_of(factor))
+        mean = factored.mean_diagonal(factored.fetched_matrix(factor))
         level = jnp.sqrt(damping).astype(mean.dtype) * mean
         inverse = factored.dense(factored.inverse(factor, level))
         return Damped(inverse, None if factor.by == "inverse" else level)

@@ -311,22 +311,17 @@ def _refreshed(
         return _fresh(sums, refresh.chunk, answering, state.params, state.gone), found, "estimated"
     # Young enough: the sums, less what is gone, are decomposed once more, without a pass.
     curvature = sums.estimator.finalize(state.sums)
-    inverse = _inverse(curvature, answering)
+    inverse = inverted(curvature, damping=answering.damping) if answering.relearn else None
     return state._replace(curvature=curvature, inverse=inverse, since=0), found, "decomposed"
 
 
 def _fresh(
-    sums: _Sums,
-    chunk: int,
-    answering: Answering,
-    params: PyTree,
-    gone: np.ndarray | None = None,
+    sums: _Sums, chunk: int, answering: Answering, params: PyTree, gone: np.ndarray | None = None
 ) -> ContinualState:
     size = min(chunk, sums.num_rows)
     if gone is None:
         gone = np.zeros(sums.num_rows, bool)
-        # Before the pass: no request could be answered from leading eigenvectors alone, or by
-        # factors that may be singular.
+        # Before the pass: of leading eigenvectors, or without damping, none could be answered.
         if sums.estimator.planned is not None:
             first = sums.rows(np.arange(size), size)
             planned = sums.estimator.planned(params, first)[1]
@@ -334,13 +329,9 @@ def _fresh(
             check_invertible(planned, answering.damping)
     taken = sums.over(params, np.arange(sums.num_rows), size, ~gone)
     curvature = sums.estimator.finalize(taken)
-    inverse = _inverse(curvature, answering)
+    # As large as the curvature: made for steps back alone.
+    inverse = inverted(curvature, damping=answering.damping) if answering.relearn else None
     return ContinualState(params, gone, params, taken, curvature, inverse, 0)
-
-
-def _inverse(curvature: Curvature, answering: Answering) -> Inverted | None:
-    """Return what steps back are made with, if any are made: it is as large as the curvature."""
-    return inverted(curvature, damping=answering.damping) if answering.relearn else None
 
 
 class _Stream(NamedTuple):

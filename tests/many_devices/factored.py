@@ -2,7 +2,7 @@
 
 Run by `test_many_devices`, in a process of its own. Prints by name how far each solution is from
 NumPy's, and by name the largest share of a matrix that a device holds, of the inverses and of all
-arrays of the compiled program.
+arrays of the compiled program; and that of a solve by leading eigenvectors alone.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jedit.core.batch import Batch
-from jedit.curvature import estimate, inverted, kfac, matvec, quadratic_form, solve
+from jedit.curvature import Factorize, estimate, inverted, kfac, matvec, quadratic_form, solve
 from jedit.curvature.likelihoods import Categorical
 
 # "up" has sides that the devices divide; "odd" is filled up; "stack" is split by layers.
@@ -135,6 +135,14 @@ def main():
         "matvec": distance(matvec(curvature, there, **how), moved),
         "form": float(abs(quadratic_form(curvature, there, **how) / form - 1)),
     }
+    # What is left of a matrix beside its leading part is taken where it lies, too.
+    estimator = kfac(apply, Categorical(), factorize=Factorize(rank=4))
+    curvature = estimate(estimator, jax.device_put(params, places), batch, key=jax.random.key(0))
+    share = largest_program_share(lambda c, t: solve(c, t, **how), curvature, there)
+    found["rank"] = {"share solving": share}
+    # The measure sees a whole matrix where there is one.
+    everywhere = jax.device_put(tree, NamedSharding(mesh, P()))
+    assert largest_program_share(lambda c, t: solve(c, t, **how), curvature, everywhere) > 0.25
     sys.stdout.write(json.dumps(found))
 
 
