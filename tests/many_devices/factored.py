@@ -17,7 +17,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jedit.core.batch import Batch
-from jedit.curvature import Factorize, estimate, inverted, kfac, matvec, quadratic_form, solve
+from jedit.curvature import (
+    Factorize,
+    estimate,
+    inverted,
+    kfac,
+    matvec,
+    quadratic_form,
+    solve,
+    to_host,
+)
 from jedit.curvature.likelihoods import Categorical
 
 # "up" has sides that the devices divide; "odd" is filled up; "stack" is split by layers.
@@ -125,6 +134,15 @@ def main():
                 solve(renamed(kept, explicit), renamed(there, explicit), **how), solved
             ),
         }
+        # On the host, and on an explicit mesh, where a jitted call fetches them.
+        away = {"offloaded": to_host(kept), "offloaded explicit": to_host(renamed(kept, explicit))}
+        for name, one in away.items():
+            tree = renamed(there, explicit) if "explicit" in name else there
+            inverse_there = inverted(one, **how)
+            kinds = {side.values.sharding.memory_kind for side in inverse_there.inverses.values()}
+            assert kinds == {"pinned_host"}, kinds
+            solutions = (jax.jit(lambda i, t: i(t))(inverse_there, tree), solve(one, tree, **how))
+            found[by][name] = max(distance(solution, solved) for solution in solutions)
         shares = {
             "held": largest_share(inverse),
             "making": largest_program_share(lambda c: inverted(c, **how), kept),
