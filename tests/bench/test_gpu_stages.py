@@ -113,12 +113,17 @@ def test_the_stages_are_within_eight_minutes_and_know_where_they_write(tmp_path)
             assert ("--toy" in one.arguments) == is_toy
         gpts = [s for s in stages if s.name.startswith("gpt")]
         assert [s.arguments[-1] for s in gpts] == ["tofu"] * (1 if is_toy else 2)
-    sizes = [
-        s.name.split()[1]
-        for s in gpu.stages_of(gpu.Options(False, None, 0), tmp_path)
-        if "decompose" in s.name
-    ]
-    assert sizes == ["4096", "8192", "14336", "16385", "28672"]
+
+
+def test_the_largest_decompositions_are_reached_whatever_the_others_take(tmp_path):
+    stages = gpu.stages_of(gpu.Options(False, None, 0), tmp_path)[1:]
+    names = [s.name for s in stages]
+    sizes = [int(name.split()[1]) for name in names if "decompose" in name]
+    assert sizes == sorted(gpu.SIZES, reverse=True)
+    for size in sizes[:2]:
+        # All that comes before takes all of its time, and this one is not cut short.
+        until = names.index(f"decompose {size}") + 1
+        assert sum(s.seconds for s in stages[:until]) <= gpu.SECONDS
 
 
 @pytest.mark.parametrize(
@@ -307,6 +312,13 @@ def test_two_stages_from_end_to_end(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "## Of one factor, in float32" in text
     assert text.startswith((out / "table.md").read_text())
+
+
+def test_what_was_left_out_for_time_is_told_at_the_end(tmp_path, capsys):
+    arguments = ["--toy", "--out", str(tmp_path), "--only", "decompose", "--seconds", "0.1"]
+    assert gpu.main(arguments) == 3
+    closing = capsys.readouterr().out.splitlines()[-1]
+    assert closing.startswith("Left out, since 0.1 s were over: decompose 65, decompose 48. ")
 
 
 @pytest.mark.skipif(not os.environ.get("JEDIT_TEST_ALL"), reason="all stages: JEDIT_TEST_ALL=1")

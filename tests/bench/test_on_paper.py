@@ -113,6 +113,15 @@ def test_what_is_no_whole_run_is_refused_or_passed_over(tmp_path, monkeypatch, c
     assert "Constants stated: " in capsys.readouterr().out
 
 
+def test_the_stated_constants_are_of_one_device():
+    """An H200's, in memory too: what fits, and how long it takes, is told of the same device."""
+    stated = on_paper.STATED
+    assert (stated.rate, stated.float32_rate, stated.memory) == (790e12, 60e12, 141e9)
+    assert "an H200's nominal rates and memory" in stated.source
+    headings = " ".join(plan_on_paper.HEADINGS).format(memory=stated.memory / 1e9)
+    assert " on 141 GB " in headings
+
+
 def test_seconds_of_a_plan_by_the_constants():
     phases = [
         SimpleNamespace(name="fit", flops=6e14),

@@ -5,6 +5,7 @@ Prints what happened as JSON, and leaves each attempt's numbers in the folder.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import shutil
@@ -227,6 +228,7 @@ def die_at(moment, number, rank):
 
 def child(work, out, rank, count, port, devices, death):
     """In a process of its own: do a piece of work, and write what came of it."""
+    faulthandler.enable()
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_enable_x64", True)
     if count > 1:
@@ -276,7 +278,7 @@ def attempt(work, out, *, count=2, devices=4, death=None):
         elif time.monotonic() > until:
             for other in running:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(other, signal.SIGKILL)
+                    os.kill(other, signal.SIGABRT)  # it says where it hung
         else:
             time.sleep(0.02)
     return [ended[rank] for rank in range(count)]

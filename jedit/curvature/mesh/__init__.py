@@ -17,6 +17,8 @@ no instruction of the compiled `solve`, `apply_edit` and (tensor parallel) estim
 shape of a whole split weight; under FSDP an estimate has those of the model's own passes, which
 fetch a layer's weight at a time, and no other.
 
-Checkpoints and the ledger are of one process. No accelerator was at hand: this is about what is
+`tests/checkpoint` saves, kills and takes up again what two processes estimate and train together,
+leading eigenvectors (`rank=`) in each way among it. Of what each process decomposes for itself all
+are given the first one's, for machines differ. No accelerator was at hand: this is about what is
 computed and where, not how fast.
 """

@@ -282,7 +282,8 @@ def from_owner(
         ]
         full = (len(devices), *like.shape)
         one = jax.make_array_from_single_device_arrays(full, by_device, shards)
-        return _sum_devices(one, place)
+        # Waited for: what follows may call LAPACK on a CPU that is one of the devices.
+        return jax.block_until_ready(_sum_devices(one, place))
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -122,7 +122,7 @@ def _requests(found: dict[str, Any]) -> str:
 def _decompositions(sizes: Iterable[dict[str, Any]]) -> str:
     heads = ("columns", "", "first call, s", "then, s", "times the product's rate", "residual")
     rows = []
-    for found in sizes:
+    for found in sorted(sizes, key=lambda one: one["size"]):
         for name, row in found["ways"].items():
             if "error" in row:
                 rows.append((str(found["size"]), name, row["error"], "", "", ""))
