@@ -26,7 +26,7 @@ from jedit.edits.edit import Edit
 from jedit.edits.low_rank import Delta, LowRank
 from jedit.tracing.sites import Weight
 
-ITERATIONS = 2  # each is one product with the block and one with its transpose; arbitrary
+ITERATIONS = 1  # one product with the block and one with its transpose; arbitrary
 SMALL_ITERATIONS = 8  # on the Gram matrix of twice the rank's columns; arbitrary
 SEED = 0  # of the random matrix that the iteration starts from
 
@@ -92,7 +92,7 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
         rank: the number of columns that the leading part has.
 
     Returns:
-        The leading part; its cost is some six products of each matrix with 2 rank columns.
+        The leading part; its cost is some five products of each matrix with 2 rank columns.
     """
     return truncate_all([(left, right)], rank)[0]
 
