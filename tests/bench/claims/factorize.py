@@ -171,6 +171,7 @@ def effect(scene: str, seed: int, *, quick: bool) -> dict[str, dict[str, float]]
                 _natural, found, curvature, damping, price, seed, 2 if quick else STEPS
             )
             nll[f"natural steps, {kind}, {damping}"] = bracketed(point, price)
+            jax.clear_caches()  # each call compiles its loop, and a process has so much room
         print(f"{scene}, seed {seed}, {kind}", file=sys.stderr, flush=True)
     return {"nll": nll}
 
