@@ -327,7 +327,7 @@ def test_ragged_requests_are_stacked_and_answered_as_they_are_alone(scene, toler
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 40, 50), (2, 3, 8, 9), (9, 9, 4, 5), (1, 1, 1, 1)])
-def testinner_products_of_thin_pairs_are_the_matrices(shape, key, tolerance):
+def test_inner_products_of_thin_pairs_are_the_matrices(shape, key, tolerance):
     """Both ways: few long rows by their Gram matrices, many short ones by their products."""
     n, m, d_in, d_out = shape
     sides = ((n, d_in), (n, d_out), (m, d_in), (m, d_out))
