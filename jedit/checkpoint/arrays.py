@@ -383,7 +383,10 @@ def _bits(x: Array) -> Array:
         return x.astype(np.uint8)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
-    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    about = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+    bits = jax.lax.bitcast_convert_type(x, f"uint{about(x.dtype).bits}")
+    # Of less than a byte: NumPy has the bits of each number in a byte of their own.
+    return bits.astype(np.uint8) if x.dtype.itemsize == 1 else bits
 
 
 def describe(array: Any) -> dict[str, Any]:

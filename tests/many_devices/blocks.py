@@ -30,6 +30,8 @@ CASES = {
     "all": ((4, 6, 8), P("data", None, "model"), "complex64"),
     "truth": ((64, 12), P("data", None), "bool"),
     "vector": ((200,), P("data"), "uint32"),
+    "half a byte": ((64, 24), P("data", "model"), "int4"),
+    "byte": ((24, 64), P(None, "data"), "float8_e4m3fn"),
     "long": ((2, 96), P("model", "data"), "complex128"),
 }
 MOST = 128  # bytes of a block: parts are longer and shorter
@@ -40,7 +42,7 @@ def host():
     rng, found = np.random.default_rng(0), {}
     for name, (shape, _, dtype) in CASES.items():
         x = rng.integers(0, 2**8, (*shape, jnp.dtype(dtype).itemsize), np.uint8)
-        x = x % 2 == 1 if dtype == "bool" else x
+        x = x % 2 == 1 if dtype == "bool" else x % 16 if dtype == "int4" else x
         found[name] = x.view(jnp.dtype(dtype))[..., 0]
         if dtype in ("float32", "float64", "bfloat16"):
             found[name].reshape(-1)[:3] = [np.nan, -0.0, np.inf]
