@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jedit.checkpoint.sealed import DamagedError, shown, walk
-from jedit.core.devices import axes_of, fetched, no_mesh, on_auto
+from jedit.core.devices import axes_of, is_on_host, no_mesh, on_auto
 
 ARRAYS = "arrays"
-BLOCK_BYTES = 2**26  # of an array that is hashed in several processes, at a time
+BLOCK_BYTES = 2**26  # of an array on devices, at a time: what is written, or hashed by several
 DTYPES = {
     str(jnp.dtype(x))
     for x in (
@@ -82,32 +82,56 @@ def _own_parts(array: Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], n
         if is_first:
             yield (slice(None),) * array.ndim, array
         return
-    parts = []
-    if is_first or not array.is_fully_addressable:
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                places = zip(shard.index, array.shape, strict=True)
-                parts.append((tuple(x.indices(n)[0] for x, n in places), shard.data))
+    parts = _parts(array) if is_first or not array.is_fully_addressable else []
     for axis, run in _runs(parts, array.shape):
         begins, first = run[0]
-        if len(run) == 1 and first.nbytes <= BLOCK_BYTES:
-            yield _index(begins, first.shape), np.asarray(first)
+        held = [(place, part, _in_host_memory(part)) for place, part in run]
+        if len(run) == 1 and held[0][2] is not None:
+            yield _index(begins, first.shape), held[0][2]
             continue
         shape = list(first.shape)
         shape[axis] *= len(run)
         for starts, sizes in _blocks(tuple(shape), first.dtype.itemsize):
             block = np.empty(sizes, first.dtype)
-            for k, (_, part) in enumerate(run):
-                # In the part's own coordinates, where it may have nothing of the block.
-                begin = starts[axis] - k * part.shape[axis]
-                low, high = max(begin, 0), min(begin + sizes[axis], part.shape[axis])
-                if low < high:
-                    own = (*starts[:axis], low, *starts[axis + 1 :])
-                    lengths = (*sizes[:axis], high - low, *sizes[axis + 1 :])
-                    place = (slice(None),) * axis + (slice(low - begin, high - begin),)
-                    block[place] = _piece(part, own, lengths)
             place = tuple(b + x for b, x in zip(begins, starts, strict=True))
+            _fill(block, place, held)
             yield _index(place, sizes), block
+
+
+def _parts(array: Array) -> list[tuple[tuple[int, ...], Array]]:
+    """Return where each part begins that this process holds for all, and the part."""
+    found = []
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            places = zip(shard.index, array.shape, strict=True)
+            found.append((tuple(x.indices(n)[0] for x, n in places), shard.data))
+    return found
+
+
+def _in_host_memory(part: Array) -> np.ndarray | None:
+    """Return a part as NumPy's: a view on a CPU; None of a large one in a device's memory."""
+    is_cpu = all(device.platform == "cpu" for device in part.devices())
+    if part.nbytes > BLOCK_BYTES and not is_cpu and not is_on_host(part):
+        return None
+    # An array of its own: where this is a copy, JAX keeps it as long as the array.
+    return np.asarray(jax.make_array_from_single_device_arrays(part.shape, part.sharding, [part]))
+
+
+def _fill(
+    block: np.ndarray,
+    begins: tuple[int, ...],
+    parts: Sequence[tuple[tuple[int, ...], Array, np.ndarray | None]],
+) -> None:
+    """Write to a block, which begins there in the array, what parts have of it."""
+    for starts, part, known in parts:
+        lows = [max(b, s) for b, s in zip(begins, starts, strict=True)]
+        ends = zip(begins, block.shape, starts, part.shape, strict=True)
+        sizes = [min(b + m, s + n) - x for (b, m, s, n), x in zip(ends, lows, strict=True)]
+        if min(sizes, default=1) <= 0:
+            continue
+        own = [x - s for x, s in zip(lows, starts, strict=True)]  # in the part's own coordinates
+        piece = _piece(part, own, sizes) if known is None else known[_index(own, sizes)]
+        block[_index([x - b for x, b in zip(lows, begins, strict=True)], sizes)] = piece
 
 
 def _runs(
@@ -139,13 +163,10 @@ def _runs(
         yield axis, run
 
 
-def _piece(part: Array, begins: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
-    """Bring some of what is on a device to the host, which of a large part never has the whole."""
-    is_on_host = jax.typeof(part).memory_space == jax.memory.Space.Host
-    if part.nbytes <= BLOCK_BYTES or is_on_host:
-        return np.asarray(part)[_index(begins, sizes)]
+def _piece(part: Array, begins: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+    """Bring some of what is in a device's memory to the host, which never has the whole."""
     with no_mesh():
-        bits = _sliced_bits(part, np.array(begins, np.int32), sizes)
+        bits = _sliced_bits(part, np.array(begins, np.int32), tuple(sizes))
     return np.frombuffer(byte_view(bits), part.dtype).reshape(sizes)
 
 
@@ -252,12 +273,44 @@ def _brought(array: Array) -> Iterator[memoryview]:
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{sharding}: an array of several processes must lie on a named mesh")
+    if is_on_host(array):
+        yield from _brought_by_hosts(array)
+        return
     for begins, sizes in _blocks(array.shape, jnp.dtype(array.dtype).itemsize):
         # The caller's context may be of explicit axes, or of another mesh.
         with jax.set_mesh(cast("Mesh", sharding.mesh)):
             # A copy of NumPy's would make a program for every place.
             block = _block(array, np.array(begins, np.int32), sizes, sharding)
         yield byte_view(block)
+
+
+def _brought_by_hosts(array: Array) -> Iterator[memoryview]:
+    """Give the bytes of an array that is offloaded: of it a device has one block at a time.
+
+    Each process puts its parts' share of a block into zeros, and they are summed as bytes.
+
+    Yields:
+        The bytes.
+    """
+    firsts = {}
+    for device in sorted(array.sharding.device_set, key=lambda x: x.id):
+        firsts.setdefault(device.process_index, device)
+    mesh = Mesh(np.array(list(firsts.values())), "process")
+    held = [(place, part, _in_host_memory(part)) for place, part in _parts(array)]
+    for begins, sizes in _blocks(array.shape, array.dtype.itemsize):
+        block = np.zeros(sizes, array.dtype)
+        _fill(block, begins, held)
+        own = np.frombuffer(byte_view(block), np.uint8)[None]
+        shares = jax.make_array_from_process_local_data(
+            NamedSharding(mesh, PartitionSpec("process")), own, (len(firsts), own.size)
+        )
+        with jax.set_mesh(mesh):
+            yield byte_view(_summed(shares, NamedSharding(mesh, PartitionSpec())))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _summed(shares: Array, place: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(shares.sum(0, dtype=shares.dtype), place)
 
 
 def _blocks(
@@ -313,7 +366,7 @@ def _block(x: Array, begins: Array, sizes: tuple[int, ...], sharding: NamedShard
         return jax.lax.psum(bits, tuple(axis for axes in split for axis in axes))
 
     specs = {"in_specs": (sharding.spec, PartitionSpec()), "out_specs": PartitionSpec()}
-    return jax.shard_map(summed, mesh=sharding.mesh, **specs)(fetched(x), begins)
+    return jax.shard_map(summed, mesh=sharding.mesh, **specs)(x, begins)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -330,7 +383,10 @@ def _bits(x: Array) -> Array:
         return x.astype(np.uint8)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
-    return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    about = jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo
+    bits = jax.lax.bitcast_convert_type(x, f"uint{about(x.dtype).bits}")
+    # Of less than a byte: NumPy has the bits of each number in a byte of their own.
+    return bits.astype(np.uint8) if x.dtype.itemsize == 1 else bits
 
 
 def describe(array: Any) -> dict[str, Any]:

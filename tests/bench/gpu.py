@@ -8,7 +8,8 @@ groups, edited and saved; decompositions at the two largest of five sizes, which
 even where all stages before take all of theirs; many requests at once beside a loop; the other
 sizes; and, where time is left, the folder planned, the GPT in float32 and kfac-jax's factors. It
 writes gpu.json after each stage, a log of each, and at the end table.md. It exits with 1 where a
-stage failed, with 2 where nothing could be run, and with 3 where the time did not reach all.
+stage failed or took longer than its own time, with 2 where nothing could be run, and with 3 where
+the time of all together cut one short or left one out.
 """
 
 import argparse
@@ -118,11 +119,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(text)
     print(f"Numbers: {out / 'gpu.json'}")
     states = {name: row["state"] for name, row in found["stages"].items()}
-    left_out = [name for name, state in states.items() if state == "left out"]
-    if left_out:
-        names = ", ".join(left_out)
-        print(f"Left out, since {given.seconds:g} s were over: {names}. --only runs them alone.")
-    return 1 if {"failed", "stopped"} & set(states.values()) else 3 if left_out else 0
+    short = [name for name, state in states.items() if state in ("cut short", "left out")]
+    if short:
+        names = ", ".join(f"{name} ({states[name]})" for name in short)
+        print(f"Not reached in {given.seconds:g} s: {names}. --only runs them alone.")
+    return 1 if {"failed", "stopped"} & set(states.values()) else 3 if short else 0
 
 
 def _refuse(sentence: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 from jedit.curvature.subspace import num_columns
 from tests.bench import gpu
 from tests.bench.gpu_run import decompositions, machine, many_requests
+from tests.bench.gpu_run import stages as stages_module
 from tests.bench.gpu_run.phases import Phases
 from tests.bench.gpu_run.stages import Stage, run_stages, write_json
 from tests.bench.gpu_run.summary import markdown
@@ -65,13 +66,17 @@ def test_a_stage_that_fails_or_is_stopped_ends_no_other_and_keeps_what_it_wrote(
     assert not is_alive(int(pid.read_text()))  # what it started is gone with it
 
 
-def test_what_the_time_does_not_reach_is_left_out(tmp_path):
+def test_what_the_time_does_not_reach_is_left_out(tmp_path, monkeypatch):
     stages = [stage("first", 50, "import time; time.sleep(60)"), stage("second", 50, "")]
     found = run_stages(stages, tmp_path, {}, seconds=2.0, say=lambda _: None)
     assert found["stages"]["first"]["state"] == "left out"  # two seconds are not worth beginning
     stages = [s._replace(seconds=1.0) for s in stages]
     found = run_stages(stages, tmp_path, {}, seconds=1.5, say=lambda _: None)
     assert [row["state"] for row in found["stages"].values()] == ["stopped", "left out"]
+    stages = [s._replace(seconds=50.0) for s in stages]
+    monkeypatch.setattr(stages_module, "LEAST", 0.5)
+    found = run_stages(stages, tmp_path, {}, seconds=1.0, say=lambda _: None)
+    assert [row["state"] for row in found["stages"].values()] == ["cut short", "left out"]
 
 
 def test_what_is_compiled_within_a_tracing_is_counted_once():
@@ -314,11 +319,16 @@ def test_two_stages_from_end_to_end(tmp_path, capsys):
     assert text.startswith((out / "table.md").read_text())
 
 
-def test_what_was_left_out_for_time_is_told_at_the_end(tmp_path, capsys):
-    arguments = ["--toy", "--out", str(tmp_path), "--only", "decompose", "--seconds", "0.1"]
+@pytest.mark.parametrize(("seconds", "first"), [("0.1", "left out"), ("0.4", "cut short")])
+def test_what_the_time_did_not_reach_is_told_at_the_end(
+    tmp_path, capsys, monkeypatch, seconds, first
+):
+    monkeypatch.setattr(stages_module, "LEAST", 0.2)  # no stage imports JAX in twice that
+    arguments = ["--toy", "--out", str(tmp_path), "--only", "decompose", "--seconds", seconds]
     assert gpu.main(arguments) == 3
     closing = capsys.readouterr().out.splitlines()[-1]
-    assert closing.startswith("Left out, since 0.1 s were over: decompose 65, decompose 48. ")
+    names = f"decompose 65 ({first}), decompose 48 (left out)"
+    assert closing == f"Not reached in {seconds} s: {names}. --only runs them alone."
 
 
 @pytest.mark.skipif(not os.environ.get("JEDIT_TEST_ALL"), reason="all stages: JEDIT_TEST_ALL=1")

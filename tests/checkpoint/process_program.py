@@ -28,6 +28,8 @@ from jax.sharding import PartitionSpec as P
 import jedit
 from jedit.checkpoint import arrays, processes
 from jedit.checkpoint import job as job_module
+from jedit.checkpoint.entry import params_hash
+from jedit.core.devices import offloaded
 from jedit.curvature.likelihoods import Categorical
 from jedit.objectives import NPO, RetainKL, with_retain
 
@@ -137,6 +139,8 @@ def written(folder, curvature, params):
     now = gathered(model.params(params))
     if rank == 0:
         np.savez(folder / "model.npz", **now)
+    away = jax.tree.map(offloaded, params)
+    seen["offloaded"] = params_hash(away) == model.base
     seen["explicit"] = explicit_ledger(folder / "explicit", now) == model.base
     errors = {
         "there is one": lambda: jedit.save_edit(edit, folder / "edit"),

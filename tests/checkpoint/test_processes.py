@@ -149,6 +149,7 @@ def test_all_see_the_same(ran):
         "another part": ["RuntimeError", "process 1: list index out of range"],
     }
     assert seen.pop("explicit") is True  # the same hash in the context of explicit axes
+    assert seen.pop("offloaded") is True
     assert seen.keys() == {"records", *expected}
     for name, (kind, text) in expected.items():
         assert seen[name][0] == kind, seen[name]
@@ -227,3 +228,17 @@ def test_blocks_are_the_memory(shape, most, monkeypatch):
         assert part.nbytes <= max(most, 4)
         found.append(part.tobytes())
     assert b"".join(found) == values.tobytes()
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_of_a_large_part_in_the_hosts_memory_nothing_is_copied(memory, monkeypatch, tmp_path):
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 40)
+    place = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0], memory_kind=memory)
+    values = np.random.default_rng(0).normal(size=(30, 7)).astype(np.float32)
+    x = jax.device_put(values, place)
+    ((index, part),) = arrays._own_parts(x)
+    assert index == (slice(0, 30), slice(0, 7))
+    assert part.ctypes.data == x.unsafe_buffer_pointer()
+    (tmp_path / arrays.ARRAYS).mkdir()
+    assert arrays.write_parts(tmp_path, [x]) == [values.size]
+    assert (tmp_path / arrays.ARRAYS / "0").read_bytes() == values.tobytes()

@@ -30,6 +30,8 @@ CASES = {
     "all": ((4, 6, 8), P("data", None, "model"), "complex64"),
     "truth": ((64, 12), P("data", None), "bool"),
     "vector": ((200,), P("data"), "uint32"),
+    "half a byte": ((64, 24), P("data", "model"), "int4"),
+    "byte": ((24, 64), P(None, "data"), "float8_e4m3fn"),
     "long": ((2, 96), P("model", "data"), "complex128"),
 }
 MOST = 128  # bytes of a block: parts are longer and shorter
@@ -40,7 +42,7 @@ def host():
     rng, found = np.random.default_rng(0), {}
     for name, (shape, _, dtype) in CASES.items():
         x = rng.integers(0, 2**8, (*shape, jnp.dtype(dtype).itemsize), np.uint8)
-        x = x % 2 == 1 if dtype == "bool" else x
+        x = x % 2 == 1 if dtype == "bool" else x % 16 if dtype == "int4" else x
         found[name] = x.view(jnp.dtype(dtype))[..., 0]
         if dtype in ("float32", "float64", "bfloat16"):
             found[name].reshape(-1)[:3] = [np.nan, -0.0, np.inf]
@@ -59,9 +61,19 @@ def largest_share(x):
     return max(sizes) / least
 
 
-def written(x, most):
-    """The file of an array, written in blocks of so many bytes, and in how many writes it was."""
+def refused(*_):
+    raise AssertionError("what is offloaded was brought to the devices whole")
+
+
+def written(x, most, *, is_view=False):
+    """The file of an array, written in blocks of so many bytes, and in how many writes it was.
+
+    A CPU's parts are not cut, unless they are said to be no views, as an accelerator's are not.
+    """
     arrays.BLOCK_BYTES, do, count = most, os.pwrite, 0
+    view = arrays._in_host_memory
+    if not is_view:
+        arrays._in_host_memory = lambda part: view(part) if part.nbytes <= most else None
 
     def counted(*given):
         nonlocal count
@@ -76,7 +88,7 @@ def written(x, most):
             assert arrays.write_parts(Path(folder), [x]) == [x.size]
             return (place / "0").read_bytes(), count
     finally:
-        os.pwrite, arrays.BLOCK_BYTES = do, MOST
+        os.pwrite, arrays.BLOCK_BYTES, arrays._in_host_memory = do, MOST, view
 
 
 def main():
@@ -95,12 +107,17 @@ def main():
         places["host"] = places["Auto"].with_memory_kind("pinned_host")
         placed = {kind: jax.device_put(x, place) for kind, place in places.items()}
         found[f"{name}, share"] = largest_share(placed["Auto"])
+        bring = arrays._block
         for kind, put in placed.items():
+            is_host = kind == "host"
+            arrays._block = refused if is_host else bring
             for context in (None, *meshes):
                 with contextlib.nullcontext() if context is None else jax.set_mesh(meshes[context]):
                     same = b"".join(arrays._brought(put)) == x.tobytes()
-                    same &= written(put, MOST)[0] == x.tobytes()
+                    same &= written(put, MOST, is_view=is_host)[0] == x.tobytes()
                 found[f"{name}, {kind} within {context}"] = same
+        arrays._block = bring
+        found[f"{name}, of views"] = written(placed["Auto"], MOST, is_view=True)[0] == x.tobytes()
         _, found[f"{name}, writes"] = written(placed["Auto"], 2**26)
     sys.stdout.write(json.dumps(found))
 

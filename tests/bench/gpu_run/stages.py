@@ -49,7 +49,7 @@ def run_stages(
     """Run them one after another, and write `out`/gpu.json after each.
 
     Args:
-        stages: in their order; what the time does not reach is left out, and named.
+        stages: in their order; what the time does not reach is cut short or left out, and named.
         out: the run's folder.
         found: what is known of the run beforehand; the stages are added to it.
         seconds: of all together.
@@ -57,8 +57,9 @@ def run_stages(
         environment: added to this process's.
 
     Returns:
-        `found` with "stages", by name: "state" ("done", "failed", "stopped", "skipped", "left
-        out"), "seconds", "budget", "message" and "found", what the stage wrote.
+        `found` with "stages", by name: "state" ("done", "failed", "stopped", "skipped", and of what
+        the time of all did not reach "cut short" or "left out"), "seconds", "budget", "message"
+        and "found", what the stage wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
@@ -69,6 +70,8 @@ def run_stages(
             row = {"state": "left out", "seconds": 0.0, "message": "no time was left for it"}
         else:
             row = run_one(stage, out, min(stage.seconds, left), environment or {})
+            if row["state"] == "stopped" and left < stage.seconds:
+                row["state"] = "cut short"  # its own time was not over
         found["stages"][stage.name] = row | {"budget": stage.seconds}
         found["seconds"] = time.perf_counter() - begin
         write_json(out / "gpu.json", found)
