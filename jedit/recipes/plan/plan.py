@@ -333,8 +333,8 @@ def counted(found: Asked, work: Work) -> Plan:
         base,
         groups,
         factors,
-        dropped(dense, found.num_devices),
-        workspace(dense),
+        dropped(dense, found.num_devices, streamed=work.factorize.streamed),
+        workspace(dense, streamed=work.factorize.streamed),
         is_offloaded=work.offload,
     )
     phases = [
