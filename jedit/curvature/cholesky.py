@@ -7,6 +7,15 @@ LAPACK's, each with its inverse, so that C is divided by one in one product. jax
 at a fifth of the rate of products or less; here that is so of the leaves alone, 4/3 d b² flops.
 
 A GPU's library does this itself: there, and where a matrix is short, JAX's routine is taken.
+
+Under `jax.vmap` matrices still come one by one: with batched leaves a `solve` of two curvatures did
+not return within a minute on CPUs of several threads, whose LAPACK calls waited for one another.
+The derivative is the factor's own, Φ being the lower triangle with half the diagonal:
+
+    dL = L Φ(L⁻¹ dA L⁻ᵀ)
+
+In one jitted program, such as a jitted `solve`, each shape is compiled once: with 24 factors of 256
+to 768 columns in three shapes that takes 4 s on one x86 core, where JAX's routine takes 0.7 s.
 """
 
 import functools
@@ -45,7 +54,33 @@ def cholesky(matrix: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:
     """
     if matrix.shape[-1] < SHORTEST:
         return jnp.linalg.cholesky(matrix)
+    return _long(matrix)
+
+
+@jax.custom_jvp
+def _long(matrix: Array) -> Array:
+    return _in_layers(matrix)
+
+
+@jax.custom_batching.custom_vmap
+def _in_layers(matrix: Array) -> Array:
     return jax.lax.platform_dependent(matrix, cpu=by_products, default=jnp.linalg.cholesky)
+
+
+@_in_layers.def_vmap
+def _more_layers(_size: int, _batched: list[bool], matrix: Array) -> tuple[Array, bool]:
+    """Take what is batched as more layers, which follow one another."""
+    return _in_layers(matrix.reshape(-1, *matrix.shape[-2:])).reshape(matrix.shape), True
+
+
+@_long.defjvp
+def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (dA,), L = tangents, _long(*primals)
+    dA = (dA + jnp.swapaxes(dA, -1, -2)) / 2
+    divide = functools.partial(jax.lax.linalg.triangular_solve, L, lower=True)
+    inner = divide(divide(dA, transpose_a=True), left_side=True)
+    one = jnp.eye(L.shape[-1], dtype=L.dtype)[None]
+    return L, _product(L, jnp.tril(inner) / (1 + one))
 
 
 def by_products(matrix: Float[Array, "layers d d"]) -> Float[Array, "layers d d"]:

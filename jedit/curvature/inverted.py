@@ -118,13 +118,15 @@ def inverted(
     check_invertible(curvature, damping)
     names = inverse_names(curvature, absolute)
     inverses: dict[str, factored.Damped] = {}
-    blocks = dict(curvature.blocks)
+    blocks, warned = dict(curvature.blocks), []
     for name, keys in names.items():
-        _add_inverses(inverses, curvature, name, keys, damping, absolute)
+        warned += _add_inverses(inverses, curvature, name, keys, damping, absolute)
         block = _kronecker(curvature, name)
         for key, end in zip(keys, (block.input, block.output), strict=True):
             inverses[key] = _beside(inverses[key], curvature.factors[end])
         blocks[name] = dataclasses.replace(block, input=keys[0], output=keys[1])
+    for sentence in warned:
+        warnings.warn(sentence, stacklevel=3)  # the caller's line, behind `on_auto_axes`
     rest = {n: b for n, b in curvature.blocks.items() if n not in names}
     ends = {f for b in rest.values() if isinstance(b, Kronecker) for f in (b.input, b.output)}
     factors = {name: factor for name, factor in curvature.factors.items() if name in ends}
@@ -167,6 +169,7 @@ def solve(
     check_word(Uncovered, uncovered=uncovered)
     leaves = check_covers(curvature, tree)
     check_invertible(curvature, damping)
+    warned: list[str] = []
 
     def maps() -> Iterator[BlockMap]:
         names = inverse_names(curvature, absolute)
@@ -177,14 +180,17 @@ def solve(
                 yield _spectral_inverse(curvature, name, damping, absolute)
                 continue
             keys = names[name]
-            _add_inverses(inverses, curvature, name, keys, damping, absolute)
+            warned.extend(_add_inverses(inverses, curvature, name, keys, damping, absolute))
             uses.subtract(keys)
             # What serves no other block is held by this one's map alone, which is soon dropped.
             first, second = (inverses[key] if uses[key] else inverses.pop(key) for key in keys)
             yield factored_map(_kronecker(curvature, name), (first, second))
             del first, second
 
-    return apply_blocks(maps(), tree, leaves, uncovered=uncovered)
+    found = apply_blocks(maps(), tree, leaves, uncovered=uncovered)
+    for sentence in warned:
+        warnings.warn(sentence, stacklevel=3)  # the caller's line, behind `on_auto_axes`
+    return found
 
 
 @on_auto_axes
@@ -243,20 +249,21 @@ def _add_inverses(
     keys: tuple[str, str],
     damping: float | Array,
     absolute: bool,
-) -> None:
-    """Invert those of a block's two factors that are not there yet.
+) -> list[str]:
+    """Invert those of a block's two factors that are not there yet, and return what to warn of.
 
     Raises:
         FloatingPointError: a damped factor has no inverse in its dtype.
     """
     block = _kronecker(curvature, name)
     levels = factored.damped_levels(curvature, block, damping, absolute)
-    ends = (block.input, block.output)
+    ends, warned = (block.input, block.output), []
     for dim, (key, end, level) in enumerate(zip(keys, ends, levels, strict=True), 1):
         if key not in inverses:
             factor = curvature.factors[end]
             inverses[key] = factored.inverse(factor, level, block.sharding, dim)
-            _check_side(inverses[key], factor.dimension, name, damping)
+            warned += _checked_side(inverses[key], factor.dimension, name, damping)
+    return warned
 
 
 def _beside(side: factored.Damped, factor: Factor) -> factored.Damped:
@@ -290,26 +297,24 @@ def check_invertible(curvature: Curvature, damping: float | Array) -> None:
             )
 
 
-def _check_side(side: factored.Damped, dimension: int, name: str, damping: float | Array) -> None:
+def _checked_side(
+    side: factored.Damped, dimension: int, name: str, damping: float | Array
+) -> list[str]:
     if isinstance(side.values, Tracer):
-        return
+        return []
     hint = (
         f"in {side.values.dtype} a factor of {dimension} x {dimension} is not positive definite at "
         f"damping={damping}; give more damping"
     )
     check_layers_finite(side.values, name, hint, "inverted curvature")
-    _warn_of_residual(side, dimension, name)
-
-
-def _warn_of_residual(side: factored.Damped, dimension: int, name: str) -> None:
     if side.form != "matrix" or not is_known(side.residual):
-        return
+        return []
     residual = float(np.max(np.asarray(side.residual)))
     least = newton_schulz.tolerance(side.values.dtype)
-    if not residual <= least:
-        warnings.warn(
-            f"the curvature of {name!r} ({dimension} x {dimension}) was inverted by Cholesky: by "
-            f"products of matrices a residual of {residual:.1e} was left, above {least:.1e}; more "
-            "damping makes it converge",
-            stacklevel=6,
-        )
+    if residual <= least:
+        return []
+    return [
+        f"the curvature of {name!r} ({dimension} x {dimension}) was inverted by Cholesky: by "
+        f"products of matrices a residual of {residual:.1e} was left, above {least:.1e}; more "
+        "damping makes it converge"
+    ]

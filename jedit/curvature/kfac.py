@@ -240,9 +240,7 @@ def kfac(
         if how.start is not None:
             check_has((b.weight for b in how.start.blocks.values()), params, "start")
         shape = shapes(params, batch)
-        if how.start is not None:
-            check_start(shape.blocks, how.start)
-        _check_long(shape, params, how)
+        _check_factors(shape, params, how)
         refuse_unclear_padding(shape.blocks, batch)
         state = _on_mesh(zeros(shape, shape.places(params)), params)
         return dataclasses.replace(
@@ -301,7 +299,7 @@ def kfac(
 
     def groups(params, batch, group_bytes):
         shape = shapes(params, batch)
-        _check_long(shape, params, how)  # of all groups, before the first is summed
+        _check_factors(shape, params, how)  # of all groups, before the first is summed
         needs = shape.footprints(params)
         rest: dict[str, Any] = {"fisher": fisher, "samples": samples, "sharing": sharing}
         rest |= {"factorize": how, "centred": centred}
@@ -359,8 +357,10 @@ def _chosen(blocks, moments, how: Factorize) -> dict[str, Factorize]:
     return choose(pairs, sides, how)
 
 
-def _check_long(state: KfacState, params: PyTree, how: Factorize) -> None:
-    """Refuse what no library can decompose, before any batch is taken."""
+def _check_factors(state: KfacState, params: PyTree, how: Factorize) -> None:
+    """Refuse a start of another matrix, and what no library can decompose, before any batch."""
+    if how.start is not None:
+        check_start(state.blocks, how.start)
     limit = limit_of(params)
     moments = jax.tree.leaves((state.inputs, state.outputs))
     longest = max((x.shape[-1] for x in moments if x.ndim == 3), default=0)

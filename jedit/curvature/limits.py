@@ -62,10 +62,20 @@ def is_decomposed_whole(factor: Factor, *, streamed: bool = False) -> bool:
     if factor.form != "leading":
         return factor.form == "eigenbasis"
     assert factor.basis is not None
-    rank = factor.basis.shape[-1]
-    if streamed and num_columns(rank) < factor.dimension:
+    is_short = is_iterated(factor.basis.shape[-1], factor.dimension)
+    return not is_short and not is_of_sketch(factor, streamed=streamed)
+
+
+def is_of_sketch(factor: Factor, *, streamed: bool) -> bool:
+    """Say whether leading eigenvectors are those of a sketch, which is smaller than the moment.
+
+    The moment is shorter by one where the factor has a bias, which nothing here tells of: a sketch
+    of one column less than the factor's is taken for none.
+    """
+    if factor.form != "leading" or not streamed:
         return False
-    return not is_iterated(rank, factor.dimension)
+    assert factor.basis is not None
+    return num_columns(factor.basis.shape[-1]) < factor.dimension - 1
 
 
 def too_long(

@@ -7,8 +7,19 @@ from jedit.methods.row import ByScale, BySteps, Material, Need, Row
 from jedit.recipes.comparison.task import Grid
 
 
-def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequence[Row]:
+def rows_named(names: Sequence[str]) -> Sequence[Row]:
     """Return the catalogue's rows of these names.
+
+    Raises:
+        ValueError: a name that the catalogue does not have.
+    """
+    if unknown := [name for name in names if name not in CATALOGUE]:
+        raise ValueError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
+    return [CATALOGUE[name] for name in names]
+
+
+def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequence[Row]:
+    """Return the catalogue's rows of these names, all of which a benchmark can run.
 
     Args:
         names: names of methods.
@@ -19,9 +30,7 @@ def check_methods(names: Sequence[str], has: frozenset[Need], what: str) -> Sequ
         ValueError: a name that the catalogue does not have, or a method that needs what the
             benchmark has not.
     """
-    if unknown := [name for name in names if name not in CATALOGUE]:
-        raise ValueError(f"unknown methods: {', '.join(unknown)}; there are {', '.join(CATALOGUE)}")
-    rows = [CATALOGUE[name] for name in names]
+    rows = rows_named(names)
     for row in rows:
         if lacking := [need.value for need in Need if need in row.needs - has]:
             raise ValueError(f"{row.name} needs {', '.join(lacking)}, which {what} has not")

@@ -68,6 +68,19 @@ def test_gradients_and_vmap_are_jaxs(tolerance, key):
     tolerance.check(side_by_side[:, 0], cholesky(A), "factorization")
 
 
+def test_matrices_under_vmap_are_no_batch_for_lapack():
+    """Batched calls side by side wait for one another, where CPUs have several threads."""
+
+    def dims(function):
+        shape = jax.ShapeDtypeStruct((3, 2, SHORTEST, SHORTEST), float)
+        text = jax.jit(jax.vmap(function)).lower(shape).as_text()
+        calls = re.findall(r"@lapack_.*?\(tensor<((?:\d+x)+)", text)
+        return {call.count("x") for call in calls}
+
+    assert dims(cholesky) == {2}
+    assert dims(by_products) == {3}  # what is asked would be seen
+
+
 def largest_leaf(function, *given):
     """The longest matrix that LAPACK is handed, in the program of a function."""
     text = jax.jit(function).lower(*given).as_text()

@@ -1,6 +1,8 @@
 """Inverses of damped factors: by Cholesky and by products, cut into blocks, made once for many."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +223,20 @@ def test_what_products_cannot_invert_is_inverted_by_cholesky_with_a_sentence(sce
     worst = max(float(jnp.max(side.residual)) for side in traced.inverses.values())
     assert worst > newton_schulz.tolerance(jnp.float32)
     close(found(tree), solve(kept_by(narrow, "cholesky"), tree, **how), 0.05)
+
+
+@pytest.mark.skipif(
+    os.environ.get("JEDIT_TEST_TYPECHECK") != "0", reason="checked functions have more frames"
+)
+def test_that_sentence_is_laid_at_the_callers_line(scene):
+    """One of jedit's own lines would be shown once for all callers."""
+    _, tree, _, curvature = scene
+    narrow = kept_by(jax.tree.map(lambda x: x.astype(jnp.float32), curvature), "inverse")
+    with pytest.warns(UserWarning, match="was inverted by Cholesky") as said:
+        inverted(narrow, damping=1e-12)
+    with pytest.warns(UserWarning, match="was inverted by Cholesky") as solved:
+        solve(narrow, tree, damping=1e-12)
+    assert {Path(one.filename) for one in [*said, *solved]} == {Path(__file__)}
 
 
 @BY

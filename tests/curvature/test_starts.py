@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from jedit.core.batch import Batch
-from jedit.curvature import Factorize, Kronecker, eigenbases, estimate, kfac, subspace
+from jedit.curvature import (
+    Factorize,
+    Kronecker,
+    eigenbases,
+    estimate,
+    estimate_in_groups,
+    kfac,
+    subspace,
+)
 from jedit.curvature.layout import is_same_matrix
 from jedit.curvature.likelihoods import Categorical
 from jedit.tracing import Weight
@@ -78,6 +86,17 @@ def test_a_block_of_another_matrix_is_refused_before_any_batch(taken):
         without = taken(select="^v$", **how)
         with pytest.raises(ValueError, match=r"30 x 6 with no bias, .* the bias 'b': start from"):
             taken(select="^(v|b)$", start=without, **how)
+
+
+def test_a_block_of_the_last_group_is_refused_before_the_first_is_summed(taken):
+    """The groups are "w" and, sharing an input, "u" with "v"; the last has no bias in the start."""
+    start = taken(select="^(w|v)$")
+    rng = np.random.default_rng(5)
+    params = {n: jnp.asarray(rng.normal(size=s), float) for n, s in SHAPES.items()}
+    made = kfac(apply, Categorical(), factorize=Factorize(rank=RANK, start=start))
+    batch, key = Batch(jnp.ones((2, 40))), jax.random.key(1)
+    with pytest.raises(ValueError, match=r"30 x 6 with no bias, .* the bias 'b': start from"):
+        estimate_in_groups(made, params, batch, key=key, group_bytes=1)
 
 
 def test_one_matrix_in_other_words_is_the_same():

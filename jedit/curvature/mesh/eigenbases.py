@@ -36,7 +36,8 @@ def factorize_all(
     take turns: they share its cores, and LAPACK may not come back when it is called side by side.
 
     Raises:
-        FloatingPointError: a factor is not finite.
+        FloatingPointError: a factor is not finite, or could not be decomposed on the device whose
+            turn it was; in every process.
     """
     factors, spread = {}, {}
     for name, moment in moments.items():
@@ -51,12 +52,15 @@ def factorize_all(
             check_layers_finite(matrix, block, hint)
             spread[name] = (matrix, sharding, rank)
     with no_mesh():  # what is on one device cannot be computed with in the context of several
-        factors |= _factorize_spread(spread, dtype)
+        blocks = {name: moments[name].block for name in spread}
+        factors |= _factorize_spread(spread, dtype, blocks)
     return {name: factors[name] for name in moments}
 
 
 def _factorize_spread(
-    matrices: Mapping[str, tuple[Array, NamedSharding, int | None]], dtype: DTypeLike | None
+    matrices: Mapping[str, tuple[Array, NamedSharding, int | None]],
+    dtype: DTypeLike | None,
+    blocks: Mapping[str, str],
 ) -> dict[str, Factor]:
     """Decompose as many layers' matrices at once as there are devices, equal sizes together."""
     if not matrices:
@@ -67,25 +71,45 @@ def _factorize_spread(
     names = sorted(matrices, key=lambda name: -matrices[name][0].shape[-1])
     tasks = [(name, layer) for name in names for layer in range(len(matrices[name][0]))]
     pieces: dict[str, list[tuple[Array, ...]]] = {name: [] for name in names}
-    factors = {}
+    factors, failures = {}, {}
     for first in range(0, len(tasks), len(devices)):
         turn = list(zip(tasks[first : first + len(devices)], devices, strict=False))
         # All are copied before any is decomposed: a copy is the work of every device.
         mine = [_on_device(*matrices[name][:2], layer, device) for (name, layer), device in turn]
         pairs = []
         for matrix, ((name, _), device) in zip(mine, turn, strict=True):
-            rank = matrices[name][2]
-            pairs.append(None if matrix is None else eigenpairs(matrix, dtype, rank))
-            # CPUs of one process share LAPACK's threads; accelerators go on side by side.
-            if device.platform == "cpu":
-                jax.block_until_ready(pairs[-1])
+            pairs.append(None)
+            if matrix is None:
+                continue
+            try:
+                pairs[-1] = eigenpairs(matrix, dtype, matrices[name][2])
+                # CPUs of one process share LAPACK's threads; accelerators go on side by side.
+                if device.platform == "cpu":
+                    jax.block_until_ready(pairs[-1])
+            except Exception as error:  # whatever it is, the other processes wait for an answer
+                nan = jnp.asarray(jnp.nan, matrix.dtype)
+                pairs[-1], failures[name] = (nan, nan), error
         for ((name, _), device), pair in zip(turn, pairs, strict=True):
             matrix, sharding, rank = matrices[name]
             pieces[name].append(_from_owner(pair, matrix, rank, device, sharding))
             if len(pieces[name]) == len(matrix):
-                kept = matrix if rank is None else None
-                factors[name] = Factor(kept, *_stacked(pieces.pop(name), sharding))
+                bases, values = _stacked(pieces.pop(name), sharding)
+                _check_decomposed(values, blocks[name], failures.get(name))
+                factors[name] = Factor(matrix if rank is None else None, bases, values)
     return factors
+
+
+def _check_decomposed(values: Array, block: str, failure: Exception | None) -> None:
+    """Raise in every process what was an error in one, whose own it names as the cause.
+
+    Raises:
+        FloatingPointError: eigenvalues are not finite.
+    """
+    hint = "the device whose turn it was could not decompose it; its process says why"
+    try:
+        check_layers_finite(values, block, hint, "eigendecomposition of the curvature")
+    except FloatingPointError as error:
+        raise error from failure
 
 
 def _on_device(matrix: Array, sharding: NamedSharding, layer: int, device: Any) -> Array | None:
@@ -111,7 +135,8 @@ def _from_owner(
 ) -> tuple[Array, ...]:
     """Give all of the mesh the eigenvalues (1, d) and eigenvectors (1, d, d) that one device holds.
 
-    Of a rank k they are (1, 1 + k) and (1, d, k). The pair is None where another process holds it.
+    Of a rank k they are (1, 1 + k) and (1, d, k). The pair is None where another process holds it,
+    and of two numbers where it could not be found.
     """
     axes = tuple(a for entry in sharding.spec for a in axes_of(entry))
     d = matrix.shape[-1]
@@ -119,7 +144,9 @@ def _from_owner(
     split = even(NamedSharding(sharding.mesh, spec_of((), axes)), shapes[1], 0, 1, None)
     found = []
     for k, (shape, place) in enumerate(zip(shapes, (whole(sharding), split), strict=True)):
-        own = None if pair is None else jnp.asarray(pair[k], matrix.dtype)[None]
+        own = None
+        if pair is not None:
+            own = jnp.broadcast_to(jnp.asarray(pair[k], matrix.dtype), shape)
         like = jax.ShapeDtypeStruct(shape, matrix.dtype)
         found.append(from_owner(own, like, owner, place))
     return tuple(found)

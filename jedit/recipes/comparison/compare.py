@@ -32,7 +32,6 @@ from jedit.curvature.likelihoods import Categorical
 from jedit.data import answers_only, batches
 from jedit.edits import Edit, apply_edit
 from jedit.methods import fit_latents, kfade
-from jedit.methods.catalogue import CATALOGUE
 from jedit.methods.row import (
     ByBudget,
     ByDraws,
@@ -49,7 +48,7 @@ from jedit.recipes.comparison.task import Grid, Task
 from jedit.recipes.comparison.trajectories import ascend, destroyed
 from jedit.recipes.factorizing import FITTED, factorize_for
 from jedit.recipes.fitting import rows_of
-from jedit.recipes.named import check_grid, check_needs
+from jedit.recipes.named import check_grid, check_needs, rows_named
 from jedit.recipes.progress import Say, tell
 from jedit.report import Curve, Method, NumJudged, Point, best_point, best_quality
 from jedit.tracing import Entering
@@ -138,9 +137,7 @@ def compare(
         ValueError: a method that the catalogue does not have, or that needs what the task, or how
             the grid keeps factors, lacks.
     """
-    if unknown := [name for name in grid.methods if name not in CATALOGUE]:
-        raise ValueError(f"unknown methods: {', '.join(unknown)}; known: {', '.join(CATALOGUE)}")
-    rows = [CATALOGUE[name] for name in grid.methods]
+    rows = rows_named(grid.methods)
     check_grid(grid, rows)
     grid = grid._replace(factorize=factorize_for(rows, grid.factorize))
     check_needs(rows, material_of(task, grid, Fitted()), but=_fitted_for(task))

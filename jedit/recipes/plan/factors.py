@@ -2,6 +2,7 @@
 
     all eigenvectors       9 to 10 times 2 d³ flops (LAPACK, two CPU cores; tests/bench/README.md)
     k leading ones         8 steps of 2 d² m + 4 d m², m = 2k + 8; where 2m >= d, as all of them
+    k from a sketch        10 d m² and two decompositions of m x m
     none, by Cholesky      d³ / 3 at each damping, before what solves
     none, by an inverse    12 steps of two products, 4 d³ each, at each damping
 
@@ -17,7 +18,7 @@ import jax
 from jedit.core.devices import sharding_of
 from jedit.curvature import Curvature, Factorize
 from jedit.curvature.layout import BlockSites
-from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole
+from jedit.curvature.limits import CUSOLVER, LAPACK, Limit, is_decomposed_whole, is_of_sketch
 from jedit.curvature.memory import device_bytes
 from jedit.curvature.subspace import num_columns
 from jedit.curvature.types import Factor, Kronecker
@@ -65,6 +66,7 @@ def kept_factors(
         lookups: names of the factors of what embeddings look up, as `lookups_of` finds them.
     """
     groups: dict[tuple[int, str, bool], list[Factor]] = {}
+    streamed = how.streamed
     for name, factor in curvature.factors.items():
         key = (factor.dimension, form_of(factor), name in lookups)
         groups.setdefault(key, []).append(factor)
@@ -73,7 +75,7 @@ def kept_factors(
     for (side, form, is_lookup), same in ordered:
         one = same[0]
         limits = [LAPACK, CUSOLVER] if backend == "cpu" else [CUSOLVER]
-        is_whole = is_decomposed_whole(one, streamed=how.streamed)
+        is_whole = is_decomposed_whole(one, streamed=streamed)
         found.append(
             Kept(
                 side=side,
@@ -81,7 +83,7 @@ def kept_factors(
                 form=form,
                 why="an embedding's" if is_lookup else _why(one, how),
                 bytes=sum(map(bytes_of, same)),
-                flops=sum(_layers(factor) * flops_of_one(factor) for factor in same),
+                flops=sum(_layers(x) * flops_of_one(x, streamed=streamed) for x in same),
                 is_solved=one.form == "undecomposed",
                 is_lookup=is_lookup,
                 limit=next((x for x in limits if is_whole and side > x.columns), None),
@@ -116,13 +118,15 @@ def form_of(factor: Factor) -> str:
     return names.get(factor.form, factor.form)
 
 
-def flops_of_one(factor: Factor) -> float:
-    """Return the flops of the decomposition of one layer's matrix."""
+def flops_of_one(factor: Factor, *, streamed: bool = False) -> float:
+    """Return the flops of the decomposition of one layer's matrix, or of its sketch."""
     d = float(factor.dimension)
     whole = OVER_FLOOR_EIGH * 2 * d**3
     if factor.form == "leading":
         assert factor.basis is not None
         m = num_columns(factor.basis.shape[-1])
+        if is_of_sketch(factor, streamed=streamed):
+            return 10 * d * m**2 + 2 * OVER_FLOOR_EIGH * 2 * float(m) ** 3
         step = 2 * d**2 * m + 4 * d * m**2
         return whole if is_decomposed_whole(factor) else ITERATIONS * step
     if factor.form == "undecomposed":
@@ -130,31 +134,37 @@ def flops_of_one(factor: Factor) -> float:
     return whole if factor.form == "eigenbasis" else 0.0
 
 
-def workspace(factors: Sequence[Factor]) -> int:
+def workspace(factors: Sequence[Factor], *, streamed: bool = False) -> int:
     """Return the bytes beside sums and factors in which the largest one is decomposed.
 
     Four matrices where all eigenvectors are found, whatever is kept of them, and three of the
-    iterated columns where some are.
+    iterated columns, or of a sketch's, where some are.
     """
     needed = [0]
     for factor in factors:
         if factor.basis is None:
             continue
         d, k = factor.basis.shape[1:]
-        if is_decomposed_whole(factor):
+        if is_decomposed_whole(factor, streamed=streamed):
             needed.append(4 * d**2 * factor.basis.dtype.itemsize)
         elif factor.form == "leading":
             needed.append(3 * d * min(num_columns(k), d) * factor.basis.dtype.itemsize)
     return max(needed)
 
 
-def dropped(factors: Sequence[Factor], num_devices: int) -> int:
-    """Return the bytes on a device of the moments whose leading eigenvectors alone are kept."""
+def dropped(factors: Sequence[Factor], num_devices: int, *, streamed: bool = False) -> int:
+    """Return the bytes on a device of the moments whose leading eigenvectors alone are kept.
+
+    Of a sketched one they are those of its image and of the columns that this is an image of.
+    """
     total = 0
     for factor in factors:
         if factor.form == "leading":
             assert factor.basis is not None
-            total += _layers(factor) * factor.dimension**2 * factor.basis.dtype.itemsize
+            columns = factor.dimension
+            if is_of_sketch(factor, streamed=streamed):
+                columns = 2 * num_columns(factor.basis.shape[-1])
+            total += _layers(factor) * factor.dimension * columns * factor.basis.dtype.itemsize
     return total // num_devices
 
 

@@ -333,17 +333,16 @@ def counted(found: Asked, work: Work) -> Plan:
         base,
         groups,
         factors,
-        dropped(dense, found.num_devices),
-        workspace(dense),
+        dropped(dense, found.num_devices, streamed=work.factorize.streamed),
+        workspace(dense, streamed=work.factorize.streamed),
         is_offloaded=work.offload,
     )
     phases = [
         Phase("fit", fit[0], found.costs["fit"].bytes, passes * found.costs["fit"].flops),
         Phase("decompose", fit[1], 0, sum(k.flops for k in kept_by if not k.is_solved)),
     ]
-    inverting = sum(
-        (k.flops for k in kept_by if k.is_solved), 0.0
-    )  # at the one damping of the edit
+    # At the one damping of the edit.
+    inverting = sum((k.flops for k in kept_by if k.is_solved), 0.0)
     rest = _kfade if work.method == "kfade" else _natural
     phases += rest(found, work, weights + masters + kept, edit, inverting)
     return Plan(

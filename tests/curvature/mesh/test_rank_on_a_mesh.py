@@ -1,6 +1,7 @@
 """Leading eigenvectors on eight devices, with axes of both types, against those on one."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -103,3 +104,62 @@ def test_a_mesh_has_what_one_device_has():
         check=False,
     )
     assert done.stdout.split() == ["agreed"], done.stderr[-3000:]
+
+
+FAILURE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jedit.curvature.eigenbases import Moment
+from jedit.curvature.mesh import eigenbases
+
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+eigenpairs = eigenbases.eigenpairs
+
+def failing(matrix, *how):
+    if jax.process_index() == 1 and matrix.shape == (12, 12):
+        raise np.linalg.LinAlgError("did not converge")
+    return eigenpairs(matrix, *how)
+
+eigenbases.eigenpairs = failing
+
+def moment(d, block):
+    one, place = np.eye(d)[None].repeat(3, 0), NamedSharding(mesh, P(None, "data", "model"))
+    return Moment(jax.make_array_from_callback(one.shape, place, lambda i: one[i]), block, "")
+
+moments = {"a": moment(16, "w"), "b": moment(12, "v"), "c": moment(8, "v")}
+try:
+    eigenbases.factorize_all(moments)
+except FloatingPointError as error:
+    print(error, "because of", repr(error.__cause__))
+"""
+
+
+def test_what_fails_in_one_process_is_raised_in_all():
+    """Of three layers the turn of one comes on a device of the other process, where none fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILURE, address, str(i)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    # Gloo tells on the same stream of its connections.
+    told = [out.splitlines()[-1].split(" because of ") for out, _ in said]
+    start = "the eigendecomposition of the curvature of 'v' (layers "
+    assert told[0][0].startswith(start), said
+    assert told[0][0] == told[1][0]
+    assert [cause for _, cause in told] == ["None", "LinAlgError('did not converge')"]
