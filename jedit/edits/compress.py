@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from jedit.core.checks import COUNT, check_numbers
@@ -100,9 +101,27 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 def truncate_all(products: Sequence[Product], rank: int) -> list[Truncation]:
     """Return the leading parts of several products, each as `truncate` does, in less time.
 
-    What is done for one column after the other is done for all products at once.
+    What is done for one column after the other is done at once for all products that lie on the
+    same devices.
     """
     check_numbers(COUNT, rank=rank)
+    together: dict[tuple | None, list[int]] = {}
+    for i, (left, _) in enumerate(products):
+        together.setdefault(_devices(left), []).append(i)
+    found: dict[int, Truncation] = {}
+    for places in together.values():
+        cuts = _truncate_together([products[i] for i in places], rank)
+        found.update(zip(places, cuts, strict=True))
+    return [found[i] for i in range(len(products))]
+
+
+def _devices(x: Array) -> tuple | None:
+    """Return the devices that an array lies on, in order; under a trace all are of one program."""
+    return None if isinstance(x, Tracer) else tuple(x.sharding.devices_indices_map(x.shape))
+
+
+def _truncate_together(products: Sequence[Product], rank: int) -> list[Truncation]:
+    """Return the leading parts of products that lie on the same devices."""
     dtypes = [left.dtype for left, _ in products]
     products = [(wide(left), None if right is None else wide(right)) for left, right in products]
     bases = _orthonormal([_times(*p, _start(*p, rank)) for p in products], 2)

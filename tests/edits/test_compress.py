@@ -1,14 +1,19 @@
 """Truncations against the dense singular value decomposition."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jedit.edits import Edit, LowRank, compress, dense, truncate, truncate_all
 from jedit.tracing import Weight
+from tests.conftest import ROOT
 
 RANK = 4
 SHAPES = ((20, 33, 12), (33, 20, 25), (40, 40, 40), (7, 9, 6))  # d_in, d_out and the inner length
@@ -90,3 +95,34 @@ def test_an_edit_of_bfloat16_is_cut_in_float32_and_given_back_as_it_came():
     np.testing.assert_allclose(errors["w"], best, rtol=0.02)
     whole, kept = (np.asarray(dense(x.blocks["w"]), float) for x in (edit, cut))
     assert np.linalg.norm(whole - kept) / np.linalg.norm(whole) < best + 0.02
+
+
+def test_blocks_of_different_devices_are_each_cut_where_they_lie():
+    """As one asks who has put a model's layers on two devices, or one block on a mesh."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "tests.edits.test_compress"]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def on_two_devices():
+    """Cut an edit of three blocks that lie on one device, on the other, and on both."""
+    one, two = jax.devices()
+    mesh = jax.make_mesh((2,), ("model",), (AxisType.Auto,), devices=(one, two))
+    places = [one, two, NamedSharding(mesh, PartitionSpec(None, "model"))]
+    x = jax.random.normal(jax.random.key(0), (30, 30))
+    blocks = {str(i): jax.device_put(x, place) for i, place in enumerate(places)}
+    cut, errors = compress(Edit(blocks), RANK)
+    alone, wanted = compress(Edit({"0": x}), RANK)
+    assert list(errors) == list(blocks)
+    for path, block in cut.blocks.items():
+        assert block.left.devices() == blocks[path].devices()
+        np.testing.assert_allclose(errors[path], wanted["0"], rtol=1e-4)
+        np.testing.assert_allclose(dense(block), dense(alone.blocks["0"]), atol=1e-4)
+
+
+if __name__ == "__main__":
+    on_two_devices()
