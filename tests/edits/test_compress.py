@@ -73,6 +73,42 @@ def test_what_is_cut_off_is_what_the_best_cuts_off(name, is_thin):
             np.testing.assert_allclose(right[k], basis[k].T @ whole[k], atol=1e3 * eps * size)
 
 
+@pytest.mark.parametrize("size", [1e12, 1e-12, 1e18, 1e-18])
+def test_a_large_or_small_edit_is_cut_as_one_of_size_one(size, tolerance):
+    """In float32, where the squares of squares of 1e12 and of 1e-12 are no numbers."""
+    left, right, _ = products(SPECTRA["by a fifth"], jnp.float32)[0]
+    scale = jnp.float32(2.0 ** np.round(np.log2(size)))
+    # The size stands in one factor, in the matrix, or half in one and half in the other, so that
+    # the largest columns of L meet the least rows of R.
+    is_odd = jnp.arange(left.shape[-1]) % 2 == 1
+    odd, even = jnp.where(is_odd, scale, 1), jnp.where(is_odd, 1, scale)
+    pairs = [(left, right), (left @ right, None), (left, right)]
+    given = [
+        (left * scale, right),
+        (left @ right * scale, None),
+        (left * odd[None, None], right * even[None, :, None]),
+    ]
+    cut, wanted = (jax.jit(truncate_all, static_argnums=1)(x, RANK) for x in (given, pairs))
+    for one, other in zip(cut, wanted, strict=True):
+        assert jnp.all(other.lost2 > 0)
+        whole = one.left @ one.right / scale
+        tolerance.check(whole, other.left @ other.right, kind="factorization")
+        tolerance.check(jnp.sqrt(one.lost2) / scale, jnp.sqrt(other.lost2), kind="factorization")
+
+
+def test_the_error_of_layers_is_told_where_their_squares_are_no_numbers():
+    left, right, _ = products(SPECTRA["by a fifth"], jnp.float32)[0]
+    weight = Weight("w", (2, *SHAPES[0][:2]), (), 2, True, *SHAPES[0][:2])
+    errors = []
+    for size in (1.0, 2.0**84, 2.0**-84):
+        edit = Edit({"w": LowRank(left * jnp.float32(size), right, weight)})
+        cut, found = compress(edit, RANK)
+        assert jnp.max(jnp.abs(cut.blocks["w"].right)) > 0.1 * size
+        errors.append(found["w"])
+    assert errors[0] > 0
+    np.testing.assert_allclose(errors[1:], [errors[0]] * 2, rtol=1e-6)
+
+
 def test_together_and_alone_and_under_vmap_are_one_thing(tolerance):
     given = [x[:2] for x in products(SPECTRA["by a fifth"], jnp.zeros(()).dtype)[::3]]
     alone = functools.partial(jax.jit(truncate, static_argnames="rank"), rank=RANK)
