@@ -9,7 +9,9 @@ done on small matrices, which all blocks have alike, so that it is done for all 
 error is that of the remainder itself, ‖Δ - QQᵀΔ‖. Nothing here calls LAPACK, whose batched calls
 can deadlock side by side: it may stand under jit and vmap in any number.
 
-Squares of Δ's squares stand in it: Δ is brought to entries of about one first, by powers of two.
+Directions whose singular values are below the root of the dtype's rounding times the largest, 3e-4
+of it in float32, are lost in the squares, and some of them are cut off though the rank has room.
+Squares of Δ's squares stand in it too: Δ is brought to entries of about one first, by powers of two.
 """
 
 import math

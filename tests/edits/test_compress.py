@@ -73,6 +73,34 @@ def test_what_is_cut_off_is_what_the_best_cuts_off(name, is_thin):
             np.testing.assert_allclose(right[k], basis[k].T @ whole[k], atol=1e3 * eps * size)
 
 
+@pytest.mark.parametrize(
+    ("spectrum", "rounding"),
+    [
+        # Directions below the root of the rounding are not found by squares: they are cut off.
+        (lambda n: 0.8 ** np.arange(n), 1e3),
+        (lambda n: 0.95 ** np.arange(n), 30),
+        (lambda n: 0.99 ** np.arange(n) * 1e3 ** -np.digitize(np.arange(n), [10, 40]), 30),
+        (lambda n: 0.99 ** np.arange(n) * 1e3 ** -np.digitize(np.arange(n), [10, 64]), 30),
+    ],
+    ids=["by a fifth", "by a twentieth", "gaps before the rank", "a gap at the rank"],
+)
+def test_many_columns_in_float32_are_orthonormal_and_keep_what_they_say(spectrum, rounding):
+    rank, d = 64, 512
+    values, eps = spectrum(d).astype(float), float(jnp.finfo(jnp.float32).eps)
+    rng = np.random.default_rng(0)
+    ends = [np.linalg.qr(rng.normal(size=(d, d)))[0] for _ in range(2)]
+    given = jnp.asarray(ends[0] * values @ ends[1].T, jnp.float32)
+    cut = jax.jit(truncate, static_argnames="rank")(given, None, rank=rank)
+    whole, basis, right = (np.asarray(x, float) for x in (given, cut.left, cut.right))
+    assert np.abs(basis.T @ basis - np.eye(rank)).max() < 1e3 * eps
+    best, lost = np.linalg.norm(values[rank:]), np.linalg.norm(whole - basis @ right)
+    assert lost <= 1.1 * best + rounding * eps * values[0], (lost, best)
+    np.testing.assert_allclose(float(cut.lost2) ** 0.5, lost, rtol=0.02)
+    # What is kept and what is cut off are at right angles, as batch_unlearn reckons.
+    norm2 = float(cut.lost2) + np.sum(right**2)
+    np.testing.assert_allclose(norm2, np.sum(whole**2), rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e12, 1e-12, 1e18, 1e-18])
 def test_a_large_or_small_edit_is_cut_as_one_of_size_one(size, tolerance):
     """In float32, where the squares of squares of 1e12 and of 1e-12 are no numbers."""
