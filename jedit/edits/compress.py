@@ -8,6 +8,10 @@ matrix, Y T with Tᵀ (YᵀY) T = 1, as in Cholesky QR: all that is done one col
 done on small matrices, which all blocks have alike, so that it is done for all of them at once. The
 error is that of the remainder itself, ‖Δ - QQᵀΔ‖. Nothing here calls LAPACK, whose batched calls
 can deadlock side by side: it may stand under jit and vmap in any number.
+
+Directions whose singular values are below the root of the dtype's rounding times the largest, 3e-4
+of it in float32, are lost in the squares, and some of them are cut off though the rank has room.
+Squares of Δ's squares stand in it too: Δ is brought to entries of about one first, by powers of two.
 """
 
 import math
@@ -17,11 +21,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from jedit.core.checks import COUNT, check_numbers
 from jedit.core.devices import on_auto_axes
-from jedit.core.precision import HIGHEST, wide
+from jedit.core.precision import HIGHEST, exponents, shifted, wide
 from jedit.edits.edit import Edit
 from jedit.edits.low_rank import Delta, LowRank
 from jedit.tracing.sites import Weight
@@ -29,6 +34,7 @@ from jedit.tracing.sites import Weight
 ITERATIONS = 1  # one product with the block and one with its transpose; arbitrary
 SMALL_ITERATIONS = 8  # on the Gram matrix of twice the rank's columns; arbitrary
 SEED = 0  # of the random matrix that the iteration starts from
+LOWEST = -(2**12)  # an exponent below those of all numbers
 
 
 # (L, R) stands for L R, and (Δ, None) for Δ.
@@ -47,6 +53,14 @@ class Truncation(NamedTuple):
     left: Array
     right: Array
     lost2: Array
+
+
+class _Scaled(NamedTuple):
+    """A product 2ⁿ L R of entries of about one, in float32 or wider; n is (...), int32."""
+
+    left: Array
+    right: Array | None
+    n: Array
 
 
 @on_auto_axes
@@ -76,10 +90,12 @@ def compress(edit: Edit, rank: int) -> tuple[Edit, dict[str, Array]]:
             weights[path] = weight
             products[path] = (block.reshape(1, weight.d_in, weight.d_out), None)
     errors = {}
-    cuts = truncate_all(list(products.values()), rank)
-    for (path, product), cut in zip(products.items(), cuts, strict=True):
-        blocks[path] = LowRank(cut.left, cut.right, weights[path])
-        errors[path] = _over_layers(cut, *product)
+    scaled = [_scaled(*product) for product in products.values()]
+    for path, given, cut in zip(products, scaled, _truncate_scaled(scaled, rank), strict=True):
+        dtype = products[path][0].dtype
+        right = jnp.ldexp(cut.right, given.n[..., None, None])
+        blocks[path] = LowRank(cut.left.astype(dtype), right.astype(dtype), weights[path])
+        errors[path] = _over_layers(given, cut)
     return Edit(blocks), errors
 
 
@@ -100,11 +116,58 @@ def truncate(left: Array, right: Array | None, rank: int) -> Truncation:
 def truncate_all(products: Sequence[Product], rank: int) -> list[Truncation]:
     """Return the leading parts of several products, each as `truncate` does, in less time.
 
-    What is done for one column after the other is done for all products at once.
+    What is done for one column after the other is done at once for all products that lie on the
+    same devices.
     """
     check_numbers(COUNT, rank=rank)
-    dtypes = [left.dtype for left, _ in products]
-    products = [(wide(left), None if right is None else wide(right)) for left, right in products]
+    scaled = [_scaled(*product) for product in products]
+    found = []
+    cuts = _truncate_scaled(scaled, rank)
+    for (left, _), given, cut in zip(products, scaled, cuts, strict=True):
+        right = jnp.ldexp(cut.right, given.n[..., None, None])
+        lost2 = jnp.ldexp(cut.lost2, 2 * given.n)
+        found.append(Truncation(cut.left.astype(left.dtype), right.astype(left.dtype), lost2))
+    return found
+
+
+def _scaled(left: Array, right: Array | None) -> _Scaled:
+    """Bring a product to entries of about one, by powers of two that round nothing.
+
+    Each column of L and each row of R by itself: the largest of one may meet the least of the
+    other.
+    """
+    left = wide(left)
+    if right is None:
+        n = jnp.vectorize(exponents, signature="(i,j)->()")(left)
+        return _Scaled(shifted(left, -n[..., None, None]), None, n)
+    right, of_last = wide(right), jnp.vectorize(exponents, signature="(i)->()")
+    n, m = of_last(jnp.swapaxes(left, -1, -2)), of_last(right)
+    is_there = jnp.any(left != 0, axis=-2) & jnp.any(right != 0, axis=-1)
+    total = jnp.max(n + m, axis=-1, where=is_there, initial=LOWEST)
+    less = jnp.minimum(n + m - total[..., None], 0)
+    right = jnp.ldexp(shifted(right, -m[..., None]), less[..., None])
+    return _Scaled(shifted(left, -n[..., None, :]), right, total)
+
+
+def _truncate_scaled(products: Sequence[_Scaled], rank: int) -> list[Truncation]:
+    """Return the leading parts of the products' L R, which are cut where they lie."""
+    together: dict[tuple | None, list[int]] = {}
+    for i, product in enumerate(products):
+        together.setdefault(_devices(product.left), []).append(i)
+    found: dict[int, Truncation] = {}
+    for places in together.values():
+        cuts = _truncate_together([products[i][:2] for i in places], rank)
+        found.update(zip(places, cuts, strict=True))
+    return [found[i] for i in range(len(products))]
+
+
+def _devices(x: Array) -> tuple | None:
+    """Return the devices that an array lies on, in order; under a trace all are of one program."""
+    return None if isinstance(x, Tracer) else tuple(x.sharding.devices_indices_map(x.shape))
+
+
+def _truncate_together(products: Sequence[Product], rank: int) -> list[Truncation]:
+    """Return the leading parts of products that lie on the same devices."""
     bases = _orthonormal([_times(*p, _start(*p, rank)) for p in products], 2)
     for _ in range(ITERATIONS):
         around = [_transposed(*p, b) for p, b in zip(products, bases, strict=True)]
@@ -121,8 +184,7 @@ def truncate_all(products: Sequence[Product], rank: int) -> list[Truncation]:
     chosen = jax.lax.fori_loop(0, SMALL_ITERATIONS, turn, chosen)
     chosen = _orthonormal(chosen, 3)
     found = []
-    parts = zip(products, dtypes, bases, cores, chosen, strict=True)
-    for (left, right), dtype, basis, core, choice in parts:
+    for (left, right), basis, core, choice in zip(products, bases, cores, chosen, strict=True):
         basis = jnp.matmul(basis, choice, precision=HIGHEST)
         cut = jnp.matmul(jnp.swapaxes(choice, -1, -2), core, precision=HIGHEST)
         # Of the remainder itself: the whole norm less the kept one would leave of a small remainder
@@ -132,7 +194,7 @@ def truncate_all(products: Sequence[Product], rank: int) -> list[Truncation]:
             inside = jnp.matmul(jnp.swapaxes(basis, -1, -2), left, precision=HIGHEST)
         rest = left - jnp.matmul(basis, inside, precision=HIGHEST)
         lost2 = jnp.maximum(_norm2(rest, right), 0)
-        found.append(Truncation(basis.astype(dtype), cut.astype(dtype), lost2))
+        found.append(Truncation(basis, cut, lost2))
     return found
 
 
@@ -166,10 +228,11 @@ def _norm2(left: Array, right: Array | None) -> Array:
     return jnp.sum(inner * outer, axis=(-1, -2))
 
 
-def _over_layers(cut: Truncation, left: Array, right: Array | None) -> Array:
+def _over_layers(given: _Scaled, cut: Truncation) -> Array:
     """Return the one relative error of a block of several layers."""
-    total = jnp.sum(_norm2(wide(left), None if right is None else wide(right)))
-    return jnp.sqrt(jnp.sum(cut.lost2) / jnp.where(total > 0, total, 1))
+    less = 2 * (given.n - jnp.max(given.n))
+    total = jnp.sum(jnp.ldexp(_norm2(given.left, given.right), less))
+    return jnp.sqrt(jnp.sum(jnp.ldexp(cut.lost2, less)) / jnp.where(total > 0, total, 1))
 
 
 def _orthonormal(columns: list[Array], passes: int) -> list[Array]:
