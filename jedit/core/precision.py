@@ -73,7 +73,7 @@ def exponents(tree: PyTree, *, by_leaf: bool = False) -> PyTree:
 
 
 def shifted(tree: PyTree, by: PyTree) -> PyTree:
-    """Multiply each leaf by 2ⁿ, n what stands at its place in `by`: a scalar, or what broadcasts."""
+    """Multiply each leaf by 2ⁿ, n what stands at its place in `by`, or what broadcasts."""
 
     def shift(x: Array, n: Array) -> Array:
         return x * jnp.ldexp(jnp.ones((), wide_dtype(x.dtype)), n).astype(x.dtype)

@@ -11,7 +11,7 @@ can deadlock side by side: it may stand under jit and vmap in any number.
 
 Directions whose singular values are below the root of the dtype's rounding times the largest, 3e-4
 of it in float32, are lost in the squares, and some of them are cut off though the rank has room.
-Squares of Δ's squares stand in it too: Δ is brought to entries of about one first, by powers of two.
+Squares of squares stand in it too: Δ is first brought to entries of about one, by powers of two.
 """
 
 import math
