@@ -145,7 +145,8 @@ class Editor:
         """Return the edited parameters; of a run that leaves the finite numbers, NaN.
 
         Raises:
-            ValueError: what the method refuses, by its name.
+            ValueError: what the method refuses, by its name; or the factors are not to hold what
+                it takes of them, as `factorize_for` says it.
 
         Args:
             row: the method's row of the catalogue.
@@ -153,6 +154,7 @@ class Editor:
             seed: seed of the curvature's labels and of the batches.
             make: makes the method in the row's stead; the row says what it needs.
         """
+        self._wanted(row)  # its refusal names the method, and says what to do
         try:
             return self._edited(row, point, seed, make)
         except FloatingPointError:  # the rate or the step was too large

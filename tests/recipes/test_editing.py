@@ -82,7 +82,10 @@ def test_auto_comes_to_what_each_method_takes_of_its_factors(task, monkeypatch):
     assert forms == [{"undecomposed"}, {"eigenbasis"}, {"undecomposed"}]
     del said[:]
     editor = Editor(task[0], OF_TEXTS, say=said.append, factorize=Factorize("cholesky"))
-    with pytest.raises(ValueError, match="takes all eigenvectors of its curvature, and factorize"):
+    with pytest.raises(
+        ValueError,
+        match=r"^K-FADE \(K-FAC\) takes all eigenvectors .* factorize .* leave the method out$",
+    ):
         editor(every, STRENGTH.point(every), 0)
     assert not said
 

@@ -303,6 +303,7 @@ def test_curvatures_are_kept_as_the_grid_says(task):
         ({"methods": ("SAE-guided",)}, "^SAE-guided needs latents .*, which this task has not"),
         ({"methods": ("IdkDPO",)}, "^IdkDPO needs refusals, which this task has not"),
         ({"methods": ("AltPO",)}, "^AltPO needs alternate answers, which this task has not"),
+        ({"methods": ("NOP",)}, "^unknown methods: NOP; there are K-FADE"),
         ({"methods": ("RMU",)}, "^RMU: the grid has no rates for"),
     ],
 )
