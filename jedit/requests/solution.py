@@ -2,7 +2,7 @@
 
     gradient  aᵀ g            a (layers, positions, rows), g (layers, positions, d_out)
     solution  Lᵀ R            L = a (A + λ_A)⁻¹,  R = g (G + λ_G)⁻¹
-    image     (L A)ᵀ (R G)    L A = a - λ_A L, which takes no product
+    image     (L A)ᵀ (R G)    by products: a - λ_A L, where a is small beside λ_A L, is all rounding
 
 What is told of an edit are inner products of the three. Everything here runs under `jax.vmap` over
 a chunk of requests, which turns a product with a factor into one with the rows of them all.
@@ -50,58 +50,34 @@ class _Uncut(NamedTuple):
     product: Product
 
 
-class Damped(NamedTuple):
-    """A damped factor's inverse, and what the factor itself is beside it.
-
-    Attributes:
-        inverse: (A + λ_A)⁻¹, (layers, d, d), or (layers, d) of a diagonal one.
-        level: λ_A, (layers,); None where the inverse is of an iteration, right to its residual.
-    """
-
-    inverse: Array
-    level: Array | None
-
-
-def damped_sides(curvature: Curvature, damping: Array) -> dict[str, Damped]:
-    """Damp and invert every factor.
+def damped_inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
+    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
 
     λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
     factors is then the block's λ.
     """
-    return {name: _damp(factor, name, damping) for name, factor in curvature.factors.items()}
+    return {name: _inverse(factor, name, damping) for name, factor in curvature.factors.items()}
 
 
-def _damp(factor: Factor, name: str, damping: Array) -> Damped:
+def _inverse(factor: Factor, name: str, damping: Array) -> Array:
     if factor.form == "undecomposed":
         mean = factored.mean_diagonal(factored.fetched_matrix(factor))
         level = jnp.sqrt(damping).astype(mean.dtype) * mean
-        inverse = factored.dense(factored.inverse(factor, level))
-        return Damped(inverse, None if factor.by == "inverse" else level)
+        return factored.dense(factored.inverse(factor, level))
     basis, values = eigenbasis_of(factor, name)
     level = jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1)
     values = values + level[:, None]
     found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
-    if basis is not None:
-        found = jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
-    return Damped(found, level)
-
-
-def _image(x: Array, solved: Array, side: Damped, matrix: Array) -> Array:
-    """Return A y of the solution y = (A + λ)⁻¹ x, rows (layers, positions, d).
-
-    That is x - λ y, without a product. Along directions that A has not, where y is zero if λ is, it
-    is x instead of zero, which no inner product with y notices.
-    """
-    if side.level is None:
-        return _times(solved, matrix)
-    return x - side.level[:, None, None] * solved
+    if basis is None:
+        return found
+    return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
 
 
 def all_blocks(
     done: Pass,
     pulled: dict[str, Array],
     curvature: Curvature,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     damping: Array,
     exact: bool,
     rank: int | None,
@@ -118,11 +94,11 @@ def all_blocks(
         if thin is not None and not exact and isinstance(held, Kronecker):
             # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
             # the matrix.
-            found = _thin_block(thin, block.name, curvature, held, sides, rank)
+            found = _thin_block(thin, block.name, curvature, held, inverses, rank)
         else:
             gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
             found = _dense_block(
-                gradient, curvature, block, sides, damping, rank if thin is not None else None
+                gradient, curvature, block, inverses, damping, rank if thin is not None else None
             )
         (cut if isinstance(found, _Uncut) else whole).append(found)
     if cut:
@@ -209,11 +185,11 @@ def _thin_block(
     name: str,
     curvature: Curvature,
     held: Kronecker,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     rank: int | None,
 ) -> Solution | _Uncut:
-    (a, g), inward, outward = thin, sides[held.input], sides[held.output]
-    left, right = _times(a, inward.inverse), _times(g, outward.inverse)
+    a, g = thin
+    left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
     norm2 = inner_product(thin, thin)
     lifted = jnp.swapaxes(left, 1, 2)
     if rank is not None and rank < a.shape[1]:
@@ -221,10 +197,8 @@ def _thin_block(
         if _is_long(left, right):
             product = (jnp.matmul(lifted, right, precision=HIGHEST), None)
         return _Uncut(name, held, thin, norm2, product)
-    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
     gain = inner_product(thin, (left, right))
-    image = _image(a, left, inward, A), _image(g, right, outward, G)
-    quadratic = inner_product((left, right), image)
+    quadratic = _thin_quadratic(curvature, held, (left, right))
     zero = jnp.zeros((), a.dtype)
     # The edit's norm is read beside what is cut off alone.
     edit_norm2 = zero if rank is None else inner_product((left, right), (left, right))
@@ -235,10 +209,8 @@ def _cut_block(uncut: _Uncut, cut: Truncation, curvature: Curvature) -> Solution
     """Return a block's edit of the rank; its gain and its KL are those after the cut."""
     held, pair = uncut.held, (jnp.swapaxes(cut.left, 1, 2), cut.right)
     if isinstance(uncut.gradient, tuple):
-        ends = (curvature.factors[f] for f in (held.input, held.output))
-        image = [_times(x, matrix_of(f, held.weight.path)) for x, f in zip(pair, ends, strict=True)]
         gain = inner_product(uncut.gradient, pair)
-        quadratic = inner_product(pair, (image[0], image[1]))
+        quadratic = _thin_quadratic(curvature, held, pair)
     else:
         step = _product(*pair)
         gain = jnp.sum(uncut.gradient * step)
@@ -266,15 +238,15 @@ def _dense_block(
     gradient: Array,
     curvature: Curvature,
     block: BlockSites,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     damping: Array,
     rank: int | None,
 ) -> Solution | _Uncut:
     """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held = curvature.blocks[block.name]
-    if isinstance(held, Kronecker) and sides:
-        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), sides[held.input].inverse), 1, 2)
-        step = _times(step, sides[held.output].inverse)
+    if isinstance(held, Kronecker) and inverses:
+        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
+        step = _times(step, inverses[held.output])
     else:
         values = eigenvalues(curvature, block.name)
         mean = jnp.mean(values, axis=(1, 2), keepdims=True)
@@ -289,6 +261,12 @@ def _dense_block(
     gain, zero = jnp.sum(gradient * step), jnp.zeros((), step.dtype)
     quadratic = _quadratic(curvature, block.name, step)
     return Solution(edit, norm2, gain, quadratic, zero, jnp.sum(step**2))
+
+
+def _thin_quadratic(curvature: Curvature, held: Kronecker, pair: tuple[Array, Array]) -> Array:
+    """Return Tᵀ F T of one block's T = Lᵀ R, of thin matrices (L, R)."""
+    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
+    return inner_product(pair, (_times(pair[0], A), _times(pair[1], G)))
 
 
 def _quadratic(curvature: Curvature, name: str, step: Array) -> Array:
