@@ -160,6 +160,8 @@ def batch_unlearn(
         raise ValueError("the requests need targets: a request is to raise their loss")
     check_requests(apply, likelihood, params, requests)
     check_counted(curvature.num_outputs)
+    level = jnp.asarray(damping, float)
+    inverses = {} if solver.exact else damped_inverses(curvature, level)
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -168,8 +170,9 @@ def batch_unlearn(
         params,
         requests,
         curvature,
+        inverses,
         None if predicted_kl is None else jnp.asarray(predicted_kl, float),
-        jnp.asarray(damping, float),
+        level,
         likelihood=likelihood,
         solver=solver,
         over=over,
@@ -193,6 +196,7 @@ def _batch_unlearn(
     params,
     requests,
     curvature,
+    inverses,
     predicted_kl,
     damping,
     *,
@@ -203,7 +207,6 @@ def _batch_unlearn(
     # Labels are the given ones ("empirical"): the key of a pass is then never looked at.
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
-    inverses = {} if solver.exact else damped_inverses(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]
     prices = None
     if predicted_kl is not None:

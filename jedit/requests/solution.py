@@ -8,18 +8,22 @@ What is told of an edit are inner products of the three. Everything here runs un
 a chunk of requests, which turns a product with a factor into one with the rows of them all.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from jedit.core.devices import fetched, kept
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, factored, rotate
 from jedit.curvature.algebra import is_undecomposed
 from jedit.curvature.captured_batch import Pass
-from jedit.curvature.checks import eigenbasis_of, matrix_of
+from jedit.curvature.checks import matrix_of
 from jedit.curvature.layout import BlockSites, group_sites
+from jedit.curvature.mesh.placement import whole
 from jedit.curvature.squared_gradients import example_factors, example_gradient
 from jedit.edits import LowRank, Product, Truncation, as_parameter, truncate_all
 from jedit.edits.low_rank import added
@@ -54,17 +58,32 @@ def damped_inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
     """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
 
     λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
-    factors is then the block's λ.
+    factors is then the block's λ. On a mesh every device makes and holds all of them: a request is
+    answered on one device, by all of an inverse.
     """
-    return {name: _inverse(factor, name, damping) for name, factor in curvature.factors.items()}
+    places = {
+        name: whole(block.sharding)
+        for block in curvature.blocks.values()
+        if isinstance(block, Kronecker) and block.sharding is not None
+        for name in (block.input, block.output)
+    }
+    return {
+        name: _inverse(factor, damping, places.get(name))
+        for name, factor in curvature.factors.items()
+    }
 
 
-def _inverse(factor: Factor, name: str, damping: Array) -> Array:
+# Compiled once for all factors of one shape, and not once for each in one program of them all.
+@functools.partial(jax.jit, static_argnums=2)
+def _inverse(factor: Factor, damping: Array, place: NamedSharding | None) -> Array:
+    # Whole before it is inverted: the Cholesky factor's slices fit no split over devices.
+    factor = jax.tree.map(lambda x: kept(fetched(x), (place,)), factor)
     if factor.form == "undecomposed":
         mean = factored.mean_diagonal(factored.fetched_matrix(factor))
         level = jnp.sqrt(damping).astype(mean.dtype) * mean
         return factored.dense(factored.inverse(factor, level))
-    basis, values = eigenbasis_of(factor, name)
+    basis, values = factor.basis, factor.eigenvalues
+    assert values is not None  # one of leading eigenvectors alone was refused
     level = jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1)
     values = values + level[:, None]
     found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
