@@ -48,7 +48,7 @@ from jedit.curvature.likelihoods import Categorical, Likelihood, check_likelihoo
 from jedit.curvature.mesh.placement import off_axes
 from jedit.edits import Edit
 from jedit.methods._entrance import check_requests, refuse_zero_gradients
-from jedit.requests.solution import all_blocks, damped_sides
+from jedit.requests.solution import all_blocks, damped_inverses
 
 
 class BatchInfo(NamedTuple):
@@ -57,7 +57,8 @@ class BatchInfo(NamedTuple):
     Attributes:
         loss: the request's loss before the edit, nats per counted output.
         gradient_norm: ‖g‖ over the covered parameters.
-        step_size: the step size α of the request's edit.
+        step_size: the step size α of the request's edit; zero, which is no edit, where the step
+            costs nothing by the curvature: none of its inputs is like any of the retain set.
         predicted_gain: gᵀΔ, by which the loss rises to first order.
         predicted_kl: ½ ΔᵀFΔ, nats per counted retain output, by the curvature.
         cut_off: norm of what the truncation to `rank` took away, over the edit's norm.
@@ -159,6 +160,8 @@ def batch_unlearn(
         raise ValueError("the requests need targets: a request is to raise their loss")
     check_requests(apply, likelihood, params, requests)
     check_counted(curvature.num_outputs)
+    level = jnp.asarray(damping, float)
+    inverses = {} if solver.exact else damped_inverses(curvature, level)
     over = row_sharding(requests)
     if over is not None:
         curvature = off_axes(curvature, over.axes)
@@ -167,8 +170,9 @@ def batch_unlearn(
         params,
         requests,
         curvature,
+        inverses,
         None if predicted_kl is None else jnp.asarray(predicted_kl, float),
-        jnp.asarray(damping, float),
+        level,
         likelihood=likelihood,
         solver=solver,
         over=over,
@@ -192,6 +196,7 @@ def _batch_unlearn(
     params,
     requests,
     curvature,
+    inverses,
     predicted_kl,
     damping,
     *,
@@ -202,7 +207,6 @@ def _batch_unlearn(
     # Labels are the given ones ("empirical"): the key of a pass is then never looked at.
     select, curvature = exactly(curvature.covered), to_device(curvature)
     labels = Labels(likelihood, "empirical")
-    sides = {} if solver.exact else damped_sides(curvature, damping)
     num_requests = jax.tree.leaves(requests)[0].shape[0]
     prices = None
     if predicted_kl is not None:
@@ -226,7 +230,7 @@ def _batch_unlearn(
         n = exponents(pulled)
         pulled = shifted(pulled, jax.tree.map(jnp.negative, n))
         n = next(iter(n.values()))
-        blocks = all_blocks(done, pulled, curvature, sides, damping, solver.exact, solver.rank)
+        blocks = all_blocks(done, pulled, curvature, inverses, damping, solver.exact, solver.rank)
         quadratic = jnp.where(blocks.quadratic > 0, blocks.quadratic, 1)
         if price is None:
             # The natural step in units of the scaled gradient: α = 1 of the true one.

@@ -2,24 +2,28 @@
 
     gradient  aᵀ g            a (layers, positions, rows), g (layers, positions, d_out)
     solution  Lᵀ R            L = a (A + λ_A)⁻¹,  R = g (G + λ_G)⁻¹
-    image     (L A)ᵀ (R G)    L A = a - λ_A L, which takes no product
+    image     (L A)ᵀ (R G)    by products: a - λ_A L, where a is small beside λ_A L, is all rounding
 
 What is told of an edit are inner products of the three. Everything here runs under `jax.vmap` over
 a chunk of requests, which turns a product with a factor into one with the rows of them all.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from jedit.core.devices import fetched, kept
 from jedit.core.precision import HIGHEST
 from jedit.curvature import Curvature, Factor, Kronecker, eigenvalues, factored, rotate
 from jedit.curvature.algebra import is_undecomposed
 from jedit.curvature.captured_batch import Pass
-from jedit.curvature.checks import eigenbasis_of, matrix_of
+from jedit.curvature.checks import matrix_of
 from jedit.curvature.layout import BlockSites, group_sites
+from jedit.curvature.mesh.placement import whole
 from jedit.curvature.squared_gradients import example_factors, example_gradient
 from jedit.edits import LowRank, Product, Truncation, as_parameter, truncate_all
 from jedit.edits.low_rank import added
@@ -50,58 +54,49 @@ class _Uncut(NamedTuple):
     product: Product
 
 
-class Damped(NamedTuple):
-    """A damped factor's inverse, and what the factor itself is beside it.
-
-    Attributes:
-        inverse: (A + λ_A)⁻¹, (layers, d, d), or (layers, d) of a diagonal one.
-        level: λ_A, (layers,); None where the inverse is of an iteration, right to its residual.
-    """
-
-    inverse: Array
-    level: Array | None
-
-
-def damped_sides(curvature: Curvature, damping: Array) -> dict[str, Damped]:
-    """Damp and invert every factor.
+def damped_inverses(curvature: Curvature, damping: Array) -> dict[str, Array]:
+    """Return (A + λ_A)⁻¹ of every factor, (layers, d, d), or (layers, d) of a diagonal one.
 
     λ_A is the factor's mean eigenvalue times sqrt(damping): the product λ_A λ_G of a block's two
-    factors is then the block's λ.
+    factors is then the block's λ. On a mesh every device makes and holds all of them: a request is
+    answered on one device, by all of an inverse.
     """
-    return {name: _damp(factor, name, damping) for name, factor in curvature.factors.items()}
+    places = {
+        name: whole(block.sharding)
+        for block in curvature.blocks.values()
+        if isinstance(block, Kronecker) and block.sharding is not None
+        for name in (block.input, block.output)
+    }
+    return {
+        name: _inverse(factor, damping, places.get(name))
+        for name, factor in curvature.factors.items()
+    }
 
 
-def _damp(factor: Factor, name: str, damping: Array) -> Damped:
+# Compiled once for all factors of one shape, and not once for each in one program of them all.
+@functools.partial(jax.jit, static_argnums=2)
+def _inverse(factor: Factor, damping: Array, place: NamedSharding | None) -> Array:
+    # Whole before it is inverted: the Cholesky factor's slices fit no split over devices.
+    factor = jax.tree.map(lambda x: kept(fetched(x), (place,)), factor)
     if factor.form == "undecomposed":
         mean = factored.mean_diagonal(factored.fetched_matrix(factor))
         level = jnp.sqrt(damping).astype(mean.dtype) * mean
-        inverse = factored.dense(factored.inverse(factor, level))
-        return Damped(inverse, None if factor.by == "inverse" else level)
-    basis, values = eigenbasis_of(factor, name)
+        return factored.dense(factored.inverse(factor, level))
+    basis, values = factor.basis, factor.eigenvalues
+    assert values is not None  # one of leading eigenvectors alone was refused
     level = jnp.sqrt(damping).astype(values.dtype) * jnp.mean(values, 1)
     values = values + level[:, None]
     found = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
-    if basis is not None:
-        found = jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
-    return Damped(found, level)
-
-
-def _image(x: Array, solved: Array, side: Damped, matrix: Array) -> Array:
-    """Return A y of the solution y = (A + λ)⁻¹ x, rows (layers, positions, d).
-
-    That is x - λ y, without a product. Along directions that A has not, where y is zero if λ is, it
-    is x instead of zero, which no inner product with y notices.
-    """
-    if side.level is None:
-        return _times(solved, matrix)
-    return x - side.level[:, None, None] * solved
+    if basis is None:
+        return found
+    return jnp.einsum("lia,la,lja->lij", basis, found, basis, precision=HIGHEST)
 
 
 def all_blocks(
     done: Pass,
     pulled: dict[str, Array],
     curvature: Curvature,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     damping: Array,
     exact: bool,
     rank: int | None,
@@ -109,7 +104,8 @@ def all_blocks(
     """Return one request's direction d in all blocks, with its sums."""
     zero = jnp.zeros((), done.dtype)
     total = Solution({}, zero, zero, zero, zero, zero)
-    whole, cut = [], []
+    parts: list[Solution] = []
+    thin_products: list[_Uncut] = []
     for block in group_sites(done.captured.sites, done.alignments):
         held = curvature.blocks[block.name]
         thin = None
@@ -118,19 +114,22 @@ def all_blocks(
         if thin is not None and not exact and isinstance(held, Kronecker):
             # Only factored damping keeps a gradient's rank: dividing by sums of eigenvalues fills
             # the matrix.
-            found = _thin_block(thin, block.name, curvature, held, sides, rank)
+            found = _thin_block(thin, block.name, curvature, held, inverses, rank)
         else:
             gradient = _dense_gradient(done, block, pulled) if thin is None else _product(*thin)
             found = _dense_block(
-                gradient, curvature, block, sides, damping, rank if thin is not None else None
+                gradient, curvature, block, inverses, damping, rank if thin is not None else None
             )
-        (cut if isinstance(found, _Uncut) else whole).append(found)
-    if cut:
-        assert rank is not None  # else nothing is cut
-        # All at once: by themselves the matrices that are left of a request's blocks are small.
-        cuts = truncate_all([one.product for one in cut], rank)
-        whole += [_cut_block(*pair, curvature) for pair in zip(cut, cuts, strict=True)]
-    for part in whole:
+        if isinstance(found, Solution):
+            parts.append(found)
+        elif found.product[1] is None:
+            # By itself: together, all blocks' whole matrices would be held until the last is there.
+            parts += _cut_blocks([found], rank, curvature)
+        else:
+            thin_products.append(found)
+    # All at once: by themselves the matrices that are left of a request's blocks are small.
+    parts += _cut_blocks(thin_products, rank, curvature)
+    for part in parts:
         edit = dict(total.edit)
         for path, change in part.edit.items():
             edit[path] = added(edit[path], change) if path in edit else change
@@ -209,11 +208,11 @@ def _thin_block(
     name: str,
     curvature: Curvature,
     held: Kronecker,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     rank: int | None,
 ) -> Solution | _Uncut:
-    (a, g), inward, outward = thin, sides[held.input], sides[held.output]
-    left, right = _times(a, inward.inverse), _times(g, outward.inverse)
+    a, g = thin
+    left, right = _times(a, inverses[held.input]), _times(g, inverses[held.output])
     norm2 = inner_product(thin, thin)
     lifted = jnp.swapaxes(left, 1, 2)
     if rank is not None and rank < a.shape[1]:
@@ -221,24 +220,28 @@ def _thin_block(
         if _is_long(left, right):
             product = (jnp.matmul(lifted, right, precision=HIGHEST), None)
         return _Uncut(name, held, thin, norm2, product)
-    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
     gain = inner_product(thin, (left, right))
-    image = _image(a, left, inward, A), _image(g, right, outward, G)
-    quadratic = inner_product((left, right), image)
+    quadratic = _thin_quadratic(curvature, held, (left, right))
     zero = jnp.zeros((), a.dtype)
     # The edit's norm is read beside what is cut off alone.
     edit_norm2 = zero if rank is None else inner_product((left, right), (left, right))
     return Solution(_low_rank(held, lifted, right), norm2, gain, quadratic, zero, edit_norm2)
 
 
+def _cut_blocks(blocks: list[_Uncut], rank: int | None, curvature: Curvature) -> list[Solution]:
+    if not blocks:
+        return []
+    assert rank is not None  # else nothing is cut
+    cuts = truncate_all([one.product for one in blocks], rank)
+    return [_cut_block(*pair, curvature) for pair in zip(blocks, cuts, strict=True)]
+
+
 def _cut_block(uncut: _Uncut, cut: Truncation, curvature: Curvature) -> Solution:
     """Return a block's edit of the rank; its gain and its KL are those after the cut."""
     held, pair = uncut.held, (jnp.swapaxes(cut.left, 1, 2), cut.right)
     if isinstance(uncut.gradient, tuple):
-        ends = (curvature.factors[f] for f in (held.input, held.output))
-        image = [_times(x, matrix_of(f, held.weight.path)) for x, f in zip(pair, ends, strict=True)]
         gain = inner_product(uncut.gradient, pair)
-        quadratic = inner_product(pair, (image[0], image[1]))
+        quadratic = _thin_quadratic(curvature, held, pair)
     else:
         step = _product(*pair)
         gain = jnp.sum(uncut.gradient * step)
@@ -266,15 +269,15 @@ def _dense_block(
     gradient: Array,
     curvature: Curvature,
     block: BlockSites,
-    sides: dict[str, Damped],
+    inverses: dict[str, Array],
     damping: Array,
     rank: int | None,
 ) -> Solution | _Uncut:
     """Solve in a block whose gradient is whole, with exact damping or a lookup's factored one."""
     held = curvature.blocks[block.name]
-    if isinstance(held, Kronecker) and sides:
-        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), sides[held.input].inverse), 1, 2)
-        step = _times(step, sides[held.output].inverse)
+    if isinstance(held, Kronecker) and inverses:
+        step = jnp.swapaxes(_times(jnp.swapaxes(gradient, 1, 2), inverses[held.input]), 1, 2)
+        step = _times(step, inverses[held.output])
     else:
         values = eigenvalues(curvature, block.name)
         mean = jnp.mean(values, axis=(1, 2), keepdims=True)
@@ -289,6 +292,12 @@ def _dense_block(
     gain, zero = jnp.sum(gradient * step), jnp.zeros((), step.dtype)
     quadratic = _quadratic(curvature, block.name, step)
     return Solution(edit, norm2, gain, quadratic, zero, jnp.sum(step**2))
+
+
+def _thin_quadratic(curvature: Curvature, held: Kronecker, pair: tuple[Array, Array]) -> Array:
+    """Return Tᵀ F T of one block's T = Lᵀ R, of thin matrices (L, R)."""
+    A, G = (matrix_of(curvature.factors[f], held.weight.path) for f in (held.input, held.output))
+    return inner_product(pair, (_times(pair[0], A), _times(pair[1], G)))
 
 
 def _quadratic(curvature: Curvature, name: str, step: Array) -> Array:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jedit.core.batch import Batch
 from jedit.curvature import (
+    Factor,
     Factorize,
     estimate,
     inverted,
@@ -28,6 +29,8 @@ from jedit.curvature import (
     to_host,
 )
 from jedit.curvature.likelihoods import Categorical
+from jedit.curvature.mesh.placement import whole
+from jedit.requests.solution import _inverse
 
 # "up" has sides that the devices divide; "odd" is filled up; "stack" is split by layers.
 SPECS = {"up": P("data", "model"), "odd": P("data", None), "stack": P("model", None, "data")}
@@ -100,6 +103,23 @@ def kept_by(curvature, by):
     return dataclasses.replace(curvature, factors=factors)
 
 
+def shared_inverse(place, d=256):
+    """How far an inverse that many requests share is from NumPy's, and its program's collectives.
+
+    Of a factor that is split by rows, and long enough to be inverted by products of slices.
+    """
+    rows = np.random.default_rng(1).normal(size=(2 * d, d))
+    matrix = rows.T @ rows / (2 * d)
+    factor = Factor(jax.device_put(jnp.asarray(matrix)[None], place), None, None, "cholesky")
+    compiled = _inverse.lower(factor, jnp.asarray(DAMPING), whole(place)).compile()
+    reference = np.linalg.inv(matrix + np.sqrt(DAMPING) * np.trace(matrix) / d * np.eye(d))
+    found = compiled(factor, jnp.asarray(DAMPING))
+    collectives = re.findall(
+        r"= \S+ (?:all-gather|all-reduce|all-to-all|collective-permute)", compiled.as_text()
+    )
+    return distance({"": found}, {"": reference[None]}), len(collectives)
+
+
 def main():
     """Compare both forms on both kinds of mesh with NumPy."""
     jax.config.update("jax_enable_x64", True)
@@ -161,6 +181,9 @@ def main():
     # The measure sees a whole matrix where there is one.
     everywhere = jax.device_put(tree, NamedSharding(mesh, P()))
     assert largest_program_share(lambda c, t: solve(c, t, **how), curvature, everywhere) > 0.25
+    apart, collectives = shared_inverse(NamedSharding(mesh, P(None, ("data", "model"))))
+    assert collectives == 1, collectives
+    found["shared"] = {"inverse": apart}
     sys.stdout.write(json.dumps(found))
 
 
