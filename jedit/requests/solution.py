@@ -104,8 +104,7 @@ def all_blocks(
     """Return one request's direction d in all blocks, with its sums."""
     zero = jnp.zeros((), done.dtype)
     total = Solution({}, zero, zero, zero, zero, zero)
-    parts: list[Solution] = []
-    thin_products: list[_Uncut] = []
+    whole, cut = [], []
     for block in group_sites(done.captured.sites, done.alignments):
         held = curvature.blocks[block.name]
         thin = None
@@ -120,16 +119,13 @@ def all_blocks(
             found = _dense_block(
                 gradient, curvature, block, inverses, damping, rank if thin is not None else None
             )
-        if isinstance(found, Solution):
-            parts.append(found)
-        elif found.product[1] is None:
-            # By itself: together, all blocks' whole matrices would be held until the last is there.
-            parts += _cut_blocks([found], rank, curvature)
-        else:
-            thin_products.append(found)
-    # All at once: by themselves the matrices that are left of a request's blocks are small.
-    parts += _cut_blocks(thin_products, rank, curvature)
-    for part in parts:
+        (cut if isinstance(found, _Uncut) else whole).append(found)
+    if cut:
+        assert rank is not None  # else nothing is cut
+        # All at once: by themselves the matrices that are left of a request's blocks are small.
+        cuts = truncate_all([one.product for one in cut], rank)
+        whole += [_cut_block(*pair, curvature) for pair in zip(cut, cuts, strict=True)]
+    for part in whole:
         edit = dict(total.edit)
         for path, change in part.edit.items():
             edit[path] = added(edit[path], change) if path in edit else change
@@ -226,14 +222,6 @@ def _thin_block(
     # The edit's norm is read beside what is cut off alone.
     edit_norm2 = zero if rank is None else inner_product((left, right), (left, right))
     return Solution(_low_rank(held, lifted, right), norm2, gain, quadratic, zero, edit_norm2)
-
-
-def _cut_blocks(blocks: list[_Uncut], rank: int | None, curvature: Curvature) -> list[Solution]:
-    if not blocks:
-        return []
-    assert rank is not None  # else nothing is cut
-    cuts = truncate_all([one.product for one in blocks], rank)
-    return [_cut_block(*pair, curvature) for pair in zip(blocks, cuts, strict=True)]
 
 
 def _cut_block(uncut: _Uncut, cut: Truncation, curvature: Curvature) -> Solution:
