@@ -9,7 +9,8 @@ A request of n positions has g_r = Σ_n a_n g_nᵀ at a site: rank n. Factored d
 
 (Martens & Grosse 2015) keeps that rank, so an edit is two thin matrices, and nothing larger than
 these is formed for a request. Exact damping, 1 / (a_i g_j + λ), does not keep it: there
-the edits are formed one chunk of requests at a time, and cut down to `rank` at once.
+the edits of a chunk of requests are formed whole, all blocks of them, before they are cut down to
+`rank`: `chunk` is what keeps that within memory.
 """
 
 import dataclasses
@@ -114,8 +115,9 @@ def batch_unlearn(
     """Make one edit for each of many requests, by one step of K-FADE each.
 
     Compiles once for a number of requests and their shape. Beside the result it holds activations
-    of the solver's `chunk` requests. Every call damps and inverts the factors anew, some 2 d³ flops
-    for each of size d, which is as much as a request or two: give it many at a time.
+    of the solver's `chunk` requests, by exact damping also their whole edits. Every call damps and
+    inverts the factors anew, some 2 d³ flops for each of size d, which is as much as a request or
+    two: give it many at a time.
 
     Args:
         apply: a pure function `apply(params, inputs) -> outputs`.
