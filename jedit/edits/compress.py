@@ -172,7 +172,9 @@ def _truncate_together(products: Sequence[Product], rank: int) -> list[Truncatio
     for _ in range(ITERATIONS):
         around = [_transposed(*p, b) for p, b in zip(products, bases, strict=True)]
         bases = _orthonormal([_times(*p, x) for p, x in zip(products, around, strict=True)], 2)
-    bases = _orthonormal(bases, 1)
+    # Three times: of columns below the rounding each pass leaves some short: after one by up to 0.7
+    # in two of eight edits, after two by up to 2e-4 (64 columns, float32).
+    bases = _orthonormal(bases, 3)
     cores = [jnp.swapaxes(_transposed(*p, b), -1, -2) for p, b in zip(products, bases, strict=True)]
     grams = [jnp.matmul(c, jnp.swapaxes(c, -1, -2), precision=HIGHEST) for c in cores]
 
